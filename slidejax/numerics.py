@@ -1,0 +1,84 @@
+"""Symmetric 8-bit quantisation, one scale for a row: the formulas that every kernel of slidejax follows bit for bit.
+
+    scale = absmax * float32(1 / qmax)          qmax = 127 (int8), 448 (float8_e4m3fn)
+    code  = clip(round_half_even(x * (1 / scale)), -qmax, qmax)
+
+Reciprocals are written out because XLA turns a division by a constant into a multiplication by its reciprocal, while a
+CUDA kernel would not: as it is written here, both compute the same thing.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["QMAX", "absmax", "check_dtype", "encode", "is_quantized", "scale_from_absmax"]
+
+# The largest code of each 8-bit type.
+QMAX = {np.dtype(jnp.int8): 127.0, np.dtype(jnp.float8_e4m3fn): 448.0}
+_VALUE_DTYPES = (*QMAX, np.dtype(jnp.bfloat16), np.dtype(jnp.float16), np.dtype(jnp.float32))
+_TINY = np.finfo(np.float32).tiny  # the smallest normal number
+
+
+def check_dtype(dtype, name: str = "dtype") -> np.dtype:
+    """The dtype of packed values or lifted activations as a `numpy.dtype`.
+
+    Raises:
+      ValueError: if it is not int8, float8_e4m3fn, bfloat16, float16 or float32.
+    """
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"{name} must be a dtype, got {dtype!r}") from error
+    if resolved not in _VALUE_DTYPES:
+        raise ValueError(f"{name} must be one of {', '.join(d.name for d in _VALUE_DTYPES)}, got {resolved.name}")
+    return resolved
+
+
+def is_quantized(dtype) -> bool:
+    """Whether values of this dtype are codes that need a scale (8 bit)."""
+    return np.dtype(dtype) in QMAX
+
+
+def absmax(x: jax.Array, axis) -> jax.Array:
+    """The largest magnitude along `axis` in float32, axis kept; nan or inf if any element is."""
+    return jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axis, keepdims=True, initial=0.0)
+
+
+def scale_from_absmax(absmax: jax.Array, dtype) -> jax.Array:
+    """The scale that belongs to a largest magnitude, float32.
+
+    A zero row, or one whose scale would be subnormal, has scale 1 (`encode` gives it codes 0); a row with inf or nan
+    has scale nan, which makes the outputs of that row nan and of no other.
+    """
+    scale = absmax * np.float32(1.0 / QMAX[np.dtype(dtype)])
+    scale = jnp.where(scale < _TINY, np.float32(1), scale)
+    return jnp.where(jnp.isfinite(absmax), scale, np.float32(np.nan))
+
+
+def encode(x: jax.Array, absmax: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """Quantises `x` with the scale of `absmax`, which broadcasts against it.
+
+    Returns:
+      `(codes, scale)`: codes of `dtype` in the shape of `x`, scale float32 in the shape of `absmax`.
+    """
+    dtype = np.dtype(dtype)
+    qmax = np.float32(QMAX[dtype])
+    scale = scale_from_absmax(absmax, dtype)
+    inverse = 1.0 / scale
+    silent = ~(absmax * np.float32(1.0 / QMAX[dtype]) >= _TINY) | ~jnp.isfinite(absmax)
+    scaled = jnp.where(silent, np.float32(0), x.astype(jnp.float32) * inverse)
+    if dtype == jnp.int8:
+        return jnp.clip(jnp.round(scaled), -qmax, qmax).astype(dtype), scale
+    return _round_e4m3(jnp.clip(scaled, -qmax, qmax)).astype(dtype), scale
+
+
+def _round_e4m3(x: jax.Array) -> jax.Array:
+    """Rounds float32 within ±448 to the nearest e4m3 number, ties to even, still as float32.
+
+    The cast alone is not enough: XLA's goes through float16 on some platforms and rounds twice.
+    """
+    normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
+    subnormal = jnp.round(x * np.float32(512)) * np.float32(1 / 512)  # below 2**-6 the spacing is 2**-9
+    return jnp.where(jnp.abs(x) < np.float32(2**-6), subnormal, normal)

@@ -1,0 +1,101 @@
+"""Sparsity patterns `(2N-2):2N`: how many weights of every group are kept, and the shapes that follow from it.
+
+A group of `2N` consecutive inputs is covered by `N - 1` windows of four columns, neighbours overlapping by two
+(SlideSparse, arXiv 2603.05232). Each window holds at most two kept weights, which is what a 2:4 sparse tensor core runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+__all__ = ["BLOCK_GROUPS", "Pattern"]
+
+# K is padded to whole blocks of this many groups: K' becomes a multiple of 32 and a row of 8-bit values a multiple of
+# 16 bytes for every pattern. Blocks are also the unit in which K can be cut over a mesh.
+BLOCK_GROUPS = 8
+
+_TEXT = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """A `(2N-2):2N` pattern: at most `kept` non-zeros in every group of `group` consecutive inputs.
+
+    Attributes:
+      kept: non-zeros kept in a group, `group - 2`.
+      group: columns of a group, even, 4 to 16.
+
+    Raises:
+      ValueError: if `group` is not an even number from 4 to 16, or `kept` is not `group - 2`.
+
+    >>> p = Pattern.parse("6:8")
+    >>> p.kept, p.group, p.windows, p.expansion, str(p)
+    (6, 8, 3, 1.5, '6:8')
+    """
+
+    kept: int
+    group: int
+
+    def __post_init__(self):
+        if self.group % 2 or not 4 <= self.group <= 16 or self.kept != self.group - 2:
+            raise ValueError(
+                f"pattern must be kept:group with an even group from 4 to 16 and kept = group - 2 "
+                f"(2:4, 4:6, 6:8, ... 14:16), got {self.kept}:{self.group}"
+            )
+
+    @classmethod
+    def parse(cls, text: str | Pattern) -> Pattern:
+        """Reads `"6:8"`; a `Pattern` is returned as it is.
+
+        Raises:
+          ValueError: if the text is not `kept:group` or names a pattern outside the family.
+          TypeError: if it is neither a string nor a `Pattern`.
+        """
+        if isinstance(text, Pattern):
+            return text
+        if not isinstance(text, str):
+            raise TypeError(f"pattern must be a string such as '6:8' or a Pattern, got {type(text).__name__}")
+        match = _TEXT.fullmatch(text)
+        if match is None:
+            raise ValueError(f"pattern must be 'kept:group' such as '6:8', got {text!r}")
+        return cls(int(match[1]), int(match[2]))
+
+    @property
+    def windows(self) -> int:
+        """Windows of four columns that cover a group, `group / 2 - 1`."""
+        return self.group // 2 - 1
+
+    @property
+    def expansion(self) -> float:
+        """Lifted columns for each input column, `2 - 4 / group`: 1.5 at 6:8."""
+        return 4 * self.windows / self.group
+
+    @property
+    def density(self) -> float:
+        """The share of weights kept, `kept / group`."""
+        return self.kept / self.group
+
+    @property
+    def block(self) -> int:
+        """Input columns of a block (8 groups): the unit of padding and of cutting K."""
+        return BLOCK_GROUPS * self.group
+
+    def groups(self, in_features: int) -> int:
+        """Groups that `in_features` columns fill, padded to whole blocks."""
+        return -(-in_features // self.block) * BLOCK_GROUPS
+
+    def padded(self, in_features: int) -> int:
+        """Columns after padding to whole blocks."""
+        return self.groups(in_features) * self.group
+
+    def lifted(self, in_features: int) -> int:
+        """Lifted columns K' of `in_features` inputs, padding included.
+
+        >>> Pattern.parse("6:8").lifted(64), Pattern.parse("6:8").lifted(65)
+        (96, 192)
+        """
+        return self.groups(in_features) * self.windows * 4
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.group}"
