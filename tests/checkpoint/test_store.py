@@ -1,0 +1,239 @@
+"""Saving and loading trees of parameters; damaged and foreign files."""
+
+import json
+import os
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.core import freeze
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import slidejax as sj
+import slidejax.checkpoint
+from slidejax.checkpoint import store
+
+DTYPES = ["int8", "float8_e4m3fn", "bfloat16", "float16", "float32"]
+
+
+def kernel(shape=(70, 6), dtype=jnp.float32, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+
+
+def small_tree():
+    return {
+        "layer/with~odd": {"kernel": sj.pack(kernel(), "6:8", dtype="int8"), "bias": jnp.arange(6, dtype=jnp.bfloat16)},
+        "norm": {"scale": np.linspace(0, 1, 5, dtype=np.float16)},
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16"])
+def test_packed_weights_come_back_bit_for_bit(tmp_path, pattern, dtype):
+    w = sj.pack(kernel(), pattern, dtype=dtype)
+    sj.checkpoint.save(tmp_path / "out", {"kernel": w})
+    again = sj.checkpoint.load(tmp_path / "out")
+    assert_same({"kernel": w}, again)
+    np.testing.assert_array_equal(sj.unpack(w), sj.unpack(again["kernel"]))
+
+
+leaves = st.sampled_from(
+    [None, True, 3, 0.5, "text", np.zeros((0, 3), np.int8), np.float32(2.0), np.arange(4, dtype=np.uint32), np.eye(2)]
+)
+keys = st.text("ab/~.' ", min_size=0, max_size=3) | st.integers(-2, 3)
+trees = st.recursive(
+    leaves,
+    lambda t: st.dictionaries(keys, t, max_size=3) | st.lists(t, max_size=3) | st.lists(t, max_size=2).map(tuple),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(tree=trees)
+def test_any_tree_comes_back(tree, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tree") / "out"
+    sj.checkpoint.save(path, tree)
+    again = sj.checkpoint.load(path)
+
+    def same(a, b):
+        if isinstance(a, dict):
+            assert isinstance(b, dict) and list(a) == list(b) and all(type(x) is type(y) for x, y in zip(a, b))
+            return all(same(a[k], b[k]) for k in a)
+        if isinstance(a, (list, tuple)):
+            return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+        if isinstance(a, (np.ndarray, np.generic)):
+            return np.asarray(b).dtype == a.dtype and np.array_equal(a, b)
+        return type(a) is type(b) and a == b
+
+    assert same(tree, again)
+
+
+def test_flax_containers_and_random_keys(tmp_path):
+    sj.checkpoint.save(tmp_path / "frozen", freeze(small_tree()))
+    assert_same(small_tree(), sj.checkpoint.load(tmp_path / "frozen"))
+
+    model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
+    sj.checkpoint.save(tmp_path / "nnx", nnx.state(model))
+    other = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(5)), nnx.Dropout(0.5, rngs=nnx.Rngs(6)))
+    state = nnx.state(other)
+    nnx.replace_by_pure_dict(state, sj.checkpoint.load(tmp_path / "nnx"))
+    nnx.update(other, state)
+    x = jnp.ones((2, 4))
+    np.testing.assert_array_equal(model(x), other(x))
+
+
+def test_prepared_forms_are_not_saved(tmp_path):
+    w = sj.pack(kernel(), "6:8").replace(prepared={"dense": kernel()})
+    sj.checkpoint.save(tmp_path / "out", w)
+    assert not sj.checkpoint.load(tmp_path / "out").prepared
+
+
+def test_arrays_are_on_the_default_device_and_usable_under_jit(tmp_path):
+    sj.checkpoint.save(tmp_path / "out", small_tree())
+    params = sj.checkpoint.load(tmp_path / "out")
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+    assert jax.jit(lambda p: p["norm"]["scale"].sum())(params) == 2.5
+
+
+# ------------------------------------------------------------------------------------------- replacing what is there
+
+
+def test_an_earlier_checkpoint_is_replaced_only_by_a_complete_one(tmp_path, monkeypatch):
+    path = tmp_path / "out"
+    sj.checkpoint.save(path, {"a": jnp.ones(3)})
+
+    def fail_half_way(folder, arrays, metadata):
+        (folder / store.ARRAYS).write_bytes(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as m:
+        m.setattr(store, "_write", fail_half_way)
+        with pytest.raises(OSError, match="disk full"):
+            sj.checkpoint.save(path, {"a": jnp.zeros(3)})
+    np.testing.assert_array_equal(sj.checkpoint.load(path)["a"], 1)
+    sj.checkpoint.save(path, {"a": jnp.zeros(3)})
+    np.testing.assert_array_equal(sj.checkpoint.load(path)["a"], 0)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_replacing_without_an_atomic_exchange(tmp_path, monkeypatch):
+    monkeypatch.setattr("slidejax.checkpoint.staging._exchange", lambda a, b: False)
+    sj.checkpoint.save(tmp_path / "out", 1)
+    sj.checkpoint.save(tmp_path / "out", 2)
+    assert sj.checkpoint.load(tmp_path / "out") == 2 and os.listdir(tmp_path) == ["out"]
+
+
+def test_other_peoples_directories_are_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="other things in it"):
+        sj.checkpoint.save(tmp_path / "mine", {})
+    with pytest.raises(ValueError, match="is a file"):
+        sj.checkpoint.save(tmp_path / "mine" / "thesis.txt", {})
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("tree", [{"x": object()}, {"x": {1.5: 2}}, {"x": lambda: None}])
+def test_what_cannot_be_saved_is_named(tmp_path, tree):
+    with pytest.raises(TypeError, match="x"):
+        sj.checkpoint.save(tmp_path / "out", tree)
+    assert os.listdir(tmp_path) == []
+
+
+# ----------------------------------------------------------------------------------------------------- damaged files
+
+
+@pytest.fixture
+def saved(tmp_path):
+    sj.checkpoint.save(tmp_path / "out", small_tree())
+    return tmp_path / "out"
+
+
+def test_every_truncation_is_one_clear_error(saved):
+    for file in (store.ARRAYS, store.METADATA):
+        data = (saved / file).read_bytes()
+        for size in {0, 1, 7, 8, 9, len(data) // 3, len(data) // 2, len(data) - 2}:
+            (saved / file).write_bytes(data[:size])
+            with pytest.raises(ValueError, match=file):
+                sj.checkpoint.load(saved)
+        (saved / file).write_bytes(data)
+    sj.checkpoint.load(saved)
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_a_flipped_bit_never_passes_in_silence(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("flip") / "out"
+    tree = small_tree()
+    sj.checkpoint.save(path, tree)
+    file = path / data.draw(st.sampled_from([store.ARRAYS, store.METADATA]))
+    content = bytearray(file.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(content)
+    try:
+        again = sj.checkpoint.load(path)
+    except ValueError:
+        return
+    # What still loads differs at most in the JSON text: white space, a key's name, the version that wrote it.
+    got = [np.asarray(x).tobytes() for x in jax.tree.leaves(again)]
+    assert sorted(got) == sorted(np.asarray(x).tobytes() for x in jax.tree.leaves(tree))
+
+
+def test_sizes_are_checked_before_memory_is_taken(saved):
+    """A header that claims a terabyte is refused by looking at the size of the file."""
+    header = {"x": {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}}
+    text = json.dumps(header).encode()
+    (saved / store.ARRAYS).write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(ValueError, match="'x'.*does not fit"):
+        sj.checkpoint.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format="other"), "not a slidejax checkpoint"),
+        (lambda m: m.update(format_version=99), "format_version 99"),
+        (lambda m: m.pop("tree"), "no key 'tree'"),
+        (lambda m: m["tree"].update(kind="pickle"), "not a description"),
+        (lambda m: weight_of(m).update(pattern="4:9"), "pattern must be"),
+        (lambda m: weight_of(m).update(pattern="2:4"), "layer/with~odd/kernel.*pattern 2:4"),
+        (lambda m: weight_of(m).update(in_features=3), "at most 8"),
+        (lambda m: weight_of(m).update(in_features=True), "in_features must be"),
+        (lambda m: weight_of(m).update(dtype="bfloat16"), "values are int8"),
+        (lambda m: weight_of(m)["values"].update(shape=[6, 8, 6]), "slidejax.json says"),
+        (lambda m: weight_of(m)["zeros"].update(name="missing"), "lacks 'missing'"),
+        (lambda m: weight_of(m)["zeros"].pop("dtype"), "an array needs"),
+        (lambda m: m["tree"]["items"].pop(), "does not know"),
+        (lambda m: m["tree"]["items"].append(m["tree"]["items"][0]), "each once"),
+    ],
+)
+def test_metadata_that_lies_is_refused(saved, change, message):
+    metadata = json.loads((saved / store.METADATA).read_text())
+    change(metadata)
+    (saved / store.METADATA).write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match=message):
+        sj.checkpoint.load(saved)
+
+
+def weight_of(metadata):
+    layer = dict(metadata["tree"]["items"])["layer/with~odd"]
+    return dict(layer["items"])["kernel"]
+
+
+def test_missing_and_foreign_directories(tmp_path):
+    with pytest.raises(ValueError, match=r"no checkpoint at .*nowhere"):
+        sj.checkpoint.load(tmp_path / "nowhere")
+    (tmp_path / "slidejax.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="not a slidejax checkpoint"):
+        sj.checkpoint.load(tmp_path)
