@@ -1,7 +1,42 @@
-"""slidejax: (2N-2):2N sparse weights on 2:4 sparse tensor cores, for JAX and Flax."""
+"""slidejax: (2N-2):2N sparse weights on 2:4 sparse tensor cores, for JAX and Flax.
+
+    w = slidejax.pack(kernel, "6:8", dtype="int8")
+    y = slidejax.linear(x, w)
+"""
+
+import importlib
 
 from slidejax import prune
+from slidejax.ops.lift_quantize import lift_quantize
+from slidejax.ops.linear import linear
+from slidejax.ops.registry import explain, implementations
+from slidejax.ops.sparse_matmul import sparse_matmul
 from slidejax.pattern import Pattern
 from slidejax.weight import SlideWeight, pack, quantize, unpack
 
-__all__ = ["Pattern", "SlideWeight", "pack", "prune", "quantize", "unpack"]
+__all__ = [
+    "Pattern",
+    "SlideWeight",
+    "explain",
+    "implementations",
+    "lift_quantize",
+    "linear",
+    "pack",
+    "prune",
+    "quantize",
+    "sparse_matmul",
+    "unpack",
+]
+
+# Parts that need Flax, files or an optional package are loaded when first used.
+_LAZY = ("checkpoint", "huggingface", "linen", "nnx", "tune")
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return importlib.import_module(f"slidejax.{name}")
+    raise AttributeError(f"module 'slidejax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,231 @@
+"""Lifting and quantisation of activations, in one pass.
+
+The GEMM runs over lifted columns: window `w` of group `g` reads its four columns of x,
+
+    lifted[m, g, w, l] = code(x[m, 2N g + 2 w + l])        flattened, K' = groups * (N - 1) * 4
+
+(SlideSparse, arXiv 2603.05232), each row quantised with its own scale (`slidejax.numerics`). For 16- and 32-bit values
+nothing is quantised: the scale is 1, or nan for a row that holds inf or nan, so that its outputs are nan on every
+implementation.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import CompoundFactor, SdyShardingRule, custom_partitioning
+
+from slidejax import numerics
+from slidejax.ops import registry
+from slidejax.ops._common import (
+    Cut,
+    axis_names,
+    check_input,
+    first_axes,
+    make_primitive,
+    spec_of,
+    varying_axes,
+    vary,
+)
+from slidejax.pattern import Pattern
+
+__all__ = ["lift", "lift_quantize", "lift_quantize_p", "lift_rows", "quantize_rows", "row_absmax", "unlift"]
+
+
+# --- reference --------------------------------------------------------------------------------------------------------
+
+
+def lift(x: jax.Array, pattern: Pattern) -> jax.Array:
+    """Lifts the columns of `x` `[..., K]` to `[..., K']`, zero-padded to whole blocks. Nothing is quantised."""
+    missing = pattern.padded(x.shape[-1]) - x.shape[-1]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+    groups = x.reshape(*x.shape[:-1], -1, pattern.group)
+    windows = [groups[..., 2 * w : 2 * w + 4] for w in range(pattern.windows)]
+    return jnp.concatenate(windows, axis=-1).reshape(*x.shape[:-1], -1)
+
+
+def unlift(lifted: jax.Array, pattern: Pattern) -> jax.Array:
+    """The columns `[..., padded K]` that were lifted: each is read from the first window that holds it."""
+    windows = lifted.reshape(*lifted.shape[:-1], -1, pattern.windows, 4)
+    head = windows[..., :, :, :2].reshape(*windows.shape[:-2], -1)
+    return jnp.concatenate([head, windows[..., -1, 2:]], axis=-1).reshape(*lifted.shape[:-1], -1)
+
+
+def row_absmax(x: jax.Array) -> jax.Array:
+    """The largest magnitude of each row, float32 `[..., 1]`."""
+    return numerics.absmax(x, -1)
+
+
+def quantize_rows(x: jax.Array, dtype, absmax: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Quantises each row of `x` without lifting: `(codes [..., K], scale float32 [..., 1])`; the plain-JAX formula.
+
+    For 16- and 32-bit `dtype` the "codes" are x itself and the scale is 1 (nan for a row with inf or nan).
+    """
+    if absmax is None:
+        absmax = row_absmax(x)
+    if numerics.is_quantized(dtype):
+        return numerics.encode(x, absmax, dtype)
+    return x.astype(dtype), jnp.where(jnp.isfinite(absmax), np.float32(1), np.float32(np.nan))
+
+
+def _reference(x, absmax, pattern, dtype):
+    codes, scale = quantize_rows(x, dtype, absmax)
+    return lift(codes, pattern), scale
+
+
+# --- primitive --------------------------------------------------------------------------------------------------------
+
+
+def _shapes(x, *absmax, pattern, dtype):
+    columns = x.shape[1] if pattern is None else pattern.lifted(x.shape[1])
+    return [((x.shape[0], columns), dtype), ((x.shape[0], 1), np.float32)]
+
+
+def _lowering(x, *absmax, platform, pattern, dtype):
+    absmax = absmax[0] if absmax else None
+    if platform == "cuda" and registry.cuda_calls() and math.prod(x.shape):
+        from slidejax.ops import ffi
+
+        columns = x.shape[1] if pattern is None else pattern.lifted(x.shape[1])
+        absmax = jnp.zeros(0, jnp.float32) if absmax is None else absmax[:, 0]
+        group = 0 if pattern is None else pattern.group
+        codes, scale = ffi.lift_quantize_call(x, absmax, group=group, lifted_columns=columns, dtype=dtype)
+        return codes, scale[:, None]
+    if pattern is None:
+        return quantize_rows(x, dtype, absmax)
+    return _reference(x, absmax, pattern, dtype)
+
+
+# pattern None: quantise only, for dense implementations
+lift_quantize_p = make_primitive("slidejax_lift_quantize", _shapes, _lowering)
+
+
+def lift_rows(x: jax.Array, pattern: Pattern | None, dtype, absmax: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Binds the primitive on `x` `[M, K]`; `absmax` `[M, 1]` replaces the rows' own (K split over a mesh)."""
+    operands = [x] if absmax is None else [x, absmax]
+    operands = vary(varying_axes(*operands), *operands)
+    codes, scale = lift_quantize_p.bind(*operands, pattern=pattern, dtype=np.dtype(dtype))
+    return codes, scale
+
+
+# --- sharding ---------------------------------------------------------------------------------------------------------
+
+
+def _partitioned(pattern: Pattern, dtype):
+    @custom_partitioning
+    def op(x):
+        return lift_rows(x, pattern, dtype)
+
+    def rule(mesh, operands, results):
+        columns = operands[0].shape[1]
+        if columns == pattern.padded(columns):
+            # groups stay whole: both sides are cut by groups
+            per_group = pattern.windows * 4
+            return SdyShardingRule(
+                (("m", CompoundFactor("g", "c")),),
+                (("m", CompoundFactor("g", "d")), ("m", "one")),
+                g=columns // pattern.group,
+                c=pattern.group,
+                d=per_group,
+            )
+        return SdyShardingRule((("m", "k"),), (("m", "l"), ("m", "one")))
+
+    def partition(mesh, operands, results):
+        (rows, k), (_, lifted_k) = spec_of(operands[0]), spec_of(results[0])
+        cut = Cut(mesh, rows=first_axes(rows), k=first_axes(k, lifted_k))
+        if cut.k:
+            cut.check_k("lift_quantize", pattern, operands[0].shape[1])
+
+        def local(x):
+            absmax = jax.lax.pmax(row_absmax(x), cut.k) if cut.k else None
+            return lift_rows(x, pattern, dtype, absmax)
+
+        return mesh, local, (cut.sharding("rows", "k"), cut.sharding("rows", None)), (cut.sharding("rows", "k"),)
+
+    op.def_partition(partition, sharding_rule=rule)
+    return op
+
+
+# --- batching, derivative ---------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=None)
+def _op(pattern: Pattern, dtype, reduce_axis: tuple[str, ...]):
+    partitioned = _partitioned(pattern, dtype)
+
+    @custom_vmap
+    def batched(x):
+        if reduce_axis:
+            return lift_rows(x, pattern, dtype, jax.lax.pmax(row_absmax(x), reduce_axis))
+        return partitioned(x)
+
+    @batched.def_vmap
+    def _(axis_size, in_batched, x):  # a batch is just more rows
+        lifted, scale = batched(x.reshape(-1, x.shape[-1]))
+        return (lifted.reshape(*x.shape[:-1], lifted.shape[-1]), scale.reshape(*x.shape[:-1], 1)), (True, True)
+
+    @jax.custom_vjp
+    def op(x):
+        return batched(x)
+
+    def forward(x):
+        lifted, scale = batched(x)
+        return (lifted, scale), (scale, jnp.zeros((0, x.shape[1]), x.dtype))
+
+    def backward(residuals, cotangents):
+        scale, like = residuals
+        d_lifted, _ = cotangents
+        if not jnp.issubdtype(d_lifted.dtype, jnp.floating):
+            return (jnp.zeros((scale.shape[0], like.shape[1]), like.dtype),)
+        # straight through: code ~ x / scale, a column of x feeds every window that holds it
+        d_columns = _lift_transpose(d_lifted.astype(jnp.float32) / scale, pattern, like.shape[1])
+        return (d_columns.astype(like.dtype),)
+
+    op.defvjp(forward, backward)
+    return op
+
+
+def _lift_transpose(d_lifted: jax.Array, pattern: Pattern, columns: int) -> jax.Array:
+    zeros = jnp.zeros((d_lifted.shape[0], columns), d_lifted.dtype)
+    (d_x,) = jax.linear_transpose(functools.partial(lift, pattern=pattern), zeros)(d_lifted)
+    return d_x
+
+
+# --- public -----------------------------------------------------------------------------------------------------------
+
+
+def lift_quantize(
+    x: jax.Array, pattern: str | Pattern, dtype=jnp.int8, reduce_axis: str | tuple[str, ...] | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Lifts and quantises activations for `sparse_matmul`.
+
+    Args:
+      x: `[..., in]`, bfloat16, float16 or float32; leading axes are rows.
+      pattern: of the weight, such as `"6:8"`.
+      dtype: of the weight's values: int8 or float8_e4m3fn quantise each row with its own scale; bfloat16, float16 and
+        float32 only lift.
+      reduce_axis: inside `shard_map` with K split, the mesh axes over which it is.
+
+    Returns:
+      `(lifted, scale)`: `[..., K']` of `dtype` with `K' = pattern.lifted(in)`, and float32 `[..., 1]`.
+
+    Raises:
+      ValueError: for a bad shape, dtype or pattern.
+
+    >>> xl, s = lift_quantize(jnp.arange(8.)[None], "6:8", "int8")
+    >>> xl[0, :12].tolist()
+    [0, 18, 36, 54, 36, 54, 73, 91, 73, 91, 109, 127]
+    >>> xl.shape, s.shape
+    ((1, 96), (1, 1))
+    """
+    pattern = Pattern.parse(pattern)
+    dtype = numerics.check_dtype(dtype)
+    x = check_input(x)
+    op = _op(pattern, dtype, axis_names(reduce_axis))
+    lifted, scale = op(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+    return lifted.reshape(*x.shape[:-1], lifted.shape[-1]), scale.reshape(*x.shape[:-1], 1)

@@ -1,0 +1,193 @@
+"""`linear`: what layers call. Equal to `sparse_matmul(*lift_quantize(x), w, bias)`, but takes un-lifted x.
+
+The primitive takes x as it is, so that rows of x, outputs of W, and K by whole blocks can each be split over a mesh
+without gathering x or W; what runs on a shard is the same custom call. With K split the rows' absmax is max-reduced,
+the raw accumulators are summed, then come the scales, then the bias once. Which implementation runs is decided when the
+op is lowered for a platform (`slidejax.ops.registry`).
+
+The derivative treats quantisation as straight-through; 8-bit values have no gradient, and the mask stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import CompoundFactor, SdyShardingRule, custom_partitioning
+
+from slidejax import numerics
+from slidejax.ops import registry, sparse_matmul
+from slidejax.ops._common import check_input, make_primitive, varying_axes, vary
+from slidejax.ops.lift_quantize import lift_quantize_p, lift_rows, row_absmax
+from slidejax.ops.sparse_matmul import Settings
+from slidejax.weight import SlideWeight, check_weight, scatter_values
+
+__all__ = ["linear", "linear_p"]
+
+
+# --- primitive --------------------------------------------------------------------------------------------------------
+
+
+def _shapes(x, values, *rest, settings):
+    return [((x.shape[0], values.shape[0]), settings.out_dtype)]
+
+
+def _lowering(x, *operands, platform, settings):
+    w, bias = settings.weight(operands)
+    problem = registry.Problem.of("linear", x, w, settings, platform)
+    name = registry.choose(problem).implementation
+    dense = name == "dense"
+    codes, scale_x = lift_quantize_p.bind(x, pattern=None if dense else w.pattern, dtype=w.dtype)
+    if dense:
+        acc = sparse_matmul.accumulate(codes, sparse_matmul.dense_codes(w), platform)
+        return [sparse_matmul.finish(acc, scale_x, w.scale, bias, settings.out_dtype)]
+    return [sparse_matmul.run(name, codes, scale_x, w, bias, settings.out_dtype, platform)]
+
+
+linear_p = make_primitive("slidejax_linear", _shapes, _lowering)
+
+
+def _bind(x, w: SlideWeight, bias, settings: Settings) -> jax.Array:
+    operands = (x, *settings.operands(w, bias))
+    (y,) = linear_p.bind(*vary(varying_axes(*operands), *operands), settings=settings)
+    return y
+
+
+# --- sharding ---------------------------------------------------------------------------------------------------------
+
+
+def _split_k(x, w: SlideWeight, bias, settings: Settings, axes: tuple[str, ...]) -> jax.Array:
+    """One shard of a product whose K is split over the mesh axes `axes`."""
+    absmax = jax.lax.pmax(row_absmax(x), axes)
+    codes, scale_x = lift_rows(x, w.pattern, w.dtype, absmax)
+    # every shard of the axis holds the same scale: say so, where JAX tracks it
+    scale_x = jax.lax.pmax(scale_x, tuple(axes)) if varying_axes(scale_x) & set(axes) else scale_x
+    return sparse_matmul.split_k(codes, scale_x, w, bias, settings, axes)
+
+
+def _partitioned(settings: Settings):
+    @custom_partitioning
+    def op(x, *operands):
+        return _bind(x, *settings.weight(operands), settings)
+
+    def rule(mesh, operands, results):
+        weight = sparse_matmul.weight_factors(settings)
+        whole_blocks = settings.in_features == settings.pattern.padded(settings.in_features)
+        if whole_blocks:
+            x = ("m", CompoundFactor("g", "c"))
+            return SdyShardingRule((x, *weight), (("m", "o"),), c=settings.pattern.group, reduction_factors=("g",))
+        # K of x and the groups of W do not line up: `partition` refuses to cut either
+        return SdyShardingRule((("m", "k"), *weight), (("m", "o"),))
+
+    def partition(mesh, operands, result):
+        cut = sparse_matmul.cut_of("linear", mesh, operands, result, settings, values_at=1)
+
+        def local(x, *operands):
+            w, bias = settings.weight(operands)
+            if cut.k or cut.out:
+                w = w.replace(prepared={})
+            if cut.k:
+                return _split_k(x, w, bias, settings, cut.k)
+            return _bind(x, w, bias, dataclasses.replace(settings, prepared=tuple(w.prepared)))
+
+        shardings = (cut.sharding("rows", "k"), *sparse_matmul.weight_shardings(cut, settings))
+        return mesh, local, cut.sharding("rows", "out"), shardings
+
+    op.def_partition(partition, sharding_rule=rule)
+    return op
+
+
+# --- batching, derivative ---------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=None)
+def _op(settings: Settings):
+    partitioned = _partitioned(settings)
+
+    @custom_vmap
+    def batched(x, *operands):
+        if settings.reduce_axis:
+            return _split_k(x, *settings.weight(operands), settings, settings.reduce_axis)
+        return partitioned(x, *operands)
+
+    @batched.def_vmap
+    def _(axis_size, in_batched, *operands):
+        return sparse_matmul.map_batched(batched, axis_size, in_batched, 1, operands)
+
+    @jax.custom_vjp
+    def op(*operands):
+        return batched(*operands)
+
+    def forward(*operands):
+        return batched(*operands), operands
+
+    def backward(operands, dy):
+        x, *rest = operands
+        w, bias = settings.weight(rest)
+        dy = dy.astype(jnp.float32)
+        codes = scatter_values(w.values, w.zeros)  # prepared forms may be missing on a shard
+        codes = codes.reshape(codes.shape[0], -1).astype(jnp.float32)
+        dx = ((dy * w.scale) @ codes)[:, : x.shape[1]].astype(x.dtype)
+        d_values = None
+        if not numerics.is_quantized(w.dtype):
+            columns = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, codes.shape[1] - x.shape[1])))
+            d_values = sparse_matmul.values_gradient(dy.T @ columns, w)
+        d_bias = (dy.sum(0).astype(bias.dtype),) if bias is not None else ()
+        return (dx, d_values, None, None, *d_bias, *([None] * len(settings.prepared)))
+
+    op.defvjp(forward, backward)
+    return op
+
+
+# --- public -----------------------------------------------------------------------------------------------------------
+
+
+def linear(
+    x: jax.Array,
+    w: SlideWeight,
+    bias: jax.Array | None = None,
+    implementation: str | None = None,
+    out_dtype=None,
+    reduce_axis: str | tuple[str, ...] | None = None,
+) -> jax.Array:
+    """`x @ kernel + bias` for a packed kernel; 8-bit weights quantise each row of x dynamically.
+
+    Args:
+      x: `[..., in]`, bfloat16, float16 or float32; leading axes are rows.
+      w: the packed weight.
+      bias: `[out]`, added in float32.
+      implementation: one of `slidejax.implementations()`, or None for the fastest that fits by the measured table
+        (`slidejax.explain` says which and why).
+      out_dtype: bfloat16, float16 or float32; None: the dtype of x.
+      reduce_axis: inside `shard_map` with K split over a mesh, the axes over which it is; x then has exactly the columns
+        of the shard.
+
+    Returns:
+      `[..., out]`.
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit each other.
+      TypeError: if `w` is not a `SlideWeight`.
+      NotImplementedError: if the implementation refuses, or all do, with the reasons; or if it needs CUDA and is lowered
+        for another platform.
+
+    >>> from slidejax import pack
+    >>> w = pack(jnp.arange(1., 9.)[:, None], "6:8")
+    >>> linear(jnp.ones((2, 8)), w, bias=jnp.ones(1))
+    Array([[34.],
+           [34.]], dtype=float32)
+    """
+    check_weight(w)
+    x = check_input(x)
+    expected = w.groups * w.pattern.group if w.is_k_shard else w.in_features
+    if x.shape[-1] != expected:
+        what = f"a shard of K with {w.groups} groups" if w.is_k_shard else f"a weight with in_features {w.in_features}"
+        raise ValueError(f"x must be [..., {expected}] for {what}, got shape {x.shape}")
+    settings, bias = sparse_matmul.product_settings(w, bias, x.dtype if out_dtype is None else out_dtype, implementation, reduce_axis)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = _op(settings)(*sparse_matmul.align([rows], [], w, bias, settings))
+    return y.reshape(*x.shape[:-1], w.out_features)

@@ -1,0 +1,405 @@
+"""The product of lifted activations and a packed weight.
+
+    y[m, o] = float32(sum over K' of lifted[m, k'] * W'[o, k']) * scale_x[m] * scale_w[o] + bias[o]
+
+with `W'` the weight in lifted order, which is 2:4: window `w` of a group holds kept values `2w` and `2w + 1`. 8-bit
+integers accumulate in int32, everything else in float32. `expand_lifted` below is the specification of `W'`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import CompoundFactor, SdyShardingRule, custom_partitioning
+
+from slidejax import numerics
+from slidejax.ops import registry
+from slidejax.ops._common import Cut, axis_names, first_axes, make_primitive, spec_of, varying_axes, vary
+from slidejax.ops.lift_quantize import unlift
+from slidejax.pattern import Pattern
+from slidejax.weight import SlideWeight, check_weight, kept_values, scatter_values, split_zeros
+
+__all__ = ["accumulate", "exact_int8_dot", "expand_lifted", "finish", "sparse_matmul", "sparse_matmul_p"]
+
+# 127 * 127 * 1040 < 2**24: a float32 sum of so many products of int8 codes is exact.
+_EXACT_K = 1040
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is static about one product; a parameter of the primitives.
+
+    Attributes:
+      pattern: of the weight.
+      in_features: inputs held here, without padding.
+      out_dtype: of the result; None for the raw accumulators (int32 or float32, no scales, no bias).
+      implementation: the name asked for, None to choose.
+      has_bias: whether a bias follows the weight's leaves among the operands.
+      prepared: names of the prepared forms that follow.
+      reduce_axis: inside `shard_map`, the mesh axes over which K is split.
+    """
+
+    pattern: Pattern
+    in_features: int
+    out_dtype: np.dtype | None
+    implementation: str | None = None
+    has_bias: bool = False
+    prepared: tuple[str, ...] = ()
+    reduce_axis: tuple[str, ...] = ()
+
+    def operands(self, w: SlideWeight, bias: jax.Array | None) -> tuple:
+        """The weight's operands in the order that `weight` reads them."""
+        rest = () if bias is None else (bias,)
+        return (w.values, w.zeros, w.scale, *rest, *(w.prepared[name] for name in self.prepared))
+
+    def weight(self, operands) -> tuple[SlideWeight, jax.Array | None]:
+        """The inverse of `operands`."""
+        values, zeros, scale, *rest = operands
+        bias = rest.pop(0) if self.has_bias else None
+        prepared = dict(zip(self.prepared, rest, strict=True))
+        return SlideWeight(values, zeros, scale, self.pattern, self.in_features, prepared), bias
+
+    def raw(self, in_features: int) -> Settings:
+        """The same product without scales and bias, over a shard of K with so many inputs."""
+        return dataclasses.replace(
+            self, in_features=in_features, out_dtype=None, has_bias=False, prepared=(), reduce_axis=()
+        )
+
+
+# --- reference --------------------------------------------------------------------------------------------------------
+
+
+def expand_lifted(w: SlideWeight) -> jax.Array:
+    """The weight in lifted order with its zeros, `[out, K']`, values as they are packed: 2:4 along every row."""
+    z1, z2 = split_zeros(w.zeros)
+    j = jnp.arange(w.pattern.kept)
+    column = j + (j >= z1) + (j >= z2 - 1)  # the column that kept value j comes from
+    lane = (column - 2 * (j // 2)).reshape(*column.shape[:-1], w.pattern.windows, 2)
+    values = w.values.reshape(lane.shape)
+    chosen = lane[..., None] == jnp.arange(4)  # [..., windows, 2, 4]
+    windows = jnp.where(chosen, values[..., None], jnp.zeros((), values.dtype))
+    first, second = windows[..., 0, :], windows[..., 1, :]
+    merged = jnp.where(chosen[..., 0, :], first, second)
+    return merged.reshape(*merged.shape[:-3], -1)
+
+
+def accumulate(codes: jax.Array, kernel: jax.Array, platform: str = "default") -> jax.Array:
+    """`codes [M, K] @ kernel [out, K]^T` in the accumulator's dtype: int32 for int8, float32 for everything else."""
+    if codes.dtype == jnp.int8:
+        if platform == "default":
+            return exact_int8_dot(codes, kernel)
+        return jax.lax.dot_general(codes, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    if platform == "default":  # XLA's CPU dot of narrow floats may accumulate in the narrow type
+        codes, kernel = codes.astype(jnp.float32), kernel.astype(jnp.float32)
+    return jax.lax.dot_general(
+        codes, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def exact_int8_dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`int8 [M, K] @ int8 [out, K]^T` in int32 through float32 products of at most 1040 columns: exact, and on a CPU
+    many times faster than an integer dot."""
+    total = None
+    for start in range(0, codes.shape[1], _EXACT_K):
+        part = slice(start, start + _EXACT_K)
+        product = jax.lax.dot_general(
+            codes[:, part].astype(jnp.float32),
+            kernel[:, part].astype(jnp.float32),
+            (((1,), (1,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        total = product if total is None and codes.shape[1] <= _EXACT_K else product.astype(jnp.int32) + (0 if total is None else total)
+    return jnp.zeros((codes.shape[0], kernel.shape[0]), jnp.int32) if total is None else total.astype(jnp.int32)
+
+
+def finish(acc: jax.Array, scale_x: jax.Array, scale_w: jax.Array, bias: jax.Array | None, out_dtype) -> jax.Array:
+    """Scales, bias and the final rounding: `float32(acc) * scale_x * scale_w + bias`."""
+    y = acc.astype(jnp.float32) * scale_x * scale_w
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(out_dtype)
+
+
+# --- primitive --------------------------------------------------------------------------------------------------------
+
+
+def _shapes(lifted, scale_x, values, *rest, settings):
+    dtype = settings.out_dtype
+    if dtype is None:
+        dtype = np.dtype(np.int32 if values.dtype == jnp.int8 else np.float32)
+    return [((lifted.shape[0], values.shape[0]), dtype)]
+
+
+def _lowering(lifted, scale_x, *operands, platform, settings):
+    w, bias = settings.weight(operands)
+    problem = registry.Problem.of("sparse_matmul", lifted, w, settings, platform)
+    name = registry.choose(problem).implementation
+    return [run(name, lifted, scale_x, w, bias, settings.out_dtype, platform)]
+
+
+def run(name: str, lifted, scale_x, w: SlideWeight, bias, out_dtype, platform: str) -> jax.Array:
+    """One product with the implementation of that name; `out_dtype` None gives the raw accumulators."""
+    if name in registry.CUSTOM_CALLS and math.prod(lifted.shape) and w.out_features:
+        return registry.CUSTOM_CALLS[name](lifted, scale_x, w, bias, out_dtype)
+    if name == "dense":  # each column once instead of once for every window that reads it
+        acc = accumulate(unlift(lifted, w.pattern), dense_codes(w, padded=True), platform)
+    else:
+        acc = accumulate(lifted, expand_lifted(w), platform)
+    return acc if out_dtype is None else finish(acc, scale_x, w.scale, bias, out_dtype)
+
+
+def dense_codes(w: SlideWeight, padded: bool = False) -> jax.Array:
+    """The dense kernel `[out, in]` in the values' dtype, unscaled; with `padded`, padding columns included."""
+    codes = w.prepared.get("dense")
+    if codes is None:
+        codes = scatter_values(w.values, w.zeros)
+        codes = codes.reshape(*codes.shape[:-2], -1)
+        if not padded:
+            codes = codes[..., : w.in_features]
+    elif padded:
+        codes = jnp.pad(codes, ((0, 0), (0, w.groups * w.pattern.group - codes.shape[1])))
+    return codes
+
+
+sparse_matmul_p = make_primitive("slidejax_sparse_matmul", _shapes, _lowering)
+
+
+def bind(lifted, scale_x, w: SlideWeight, bias, settings: Settings) -> jax.Array:
+    operands = (lifted, scale_x, *settings.operands(w, bias))
+    (y,) = sparse_matmul_p.bind(*vary(varying_axes(*operands), *operands), settings=settings)
+    return y
+
+
+# --- sharding ---------------------------------------------------------------------------------------------------------
+
+
+def weight_factors(settings: Settings) -> tuple:
+    """The Shardy factors of the weight's operands: outputs "o" and groups "g" can be cut."""
+    prepared = tuple(tuple(f"p{i}_{axis}" for axis in range(2 if name == "dense" else 1)) for i, name in enumerate(settings.prepared))
+    return (("o", "g", "v"), ("o", "g"), ("o",), *((("o",),) if settings.has_bias else ()), *prepared)
+
+
+def weight_shardings(cut: Cut, settings: Settings) -> tuple:
+    prepared = tuple(cut.sharding(*([None] * (2 if name == "dense" else 1))) for name in settings.prepared)
+    bias = (cut.sharding("out"),) if settings.has_bias else ()
+    return (cut.sharding("out", "k", None), cut.sharding("out", "k"), cut.sharding("out"), *bias, *prepared)
+
+
+def cut_of(op: str, mesh, operands, result, settings: Settings, values_at: int) -> Cut:
+    """How the partitioner wants to cut a product: read off the shardings of x (first), values and y."""
+    (x_rows, x_k), (w_out, w_k, _), (y_rows, y_out) = spec_of(operands[0]), spec_of(operands[values_at]), spec_of(result)
+    cut = Cut(mesh, rows=first_axes(y_rows, x_rows), out=first_axes(y_out, w_out), k=first_axes(x_k, w_k))
+    return cut.check_k(op, settings.pattern, settings.in_features) if cut.k else cut
+
+
+def _partitioned(settings: Settings):
+    @custom_partitioning
+    def op(lifted, scale_x, *operands):
+        return bind(lifted, scale_x, *settings.weight(operands), settings)
+
+    def rule(mesh, operands, results):
+        lifted = ("m", CompoundFactor("g", "l"))
+        return SdyShardingRule(
+            (lifted, ("m", "one"), *weight_factors(settings)), (("m", "o"),), l=settings.pattern.windows * 4,
+            reduction_factors=("g",),
+        )
+
+    def partition(mesh, operands, result):
+        cut = cut_of("sparse_matmul", mesh, operands, result, settings, values_at=2)
+
+        def local(lifted, scale_x, *operands):
+            w, bias = settings.weight(operands)
+            if cut.k or cut.out:
+                w = w.replace(prepared={})
+            if cut.k:
+                return split_k(lifted, scale_x, w, bias, settings, cut.k)
+            return bind(lifted, scale_x, w, bias, dataclasses.replace(settings, prepared=tuple(w.prepared)))
+
+        shardings = (cut.sharding("rows", "k"), cut.sharding("rows", None), *weight_shardings(cut, settings))
+        return mesh, local, cut.sharding("rows", "out"), shardings
+
+    op.def_partition(partition, sharding_rule=rule)
+    return op
+
+
+def split_k(lifted, scale_x, w: SlideWeight, bias, settings: Settings, axes: tuple[str, ...]) -> jax.Array:
+    """One shard of a product whose K is split: raw accumulators summed over `axes`, then scales, then the bias once."""
+    w = w.replace(prepared={}, in_features=w.groups * w.pattern.group)
+    acc = jax.lax.psum(bind(lifted, scale_x, w, None, settings.raw(w.in_features)), axes)
+    return finish(acc, scale_x, w.scale, bias, settings.out_dtype)
+
+
+# --- batching, derivative ---------------------------------------------------------------------------------------------
+
+
+def map_batched(op, axis_size: int, in_batched, x_operands: int, operands):
+    """The vmap rule of a product: a batch of rows is just more rows; a batch of weights runs one after the other."""
+    batched = list(jax.tree.leaves(in_batched))
+    if not any(batched[x_operands:]):
+        x_parts = [
+            a if b else jnp.broadcast_to(a, (axis_size, *a.shape)) for a, b in zip(operands[:x_operands], batched, strict=False)
+        ]
+        y = op(*(a.reshape(-1, a.shape[-1]) for a in x_parts), *operands[x_operands:])
+        return y.reshape(axis_size, -1, y.shape[-1]), True
+
+    def one(slices):
+        rest = iter(slices)
+        return op(*(next(rest) if b else a for a, b in zip(operands, batched, strict=True)))
+
+    return jax.lax.map(one, [a for a, b in zip(operands, batched, strict=True) if b]), True
+
+
+def values_gradient(d_kernel: jax.Array, w: SlideWeight) -> jax.Array:
+    """The gradient of the kept values from that of the dense kernel `[out, padded in]`; zero for 8-bit values."""
+    groups = d_kernel.reshape(*w.values.shape[:-1], w.pattern.group)
+    return kept_values(groups, w.zeros).astype(w.values.dtype)
+
+
+@functools.lru_cache(maxsize=None)
+def _op(settings: Settings):
+    partitioned = _partitioned(settings)
+
+    @custom_vmap
+    def batched(lifted, scale_x, *operands):
+        if settings.reduce_axis:
+            return split_k(lifted, scale_x, *settings.weight(operands), settings, settings.reduce_axis)
+        return partitioned(lifted, scale_x, *operands)
+
+    @batched.def_vmap
+    def _(axis_size, in_batched, *operands):
+        return map_batched(batched, axis_size, in_batched, 2, operands)
+
+    @jax.custom_vjp
+    def op(*operands):
+        return batched(*operands)
+
+    def forward(*operands):
+        return batched(*operands), operands
+
+    def backward(operands, dy):
+        lifted, scale_x, *rest = operands
+        w, bias = settings.weight(rest)
+        kernel = expand_lifted(w).astype(jnp.float32)
+        scaled = dy.astype(jnp.float32) * scale_x * w.scale
+        d_lifted = (scaled @ kernel).astype(lifted.dtype) if jnp.issubdtype(lifted.dtype, jnp.floating) else None
+        d_scale_x = None
+        d_values = None
+        if not numerics.is_quantized(w.dtype):
+            # every column of a window is read through its first window: kept values pair up by window
+            d_lifted_kernel = (dy.astype(jnp.float32) * scale_x).T @ lifted.astype(jnp.float32)
+            d_values = _kept_lifted(d_lifted_kernel, w).astype(w.dtype)
+        d_bias = (dy.astype(jnp.float32).sum(0).astype(bias.dtype),) if bias is not None else ()
+        return (d_lifted, d_scale_x, d_values, None, None, *d_bias, *([None] * len(settings.prepared)))
+
+    op.defvjp(forward, backward)
+    return op
+
+
+def _kept_lifted(lifted_kernel: jax.Array, w: SlideWeight) -> jax.Array:
+    """The transpose of `expand_lifted`: the entries of `[out, K']` at the kept lanes, `[out, groups, kept]`."""
+    (values,) = jax.linear_transpose(lambda values: expand_lifted(w.replace(values=values)), jnp.zeros(w.values.shape, jnp.float32))(
+        lifted_kernel
+    )
+    return values
+
+
+# --- public -----------------------------------------------------------------------------------------------------------
+
+
+def sparse_matmul(
+    lifted: jax.Array,
+    scale: jax.Array,
+    w: SlideWeight,
+    bias: jax.Array | None = None,
+    out_dtype=None,
+    implementation: str | None = None,
+    reduce_axis: str | tuple[str, ...] | None = None,
+) -> jax.Array:
+    """Multiplies lifted activations with a packed weight.
+
+    Args:
+      lifted: `[..., K']` in the dtype of `w.values`, as `lift_quantize` makes it.
+      scale: float32 `[..., 1]`, the scale of each row.
+      w: the packed weight.
+      bias: `[out]`, added in float32.
+      out_dtype: bfloat16, float16 or float32; None: the dtype of 16- and 32-bit values, bfloat16 for 8-bit ones.
+      implementation: one of `slidejax.implementations()`, or None for the fastest that fits.
+      reduce_axis: inside `shard_map` with K split, the mesh axes over which it is.
+
+    Returns:
+      `[..., out]`.
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit each other.
+      NotImplementedError: if the implementation refuses, with the reason.
+
+    >>> from slidejax import lift_quantize, pack
+    >>> w = pack(jnp.ones((8, 2)), "6:8", dtype="int8")
+    >>> sparse_matmul(*lift_quantize(jnp.ones((1, 8)), "6:8"), w, out_dtype="float32")
+    Array([[6., 6.]], dtype=float32)
+    """
+    check_weight(w)
+    lifted, scale = jnp.asarray(lifted), jnp.asarray(scale)
+    columns = w.groups * w.pattern.windows * 4
+    if lifted.ndim < 1 or lifted.shape[-1] != columns:
+        raise ValueError(
+            f"lifted must be [..., {columns}] for a weight with {w.in_features} inputs and pattern {w.pattern}, "
+            f"got shape {lifted.shape}"
+        )
+    if lifted.dtype != w.dtype:
+        raise ValueError(f"lifted must have the dtype of the weight's values, {w.dtype.name}, got {lifted.dtype.name}")
+    if scale.shape != (*lifted.shape[:-1], 1) or scale.dtype != jnp.float32:
+        raise ValueError(f"scale must be float32 {(*lifted.shape[:-1], 1)}, got {scale.dtype} {scale.shape}")
+    if out_dtype is None:
+        out_dtype = jnp.bfloat16 if numerics.is_quantized(w.dtype) else w.dtype
+    settings, bias = product_settings(w, bias, out_dtype, implementation, reduce_axis)
+    rows = math.prod(lifted.shape[:-1])
+    operands = align([lifted.reshape(rows, columns)], [scale.reshape(rows, 1)], w, bias, settings)
+    y = _op(settings)(*operands)
+    return y.reshape(*lifted.shape[:-1], w.out_features)
+
+
+def align(lifted: list, scales: list, w: SlideWeight, bias, settings: Settings) -> list:
+    """The operands of a product, varying over the same manual mesh axes, so that each gradient has its operand's type.
+
+    What has a K axis varies over all of them; scales and bias vary over all but the axes that split K, over which their
+    gradients must not be summed.
+    """
+    operands = [*lifted, *scales, *settings.operands(w, bias)]
+    axes = varying_axes(*operands)
+    whole = axes - set(settings.reduce_axis)
+    lifted_end, values_at = len(lifted), len(lifted) + len(scales)
+    return [
+        vary(axes if i < lifted_end or values_at <= i < values_at + 2 else whole, operand)[0] for i, operand in enumerate(operands)
+    ]
+
+
+def product_settings(w: SlideWeight, bias, out_dtype, implementation, reduce_axis) -> tuple[Settings, jax.Array | None]:
+    """Checks what `sparse_matmul` and `linear` have in common."""
+    out_dtype = jnp.dtype(out_dtype)
+    if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype.name}")
+    if w.values.ndim != 3:
+        raise ValueError(f"w must be one weight [out, groups, kept], got values of shape {w.values.shape}: vmap over the batch")
+    if bias is not None:
+        bias = jnp.asarray(bias)
+        if bias.shape != (w.out_features,):
+            raise ValueError(f"bias must have shape ({w.out_features},), got {bias.shape}")
+        if not jnp.issubdtype(bias.dtype, jnp.floating):
+            raise ValueError(f"bias must be floating, got {bias.dtype}")
+    registry.check_name(implementation)
+    reduce_axes = axis_names(reduce_axis)
+    if w.is_k_shard and not reduce_axes:
+        raise ValueError(
+            f"w holds {w.groups} of {w.pattern.groups(w.in_features)} groups, a shard of K: name the mesh axis over which K "
+            f"is split with reduce_axis="
+        )
+    prepared = tuple(sorted(w.prepared))
+    settings = Settings(w.pattern, w.in_features, out_dtype, implementation, bias is not None, prepared, reduce_axes)
+    return settings, bias
