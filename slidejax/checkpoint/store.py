@@ -278,7 +278,9 @@ class _ArrayFile:
             for n in shape:
                 nbytes *= n
             if end - begin != nbytes or self._base + end > size:
-                self._fail(f"{name!r} ({dtype}{list(shape)}) does not fit its place in the file, or the file is cut short")
+                self._fail(
+                    f"{name!r} ({dtype}{list(shape)}) does not fit its place in the file, or the file is cut short"
+                )
             self._entries[name] = (dtype, shape, begin, end)
         position = 0
         for name, (_, _, begin, end) in sorted(self._entries.items(), key=lambda item: item[1][2:]):
@@ -394,4 +396,3 @@ def _decode_weight(node: dict[str, Any], array: Any, fail: Any) -> SlideWeight:
     if node.get("dtype") != weight.dtype.name:
         fail(f"dtype is {node.get('dtype')!r}, the values are {weight.dtype.name}")
     return weight
-

@@ -1,0 +1,150 @@
+"""How good a language model is on a text: perplexity, next-token accuracy, agreement with another model.
+
+The model is run as it will serve: through its own ``__call__`` under `jax.jit`, with whatever parameters it has, dense or
+packed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["Agreement", "Evaluation", "evaluate", "windows"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How close a model's predictions are to another's.
+
+    Attributes:
+      top1: share of positions at which both would choose the same token.
+      kl: mean Kullback-Leibler divergence of this model's distribution from the other's, in nats.
+    """
+
+    top1: float
+    kl: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+      perplexity: exp of the mean negative log-likelihood of a token.
+      next_token_accuracy: share of tokens that the model ranked first.
+      tokens: how many tokens were predicted.
+      agreement: with the reference model, or None if there was none.
+    """
+
+    perplexity: float
+    next_token_accuracy: float
+    tokens: int
+    agreement: Agreement | None = None
+
+
+def windows(tokens: Sequence[int] | np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts tokens into windows so that every token but the first is predicted exactly once.
+
+    Args:
+      tokens: at least two token ids.
+      length: predictions in a window.
+
+    Returns:
+      int32 [n, length + 1], neighbours sharing one token, the last padded with zeros; and float32 [n, length], 1 where
+      a prediction counts.
+
+    Raises:
+      ValueError: fewer than two tokens, or ``length`` is not positive.
+
+    >>> windows([1, 2, 3, 4], 2)[0].tolist(), windows([1, 2, 3, 4], 2)[1].tolist()
+    ([[1, 2, 3], [3, 4, 0]], [[1.0, 1.0], [1.0, 0.0]])
+    """
+    ids = np.asarray(tokens, np.int32)
+    if ids.ndim != 1 or ids.size < 2:
+        raise ValueError(f"tokens must be at least two token ids, got shape {ids.shape}")
+    if length < 1:
+        raise ValueError(f"length must be positive, got {length}")
+    count = -(-(ids.size - 1) // length)
+    padded = np.zeros(count * length + 1, np.int32)
+    padded[: ids.size] = ids
+    counts = np.zeros(count * length, np.float32)
+    counts[: ids.size - 1] = 1
+    index = np.arange(count)[:, None] * length + np.arange(length + 1)
+    return padded[index], counts.reshape(count, length)
+
+
+def evaluate(
+    model: Any,
+    tokens: Sequence[int] | np.ndarray,
+    params: Any = None,
+    *,
+    window: int = 512,
+    batch: int = 4,
+    reference: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Perplexity and next-token accuracy of a causal language model on a text.
+
+    Args:
+      model: a Hugging Face Flax causal language model, dense or converted.
+      tokens: the text's token ids.
+      params: parameters to run with; None: the model's own.
+      window: predictions made in one sequence; each window starts with no context but its first token.
+      batch: windows run at a time.
+      reference: another model of the same vocabulary to measure agreement with.
+      progress: called with (predicted, total) tokens after each batch.
+
+    Returns:
+      An `Evaluation`.
+
+    Raises:
+      ValueError: too few tokens, a token outside the vocabulary, or a window longer than the model's positions.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and window > positions:
+        raise ValueError(f"window must be at most the model's {positions} positions, got {window}")
+    ids, counts = windows(tokens, window)
+    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+        raise ValueError(f"tokens must be in 0..{model.config.vocab_size - 1}, got {ids.min()}..{ids.max()}")
+    batch = min(batch, len(ids))
+    short = -len(ids) % batch
+    ids = np.concatenate([ids, np.zeros((short, window + 1), np.int32)])
+    counts = np.concatenate([counts, np.zeros((short, window), np.float32)])
+
+    params = model.params if params is None else params
+    reference_params = None if reference is None else reference.params
+
+    @jax.jit
+    def step(params: Any, reference_params: Any, ids: jax.Array, counts: jax.Array) -> jax.Array:
+        logits = model(ids[:, :-1], params=params).logits.astype(jnp.float32)
+        target = ids[:, 1:]
+        # log-softmax only where it is needed: over the whole vocabulary it would be the largest array of all
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        loss = normaliser - jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        best = jnp.argmax(logits, axis=-1)
+        sums = [jnp.sum(loss * counts), jnp.sum((best == target) * counts)]
+        if reference is not None:
+            other = reference(ids[:, :-1], params=reference_params).logits.astype(jnp.float32)
+            log_p = other - jax.nn.logsumexp(other, axis=-1, keepdims=True)
+            kl = jnp.sum(jnp.exp(log_p) * (log_p - (logits - normaliser[..., None])), axis=-1)
+            sums += [jnp.sum((best == jnp.argmax(other, axis=-1)) * counts), jnp.sum(kl * counts)]
+        return jnp.stack(sums)
+
+    total = int(counts.sum())
+    sums = np.zeros(2 if reference is None else 4)  # float64: a long text must not lose its last tokens to rounding
+    for i in range(0, len(ids), batch):
+        sums += np.asarray(step(params, reference_params, ids[i : i + batch], counts[i : i + batch]), np.float64)
+        if progress is not None:
+            progress(int(counts[: i + batch].sum()), total)
+    mean = sums / total
+    agreement = None if reference is None else Agreement(top1=float(mean[2]), kl=float(mean[3]))
+    loss = float(mean[0])
+    # exp of a large mean overflows; of nan it is nan, which a ruined model should show
+    perplexity = math.exp(loss) if not loss > 700 else math.inf
+    return Evaluation(perplexity, float(mean[1]), total, agreement)
