@@ -1,4 +1,5 @@
-"""Eight fake CPU devices for the sharding tests, and GPU tests that skip with a reason where there is no GPU."""
+"""Eight fake CPU devices for the sharding tests, and GPU tests that skip with a reason where there is no GPU;
+a tiny Llama."""
 
 import os
 
@@ -20,3 +21,64 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """A Llama of two layers whose widths fill no whole block of any pattern; tied head, its own rope base."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.LlamaConfig(
+        vocab_size=259,
+        hidden_size=48,
+        intermediate_size=104,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        rope_theta=50000.0,
+        tie_word_embeddings=True,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_config):
+    """Parameters of the tiny Llama: nested dicts of float32 NumPy arrays, without the tied head."""
+    import numpy as np
+    from transformers import FlaxLlamaForCausalLM
+
+    shapes = FlaxLlamaForCausalLM(tiny_config, _do_init=False).params_shape_tree
+    random = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        spread = 1.0 if "embedding" in jax.tree_util.keystr(path) else 2.0 / np.sqrt(leaf.shape[0])
+        return (random.normal(size=leaf.shape) * spread + (leaf.ndim == 1)).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
+    return {"model": params["model"]}
+
+
+@pytest.fixture
+def tiny_llama(tiny_config, tiny_params):
+    """A new FlaxLlamaForCausalLM with those parameters, its head tied to the embedding."""
+    from slidejax.checkpoint.huggingface import build
+
+    return build(tiny_config, tiny_params)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """One token for each byte, and three special ones."""
+    pytest.importorskip("transformers")
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<s>", "</s>", "<pad>")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")

@@ -132,9 +132,9 @@ def attention_reference(params, config, x):
 
 def test_the_rope_base_of_the_configuration_is_used(tiny_config, tiny_llama):
     """Against attention written out in NumPy; transformers' own module, base 10000, is far from it."""
+    import flax.linen as nn
     from transformers import FlaxLlamaForCausalLM
     from transformers.models.llama.modeling_flax_llama import FlaxLlamaAttention
-    import flax.linen as nn
 
     def attention(model):
         seen = []
