@@ -1,0 +1,167 @@
+"""How a layer contracts its input with its kernel, so that a kernel of any shape is packed as `[..., in, out]` and run.
+
+Dense, DenseGeneral (LinearGeneral in NNX), Einsum and GPT-2's Conv1D all are one `lax.dot_general`; they differ in which
+axes of the kernel are batch, input and output axes, and in the order of the axes of the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from slidejax.ops.linear import linear
+from slidejax.rules import LeftDense
+from slidejax.weight import SlideWeight
+
+__all__ = ["Contraction", "contract", "to_matrix"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """A product of an input and a kernel, axis by axis. All axes are counted from the front.
+
+    Attributes:
+      kernel_batch, kernel_in, kernel_out: the axes of the kernel.
+      x_batch, x_in: the axes of x that go with `kernel_batch` and `kernel_in`, in the same order.
+      result: for each axis of the result, its place in (batch, other axes of x, outputs); None: it is in that order.
+    """
+
+    kernel_batch: tuple[int, ...]
+    kernel_in: tuple[int, ...]
+    kernel_out: tuple[int, ...]
+    x_batch: tuple[int, ...]
+    x_in: tuple[int, ...]
+    result: tuple[int, ...] | None = None
+
+    @classmethod
+    def dense(cls, x_ndim: int) -> Contraction:
+        """The last axis of x with the first of `[in, out]`."""
+        return cls((), (0,), (1,), (), (x_ndim - 1,))
+
+    @classmethod
+    def general(cls, x_ndim: int, axis: tuple[int, ...], batch: tuple[int, ...], features: int) -> Contraction:
+        """Flax's DenseGeneral and LinearGeneral: a kernel `[*batch, *inputs, *features]`; axes may be negative.
+
+        `features` is the number of output axes.
+        """
+
+        def normalized(axes):  # sorted, as Flax does it
+            return tuple(sorted(a % x_ndim for a in axes))
+
+        n_batch, n_in = len(batch), len(axis)
+        last = n_batch + n_in
+        kernel = tuple(range(n_batch)), tuple(range(n_batch, last)), tuple(range(last, last + features))
+        return cls(*kernel, normalized(batch), normalized(axis))
+
+    @classmethod
+    def einsum(cls, equation: str, x_ndim: int) -> Contraction:
+        """An einsum of x and the kernel, such as `"btnh,nhd->btd"`; x may have an ellipsis.
+
+        Raises:
+          LeftDense: if it is more than a product of matrices (sums over an axis of one operand, diagonals).
+        """
+        x, kernel, result = _parse_einsum(equation, x_ndim)
+        batch = [c for c in kernel if c in x and c in result]
+        inputs = [c for c in kernel if c in x and c not in result]
+        outputs = [c for c in kernel if c not in x and c in result]
+        if not inputs or not outputs or len(batch) + len(inputs) + len(outputs) != len(kernel) or not set(x) - set(inputs) <= set(result):
+            raise LeftDense(f"its einsum {equation!r} is not a product of matrices")
+        order = batch + [c for c in x if c not in batch and c not in inputs] + outputs
+        axes = [tuple(kernel.index(c) for c in names) for names in (batch, inputs, outputs)]
+        return cls(*axes, tuple(x.index(c) for c in batch), tuple(x.index(c) for c in inputs), tuple(order.index(c) for c in result))
+
+    @property
+    def kernel(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The kernel's batch, input and output axes."""
+        return self.kernel_batch, self.kernel_in, self.kernel_out
+
+    @property
+    def kernel_ndim(self) -> int:
+        return sum(map(len, self.kernel))
+
+    def bias_order(self) -> tuple[int, ...]:
+        """For each axis of (batch, outputs), its place among the axes of a bias that has the result's order (Einsum)."""
+        n_batch, n_out = len(self.kernel_batch), len(self.kernel_out)
+        if self.result is None:
+            return tuple(range(n_batch + n_out))
+        ndim = len(self.result)
+        ours = [axis for axis in self.result if axis < n_batch or axis >= ndim - n_out]
+        return tuple(ours.index(axis) for axis in (*range(n_batch), *range(ndim - n_out, ndim)))
+
+
+def _parse_einsum(equation: str, x_ndim: int) -> tuple[list[str], list[str], list[str]]:
+    """The axis names of x, the kernel and the result."""
+    equation = equation.replace(" ", "")
+    operands, _, result = equation.partition("->")
+    if "->" not in equation or operands.count(",") != 1:
+        raise LeftDense(f"its einsum {equation!r} is not of the form 'x,kernel->y'")
+    x, kernel = operands.split(",")
+    if "..." in kernel:
+        raise LeftDense(f"its einsum {equation!r} has an ellipsis in the kernel")
+    ellipsis = [f".{i}" for i in range(x_ndim - len(x.replace("...", "")))] if "..." in x else []
+
+    def names(term):
+        before, dots, after = term.partition("...")
+        return [*before, *(ellipsis if dots else []), *after]
+
+    parsed = names(x), names(kernel), names(result)
+    if any(len(set(term)) != len(term) for term in parsed):
+        raise LeftDense(f"its einsum {equation!r} takes a diagonal")
+    return parsed
+
+
+def to_matrix(kernel: jax.Array, axes: tuple[tuple[int, ...], ...]) -> jax.Array:
+    """A kernel as `[..., in, out]`, its leading axes (of scan and vmap) and its own batch axes first.
+
+    Args:
+      kernel: with any number of leading axes before those of the layer.
+      axes: the layer's `Contraction.kernel`.
+    """
+    lead = kernel.ndim - sum(map(len, axes))
+    batch, inputs, outputs = (tuple(lead + a for a in group) for group in axes)
+    kernel = jnp.transpose(kernel, (*range(lead), *batch, *inputs, *outputs))
+    front = kernel.shape[: lead + len(batch)]
+    split = len(front) + len(inputs)
+    return kernel.reshape(*front, math.prod(kernel.shape[len(front) : split]), math.prod(kernel.shape[split:]))
+
+
+def contract(
+    x: jax.Array,
+    w: SlideWeight,
+    axes: Contraction,
+    features: tuple[int, ...],
+    bias: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The layer's result in x's dtype.
+
+    Args:
+      x: the input as the layer gets it.
+      w: made by `to_matrix` and `pack`.
+      axes: the layer's contraction.
+      features: sizes of the kernel's output axes.
+      bias: in the layer's own shape, or None.
+      implementation: of `slidejax.linear`.
+
+    Raises:
+      ValueError: if the shapes do not fit each other.
+    """
+    if w.values.ndim - 3 != len(axes.kernel_batch) or w.out_features != math.prod(features):
+        raise ValueError(f"a packed kernel of shape {w.shape} does not fit a layer with output axes {features}")
+    batch = tuple(x.shape[a] for a in axes.x_batch)
+    free = tuple(a for a in range(x.ndim) if a not in axes.x_batch + axes.x_in)
+    free_shape = tuple(x.shape[a] for a in free)
+    x = jnp.transpose(x, (*axes.x_batch, *free, *axes.x_in)).reshape(*batch, *free_shape, -1)
+    if bias is not None:
+        bias = jnp.transpose(bias, axes.bias_order()).reshape(*batch, -1)
+
+    def product(x, w, bias):
+        return linear(x, w, bias, implementation=implementation)
+
+    for _ in batch:
+        product = jax.vmap(product)
+    y = product(x, w, bias).reshape(*batch, *free_shape, *features)
+    return y if axes.result is None else jnp.transpose(y, axes.result)

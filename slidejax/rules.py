@@ -1,0 +1,197 @@
+"""Rules: which linear layers of a model become sparse, with which pattern and dtype; and the report of what was done.
+
+Rules are ordered pairs `(regex, what)`. The regex must match the whole '/'-joined path of a linear layer's kernel, such
+as `model/layers/0/mlp/up_proj/kernel` (the final `/kernel` may be left out); the first rule that matches decides.
+`what` is a pattern (`"6:8"`, meaning `Rule("6:8")`), a `Rule`, or None to leave the layer dense.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from slidejax import numerics
+from slidejax.pattern import Pattern
+from slidejax.prune import magnitude
+from slidejax.weight import SlideWeight, pack
+
+__all__ = ["Converted", "LeftDense", "Prune", "Report", "Rule", "RuleSet"]
+
+# (kernel [..., in, out], pattern, path) -> mask, or (mask, kernel) where the method changes the kept values too
+Prune = Callable[[jax.Array, Pattern, str], Any]
+
+
+class LeftDense(Exception):
+    """A layer stays dense; the message is the reason, for the report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How the linear layers that a rule matches become sparse.
+
+    Attributes:
+      pattern: such as `"6:8"`.
+      qdtype: dtype of the packed values: int8 or float8_e4m3fn quantise weight and activations; bfloat16, float16 or
+        float32 store the values in that dtype; None keeps the kernel's own.
+
+    Raises:
+      ValueError: for a bad pattern or dtype.
+
+    >>> Rule("6:8")
+    Rule(pattern=Pattern(kept=6, group=8), qdtype=dtype('int8'))
+    """
+
+    pattern: Pattern
+    qdtype: Any = "int8"
+
+    def __init__(self, pattern: str | Pattern, qdtype: Any = "int8"):
+        object.__setattr__(self, "pattern", Pattern.parse(pattern))
+        object.__setattr__(self, "qdtype", None if qdtype is None else numerics.check_dtype(qdtype, "qdtype"))
+
+    def __str__(self) -> str:
+        return f"{self.pattern} {'unquantised' if self.qdtype is None else self.qdtype.name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """One layer that became sparse: `shape` of its kernel as `[..., in, out]`, bytes before and after."""
+
+    path: str
+    rule: Rule
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclasses.dataclass
+class Report:
+    """What a conversion did; pass an empty one as `report=`, it is filled in and can be printed.
+
+    Attributes:
+      converted: the layers that became sparse.
+      dense: path -> why the layer was left dense.
+      unmatched: a line for each rule that decided no layer.
+    """
+
+    converted: list[Converted] = dataclasses.field(default_factory=list)
+    dense: dict[str, str] = dataclasses.field(default_factory=dict)
+    unmatched: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the kernels that became sparse, as they were."""
+        return sum(layer.bytes_before for layer in self.converted)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the packed weights, padding and prepared forms included."""
+        return sum(layer.bytes_after for layer in self.converted)
+
+    def __str__(self) -> str:
+        width = max((len(layer.path) for layer in self.converted), default=0)
+        lines = [f"{len(self.converted)} layers converted, {_mib(self.bytes_before)} to {_mib(self.bytes_after)}; {len(self.dense)} left dense"]
+        lines += [
+            f"  {layer.path:<{width}}  {layer.rule.pattern!s:>5} {layer.dtype.name:<13} {'x'.join(map(str, layer.shape))}  "
+            f"{_mib(layer.bytes_before)} to {_mib(layer.bytes_after)}"
+            for layer in self.converted
+        ]
+        lines += [f"  dense: {path}: {reason}" for path, reason in self.dense.items()]
+        return "\n".join(lines + [f"  {line}" for line in self.unmatched])
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"
+
+
+class RuleSet:
+    """Ordered rules, checked; remembers which of them decided a layer.
+
+    Args:
+      rules: `[(regex, "6:8" | Pattern | Rule | None)]`; a single pattern or `Rule` stands for `[(".*", rule)]`.
+
+    Raises:
+      ValueError: naming the rule by its index, for a bad regular expression, pattern or form of rules.
+
+    >>> rules = RuleSet([(".*/head", None), (".*", "6:8")])
+    >>> str(rules.match("model/up/kernel"))
+    '6:8 int8'
+    """
+
+    def __init__(self, rules):
+        if isinstance(rules, (str, Pattern, Rule)):
+            rules = [(".*", rules)]
+        if isinstance(rules, dict) or not isinstance(rules, Iterable):
+            raise ValueError(f'rules must be an ordered list such as [(".*/mlp/.*", "6:8")], got {type(rules).__name__}')
+        self._rules = [_parse(index, entry) for index, entry in enumerate(rules)]
+        self._decided = [0] * len(self._rules)
+        self._shadowed = [0] * len(self._rules)
+
+    def match(self, path: str) -> Rule:
+        """The rule for a layer.
+
+        Raises:
+          LeftDense: with the reason, if the layer is to stay dense.
+        """
+        matching = [i for i, (regex, _) in enumerate(self._rules) if regex.fullmatch(path) or regex.fullmatch(path.removesuffix("/kernel"))]
+        if not matching:
+            raise LeftDense("no rule matches")
+        self._decided[matching[0]] += 1
+        for i in matching[1:]:
+            self._shadowed[i] += 1
+        rule = self._rules[matching[0]][1]
+        if rule is None:
+            raise LeftDense("a rule says so")
+        return rule
+
+    def unmatched(self) -> list[str]:
+        """A line for each rule that has decided no layer so far."""
+        lines = []
+        for i, (regex, _) in enumerate(self._rules):
+            if not self._decided[i]:
+                why = f"earlier rules took its {self._shadowed[i]} layers" if self._shadowed[i] else "it matched no linear layer"
+                lines.append(f"rules[{i}] ({regex.pattern!r}) decided nothing: {why}")
+        return lines
+
+    def finish(self, report: Report) -> Report:
+        """Writes the unmatched rules into the report, and warns of them."""
+        report.unmatched.extend(self.unmatched())
+        if report.unmatched:
+            seen = [layer.path for layer in report.converted] + list(report.dense)
+            example = f" (paths look like {seen[0]!r})" if seen else " (no linear layer was found)"
+            warnings.warn("slidejax: " + "; ".join(report.unmatched) + example, stacklevel=3)
+        return report
+
+
+def _parse(index: int, entry) -> tuple[re.Pattern, Rule | None]:
+    if not isinstance(entry, (tuple, list)) or len(entry) != 2 or not isinstance(entry[0], (str, re.Pattern)):
+        raise ValueError(f'rules[{index}] must be a pair (regex, "6:8" | Rule | None), got {entry!r}')
+    regex, what = entry
+    try:
+        regex = re.compile(regex)
+    except re.error as error:
+        raise ValueError(f"rules[{index}]: bad regular expression {regex!r}: {error}") from error
+    if what is None or isinstance(what, Rule):
+        return regex, what
+    if not isinstance(what, (str, Pattern)):
+        raise ValueError(f'rules[{index}] must say "6:8", a Rule or None, got {type(what).__name__}')
+    try:
+        return regex, Rule(what)
+    except ValueError as error:
+        raise ValueError(f"rules[{index}] ({regex.pattern!r}): {error}") from error
+
+
+def pack_by_rule(kernel: jax.Array, rule: Rule, path: str, prune: Prune | None = None) -> SlideWeight:
+    """Prunes and packs a kernel `[..., in, out]` as a rule says; errors name the path."""
+    try:
+        result = magnitude(kernel, rule.pattern) if prune is None else prune(kernel, rule.pattern, path)
+        mask, kernel = result if isinstance(result, tuple) else (result, kernel)
+        return pack(kernel, rule.pattern, dtype=rule.qdtype, mask=mask)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
