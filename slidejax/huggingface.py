@@ -1,0 +1,172 @@
+"""Hugging Face Flax models with sparse weights: same class, same `__call__` and `.generate`, also under `jax.jit`.
+
+A `FlaxPreTrainedModel` calls `module.apply` for everything it does. The converted model holds an instance of a subclass
+of its module's class whose `apply` runs under `slidejax.linen.interceptor`; nothing else changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+from flax import traverse_util
+from flax.core import unfreeze
+
+from slidejax import linen
+from slidejax.pattern import Pattern
+from slidejax.prepared import prepare
+from slidejax.rules import Prune, Report, Rule
+
+if TYPE_CHECKING:
+    from transformers import FlaxPreTrainedModel
+
+__all__ = ["HIDDEN_LAYERS", "convert", "with_params"]
+
+# All linear layers but output embeddings: the heads of language models, often tied to the input embedding.
+HIDDEN_LAYERS = r"(?!(?:.*/)?(?:lm_head|predictions/decoder)(?:/kernel)?$).*"
+
+_METHODS: dict[str, Prune | None] = {"magnitude": None}
+
+
+def convert(
+    flax_model: FlaxPreTrainedModel,
+    rules,
+    method: str | Prune = "magnitude",
+    calibration: Any = None,
+    *,
+    params: Mapping | None = None,
+    report: Report | None = None,
+) -> FlaxPreTrainedModel:
+    """Prunes and packs the linear layers of a Hugging Face Flax model.
+
+    Args:
+      flax_model: of any Flax class of transformers; it stays as it is.
+      rules: see `slidejax.rules`, with paths such as `model/layers/0/mlp/up_proj/kernel`. A single pattern or `Rule` is
+        for all linear layers but the output embedding (`HIDDEN_LAYERS`).
+      method: "magnitude", or a function `(kernel [..., in, out], pattern, path) -> mask`, or `(mask, kernel)` where it
+        changes the kept values too.
+      calibration: for methods that need it; "magnitude" does not.
+      params: the parameters of a model made with `_do_init=False`; the result holds the packed ones.
+      report: an empty `slidejax.Report`, filled in.
+
+    Returns:
+      A model of the same class: `__call__`, `.generate` and `jax.jit` of both run sparse. `save_pretrained` writes what
+      `slidejax.checkpoint` and the command line read; `from_pretrained` of transformers cannot.
+
+    Raises:
+      ValueError: for bad rules, an unknown method, calibration that the method does not use, or parameters that are not
+        the model's.
+      TypeError: if it is not a Flax model of transformers.
+
+    Example, 6:8 with int8 values, the last layer dense::
+
+        model = FlaxLlamaForCausalLM.from_pretrained(path)
+        model = sj.huggingface.convert(model, [(r"model/layers/29/.*", None), (sj.huggingface.HIDDEN_LAYERS, "6:8")])
+        tokens = model.generate(input_ids).sequences
+    """
+    _check_model(flax_model)
+    prune = _prune(method, calibration)
+    if isinstance(rules, (str, Pattern, Rule)):
+        rules = [(HIDDEN_LAYERS, rules)]
+    params = _params_of(flax_model) if params is None else params
+    rngs, args, kwargs = _init_arguments(flax_model)
+    module = flax_model.module
+    packed = linen.convert(params, rules, module, *args, report=report, prune=prune, rngs=rngs, **kwargs)
+    return with_params(flax_model, packed)
+
+
+def with_params(flax_model: FlaxPreTrainedModel, params: Mapping) -> FlaxPreTrainedModel:
+    """A copy of a model that holds and runs other parameters, among them `SlideWeight`s.
+
+    Args:
+      flax_model: of any Flax class of transformers; it stays as it is.
+      params: in its structure, such as `slidejax.checkpoint` loads them. On a GPU their prepared forms are made
+        (`slidejax.prepare`).
+
+    Raises:
+      ValueError: if parameters are missing.
+      TypeError: if it is not a Flax model of transformers.
+    """
+    _check_model(flax_model)
+    model = copy.copy(flax_model)
+    # what a user may edit; the module keeps the configuration that it was built with
+    model._config = copy.deepcopy(flax_model.config)
+    model.generation_config = copy.deepcopy(flax_model.generation_config)
+    if not getattr(type(flax_model.module), "_slidejax_sparse", False):
+        model._module = _with_methods(flax_model.module, apply=_apply, _slidejax_sparse=True)
+    model._is_initialized = True
+    model.params = prepare(params) if jax.default_backend() == "gpu" else params
+    model.save_pretrained = types.MethodType(_save_pretrained, model)
+    return model
+
+
+def _check_model(flax_model) -> None:
+    from transformers import FlaxPreTrainedModel
+
+    if not isinstance(flax_model, FlaxPreTrainedModel):
+        raise TypeError(
+            f"flax_model must be a Flax model of transformers, got {type(flax_model).__name__} "
+            f"(slidejax.linen.convert and slidejax.nnx.convert take other modules)"
+        )
+
+
+def _params_of(flax_model) -> Mapping:
+    if not flax_model._is_initialized:
+        raise ValueError(f"this {type(flax_model).__name__} was made with _do_init=False and holds no parameters: give params=")
+    return flax_model.params
+
+
+def _prune(method, calibration) -> Prune | None:
+    if not callable(method) and method not in _METHODS:
+        raise ValueError(f"method must be a function or one of {', '.join(_METHODS)}, got {method!r}")
+    if calibration is not None:
+        raise ValueError(f"method {method!r} uses no calibration")
+    return method if callable(method) else _METHODS[method]
+
+
+def _with_methods(module: nn.Module, **namespace) -> nn.Module:
+    """The same module as an instance of a subclass with other methods; the class keeps its name."""
+    base = type(module)
+    namespace = {name: nn.nowrap(value) if callable(value) else value for name, value in namespace.items()}
+    subclass = type(base.__name__, (base,), {**namespace, "__module__": base.__module__, "__doc__": base.__doc__, "_slidejax_base": base})
+    fields = [field.name for field in dataclasses.fields(module) if field.init and field.name not in ("parent", "name")]
+    return subclass(**{name: getattr(module, name) for name in fields})
+
+
+def _apply(self, *args, **kwargs):
+    with nn.intercept_methods(linen.interceptor):
+        return self._slidejax_base.apply(self, *args, **kwargs)
+
+
+class _Called(Exception):
+    """Carries the arguments of `module.init` out of `init_weights`."""
+
+
+def _init_arguments(flax_model) -> tuple[Any, tuple, dict]:
+    """The arguments with which the model itself calls `module.init`: right for every architecture."""
+
+    def init(self, rngs, *args, **kwargs):
+        raise _Called(rngs, args, kwargs)
+
+    probe = copy.copy(flax_model)
+    probe._module = _with_methods(flax_model.module, init=init)
+    try:
+        probe.init_weights(jax.random.PRNGKey(0), flax_model.input_shape)
+    except _Called as call:
+        rngs, args, kwargs = call.args
+        return rngs, args, kwargs
+    raise ValueError(f"{type(flax_model).__name__}.init_weights does not call module.init: its layers cannot be traced")
+
+
+def _save_pretrained(self, save_directory, params=None, **kwargs) -> None:
+    """Writes the model, packed weights and all, as `slidejax convert` does (`slidejax.checkpoint`)."""
+    if kwargs:
+        raise ValueError(f"save_pretrained of a sparse model takes no {', '.join(kwargs)}: see slidejax.checkpoint.save")
+    from slidejax.checkpoint.huggingface import write_pretrained
+
+    write_pretrained(save_directory, self if params is None else with_params(self, params))
