@@ -1,0 +1,40 @@
+// Activation lifting fused with dynamic quantisation: the kernel's host interface (docs/design.md, section 1).
+#ifndef SLIDEJAX_LIFT_QUANTIZE_H_
+#define SLIDEJAX_LIFT_QUANTIZE_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace slidejax {
+
+struct LiftArgs {
+  const void* x;          // [rows, columns], row-major, 16-byte aligned base
+  DType x_type;           // bfloat16, float16 or float32
+  const float* absmax;    // [rows]: largest |x| of each row, when the row is split over devices; nullptr: found here
+  void* lifted;           // [rows, lifted_columns], row-major, 16-byte aligned base
+  DType lifted_type;      // int8, float8_e4m3fn (quantised) or bfloat16, float16, float32 (cast)
+  float* scale;           // [rows]
+  int64_t rows;
+  int64_t columns;
+  int64_t lifted_columns;
+  int group;              // 2N in 4..16; 0: quantise only, columns copied and zero-padded to lifted_columns
+};
+
+// Columns that lifting `columns` columns gives: whole blocks of 8 groups, four for each of a group's N-1 windows.
+inline int64_t LiftedColumns(int64_t columns, int group) {
+  const int64_t groups = (columns + 8 * group - 1) / (8 * group) * 8;
+  return groups * (group / 2 - 1) * 4;
+}
+
+// Largest number of columns that the kernel's 32-bit arithmetic within a row takes.
+inline constexpr int64_t kMaxColumns = int64_t{1} << 26;
+
+// Launches the kernel on `stream`. The caller has checked shapes and dtypes. Allocates nothing; returns the launch status.
+cudaError_t LiftQuantize(const LiftArgs& args, cudaStream_t stream);
+
+}  // namespace slidejax
+
+#endif  // SLIDEJAX_LIFT_QUANTIZE_H_

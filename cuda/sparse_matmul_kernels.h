@@ -1,0 +1,43 @@
+// Small kernels around the library GEMM: expanding the packed form, finishing accumulators, random operands for tuning.
+#ifndef SLIDEJAX_SPARSE_MATMUL_KERNELS_H_
+#define SLIDEJAX_SPARSE_MATMUL_KERNELS_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace slidejax {
+
+// The packed form as a dense 2:4 matrix over lifted columns.
+struct ExpandArgs {
+  const void* values;    // [outputs, groups, 2N-2]
+  const uint8_t* zeros;  // [outputs, groups], z1 | z2 << 4
+  void* lifted;          // [padded_outputs, groups * (N-1) * 4]; rows past `outputs` become zeros
+  DType type;            // 1 or 2 bytes
+  int64_t outputs, padded_outputs, groups;
+  int group;  // 2N
+};
+cudaError_t ExpandLifted(const ExpandArgs& args, cudaStream_t stream);
+
+// y = float32(accumulator) * scale_x * scale_w + bias, rounded once.
+struct DequantizeArgs {
+  const void* accumulators;  // [rows, pitch] of accumulator_type; may be y itself
+  DType accumulator_type;    // int32, float32, bfloat16, float16
+  int64_t pitch;             // elements, a multiple of 8
+  const float* scale_x;      // [rows]
+  const float* scale_w;      // [outputs], or nullptr: already applied
+  const float* bias;         // [outputs] or nullptr
+  void* y;                   // [rows, outputs] of y_type: bfloat16, float16, float32
+  DType y_type;
+  int64_t rows, outputs;
+};
+cudaError_t Dequantize(const DequantizeArgs& args, cudaStream_t stream);
+
+// Pseudo-random finite elements; with `two_of_four`, two of each four are zero.
+cudaError_t FillRandom(DType type, void* data, int64_t count, bool two_of_four, cudaStream_t stream);
+
+}  // namespace slidejax
+
+#endif  // SLIDEJAX_SPARSE_MATMUL_KERNELS_H_
