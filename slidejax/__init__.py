@@ -12,16 +12,22 @@ from slidejax.ops.linear import linear
 from slidejax.ops.registry import explain, implementations
 from slidejax.ops.sparse_matmul import sparse_matmul
 from slidejax.pattern import Pattern
+from slidejax.prepared import drop_prepared, prepare
+from slidejax.trainable import combine, partition
 from slidejax.weight import SlideWeight, pack, quantize, unpack
 
 __all__ = [
     "Pattern",
     "SlideWeight",
+    "combine",
+    "drop_prepared",
     "explain",
     "implementations",
     "lift_quantize",
     "linear",
     "pack",
+    "partition",
+    "prepare",
     "prune",
     "quantize",
     "sparse_matmul",

@@ -34,7 +34,7 @@ from slidejax.ops._common import (
 )
 from slidejax.pattern import Pattern
 
-__all__ = ["lift", "lift_quantize", "lift_quantize_p", "lift_rows", "quantize_rows", "row_absmax", "unlift"]
+__all__ = ["lift", "lift_quantize", "lift_quantize_p", "lift_rows", "lift_shard", "quantize_rows", "row_absmax", "unlift"]
 
 
 # --- reference --------------------------------------------------------------------------------------------------------
@@ -44,16 +44,17 @@ def lift(x: jax.Array, pattern: Pattern) -> jax.Array:
     """Lifts the columns of `x` `[..., K]` to `[..., K']`, zero-padded to whole blocks. Nothing is quantised."""
     missing = pattern.padded(x.shape[-1]) - x.shape[-1]
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-    groups = x.reshape(*x.shape[:-1], -1, pattern.group)
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // pattern.group, pattern.group)
     windows = [groups[..., 2 * w : 2 * w + 4] for w in range(pattern.windows)]
-    return jnp.concatenate(windows, axis=-1).reshape(*x.shape[:-1], -1)
+    return jnp.concatenate(windows, axis=-1).reshape(*x.shape[:-1], pattern.lifted(x.shape[-1]))
 
 
 def unlift(lifted: jax.Array, pattern: Pattern) -> jax.Array:
     """The columns `[..., padded K]` that were lifted: each is read from the first window that holds it."""
-    windows = lifted.reshape(*lifted.shape[:-1], -1, pattern.windows, 4)
-    head = windows[..., :, :, :2].reshape(*windows.shape[:-2], -1)
-    return jnp.concatenate([head, windows[..., -1, 2:]], axis=-1).reshape(*lifted.shape[:-1], -1)
+    groups = lifted.shape[-1] // (4 * pattern.windows)
+    windows = lifted.reshape(*lifted.shape[:-1], groups, pattern.windows, 4)
+    head = windows[..., :2].reshape(*windows.shape[:-2], 2 * pattern.windows)
+    return jnp.concatenate([head, windows[..., -1, 2:]], axis=-1).reshape(*lifted.shape[:-1], groups * pattern.group)
 
 
 def row_absmax(x: jax.Array) -> jax.Array:
@@ -70,7 +71,14 @@ def quantize_rows(x: jax.Array, dtype, absmax: jax.Array | None = None) -> tuple
         absmax = row_absmax(x)
     if numerics.is_quantized(dtype):
         return numerics.encode(x, absmax, dtype)
-    return x.astype(dtype), jnp.where(jnp.isfinite(absmax), np.float32(1), np.float32(np.nan))
+    return x.astype(dtype), row_scale(absmax, dtype)
+
+
+def row_scale(absmax: jax.Array, dtype) -> jax.Array:
+    """The scale of each row from its largest magnitude, float32 of the same shape."""
+    if numerics.is_quantized(dtype):
+        return numerics.scale_from_absmax(absmax, dtype)
+    return jnp.where(jnp.isfinite(absmax), np.float32(1), np.float32(np.nan))
 
 
 def _reference(x, absmax, pattern, dtype):
@@ -113,6 +121,13 @@ def lift_rows(x: jax.Array, pattern: Pattern | None, dtype, absmax: jax.Array | 
     return codes, scale
 
 
+def lift_shard(x: jax.Array, pattern: Pattern, dtype, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+    """Lifts one shard of rows whose columns are split over the mesh axes `axes`: they share a max-reduced scale."""
+    absmax = jax.lax.pmax(row_absmax(x), axes)
+    codes, _ = lift_rows(x, pattern, dtype, absmax)
+    return codes, row_scale(absmax, dtype)  # from the reduced absmax, so that JAX knows it is the same on every shard
+
+
 # --- sharding ---------------------------------------------------------------------------------------------------------
 
 
@@ -142,8 +157,7 @@ def _partitioned(pattern: Pattern, dtype):
             cut.check_k("lift_quantize", pattern, operands[0].shape[1])
 
         def local(x):
-            absmax = jax.lax.pmax(row_absmax(x), cut.k) if cut.k else None
-            return lift_rows(x, pattern, dtype, absmax)
+            return lift_shard(x, pattern, dtype, cut.k) if cut.k else lift_rows(x, pattern, dtype)
 
         return mesh, local, (cut.sharding("rows", "k"), cut.sharding("rows", None)), (cut.sharding("rows", "k"),)
 
@@ -160,9 +174,7 @@ def _op(pattern: Pattern, dtype, reduce_axis: tuple[str, ...]):
 
     @custom_vmap
     def batched(x):
-        if reduce_axis:
-            return lift_rows(x, pattern, dtype, jax.lax.pmax(row_absmax(x), reduce_axis))
-        return partitioned(x)
+        return lift_shard(x, pattern, dtype, reduce_axis) if reduce_axis else partitioned(x)
 
     @batched.def_vmap
     def _(axis_size, in_batched, x):  # a batch is just more rows

@@ -22,7 +22,7 @@ from jax.experimental.custom_partitioning import CompoundFactor, SdyShardingRule
 from slidejax import numerics
 from slidejax.ops import registry, sparse_matmul
 from slidejax.ops._common import check_input, make_primitive, varying_axes, vary
-from slidejax.ops.lift_quantize import lift_quantize_p, lift_rows, row_absmax
+from slidejax.ops.lift_quantize import lift_quantize_p, lift_shard
 from slidejax.ops.sparse_matmul import Settings
 from slidejax.weight import SlideWeight, check_weight, scatter_values
 
@@ -62,10 +62,7 @@ def _bind(x, w: SlideWeight, bias, settings: Settings) -> jax.Array:
 
 def _split_k(x, w: SlideWeight, bias, settings: Settings, axes: tuple[str, ...]) -> jax.Array:
     """One shard of a product whose K is split over the mesh axes `axes`."""
-    absmax = jax.lax.pmax(row_absmax(x), axes)
-    codes, scale_x = lift_rows(x, w.pattern, w.dtype, absmax)
-    # every shard of the axis holds the same scale: say so, where JAX tracks it
-    scale_x = jax.lax.pmax(scale_x, tuple(axes)) if varying_axes(scale_x) & set(axes) else scale_x
+    codes, scale_x = lift_shard(x, w.pattern, w.dtype, axes)
     return sparse_matmul.split_k(codes, scale_x, w, bias, settings, axes)
 
 

@@ -1,0 +1,106 @@
+"""Prepared forms: what an implementation needs beyond the packed form, made once outside the loop.
+
+| name | what it holds | where it pays |
+|---|---|---|
+| `dense` | the kernel's codes `[out, in]` in the values' dtype, zeros included | a CPU, and a GPU where dense is the faster choice: nothing is unpacked in the loop |
+| `cusparselt` | cuSPARSELt's opaque compressed form, uint8 | every use of that library |
+| `hopper` | the 2:4 metadata in the order in which the kernel's lanes read it, uint8 | every use of the kernel |
+
+A prepared form is counted in a weight's bytes, never saved, and dropped by `drop_prepared`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from slidejax.ops import registry
+from slidejax.ops.sparse_matmul import dense_codes
+from slidejax.weight import SlideWeight, check_weight
+
+__all__ = ["drop_prepared", "map_weights", "prepare"]
+
+
+def map_weights(fn: Callable[[SlideWeight], Any], tree: Any) -> Any:
+    """Applies `fn` to every `SlideWeight` of a tree; other leaves stay."""
+    is_weight = lambda node: isinstance(node, SlideWeight)  # noqa: E731
+    return jax.tree.map(lambda node: fn(node) if is_weight(node) else node, tree, is_leaf=is_weight)
+
+
+def drop_prepared(tree: Any) -> Any:
+    """The tree without prepared forms: what is saved, and what moves to another device."""
+    return map_weights(lambda w: w.replace(prepared={}) if w.prepared else w, tree)
+
+
+def prepare(tree: Any, implementation: str | None = None) -> Any:
+    """Adds to every `SlideWeight` of a tree the prepared form that an implementation wants.
+
+    Args:
+      tree: any pytree, such as a model's variables.
+      implementation: "dense", "cusparselt" or "hopper"; None: what the measured choice for this device and each weight's
+        shape wants ("dense" on a CPU).
+
+    Returns:
+      The tree; other leaves, and weights for which nothing pays, as they were.
+
+    Raises:
+      ValueError: for an unknown name, or under tracing of a form that needs the device ("cusparselt").
+      NotImplementedError: if the implementation that was asked for cannot run here.
+
+    >>> from slidejax import pack
+    >>> import jax.numpy as jnp
+    >>> w = prepare(pack(jnp.ones((8, 4)), "6:8", dtype="int8"), implementation="dense")
+    >>> w.prepared["dense"].shape, w.prepared["dense"].dtype.name
+    ((4, 8), 'int8')
+    """
+    registry.check_name(implementation)
+    if implementation == "reference":
+        raise ValueError("implementation 'reference' has no prepared form")
+    return map_weights(lambda w: _prepare(check_weight(w), implementation), tree)
+
+
+def _prepare(w: SlideWeight, implementation: str | None) -> SlideWeight:
+    names = _wanted(w) if implementation is None else (implementation,)
+    forms = dict(w.prepared)
+    for name in names:
+        if name not in forms:
+            forms[name] = _MAKERS[name](w.replace(prepared={}))
+    return w.replace(prepared=forms)
+
+
+def _wanted(w: SlideWeight) -> tuple[str, ...]:
+    if jax.default_backend() not in ("gpu", "cuda"):
+        return ("dense",)
+    from slidejax import tune
+
+    return tune.forms(w)
+
+
+def _over_batch(make: Callable[[SlideWeight], jax.Array]) -> Callable[[SlideWeight], jax.Array]:
+    """Lifts a maker for one weight `[out, groups, kept]` over leading batch axes."""
+
+    def over_batch(w: SlideWeight) -> jax.Array:
+        return make(w) if w.values.ndim == 3 else jax.lax.map(over_batch, w)
+
+    return over_batch
+
+
+def _hopper(w: SlideWeight) -> jax.Array:
+    from slidejax.ops import ffi
+
+    return ffi.hopper_metadata(w)
+
+
+def _cusparselt(w: SlideWeight) -> jax.Array:
+    from slidejax.ops import ffi
+
+    return ffi.cusparselt_compressed(w)
+
+
+_MAKERS = {
+    "dense": jax.jit(dense_codes),
+    "cusparselt": _over_batch(_cusparselt),
+    "hopper": _over_batch(_hopper),
+}

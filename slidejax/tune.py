@@ -1,0 +1,137 @@
+"""The measured table: which implementation is fastest for a shape on a device.
+
+A table is one JSON file for each kind of device. Those in `slidejax/data/tuning` ship with the package; what `slidejax
+tune` measures on this machine goes to `$SLIDEJAX_CACHE` (default `~/.cache/slidejax`) and wins over them. An entry is
+
+    {"in": 3584, "out": 18944, "pattern": "6:8", "dtype": "int8", "rows": 4096, "us": {"hopper+prepared": 80.1, "dense": 95.0}}
+
+with the time of a whole `linear`, bfloat16 x to bfloat16 y, for each implementation, `+prepared` with its prepared form.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from slidejax.files import write_json
+
+if TYPE_CHECKING:
+    from slidejax.ops.registry import Problem
+    from slidejax.weight import SlideWeight
+
+__all__ = ["entries", "forms", "lookup", "record", "table_path"]
+
+_SHIPPED = Path(__file__).parent / "data" / "tuning"
+_FORMAT = 1
+# How far, in factors of two summed over rows, inputs and outputs, an entry may be from the problem to speak for it.
+_REACH = 3.0
+
+
+def device_slug(device: str) -> str:
+    """A device's kind as a file name; memory sizes and form factors of one chip share a table.
+
+    >>> device_slug("NVIDIA H100 80GB HBM3"), device_slug("NVIDIA H200")
+    ('nvidia-h100', 'nvidia-h200')
+    """
+    name = re.sub(r"\s+\d+GB.*|\s+(PCIe|SXM|HBM\d).*", "", device)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def table_path(device: str) -> Path:
+    """Where measurements made on this machine for that kind of device are kept."""
+    root = os.environ.get("SLIDEJAX_CACHE") or Path.home() / ".cache" / "slidejax"
+    return Path(root) / "tuning" / f"{device_slug(device)}.json"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        table = json.loads(path.read_text())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a tuning table: {error}") from error
+    if not isinstance(table, dict) or table.get("format") != _FORMAT or not isinstance(table.get("entries"), list):
+        raise ValueError(f"{path} is not a tuning table of format {_FORMAT}; delete it and run slidejax tune")
+    return table["entries"]
+
+
+@functools.cache
+def _entries(shipped: Path, local: Path, stamp: int) -> tuple[dict[str, Any], ...]:
+    merged: dict[tuple, dict[str, Any]] = {}
+    for entry in (*_read(shipped), *_read(local)):
+        key = tuple(entry[name] for name in ("in", "out", "pattern", "dtype", "rows"))
+        merged[key] = entry
+    return tuple(merged.values())
+
+
+def entries(device: str) -> tuple[dict[str, Any], ...]:
+    """All measurements for a kind of device, local ones over shipped ones.
+
+    Raises:
+      ValueError: if a table is damaged.
+    """
+    local = table_path(device)
+    shipped = _SHIPPED / local.name
+    if not shipped.exists() and device_slug(device) in ("nvidia-h100", "nvidia-h200"):
+        shipped = _SHIPPED / "nvidia-h200.json"  # the same processor with other memory
+    stamp = local.stat().st_mtime_ns if local.exists() else 0
+    return _entries(shipped, local, stamp)
+
+
+def record(device: str, measured: Iterable[dict[str, Any]]) -> Path:
+    """Adds measurements to this machine's table; the file is replaced as a whole."""
+    path = table_path(device)
+    merged = {tuple(e[name] for name in ("in", "out", "pattern", "dtype", "rows")): e for e in (*_read(path), *measured)}
+    write_json(path, {"format": _FORMAT, "device": device, "jax": jax.__version__, "entries": list(merged.values())})
+    return path
+
+
+def _distance(entry: dict[str, Any], problem: Problem) -> float:
+    pairs = ((entry["rows"], problem.rows), (entry["in"], problem.in_features), (entry["out"], problem.out_features))
+    return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in pairs)
+
+
+def _nearest(problem: Problem) -> dict[str, Any] | None:
+    near = [e for e in entries(problem.device) if e["pattern"] == str(problem.pattern) and e["dtype"] == problem.dtype.name]
+    near = [e for e in near if _distance(e, problem) <= _REACH]
+    return min(near, key=lambda e: _distance(e, problem), default=None)
+
+
+def lookup(problem: Problem, candidates: list[str]) -> tuple[str, str] | None:
+    """The fastest of `candidates` by the nearest measurement, and the reason in words; None where nothing near is known."""
+    entry = _nearest(problem)
+    if entry is None:
+        return None
+    times = {}
+    for name in candidates:
+        variant = f"{name}+prepared" if name in problem.prepared else name
+        if variant in entry["us"]:
+            times[name] = entry["us"][variant]
+    if not times:
+        return None
+    best = min(times, key=times.__getitem__)
+    figures = ", ".join(f"{name} {us:.0f} us" for name, us in sorted(times.items(), key=lambda item: item[1]))
+    where = f"M={entry['rows']} K={entry['in']} N={entry['out']}"
+    return best, f"measured at {where}: {figures}"
+
+
+def forms(w: SlideWeight) -> tuple[str, ...]:
+    """The prepared forms that the fastest implementations want for a weight of this shape, over all measured rows."""
+    from slidejax.ops.registry import device_kind
+
+    wanted = []
+    for e in entries(device_kind("cuda")):
+        same = (e["in"], e["out"], e["pattern"], e["dtype"]) == (w.in_features, w.out_features, str(w.pattern), w.dtype.name)
+        if same:
+            best = min(e["us"], key=e["us"].__getitem__)
+            if best.endswith("+prepared"):
+                wanted.append(best.removesuffix("+prepared"))
+    return tuple(dict.fromkeys(wanted)) or ("dense",)

@@ -1,0 +1,118 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slidejax as sj
+from slidejax import tune
+from slidejax.ops import registry
+
+cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="tests what a machine without a GPU does")
+
+
+def problem(dtype="int8"):
+    return jnp.ones((16, 128), jnp.bfloat16), sj.pack(jnp.ones((128, 64)), "6:8", dtype=dtype)
+
+
+def cuda_text(fn, *args):
+    return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@cpu_only
+@pytest.mark.parametrize(("implementation", "target"), [("cusparselt", "slidejax_sparse_matmul_cusparselt"), ("hopper", "slidejax_sparse_matmul_hopper")])
+def test_cuda_programs_are_lowered_ahead_of_time(implementation, target):
+    x, w = problem()
+    text = cuda_text(lambda x, w: sj.linear(x, w, implementation=implementation), x, w)
+    assert target in text and "slidejax_lift_quantize" in text
+
+
+@cpu_only
+def test_dense_on_cuda_quantises_in_one_kernel():
+    x, w = problem()
+    text = cuda_text(lambda x, w: sj.linear(x, w, implementation="dense"), x, w)
+    assert "slidejax_lift_quantize" in text and "dot_general" in text
+
+
+@cpu_only
+@pytest.mark.parametrize("implementation", ["cusparselt", "hopper"])
+def test_cuda_only_implementations_do_not_run_on_a_cpu(implementation):
+    x, w = problem()
+    for run in (sj.linear, jax.jit(sj.linear, static_argnames="implementation")):
+        with pytest.raises(NotImplementedError, match="CUDA only"):
+            run(x, w, implementation=implementation)
+
+
+@cpu_only
+def test_every_refusal_has_a_reason():
+    x, w = problem("float32")
+    with pytest.raises(NotImplementedError, match="float32"):
+        cuda_text(lambda x, w: sj.linear(x, w, implementation="hopper"), x, w)
+    with pytest.raises(NotImplementedError, match="float32"):
+        cuda_text(lambda x, w: sj.linear(x, w, implementation="cusparselt"), x, w)
+    [(_, choice)] = sj.explain(sj.linear, x, w, platform="cuda")
+    assert set(choice.refused) == {"hopper", "cusparselt"} and choice.implementation == "dense"
+
+
+def test_explain_sees_through_transformations():
+    x, w = problem()
+
+    def model(x, w):
+        x = jax.jit(sj.linear)(x, w)[:, :128 // 2]
+        return jax.lax.scan(lambda c, _: (c + sj.linear(jnp.pad(c, ((0, 0), (0, 64))), w), None), x, None, length=2)[0]
+
+    found = sj.explain(jax.checkpoint(model), x, w, platform="cpu")
+    assert len(found) == 2 and all(choice.implementation == "dense" for _, choice in found)
+    assert found[0][0].rows == 16 and "plain JAX" in str(found[0][1])
+    grad = sj.explain(jax.grad(lambda x: sj.linear(x, w).astype(jnp.float32).sum()), x, platform="cpu")
+    assert len(grad) == 1
+    with pytest.raises(ValueError, match="platform"):
+        sj.explain(model, x, w, platform="tpu")
+
+
+def entry(rows, us, **changes):
+    return {"in": 128, "out": 64, "pattern": "6:8", "dtype": "int8", "rows": rows, "us": us} | changes
+
+
+@cpu_only
+def test_the_choice_follows_the_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
+    device = registry.device_kind("cuda")
+    x, w = problem()
+    tune.record(device, [entry(16, {"hopper": 2.0, "dense": 1.0}), entry(4096, {"hopper": 50.0, "dense": 60.0})])
+
+    def choice(rows, w=w):
+        [(_, choice)] = sj.explain(sj.linear, jnp.ones((rows, 128), jnp.bfloat16), w, platform="cuda")
+        return choice
+
+    assert choice(16).implementation == "dense" and choice(4096).implementation == "hopper"
+    assert "hopper 50 us, dense 60 us" in choice(4096).reason and "M=4096" in choice(4096).reason
+    # what carries a prepared form is judged by the figure with it
+    tune.record(device, [entry(16, {"hopper": 2.0, "dense": 1.0, "hopper+prepared": 0.5})])
+    assert choice(16).implementation == "dense"
+    prepared = w.replace(prepared={"hopper": jnp.zeros(4, jnp.uint8)})
+    assert choice(16, prepared).implementation == "hopper"
+    # far from anything measured: dense, and it says so
+    far = sj.pack(jnp.ones((4096, 8192), jnp.bfloat16), "6:8", dtype="int8")
+    [(_, unknown)] = sj.explain(sj.linear, jnp.ones((16, 4096), jnp.bfloat16), far, platform="cuda")
+    assert unknown.implementation in ("dense", "hopper") and unknown.reason
+
+
+@cpu_only
+def test_tables_are_merged_and_damaged_ones_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
+    path = tune.record("Test GPU", [entry(1, {"dense": 3.0})])
+    tune.record("Test GPU", [entry(1, {"dense": 2.0}), entry(2, {"dense": 5.0})])
+    assert [e["us"]["dense"] for e in tune.entries("Test GPU")] == [2.0, 5.0]
+    assert json.loads(path.read_text())["device"] == "Test GPU"
+    path.write_text("{")
+    with pytest.raises(ValueError, match="test-gpu.json"):
+        tune.entries("Test GPU")
+
+
+def test_shipped_tables_are_sound():
+    for path in sorted(tune._SHIPPED.glob("*.json")):
+        for e in tune._read(path):
+            sj.Pattern.parse(e["pattern"])
+            assert np.dtype(jnp.dtype(e["dtype"])) and e["rows"] > 0 and all(us > 0 for us in e["us"].values())

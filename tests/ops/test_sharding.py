@@ -1,0 +1,127 @@
+"""Each way of cutting a product over a mesh of eight fake devices: equal results, and no gathering of x or W."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import slidejax as sj
+
+COLUMNS = 256  # four blocks of 6:8
+CUTS = [("m", None, None), (None, "o", None), ("m", "o", None), (None, None, "k"), ("m", "o", "k"), (("m", "o"), None, "k")]
+
+pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 CPU devices")
+
+
+@pytest.fixture
+def mesh():
+    return Mesh(np.array(jax.devices("cpu")[:8]).reshape(2, 2, 2), ("m", "o", "k"))
+
+
+def problem(dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((16, COLUMNS)), jnp.float32)
+    w = sj.pack(jnp.asarray(rng.standard_normal((COLUMNS, 32)), jnp.float32), "6:8", dtype=dtype)
+    return x, w, jnp.asarray(rng.standard_normal(32), jnp.float32)
+
+
+def place(mesh, tree, specs):
+    return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs)
+
+
+def collectives(fn, *args):
+    text = jax.jit(fn).lower(*args).compile().as_text()
+    return set(re.findall(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_linear_under_jit(mesh, cut, dtype):
+    rows, out, k = cut
+    x, w, bias = problem(dtype)
+    y = sj.linear(x, w, bias)
+    args = place(mesh, x, P(rows, k)), place(mesh, w, w.partition_spec(out=out, k=k)), place(mesh, bias, P(out))
+    cut_y = jax.jit(sj.linear)(*args)
+    np.testing.assert_allclose(cut_y, y, rtol=1e-5, atol=1e-5)
+    if dtype == "int8":
+        np.testing.assert_array_equal(cut_y, y)
+    assert collectives(sj.linear, *args) == ({"all-reduce"} if k else set())
+    assert cut_y.sharding.is_equivalent_to(NamedSharding(mesh, P(rows, out)), 2)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_the_two_ops_under_jit(mesh, cut):
+    rows, out, k = cut
+    x, w, bias = problem("int8")
+
+    def run(x, w, bias):
+        return sj.sparse_matmul(*sj.lift_quantize(x, "6:8"), w, bias, out_dtype="float32")
+
+    args = place(mesh, x, P(rows, k)), place(mesh, w, w.partition_spec(out=out, k=k)), place(mesh, bias, P(out))
+    np.testing.assert_array_equal(jax.jit(run)(*args), run(x, w, bias))
+    assert collectives(run, *args) == ({"all-reduce"} if k else set())
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+def test_shard_map(mesh, dtype):
+    x, w, bias = problem(dtype)
+    specs = P("m", "k"), w.partition_spec(out="o", k="k"), P("o")
+
+    def run(x, w, bias):
+        body = functools.partial(sj.linear, reduce_axis="k")
+        return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P("m", "o"))(x, w, bias)
+
+    y = jax.jit(run)(x, w, bias)
+    np.testing.assert_allclose(y, sj.linear(x, w, bias), rtol=1e-5, atol=1e-5)
+    assert collectives(run, *place(mesh, (x, w, bias), specs)) == {"all-reduce"}
+
+    def lifted(x, w, bias):
+        return sj.sparse_matmul(
+            *sj.lift_quantize(x, "6:8", dtype, reduce_axis="k"), w, bias, out_dtype="float32", reduce_axis="k"
+        )
+
+    y = jax.jit(jax.shard_map(lifted, mesh=mesh, in_specs=specs, out_specs=P("m", "o")))(x, w, bias)
+    np.testing.assert_allclose(y, sj.linear(x, w, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_over_a_mesh(mesh):
+    x, w, bias = problem("float32")
+
+    def loss(x, values, bias, linear=sj.linear):
+        return (linear(x, w.replace(values=values), bias) ** 2).sum()
+
+    want = jax.grad(loss, (0, 1, 2))(x, w.values, bias)
+    body = functools.partial(sj.linear, reduce_axis="k")
+    cut = jax.shard_map(body, mesh=mesh, in_specs=(P("m", "k"), w.partition_spec("o", "k"), P("o")), out_specs=P("m", "o"))
+    mapped = jax.jit(jax.grad(functools.partial(loss, linear=cut), (0, 1, 2)))(x, w.values, bias)
+    values = place(mesh, w.values, P("o", "k", None))
+    automatic = jax.jit(jax.grad(loss, (0, 1, 2)))(place(mesh, x, P("m", "k")), values, place(mesh, bias, P("o")))
+    for got in (mapped, automatic):
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_prepared_forms_stay_behind_on_shards(mesh):
+    x, w, bias = problem("int8")
+    w = sj.prepare(w, "dense")
+    replicated = place(mesh, w, jax.tree.map(lambda _: P(), w))
+    y = jax.jit(sj.linear)(place(mesh, x, P("m", "k")), replicated, bias)
+    np.testing.assert_array_equal(y, sj.linear(x, w, bias))
+
+
+def test_k_that_does_not_divide_is_one_clear_error(mesh):
+    x, w, bias = problem("int8")
+    rng = np.random.default_rng(0)
+    ragged = sj.pack(jnp.asarray(rng.standard_normal((192, 32)), jnp.float32), "6:8", dtype="int8")  # three blocks, cut in two
+    x = place(mesh, jnp.ones((16, 192)), P(None, "k"))
+    with pytest.raises(Exception, match="not a whole number of blocks"):
+        jax.jit(sj.linear)(x, ragged)
+    odd = sj.pack(jnp.asarray(rng.standard_normal((100, 32)), jnp.float32), "6:8", dtype="int8")
+    x = place(mesh, jnp.ones((16, 100)), P(None, "k"))
+    with pytest.raises(Exception, match="not a whole number of blocks"):
+        jax.jit(sj.linear)(x, odd)

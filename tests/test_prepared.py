@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slidejax as sj
+
+
+def weight(dtype="int8", shape=(50, 6)):
+    return sj.pack(jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32), "6:8", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16", "float32"])
+def test_dense_form_changes_nothing_but_time(dtype):
+    w = weight(dtype)
+    prepared = sj.prepare(w, "dense")
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 50)), jnp.float32)
+    np.testing.assert_array_equal(sj.linear(x, prepared, implementation="dense"), sj.linear(x, w, implementation="dense"))
+    lifted = sj.lift_quantize(x, "6:8", dtype)
+    np.testing.assert_array_equal(
+        sj.sparse_matmul(*lifted, prepared, implementation="dense"), sj.sparse_matmul(*lifted, w, implementation="dense")
+    )
+    assert prepared.nbytes == w.nbytes + prepared.prepared["dense"].nbytes
+    jax.tree.map(np.testing.assert_array_equal, sj.drop_prepared(prepared), w)
+
+
+def test_trees_batches_and_other_leaves():
+    tree = {"a": weight(), "b": jnp.ones(3), "c": [weight(shape=(2, 50, 6))]}
+    prepared = sj.prepare(tree, "dense")
+    assert prepared["b"] is tree["b"] and prepared["c"][0].prepared["dense"].shape == (2, 6, 50)
+    x = jnp.ones((3, 50))
+    y = jax.lax.scan(lambda c, w: (c, sj.linear(x, w)), 0, prepared["c"][0])[1]
+    z = jax.lax.scan(lambda c, w: (c, sj.linear(x, w)), 0, tree["c"][0])[1]
+    np.testing.assert_array_equal(y, z)
+    again = sj.prepare(prepared, "dense")
+    assert jax.tree.structure(again) == jax.tree.structure(prepared)
+
+
+def test_bad_names():
+    with pytest.raises(ValueError, match="implementation"):
+        sj.prepare(weight(), "magic")
+    with pytest.raises(ValueError, match="no prepared form"):
+        sj.prepare(weight(), "reference")
+    with pytest.raises(ValueError, match="cannot be split"):
+        sj.prepare(weight(shape=(128, 4)), "dense").partition_spec(out="o")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what pays on a CPU")
+def test_default_on_a_cpu_is_dense():
+    assert set(sj.prepare(weight()).prepared) == {"dense"}
