@@ -1,0 +1,176 @@
+// Thin names for the Hopper instructions that CUDA C++ does not spell: barriers, bulk tensor copies, warp-group fences.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace slidejax::hopper {
+
+#define SJ_DEVICE __device__ __forceinline__
+
+SJ_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+SJ_DEVICE uint32_t cluster_rank() {
+  uint32_t r;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+
+// The lane, in a form that the compiler computes again each time instead of keeping what follows from it in registers.
+SJ_DEVICE int fresh_lane() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+// ---- mbarrier. Arrive and wait carry no .release.cluster / .acquire.cluster: those forms compile to MEMBAR.ALL.GPU and
+// CCTL.IVALL, once a stage. What is handed over is read and written by the asynchronous proxy alone (TMA, wgmma) or by
+// LDS of data that TMA wrote, which the barrier's completion itself orders.
+SJ_DEVICE void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+SJ_DEVICE void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+SJ_DEVICE void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+SJ_DEVICE void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(
+          barrier),
+      "r"(rank)
+      : "memory");
+}
+SJ_DEVICE bool barrier_try(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+SJ_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
+#ifdef SLIDEJAX_HOPPER_TRAP  // a development build: a hang becomes an error
+  for (uint32_t i = 0; !barrier_try(barrier, parity); ++i)
+    if (i > (1u << 22)) __trap();
+#else
+  while (!barrier_try(barrier, parity)) {
+  }
+#endif
+}
+
+SJ_DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+SJ_DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+SJ_DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// ---- bulk tensor copies. `policy` is an L2 eviction policy in the encoding of createpolicy.
+inline constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
+inline constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
+inline constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
+
+SJ_DEVICE void tma_load_2d(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], "
+      "%5;" ::"r"(dst),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "l"(policy)
+      : "memory");
+}
+SJ_DEVICE void tma_load_2d_multicast(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t barrier, uint16_t ctas,
+                                     uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], "
+      "[%1, {%2, %3}], [%4], %5, %6;" ::"r"(dst),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(ctas), "l"(policy)
+      : "memory");
+}
+SJ_DEVICE void tma_load_3d(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], "
+      "[%5], %6;" ::"r"(dst),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(policy)
+      : "memory");
+}
+SJ_DEVICE void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
+// ---- warp groups
+template <int kRegisters>
+SJ_DEVICE void registers_increase() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+SJ_DEVICE void registers_decrease() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+SJ_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+SJ_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+SJ_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Shared-memory matrix descriptor of a K-major operand whose rows are exactly one swizzle span (64 or 128 bytes) wide.
+// Eight rows are 8 spans apart; the leading offset is unused. A step along K inside the span adds bytes / 16 to it.
+template <int kSpan>
+SJ_DEVICE uint64_t descriptor(uint32_t address) {
+  static_assert(kSpan == 64 || kSpan == 128);
+  constexpr uint64_t kFixed = (1ull << 16) | (uint64_t{kSpan * 8 / 16} << 32) | (uint64_t{kSpan == 128 ? 1 : 2} << 62);
+  return kFixed | (address >> 4);
+}
+
+// ---- small copies
+SJ_DEVICE uint2 load_shared_2(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+SJ_DEVICE float load_shared_f32(uint32_t address) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+  return v;
+}
+SJ_DEVICE float2 load_shared_2f(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
+}
+SJ_DEVICE uint4 load_shared_4(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+SJ_DEVICE int4 load_shared_4i(uint32_t address) {
+  int4 v;
+  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+SJ_DEVICE void store_shared_4(uint32_t address, int a, int b, int c, int d) {
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+SJ_DEVICE void store_shared_f32(uint32_t address, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
+// Four 8x8 matrices of 16-bit elements, transposed on the way: lane i gives the address of row i%8 of matrix i/8.
+SJ_DEVICE void store_matrices_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+// Four bytes, asynchronously; zero where `inside` is false (then nothing is read).
+SJ_DEVICE void copy_async_4(uint32_t dst, const void* src, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(inside ? 4 : 0) : "memory");
+}
+SJ_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+}  // namespace slidejax::hopper

@@ -1,0 +1,304 @@
+// Host side of the Hopper GEMM: the tiles there are, the cost model that chooses one, tensor maps, the launch.
+#include "sparse_matmul_hopper.h"
+
+#include <cuda.h>
+
+#include <algorithm>
+#include <mutex>
+
+#include "hopper_kernel.cuh"
+#include "hopper_metadata.cuh"
+
+namespace slidejax::hopper {
+namespace {
+
+constexpr int kCounterBytes = 8192;  // at the head of the workspace
+constexpr int kMaxDevices = 64;
+
+// A tile's kernel for both inputs. stage_clocks: measured clocks of one stage (128 columns) in the full pipeline;
+// tile_clocks: what a tile costs beyond its stages. docs/hopper-kernel.md has the measurements.
+struct Entry {
+  HopperTile tile;
+  const void* kernel[2];
+  int threads, shared, partial;
+  float stage_clocks, tile_clocks;
+};
+
+template <int kWarpGroups, int kBlocks, int kTokens, int kCluster, int kStages>
+Entry make_entry(const char* name, float stage_clocks, float tile_clocks) {
+  using T = Tile<true, kWarpGroups, kBlocks, kTokens, kCluster, kStages>;
+  using S = Tile<false, kWarpGroups, kBlocks, kTokens, kCluster, kStages>;
+  return {{name, T::kRows, kTokens, kCluster, kWarpGroups, kStages},
+          {reinterpret_cast<const void*>(sparse_matmul_kernel<T>), reinterpret_cast<const void*>(sparse_matmul_kernel<S>)},
+          T::kThreads,
+          T::kShared,
+          T::kPartial * kCluster * 4,
+          stage_clocks,
+          tile_clocks};
+}
+
+const Entry kEntries[] = {
+    make_entry<3, 1, 256, 2, 4>("192x256", 936, 2500),
+    make_entry<2, 2, 192, 2, 4>("256x192", 985, 2500),
+    make_entry<2, 1, 256, 2, 4>("128x256", 704, 2500),
+    make_entry<2, 2, 128, 2, 5>("256x128", 700, 2000),
+    make_entry<2, 1, 128, 2, 7>("128x128", 430, 1500),
+    make_entry<2, 1, 64, 1, 9>("128x64", 300, 1000),
+    make_entry<2, 1, 32, 1, 12>("128x32", 250, 800),
+    make_entry<2, 1, 16, 1, 14>("128x16", 240, 800),
+};
+constexpr int kEntryCount = sizeof(kEntries) / sizeof(kEntries[0]);
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+int lifted_columns(const HopperArgs& a) { return a.groups * (a.group - 2) * 2; }
+int steps_of(const HopperArgs& a) { return ceil_div(lifted_columns(a), 256); }
+
+struct Split {
+  int whole, shared, clusters;  // tiles of one cluster each, tiles shared along K, clusters that share them
+  float clocks;
+};
+
+// How the tiles of a configuration fall on `clusters` clusters: whole waves first; the rest either as one more wave or cut
+// along K. want: HopperArgs::split.
+Split split_tiles(const Entry& e, const HopperArgs& a, int clusters, int want) {
+  const int tiles = ceil_div(a.out, e.tile.rows * e.tile.cluster) * ceil_div(a.M, e.tile.tokens), steps = steps_of(a);
+  const int rest = tiles % clusters, waves = tiles / clusters;
+  const float step = 2 * e.stage_clocks, tile = steps * step + e.tile_clocks;
+  Split best{tiles, 0, 0, (waves + (rest > 0)) * tile};
+  if (rest == 0 || want == 0) return best;
+  // Equal parts of each tile, or equal shares of all of them.
+  const float kPartialBytesPerClock = 40, kLatency = 5000;  // of a multiprocessor; and the clearing of the counters
+  auto consider = [&](int sharers) {
+    if (sharers <= rest || sharers > clusters || sharers > rest * steps) return;
+    const float parts = static_cast<float>(sharers) / rest + (sharers % rest ? 1 : 0);
+    const float move = (1 + parts) * (e.partial / e.tile.cluster) / kPartialBytesPerClock;
+    const float clocks = waves * tile + ceil_div(rest * steps, sharers) * step + e.tile_clocks + move + kLatency;
+    if (want > 0 || clocks < best.clocks) best = {waves * clusters, rest, sharers, clocks};
+  };
+  if (want > 0) {
+    consider(want);
+  } else {
+    for (int parts = 2; parts * rest <= clusters; ++parts) consider(parts * rest);
+    consider(clusters);
+  }
+  return best;
+}
+
+struct Plan {
+  int config, token_group;
+  Split split;
+};
+
+Plan make_plan(const HopperArgs& a, int multiprocessors) {
+  Plan best{-1, 0, {}};
+  float best_time = 0;
+  for (int c = 0; c < kEntryCount; ++c) {
+    if (a.config >= 0 && a.config != c) continue;
+    const Entry& e = kEntries[c];
+    const Split split = split_tiles(e, a, std::max(1, multiprocessors / e.tile.cluster), a.split);
+    // Weights once for every token tile that does not fit beside the others; at 1.4 GHz a clock moves about 2.9 KB.
+    const float weights = static_cast<float>(a.out) * lifted_columns(a) * 0.625f;
+    const float time = std::max(split.clocks, weights / 2900.0f);
+    if (best.config < 0 || time < best_time) {
+      best = {c, 0, split};
+      best_time = time;
+    }
+  }
+  const Entry& e = kEntries[best.config];
+  const int fit = static_cast<int>((16 << 20) / (static_cast<int64_t>(e.tile.tokens) * lifted_columns(a)));
+  best.token_group = a.token_group > 0 ? a.token_group : std::max(1, std::min(fit, ceil_div(a.M, e.tile.tokens)));
+  return best;
+}
+
+size_t partial_bytes(const Plan& plan) {
+  if (plan.split.shared == 0) return 0;
+  return kCounterBytes + static_cast<size_t>(plan.split.shared + plan.split.clusters) * kEntries[plan.config].partial;
+}
+
+// What the driver and the device say once.
+struct Device {
+  std::once_flag once;
+  cudaError_t status = cudaErrorInitializationError;
+  int clusters[kEntryCount] = {};
+  int multiprocessors = 0;
+};
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+EncodeTiled encode_tiled = nullptr;
+Device devices[kMaxDevices];
+
+cudaError_t ready_device(int id, Device& device) {
+  int major = 0;
+  if (auto s = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id)) return s;
+  if (major != 9) return cudaErrorNoKernelImageForDevice;
+  if (auto s = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, id)) return s;
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  if (auto s = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found)) return s;
+  if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  encode_tiled = reinterpret_cast<EncodeTiled>(entry);
+  for (int c = 0; c < kEntryCount; ++c) {
+    const Entry& e = kEntries[c];
+    for (const void* kernel : e.kernel)
+      if (auto s = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, e.shared)) return s;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = e.tile.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = device.multiprocessors / e.tile.cluster * e.tile.cluster;
+    config.blockDim = e.threads;
+    config.dynamicSmemBytes = e.shared;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    if (auto s = cudaOccupancyMaxActiveClusters(&device.clusters[c], e.kernel[0], &config)) return s;
+    device.clusters[c] = std::min(device.clusters[c], device.multiprocessors / e.tile.cluster);
+    if (device.clusters[c] < 1) return cudaErrorNotSupported;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t get_device(Device** device) {
+  int id = 0;
+  if (auto s = cudaGetDevice(&id)) return s;
+  if (id >= kMaxDevices) return cudaErrorInvalidDevice;
+  *device = &devices[id];
+  std::call_once(devices[id].once, [&] { devices[id].status = ready_device(id, devices[id]); });
+  return devices[id].status;
+}
+
+bool make_map(CUtensorMap* map, CUtensorMapDataType type, int rank, const void* base, const cuuint64_t* size,
+              const cuuint64_t* stride, const cuuint32_t* box, CUtensorMapSwizzle swizzle) {
+  const cuuint32_t ones[3] = {1, 1, 1};
+  return encode_tiled(map, type, rank, const_cast<void*>(base), size, stride, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta) {
+  const cuuint64_t columns = lifted_columns(a), stages = 2 * steps_of(a);
+  const cuuint32_t tokens = e.tile.tokens / e.tile.cluster, rows = e.tile.rows;
+  const cuuint64_t x_size[] = {columns, static_cast<cuuint64_t>(a.M)}, x_stride[] = {columns};
+  const cuuint64_t w_size[] = {columns / 2, static_cast<cuuint64_t>(a.out)}, w_stride[] = {columns / 2};
+  const cuuint64_t e_size[] = {256, stages, static_cast<cuuint64_t>(ceil_div(a.out, 64))}, e_stride[] = {1024, 1024 * stages};
+  const cuuint32_t x_box[] = {128, tokens}, w_box[] = {64, rows}, e_box[] = {256, 1, rows / 64};
+  return make_map(&p.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted, x_size, x_stride, x_box, CU_TENSOR_MAP_SWIZZLE_128B) &&
+         make_map(&p.w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.values, w_size, w_stride, w_box, CU_TENSOR_MAP_SWIZZLE_64B) &&
+         make_map(&p.e, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, meta, e_size, e_stride, e_box, CU_TENSOR_MAP_SWIZZLE_NONE);
+}
+
+bool aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
+
+}  // namespace
+}  // namespace slidejax::hopper
+
+using namespace slidejax;
+using namespace slidejax::hopper;
+
+cudaError_t slidejax_hopper_init() {
+  Device* device;
+  return get_device(&device);
+}
+
+const char* slidejax_hopper_check(const HopperArgs& a) {
+  if (a.M < 1 || a.out < 1) return "M and out must be at least 1";
+  if (a.group < 4 || a.group > 16 || a.group % 2) return "group must be 4, 6, ... 16";
+  if (a.groups < 8 || a.groups % 8) return "groups must be a multiple of 8";
+  if (a.groups > (1 << 20)) return "too many groups";
+  if (a.config >= kEntryCount) return "no such config";
+  if (a.zeros == nullptr && a.meta == nullptr) return "zeros or meta must be given";
+  if (!aligned(a.lifted, 16) || !aligned(a.values, 16) || !aligned(a.meta, 16)) return "lifted, values and meta must be 16-byte aligned";
+  if (!aligned(a.workspace, 128)) return "workspace must be 128-byte aligned";
+  return nullptr;
+}
+
+size_t slidejax_hopper_metadata_bytes(int out, int groups, int group) {
+  return static_cast<size_t>(ceil_div(out, 64)) * 2 * ceil_div(groups * (group - 2) * 2, 256) * 1024;
+}
+
+cudaError_t slidejax_hopper_expand_metadata(const uint8_t* zeros, uint32_t* meta, int out, int groups, int group,
+                                            cudaStream_t stream) {
+  const int stages = 2 * ceil_div(groups * (group - 2) * 2, 256);
+  const dim3 grid(ceil_div(stages, kMetadataStagesPerBlock), ceil_div(out, 64));
+  expand_metadata_kernel<<<grid, 128, 0, stream>>>(zeros, reinterpret_cast<uint2*>(meta), out, groups, group / 2 - 1, stages);
+  return cudaGetLastError();
+}
+
+int slidejax_hopper_tile_count() { return kEntryCount; }
+HopperTile slidejax_hopper_tile(int config) { return kEntries[config].tile; }
+
+void slidejax_hopper_plan(HopperArgs& a, int multiprocessors) {
+  const Plan plan = make_plan(a, multiprocessors);
+  a.config = plan.config;
+  a.token_group = plan.token_group;
+  a.split = plan.split.clusters;
+}
+
+size_t slidejax_hopper_workspace(const HopperArgs& a, int multiprocessors) {
+  const size_t meta = a.meta ? 0 : slidejax_hopper_metadata_bytes(a.out, a.groups, a.group);
+  return meta + partial_bytes(make_plan(a, multiprocessors));
+}
+
+cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& args, cudaStream_t stream) {
+  if (slidejax_hopper_check(args)) return cudaErrorInvalidValue;
+  Device* device;
+  if (auto s = get_device(&device)) return s;
+
+  HopperArgs a = args;
+  const size_t meta_bytes = a.meta ? 0 : slidejax_hopper_metadata_bytes(a.out, a.groups, a.group);
+  if (a.workspace_bytes < meta_bytes) return cudaErrorInvalidValue;
+  uint8_t* workspace = static_cast<uint8_t*>(a.workspace);
+  const uint32_t* meta = a.meta ? a.meta : reinterpret_cast<const uint32_t*>(workspace);
+  if (!a.meta)
+    if (auto s = slidejax_hopper_expand_metadata(a.zeros, reinterpret_cast<uint32_t*>(workspace), a.out, a.groups, a.group, stream))
+      return s;
+  workspace += meta_bytes;
+
+  Plan plan = make_plan(a, device->multiprocessors);
+  const int clusters = device->clusters[plan.config];
+  const bool all = clusters == std::max(1, device->multiprocessors / kEntries[plan.config].tile.cluster);
+  if (!all || a.workspace_bytes - meta_bytes < partial_bytes(plan)) {  // fewer fit than planned for, or no room
+    a.config = plan.config;
+    plan.split = split_tiles(kEntries[plan.config], a, clusters, 0);
+  }
+  const Entry& e = kEntries[plan.config];
+
+  Params p = {};
+  if (!make_maps(p, a, e, meta)) return cudaErrorInvalidValue;
+  p.scale_x = a.scale_x;
+  p.scale_w = a.scale_w;
+  p.bias = a.bias;
+  p.y = a.y;
+  p.counters = reinterpret_cast<int*>(workspace);
+  p.partials = reinterpret_cast<float*>(workspace + kCounterBytes);
+  p.M = a.M;
+  p.out = a.out;
+  p.steps = steps_of(a);
+  p.row_tiles = ceil_div(a.out, e.tile.rows * e.tile.cluster);
+  p.token_tiles = ceil_div(a.M, e.tile.tokens);
+  p.token_group = std::min(plan.token_group, p.token_tiles);
+  p.whole_tiles = plan.split.whole;
+  p.split_tiles = plan.split.shared;
+  p.split_clusters = plan.split.clusters;
+  p.output = static_cast<int>(a.output);
+  p.vector_stores = aligned(a.y, 16) && a.out % 8 == 0;
+  if (p.split_tiles > 0) {
+    const size_t used = static_cast<size_t>(p.split_tiles) * e.tile.cluster * e.tile.warp_groups * 4 * sizeof(int);
+    static_assert(132 * 2 * 4 * sizeof(int) <= kCounterBytes);
+    if (used > kCounterBytes) return cudaErrorInvalidValue;
+    if (auto s = cudaMemsetAsync(p.counters, 0, used, stream)) return s;
+  }
+
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = e.tile.cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = std::min(clusters, std::max(p.whole_tiles, p.split_clusters)) * e.tile.cluster;
+  config.blockDim = e.threads;
+  config.dynamicSmemBytes = e.shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  void* parameters[] = {&p};
+  return cudaLaunchKernelExC(&config, e.kernel[static_cast<int>(a.input)], parameters);
+}
