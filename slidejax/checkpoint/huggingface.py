@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -89,7 +90,7 @@ def build(config: PretrainedConfig, params: Any, dtype: Any = jnp.float32, cls: 
     missing = sorted(shapes.keys() - flat.keys())
     if missing:
         raise ValueError(f"{len(missing)} parameters of {type(model).__name__} are missing: {_some(missing)}")
-    wrong = [f"{k}: {np.shape(flat[k])} instead of {s.shape}" for k, s in shapes.items() if flat[k].shape != s.shape]
+    wrong = [f"{k}: {flat[k].shape} instead of {s.shape}" for k, s in shapes.items() if not _fits(flat[k], s.shape)]
     if wrong:
         raise ValueError(f"parameters of {type(model).__name__} have wrong shapes: {_some(wrong)}")
     extra = sorted(flat.keys() - shapes.keys())
@@ -99,6 +100,11 @@ def build(config: PretrainedConfig, params: Any, dtype: Any = jnp.float32, cls: 
     model._is_initialized = True  # what init_weights would have set; without it `params` cannot be assigned
     model.params = cast(params, dtype)
     return with_rope_theta(model)
+
+
+def _fits(value: Any, shape: tuple[int, ...]) -> bool:
+    # A packed weight is [in, out] whatever axes its layer keeps the kernel in; the layer checks the rest when it runs.
+    return math.prod(value.shape) == math.prod(shape) if isinstance(value, SlideWeight) else value.shape == shape
 
 
 def _some(names: list[str]) -> str:
@@ -338,6 +344,8 @@ def write_pretrained(
 def _read_converted(folder: Path, config: PretrainedConfig, dtype: Any) -> tuple[Any, dict[str, Any]]:
     import transformers
 
+    from slidejax.huggingface import with_params
+
     content = store.load(folder)
     try:
         name, saved = content["model"]["class"], content["model"]["dtype"]
@@ -346,5 +354,7 @@ def _read_converted(folder: Path, config: PretrainedConfig, dtype: Any) -> tuple
         raise ValueError(f"{str(folder)!r} holds parameters but no model: key {e} is missing") from e
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.FlaxPreTrainedModel)):
-        raise ValueError(f"{str(folder / store.METADATA)!r}: model class {name!r} is not a Flax class of transformers")
-    return build(config, params, dtype or saved, cls), about
+        file = str(folder / store.METADATA)
+        raise ValueError(f"{file!r}: model class {name!r} is not a Flax class of transformers")  # noqa: TRY004
+    model = build(config, params, dtype or saved, cls)
+    return with_params(model, model.params), about
