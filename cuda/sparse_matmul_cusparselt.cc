@@ -73,17 +73,36 @@ class State {
  public:
   static ffi::TypeId id;
 
-  // The plan for a problem on the current device, made if there is none.
-  const Plan& Get(const Problem& problem) {
+  // The plan for a problem on the current device, made if there is none. The problem's algorithm is one that was measured at a
+  // nearby number of tokens: where the library refuses it here, or it wants more workspace than there is, the library's default
+  // takes its place. Throws Failure.
+  const Plan& Get(const Problem& problem, size_t workspace_limit) {
     int device = 0;
     if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) throw Failure(cudaGetErrorString(status));
     std::lock_guard<std::mutex> lock(mutex_);
     std::unique_ptr<Plan>& plan = plans_[{device, problem.Key()}];
-    if (plan == nullptr) plan = std::make_unique<Plan>(problem);
+    if (plan == nullptr) plan = Make(problem, workspace_limit);
     return *plan;
   }
 
  private:
+  static std::unique_ptr<Plan> Make(Problem problem, size_t workspace_limit) {
+    if (problem.choice.algorithm >= 0) {
+      try {
+        auto plan = std::make_unique<Plan>(problem);
+        if (plan->workspace_bytes() <= workspace_limit) return plan;
+      } catch (const Failure&) {
+      }
+      problem.choice = {};
+    }
+    auto plan = std::make_unique<Plan>(problem);
+    if (plan->workspace_bytes() > workspace_limit) {
+      throw Failure("the library wants " + std::to_string(plan->workspace_bytes()) + " bytes of workspace, and has " +
+                    std::to_string(workspace_limit) + ", for " + problem.Describe());
+    }
+    return plan;
+  }
+
   std::mutex mutex_;
   std::map<std::pair<int, decltype(std::declval<Problem>().Key())>, std::unique_ptr<Plan>> plans_;
 };
@@ -99,6 +118,9 @@ struct Call {
   bool raw;
   bool padded_rows;  // x is copied, so that the library may read whole multiples of rows
   bool direct;       // the library writes y
+  // Bytes of the workspace's parts.
+  int64_t accumulator_bytes, padded_bytes;
+  size_t library_bytes;  // all that is left
 };
 
 struct Operands {
@@ -153,6 +175,13 @@ Call CheckCall(const Operands& o) {
   }
   call.padded_rows = p.tokens != call.rows;
   call.direct = p.result == *y_type && !call.padded_rows && p.outputs == call.outputs;
+  if (o.raw && p.result != *y_type) throw fail("the library has no float32 accumulators for this dtype");
+  call.accumulator_bytes = call.direct ? 0 : p.tokens * p.outputs * static_cast<int64_t>(Bytes(p.result));
+  call.padded_bytes = call.padded_rows ? p.tokens * p.columns * static_cast<int64_t>(Bytes(*type)) : 0;
+  const int64_t used = kAlignment + RoundUp(call.accumulator_bytes, kAlignment) + RoundUp(call.padded_bytes, kAlignment);
+  const int64_t all = static_cast<int64_t>(o.workspace.element_count());
+  if (all < used) throw fail("workspace must have at least " + std::to_string(used) + " bytes");
+  call.library_bytes = static_cast<size_t>(all - used);
   return call;
 }
 
@@ -166,7 +195,8 @@ Operands Gather(ffi::AnyBuffer lifted, ffi::Buffer<ffi::F32> scale_x, ffi::Buffe
 ffi::Error Initialize(State* state, const Operands& o) {
   if (o.lifted.element_count() == 0 || o.y.element_count() == 0) return ffi::Error::Success();
   try {
-    state->Get(CheckCall(o).problem);
+    const Call call = CheckCall(o);
+    state->Get(call.problem, call.library_bytes);
   } catch (const Failure& failure) {
     return ffi::Error::Internal(std::string("slidejax ") + kMatmul + ": " + failure.what());
   }
@@ -178,26 +208,21 @@ void Run(const Call& call, const Plan& plan, const Operands& o, cudaStream_t str
   const Problem& p = call.problem;
   // The workspace's parts, in this order: accumulators, padded x, the library's own.
   char* next = reinterpret_cast<char*>(RoundUp(reinterpret_cast<intptr_t>(o.workspace.untyped_data()), kAlignment));
-  const char* end = static_cast<char*>(o.workspace.untyped_data()) + o.workspace.element_count();
-  const auto take = [&](int64_t bytes) -> void* {
+  const auto take = [&](int64_t bytes) {
     char* part = next;
     next += RoundUp(bytes, kAlignment);
-    if (bytes > 0 && part + bytes > end) {
-      throw Failure("the workspace is too small: algorithm " + std::to_string(p.choice.algorithm) + " takes " +
-                    std::to_string(plan.workspace_bytes()) + " bytes beside accumulators and padding " + o.Describe());
-    }
     return part;
   };
   const auto check = [&](cudaError_t status, const char* what) {
     if (status != cudaSuccess) throw Failure(std::string(what) + ": " + cudaGetErrorString(status) + " " + o.Describe());
   };
-  void* d = call.direct ? o.y.untyped_data() : take(p.tokens * p.outputs * Bytes(p.result));
+  void* d = call.direct ? o.y.untyped_data() : take(call.accumulator_bytes);
   const void* x = o.lifted.untyped_data();
   if (call.padded_rows) {
-    const int64_t bytes = call.rows * call.columns * Bytes(p.operand), padded = p.tokens * call.columns * Bytes(p.operand);
-    void* copy = take(padded);
+    const int64_t bytes = call.rows * call.columns * Bytes(p.operand);
+    char* copy = take(call.padded_bytes);
     check(cudaMemcpyAsync(copy, x, bytes, cudaMemcpyDeviceToDevice, stream), "copying x");
-    check(cudaMemsetAsync(static_cast<char*>(copy) + bytes, 0, padded - bytes, stream), "padding x");
+    check(cudaMemsetAsync(copy + bytes, 0, call.padded_bytes - bytes, stream), "padding x");
     x = copy;
   }
   void* scratch = take(plan.workspace_bytes());
@@ -205,13 +230,12 @@ void Run(const Call& call, const Plan& plan, const Operands& o, cudaStream_t str
   const void* alpha = p.alpha_vector ? static_cast<const void*>(o.scale_w.typed_data()) : &one;
   plan.Run(alpha, o.compressed.typed_data(), x, d, plan.workspace_bytes() > 0 ? scratch : nullptr, stream);
   if (call.raw && call.direct) return;
-  if (call.raw && p.result == call.y_type) {  // only padding to drop
+  if (call.raw) {  // only padding to drop
     const int64_t element = Bytes(p.result);
     check(cudaMemcpy2DAsync(o.y.untyped_data(), call.outputs * element, d, p.outputs * element, call.outputs * element, call.rows,
                             cudaMemcpyDeviceToDevice, stream), "dropping padding");
     return;
   }
-  if (call.raw) throw Failure("the library has no float32 accumulators for this dtype " + o.Describe());
   DequantizeArgs finish = {};
   finish.accumulators = d, finish.accumulator_type = p.result, finish.pitch = p.outputs;
   finish.scale_x = o.scale_x.typed_data();
@@ -227,7 +251,7 @@ ffi::Error Execute(cudaStream_t stream, State* state, const Operands& o) {
   if (o.lifted.element_count() == 0) return InvalidArgument(kMatmul, "K' must not be 0 " + o.Describe());
   try {
     const Call call = CheckCall(o);
-    Run(call, state->Get(call.problem), o, stream);
+    Run(call, state->Get(call.problem, call.library_bytes), o, stream);
   } catch (const Failure& failure) {
     return ffi::Error::Internal(std::string("slidejax ") + kMatmul + ": " + failure.what());
   }
