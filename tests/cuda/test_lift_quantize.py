@@ -1,0 +1,123 @@
+"""The lift and quantise kernel against the formulas, bit for bit."""
+
+import cuda_formulas as formulas
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from slidejax.ops import ffi
+
+pytestmark = pytest.mark.gpu
+
+GROUPS = (0, 4, 6, 8, 10, 12, 14, 16)
+IN = (jnp.bfloat16, jnp.float16, jnp.float32)
+OUT = (jnp.int8, jnp.float8_e4m3fn, jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+@pytest.fixture(autouse=True)
+def _library():
+    if reason := ffi.missing("library"):
+        pytest.fail(f"a GPU without the library: {reason}")
+
+
+def run(x, group, dtype, absmax=None, width=None):
+    columns = formulas.lift(np.zeros((1, x.shape[1]), np.int8), group).shape[1] if width is None else width
+    absmax = jnp.zeros(0, jnp.float32) if absmax is None else jnp.asarray(absmax)
+
+    @jax.jit
+    def call(x, absmax):
+        return ffi.lift_quantize_call(x, absmax, group=group, lifted_columns=columns, dtype=dtype)
+
+    return [np.asarray(part) for part in call(jnp.asarray(x), absmax)]
+
+
+def values(rows, columns, dtype, seed=0):
+    """Rows of very different sizes, with ties, zeros and extremes among them."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, columns)) * np.exp2(rng.integers(-6, 7, (rows, 1)))
+    x[rng.random(x.shape) < 0.02] = 0
+    x[rows // 2, :] = rng.integers(-254, 255, columns) / 2  # ties at scale 1, where 127 is the largest
+    x[rows // 2, 0] = 127
+    return x.astype(dtype)
+
+
+def check(x, group, dtype, absmax=None):
+    codes, scale = run(x, group, dtype, absmax)
+    expected, expected_scale = formulas.quantize(x, dtype, absmax)
+    np.testing.assert_array_equal(scale, expected_scale)
+    bad = ~np.isfinite(expected_scale) & (np.dtype(dtype).itemsize > 1)  # unquantised rows of nan: any nan will do
+    got, want = codes[~bad], formulas.lift(expected, group)[~bad]
+    assert got.shape == want.shape
+    if np.dtype(dtype).itemsize == 1:  # codes of +0 and -0 are equal
+        got, want = got.astype(np.float32), want.astype(np.float32)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", OUT, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("x_dtype", IN, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("group", GROUPS)
+def test_codes_and_scales(group, x_dtype, dtype):
+    for rows, columns in ((5, 448), (3, 1001), (2, 2049)):
+        check(values(rows, columns, x_dtype, seed=columns), group, dtype)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 8, 15, 33, 129, 255, 257, 1999, 3584, 5003, 18944, 65536, 70001])
+@pytest.mark.parametrize("group", [0, 6, 8, 14])
+def test_any_number_of_columns(group, columns):
+    for rows in (1, 3):
+        for x_dtype in (jnp.bfloat16, jnp.float32):
+            check(values(rows, columns, x_dtype, seed=columns), group, jnp.int8)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 127, 4223, 4224, 4225, 9001])
+def test_any_number_of_rows(rows):
+    check(values(rows, 96, jnp.bfloat16), 8, jnp.int8)
+    check(values(rows, 100, jnp.bfloat16), 8, jnp.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("dtype", OUT, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("columns", [512, 515])
+def test_rows_with_inf_nan_zero_and_subnormals(columns, dtype):
+    for x_dtype in IN:
+        x = values(8, columns, x_dtype)
+        x[1, 3], x[2, columns - 1], x[3, 5], x[4] = np.inf, -np.inf, np.nan, 0
+        x[5] = -0.0
+        x[6] = np.finfo(ml_dtypes.bfloat16).tiny if x_dtype != jnp.float16 else 0  # its scale would be subnormal
+        codes, scale = run(x, 8, dtype)
+        assert np.isnan(scale[1:4]).all() and np.isfinite(np.delete(scale, [1, 2, 3])).all()
+        if np.dtype(dtype).itemsize == 1:
+            assert (codes[1:7].astype(np.float32) == 0).all() and (scale[4:7] == 1).all()
+        check(x, 8, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=["int8", "float8_e4m3fn"])
+def test_given_absmax(dtype):
+    x = values(6, 700, jnp.bfloat16)
+    absmax = np.abs(x.astype(np.float32)).max(1) * np.float32(3)
+    absmax[1], absmax[2], absmax[3], absmax[4] = np.nan, np.inf, 0, absmax[4] / 7  # the last one clips
+    check(x, 8, dtype, absmax)
+
+
+def test_quantise_only_pads():
+    x = values(4, 1000, jnp.bfloat16)
+    for width in (1000, 1003, 1024):
+        codes, _ = run(x, 0, jnp.int8, width=width)
+        np.testing.assert_array_equal(codes[:, :1000], formulas.quantize(x, np.int8)[0])
+        assert codes.shape == (4, width) and (codes[:, 1000:] == 0).all()
+
+
+def test_every_rounding_boundary_of_e4m3():
+    """All midpoints between neighbouring codes, and the floats next to them."""
+    codes = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    middle = (codes[1:] + codes[:-1]) / 2
+    row = np.concatenate([codes, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(1e9))])
+    check(np.concatenate([row, -row])[None], 8, jnp.float8_e4m3fn)
+
+
+def test_bad_calls_are_refused():
+    x = jnp.ones((4, 64), jnp.bfloat16)
+    for group, width in ((8, 64), (8, 97), (5, 96), (0, 63)):
+        with pytest.raises(Exception, match="lift_quantize"):
+            run(x, group, jnp.int8, width=width)

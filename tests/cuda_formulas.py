@@ -1,0 +1,74 @@
+"""docs/design.md's formulas in numpy, apart from slidejax's own reference: what the kernels are held against."""
+
+import ml_dtypes
+import numpy as np
+
+QMAX = {np.dtype(np.int8): 127.0, np.dtype(ml_dtypes.float8_e4m3fn): 448.0}
+
+
+def quantize(x, dtype, absmax=None):
+    """Codes and float32 scales of the rows of x, each step rounded once, as IEEE has it."""
+    x = np.asarray(x).astype(np.float32)
+    dtype = np.dtype(dtype)
+    if absmax is None:
+        with np.errstate(invalid="ignore"):
+            absmax = np.abs(x).max(1, initial=0)
+    absmax = np.asarray(absmax, np.float32)
+    finite = np.isfinite(absmax)
+    if dtype not in QMAX:
+        return x.astype(dtype), np.where(finite, np.float32(1), np.float32(np.nan))
+    qmax = np.float32(QMAX[dtype])
+    with np.errstate(all="ignore"):
+        scale = absmax * np.float32(1.0 / qmax)
+        silent = ~(scale >= np.finfo(np.float32).tiny) | ~finite
+        inverse = np.float32(1) / np.where(silent, np.float32(1), scale)
+        v = np.where(silent[:, None], np.float32(0), x * inverse[:, None])
+    v = np.clip(v, -qmax, qmax)
+    codes = np.rint(v).astype(dtype) if dtype == np.int8 else v.astype(dtype)
+    return codes, np.where(finite, np.where(silent, np.float32(1), scale), np.float32(np.nan)).astype(np.float32)
+
+
+def lift(codes, group):
+    """[M, K] -> [M, K'], whole blocks of 8 groups."""
+    if group == 0:
+        return codes
+    block = 8 * group
+    padded = -(-codes.shape[1] // block) * block
+    x = np.zeros((codes.shape[0], padded), codes.dtype)
+    x[:, : codes.shape[1]] = codes
+    x = x.reshape(codes.shape[0], -1, group)
+    return np.concatenate([x[..., 2 * w : 2 * w + 4] for w in range(group // 2 - 1)], -1).reshape(codes.shape[0], -1)
+
+
+def lifted_weight(values, zeros):
+    """The packed form as a dense 2:4 matrix [out, K'], with pair w of a group's kept values in window w."""
+    out, groups, kept = values.shape
+    columns = np.arange(kept)
+    z1, z2 = (zeros & 15)[..., None], (zeros >> 4)[..., None]
+    at = columns + (columns >= z1)
+    at = at + (at >= z2)
+    lane = at - 2 * (columns // 2)
+    dense = np.zeros((out, groups, kept // 2, 4), values.dtype)
+    index = np.broadcast_to((columns // 2)[None, None], at.shape)
+    o, g = np.indices(at.shape[:2])
+    dense[o[..., None], g[..., None], index, lane] = values
+    return dense.reshape(out, -1)
+
+
+def accumulate(lifted, weight):
+    """Exact products and sums, in float64 or int64."""
+    wide = np.int64 if lifted.dtype == np.int8 else np.float64
+    return lifted.astype(wide) @ weight.astype(wide).T
+
+
+def finish(acc, scale_x, scale_w, bias=None):
+    """float32(acc) * scale_x * scale_w + bias, in float32."""
+    with np.errstate(invalid="ignore"):
+        y = acc.astype(np.float32) * scale_x[:, None] * scale_w[None]
+    return y if bias is None else y + np.asarray(bias, np.float32)
+
+
+def bits(a):
+    """The array's bits, for comparisons that tell nan from nan and +0 from -0."""
+    a = np.asarray(a)
+    return a.view(f"u{a.dtype.itemsize}")
