@@ -205,8 +205,16 @@ class Bench {
   std::vector<void*> memory_;
 };
 
-// Splits that are worth a try; the modes are CUSPARSELT_SPLIT_K_MODE_ONE_KERNEL and _TWO_KERNELS.
-constexpr Choice kSplits[] = {{-1, 1, 0}, {-1, 2, 1}, {-1, 2, 2}, {-1, 4, 1}, {-1, 4, 2}};
+// Splits of K that are worth a try; the modes are CUSPARSELT_SPLIT_K_MODE_ONE_KERNEL and _TWO_KERNELS. From compute capability
+// 9.0 on the library's kernels schedule K themselves, and a forced split has been seen to end in an illegal instruction, which
+// takes the whole process's CUDA context with it: there only the algorithms themselves are tried.
+std::vector<Choice> Splits() {
+  int device = 0, major = 0;
+  CheckCuda(cudaGetDevice(&device), "finding the current device");
+  CheckCuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the compute capability");
+  if (major >= 9) return {{-1, 1, 0}};
+  return {{-1, 1, 0}, {-1, 2, 1}, {-1, 2, 2}, {-1, 4, 1}, {-1, 4, 2}};
+}
 
 }  // namespace
 
@@ -235,11 +243,12 @@ std::vector<Timing> Tune(Problem problem, size_t workspace_limit, int repeats) {
     CheckCuda(cudaStreamSynchronize(scratch.stream), "preparing the search");
   }
 
+  const std::vector<Choice> splits = Splits();
   const float one = 1.0f;
   const void* alpha = problem.alpha_vector ? alpha_vector : &one;
   std::vector<Timing> timings;
   for (int algorithm = 0; algorithm < algorithms; ++algorithm) {
-    for (Choice choice : kSplits) {
+    for (Choice choice : splits) {
       choice.algorithm = algorithm;
       problem.choice = choice;
       try {

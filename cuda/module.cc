@@ -117,6 +117,8 @@ NB_MODULE(_cuda, m) {
         "Times the library's kernels on the current GPU: [{algorithm, split_k, split_k_mode, microseconds, workspace_bytes}], "
         "fastest first.");
 #ifdef SLIDEJAX_HOPPER
+  m.def("hopper_metadata_bytes", &slidejax_hopper_metadata_bytes, nb::arg("out"), nb::arg("groups"), nb::arg("group"),
+        "Bytes of a weight's metadata in the kernel's order. Needs no GPU.");
   m.def(
       "hopper_workspace_bytes",
       [](int M, int out, int groups, int group, const std::string& dtype, bool has_metadata, int multiprocessors) {

@@ -53,9 +53,13 @@ ffi::Error CompressImpl(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi:
       return fail("the compressed form takes " + std::to_string(size.compressed) + " bytes, not " +
                   std::to_string(compressed->element_count()));
     }
-    const auto dense = scratch.Allocate(args.padded_outputs * columns * Bytes(*type), kAlignment);
-    const auto buffer = scratch.Allocate(std::max<size_t>(size.buffer, 1), kAlignment);
-    if (!dense || !buffer) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "slidejax cusparselt_compress: out of memory");
+    // 16 is the largest alignment that XLA takes here; what it allocates is aligned to more.
+    const auto dense = scratch.Allocate(std::max<size_t>(args.padded_outputs * columns * Bytes(*type), 16), 16);
+    const auto buffer = scratch.Allocate(std::max<size_t>(size.buffer, 16), 16);
+    if (!dense || !buffer) {
+      return ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                        "slidejax cusparselt_compress: XLA has no scratch memory for a dense copy of values " + Describe(values));
+    }
     args.values = values.untyped_data(), args.zeros = zeros.typed_data(), args.lifted = *dense, args.type = *type;
     const cudaError_t status = ExpandLifted(args, stream);
     if (status != cudaSuccess) return CudaError(kCompress, status);

@@ -290,8 +290,8 @@ def _compressed_bytes(w: SlideWeight) -> int:
     out, columns = _round_up(w.out_features, _multiple(w.dtype)), _lifted_columns(w)
     if _on_gpu() and missing("cusparselt") is None:
         return _load()[0].cusparselt_compressed_bytes(w.dtype.name, out, columns)
-    # ahead of time: half of the values and a nibble for each window; the call checks it against the library
-    return out * columns // 2 * w.dtype.itemsize + out * columns // 8
+    # Ahead of time: half of the values, and a nibble for each window of whole 128 columns, as 0.8 has it. The call checks it.
+    return out * columns // 2 * w.dtype.itemsize + out * _round_up(columns, 128) // 8
 
 
 def _on_gpu() -> bool:
@@ -331,9 +331,9 @@ def cusparselt_linear(lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bia
     )
 
 
-# What the library's default algorithms may use as workspace.
-_DEFAULT_CHOICE = {"algorithm": -1, "split_k": 1, "split_k_mode": 0, "workspace_bytes": 1 << 20}
-_SEARCH_WORKSPACE = 64 << 20
+# What an algorithm may use as workspace: the library is asked only when the program runs.
+_WORKSPACE = 64 << 20
+_DEFAULT_CHOICE = {"algorithm": -1, "split_k": 1, "split_k_mode": 0, "workspace_bytes": _WORKSPACE}
 # How far, in factors of two, the rows of a search may be from those of a call.
 _REACH = 1.0
 
@@ -394,7 +394,7 @@ def cusparselt_search(w: SlideWeight, rows: int) -> list[dict[str, Any]]:
         raise NotImplementedError(f"cusparselt_search: {reason}")
     result, columns = _accumulator(w.dtype), _lifted_columns(w)
     timings = _load()[0].cusparselt_tune(
-        w.dtype.name, result.name, False, w.out_features, rows, columns, workspace_limit=_SEARCH_WORKSPACE
+        w.dtype.name, result.name, False, w.out_features, rows, columns, workspace_limit=_WORKSPACE
     )
     path, entries = _read_searches()
     key = _search_key(w.dtype, result, w.out_features, columns)
@@ -406,8 +406,11 @@ def cusparselt_search(w: SlideWeight, rows: int) -> list[dict[str, Any]]:
 
 
 def _metadata_bytes(w: SlideWeight) -> int:
-    """[ceil(out / 64)][ceil(K' / 128)][128 lanes][2] words."""
-    return -(-w.out_features // 64) * -(-_lifted_columns(w) // 128) * 128 * 2 * 4
+    module, _ = _load()
+    if module is not None and module.build_info()["hopper"]:
+        return module.hopper_metadata_bytes(w.out_features, w.groups, w.pattern.group)
+    # ahead of time: 1 KB for 64 outputs and 128 lifted columns, whole pairs of the latter; the call checks it
+    return -(-w.out_features // 64) * 2 * -(-_lifted_columns(w) // 256) * 1024
 
 
 def hopper_metadata(w: SlideWeight) -> jax.Array:

@@ -40,10 +40,12 @@ def expected(lifted, scale, w, bias=None):
 
 
 def check(y, want, dtype):
-    """One rounding of the result (two for 16-bit operands, whose accumulators the library rounds) and float32 sums."""
+    """One rounding of the result (two for 16-bit operands, whose accumulators the library rounds), and the sums' own error:
+    the tensor cores of some GPUs keep about 14 bits of a float8 sum."""
     y, want = np.asarray(y).astype(np.float64), want.astype(np.float64)
     step = {1: 1, 2: 2}[np.dtype(dtype).itemsize] * float(jnp.finfo(jnp.bfloat16).eps)
-    np.testing.assert_allclose(y, want, rtol=step, atol=step * np.abs(want).max() * 0.02)
+    sums = 3e-3 if np.dtype(dtype) == jnp.float8_e4m3fn else 2e-4
+    np.testing.assert_allclose(y, want, rtol=step, atol=sums * np.abs(want).max())
 
 
 linear = jax.jit(ffi.cusparselt_linear, static_argnames="out_dtype")

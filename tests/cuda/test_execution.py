@@ -29,6 +29,7 @@ def need(implementation):
 def model(implementation, out=256, seed=0):
     rng = np.random.default_rng(seed)
     w = sj.pack(jnp.asarray(rng.standard_normal((256, out)) / 16, jnp.float32), "6:8", dtype=jnp.int8)
+    w = sj.prepare(w, implementation=implementation)
     return w, jnp.asarray(rng.standard_normal((48, 256)), jnp.bfloat16), lambda x, w: sj.linear(x, w, implementation=implementation)
 
 

@@ -84,7 +84,7 @@ def test_rows_with_inf_nan_zero_and_subnormals(columns, dtype):
         x = values(8, columns, x_dtype)
         x[1, 3], x[2, columns - 1], x[3, 5], x[4] = np.inf, -np.inf, np.nan, 0
         x[5] = -0.0
-        x[6] = np.finfo(ml_dtypes.bfloat16).tiny if x_dtype != jnp.float16 else 0  # its scale would be subnormal
+        x[6] = float(jnp.finfo(jnp.bfloat16).tiny) if x_dtype != jnp.float16 else 0  # its scale would be subnormal
         codes, scale = run(x, 8, dtype)
         assert np.isnan(scale[1:4]).all() and np.isfinite(np.delete(scale, [1, 2, 3])).all()
         if np.dtype(dtype).itemsize == 1:
