@@ -9,9 +9,9 @@
 // There the unit is a *pair* of columns: pair p of group g is the first half of window p and the second half of window p-1, which
 // makes lifting two stores of the same pair, at slots 2q and 2q-1 with q = pair - group.
 //
-// Rows too long for the registers, rows that do not start at multiples of 16 bytes, rows whose absmax is given, and casts without
-// quantisation take the streaming variant (kTiles = 0), which holds one tile at a time; where it must find absmax first it reads
-// the row twice, the second time out of the L2 cache.
+// Rows too long for the registers, rows whose absmax is given, and casts without quantisation take the streaming variant
+// (kTiles = 0), which holds one tile at a time; where it must find absmax first it reads the row twice, the second time mostly out
+// of the L2 cache.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
@@ -439,10 +439,10 @@ constexpr int HeldTiles(int n, int in_bytes) {
   return registers <= 8 ? 32 / registers : registers <= 40 ? 40 / registers : 1;
 }
 
-template <typename In, typename Out, int kN, int kTiles>
+template <typename In, typename Out, int kN, int kTiles, bool kAligned = false>
 cudaError_t Launch(Params p, int warps, cudaStream_t stream) {
   p.tiles_of_warp = (p.tiles + warps - 1) / warps;
-  const auto kernel = LiftQuantizeKernel<PlainRow<In, (kTiles > 0)>, Out, kN, kTiles>;
+  const auto kernel = LiftQuantizeKernel<PlainRow<In, kAligned>, Out, kN, kTiles>;
   const int rows = p.rows >= kEnoughWarps ? std::max(1, 4 / warps) : 1;  // of a thread block
   const int shared_bytes = rows * (kLanes * 4 + warps * TileBytes(p.n, sizeof(Out)));
   if (shared_bytes > 48 * 1024) {
@@ -454,30 +454,38 @@ cudaError_t Launch(Params p, int warps, cudaStream_t stream) {
   return cudaPeekAtLastError();
 }
 
-template <typename In, typename Out, int kN>
+template <typename In, typename Out, int kN, int kTiles, bool kAligned>
 cudaError_t LaunchHeld(const Params& p, cudaStream_t stream) {
-  constexpr int kTiles = HeldTiles(kN, sizeof(In));
   const int fewest = (p.tiles + kTiles - 1) / kTiles;
   const int most = MaxThreads(sizeof(In)) / kLanes;
-  if (!p.x_aligned || p.absmax != nullptr || fewest > most) {
+  if (p.absmax != nullptr || fewest > most) {
     return Launch<In, Out, 0, 0>(p, std::min(p.tiles, kStreamingWarps), stream);
   }
   const int wanted = static_cast<int>(std::min<int64_t>((kEnoughWarps + p.rows - 1) / p.rows, std::min(p.tiles, most)));
-  return Launch<In, Out, kN, kTiles>(p, std::max(fewest, wanted), stream);
+  return Launch<In, Out, kN, kTiles, kAligned>(p, std::max(fewest, wanted), stream);
+}
+
+template <typename In, typename Out, int kN>
+cudaError_t LaunchN(const Params& p, cudaStream_t stream) {
+  constexpr int kTiles = HeldTiles(kN, sizeof(In));
+  if (p.x_aligned) return LaunchHeld<In, Out, kN, kTiles, true>(p, stream);
+  // Shifting takes registers, so that a warp holds less of a row; float32 rows would leave too few.
+  if constexpr (sizeof(In) == 2) return LaunchHeld<In, Out, kN, (kTiles + 1) / 2, false>(p, stream);
+  return Launch<In, Out, 0, 0>(p, std::min(p.tiles, kStreamingWarps), stream);
 }
 
 template <typename In, typename Out>
 cudaError_t LaunchOut(const Params& p, cudaStream_t stream) {
   if constexpr (kQuantised<Out>) {
     switch (p.n) {
-      case 1: return LaunchHeld<In, Out, 1>(p, stream);
-      case 2: return LaunchHeld<In, Out, 2>(p, stream);
-      case 3: return LaunchHeld<In, Out, 3>(p, stream);
-      case 4: return LaunchHeld<In, Out, 4>(p, stream);
-      case 5: return LaunchHeld<In, Out, 5>(p, stream);
-      case 6: return LaunchHeld<In, Out, 6>(p, stream);
-      case 7: return LaunchHeld<In, Out, 7>(p, stream);
-      case 8: return LaunchHeld<In, Out, 8>(p, stream);
+      case 1: return LaunchN<In, Out, 1>(p, stream);
+      case 2: return LaunchN<In, Out, 2>(p, stream);
+      case 3: return LaunchN<In, Out, 3>(p, stream);
+      case 4: return LaunchN<In, Out, 4>(p, stream);
+      case 5: return LaunchN<In, Out, 5>(p, stream);
+      case 6: return LaunchN<In, Out, 6>(p, stream);
+      case 7: return LaunchN<In, Out, 7>(p, stream);
+      case 8: return LaunchN<In, Out, 8>(p, stream);
       default: return cudaErrorInvalidValue;
     }
   } else {
