@@ -84,7 +84,7 @@ def _load() -> tuple[Any, str | None]:
     if importlib.util.find_spec("slidejax._cuda") is None:
         return None, "slidejax was installed without its CUDA library: reinstall with nvcc on PATH and SLIDEJAX_CUDA=1"
     try:
-        from slidejax import _cuda  # type: ignore[attr-defined]
+        from slidejax import _cuda
     except ImportError as error:
         return None, f"the CUDA library cannot be loaded: {error}"
     built, running = _cuda.build_info()["ffi_api"], _ffi_interface()
@@ -365,7 +365,7 @@ def _search_key(dtype, result, out: int, columns: int) -> str:
     return f"{np.dtype(dtype).name}->{np.dtype(result).name} {out}x{columns}"
 
 
-def _choice(dtype, result, out: int, rows: int, columns: int) -> dict[str, int]:
+def _choice(dtype, result, out: int, rows: int, columns: int) -> dict[str, Any]:
     """The algorithm of the nearest search, else the library's default. The call falls back to the default by itself where
     the library refuses the algorithm for this number of rows."""
     if not _on_gpu() or missing("cusparselt") is not None:
