@@ -70,8 +70,12 @@ class Contraction:
         if not inputs or not outputs or len(batch) + len(inputs) + len(outputs) != len(kernel) or not set(x) - set(inputs) <= set(result):
             raise LeftDense(f"its einsum {equation!r} is not a product of matrices")
         order = batch + [c for c in x if c not in batch and c not in inputs] + outputs
-        axes = [tuple(kernel.index(c) for c in names) for names in (batch, inputs, outputs)]
-        return cls(*axes, tuple(x.index(c) for c in batch), tuple(x.index(c) for c in inputs), tuple(order.index(c) for c in result))
+
+        def places(names, operand) -> tuple[int, ...]:
+            return tuple(operand.index(c) for c in names)
+
+        kernel_axes = places(batch, kernel), places(inputs, kernel), places(outputs, kernel)
+        return cls(*kernel_axes, places(batch, x), places(inputs, x), places(result, order))
 
     @property
     def kernel(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -303,7 +303,7 @@ def _eval_shape(fn: Callable, *args, **kwargs):
     arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
 
     def traced(arrays):
-        args, kwargs = tree.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+        args, kwargs = jax.tree.unflatten(tree, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
         return fn(*args, **kwargs)
 
     return jax.eval_shape(traced, arrays)

@@ -99,7 +99,7 @@ def _cusparselt(w: SlideWeight) -> jax.Array:
     return ffi.cusparselt_compressed(w)
 
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[[SlideWeight], jax.Array]] = {
     "dense": jax.jit(dense_codes),
     "cusparselt": _over_batch(_cusparselt),
     "hopper": _over_batch(_hopper),

@@ -212,8 +212,8 @@ class GGUFFile:
             else byte_level
         )
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens([AddedToken(t, special=True) for t, k in zip(tokens, types) if k == _CONTROL])
-        tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == _USER_DEFINED])
+        tokenizer.add_special_tokens([AddedToken(t, special=True) for t, k in zip(tokens, types, strict=False) if k == _CONTROL])
+        tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=False) if k == _USER_DEFINED])
 
         ids = {
             "bos_token": self._get("tokenizer.ggml.bos_token_id"),

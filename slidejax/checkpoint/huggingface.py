@@ -355,6 +355,6 @@ def _read_converted(folder: Path, config: PretrainedConfig, dtype: Any) -> tuple
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.FlaxPreTrainedModel)):
         file = str(folder / store.METADATA)
-        raise ValueError(f"{file!r}: model class {name!r} is not a Flax class of transformers")  # noqa: TRY004
+        raise ValueError(f"{file!r}: model class {name!r} is not a Flax class of transformers")
     model = build(config, params, dtype or saved, cls)
     return with_params(model, model.params), about

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["staged"]
+__all__ = ["check_target", "staged"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -29,11 +29,7 @@ def staged(path: str | os.PathLike[str], marker: str) -> Iterator[Path]:
     Raises:
       ValueError: ``path`` is a file, or a directory that holds other things.
     """
-    target = Path(os.path.abspath(path))
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"path {str(target)!r} is a file; a directory is written")
-    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
-        raise ValueError(f"path {str(target)!r} is a directory with other things in it (no {marker}): not replaced")
+    target = check_target(path, marker)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -46,6 +42,16 @@ def staged(path: str | os.PathLike[str], marker: str) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)  # after an exchange this is the old directory
+
+
+def check_target(path: str | os.PathLike[str], marker: str) -> Path:
+    """The absolute path if `staged` may write there; else its ValueError."""
+    target = Path(os.path.abspath(path))
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"path {str(target)!r} is a file; a directory is written")
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        raise ValueError(f"path {str(target)!r} is a directory with other things in it (no {marker}): not replaced")
+    return target
 
 
 def _umask() -> int:

@@ -339,7 +339,7 @@ def _decode(node: Any, path: tuple[Any, ...], arrays: _ArrayFile, place: Any, fi
         host = arrays.read(name)
         if _checksum(host) != entry["crc32"]:
             raise ValueError(f"{str(arrays.path)!r} is damaged: the bytes of {name!r} do not match their checksum")
-        if dtype in _WIDE and not jax.config.jax_enable_x64:
+        if dtype in _WIDE and not jax.config.read("jax_enable_x64"):
             return host
         return place(host)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import CompoundFactor, SdyShardingRule, custom_partitioning
+from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 
 from slidejax import numerics
 from slidejax.ops import registry
@@ -29,8 +29,8 @@ from slidejax.ops._common import (
     first_axes,
     make_primitive,
     spec_of,
-    varying_axes,
     vary,
+    varying_axes,
 )
 from slidejax.pattern import Pattern
 
@@ -94,15 +94,15 @@ def _shapes(x, *absmax, pattern, dtype):
     return [((x.shape[0], columns), dtype), ((x.shape[0], 1), np.float32)]
 
 
-def _lowering(x, *absmax, platform, pattern, dtype):
-    absmax = absmax[0] if absmax else None
+def _lowering(x, *given, platform, pattern, dtype):
+    absmax = given[0] if given else None
     if platform == "cuda" and registry.cuda_calls() and math.prod(x.shape):
         from slidejax.ops import ffi
 
         columns = x.shape[1] if pattern is None else pattern.lifted(x.shape[1])
-        absmax = jnp.zeros(0, jnp.float32) if absmax is None else absmax[:, 0]
+        largest = jnp.zeros(0, jnp.float32) if absmax is None else absmax[:, 0]
         group = 0 if pattern is None else pattern.group
-        codes, scale = ffi.lift_quantize_call(x, absmax, group=group, lifted_columns=columns, dtype=dtype)
+        codes, scale = ffi.lift_quantize_call(x, largest, group=group, lifted_columns=columns, dtype=dtype)
         return codes, scale[:, None]
     if pattern is None:
         return quantize_rows(x, dtype, absmax)
@@ -142,13 +142,13 @@ def _partitioned(pattern: Pattern, dtype):
             # groups stay whole: both sides are cut by groups
             per_group = pattern.windows * 4
             return SdyShardingRule(
-                (("m", CompoundFactor("g", "c")),),
-                (("m", CompoundFactor("g", "d")), ("m", "one")),
+                (ArrayMapping("m", CompoundFactor("g", "c")),),
+                (ArrayMapping("m", CompoundFactor("g", "d")), ArrayMapping("m", "one")),
                 g=columns // pattern.group,
                 c=pattern.group,
                 d=per_group,
             )
-        return SdyShardingRule((("m", "k"),), (("m", "l"), ("m", "one")))
+        return SdyShardingRule((ArrayMapping("m", "k"),), (ArrayMapping("m", "l"), ArrayMapping("m", "one")))
 
     def partition(mesh, operands, results):
         (rows, k), (_, lifted_k) = spec_of(operands[0]), spec_of(results[0])
@@ -168,7 +168,7 @@ def _partitioned(pattern: Pattern, dtype):
 # --- batching, derivative ---------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _op(pattern: Pattern, dtype, reduce_axis: tuple[str, ...]):
     partitioned = _partitioned(pattern, dtype)
 

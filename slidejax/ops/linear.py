@@ -17,11 +17,11 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import CompoundFactor, SdyShardingRule, custom_partitioning
+from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 
 from slidejax import numerics
 from slidejax.ops import registry, sparse_matmul
-from slidejax.ops._common import check_input, make_primitive, varying_axes, vary
+from slidejax.ops._common import check_input, make_primitive, vary, varying_axes
 from slidejax.ops.lift_quantize import lift_quantize_p, lift_shard
 from slidejax.ops.sparse_matmul import Settings
 from slidejax.weight import SlideWeight, check_weight, scatter_values
@@ -75,10 +75,10 @@ def _partitioned(settings: Settings):
         weight = sparse_matmul.weight_factors(settings)
         whole_blocks = settings.in_features == settings.pattern.padded(settings.in_features)
         if whole_blocks:
-            x = ("m", CompoundFactor("g", "c"))
-            return SdyShardingRule((x, *weight), (("m", "o"),), c=settings.pattern.group, reduction_factors=("g",))
+            x = ArrayMapping("m", CompoundFactor("g", "c"))
+            return SdyShardingRule((x, *weight), (ArrayMapping("m", "o"),), c=settings.pattern.group, reduction_factors=("g",))
         # K of x and the groups of W do not line up: `partition` refuses to cut either
-        return SdyShardingRule((("m", "k"), *weight), (("m", "o"),))
+        return SdyShardingRule((ArrayMapping("m", "k"), *weight), (ArrayMapping("m", "o"),))
 
     def partition(mesh, operands, result):
         cut = sparse_matmul.cut_of("linear", mesh, operands, result, settings, values_at=1)
@@ -101,7 +101,7 @@ def _partitioned(settings: Settings):
 # --- batching, derivative ---------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _op(settings: Settings):
     partitioned = _partitioned(settings)
 

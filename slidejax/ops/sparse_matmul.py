@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import CompoundFactor, SdyShardingRule, custom_partitioning
+from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 
 from slidejax import numerics
 from slidejax.ops import registry
-from slidejax.ops._common import Cut, axis_names, first_axes, make_primitive, spec_of, varying_axes, vary
+from slidejax.ops._common import Cut, axis_names, first_axes, make_primitive, spec_of, vary, varying_axes
 from slidejax.ops.lift_quantize import unlift
 from slidejax.pattern import Pattern
 from slidejax.weight import SlideWeight, check_weight, kept_values, scatter_values, split_zeros
@@ -181,8 +181,12 @@ def bind(lifted, scale_x, w: SlideWeight, bias, settings: Settings) -> jax.Array
 
 def weight_factors(settings: Settings) -> tuple:
     """The Shardy factors of the weight's operands: outputs "o" and groups "g" can be cut."""
-    prepared = tuple(tuple(f"p{i}_{axis}" for axis in range(2 if name == "dense" else 1)) for i, name in enumerate(settings.prepared))
-    return (("o", "g", "v"), ("o", "g"), ("o",), *((("o",),) if settings.has_bias else ()), *prepared)
+    prepared = (
+        ArrayMapping(*(f"p{i}_{axis}" for axis in range(2 if name == "dense" else 1)))
+        for i, name in enumerate(settings.prepared)
+    )
+    bias = (ArrayMapping("o"),) if settings.has_bias else ()
+    return (ArrayMapping("o", "g", "v"), ArrayMapping("o", "g"), ArrayMapping("o"), *bias, *prepared)
 
 
 def weight_shardings(cut: Cut, settings: Settings) -> tuple:
@@ -204,9 +208,9 @@ def _partitioned(settings: Settings):
         return bind(lifted, scale_x, *settings.weight(operands), settings)
 
     def rule(mesh, operands, results):
-        lifted = ("m", CompoundFactor("g", "l"))
+        lifted = ArrayMapping("m", CompoundFactor("g", "l"))
         return SdyShardingRule(
-            (lifted, ("m", "one"), *weight_factors(settings)), (("m", "o"),), l=settings.pattern.windows * 4,
+            (lifted, ArrayMapping("m", "one"), *weight_factors(settings)), (ArrayMapping("m", "o"),), l=settings.pattern.windows * 4,
             reduction_factors=("g",),
         )
 
@@ -261,7 +265,7 @@ def values_gradient(d_kernel: jax.Array, w: SlideWeight) -> jax.Array:
     return kept_values(groups, w.zeros).astype(w.values.dtype)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _op(settings: Settings):
     partitioned = _partitioned(settings)
 

@@ -116,7 +116,6 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch):
         load_model("smollm2")
 
 
-@pytest.mark.slow
 def test_smollm2_knows_the_capital_of_france():
     try:
         packaged_file("smollm2")

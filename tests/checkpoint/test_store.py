@@ -68,7 +68,7 @@ def test_any_tree_comes_back(tree, tmp_path_factory):
 
     def same(a, b):
         if isinstance(a, dict):
-            assert isinstance(b, dict) and list(a) == list(b) and all(type(x) is type(y) for x, y in zip(a, b))
+            assert isinstance(b, dict) and list(a) == list(b) and all(type(x) is type(y) for x, y in zip(a, b, strict=False))
             return all(same(a[k], b[k]) for k in a)
         if isinstance(a, (list, tuple)):
             return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))

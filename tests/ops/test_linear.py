@@ -196,6 +196,6 @@ def test_bad_arguments():
         sj.sparse_matmul(lifted.astype(jnp.float32), scale, w)
     with pytest.raises(ValueError, match="scale must be float32"):
         sj.sparse_matmul(lifted, scale[:, 0], w)
+    shard = w.replace(values=w.values[:, :4], zeros=w.zeros[:, :4])
     with pytest.raises(ValueError, match="name the mesh axis"):
-        shard = w.replace(values=w.values[:, :4], zeros=w.zeros[:, :4])
         sj.linear(x[:, :32], shard)

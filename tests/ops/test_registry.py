@@ -79,7 +79,7 @@ def entry(rows, us, **changes):
 def test_the_choice_follows_the_table(tmp_path, monkeypatch):
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
     device = registry.device_kind("cuda")
-    x, w = problem()
+    _x, w = problem()
     tune.record(device, [entry(16, {"hopper": 2.0, "dense": 1.0}), entry(4096, {"hopper": 50.0, "dense": 60.0})])
 
     def choice(rows, w=w):
@@ -107,7 +107,7 @@ def test_tables_are_merged_and_damaged_ones_named(tmp_path, monkeypatch):
     assert [e["us"]["dense"] for e in tune.entries("Test GPU")] == [2.0, 5.0]
     assert json.loads(path.read_text())["device"] == "Test GPU"
     path.write_text("{")
-    with pytest.raises(ValueError, match="test-gpu.json"):
+    with pytest.raises(ValueError, match=r"test-gpu\.json"):
         tune.entries("Test GPU")
 
 

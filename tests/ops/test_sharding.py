@@ -115,7 +115,7 @@ def test_prepared_forms_stay_behind_on_shards(mesh):
 
 
 def test_k_that_does_not_divide_is_one_clear_error(mesh):
-    x, w, bias = problem("int8")
+    x, _w, _bias = problem("int8")
     rng = np.random.default_rng(0)
     ragged = sj.pack(jnp.asarray(rng.standard_normal((192, 32)), jnp.float32), "6:8", dtype="int8")  # three blocks, cut in two
     x = place(mesh, jnp.ones((16, 192)), P(None, "k"))
