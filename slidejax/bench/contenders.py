@@ -1,0 +1,119 @@
+"""What is timed: JAX as its users write it, and `slidejax.linear` with every implementation that runs here.
+
+Everything goes from bfloat16 x to bfloat16 y. Baselines keep W as `[out, in]`, the layout that suits the vendor's
+8-bit products best.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slidejax import numerics
+from slidejax.bench.timing import Contender
+from slidejax.ops import registry
+from slidejax.ops.linear import linear
+from slidejax.ops.registry import Problem
+from slidejax.prepared import drop_prepared, prepare
+from slidejax.weight import SlideWeight
+
+__all__ = ["BASELINES", "baselines", "kernel_of", "sparse"]
+
+BASELINES = ("jax bf16", "jax int8", "jax fp8", "jax fp8 per tensor")
+_LAST = (((1,), (1,)), ((), ()))  # contract the last axis of x with the last of W
+_E4M3 = jnp.dtype(jnp.float8_e4m3fn)
+
+
+def kernel_of(out: int, inputs: int, seed: int = 0) -> jax.Array:
+    """A kernel `[in, out]` in bfloat16 with the spread of an initialised layer."""
+    key = jax.random.key(seed)
+    return (jax.random.normal(key, (inputs, out), jnp.float32) * inputs**-0.5).astype(jnp.bfloat16)
+
+
+def _bf16(x: jax.Array, w: Any) -> jax.Array:
+    return jax.lax.dot_general(x, w, _LAST)
+
+
+def _quantise(x: jax.Array, qmax: float, dtype: Any, axis: int | None) -> tuple[jax.Array, jax.Array]:
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=axis, keepdims=True), 1e-12) / qmax
+    codes = jnp.clip(x / scale, -qmax, qmax)
+    return (jnp.round(codes) if dtype == jnp.int8 else codes).astype(dtype), scale
+
+
+def _per_row(x: jax.Array, weights: Any) -> jax.Array:
+    """Dynamic, per token and per output channel."""
+    w, scale_w = weights
+    codes, scale_x = _quantise(x, numerics.QMAX[np.dtype(w.dtype)], w.dtype, axis=1)
+    acc = jax.lax.dot_general(codes, w, _LAST, preferred_element_type=jnp.int32 if w.dtype == jnp.int8 else jnp.float32)
+    return (acc.astype(jnp.float32) * scale_x * scale_w).astype(x.dtype)
+
+
+def _per_tensor(x: jax.Array, weights: Any) -> jax.Array:
+    """The form that XLA turns into one scaled FP8 product of cuBLASLt; x is quantised with a scale known beforehand."""
+    w, scale_x, scale_w = weights
+    codes = jnp.clip(x / scale_x, -448, 448).astype(w.dtype)
+    return jax.lax.dot_general(codes.astype(x.dtype) * scale_x, w.astype(x.dtype) * scale_w, _LAST)
+
+
+def baselines(kernel: jax.Array) -> list[Contender]:
+    """JAX without slidejax, for a kernel `[in, out]`."""
+    w = kernel.T
+
+    def per_row(dtype: Any) -> Any:
+        codes, scale = _quantise(w, numerics.QMAX[np.dtype(dtype)], dtype, axis=1)
+        return codes, scale[:, 0]
+
+    codes, scale_w = _quantise(w, 448.0, _E4M3, axis=None)
+    static = (codes, jnp.asarray(4 / 448, w.dtype), scale_w.reshape(()).astype(w.dtype))
+    return [
+        Contender("jax bf16", _bf16, w),
+        Contender("jax int8", _per_row, per_row(jnp.int8)),
+        Contender("jax fp8", _per_row, per_row(_E4M3)),
+        Contender("jax fp8 per tensor", _per_tensor, static),
+    ]
+
+
+def problem_of(w: SlideWeight, rows: int, x_dtype: Any = jnp.bfloat16) -> Problem:
+    """What `linear` of that many rows with this weight is, on this machine."""
+    platform = "cuda" if jax.default_backend() == "gpu" else "default"
+    device, dtype = registry.device_kind(platform), np.dtype(x_dtype)
+    return Problem("linear", platform, device, rows, w.in_features, w.out_features, w.pattern, dtype, w.dtype, dtype)
+
+
+def sparse(w: SlideWeight, rows: int, *, both: bool = False) -> tuple[list[Contender], dict[str, str]]:
+    """`linear` with every implementation that does not refuse, and why the others do; not the reference, which is slow by
+    intent.
+
+    Args:
+      w: the weight, without prepared forms.
+      rows: of x.
+      both: with and without its prepared form; else as it is best, that is with the form where there is one.
+
+    Returns:
+      Contenders called like the entries of `slidejax.tune` ("hopper+prepared"), and reasons by implementation.
+    """
+    refused = registry.refusals(problem_of(w, rows))
+    plain = drop_prepared(w)
+    found = []
+    for name in registry.implementations():
+        if name in refused or name == "reference":
+            continue
+
+        def apply(x: jax.Array, w: SlideWeight, name: str = name) -> jax.Array:
+            return linear(x, w, implementation=name)
+
+        try:
+            prepared = prepare(plain, implementation=name)
+        except NotImplementedError as error:
+            refused[name] = str(error)
+            continue
+        if both or not prepared.prepared:
+            found.append(Contender(name, apply, plain))
+        if prepared.prepared:
+            found.append(Contender(f"{name}+prepared", apply, prepared))
+    return found, refused
+

@@ -1,0 +1,199 @@
+"""`slidejax bench`: lift+quantise against a plain copy, and whole linear layers against JAX."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import slidejax
+from slidejax import numerics
+from slidejax.bench import arguments, contenders
+from slidejax.bench.timing import Clock, Contender, time_all
+from slidejax.ops.lift_quantize import lift_quantize
+from slidejax.pattern import Pattern
+from slidejax.weight import pack
+
+__all__ = ["measure", "set_flags", "table"]
+
+_FLAG = "--xla_gpu_enable_triton_gemm=false"
+_LIFT_BYTES = 1 << 30  # x of the lift is at most this large
+
+
+def set_flags() -> None:
+    """Lets XLA's baselines use cuBLAS, their faster choice on Hopper; before JAX starts its backend, else without effect."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_enable_triton_gemm" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}".strip()
+
+
+def inputs_of(rows: int, columns: int, count: int = 4) -> list[jax.Array]:
+    """Distinct bfloat16 inputs `[rows, columns]`."""
+    return [jax.random.normal(jax.random.key(100 + i), (rows, columns), jnp.bfloat16) for i in range(count)]
+
+
+def measure(args: argparse.Namespace, note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Measures what the arguments ask for.
+
+    Args:
+      args: from `slidejax.bench.arguments.add`.
+      note: called with a line for each step, and for what could not run.
+
+    Returns:
+      A JSON object: "device", "jax", "slidejax", "xla_flags", "clock"; "lift": rows with `us` and `gb_per_s` beside the
+      copy's; "linear": rows with `us` by contender and why implementations refused; "sums": the same added up over the
+      shapes, for each dtype, pattern and M, with ratios to the baselines (above 1: slidejax is faster).
+
+    Raises:
+      ValueError: a bad pattern or dtype, before anything is measured.
+    """
+    gpu = jax.default_backend() == "gpu"
+    clock = Clock.of(args, gpu)
+    shapes = arguments.shapes(args, gpu)
+    patterns = [Pattern.parse(p) for p in args.patterns]
+    dtypes = [numerics.check_dtype(d, "dtypes") for d in args.dtypes or (("int8", "float8_e4m3fn") if gpu else ("int8",))]
+    rows = args.rows or ([16, 256, 1024, 4096, 16384] if gpu else [1, 16])
+    lift, linear = [], []
+    for k in sorted({k for _, k in shapes}):
+        for m in rows:
+            lift += _lift(m, k, patterns, dtypes, clock, note)
+    for n, k in dict.fromkeys(shapes):
+        kernel = contenders.kernel_of(n, k)
+        baselines = contenders.baselines(kernel)
+        weights = {(p, d): pack(kernel, p, dtype=d) for p in patterns for d in dtypes}
+        for m in rows:
+            note(f"linear: N={n} K={k} M={m}")
+            ours: list[Contender] = []
+            refused = {}
+            for (p, d), w in weights.items():
+                found, why = contenders.sparse(w, m)
+                ours += [Contender(f"{p} {d.name} {c.name}", c.apply, c.weights) for c in found]
+                refused[p, d] = why
+            us = time_all([*baselines, *ours], inputs_of(m, k), clock, note)
+            common = {name: us[name] for name in contenders.BASELINES}
+            for p, d in weights:
+                prefix = f"{p} {d.name} "
+                mine = {name.removeprefix(prefix): t for name, t in us.items() if name.startswith(prefix)}
+                linear.append(
+                    {"out": n, "in": k, "rows": m, "pattern": str(p), "dtype": d.name, "us": {**common, **mine}, "refused": refused[p, d]}
+                )
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "slidejax": _version(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "clock": {"warmup_s": clock.warmup, "seconds": clock.seconds, "rounds": clock.rounds},
+        "shapes": [list(shape) for shape in shapes],
+        "lift": lift,
+        "linear": linear,
+        "sums": _sums(linear, shapes),
+    }
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("slidejax")
+    except PackageNotFoundError:
+        return f"not installed ({os.path.dirname(slidejax.__file__)})"
+
+
+def _lift(m: int, k: int, patterns: Sequence[Pattern], dtypes: Sequence[Any], clock: Clock, note: Callable[[str], None]) -> list[dict]:
+    note(f"lift_quantize: M={m} K={k}")
+    copies = max(2, min(4, _LIFT_BYTES // (2 * m * k)))
+
+    def lift(p: Pattern, d: Any) -> Callable[[jax.Array, Any], Any]:
+        return lambda x, _: lift_quantize(x, p, d)
+
+    cases = {f"{p} {d.name}": (p, d) for p in patterns for d in dtypes}
+    copy = Contender("copy", lambda x, _: -x)  # as many bytes as a copy, and not elided
+    us = time_all([copy, *(Contender(name, lift(*case)) for name, case in cases.items())], inputs_of(m, k, copies), clock, note)
+    size = {"copy": 4 * m * k}
+    size |= {name: 2 * m * k + m * p.lifted(k) * d.itemsize + 4 * m for name, (p, d) in cases.items()}
+    speed = {name: None if t is None else size[name] / t / 1e3 for name, t in us.items()}
+    return [
+        {
+            "rows": m,
+            "in": k,
+            "pattern": str(p),
+            "dtype": d.name,
+            "us": us[name],
+            "gb_per_s": speed[name],
+            "copy_us": us["copy"],
+            "copy_gb_per_s": speed["copy"],
+        }
+        for name, (p, d) in cases.items()
+    ]
+
+
+def _sums(linear: list[dict], shapes: Sequence[tuple[int, int]]) -> list[dict]:
+    """Times added up over the shapes, a shape as often as it was asked for; None where a layer is missing."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in linear:
+        groups.setdefault((row["pattern"], row["dtype"], row["rows"]), []).append(row)
+    sums = []
+    for (p, d, m), rows in groups.items():
+        names = dict.fromkeys(name for row in rows for name in row["us"])
+        us: dict[str, float | None] = {}
+        for name in names:
+            times = [(shapes.count((row["out"], row["in"])), row["us"].get(name)) for row in rows]
+            us[name] = None if any(t is None for _, t in times) else sum(count * t for count, t in times)
+        sums.append({"pattern": p, "dtype": d, "rows": m, "us": us, "ratios": _ratios(us)})
+    return sums
+
+
+def _ratios(us: dict[str, float | None]) -> dict[str, dict[str, float | None]]:
+    """For each of our contenders, how many times as fast as each baseline it is."""
+
+    def ratio(base: float | None, ours: float | None) -> float | None:
+        return None if base is None or ours is None else base / ours
+
+    ours = [name for name in us if name not in contenders.BASELINES]
+    return {name: {base: ratio(us.get(base), us[name]) for base in contenders.BASELINES} for name in ours}
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def _us(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in (head, *lines)]
+
+
+def _times(rows: Sequence[dict], keys: Sequence[str]) -> list[str]:
+    names = [*contenders.BASELINES, *dict.fromkeys(n for row in rows for n in row["us"] if n not in contenders.BASELINES)]
+    return _grid([*keys, *names], [[*(str(row[key]) for key in keys), *(_us(row["us"].get(n)) for n in names)] for row in rows])
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results of `measure` as text."""
+    clock = results["clock"]
+    lines = [
+        f"{results['device']}, jax {results['jax']}, slidejax {results['slidejax']}; each measured for {clock['seconds']} s after "
+        f"{clock['warmup_s']} s, {clock['rounds']} round(s); bfloat16 x to bfloat16 y, microseconds",
+        "",
+        "lift_quantize",
+    ]
+    keys = ("pattern", "dtype", "rows", "in")
+    speeds = ("us", "gb_per_s", "copy_us", "copy_gb_per_s")
+    lines += _grid([*keys, "us", "GB/s", "copy us", "copy GB/s"], [[*(str(r[k]) for k in keys), *(_us(r[k]) for k in speeds)] for r in results["lift"]])
+    lines += ["", "linear", *_times(results["linear"], ("pattern", "dtype", "rows", "out", "in"))]
+    shapes = ", ".join(f"{n}x{k}" for n, k in results["shapes"])
+    lines += ["", f"sum over {shapes}", *_times(results["sums"], ("pattern", "dtype", "rows"))]
+    ratios = [
+        [row["pattern"], row["dtype"], str(row["rows"]), name, *("-" if r is None else f"{r:.2f}" for r in by.values())]
+        for row in results["sums"]
+        for name, by in row["ratios"].items()
+    ]
+    lines += ["", "sum, times as fast as", *_grid(["pattern", "dtype", "rows", "implementation", *contenders.BASELINES], ratios)]
+    refused = {f"{row['dtype']} {name}: {why}" for row in results["linear"] for name, why in row["refused"].items()}
+    return "\n".join([*lines, *([""] if refused else []), *(f"not timed: {line}" for line in sorted(refused))])

@@ -1,0 +1,127 @@
+"""Timing functions side by side on the device, without the cost of dispatching them.
+
+A contender is a function of `(x, weights)`. One jitted program applies it to several distinct inputs, and to several
+copies of the weights where they would otherwise stay in the cache from one application to the next, which they do not in
+a model. Barriers order the applications, so that XLA cannot merge products that share an operand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Clock", "Contender", "time_all"]
+
+_OUTSIDE_CACHE = 192 << 20  # bytes of weights that no cache holds
+_BUSY = 1200 << 20  # bytes that a program should at least read on a GPU, so that it runs longer than its dispatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """Something to time.
+
+    Attributes:
+      name: in the table.
+      apply: `(x, weights) -> any arrays`.
+      weights: any pytree.
+    """
+
+    name: str
+    apply: Callable[[jax.Array, Any], Any]
+    weights: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """How long to measure: seconds before and during a measurement, and how many turns each contender gets."""
+
+    warmup: float = 0.3
+    seconds: float = 0.4
+    rounds: int = 1
+
+    @classmethod
+    def of(cls, args: Any, gpu: bool) -> Clock:
+        warmup, seconds = (0.3, 0.4) if gpu else (0.02, 0.05)
+        return cls(args.warmup or warmup, args.seconds or seconds, args.rounds)
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _program(contender: Contender, xs: Sequence[jax.Array]) -> tuple[Callable[[], Any], int]:
+    """A compiled program that applies the contender to every input, and how often it does."""
+    size = _nbytes(contender.weights)
+    gpu = jax.default_backend() == "gpu"
+    copies = min(16, -(-_OUTSIDE_CACHE // size)) if gpu and size else 1
+    repeats = len(xs)
+    if gpu:
+        repeats = max(repeats, min(64, -(-_BUSY // max(1, size + xs[0].nbytes))))
+    weights = [contender.weights, *(jax.tree.map(jnp.copy, contender.weights) for _ in range(min(copies, repeats) - 1))]
+
+    @jax.jit
+    def program(xs: Any, weights: Any) -> Any:
+        results: list[Any] = []
+        for i in range(repeats):
+            x = xs[i % len(xs)]
+            if results:
+                x, results[-1] = jax.lax.optimization_barrier((x, results[-1]))
+            results.append(contender.apply(x, weights[i % len(weights)]))
+        return results
+
+    compiled = program.lower(xs, weights).compile()
+    return lambda: compiled(xs, weights), repeats
+
+
+def _run_for(run: Callable[[], Any], seconds: float) -> tuple[float, int]:
+    """Runs for at least that long; seconds per call, and how many calls."""
+    jax.block_until_ready(run())
+    begin, calls, chunk = time.perf_counter(), 0, 1
+    while True:
+        result = None
+        for _ in range(chunk):
+            result = run()
+        jax.block_until_ready(result)
+        calls += chunk
+        passed = time.perf_counter() - begin
+        if passed >= seconds:
+            return passed / calls, calls
+        # wait for the device seldom, but do not queue for much longer than asked
+        chunk = max(1, min(200, int(calls * max(0.1, (seconds - passed) / max(passed, 1e-9)) / 2)))
+
+
+def time_all(
+    contenders: Sequence[Contender], xs: Sequence[jax.Array], clock: Clock, note: Callable[[str], None] = lambda text: None
+) -> dict[str, float | None]:
+    """Times contenders on the same inputs, in turns.
+
+    Args:
+      contenders: what to time; names are distinct.
+      xs: distinct inputs of one shape.
+      clock: how long.
+      note: called with a line for a contender that could not run.
+
+    Returns:
+      Microseconds of one application by name, the median over the rounds; None where it could not run.
+    """
+    programs: dict[str, tuple[Callable[[], Any], int]] = {}
+    found: dict[str, list[float]] = {c.name: [] for c in contenders}
+    for contender in contenders:
+        try:
+            programs[contender.name] = _program(contender, xs)
+            jax.block_until_ready(programs[contender.name][0]())
+        except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
+            programs.pop(contender.name, None)
+            note(f"{contender.name} does not run: {str(error).strip().splitlines()[0]}")
+    for _ in range(clock.rounds):
+        for name, (run, repeats) in programs.items():
+            _run_for(run, clock.warmup)
+            seconds, _ = _run_for(run, clock.seconds)
+            found[name].append(1e6 * seconds / repeats)
+    return {name: statistics.median(times) if times else None for name, times in found.items()}

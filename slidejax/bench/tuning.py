@@ -1,0 +1,91 @@
+"""`slidejax tune`: times `linear` with every implementation and records the times, from which the choice is made."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from slidejax import numerics, tune
+from slidejax.bench import arguments, contenders
+from slidejax.bench.run import inputs_of
+from slidejax.bench.timing import Clock, time_all
+from slidejax.pattern import Pattern
+from slidejax.weight import SlideWeight, pack
+
+__all__ = ["measure", "table"]
+
+
+def _is_weight(node: Any) -> bool:
+    return isinstance(node, SlideWeight)
+
+
+def _of_model(model: Any) -> tuple[list[tuple[int, int]], set[tuple[Pattern, Any]]]:
+    """(out, in) of the layers of a model; of a converted one also the patterns and dtypes."""
+    from slidejax import huggingface
+    from slidejax.rules import Report, Rule
+
+    weights = [w for w in jax.tree.leaves(model.params, is_leaf=_is_weight) if _is_weight(w)]
+    if weights:
+        return sorted({(w.out_features, w.in_features) for w in weights}), {(w.pattern, w.dtype) for w in weights}
+    report = Report()
+    # shapes only: nothing is computed
+    jax.eval_shape(lambda p: huggingface.convert(model, Rule("2:4"), params=p, report=report).params, model.params)
+    return sorted({(layer.shape[-1], layer.shape[-2]) for layer in report.converted}), set()
+
+
+def measure(
+    args: argparse.Namespace, loaded: Any = None, note: Callable[[str], None] = lambda text: None
+) -> tuple[list[dict[str, Any]], Path | None]:
+    """Measures every combination that the arguments ask for, and records it.
+
+    Args:
+      args: from `slidejax.bench.arguments.add_tune`.
+      loaded: the model whose layers to measure (`slidejax.models.load_model`); None: the shapes of the arguments.
+      note: called with a line for each step.
+
+    Returns:
+      Entries as `slidejax.tune` keeps them, and the table that they went to (None for a dry run). What was measured is
+      recorded after each shape, so that an interruption loses one shape at most.
+
+    Raises:
+      ValueError: a bad pattern or dtype, before anything is measured.
+    """
+    gpu = jax.default_backend() == "gpu"
+    clock = Clock.of(args, gpu)
+    dtypes = [numerics.check_dtype(d, "dtypes") for d in args.dtypes or ("int8", "float8_e4m3fn")]
+    forms: Iterable[tuple[Pattern, Any]] = [(Pattern.parse(p), d) for p in args.patterns for d in dtypes]
+    shapes = arguments.shapes(args, gpu)
+    if loaded is not None:
+        shapes, own = _of_model(loaded.model)
+        forms = sorted(own, key=str) or forms
+    device = jax.devices()[0].device_kind
+    entries: list[dict[str, Any]] = []
+    path = None
+    for n, k in dict.fromkeys(shapes):
+        kernel = contenders.kernel_of(n, k)
+        new = []
+        for pattern, dtype in forms:
+            w = pack(kernel, pattern, dtype=dtype)
+            for m in args.rows or ([1, 16, 64, 256, 1024, 4096, 16384] if gpu else [1, 16]):
+                note(f"N={n} K={k} {pattern} {dtype.name} M={m}")
+                timed = time_all(contenders.sparse(w, m, both=True)[0], inputs_of(m, k), clock, note)
+                us = {name: round(t, 2) for name, t in timed.items() if t is not None}
+                if us:
+                    new.append({"in": k, "out": n, "pattern": str(pattern), "dtype": dtype.name, "rows": m, "us": us})
+        if new and not args.dry_run:
+            path = tune.record(device, new)
+        entries += new
+    return entries, path
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """The entries as text, the fastest first."""
+    lines = []
+    for e in entries:
+        times = ", ".join(f"{name} {us:.1f} us" for name, us in sorted(e["us"].items(), key=lambda item: item[1]))
+        lines.append(f"N={e['out']} K={e['in']} {e['pattern']} {e['dtype']} M={e['rows']}: {times}")
+    return "\n".join(lines)

