@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -170,7 +170,7 @@ def _encode_array(array: Any, path: tuple[Any, ...], leaf: str, arrays: dict[str
 
 
 def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(array.reshape(-1).view(np.uint8))
+    return zlib.crc32(array.reshape(-1).view(np.uint8).data)
 
 
 # ---------------------------------------------------------------------------------------------------------------- load
@@ -370,9 +370,9 @@ def _decode(node: Any, path: tuple[Any, ...], arrays: _ArrayFile, place: Any, fi
 _WIDE = frozenset({"int64", "uint64", "float64"})
 
 
-def _decode_weight(node: dict[str, Any], array: Any, fail: Any) -> SlideWeight:
+def _decode_weight(node: dict[str, Any], array: Any, fail: Callable[[str], NoReturn]) -> SlideWeight:
     try:
-        pattern = Pattern.parse(node.get("pattern"))
+        pattern = Pattern.parse(str(node.get("pattern")))
     except (ValueError, TypeError) as e:
         fail(str(e))
     in_features = node.get("in_features")
