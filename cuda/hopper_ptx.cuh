@@ -18,11 +18,19 @@ SJ_DEVICE uint32_t cluster_rank() {
   return r;
 }
 
-// The lane, in a form that the compiler computes again each time instead of keeping what follows from it in registers.
-SJ_DEVICE int fresh_lane() {
-  int lane;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return lane;
+// The thread, in a form that the compiler reads again each time instead of keeping what follows from it in registers.
+SJ_DEVICE int fresh_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// Waits until another block has counted up to n; what it wrote before a fence and its count can then be read.
+SJ_DEVICE void wait_count(const int* counter, int n) {
+  int v;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+  } while (v < n);
 }
 
 // ---- mbarrier. Arrive and wait carry no .release.cluster / .acquire.cluster: those forms compile to MEMBAR.ALL.GPU and
@@ -69,6 +77,8 @@ SJ_DEVICE void cluster_sync() {
 }
 SJ_DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+SJ_DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 // ---- bulk tensor copies. `policy` is an L2 eviction policy in the encoding of createpolicy.
 inline constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
@@ -96,6 +106,18 @@ SJ_DEVICE void tma_load_3d(uint32_t dst, const CUtensorMap* map, int x, int y, i
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(policy)
       : "memory");
 }
+// From shared memory to a tensor, behind the thread's back; groups of stores are waited for by the thread that issued them.
+SJ_DEVICE void tma_store_2d(const CUtensorMap* map, uint32_t src, int x, int y, uint64_t policy) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], %4;" ::"l"(map), "r"(x),
+               "r"(y), "r"(src), "l"(policy)
+               : "memory");
+}
+SJ_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int kPending>
+SJ_DEVICE void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+SJ_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 SJ_DEVICE void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // ---- warp groups

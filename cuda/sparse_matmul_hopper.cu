@@ -20,7 +20,7 @@ constexpr int kMaxDevices = 64;
 struct Entry {
   HopperTile tile;
   const void* kernel[2];
-  int threads, shared, partial;
+  int threads, shared, partial, slab_tokens;
   float stage_clocks, tile_clocks;
 };
 
@@ -33,16 +33,16 @@ Entry make_entry(const char* name, float stage_clocks, float tile_clocks) {
           T::kThreads,
           T::kShared,
           T::kPartial * kCluster * 4,
+          T::kSlabTokens,
           stage_clocks,
           tile_clocks};
 }
 
 const Entry kEntries[] = {
-    make_entry<3, 1, 256, 2, 4>("192x256", 936, 2500),
-    make_entry<2, 2, 192, 2, 4>("256x192", 985, 2500),
-    make_entry<2, 1, 256, 2, 4>("128x256", 704, 2500),
-    make_entry<2, 2, 128, 2, 5>("256x128", 700, 2000),
-    make_entry<2, 1, 128, 2, 7>("128x128", 430, 1500),
+    make_entry<2, 2, 192, 2, 4>("256x192", 977, 3000),
+    make_entry<2, 1, 256, 2, 4>("128x256", 665, 2500),
+    make_entry<2, 2, 128, 2, 5>("256x128", 710, 2000),
+    make_entry<2, 1, 128, 2, 7>("128x128", 400, 1500),
     make_entry<2, 1, 64, 1, 9>("128x64", 300, 1000),
     make_entry<2, 1, 32, 1, 12>("128x32", 250, 800),
     make_entry<2, 1, 16, 1, 14>("128x16", 240, 800),
@@ -66,13 +66,15 @@ Split split_tiles(const Entry& e, const HopperArgs& a, int clusters, int want) {
   const float step = 2 * e.stage_clocks, tile = steps * step + e.tile_clocks;
   Split best{tiles, 0, 0, (waves + (rest > 0)) * tile};
   if (rest == 0 || want == 0) return best;
-  // Equal parts of each tile, or equal shares of all of them.
-  const float kPartialBytesPerClock = 40, kLatency = 5000;  // of a multiprocessor; and the clearing of the counters
+  const float kBytesPerClock = 24, kLatency = 4000;  // of a multiprocessor, partial sums both ways; and clearing the counters
   auto consider = [&](int sharers) {
     if (sharers <= rest || sharers > clusters || sharers > rest * steps) return;
-    const float parts = static_cast<float>(sharers) / rest + (sharers % rest ? 1 : 0);
-    const float move = (1 + parts) * (e.partial / e.tile.cluster) / kPartialBytesPerClock;
-    const float clocks = waves * tile + ceil_div(rest * steps, sharers) * step + e.tile_clocks + move + kLatency;
+    const float parts = 1 + static_cast<float>(rest) / sharers;
+    const float move = 2 * parts * (e.partial / e.tile.cluster) / kBytesPerClock;
+    // Equal parts run through K side by side; unequal ones each read their own W and X from memory.
+    const float apart = sharers % rest ? rest * (e.tile.rows * e.tile.cluster * 0.625f + e.tile.tokens) * steps * 256 / 2900 : 0;
+    const float shared = std::max(ceil_div(rest * steps, sharers) * step, apart);
+    const float clocks = waves * tile + shared + e.tile_clocks + move + kLatency;
     if (want > 0 || clocks < best.clocks) best = {waves * clusters, rest, sharers, clocks};
   };
   if (want > 0) {
@@ -98,7 +100,7 @@ Plan make_plan(const HopperArgs& a, int multiprocessors) {
     const Split split = split_tiles(e, a, std::max(1, multiprocessors / e.tile.cluster), a.split);
     // Weights once for every token tile that does not fit beside the others; at 1.4 GHz a clock moves about 2.9 KB.
     const float weights = static_cast<float>(a.out) * lifted_columns(a) * 0.625f;
-    const float time = std::max(split.clocks, weights / 2900.0f);
+    const float time = std::max(split.clocks, weights / 2900.0f) + 0.1f * split.clocks;
     if (best.config < 0 || time < best_time) {
       best = {c, 0, split};
       best_time = time;
@@ -174,6 +176,8 @@ bool make_map(CUtensorMap* map, CUtensorMapDataType type, int rank, const void* 
                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+bool aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
+
 bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta) {
   const cuuint64_t columns = lifted_columns(a), stages = 2 * steps_of(a);
   const cuuint32_t tokens = e.tile.tokens / e.tile.cluster, rows = e.tile.rows;
@@ -181,12 +185,18 @@ bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta)
   const cuuint64_t w_size[] = {columns / 2, static_cast<cuuint64_t>(a.out)}, w_stride[] = {columns / 2};
   const cuuint64_t e_size[] = {256, stages, static_cast<cuuint64_t>(ceil_div(a.out, 64))}, e_stride[] = {1024, 1024 * stages};
   const cuuint32_t x_box[] = {128, tokens}, w_box[] = {64, rows}, e_box[] = {256, 1, rows / 64};
-  return make_map(&p.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted, x_size, x_stride, x_box, CU_TENSOR_MAP_SWIZZLE_128B) &&
-         make_map(&p.w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.values, w_size, w_stride, w_box, CU_TENSOR_MAP_SWIZZLE_64B) &&
-         make_map(&p.e, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, meta, e_size, e_stride, e_box, CU_TENSOR_MAP_SWIZZLE_NONE);
+  // bfloat16 by bulk copies where a tensor map can describe y: 64 outputs, a line, of up to 64 tokens at a time.
+  p.vector_stores = aligned(a.y, 16) && a.out % 8 == 0;
+  p.bulk_stores = p.vector_stores && a.output == HopperOutput::kBF16;
+  if (p.bulk_stores) {
+    const cuuint64_t y_size[] = {static_cast<cuuint64_t>(a.out), static_cast<cuuint64_t>(a.M)}, y_stride[] = {2ull * a.out};
+    const cuuint32_t y_box[] = {64, static_cast<cuuint32_t>(e.slab_tokens)};
+    if (!make_map(&p.map_y, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, y_size, y_stride, y_box, CU_TENSOR_MAP_SWIZZLE_128B)) return false;
+  }
+  return make_map(&p.map_x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted, x_size, x_stride, x_box, CU_TENSOR_MAP_SWIZZLE_128B) &&
+         make_map(&p.map_w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.values, w_size, w_stride, w_box, CU_TENSOR_MAP_SWIZZLE_64B) &&
+         make_map(&p.map_e, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, meta, e_size, e_stride, e_box, CU_TENSOR_MAP_SWIZZLE_NONE);
 }
-
-bool aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
 
 }  // namespace
 }  // namespace slidejax::hopper
@@ -280,7 +290,6 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& args, cudaStream_t s
   p.split_tiles = plan.split.shared;
   p.split_clusters = plan.split.clusters;
   p.output = static_cast<int>(a.output);
-  p.vector_stores = aligned(a.y, 16) && a.out % 8 == 0;
   if (p.split_tiles > 0) {
     const size_t used = static_cast<size_t>(p.split_tiles) * e.tile.cluster * e.tile.warp_groups * 4 * sizeof(int);
     static_assert(132 * 2 * 4 * sizeof(int) <= kCounterBytes);

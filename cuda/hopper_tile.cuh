@@ -1,0 +1,96 @@
+// The shapes of tiles, what a kernel is given, and how the work is dealt out to clusters.
+#pragma once
+
+#include <algorithm>
+
+#include "hopper_ptx.cuh"
+
+namespace slidejax::hopper {
+
+struct Params {
+  CUtensorMap map_x, map_w, map_e, map_y;
+  const float* scale_x;
+  const float* scale_w;
+  const float* bias;
+  void* y;
+  float* partials;      // [split_tiles + split_clusters][cluster][rows x tokens], accumulators in register order
+  int* counters;        // [split_tiles][cluster][warps], zero at the start: how many parts are in memory
+  int M, out, steps;    // steps: pairs of stages along K
+  int row_tiles, token_tiles, token_group;
+  int whole_tiles;      // the first tiles, one cluster each
+  int split_tiles;      // the others, which split_clusters clusters share
+  int split_clusters;
+  int output;           // HopperOutput
+  int vector_stores;    // rows of y are 16-byte aligned
+  int bulk_stores;      // y has a tensor map: bfloat16 and such rows
+};
+
+template <bool kFp8_, int kWarpGroups_, int kBlocks_, int kTokens_, int kCluster_, int kStages_>
+struct Tile {
+  static constexpr bool kFp8 = kFp8_;
+  static constexpr int kWarpGroups = kWarpGroups_;  // consumers
+  static constexpr int kBlocks = kBlocks_;          // 64-row blocks of each
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kCluster = kCluster_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kRows = kWarpGroups * kBlocks * 64;
+  static constexpr int kThreads = (kWarpGroups + 1) * 128;
+  static constexpr int kShareX = kTokens / kCluster;  // tokens that a block copies for its cluster
+  static constexpr int kBytesX = kTokens * 128;
+  static constexpr int kBytesW = kRows * 64;
+  static constexpr int kBytesE = kRows * 16;
+  static constexpr int kBytes = kBytesX + kBytesW + kBytesE;
+  static constexpr int kSkew = 1;   // stages by which a warp group follows the one before it
+  // Of a warp group: two slabs of tokens of 64 outputs on their way to y, then scale_x, scale_w and bias.
+  static constexpr int kSlabTokens = std::min(kTokens, 64);
+  static constexpr int kSlabBytes = std::max(kSlabTokens * 128, 4096);
+  static constexpr int kScaleBytes = kTokens * 4 + kBlocks * 512;
+  static constexpr int kShared = 1024 + kStages * kBytes + kWarpGroups * (2 * kSlabBytes + kScaleBytes);  // 1024: alignment
+  static constexpr int kPartial = kRows * kTokens;                                        // words
+  static_assert(kBytes % 1024 == 0 && kShared + 2 * 16 * kStages <= 227 * 1024);
+};
+
+// What a cluster does as its i-th piece of work: steps [begin, end) of a tile; none if begin == end. split: the tile's index
+// among those that are shared along K, or -1.
+struct Work {
+  int row_tile, token_tile, begin, end, split;
+};
+
+// The shared steps [share(c), share(c + 1)) are cluster c's; owner is the inverse.
+SJ_DEVICE int share(const Params& p, int cluster) { return cluster * (p.split_tiles * p.steps) / p.split_clusters; }
+SJ_DEVICE int owner(const Params& p, int step) { return ((step + 1) * p.split_clusters - 1) / (p.split_tiles * p.steps); }
+
+// Tokens in groups that L2 can hold, all rows past each group.
+SJ_DEVICE void locate(const Params& p, int tile, Work& work) {
+  const int per_group = p.token_group * p.row_tiles, group = tile / per_group, rest = tile - group * per_group;
+  const int width = min(p.token_group, p.token_tiles - group * p.token_group);
+  work.row_tile = rest / width;
+  work.token_tile = group * p.token_group + rest - work.row_tile * width;
+}
+
+SJ_DEVICE Work find_work(const Params& p, int cluster, int clusters, int i) {
+  Work work{0, 0, 0, 0, -1};
+  int tile = cluster + i * clusters;
+  if (tile < p.whole_tiles) {
+    work.end = p.steps;
+  } else {
+    if (cluster >= p.split_clusters) return work;
+    const int begin = share(p, cluster), end = share(p, cluster + 1);
+    i -= p.whole_tiles / clusters;  // a multiple of clusters whenever there are shared tiles
+    work.split = begin / p.steps + i;
+    tile = p.whole_tiles + work.split;
+    work.begin = max(begin - work.split * p.steps, 0);
+    work.end = max(min(end - work.split * p.steps, p.steps), work.begin);
+    if (work.end - work.begin == p.steps) work.split = -1;
+  }
+  locate(p, tile, work);
+  return work;
+}
+
+// The shared memory of a block, as addresses.
+struct Shared {
+  uint32_t stages, full, empty;  // full[s]: stage s has arrived; empty[s]: it has been read, in all blocks that share X
+  uint32_t notes;                // [stage]: first row, first token, steps and split of the work that begins there
+};
+
+}  // namespace slidejax::hopper
