@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 # Parts that need Flax, files or an optional package are loaded when first used.
-_LAZY = ("checkpoint", "huggingface", "linen", "nnx", "tune")
+_LAZY = ("checkpoint", "huggingface", "linen", "nnx", "rules", "tune")
 
 
 def __getattr__(name: str):

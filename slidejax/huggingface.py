@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
-from flax import traverse_util
-from flax.core import unfreeze
+import numpy as np
 
 from slidejax import linen
 from slidejax.pattern import Pattern
@@ -30,7 +30,8 @@ __all__ = ["HIDDEN_LAYERS", "convert", "with_params"]
 # All linear layers but output embeddings: the heads of language models, often tied to the input embedding.
 HIDDEN_LAYERS = r"(?!(?:.*/)?(?:lm_head|predictions/decoder)(?:/kernel)?$).*"
 
-_METHODS: dict[str, Prune | None] = {"magnitude": None}
+# Calibration runs the model over this many sequences at a time.
+_BATCH = 4
 
 
 def convert(
@@ -48,9 +49,9 @@ def convert(
       flax_model: of any Flax class of transformers; it stays as it is.
       rules: see `slidejax.rules`, with paths such as `model/layers/0/mlp/up_proj/kernel`. A single pattern or `Rule` is
         for all linear layers but the output embedding (`HIDDEN_LAYERS`).
-      method: "magnitude", or a function `(kernel [..., in, out], pattern, path) -> mask`, or `(mask, kernel)` where it
+      method: "magnitude", "wanda", "sparsegpt" (`slidejax.prune`), or a function `(kernel [..., in, out], pattern, path) -> mask`, or `(mask, kernel)` where it
         changes the kept values too.
-      calibration: for methods that need it; "magnitude" does not.
+      calibration: token ids `[sequences, length]`, for "wanda" and "sparsegpt": the dense model runs over them.
       params: the parameters of a model made with `_do_init=False`; the result holds the packed ones.
       report: an empty `slidejax.Report`, filled in.
 
@@ -70,10 +71,10 @@ def convert(
         tokens = model.generate(input_ids).sequences
     """
     _check_model(flax_model)
-    prune = _prune(method, calibration)
     if isinstance(rules, (str, Pattern, Rule)):
         rules = [(HIDDEN_LAYERS, rules)]
     params = _params_of(flax_model) if params is None else params
+    prune = _prune(method, calibration, flax_model, params)
     rngs, args, kwargs = _init_arguments(flax_model)
     module = flax_model.module
     packed = linen.convert(params, rules, module, *args, report=report, prune=prune, rngs=rngs, **kwargs)
@@ -121,12 +122,22 @@ def _params_of(flax_model) -> Mapping:
     return flax_model.params
 
 
-def _prune(method, calibration) -> Prune | None:
-    if not callable(method) and method not in _METHODS:
-        raise ValueError(f"method must be a function or one of {', '.join(_METHODS)}, got {method!r}")
-    if calibration is not None:
-        raise ValueError(f"method {method!r} uses no calibration")
-    return method if callable(method) else _METHODS[method]
+def _prune(method, calibration, flax_model, params) -> Prune | None:
+    from slidejax.prune.calibration import CALIBRATED, collect, pruner
+
+    if not callable(method) and method not in ("magnitude", *CALIBRATED):
+        raise ValueError(f"method must be a function or one of magnitude, {', '.join(CALIBRATED)}, got {method!r}")
+    if callable(method) or method == "magnitude":
+        if calibration is not None:
+            raise ValueError(f"method {method!r} uses no calibration")
+        return method if callable(method) else None
+    tokens = np.asarray(calibration) if calibration is not None else None
+    if tokens is None or tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        got = "None" if tokens is None else f"{tokens.dtype} {tokens.shape}"
+        raise ValueError(f"method {method!r} needs calibration, token ids [sequences, length], got {got}")
+    size = math.gcd(len(tokens), _BATCH)  # batches of one shape: one program
+    batches = np.split(tokens, len(tokens) // size)
+    return pruner(method, collect(lambda params, ids: flax_model(ids, params=params), params, batches))
 
 
 def _with_methods(module: nn.Module, **namespace) -> nn.Module:

@@ -105,8 +105,8 @@ class SlideWeight:
             (they belong to one device: `prepare` again after sharding).
 
         >>> w = pack(jnp.ones((128, 4)), "6:8")
-        >>> w.partition_spec(out="o", k="k").values
-        PartitionSpec('o', 'k', None)
+        >>> tuple(w.partition_spec(out="o", k="k").values)
+        ('o', 'k', None)
         """
         if k is not None and self.in_features % self.pattern.block:
             raise ValueError(

@@ -54,5 +54,5 @@ def test_combining_what_does_not_belong_together():
     train, rest = sj.partition(params())
     with pytest.raises(ValueError, match="both hold a leaf"):
         sj.combine(train, train)
-    with pytest.raises(ValueError, match="structure|keys|Mismatch"):
+    with pytest.raises(ValueError, match=r"structure|keys|Mismatch"):
         sj.combine(train, {"b": rest})

@@ -195,7 +195,7 @@ def test_sizes_are_checked_before_memory_is_taken(saved):
     header = {"x": {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}}
     text = json.dumps(header).encode()
     (saved / store.ARRAYS).write_bytes(struct.pack("<Q", len(text)) + text)
-    with pytest.raises(ValueError, match="'x'.*does not fit"):
+    with pytest.raises(ValueError, match=r"'x'.*does not fit"):
         sj.checkpoint.load(saved)
 
 

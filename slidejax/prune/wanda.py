@@ -1,0 +1,48 @@
+"""Wanda: magnitudes weighted by how strongly each input is driven (Sun et al., arXiv 2306.11695).
+
+    score[k, o] = |W[k, o]| * ||x[:, k]||_2         the two lowest of every group go
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from slidejax.pattern import Pattern
+from slidejax.prune.magnitude import keep_largest
+
+__all__ = ["wanda"]
+
+
+def wanda(kernel: jax.Array, pattern: str | Pattern, gram: jax.Array) -> jax.Array:
+    """The mask that keeps the weights that matter most for the layer's outputs, each weight judged alone.
+
+    Args:
+      kernel: `[in, out]`, floating.
+      pattern: such as `"6:8"`.
+      gram: float32 `[in, in]`, `x^T x` over the calibration inputs; only its diagonal is read, so `[in]` will do.
+
+    Returns:
+      bool `[in, out]`, True where a weight is kept.
+
+    Raises:
+      ValueError: for shapes that do not fit each other, or a bad pattern.
+
+    >>> kernel = jnp.array([[1.], [2.], [3.], [4.]])
+    >>> wanda(kernel, "2:4", jnp.array([100., 100., 1., 1.])).ravel().tolist()
+    [True, True, False, False]
+    """
+    from slidejax.weight import check_kernel
+
+    kernel, gram = check_kernel(kernel), jnp.asarray(gram)
+    energy = jnp.diagonal(gram) if gram.ndim == 2 else gram
+    if kernel.ndim != 2 or energy.shape != kernel.shape[:1]:
+        raise ValueError(f"gram must be [in, in] or [in] for a kernel [in, out], got {gram.shape} for {kernel.shape}")
+    return _wanda(kernel, energy, Pattern.parse(pattern))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _wanda(kernel, energy, pattern: Pattern):
+    return keep_largest(jnp.abs(kernel.astype(jnp.float32)) * jnp.sqrt(energy)[:, None], pattern)
