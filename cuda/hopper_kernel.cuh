@@ -94,7 +94,7 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, uint32_t rank, int
 
     // Once, at the start, the second warp group lets the first one get ahead: from then on the epilogue of one runs while the
     // instructions of the other keep the tensor cores busy.
-    if (start && T::kSkew > 0 && group > 0) named_sync(8 + group, 256);
+    if (start && group == 1) named_sync(8, 256);
     int previous = 0;
     auto stage_step = [&](uint32_t (&meta)[T::kBlocks][2], auto first_stage) {
       constexpr bool kFirst = decltype(first_stage)::value;
@@ -124,9 +124,8 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, uint32_t rank, int
       }
     };
     stage_step(e[0], std::true_type());
-    if (start && T::kSkew == 1 && group + 1 < T::kWarpGroups) named_arrive(9 + group, 256);
+    if (start && group == 0) named_arrive(8, 256);
     stage_step(e[1], std::false_type());
-    if (start && T::kSkew == 2 && group + 1 < T::kWarpGroups) named_arrive(9 + group, 256);
 #pragma unroll 1
     for (int k = 1; k < steps; ++k) {
       stage_step(e[0], std::false_type());

@@ -40,7 +40,6 @@ struct Tile {
   static constexpr int kBytesW = kRows * 64;
   static constexpr int kBytesE = kRows * 16;
   static constexpr int kBytes = kBytesX + kBytesW + kBytesE;
-  static constexpr int kSkew = 1;   // stages by which a warp group follows the one before it
   // Of a warp group: two slabs of tokens of 64 outputs on their way to y, then scale_x, scale_w and bias.
   static constexpr int kSlabTokens = std::min(kTokens, 64);
   static constexpr int kSlabBytes = std::max(kSlabTokens * 128, 4096);

@@ -3,6 +3,9 @@
 //
 // Nothing here allocates, synchronises or, after slidejax_hopper_init, looks anything up: calls can be captured in a
 // CUDA graph. Pointers are device pointers unless said.
+//
+// When K is split, clusters wait for each other at the end, so all of the grid must be able to run at once. It never exceeds
+// what the device holds; but do not split on streams of different priority that run side by side (split = 0).
 #pragma once
 
 #include <cuda_runtime_api.h>
