@@ -1,0 +1,217 @@
+"""The commands on a tiny model, in process: results, files, and errors in one line."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+
+from slidejax import cli
+from slidejax.checkpoint.huggingface import write_pretrained
+from slidejax.evaluate import evaluate
+from slidejax.models import load_model
+from slidejax.weight import SlideWeight
+
+TEXT = "The moon is the only natural satellite of the Earth. It turns once while it goes round. " * 2
+
+
+@pytest.fixture
+def model(tmp_path, tiny_llama, tiny_tokenizer):
+    write_pretrained(tmp_path / "dense", tiny_llama, tiny_tokenizer)
+    return str(tmp_path / "dense")
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return str(tmp_path / "text.txt")
+
+
+@pytest.fixture
+def out(tmp_path, model, capsys):
+    path = str(tmp_path / "out")
+    assert cli.main(["convert", model, path, "--pattern", "6:8"]) == 0
+    capsys.readouterr()
+    return path
+
+
+def run(capsys, *args):
+    """Standard output of a command that must succeed."""
+    status = cli.main(list(args))
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    return captured.out
+
+
+def error(capsys, *args):
+    """The one line that a failing command says."""
+    assert cli.main(list(args)) == 1
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and "Traceback" not in captured.err and captured.out == ""
+    return lines[0]
+
+
+def packed(params):
+    is_weight = lambda node: isinstance(node, SlideWeight)
+    return [w for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)]
+
+
+# ---------------------------------------------------------------------------------------------------- convert, eval
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("int8", "int8"), ("float8_e4m3fn", "float8_e4m3fn"), ("none", "float32")]
+)
+def test_convert_writes_what_convert_makes(capsys, tmp_path, model, dtype, expected):
+    from slidejax import huggingface
+    from slidejax.rules import Rule
+
+    path = str(tmp_path / "out")
+    said = run(capsys, "convert", model, path, "--pattern", "4:6", "--dtype", dtype)
+    assert "14 layers converted" in said
+    loaded = load_model(path)
+    qdtype = None if dtype == "none" else dtype
+    direct = huggingface.convert(load_model(model).model, Rule("4:6", qdtype=qdtype))
+    assert {w.dtype.name for w in packed(loaded.model.params)} == {expected}
+    jax.tree.map(np.testing.assert_array_equal, loaded.model.params, direct.params)
+    ids = np.arange(12)[None]
+    call = lambda m: jax.jit(lambda p: m(ids, params=p).logits)(m.params)
+    np.testing.assert_array_equal(call(loaded.model), call(direct))
+    assert loaded.about["pattern"] == "4:6" and loaded.about["source"] == "dense"
+
+
+def test_layers_can_be_left_dense(capsys, tmp_path, model):
+    path = str(tmp_path / "out")
+    run(capsys, "convert", model, path, "--pattern", "6:8", "--dense", ".*/self_attn/.*")
+    params = load_model(path).model.params
+    assert len(packed(params)) == 6
+    assert not isinstance(params["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"], SlideWeight)
+
+
+def test_eval_prints_one_object(capsys, text, model, out):
+    dense = json.loads(run(capsys, "eval", model, "--text", text, "--window", "64", "--json"))
+    sparse = json.loads(run(capsys, "eval", out, "--text", text, "--window", "64", "--against", model, "--json"))
+    loaded = load_model(model)
+    expected = evaluate(loaded.model, loaded.encode(TEXT), window=64)
+    assert dense["tokens"] == sparse["tokens"] == len(loaded.encode(TEXT)) - 1
+    assert dense["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
+    assert dense["next_token_accuracy"] == pytest.approx(expected.next_token_accuracy)
+    assert sparse["perplexity"] != dense["perplexity"] and sparse["pattern"] == "6:8"
+    readable = run(capsys, "eval", model, "--text", text, "--tokens", "20", "--window", "8")
+    assert "20 tokens" in readable and "perplexity" in readable
+
+
+# --------------------------------------------------------------------------------------------------- generate, demo
+
+
+def test_generate_takes_every_kind_of_model(capsys, model, out):
+    for path in (model, out):
+        got = json.loads(run(capsys, "generate", path, "--prompt", "abc", "--max-new-tokens", "4", "--json"))
+        assert got["prompt"] == "abc" and 1 <= got["tokens"] <= 4 and got["tokens_per_second"] > 0
+    assert run(capsys, "generate", model, "--prompt", "abc", "--max-new-tokens", "4").startswith("abc")
+    again = json.loads(run(capsys, "generate", out, "--prompt", "abc", "--max-new-tokens", "4", "--json"))
+    assert again["text"] == got["text"]
+
+
+def test_demo_measures_every_row_on_the_same_tokens(capsys, tmp_path, model, text):
+    file = tmp_path / "rows.json"
+    options = ["--patterns", "6:8", "--tokens", "60", "--text", text, "--max-new-tokens", "4", "--prompt", "ab"]
+    said = run(capsys, "demo", model, *options, "--json", str(file))
+    rows = json.loads(file.read_text())
+    names = [(row["pattern"], row["dtype"]) for row in rows]
+    sparse = [(p, d) for p in ("6:8",) for d in ("int8", "float32")]
+    assert names == [("dense", "float32"), *sparse]
+    assert {row["tokens"] for row in rows} == {60}
+    assert all(row["tokens_per_second"] > 0 and 0 <= row["next_token_accuracy"] <= 1 for row in rows)
+    # the linear layers of two blocks: q and o, k and v, gate, up and down
+    weights = 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 104)
+    by_name = dict(zip(names, rows, strict=True))
+    assert by_name["dense", "float32"]["bytes"] == 4 * weights
+    for name, row in by_name.items():
+        if name[0] != "dense":
+            p, size = name[0], {"int8": 1, "float32": 4}[name[1]]
+            assert row["bytes"] == sum(packed_bytes(p, size, i, o) for i, o in layers()) and row["convert_seconds"] > 0
+    assert "dense float32: ab" in said and "6:8" in said and "60 tokens of" in said
+
+
+def layers():
+    """(in, out) of all linear layers of the tiny Llama's two blocks."""
+    block = [(48, 48), (48, 48), (48, 24), (48, 24), (48, 104), (48, 104), (104, 48)]
+    return block * 2
+
+
+def packed_bytes(pattern, size, inputs, outputs):
+    """Values, one byte of zeros for each group, a float32 scale for each output; K padded to blocks of eight groups."""
+    kept, group = map(int, pattern.split(":"))
+    groups = -(-inputs // (8 * group)) * 8
+    return outputs * (groups * (kept * size + 1) + 4)
+
+
+def test_demo_of_a_converted_model_is_one_row(capsys, out, text):
+    rows = json.loads(run(capsys, "demo", out, "--text", text, "--tokens", "40", "--max-new-tokens", "2", "--json"))
+    assert [(row["pattern"], row["dtype"]) for row in rows] == [("6:8", "int8")]
+
+
+# ---------------------------------------------------------------------------------------------------- bench and info
+
+
+def test_bench_on_a_cpu(capsys):
+    options = ["--shape", "64,96", "-M", "2,4", "--patterns", "6:8", "--dtypes", "int8", "--seconds", "0.01"]
+    got = json.loads(run(capsys, "bench", *options, "--warmup", "0.001", "--json"))
+    assert [(e["out"], e["in"], e["rows"]) for e in got["linear"]] == [(64, 96, 2), (64, 96, 4)]
+    for entry in got["linear"]:
+        assert {"jax bf16", "jax int8", "jax fp8"} <= entry["us"].keys()
+        assert all(us is None or us > 0 for us in entry["us"].values())
+        assert "CUDA" in entry["refused"]["hopper"]
+    assert [s["rows"] for s in got["sums"]] == [2, 4]
+    assert all(e["gb_per_s"] > 0 and e["copy_gb_per_s"] > 0 for e in got["lift"])
+
+
+def test_info(capsys):
+    facts = json.loads(run(capsys, "info", "--json"))
+    assert facts["versions"]["jax"] == jax.__version__
+    assert set(facts["implementations"]) == {"hopper", "cusparselt", "dense", "reference"}
+    assert "dense" in run(capsys, "info")
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+def test_errors_are_one_line(capsys, tmp_path, model, out, text):
+    assert "not one of smollm2" in error(capsys, "eval", str(tmp_path / "nowhere"))
+    assert "pattern must be" in error(capsys, "convert", model, str(tmp_path / "x"), "--pattern", "5:8")
+    assert "dtype" in error(capsys, "convert", model, str(tmp_path / "x"), "--pattern", "6:8", "--dtype", "int3")
+    assert "converted already" in error(capsys, "convert", out, str(tmp_path / "x"), "--pattern", "6:8")
+    assert "method" in error(capsys, "convert", model, str(tmp_path / "x"), "--pattern", "6:8", "--method", "guess")
+    assert "is a file" in error(capsys, "convert", model, text, "--pattern", "6:8")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert "UTF-8" in error(capsys, "eval", model, "--text", str(tmp_path / "binary"))
+    (tmp_path / "empty").write_text("")
+    assert "at least two" in error(capsys, "eval", model, "--text", str(tmp_path / "empty"))
+    assert "chat template" in error(capsys, "generate", model, "--chat")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_damaged_model_is_one_line(capsys, tmp_path, out):
+    file = tmp_path / "out" / "slidejax.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "slidejax.safetensors" in error(capsys, "generate", out)
+
+
+@pytest.mark.parametrize("args", [[], ["fly"], ["convert", "a", "b"], ["eval", "m", "--tokens", "0"]])
+def test_bad_usage(capsys, args):
+    with pytest.raises(SystemExit) as e:
+        cli.main(args)
+    assert e.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_help_loads_no_extras():
+    code = "import sys, slidejax.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nprint('transformers' in sys.modules, 'rich' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "False False" and "demo" in done.stdout
