@@ -136,7 +136,8 @@ def rows(
     model = loaded.model
     found = summary(model.params)
     if found.pattern != "dense":
-        yield _measure(ready(model), tokens, window, found.dtype, None, progress), ready(model)
+        model = ready(model)
+        yield _measure(model, tokens, window, found.dtype, None, progress), model
         return
     first = _measure(model, tokens, window, np.dtype(model.dtype).name, None, progress)
     yield dataclasses.replace(first, bytes=_linear_bytes(model)), model
@@ -173,8 +174,8 @@ def _measure(model: Any, tokens: Any, window: int, dtype: str, seconds: float | 
     progress(f"{name}: generating", 0.6)
     generator = Generator(model, min(_TIMED_TOKENS, positions - 1), stop=False)
     start = [int(tokens[0])]
-    generator(start)  # the first run still pays for memory that the later ones find ready
-    speed = max(generator(start).tokens_per_second for _ in range(2))
+    generator(start)  # the first run still pays for memory that the next one finds ready
+    speed = generator(start).tokens_per_second
     progress(f"{name}: done", 1.0)
     return Row(
         found.pattern,

@@ -58,7 +58,9 @@ def error(capsys, *args):
 
 
 def packed(params):
-    is_weight = lambda node: isinstance(node, SlideWeight)
+    def is_weight(node):
+        return isinstance(node, SlideWeight)
+
     return [w for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)]
 
 
@@ -81,7 +83,10 @@ def test_convert_writes_what_convert_makes(capsys, tmp_path, model, dtype, expec
     assert {w.dtype.name for w in packed(loaded.model.params)} == {expected}
     jax.tree.map(np.testing.assert_array_equal, loaded.model.params, direct.params)
     ids = np.arange(12)[None]
-    call = lambda m: jax.jit(lambda p: m(ids, params=p).logits)(m.params)
+
+    def call(m):
+        return jax.jit(lambda p: m(ids, params=p).logits)(m.params)
+
     np.testing.assert_array_equal(call(loaded.model), call(direct))
     assert loaded.about["pattern"] == "4:6" and loaded.about["source"] == "dense"
 
