@@ -282,6 +282,8 @@ def _demo(args: argparse.Namespace) -> None:
         options = {"patterns": args.patterns, "dtypes": [_dtype(d) for d in args.dtypes], "method": args.method}
         for row, model in demo.rows(loaded, ids, calibration=calibration, progress=show, **options):
             done.append(row)
+            speed = f"{row.tokens_per_second:.1f} tokens/s"
+            bar.console.print(f"{row.pattern} {row.dtype}: perplexity {row.perplexity:.2f}, {speed}", highlight=False)
             # of the sparse models one is kept, for the sample beside the dense one
             if row.pattern == "dense" or converted or (row.pattern == _sampled(args.patterns) and len(models) < 2):
                 models.append((f"{row.pattern} {row.dtype}", model))

@@ -8,9 +8,11 @@ a model. Barriers order the applications, so that XLA cannot merge products that
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -112,9 +114,11 @@ def time_all(
     """
     programs: dict[str, tuple[Callable[[], Any], int]] = {}
     found: dict[str, list[float]] = {c.name: [] for c in contenders}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # compiling is most of the time, and XLA does it side by side
+        built = {c.name: pool.submit(_program, c, xs) for c in contenders}
     for contender in contenders:
         try:
-            programs[contender.name] = _program(contender, xs)
+            programs[contender.name] = built[contender.name].result()
             jax.block_until_ready(programs[contender.name][0]())
         except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
             programs.pop(contender.name, None)
