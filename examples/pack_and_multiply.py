@@ -1,0 +1,22 @@
+"""The two functions under everything: pack a kernel, multiply with it. Unquantised, packing loses nothing."""
+
+import jax
+import jax.numpy as jnp
+
+import slidejax as sj
+
+kernel = jax.random.normal(jax.random.key(0), (128, 32))
+x = jax.random.normal(jax.random.key(1), (5, 128))
+
+mask = sj.prune.magnitude(kernel, "6:8")
+print("kept", float(mask.mean()), "of the weights")
+
+exact = sj.pack(kernel, "6:8", mask=mask)
+print("lossless", bool((sj.unpack(exact) == jnp.where(mask, kernel, 0)).all()))
+
+dense = x @ jnp.where(mask, kernel, 0)
+for dtype in (None, "int8"):
+    w = sj.pack(kernel, "6:8", dtype=dtype, mask=mask)
+    y = jax.jit(sj.linear)(x, w)
+    close = jnp.linalg.norm(y - dense) / jnp.linalg.norm(dense)
+    print(w.dtype, w.nbytes, "bytes; error below 2 %:", bool(close < 0.02))
