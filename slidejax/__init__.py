@@ -13,11 +13,14 @@ from slidejax.ops.registry import explain, implementations
 from slidejax.ops.sparse_matmul import sparse_matmul
 from slidejax.pattern import Pattern
 from slidejax.prepared import drop_prepared, prepare
+from slidejax.rules import Report, Rule
 from slidejax.trainable import combine, partition
 from slidejax.weight import SlideWeight, pack, quantize, unpack
 
 __all__ = [
     "Pattern",
+    "Report",
+    "Rule",
     "SlideWeight",
     "combine",
     "drop_prepared",

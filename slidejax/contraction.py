@@ -7,6 +7,7 @@ axes of the kernel are batch, input and output axes, and in the order of the axe
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -16,7 +17,10 @@ from slidejax.ops.linear import linear
 from slidejax.rules import LeftDense
 from slidejax.weight import SlideWeight
 
-__all__ = ["Contraction", "contract", "to_matrix"]
+__all__ = ["Axes", "Contraction", "axis_names", "contract", "stacked_axes", "to_matrix"]
+
+# the batch, input and output axes of a kernel inside its layer
+Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Contraction:
         return cls(*kernel_axes, places(batch, x), places(inputs, x), places(result, order))
 
     @property
-    def kernel(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    def kernel(self) -> Axes:
         """The kernel's batch, input and output axes."""
         return self.kernel_batch, self.kernel_in, self.kernel_out
 
@@ -117,7 +121,7 @@ def _parse_einsum(equation: str, x_ndim: int) -> tuple[list[str], list[str], lis
     return parsed
 
 
-def to_matrix(kernel: jax.Array, axes: tuple[tuple[int, ...], ...]) -> jax.Array:
+def to_matrix(kernel: jax.Array, axes: Axes) -> jax.Array:
     """A kernel as `[..., in, out]`, its leading axes (of scan and vmap) and its own batch axes first.
 
     Args:
@@ -130,6 +134,52 @@ def to_matrix(kernel: jax.Array, axes: tuple[tuple[int, ...], ...]) -> jax.Array
     front = kernel.shape[: lead + len(batch)]
     split = len(front) + len(inputs)
     return kernel.reshape(*front, math.prod(kernel.shape[len(front) : split]), math.prod(kernel.shape[split:]))
+
+
+def stacked_axes(shape: tuple[int, ...], layer_shape: tuple[int, ...], path: str) -> int:
+    """How many axes scan and vmap put before those of the layer.
+
+    Args:
+      shape: of the kernel as the model holds it.
+      layer_shape: of the kernel inside its layer.
+      path: of the kernel, for errors.
+
+    Raises:
+      LeftDense: if the layers are stacked along another axis than the first, or it cannot be told which one it is.
+      ValueError: if the shapes do not belong together.
+    """
+    hidden = len(shape) - len(layer_shape)
+    ways = [
+        removed
+        for removed in itertools.combinations(range(len(shape)), max(hidden, 0))
+        if tuple(size for axis, size in enumerate(shape) if axis not in removed) == layer_shape
+    ]
+    if hidden < 0 or not ways:
+        raise ValueError(f"{path} has shape {shape}, but in its layer the model makes it {layer_shape}")
+    if ways[0] != tuple(range(hidden)):
+        raise LeftDense(f"its layers are stacked along axis {ways[0][0]} of the kernel, not along the first")
+    if len(ways) > 1:
+        raise LeftDense(f"the axis along which its layers are stacked cannot be told from the others: shape {shape}")
+    return hidden
+
+
+def axis_names(w: SlideWeight, names: tuple, ndim: int, axes: Axes) -> SlideWeight:
+    """The PartitionSpecs of a packed weight, from the names of the axes of its kernel.
+
+    A flattened group of axes takes the name of its first axis. Inputs lose their name if they are not whole blocks, as K
+    can be cut nowhere else.
+
+    Args:
+      w: with one array for each leaf.
+      names: of the kernel's axes; missing ones are None.
+      ndim: axes of the kernel.
+      axes: of the kernel inside its layer.
+    """
+    names = (*names, *(None,) * (ndim - len(names)))
+    lead = ndim - sum(map(len, axes))
+    batch, (k, *_), (out, *_) = ([names[lead + a] for a in group] for group in axes)
+    k = None if w.in_features % w.pattern.block else k
+    return w.replace(prepared={}).partition_spec(out=out, k=k, batch=(*names[:lead], *batch))
 
 
 def contract(

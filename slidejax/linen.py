@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,9 +21,9 @@ from flax.core import FrozenDict, freeze, unfreeze
 from jax import lax
 
 from slidejax import numerics
-from slidejax.contraction import Contraction, contract, to_matrix
+from slidejax.contraction import Contraction, axis_names, contract, stacked_axes, to_matrix
 from slidejax.pattern import Pattern
-from slidejax.rules import Converted, LeftDense, Prune, Report, Rule, RuleSet, pack_by_rule
+from slidejax.rules import Converted, LeftDense, Prune, Report, Rule, RuleSet, nbytes, pack_by_rule
 from slidejax.weight import SlideWeight, pack
 
 __all__ = ["SlideDense", "apply", "convert", "interceptor"]
@@ -223,21 +221,14 @@ def _init_kernel(init: Callable, rule: Rule, key, shape, dtype) -> SlideWeight:
 
 
 def _boxed(kernel, axes, make: Callable[[jax.Array], SlideWeight]) -> SlideWeight:
-    """`make(kernel)`; where the kernel is boxed with the names of its axes, the leaves of the result are.
-
-    A flattened group of axes takes the name of its first axis.
-    """
+    """`make(kernel)`; where the kernel is boxed with the names of its axes, the leaves of the result are."""
     if not isinstance(kernel, nn.meta.AxisMetadata):
         return make(kernel)
     if not isinstance(kernel, nn.Partitioned):
         raise LeftDense(f"its kernel is boxed in {type(kernel).__name__}, whose axis names are not known")
     w = make(kernel.value)
     ndim = kernel.value.ndim
-    names = (*kernel.names, *(None,) * (ndim - len(kernel.names)))
-    lead = ndim - sum(map(len, axes))
-    batch, (k, *_), (out, *_) = ([names[lead + a] for a in group] for group in axes)
-    k = None if w.in_features % w.pattern.block else k
-    leaf_names = w.partition_spec(out=out, k=k, batch=(*names[:lead], *batch))
+    leaf_names = axis_names(w, kernel.names, kernel.value.ndim, axes)
     return jax.tree.map(lambda leaf, spec: kernel.replace(value=leaf, names=tuple(spec)), w, leaf_names)
 
 
@@ -332,23 +323,8 @@ def _axes_of(owner: _Owner | None, shape: tuple[int, ...], path: str) -> tuple[t
         raise LeftDense("the model did not run it with these arguments")
     if owner.axes is None:
         raise LeftDense(owner.reason)
-    # scan and vmap hide axes of the parameter from the layer; we need them to be the first
-    hidden = len(shape) - len(owner.shape)
-    ways = {
-        removed for removed in itertools.combinations(range(len(shape)), max(hidden, 0))
-        if tuple(size for axis, size in enumerate(shape) if axis not in removed) == owner.shape
-    } if hidden >= 0 else set()  # fmt: skip
-    if not ways:
-        raise ValueError(f"{path} has shape {shape}, but the model with these arguments makes it {owner.shape} in its layer")
-    if tuple(range(hidden)) not in ways:
-        raise LeftDense(f"its layers are stacked along axis {min(ways)[0]} of the kernel, not along the first")
-    if len(ways) > 1:
-        raise LeftDense(f"the axis along which its layers are stacked cannot be told from the others: shape {shape}")
+    stacked_axes(shape, owner.shape, path)
     return owner.axes
-
-
-def _nbytes(tree) -> int:
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _convert_kernel(leaf, rule: Rule, axes, path: str, prune: Prune | None) -> tuple[SlideWeight, Converted]:
@@ -362,7 +338,7 @@ def _convert_kernel(leaf, rule: Rule, axes, path: str, prune: Prune | None) -> t
 
     w = _boxed(leaf, axes, make)
     dtype = np.dtype(jax.tree.leaves(w.values)[0].dtype)
-    return w, Converted(path, rule, dtype, tuple(shape), _nbytes(leaf), _nbytes(w))
+    return w, Converted(path, rule, dtype, tuple(shape), nbytes(leaf), nbytes(w))
 
 
 def convert(

@@ -8,6 +8,7 @@ as `model/layers/0/mlp/up_proj/kernel` (the final `/kernel` may be left out); th
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -21,7 +22,7 @@ from slidejax.pattern import Pattern
 from slidejax.prune import magnitude
 from slidejax.weight import SlideWeight, pack
 
-__all__ = ["Converted", "LeftDense", "Prune", "Report", "Rule", "RuleSet"]
+__all__ = ["Converted", "LeftDense", "Prune", "Report", "Rule", "RuleSet", "nbytes", "pack_by_rule"]
 
 # (kernel [..., in, out], pattern, path) -> mask, or (mask, kernel) where the method changes the kept values too
 Prune = Callable[[jax.Array, Pattern, str], Any]
@@ -185,6 +186,11 @@ def _parse(index: int, entry) -> tuple[re.Pattern, Rule | None]:
         return regex, Rule(what)
     except ValueError as error:
         raise ValueError(f"rules[{index}] ({regex.pattern!r}): {error}") from error
+
+
+def nbytes(tree) -> int:
+    """Bytes of the arrays of a tree, traced or not."""
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def pack_by_rule(kernel: jax.Array, rule: Rule, path: str, prune: Prune | None = None) -> SlideWeight:

@@ -1,0 +1,263 @@
+"""Flax NNX: the layer `SlideLinear`, and `convert`, which makes the linear layers of a model sparse.
+
+A sparse layer keeps its packed weight in Variables: float values in a `Param`, so that `nnx.grad`, optax and `nnx.split`
+see what can be trained and nothing else; 8-bit values, zeros and scale in `Packed`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from slidejax import numerics
+from slidejax.contraction import Contraction, axis_names, contract, stacked_axes, to_matrix
+from slidejax.pattern import Pattern
+from slidejax.prepared import prepare
+from slidejax.rules import Converted, LeftDense, Prune, Report, Rule, RuleSet, nbytes, pack_by_rule
+from slidejax.weight import SlideWeight, pack
+
+__all__ = ["Packed", "SlideEinsum", "SlideLinear", "SlideLinearGeneral", "convert"]
+
+
+class Packed(nnx.Variable):
+    """What a packed weight holds that has no gradient: zeros, scale, 8-bit values, prepared forms."""
+
+
+class _SlideLayer(nnx.Module):
+    """A layer with a packed kernel; `values`, `zeros`, `scale` and `prepared` are its Variables."""
+
+    implementation: str | None = None
+
+    def _hold(self, w: SlideWeight, kernel: nnx.Variable, axes) -> None:
+        """Takes `w` in place of the Variable `kernel`, whose axis names go over to the leaves."""
+        metadata = kernel.get_metadata()
+        kept = {name: metadata[name] for name in ("mesh", "sharding_rules", "eager_sharding") if name in metadata}
+        names = metadata.get("out_sharding")
+        specs = None if names is None else axis_names(w, tuple(names), kernel.get_value().ndim, axes)
+
+        def variable(kind, leaf):
+            named = {} if specs is None else {"out_sharding": tuple(getattr(specs, leaf))}
+            return kind(getattr(w, leaf), **kept, **named)
+
+        self.values = variable(Packed if numerics.is_quantized(w.dtype) else nnx.Param, "values")
+        self.zeros = variable(Packed, "zeros")
+        self.scale = variable(Packed, "scale")
+        self.prepared = nnx.data(Packed(dict(w.prepared)) if w.prepared else None)
+        self.pattern, self.kernel_features = w.pattern, w.in_features
+
+    @property
+    def kernel(self) -> SlideWeight:
+        """The packed weight, from the layer's Variables."""
+        prepared = {} if self.prepared is None else dict(self.prepared.get_value())
+        leaves = (variable.get_value() for variable in (self.values, self.zeros, self.scale))
+        return SlideWeight(*leaves, self.pattern, self.kernel_features, prepared)
+
+    def _run(self, x, axes: Contraction, features: tuple[int, ...], out_sharding) -> jax.Array:
+        w, bias = self.kernel.check(f"kernel of {type(self).__name__}"), None if self.bias is None else self.bias.get_value()
+        values = None if numerics.is_quantized(w.dtype) else w.values
+        x, values, bias = self.promote_dtype((x, values, bias), dtype=self.dtype)
+        if values is not None and values.dtype != w.dtype:
+            w = w.replace(values=values, prepared={})
+        y = contract(x, w, axes, features, bias, self.implementation)
+        return y if out_sharding is None else lax.with_sharding_constraint(y, out_sharding)
+
+
+class SlideLinear(_SlideLayer):
+    """`nnx.Linear` with a packed sparse kernel: a drop-in that prunes and packs when it is made.
+
+    With `qdtype=None` the values are a `Param` and can be trained, the mask stays as it is; 8-bit values are `Packed` and
+    have no gradient. `kernel` gives the `SlideWeight`.
+
+    Args:
+      in_features, out_features: the sizes.
+      pattern: such as `"6:8"`.
+      qdtype: dtype of the values, see `slidejax.Rule`; None keeps `param_dtype`.
+      use_bias: whether to add a bias.
+      dtype: of the computation; None: promoted from input, bias and, unless they are 8-bit, values.
+      param_dtype: of the bias and of the kernel before packing.
+      kernel_init: of the dense kernel `[in, out]`, before it is pruned by magnitude.
+      bias_init: of the bias.
+      promote_dtype: as in `nnx.Linear`.
+      implementation: of `slidejax.linear`; None: the fastest that fits.
+      rngs: the keys.
+      kernel_metadata, bias_metadata: of the Variables; `out_sharding` names the axes `(in, out)` of the dense kernel, and
+        they are put on the packed leaves.
+
+    Raises:
+      ValueError: for a bad pattern or dtype.
+
+    >>> layer = SlideLinear(8, 4, pattern="6:8", qdtype="int8", rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 8))).shape, layer.kernel.shape
+    ((2, 4), (8, 4))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        pattern: str | Pattern = "6:8",
+        qdtype: Any = "int8",
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Callable = nnx.nn.linear.default_kernel_init,
+        bias_init: Callable = nnx.nn.linear.default_bias_init,
+        promote_dtype: Callable = nnx.nn.dtypes.promote_dtype,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        rule = Rule(pattern, qdtype)
+        kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype), **kernel_metadata)
+        self._hold(pack(kernel.get_value(), rule.pattern, dtype=rule.qdtype), kernel, Contraction.dense(1).kernel)
+        bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata) if use_bias else None
+        self.bias = nnx.data(bias)
+        self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
+        self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
+        self.implementation = implementation
+
+    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
+        """`[..., in_features]` to `[..., out_features]`."""
+        return self._run(inputs, Contraction.dense(inputs.ndim), (self.out_features,), out_sharding)
+
+
+class SlideLinearGeneral(_SlideLayer):
+    """What `convert` makes of an `nnx.LinearGeneral`."""
+
+    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
+        return self._run(inputs, _general(self, inputs.ndim), self.out_features, out_sharding)
+
+
+class SlideEinsum(_SlideLayer):
+    """What `convert` makes of an `nnx.Einsum` that is a product of matrices."""
+
+    def __call__(self, inputs: jax.Array, einsum_str: str | None = None, out_sharding=None) -> jax.Array:
+        axes = Contraction.einsum(self.einsum_str if einsum_str is None else einsum_str, inputs.ndim)
+        if axes.kernel != Contraction.einsum(self.einsum_str, inputs.ndim).kernel:
+            raise ValueError(f"the kernel is packed for {self.einsum_str!r}, and cannot run {einsum_str!r}")
+        return self._run(inputs, axes, tuple(self.kernel_shape[a] for a in axes.kernel_out), out_sharding)
+
+
+# --- converting -------------------------------------------------------------------------------------------------------
+
+
+def _general(layer, x_ndim: int) -> Contraction:
+    return Contraction.general(x_ndim, layer.axis, tuple(layer.batch_axis), len(layer.out_features))
+
+
+def _own_product(layer, *names: str) -> None:
+    standard = (None, lax.dot_general, jnp.einsum)
+    for name in (*names, "preferred_element_type"):
+        if getattr(layer, name, None) not in standard:
+            raise LeftDense(f"it has a {name} of its own")
+
+
+def _linear(layer):
+    _own_product(layer, "dot_general")
+    return SlideLinear, Contraction.dense(1).kernel, (layer.in_features, layer.out_features)
+
+
+def _linear_general(layer):
+    _own_product(layer, "dot_general", "dot_general_cls")
+    # any rank of the input will do: the kernel's axes do not depend on it
+    shape = (*layer.batch_axis.values(), *layer.in_features, *layer.out_features)
+    return SlideLinearGeneral, _general(layer, len(shape) + 1).kernel, shape
+
+
+def _einsum(layer):
+    _own_product(layer, "einsum_op")
+    if layer.einsum_str is None:
+        raise LeftDense("its einsum is given when it is called")
+    operand = layer.einsum_str.replace(" ", "").partition(",")[0]
+    x_ndim = len(operand.replace("...", "")) + operand.count("...")
+    return SlideEinsum, Contraction.einsum(layer.einsum_str, x_ndim).kernel, tuple(layer.kernel_shape)
+
+
+_LAYERS: dict[type, Callable] = {nnx.Linear: _linear, nnx.LinearGeneral: _linear_general, nnx.Einsum: _einsum}
+
+
+def convert(model: nnx.Module, rules, *, report: Report | None = None, prune: Prune | None = None) -> nnx.Module:
+    """A model whose linear layers, as the rules choose, hold packed weights.
+
+    `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` (where it is a product of matrices) convert, also when `nnx.vmap` or
+    `nnx.scan` stacked them along the first axis; subclasses stay dense, as they may use their kernel in another way.
+
+    Args:
+      model: any NNX module; it stays as it is.
+      rules: see `slidejax.rules`, with paths such as `blocks/0/mlp/kernel`; a layer that is shared goes by its first
+        path. A single pattern or `Rule` is for all linear layers.
+      report: an empty `slidejax.Report`, filled in.
+      prune: `(kernel [..., in, out], pattern, path) -> mask`, or `(mask, kernel)`; None prunes by magnitude.
+
+    Returns:
+      A new model. Layers that were shared are shared, arrays that did not change are the same objects. On a GPU 8-bit
+      layers have their prepared forms (`slidejax.prepare`).
+
+    Raises:
+      ValueError: for bad rules.
+      TypeError: if `model` is not an NNX module.
+
+    Warns:
+      UserWarning: for rules that decided no layer.
+
+    >>> model = convert(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), "6:8")
+    >>> type(model).__name__, model(jnp.ones((2, 8))).shape
+    ('SlideLinear', (2, 4))
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be a flax.nnx Module, got {type(model).__name__} (slidejax.linen.convert takes parameters)")
+    rules, report = RuleSet(rules), Report() if report is None else report
+    model = nnx.clone(model)
+    layers = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
+    packed: dict[int, tuple] = {}
+    for path, layer in layers:
+        kernel = vars(layer).get("kernel")
+        if not isinstance(kernel, nnx.Variable):
+            continue
+        name = "/".join(map(str, (*path, "kernel")))
+        try:
+            report.converted.append(_convert_layer(layer, kernel, rules.match(name), name, prune, packed))
+        except LeftDense as reason:
+            report.dense[name] = str(reason)
+    rules.finish(report)
+    return model
+
+
+def _convert_layer(layer, kernel: nnx.Variable, rule: Rule, path: str, prune: Prune | None, packed: dict) -> Converted:
+    """Makes one layer sparse, in place: so every place of the model that holds it has the sparse one."""
+    if type(layer) not in _LAYERS:
+        raise LeftDense(f"{type(layer).__name__} is not a linear layer that slidejax knows")
+    cls, axes, shape = _LAYERS[type(layer)](layer)
+    array = kernel.get_value()
+    stacked_axes(array.shape, shape, path)
+    if array.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise LeftDense(f"its kernel is {np.dtype(array.dtype).name}")
+    if id(kernel) in packed:  # tied: the layers go on sharing their Variables
+        _, first, *how, line = packed[id(kernel)]
+        if how != [cls, axes, rule]:
+            raise LeftDense(f"it shares its kernel with {line.path}, which uses it in another way")
+        del layer.kernel
+        layer.__class__ = cls
+        for name in ("values", "zeros", "scale", "prepared", "pattern", "kernel_features"):
+            setattr(layer, name, nnx.data(None) if getattr(first, name) is None else getattr(first, name))
+        return dataclasses.replace(line, path=path)
+    matrix = to_matrix(jnp.asarray(array), axes)
+    w = pack_by_rule(matrix, rule, path, prune)
+    if jax.default_backend() == "gpu" and numerics.is_quantized(w.dtype) and not isinstance(array, jax.core.Tracer):
+        w = prepare(w)
+    del layer.kernel
+    layer.__class__ = cls
+    layer._hold(w, kernel, axes)
+    line = Converted(path, rule, w.dtype, matrix.shape, nbytes(array), nbytes(w))
+    packed[id(kernel)] = kernel, layer, cls, axes, rule, line  # the kernel is held, so that its id stays its own
+    return line
