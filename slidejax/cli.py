@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dtypes", type=_list, default=["int8", "none"], metavar="int8,none", help="none: not quantised")
     p.add_argument("--tokens", type=_positive, default=4096, help="tokens to predict (default 4096)")
     _add_text(p)
-    _add_method(p)
+    _add_method(p, "wanda", 16)
     p.add_argument("--prompt", default=_PROMPT)
     p.add_argument("--max-new-tokens", type=_positive, default=40)
     _add_compute(p)
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="REGEX",
         help="leave the layers whose whole path matches dense; may be repeated",
     )
-    _add_method(p)
+    _add_method(p, "magnitude", 64)
     _add_compute(p)
 
     p = command("eval", _eval, "Perplexity and next-token accuracy on a text; agreement with another model.")
@@ -153,10 +153,12 @@ def _add_text(p: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_method(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--method", default="magnitude", help="how to prune (default magnitude)")
-    p.add_argument("--calibration", metavar="FILE", help="text file for methods that calibrate")
-    p.add_argument("--calibration-tokens", type=_positive, default=64 * 512, help=argparse.SUPPRESS)
+def _add_method(p: argparse.ArgumentParser, default: str, sequences: int) -> None:
+    p.add_argument("--method", default=default, help=f"how to prune: magnitude, wanda or sparsegpt (default {default})")
+    p.add_argument("--calibration", metavar="FILE", help="text file for wanda and sparsegpt (default: other parts of Python's documentation)")
+    p.add_argument(
+        "--sequences", type=_positive, default=sequences, help=f"sequences of 512 tokens to calibrate on (default {sequences})"
+    )
 
 
 def _add_compute(p: argparse.ArgumentParser) -> None:
@@ -203,16 +205,20 @@ def _tokens(loaded: Any, file: str | None, limit: int | None) -> tuple[Any, str]
 
 
 def _calibration(loaded: Any, args: argparse.Namespace) -> Any:
-    """Token ids [sequences, 512] of the calibration file, or None."""
+    """Token ids [sequences, 512] to calibrate on, or None where the method uses none."""
     import numpy as np
 
-    if args.calibration is None:
+    from slidejax import texts
+    from slidejax.prune.calibration import CALIBRATED
+
+    if args.calibration is None and args.method not in CALIBRATED:
         return None
-    ids = np.asarray(loaded.encode(_read_text(args.calibration)), np.int32)
-    length = min(512, len(ids))
+    text, source = (texts.calibration(), texts.source()) if args.calibration is None else (_read_text(args.calibration), args.calibration)
+    ids = np.asarray(loaded.encode(text), np.int32)
+    length = min(512, len(ids), getattr(loaded.model.config, "max_position_embeddings", 512))
     if length < 2:
-        raise ValueError(f"{args.calibration!r} has {len(ids)} tokens, too few to calibrate")
-    count = max(1, min(len(ids), args.calibration_tokens) // length)
+        raise ValueError(f"{source} has {len(ids)} tokens, too few to calibrate")
+    count = max(1, min(args.sequences, len(ids) // length))
     return ids[: count * length].reshape(count, length)
 
 

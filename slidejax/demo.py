@@ -132,6 +132,9 @@ def rows(
     Raises:
       ValueError: a bad pattern, dtype, method or text; before anything is measured where that can be known.
     """
+    from slidejax import huggingface
+    from slidejax.prune.calibration import CALIBRATED
+
     rules = [Rule(Pattern.parse(p), qdtype=d) for p in patterns for d in dtypes]
     model = loaded.model
     found = summary(model.params)
@@ -141,6 +144,9 @@ def rows(
         return
     first = _measure(model, tokens, window, np.dtype(model.dtype).name, None, progress)
     yield dataclasses.replace(first, bytes=_linear_bytes(model)), model
+    if method in CALIBRATED and rules:  # once for all rows
+        tell = lambda done, total: progress(f"calibrating: {done} of {total} sequences", 0.0)  # noqa: E731
+        method, calibration = huggingface.calibrated(model, method, calibration, progress=tell), None
     for rule in rules:
         name = f"{rule.pattern} {np.dtype(model.dtype).name if rule.qdtype is None else np.dtype(rule.qdtype).name}"
         progress(f"{name}: converting", 0.0)

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -25,7 +25,7 @@ from slidejax.rules import Prune, Report, Rule
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
 
-__all__ = ["HIDDEN_LAYERS", "convert", "with_params"]
+__all__ = ["HIDDEN_LAYERS", "calibrated", "convert", "with_params"]
 
 # All linear layers but output embeddings: the heads of language models, often tied to the input embedding.
 HIDDEN_LAYERS = r"(?!(?:.*/)?(?:lm_head|predictions/decoder)(?:/kernel)?$).*"
@@ -123,7 +123,7 @@ def _params_of(flax_model) -> Mapping:
 
 
 def _prune(method, calibration, flax_model, params) -> Prune | None:
-    from slidejax.prune.calibration import CALIBRATED, collect, pruner
+    from slidejax.prune.calibration import CALIBRATED
 
     if not callable(method) and method not in ("magnitude", *CALIBRATED):
         raise ValueError(f"method must be a function or one of magnitude, {', '.join(CALIBRATED)}, got {method!r}")
@@ -131,13 +131,39 @@ def _prune(method, calibration, flax_model, params) -> Prune | None:
         if calibration is not None:
             raise ValueError(f"method {method!r} uses no calibration")
         return method if callable(method) else None
-    tokens = np.asarray(calibration) if calibration is not None else None
-    if tokens is None or tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-        got = "None" if tokens is None else f"{tokens.dtype} {tokens.shape}"
+    return calibrated(flax_model, method, calibration, params=params)
+
+
+def calibrated(
+    flax_model: FlaxPreTrainedModel, method: str, tokens: Any, *, params: Mapping | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Prune:
+    """Runs a dense model over calibration tokens, once for any number of conversions.
+
+    Args:
+      flax_model: the dense model.
+      method: "wanda" or "sparsegpt".
+      tokens: token ids `[sequences, length]`.
+      params: as in `convert`.
+      progress: called with the numbers of sequences done and of all.
+
+    Returns:
+      What `convert` takes as `method`.
+
+    Raises:
+      ValueError: if tokens are not a matrix of integers.
+    """
+    from slidejax.prune.calibration import collect, pruner
+
+    ids = None if tokens is None else np.asarray(tokens)
+    if ids is None or ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+        got = "None" if ids is None else f"{ids.dtype} {ids.shape}"
         raise ValueError(f"method {method!r} needs calibration, token ids [sequences, length], got {got}")
-    size = math.gcd(len(tokens), _BATCH)  # batches of one shape: one program
-    batches = np.split(tokens, len(tokens) // size)
-    return pruner(method, collect(lambda params, ids: flax_model(ids, params=params), params, batches))
+    params = _params_of(flax_model) if params is None else params
+    size = math.gcd(len(ids), _BATCH)  # batches of one shape: one program
+    batches = np.split(ids, len(ids) // size)
+    tell = None if progress is None else lambda done: progress(done * size, len(ids))
+    return pruner(method, collect(lambda params, ids: flax_model(ids, params=params), params, batches, tell))
 
 
 def _with_methods(module: nn.Module, **namespace) -> nn.Module:

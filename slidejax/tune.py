@@ -96,7 +96,11 @@ def record(device: str, measured: Iterable[dict[str, Any]]) -> Path:
 
 def _distance(entry: dict[str, Any], problem: Problem) -> float:
     pairs = ((entry["rows"], problem.rows), (entry["in"], problem.in_features), (entry["out"], problem.out_features))
-    return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in pairs)
+    return sum(_log_ratio(a, b) for a, b in pairs)
+
+
+def _log_ratio(a: int, b: int) -> float:
+    return abs(math.log2(max(a, 1) / max(b, 1)))
 
 
 def _nearest(problem: Problem) -> dict[str, Any] | None:
@@ -127,10 +131,10 @@ def forms(w: SlideWeight) -> tuple[str, ...]:
     """The prepared forms that the fastest implementations want for a weight of this shape, over all measured rows."""
     from slidejax.ops.registry import device_kind
 
+    near = [e for e in entries(device_kind("cuda")) if e["pattern"] == str(w.pattern) and e["dtype"] == w.dtype.name]
     wanted = []
-    for e in entries(device_kind("cuda")):
-        same = (e["in"], e["out"], e["pattern"], e["dtype"]) == (w.in_features, w.out_features, str(w.pattern), w.dtype.name)
-        if same:
+    for e in near:
+        if _log_ratio(e["in"], w.in_features) + _log_ratio(e["out"], w.out_features) <= _REACH:
             best = min(e["us"], key=e["us"].__getitem__)
             if best.endswith("+prepared"):
                 wanted.append(best.removesuffix("+prepared"))

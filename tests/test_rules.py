@@ -1,0 +1,90 @@
+"""Rules and the report."""
+
+import re
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import slidejax as sj
+from slidejax.rules import LeftDense, RuleSet, pack_by_rule
+
+
+def test_first_match_wins_and_kernel_may_be_left_out():
+    rules = RuleSet([(".*/up", "4:6"), (".*/up/kernel", "2:4"), ("head/kernel", None), (re.compile(".*"), sj.Rule("14:16", None))])
+    assert rules.match("m/up/kernel") == sj.Rule("4:6")
+    assert rules.match("down/kernel") == sj.Rule("14:16", qdtype=None)
+    with pytest.raises(LeftDense, match="a rule says so"):
+        rules.match("head/kernel")
+    (line,) = rules.unmatched()
+    assert "rules[1]" in line and "earlier rules took its 1 layers" in line
+
+
+def test_the_whole_path_must_match():
+    with pytest.raises(LeftDense, match="no rule matches"):
+        RuleSet([("up", "6:8")]).match("m/up/kernel")
+
+
+@given(st.lists(st.sampled_from(["a/.*", "b/.*", ".*", "c"]), max_size=5), st.sampled_from(["a/x/kernel", "b/kernel", "c/kernel"]))
+def test_match_is_the_first_fullmatch(regexes, path):
+    patterns = ["2:4", "4:6", "6:8", "8:10", "10:12"]
+    rules = RuleSet(list(zip(regexes, patterns, strict=False)))
+    want = [p for r, p in zip(regexes, patterns, strict=False) if re.fullmatch(r, path) or re.fullmatch(r, path[: -len("/kernel")])]
+    if want:
+        assert str(rules.match(path).pattern) == want[0]
+    else:
+        with pytest.raises(LeftDense):
+            rules.match(path)
+
+
+@pytest.mark.parametrize("rules, message", [
+    ([("(", "6:8")], r"rules\[0\]: bad regular expression '\('"),
+    ([(".*", "6:8"), (".*", "5:8")], r"rules\[1\].*kept = group - 2"),
+    ([(".*", 8)], r"rules\[0\] must say"),
+    ([".*"], r"rules\[0\] must be a pair"),
+    ({".*": "6:8"}, "ordered list"),
+    (3, "ordered list"),
+    ("6", "'6'"),
+])  # fmt: skip
+def test_bad_rules_are_one_clear_error(rules, message):
+    with pytest.raises(ValueError, match=message):
+        RuleSet(rules)
+
+
+def test_bad_qdtype():
+    with pytest.raises(ValueError, match="qdtype must be one of"):
+        sj.Rule("6:8", qdtype="int4")
+
+
+def test_report_prints_and_warns():
+    rules, report = RuleSet([("a", "6:8"), ("nothing.*", "6:8")]), sj.Report()
+    report.dense["b/kernel"] = "no rule matches"
+    rules.match("a/kernel")
+    with pytest.warns(UserWarning, match=r"rules\[1\] \('nothing\.\*'\) decided nothing.*paths look like 'b/kernel'"):
+        rules.finish(report)
+    text = str(report)
+    assert "0 layers converted" in text and "dense: b/kernel: no rule matches" in text and "nothing" in text
+
+
+def test_no_warning_when_all_rules_are_used():
+    rules = RuleSet([("a", "6:8")])
+    rules.match("a/kernel")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rules.finish(sj.Report())
+
+
+def test_a_method_may_change_the_kernel():
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.float32)
+
+    def prune(kernel, pattern, path):
+        assert path == "a/kernel"
+        return sj.prune.magnitude(kernel, pattern), 2 * kernel
+
+    w = pack_by_rule(kernel, sj.Rule("6:8", None), "a/kernel", prune)
+    np.testing.assert_array_equal(sj.unpack(w), 2 * sj.unpack(sj.pack(kernel, "6:8")))
+    with pytest.raises(ValueError, match="a/kernel: mask"):
+        pack_by_rule(kernel, sj.Rule("6:8"), "a/kernel", lambda *_: jnp.ones((2, 2), bool))
