@@ -227,7 +227,6 @@ def _boxed(kernel, axes, make: Callable[[jax.Array], SlideWeight]) -> SlideWeigh
     if not isinstance(kernel, nn.Partitioned):
         raise LeftDense(f"its kernel is boxed in {type(kernel).__name__}, whose axis names are not known")
     w = make(kernel.value)
-    ndim = kernel.value.ndim
     leaf_names = axis_names(w, kernel.names, kernel.value.ndim, axes)
     return jax.tree.map(lambda leaf, spec: kernel.replace(value=leaf, names=tuple(spec)), w, leaf_names)
 

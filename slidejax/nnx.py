@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,13 @@ class _SlideLayer(nnx.Module):
     """A layer with a packed kernel; `values`, `zeros`, `scale` and `prepared` are its Variables."""
 
     implementation: str | None = None
+    if TYPE_CHECKING:  # what the layer had before it was converted
+        bias: Any
+        dtype: Any
+        promote_dtype: Any
+        out_features: Any
+        einsum_str: str
+        kernel_shape: tuple[int, ...]
 
     def _hold(self, w: SlideWeight, kernel: nnx.Variable, axes) -> None:
         """Takes `w` in place of the Variable `kernel`, whose axis names go over to the leaves."""
@@ -57,8 +64,8 @@ class _SlideLayer(nnx.Module):
     def kernel(self) -> SlideWeight:
         """The packed weight, from the layer's Variables."""
         prepared = {} if self.prepared is None else dict(self.prepared.get_value())
-        leaves = (variable.get_value() for variable in (self.values, self.zeros, self.scale))
-        return SlideWeight(*leaves, self.pattern, self.kernel_features, prepared)
+        values, zeros, scale = (variable.get_value() for variable in (self.values, self.zeros, self.scale))
+        return SlideWeight(values, zeros, scale, self.pattern, self.kernel_features, prepared)
 
     def _run(self, x, axes: Contraction, features: tuple[int, ...], out_sharding) -> jax.Array:
         w, bias = self.kernel.check(f"kernel of {type(self).__name__}"), None if self.bias is None else self.bias.get_value()
@@ -219,6 +226,7 @@ def convert(model: nnx.Module, rules, *, report: Report | None = None, prune: Pr
     rules, report = RuleSet(rules), Report() if report is None else report
     model = nnx.clone(model)
     layers = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
+    wrappers = [(path, type(node).__name__) for path, node in layers if isinstance(node, (nnx.WeightNorm, nnx.SpectralNorm))]
     packed: dict[int, tuple] = {}
     for path, layer in layers:
         kernel = vars(layer).get("kernel")
@@ -226,6 +234,9 @@ def convert(model: nnx.Module, rules, *, report: Report | None = None, prune: Pr
             continue
         name = "/".join(map(str, (*path, "kernel")))
         try:
+            for outer, kind in wrappers:
+                if path[: len(outer)] == outer:
+                    raise LeftDense(f"its kernel is computed by {kind}")
             report.converted.append(_convert_layer(layer, kernel, rules.match(name), name, prune, packed))
         except LeftDense as reason:
             report.dense[name] = str(reason)

@@ -19,7 +19,7 @@ import numpy as np
 
 from slidejax import numerics
 from slidejax.pattern import Pattern
-from slidejax.prune import magnitude
+from slidejax.prune.magnitude import magnitude
 from slidejax.weight import SlideWeight, pack
 
 __all__ = ["Converted", "LeftDense", "Prune", "Report", "Rule", "RuleSet", "nbytes", "pack_by_rule"]

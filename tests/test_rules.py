@@ -40,7 +40,7 @@ def test_match_is_the_first_fullmatch(regexes, path):
             rules.match(path)
 
 
-@pytest.mark.parametrize("rules, message", [
+@pytest.mark.parametrize(("rules", "message"), [
     ([("(", "6:8")], r"rules\[0\]: bad regular expression '\('"),
     ([(".*", "6:8"), (".*", "5:8")], r"rules\[1\].*kept = group - 2"),
     ([(".*", 8)], r"rules\[0\] must say"),
