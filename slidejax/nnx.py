@@ -183,8 +183,6 @@ def _linear_general(layer):
 
 def _einsum(layer):
     _own_product(layer, "einsum_op")
-    if layer.einsum_str is None:
-        raise LeftDense("its einsum is given when it is called")
     operand = layer.einsum_str.replace(" ", "").partition(",")[0]
     x_ndim = len(operand.replace("...", "")) + operand.count("...")
     return SlideEinsum, Contraction.einsum(layer.einsum_str, x_ndim).kernel, tuple(layer.kernel_shape)
