@@ -97,7 +97,7 @@ def test_bert():
 
 def test_a_model_without_parameters(tiny_llama):
     empty = type(tiny_llama)(tiny_llama.config, _do_init=False)
-    with pytest.raises(ValueError, match="made with _do_init=False.*give params="):
+    with pytest.raises(ValueError, match=r"made with _do_init=False.*give params="):
         sj.huggingface.convert(empty, "6:8")
     sparse = sj.huggingface.convert(empty, "6:8", params=tiny_llama.params)
     assert sparse(IDS).logits.shape == (2, 4, 259)
@@ -122,17 +122,18 @@ def test_converting_twice_packs_what_is_left(tiny_llama):
 def test_save_pretrained(tiny_llama, tmp_path):
     sparse = sj.huggingface.convert(tiny_llama, "6:8")
     sparse.save_pretrained(tmp_path / "out")
-    from slidejax.checkpoint.huggingface import read_pretrained
+    from slidejax.models import load_model
 
-    params = read_pretrained(tmp_path / "out")[0].params
-    jax.tree.map(np.testing.assert_array_equal, params, sparse.params)
-    with pytest.raises(ValueError, match="takes no push_to_hub.*slidejax.checkpoint.save"):
+    again = load_model(tmp_path / "out").model
+    jax.tree.map(np.testing.assert_array_equal, again.params, sparse.params)
+    np.testing.assert_array_equal(again(IDS).logits, sparse(IDS).logits)
+    with pytest.raises(ValueError, match=r"takes no push_to_hub.*slidejax.checkpoint.save"):
         sparse.save_pretrained(tmp_path / "hub", push_to_hub=True)
 
 
 def test_a_cast_of_the_parameters_is_an_error(tiny_llama):
     sparse = sj.huggingface.convert(tiny_llama, "6:8")
-    with pytest.raises(ValueError, match="q_proj/kernel has leaves.*ruins packed weights"):
+    with pytest.raises(ValueError, match=r"q_proj/kernel has leaves.*ruins packed weights"):
         sparse(IDS, params=sparse.to_bf16(sparse.params))
 
 

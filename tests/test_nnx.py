@@ -28,7 +28,7 @@ def densify(layer, w):
     (None, jnp.float32, jnp.float32), (jnp.bfloat16, jnp.float32, jnp.float32), (None, jnp.float32, jnp.bfloat16),
 ])  # fmt: skip
 def test_slide_linear_is_linear_with_the_unpacked_kernel(use_bias, dtype, param_dtype, x_dtype):
-    options = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, bias_init=nnx.initializers.normal())
+    options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "bias_init": nnx.initializers.normal()}
     x = data(3, 40, dtype=x_dtype)
     layer = sj.nnx.SlideLinear(40, 24, pattern="6:8", qdtype=None, rngs=nnx.Rngs(0), **options)
     dense = nnx.Linear(40, 24, rngs=nnx.Rngs(0), **options)
@@ -174,7 +174,7 @@ def test_layers_that_stay_dense_say_why():
 def test_a_layer_converts_by_itself_and_errors_are_clear():
     layer = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
     assert type(sj.nnx.convert(layer, "6:8")) is sj.nnx.SlideLinear and type(layer) is nnx.Linear
-    with pytest.raises(TypeError, match="model must be a flax.nnx Module"):
+    with pytest.raises(TypeError, match=r"model must be a flax\.nnx Module"):
         sj.nnx.convert({"kernel": 1}, "6:8")
     with pytest.raises(ValueError, match="pattern must be"):
         sj.nnx.SlideLinear(16, 8, pattern="5:8", rngs=nnx.Rngs(0))
@@ -192,3 +192,57 @@ def test_a_converted_einsum_refuses_another_equation():
     np.testing.assert_allclose(sparse(x, "ad,df->fa"), sparse(x).T)
     with pytest.raises(ValueError, match="packed for 'bd,df->bf'"):
         sparse(x, "bf,df->bd")
+
+
+class Mlp(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(24, 40, rngs=rngs)
+        self.norm = nnx.LayerNorm(40, rngs=rngs)
+        self.down = nnx.Linear(40, 24, use_bias=False, rngs=rngs)
+        self.again = self.up
+
+    def __call__(self, x):
+        return self.down(self.norm(jax.nn.relu(self.again(x))))
+
+
+@pytest.mark.parametrize("qdtype", [None, "int8", "float8_e4m3fn", "bfloat16"])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_layer_is_the_dense_one_with_its_weights(qdtype, use_bias):
+    layer = sj.nnx.SlideLinear(24, 8, pattern="4:6", qdtype=qdtype, use_bias=use_bias, rngs=nnx.Rngs(0))
+    x = data(3, 24)
+    want = x @ sj.unpack(layer.kernel).astype(jnp.float32)
+    tolerance = {"int8": 0.02, "float8_e4m3fn": 0.06, "bfloat16": 0.02}.get(qdtype, 1e-5)
+    np.testing.assert_allclose(layer(x), want, atol=tolerance * float(jnp.abs(want).max()))
+    np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(layer, x), layer(x), rtol=1e-6, atol=1e-6)
+    trained = nnx.state(layer, nnx.Param)
+    floats = qdtype in (None, "bfloat16")
+    assert len(jax.tree.leaves(trained)) == floats + use_bias
+
+
+@pytest.mark.parametrize("wrapper", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_kernels_that_a_wrapper_computes_stay_dense(wrapper):
+    model = wrapper(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    report = sj.Report()
+    with pytest.warns(UserWarning, match="matched no"):
+        sparse = sj.nnx.convert(model, "6:8", report=report)
+    assert not report.converted and wrapper.__name__ in next(iter(report.dense.values()))
+    np.testing.assert_array_equal(sparse(data(2, 16)), model(data(2, 16)))
+
+
+def test_training_keeps_the_mask():
+    model, x = sj.nnx.convert(Mlp(nnx.Rngs(0)), sj.Rule("6:8", qdtype=None)), data(32, 24)
+    target = jnp.sin(x)
+    optimiser = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    zeros, kernel = np.asarray(model.up.kernel.zeros), np.asarray(sj.unpack(model.up.kernel))
+
+    @nnx.jit
+    def step(model, optimiser):
+        loss, grads = nnx.value_and_grad(lambda m: ((m(x) - target) ** 2).mean())(model)
+        optimiser.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimiser)) for _ in range(30)]
+    assert losses[-1] < 0.7 * losses[0]
+    np.testing.assert_array_equal(model.up.kernel.zeros, zeros)
+    after = np.asarray(sj.unpack(model.up.kernel))
+    assert (after != kernel).any() and not after[kernel == 0].any()
