@@ -103,9 +103,13 @@ def _log_ratio(a: int, b: int) -> float:
     return abs(math.log2(max(a, 1) / max(b, 1)))
 
 
+def _alike(device: str, of: Problem | SlideWeight) -> list[dict[str, Any]]:
+    """The measurements on a device with the pattern and the dtype of a problem or a weight."""
+    return [e for e in entries(device) if e["pattern"] == str(of.pattern) and e["dtype"] == of.dtype.name]
+
+
 def _nearest(problem: Problem) -> dict[str, Any] | None:
-    near = [e for e in entries(problem.device) if e["pattern"] == str(problem.pattern) and e["dtype"] == problem.dtype.name]
-    near = [e for e in near if _distance(e, problem) <= _REACH]
+    near = [e for e in _alike(problem.device, problem) if _distance(e, problem) <= _REACH]
     return min(near, key=lambda e: _distance(e, problem), default=None)
 
 
@@ -131,9 +135,8 @@ def forms(w: SlideWeight) -> tuple[str, ...]:
     """The prepared forms that the fastest implementations want for a weight of this shape, over all measured rows."""
     from slidejax.ops.registry import device_kind
 
-    near = [e for e in entries(device_kind("cuda")) if e["pattern"] == str(w.pattern) and e["dtype"] == w.dtype.name]
     wanted = []
-    for e in near:
+    for e in _alike(device_kind("cuda"), w):
         if _log_ratio(e["in"], w.in_features) + _log_ratio(e["out"], w.out_features) <= _REACH:
             best = min(e["us"], key=e["us"].__getitem__)
             if best.endswith("+prepared"):
