@@ -20,14 +20,14 @@ from flax import traverse_util
 from flax.core import FrozenDict, freeze, unfreeze
 from jax import lax
 
-from slidejax import numerics
-from slidejax.contraction import Contraction, axis_names, contract, stacked_axes, to_matrix
+from slidejax.contraction import Contraction, axis_names, contract, promote_packed, stacked_axes, to_matrix
 from slidejax.pattern import Pattern
 from slidejax.rules import Converted, LeftDense, Prune, Report, Rule, RuleSet, nbytes, pack_by_rule
-from slidejax.weight import SlideWeight, pack
+from slidejax.weight import SlideWeight, WrappedWeight, pack
 
-__all__ = ["SlideDense", "apply", "convert", "interceptor"]
+__all__ = ["SlideDense", "apply", "convert", "interceptor", "layer_of", "own_kernel", "split_input"]
 
+_PACKED = (SlideWeight, WrappedWeight)  # what runs sparse where a kernel was
 _DENSE_AXES = Contraction.dense(1).kernel
 
 
@@ -78,12 +78,14 @@ _LAYERS: dict[str, Callable[..., tuple[Contraction, tuple[int, ...]]]] = {
 _TRANSFORMS = (nn.SpectralNorm, nn.WeightNorm)
 
 
-def _layer_of(context) -> Callable[..., tuple[Contraction, tuple[int, ...]]] | None:
+def layer_of(context) -> Callable[..., tuple[Contraction, tuple[int, ...]]] | None:
+    """For an interceptor's context: `(module, x, *args, **kwargs) -> (contraction, output axes)` of the linear layer whose
+    `__call__` it is, or None. What is returned raises `LeftDense` for a layer that cannot hold a packed weight."""
     body = getattr(context.orig_method, "func", context.orig_method)
     return _LAYERS.get(_name(inspect.unwrap(body)))
 
 
-def _own_kernel(module: nn.Module) -> Any:
+def own_kernel(module: nn.Module) -> Any:
     """The kernel of this very module as the module sees it, or None."""
     if module.scope is None or not module.has_variable("params", "kernel"):
         return None
@@ -93,7 +95,7 @@ def _own_kernel(module: nn.Module) -> Any:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def _run(module, w: SlideWeight, axes: Contraction, features, x, implementation: str | None = None) -> jax.Array:
+def _run(module, w: SlideWeight | WrappedWeight, axes: Contraction, features, x, implementation: str | None = None) -> jax.Array:
     """The layer's result; dtypes are promoted as the layer does it, except that 8-bit values take no part."""
     bias = None
     if module.use_bias:
@@ -101,10 +103,7 @@ def _run(module, w: SlideWeight, axes: Contraction, features, x, implementation:
         if bias is None:
             raise ValueError(f"{'/'.join(module.path)} has use_bias=True and no parameter 'bias'")
     promote = getattr(module, "promote_dtype", nn.dtypes.promote_dtype)
-    values = None if numerics.is_quantized(w.dtype) else w.values
-    x, values, bias = promote(x, values, bias, dtype=module.dtype)
-    if values is not None and values.dtype != w.dtype:
-        w = w.replace(values=values, prepared={})
+    x, w, bias = promote_packed(lambda *arrays: promote(*arrays, dtype=module.dtype), x, w, bias)
     return contract(x, w, axes, features, bias, implementation)
 
 
@@ -116,17 +115,17 @@ def interceptor(next_fun, args, kwargs, context):
         with nn.intercept_methods(sj.linen.interceptor):
             logits = state.apply_fn(state.params, tokens)
     """
-    layer = _layer_of(context)
-    w = _own_kernel(context.module) if layer is not None else None
-    if layer is None or not isinstance(w, SlideWeight):
+    layer = layer_of(context)
+    w = own_kernel(context.module) if layer is not None else None
+    if layer is None or not isinstance(w, _PACKED):
         return next_fun(*args, **kwargs)
     w.check("/".join((*context.module.path, "kernel")))
-    x, args, kwargs = _input(args, kwargs)
+    x, args, kwargs = split_input(args, kwargs)
     axes, features = layer(context.module, x, *args, **kwargs)
     return _run(context.module, w, axes, features, x)
 
 
-def _input(args, kwargs):
+def split_input(args, kwargs):
     """The input of a layer's `__call__`, and the other arguments."""
     if args:
         return args[0], args[1:], kwargs
@@ -201,10 +200,10 @@ class SlideDense(nn.Module):
           ValueError: if the parameter has another pattern or shape, or is not packed.
         """
         rule, shape = Rule(self.pattern, self.qdtype), (jnp.shape(inputs)[-1], self.features)
-        w = _own_kernel(self)
+        w = own_kernel(self)
         if w is not None:
             path = "/".join((*self.path, "kernel"))
-            if not isinstance(w, SlideWeight):
+            if not isinstance(w, _PACKED):
                 raise ValueError(f"{path} is a dense array of shape {jnp.shape(w)}; SlideDense takes a SlideWeight (slidejax.linen.convert)")
             w.check(path)
             if w.pattern != rule.pattern or w.out_features != self.features or not (w.is_k_shard or w.shape[-2:] == shape):
@@ -258,13 +257,13 @@ def _owners(model: nn.Module, rngs, args, kwargs) -> tuple[dict[tuple[str, ...],
         found[path] = owner
 
     def record(next_fun, args, kwargs, context):
-        module, layer = context.module, _layer_of(context)
+        module, layer = context.module, layer_of(context)
         running.append(module)
         try:
             y = next_fun(*args, **kwargs)
         finally:
             running.pop()
-        kernel = _own_kernel(module)
+        kernel = own_kernel(module)
         if kernel is None:
             return y
         shape = jnp.shape(kernel)
@@ -274,7 +273,7 @@ def _owners(model: nn.Module, rngs, args, kwargs) -> tuple[dict[tuple[str, ...],
         elif layer is None:
             note(module, _Owner(None, shape, f"{type(module).__name__} is not a linear layer that slidejax knows"))
         else:
-            x, args, kwargs = _input(args, kwargs)
+            x, args, kwargs = split_input(args, kwargs)
             try:
                 axes, _ = layer(module, x, *args, **kwargs)
                 note(module, _Owner(axes.kernel, shape))
@@ -408,7 +407,7 @@ def convert(
         path = "/".join(map(str, key))
         try:
             rule = rules.match(path)
-            if isinstance(leaf, SlideWeight):
+            if isinstance(leaf, _PACKED):
                 raise LeftDense("it is packed already")
             kernel = leaf.value if isinstance(leaf, nn.Partitioned) else nn.meta.unbox(leaf)
             axes = axes_of(key, path, jnp.shape(kernel))

@@ -71,10 +71,10 @@ def collect(run: Callable[..., Any], params: Any, batches: Iterable[Any], progre
 
 
 def _gram(context, args, kwargs) -> jax.Array | None:
-    layer = linen._layer_of(context)
-    if layer is None or linen._own_kernel(context.module) is None:
+    layer = linen.layer_of(context)
+    if layer is None or linen.own_kernel(context.module) is None:
         return None
-    x, args, kwargs = linen._input(args, kwargs)
+    x, args, kwargs = linen.split_input(args, kwargs)
     try:
         axes, _ = layer(context.module, x, *args, **kwargs)
     except LeftDense:
