@@ -9,15 +9,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from slidejax import numerics
 from slidejax.ops.linear import linear
 from slidejax.rules import LeftDense
-from slidejax.weight import SlideWeight
+from slidejax.weight import SlideWeight, WrappedWeight
 
-__all__ = ["Axes", "Contraction", "axis_names", "contract", "stacked_axes", "to_matrix"]
+__all__ = ["Axes", "Contraction", "axis_names", "contract", "promote_packed", "stacked_axes", "to_matrix"]
 
 # the batch, input and output axes of a kernel inside its layer
 Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -182,9 +185,23 @@ def axis_names(w: SlideWeight, names: tuple, ndim: int, axes: Axes) -> SlideWeig
     return w.replace(prepared={}).partition_spec(out=out, k=k, batch=(*names[:lead], *batch))
 
 
+def promote_packed(promote: Callable[..., Any], x, w: SlideWeight | WrappedWeight, bias) -> tuple:
+    """`(x, w, bias)` promoted as a layer does it, except that 8-bit values, and what is wrapped, take no part.
+
+    Args:
+      promote: `(x, values, bias) -> (x, values, bias)`, where values may be None.
+      x, w, bias: the operands of the layer.
+    """
+    values = w.values if isinstance(w, SlideWeight) and not numerics.is_quantized(w.dtype) else None
+    x, values, bias = promote(x, values, bias)
+    if values is not None and values.dtype != w.values.dtype:
+        w = w.replace(values=values, prepared={})
+    return x, w, bias
+
+
 def contract(
     x: jax.Array,
-    w: SlideWeight,
+    w: SlideWeight | WrappedWeight,
     axes: Contraction,
     features: tuple[int, ...],
     bias: jax.Array | None = None,
@@ -203,7 +220,7 @@ def contract(
     Raises:
       ValueError: if the shapes do not fit each other.
     """
-    if w.values.ndim - 3 != len(axes.kernel_batch) or w.out_features != math.prod(features):
+    if len(w.shape) - 2 != len(axes.kernel_batch) or w.out_features != math.prod(features):
         raise ValueError(f"a packed kernel of shape {w.shape} does not fit a layer with output axes {features}")
     batch = tuple(x.shape[a] for a in axes.x_batch)
     free = tuple(a for a in range(x.ndim) if a not in axes.x_batch + axes.x_in)

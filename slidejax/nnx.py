@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 
 from slidejax import numerics
-from slidejax.contraction import Contraction, axis_names, contract, stacked_axes, to_matrix
+from slidejax.contraction import Contraction, axis_names, contract, promote_packed, stacked_axes, to_matrix
 from slidejax.pattern import Pattern
 from slidejax.prepared import prepare
 from slidejax.rules import Converted, LeftDense, Prune, Report, Rule, RuleSet, nbytes, pack_by_rule
@@ -69,10 +69,7 @@ class _SlideLayer(nnx.Module):
 
     def _run(self, x, axes: Contraction, features: tuple[int, ...], out_sharding) -> jax.Array:
         w, bias = self.kernel.check(f"kernel of {type(self).__name__}"), None if self.bias is None else self.bias.get_value()
-        values = None if numerics.is_quantized(w.dtype) else w.values
-        x, values, bias = self.promote_dtype((x, values, bias), dtype=self.dtype)
-        if values is not None and values.dtype != w.dtype:
-            w = w.replace(values=values, prepared={})
+        x, w, bias = promote_packed(lambda *arrays: self.promote_dtype(arrays, dtype=self.dtype), x, w, bias)
         y = contract(x, w, axes, features, bias, self.implementation)
         return y if out_sharding is None else lax.with_sharding_constraint(y, out_sharding)
 

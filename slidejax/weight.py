@@ -21,7 +21,7 @@ from slidejax import numerics
 from slidejax.pattern import Pattern
 from slidejax.prune.magnitude import magnitude
 
-__all__ = ["SlideWeight", "check_kernel", "from_groups", "kept_values", "pack", "quantize", "scatter_values", "to_groups", "unpack"]
+__all__ = ["SlideWeight", "WrappedWeight", "check_kernel", "from_groups", "kept_values", "pack", "quantize", "scatter_values", "to_groups", "unpack"]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -161,6 +161,42 @@ class SlideWeight:
                 f"A cast of the whole tree (tree.map(astype), to_bf16) ruins packed weights: cast before packing"
             )
         return self
+
+
+class WrappedWeight:
+    """A packed weight with more around it, which may stand wherever a `SlideWeight` may: `slidejax.linear` calls its `linear`.
+
+    Subclasses are pytrees: `slidejax.trainable.MasterWeight`, `slidejax.adapters.AdaptedWeight`.
+    """
+
+    @property
+    def weight(self) -> SlideWeight:
+        """The packed weight inside."""
+        raise NotImplementedError
+
+    def linear(self, x: jax.Array, bias: jax.Array | None, **options: Any) -> jax.Array:
+        """The product; arguments and result are those of `slidejax.linear`."""
+        raise NotImplementedError
+
+    def trained(self) -> WrappedWeight:
+        """Itself with a bool in place of each leaf: whether `slidejax.partition` counts it as trained."""
+        raise NotImplementedError
+
+    def check(self, name: str = "w") -> WrappedWeight:
+        self.weight.check(name)
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.out_features
+
+    @property
+    def is_k_shard(self) -> bool:
+        return self.weight.is_k_shard
 
 
 def check_kernel(kernel, name: str = "kernel") -> jax.Array:

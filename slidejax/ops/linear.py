@@ -24,7 +24,7 @@ from slidejax.ops import registry, sparse_matmul
 from slidejax.ops._common import check_input, make_primitive, vary, varying_axes
 from slidejax.ops.lift_quantize import lift_quantize_p, lift_shard
 from slidejax.ops.sparse_matmul import Settings
-from slidejax.weight import SlideWeight, check_weight, scatter_values
+from slidejax.weight import SlideWeight, WrappedWeight, check_weight, scatter_values
 
 __all__ = ["linear", "linear_p"]
 
@@ -145,7 +145,7 @@ def _op(settings: Settings):
 
 def linear(
     x: jax.Array,
-    w: SlideWeight,
+    w: SlideWeight | WrappedWeight,
     bias: jax.Array | None = None,
     implementation: str | None = None,
     out_dtype=None,
@@ -155,7 +155,7 @@ def linear(
 
     Args:
       x: `[..., in]`, bfloat16, float16 or float32; leading axes are rows.
-      w: the packed weight.
+      w: the packed weight, or one with more around it (`slidejax.trainable.MasterWeight`, `slidejax.adapters.AdaptedWeight`).
       bias: `[out]`, added in float32.
       implementation: one of `slidejax.implementations()`, or None for the fastest that fits by the measured table
         (`slidejax.explain` says which and why).
@@ -178,6 +178,8 @@ def linear(
     Array([[34.],
            [34.]], dtype=float32)
     """
+    if isinstance(w, WrappedWeight):
+        return w.linear(x, bias, implementation=implementation, out_dtype=out_dtype, reduce_axis=reduce_axis)
     check_weight(w)
     x = check_input(x)
     expected = w.groups * w.pattern.group if w.is_k_shard else w.in_features
