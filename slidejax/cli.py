@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dtypes", type=_list, default=["int8", "none"], metavar="int8,none", help="none: not quantised")
     p.add_argument("--tokens", type=_positive, default=4096, help="tokens to predict (default 4096)")
     _add_text(p)
-    _add_method(p, "wanda", 16)
+    _add_method(p, "wanda", 8)
     p.add_argument("--prompt", default=_PROMPT)
     p.add_argument("--max-new-tokens", type=_positive, default=40)
     _add_compute(p)
@@ -266,12 +266,14 @@ def _mib(size: int) -> str:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
     import jax
 
     from slidejax import demo
 
     out = _console()
-    with _progress() as bar:
+    with _progress() as bar, ThreadPoolExecutor(1) as pool:
         task = bar.add_task("loading", total=None)
         loaded = _load(args.model, args)
         ids, source = _tokens(loaded, args.text, args.tokens)
@@ -280,21 +282,22 @@ def _demo(args: argparse.Namespace) -> None:
         total = 1 if converted else 1 + len(args.patterns) * len(args.dtypes)
         bar.update(task, total=total + 1, completed=0)
         done: list[demo.Row] = []
-        models: list[tuple[str, Any]] = []
+        samples: list[tuple[str, demo.Sample]] = []
 
         def show(what: str, share: float) -> None:
             bar.update(task, description=what, completed=len(done) + share)
 
         options = {"patterns": args.patterns, "dtypes": [_dtype(d) for d in args.dtypes], "method": args.method}
-        for row, model in demo.rows(loaded, ids, calibration=calibration, progress=show, **options):
+        for row, model in demo.rows(loaded, ids, pool, calibration=calibration, progress=show, **options):
             done.append(row)
             speed = f"{row.tokens_per_second:.1f} tokens/s"
             bar.console.print(f"{row.pattern} {row.dtype}: perplexity {row.perplexity:.2f}, {speed}", highlight=False)
             # of the sparse models one is kept, for the sample beside the dense one
-            if row.pattern == "dense" or converted or (row.pattern == _sampled(args.patterns) and len(models) < 2):
-                models.append((f"{row.pattern} {row.dtype}", model))
+            if row.pattern == "dense" or converted or (row.pattern == _sampled(args.patterns) and len(samples) < 2):
+                sample = demo.Sample(model, loaded, args.prompt, args.max_new_tokens, pool)
+                samples.append((f"{row.pattern} {row.dtype}", sample))
         show("writing", 0.5)
-        written = [(name, demo.sample(model, loaded, args.prompt, args.max_new_tokens)) for name, model in models]
+        written = [(name, sample.text()) for name, sample in samples]
     _emit(args, [dataclasses.asdict(row) for row in done])
     if args.json == "-":
         return

@@ -1,7 +1,8 @@
 """`slidejax demo`: one model, dense and with every pattern, measured on one text; then a sample of its writing.
 
 Each row runs the deployed path: the model is converted, its own ``__call__`` is evaluated under `jax.jit` and its own
-``.generate`` is timed under `jax.jit`.
+``.generate`` is timed under `jax.jit`. Programs for generating are compiled in a thread while the model is evaluated; nothing
+else runs while generation is timed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from slidejax.prepared import prepare
 from slidejax.rules import Report, Rule
 from slidejax.weight import SlideWeight
 
-__all__ = ["Row", "Summary", "convert", "rows", "sample", "summary"]
+__all__ = ["Row", "Sample", "Summary", "convert", "rows", "summary"]
 
 # Tokens timed in each row; the prompt is one token, so that what is compiled and timed is the decoding loop alone.
 _TIMED_TOKENS = 32
@@ -106,6 +108,7 @@ def ready(model: Any) -> Any:
 def rows(
     loaded: LoadedModel,
     tokens: np.ndarray,
+    pool: Executor,
     *,
     patterns: Sequence[str] = ("14:16", "6:8", "4:6", "2:4"),
     dtypes: Sequence[str | None] = ("int8", None),
@@ -120,6 +123,7 @@ def rows(
       loaded: a dense model: first row, then one for each pattern and dtype. A model that is converted already gives
         one row.
       tokens: the text.
+      pool: one worker, which compiles beside other work.
       patterns: what to convert to.
       dtypes: of the weights; None leaves them unquantised.
       method, calibration: how to prune (`slidejax.huggingface.convert`).
@@ -140,9 +144,9 @@ def rows(
     found = summary(model.params)
     if found.pattern != "dense":
         model = ready(model)
-        yield _measure(model, tokens, window, found.dtype, None, progress), model
+        yield _measure(model, tokens, pool, window, found.dtype, None, progress), model
         return
-    first = _measure(model, tokens, window, np.dtype(model.dtype).name, None, progress)
+    first = _measure(model, tokens, pool, window, np.dtype(model.dtype).name, None, progress)
     yield dataclasses.replace(first, bytes=_linear_bytes(model)), model
     if method in CALIBRATED and rules:  # once for all rows
         tell = lambda done, total: progress(f"calibrating: {done} of {total} sequences", 0.0)  # noqa: E731
@@ -152,7 +156,7 @@ def rows(
         progress(f"{name}: converting", 0.0)
         sparse, _, seconds = convert(model, rule, method, calibration)
         sparse = ready(sparse)
-        yield _measure(sparse, tokens, window, name.split()[1], seconds, progress), sparse
+        yield _measure(sparse, tokens, pool, window, name.split()[1], seconds, progress), sparse
 
 
 def _linear_bytes(model: Any) -> int:
@@ -165,11 +169,15 @@ def _linear_bytes(model: Any) -> int:
     return report.bytes_before
 
 
-def _measure(model: Any, tokens: Any, window: int, dtype: str, seconds: float | None, progress: Any) -> Row:
+def _measure(
+    model: Any, tokens: Any, pool: Executor, window: int, dtype: str, seconds: float | None, progress: Any
+) -> Row:
     found = summary(model.params)
     name = f"{found.pattern} {dtype}"
     progress(f"{name}: compiling", 0.1)
     positions = getattr(model.config, "max_position_embeddings", window)
+    generator = Generator(model, min(_TIMED_TOKENS, positions - 1), stop=False)
+    compiled = pool.submit(generator.compile, 1)
     quality = evaluate(
         model,
         tokens,
@@ -178,7 +186,7 @@ def _measure(model: Any, tokens: Any, window: int, dtype: str, seconds: float | 
         progress=lambda done, total: progress(f"{name}: {done} of {total} tokens", 0.2 + 0.4 * done / total),
     )
     progress(f"{name}: generating", 0.6)
-    generator = Generator(model, min(_TIMED_TOKENS, positions - 1), stop=False)
+    compiled.result()
     start = [int(tokens[0])]
     generator(start)  # the first run still pays for memory that the next one finds ready
     speed = generator(start).tokens_per_second
@@ -196,8 +204,27 @@ def _measure(model: Any, tokens: Any, window: int, dtype: str, seconds: float | 
     )
 
 
-def sample(model: Any, loaded: LoadedModel, prompt: str, max_new_tokens: int) -> str:
-    """What the model writes after a prompt, the likeliest token each time."""
-    written = Generator(model, max_new_tokens)(loaded.encode(prompt))
-    assert loaded.tokenizer is not None  # encode has raised otherwise
-    return loaded.tokenizer.decode(written.tokens)
+class Sample:
+    """What a model writes after a prompt, the likeliest token each time.
+
+    Args:
+      model: to generate with.
+      loaded: whose tokenizer to use.
+      prompt: text.
+      max_new_tokens: how many tokens to write at most.
+      pool: where to compile, from now on.
+
+    Raises:
+      ValueError: there is no tokenizer, or the prompt does not fit.
+    """
+
+    def __init__(self, model: Any, loaded: LoadedModel, prompt: str, max_new_tokens: int, pool: Executor):
+        self._prompt, self._loaded = loaded.encode(prompt), loaded
+        self._generator = Generator(model, max_new_tokens)
+        self._generator.check(self._prompt)
+        self._compiled = pool.submit(self._generator.compile, len(self._prompt))
+
+    def text(self) -> str:
+        self._compiled.result()
+        assert self._loaded.tokenizer is not None  # encode has raised otherwise
+        return self._loaded.tokenizer.decode(self._generator(self._prompt).tokens)

@@ -82,16 +82,11 @@ class Generator:
         self._run = jax.jit(run)
         self._compiled: dict[Any, Any] = {}
 
-    def __call__(self, prompt: Sequence[int], *, params: Any = None, seed: int = 0) -> Generated:
-        """Continues a prompt.
-
-        Args:
-          prompt: token ids, at least one.
-          params: parameters to run with; None: the model's own.
-          seed: for sampling.
+    def check(self, prompt: Sequence[int]) -> np.ndarray:
+        """The prompt as an array.
 
         Raises:
-          ValueError: the prompt is empty, leaves the vocabulary, or does not fit the model's positions.
+          ValueError: it is empty, leaves the vocabulary, or does not fit the model's positions.
         """
         ids = np.asarray(prompt, np.int32)
         if ids.ndim != 1 or ids.size == 0 or ids.min() < 0 or ids.max() >= self._vocab_size:
@@ -103,12 +98,37 @@ class Generator:
                 f"prompt of {ids.size} tokens and {self._max_new_tokens} new ones exceed the model's {self._positions} "
                 "positions"
             )
-        args = (self._params if params is None else params, jnp.asarray(ids)[None], jax.random.PRNGKey(seed))
-        signature = (ids.size, jax.tree.structure(args[0]), *(x.dtype for x in jax.tree.leaves(args[0])))
+        return ids
+
+    def compile(self, prompt_tokens: int, *, params: Any = None) -> None:
+        """Compiles for prompts of so many tokens, so that no call has to; it may run in a thread beside other work."""
+        self._program(self._args(np.zeros(prompt_tokens, np.int32), params, 0))
+
+    def _args(self, ids: np.ndarray, params: Any, seed: int) -> tuple[Any, jax.Array, jax.Array]:
+        return self._params if params is None else params, jnp.asarray(ids)[None], jax.random.PRNGKey(seed)
+
+    def _program(self, args: tuple[Any, jax.Array, jax.Array]) -> Any:
+        signature = (args[1].size, jax.tree.structure(args[0]), *(x.dtype for x in jax.tree.leaves(args[0])))
         if signature not in self._compiled:
             self._compiled[signature] = self._run.lower(*args).compile()
+        return self._compiled[signature]
+
+    def __call__(self, prompt: Sequence[int], *, params: Any = None, seed: int = 0) -> Generated:
+        """Continues a prompt.
+
+        Args:
+          prompt: token ids, at least one.
+          params: parameters to run with; None: the model's own.
+          seed: for sampling.
+
+        Raises:
+          ValueError: as `check`.
+        """
+        ids = self.check(prompt)
+        args = self._args(ids, params, seed)
+        run = self._program(args)
         begin = time.perf_counter()
-        sequence = np.asarray(self._compiled[signature](*args))[0]
+        sequence = np.asarray(run(*args))[0]
         seconds = time.perf_counter() - begin
         new = sequence[ids.size :].tolist()
         end = next((i for i, token in enumerate(new) if token in self._ends), None)
