@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding
@@ -45,6 +46,41 @@ def make_primitive(name: str, shape_rule: Callable[..., list], lowering: Callabl
     jitted = jax.jit(lambda *operands, params: primitive.bind(*operands, **dict(params)), static_argnames="params")
     primitive.def_impl(lambda *operands, **params: jitted(*operands, params=tuple(sorted(params.items()))))
     return primitive
+
+
+def with_rules(
+    primal: Callable[..., Any],
+    vmap_rule: Callable[..., tuple[Any, Any]],
+    backward: Callable[[Any, Any], tuple],
+    residuals: Callable[[tuple, Any], Any] = lambda operands, results: operands,
+) -> Callable[..., Any]:
+    """`primal` with a vmap rule inside a reverse-mode rule: `custom_partitioning` brings neither.
+
+    Args:
+      primal: `(*operands) -> results`.
+      vmap_rule: `(op, axis_size, in_batched, *operands) -> (results, out_batched)`, where `op` is the op itself, so that maps nest.
+      backward: `(residuals, cotangents) -> cotangents of the operands`.
+      residuals: `(operands, results) -> what backward needs`; all operands by default.
+    """
+
+    @custom_vmap
+    def batched(*operands):
+        return primal(*operands)
+
+    @batched.def_vmap
+    def _(axis_size, in_batched, *operands):
+        return vmap_rule(batched, axis_size, in_batched, *operands)
+
+    @jax.custom_vjp
+    def op(*operands):
+        return batched(*operands)
+
+    def forward(*operands):
+        results = batched(*operands)
+        return results, residuals(operands, results)
+
+    op.defvjp(forward, backward)
+    return op
 
 
 def check_input(x, name: str = "x") -> jax.Array:

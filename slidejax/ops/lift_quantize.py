@@ -17,7 +17,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 
 from slidejax import numerics
@@ -31,6 +30,7 @@ from slidejax.ops._common import (
     spec_of,
     vary,
     varying_axes,
+    with_rules,
 )
 from slidejax.pattern import Pattern
 
@@ -172,22 +172,16 @@ def _partitioned(pattern: Pattern, dtype):
 def _op(pattern: Pattern, dtype, reduce_axis: tuple[str, ...]):
     partitioned = _partitioned(pattern, dtype)
 
-    @custom_vmap
-    def batched(x):
+    def primal(x):
         return lift_shard(x, pattern, dtype, reduce_axis) if reduce_axis else partitioned(x)
 
-    @batched.def_vmap
-    def _(axis_size, in_batched, x):  # a batch is just more rows
-        lifted, scale = batched(x.reshape(-1, x.shape[-1]))
+    def vmap_rule(op, axis_size, in_batched, x):  # a batch is just more rows
+        lifted, scale = op(x.reshape(-1, x.shape[-1]))
         return (lifted.reshape(*x.shape[:-1], lifted.shape[-1]), scale.reshape(*x.shape[:-1], 1)), (True, True)
 
-    @jax.custom_vjp
-    def op(x):
-        return batched(x)
-
-    def forward(x):
-        lifted, scale = batched(x)
-        return (lifted, scale), (scale, jnp.zeros((0, x.shape[1]), x.dtype))
+    def residuals(operands, results):
+        (x,), (_, scale) = operands, results
+        return scale, jnp.zeros((0, x.shape[1]), x.dtype)
 
     def backward(residuals, cotangents):
         scale, like = residuals
@@ -198,8 +192,7 @@ def _op(pattern: Pattern, dtype, reduce_axis: tuple[str, ...]):
         d_columns = _lift_transpose(d_lifted.astype(jnp.float32) / scale, pattern, like.shape[1])
         return (d_columns.astype(like.dtype),)
 
-    op.defvjp(forward, backward)
-    return op
+    return with_rules(primal, vmap_rule, backward, residuals)
 
 
 def _lift_transpose(d_lifted: jax.Array, pattern: Pattern, columns: int) -> jax.Array:

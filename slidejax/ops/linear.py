@@ -16,12 +16,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 
 from slidejax import numerics
 from slidejax.ops import registry, sparse_matmul
-from slidejax.ops._common import check_input, make_primitive, vary, varying_axes
+from slidejax.ops._common import check_input, make_primitive, vary, varying_axes, with_rules
 from slidejax.ops.lift_quantize import lift_quantize_p, lift_shard
 from slidejax.ops.sparse_matmul import Settings
 from slidejax.weight import SlideWeight, WrappedWeight, check_weight, scatter_values
@@ -105,22 +104,13 @@ def _partitioned(settings: Settings):
 def _op(settings: Settings):
     partitioned = _partitioned(settings)
 
-    @custom_vmap
-    def batched(x, *operands):
+    def primal(x, *operands):
         if settings.reduce_axis:
             return _split_k(x, *settings.weight(operands), settings, settings.reduce_axis)
         return partitioned(x, *operands)
 
-    @batched.def_vmap
-    def _(axis_size, in_batched, *operands):
-        return sparse_matmul.map_batched(batched, axis_size, in_batched, 1, operands)
-
-    @jax.custom_vjp
-    def op(*operands):
-        return batched(*operands)
-
-    def forward(*operands):
-        return batched(*operands), operands
+    def vmap_rule(op, axis_size, in_batched, *operands):
+        return sparse_matmul.map_batched(op, axis_size, in_batched, 1, operands)
 
     def backward(operands, dy):
         x, *rest = operands
@@ -136,8 +126,7 @@ def _op(settings: Settings):
         d_bias = (dy.sum(0).astype(bias.dtype),) if bias is not None else ()
         return (dx, d_values, None, None, *d_bias, *([None] * len(settings.prepared)))
 
-    op.defvjp(forward, backward)
-    return op
+    return with_rules(primal, vmap_rule, backward)
 
 
 # --- public -----------------------------------------------------------------------------------------------------------

@@ -15,12 +15,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 
 from slidejax import numerics
 from slidejax.ops import registry
-from slidejax.ops._common import Cut, axis_names, first_axes, make_primitive, spec_of, vary, varying_axes
+from slidejax.ops._common import Cut, axis_names, first_axes, make_primitive, spec_of, vary, varying_axes, with_rules
 from slidejax.ops.lift_quantize import unlift
 from slidejax.pattern import Pattern
 from slidejax.weight import SlideWeight, check_weight, kept_values, scatter_values, split_zeros
@@ -269,22 +268,13 @@ def values_gradient(d_kernel: jax.Array, w: SlideWeight) -> jax.Array:
 def _op(settings: Settings):
     partitioned = _partitioned(settings)
 
-    @custom_vmap
-    def batched(lifted, scale_x, *operands):
+    def primal(lifted, scale_x, *operands):
         if settings.reduce_axis:
             return split_k(lifted, scale_x, *settings.weight(operands), settings, settings.reduce_axis)
         return partitioned(lifted, scale_x, *operands)
 
-    @batched.def_vmap
-    def _(axis_size, in_batched, *operands):
-        return map_batched(batched, axis_size, in_batched, 2, operands)
-
-    @jax.custom_vjp
-    def op(*operands):
-        return batched(*operands)
-
-    def forward(*operands):
-        return batched(*operands), operands
+    def vmap_rule(op, axis_size, in_batched, *operands):
+        return map_batched(op, axis_size, in_batched, 2, operands)
 
     def backward(operands, dy):
         lifted, scale_x, *rest = operands
@@ -301,8 +291,7 @@ def _op(settings: Settings):
         d_bias = (dy.astype(jnp.float32).sum(0).astype(bias.dtype),) if bias is not None else ()
         return (d_lifted, d_scale_x, d_values, None, None, *d_bias, *([None] * len(settings.prepared)))
 
-    op.defvjp(forward, backward)
-    return op
+    return with_rules(primal, vmap_rule, backward)
 
 
 def _kept_lifted(lifted_kernel: jax.Array, w: SlideWeight) -> jax.Array:
