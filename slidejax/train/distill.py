@@ -1,0 +1,124 @@
+"""Distillation: what a pruned model learns from the dense one.
+
+The loss is the Kullback-Leibler divergence of the student's distribution of the next token from the teacher's, averaged
+over positions (Hinton et al., arXiv 1503.02531); optionally also how far the hidden states are apart. No labels are
+needed, so any tokens will do, those that the teacher writes itself among them (`sample`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["distillation_loss", "kl_divergence", "rows_of", "sample"]
+
+
+def kl_divergence(student: jax.Array, teacher: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """Mean over positions of `KL(teacher || student)`, in nats.
+
+    Args:
+      student, teacher: logits `[..., vocabulary]`.
+      temperature: divides both; the result is multiplied by its square, which keeps the size of the gradient.
+
+    Returns:
+      float32 scalar.
+
+    >>> float(kl_divergence(jnp.array([[0.0, 0.0]]), jnp.log(jnp.array([[0.75, 0.25]])))).__round__(4)
+    0.1308
+    """
+    log_q = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
+    log_p = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
+    return temperature**2 * jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+
+def distillation_loss(model: Any, teacher: Any, *, temperature: float = 1.0, hidden: float = 0.0) -> Callable[..., jax.Array]:
+    """The loss of a Hugging Face Flax language model against its dense original, for `slidejax.train.loop.fit`.
+
+    Args:
+      model: the student, a converted model.
+      teacher: the dense model, with the same vocabulary.
+      temperature: see `kl_divergence`.
+      hidden: weight of the hidden states' loss: squared distance over the teacher's squared length, mean of all layers.
+
+    Returns:
+      `(params, ids, teacher_params) -> loss`, ids int `[batch, length]`.
+    """
+
+    def loss(params: Any, ids: jax.Array, teacher_params: Any) -> jax.Array:
+        options = {"output_hidden_states": True} if hidden else {}
+        mine = model(ids, params=params, **options)
+        theirs = jax.lax.stop_gradient(teacher(ids, params=teacher_params, **options))
+        total = kl_divergence(mine.logits, theirs.logits, temperature)
+        if hidden:
+            # the embeddings come first, and are the same
+            pairs = list(zip(mine.hidden_states[1:], theirs.hidden_states[1:], strict=True))
+            total += hidden * sum(_distance(a, b) for a, b in pairs) / len(pairs)
+        return total
+
+    return loss
+
+
+def _distance(mine: jax.Array, theirs: jax.Array) -> jax.Array:
+    mine, theirs = mine.astype(jnp.float32), theirs.astype(jnp.float32)
+    return jnp.mean(jnp.sum((mine - theirs) ** 2, -1) / jnp.maximum(jnp.sum(theirs**2, -1), 1e-6))
+
+
+def rows_of(tokens: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+    """Token ids as int32 rows `[n, length]`: a matrix cut into rows of that length, or one long text; the rest is dropped.
+
+    Raises:
+      ValueError: no row can be filled, or the ids are no integers.
+
+    >>> rows_of([1, 2, 3, 4, 5], 2).tolist()
+    [[1, 2], [3, 4]]
+    """
+    ids = np.asarray(tokens)
+    if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"tokens must be token ids [n] or [rows, length], got {ids.dtype} {ids.shape}")
+    count = ids.shape[-1] // length if length > 0 else 0
+    if count == 0 or ids.size == 0:
+        raise ValueError(f"tokens fill no row of {length}: their shape is {ids.shape}")
+    return ids[..., : count * length].reshape(-1, length).astype(np.int32)
+
+
+def sample(
+    model: Any, prompts: np.ndarray, length: int, *, params: Any = None, temperature: float = 1.0, batch: int = 64, seed: int = 0
+) -> np.ndarray:
+    """Text that a model writes itself, to distil it without other data (arXiv 2305.17888).
+
+    Args:
+      model: a Hugging Face Flax language model.
+      prompts: token ids `[n, prompt]`, with which the rows begin; single random tokens will do.
+      length: tokens in a row, the prompt's among them.
+      params: parameters to run with; None: the model's own.
+      temperature: 1 is the model's own distribution.
+      batch: rows written at a time.
+      seed: of the draws.
+
+    Returns:
+      int32 `[n, length]`.
+
+    Raises:
+      ValueError: for prompts that are no matrix of tokens, or longer than `length`.
+    """
+    prompts = np.asarray(prompts)
+    if prompts.ndim != 2 or prompts.size == 0 or not prompts.shape[1] < length:
+        raise ValueError(f"prompts must be token ids [n, prompt] with prompt < {length}, got shape {prompts.shape}")
+    never = model.config.vocab_size  # no token: text goes on to the end of the row
+    options = {"do_sample": True, "temperature": temperature, "top_k": 0, "max_length": length, "eos_token_id": never, "pad_token_id": 0}
+
+    @jax.jit
+    def write(params, ids, key):
+        return model.generate(ids, params=params, prng_key=key, **options).sequences
+
+    batch = min(batch, len(prompts))
+    short = -len(prompts) % batch
+    padded = np.concatenate([prompts, prompts[:1].repeat(short, 0)]).astype(np.int32)
+    params = model.params if params is None else params
+    keys = jax.random.split(jax.random.PRNGKey(seed), len(padded) // batch)
+    rows = [np.asarray(write(params, padded[i * batch : (i + 1) * batch], key)) for i, key in enumerate(keys)]
+    return np.concatenate(rows)[: len(prompts)]

@@ -1,0 +1,103 @@
+"""Recovery: training the kept values of a pruned model until it predicts as the dense one does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from slidejax.prepared import drop_prepared
+from slidejax.train.distill import distillation_loss, rows_of
+from slidejax.train.loop import Fitted, Shuffled, fit
+from slidejax.trainable import Selection
+
+__all__ = ["HIDDEN", "recover"]
+
+# All but embeddings of tokens and positions and the output head: what is pruned, biases and norms.
+HIDDEN = r"(?!.*(?:embed|wte|wpe|lm_head|predictions/decoder)).*"
+
+
+def recover(
+    model: Any,
+    teacher: Any,
+    tokens: Sequence[int] | np.ndarray,
+    *,
+    steps: int | None = None,
+    minutes: float | None = None,
+    qdtype: Any = None,
+    window: int = 512,
+    batch: int | None = None,
+    accumulate: int = 1,
+    learning_rate: float = 3e-4,
+    warmup: int = 20,
+    temperature: float = 1.0,
+    hidden: float = 0.0,
+    trained: Selection = HIDDEN,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int = 200,
+    progress: Callable[[int, int | None, float], None] | None = None,
+) -> tuple[Any, Fitted]:
+    """Distils the dense model into its pruned version: masks stay, and 8-bit rounding is in the loop.
+
+    Args:
+      model: a converted Hugging Face Flax language model (`slidejax.huggingface.convert`), 8-bit or float-packed.
+      teacher: the dense model.
+      tokens: token ids to train on, one long text `[n]` or rows `[rows, length]`; labels are not needed.
+      steps, minutes: how long, one of the two (`slidejax.train.loop.fit`); with `steps` the result is the same each time.
+      qdtype: int8 or float8_e4m3fn, to quantise a float-packed model in the course of it; None: as it is.
+      window: tokens in a row.
+      batch: rows in a step; None: 32 on a GPU, 8 elsewhere, and no more than there are.
+      accumulate: parts of a batch that are run one after the other: less memory.
+      learning_rate, warmup: of Adam (`slidejax.train.loop.fit`).
+      temperature, hidden: of the loss (`slidejax.train.distill.distillation_loss`).
+      trained: which parameters (`slidejax.partition`): all but embeddings and the output head.
+      seed: of the order of the rows.
+      checkpoint, every: a directory for the state, saved after so many steps; a run that it holds goes on.
+      progress: called with the steps done, all steps (None: not known yet), and the loss.
+
+    Returns:
+      `(model, fitted)`: a new model with the trained parameters, packed as they will serve, and the `Fitted`.
+
+    Raises:
+      ValueError: the models have other vocabularies, `model` is dense, or `fit` refuses its arguments.
+
+    Example::
+
+        sparse = sj.huggingface.convert(dense, "6:8", method="sparsegpt", calibration=tokens)
+        sparse, fitted = sj.recover(sparse, dense, tokens, minutes=5)
+    """
+    from slidejax import huggingface
+    from slidejax.demo import summary
+
+    if model.config.vocab_size != teacher.config.vocab_size:
+        raise ValueError(f"teacher has a vocabulary of {teacher.config.vocab_size} tokens, the model one of {model.config.vocab_size}")
+    if summary(model.params).pattern == "dense":
+        raise ValueError("model is dense, so there is nothing to recover: convert it first")
+    window = min(window, getattr(model.config, "max_position_embeddings", window))
+    rows = rows_of(tokens, window)
+    if rows.min() < 0 or rows.max() >= model.config.vocab_size:
+        raise ValueError(f"tokens must be in 0..{model.config.vocab_size - 1}, got {rows.min()}..{rows.max()}")
+    if batch is None:
+        batch = min(32 if jax.default_backend() == "gpu" else 8, len(rows))
+    loss = distillation_loss(model, teacher, temperature=temperature, hidden=hidden)
+    fitted = fit(
+        loss,
+        drop_prepared(model.params),
+        Shuffled(rows, batch, seed),
+        teacher.params,
+        steps=steps,
+        minutes=minutes,
+        qdtype=qdtype,
+        trained=trained,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        accumulate=accumulate,
+        checkpoint=checkpoint,
+        every=every,
+        progress=progress,
+    )
+    return huggingface.with_params(model, fitted.params), fitted
