@@ -20,7 +20,7 @@ from slidejax.ops.linear import linear
 from slidejax.rules import LeftDense
 from slidejax.weight import SlideWeight, WrappedWeight
 
-__all__ = ["Axes", "Contraction", "axis_names", "contract", "promote_packed", "stacked_axes", "to_matrix"]
+__all__ = ["Axes", "Contraction", "axis_names", "contract", "from_matrix", "promote_packed", "stacked_axes", "to_matrix"]
 
 # the batch, input and output axes of a kernel inside its layer
 Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -137,6 +137,12 @@ def to_matrix(kernel: jax.Array, axes: Axes) -> jax.Array:
     front = kernel.shape[: lead + len(batch)]
     split = len(front) + len(inputs)
     return kernel.reshape(*front, math.prod(kernel.shape[len(front) : split]), math.prod(kernel.shape[split:]))
+
+
+def from_matrix(matrix: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    """The inverse of `to_matrix` for a kernel without leading and batch axes: `[in, out]` to the kernel's own `shape`."""
+    order = axes[1] + axes[2]
+    return jnp.transpose(matrix.reshape([shape[a] for a in order]), sorted(range(len(order)), key=order.__getitem__))
 
 
 def stacked_axes(shape: tuple[int, ...], layer_shape: tuple[int, ...], path: str) -> int:

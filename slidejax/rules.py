@@ -24,7 +24,8 @@ from slidejax.weight import SlideWeight, pack
 
 __all__ = ["Converted", "LeftDense", "Prune", "Report", "Rule", "RuleSet", "nbytes", "pack_by_rule"]
 
-# (kernel [..., in, out], pattern, path) -> mask, or (mask, kernel) where the method changes the kept values too
+# (kernel [..., in, out], pattern, path) -> mask, or (mask, kernel) where the method changes the kept values too, or
+# (mask, kernel, scale) where it has rounded them to 8 bit
 Prune = Callable[[jax.Array, Pattern, str], Any]
 
 
@@ -197,7 +198,7 @@ def pack_by_rule(kernel: jax.Array, rule: Rule, path: str, prune: Prune | None =
     """Prunes and packs a kernel `[..., in, out]` as a rule says; errors name the path."""
     try:
         result = magnitude(kernel, rule.pattern) if prune is None else prune(kernel, rule.pattern, path)
-        mask, kernel = result if isinstance(result, tuple) else (result, kernel)
-        return pack(kernel, rule.pattern, dtype=rule.qdtype, mask=mask)
+        mask, kernel, scale = (*result, None)[:3] if isinstance(result, tuple) else (result, kernel, None)
+        return pack(kernel, rule.pattern, dtype=rule.qdtype, mask=mask, scale=scale)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -249,7 +249,9 @@ def scatter_values(values: jax.Array, zeros: jax.Array) -> jax.Array:
     return jnp.where((c == z1) | (c == z2), jnp.zeros((), values.dtype), full)
 
 
-def pack(kernel: jax.Array, pattern: str | Pattern, dtype=None, mask: jax.Array | None = None) -> SlideWeight:
+def pack(
+    kernel: jax.Array, pattern: str | Pattern, dtype=None, mask: jax.Array | None = None, scale: jax.Array | None = None
+) -> SlideWeight:
     """Prunes (unless masked) and packs a kernel.
 
     Args:
@@ -258,6 +260,8 @@ def pack(kernel: jax.Array, pattern: str | Pattern, dtype=None, mask: jax.Array 
       dtype: of the values. None keeps the kernel's; int8 or float8_e4m3fn quantises a float kernel with one scale for
         each output (`slidejax.numerics`).
       mask: bool `[..., in, out]`, True = kept. None prunes by magnitude.
+      scale: `[..., out]`, positive: the scale of each output of 8-bit values, such as `slidejax.prune.round_kernel` finds
+        it; what is larger than the largest code is clipped. None: the smallest that clips nothing.
 
     Returns:
       The `SlideWeight`. Unquantised it is lossless: `unpack(w) == where(mask & (kernel != 0), kernel, +0)`.
@@ -281,7 +285,15 @@ def pack(kernel: jax.Array, pattern: str | Pattern, dtype=None, mask: jax.Array 
             raise ValueError(
                 f"mask must be bool of the kernel's shape {kernel.shape}, got {mask.dtype} of shape {mask.shape}"
             )
-    w, crowded = _pack(kernel, mask, pattern, dtype)
+    rounds = numerics.is_quantized(dtype) and not numerics.is_quantized(kernel.dtype)
+    if scale is not None:
+        scale = jnp.asarray(scale, jnp.float32)
+        if not rounds or scale.shape != (*kernel.shape[:-2], kernel.shape[-1]):
+            raise ValueError(
+                f"scale is for an 8-bit dtype and has the shape of the outputs, {(*kernel.shape[:-2], kernel.shape[-1])}; "
+                f"got shape {scale.shape} for {dtype.name} values of a {kernel.dtype.name} kernel"
+            )
+    w, crowded = _pack(kernel, mask, scale, pattern, dtype)
     if not isinstance(crowded, jax.core.Tracer) and crowded.any():
         *batch, row, group = (int(i) for i in np.argwhere(np.asarray(crowded))[0])
         where = f"kernel {tuple(batch)}, " if batch else ""
@@ -293,8 +305,8 @@ def pack(kernel: jax.Array, pattern: str | Pattern, dtype=None, mask: jax.Array 
     return w
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _pack(kernel, mask, pattern: Pattern, dtype) -> tuple[SlideWeight, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _pack(kernel, mask, given_scale, pattern: Pattern, dtype) -> tuple[SlideWeight, jax.Array]:
     """Packs, and says which groups `[..., out, groups]` hold too many non-zeros."""
     nonzero = to_groups(mask & (kernel != 0), pattern, fill=False)
     # -0.0 counts as a non-zero for some 2:4 compressors: only +0 is stored for what is not kept
@@ -309,7 +321,7 @@ def _pack(kernel, mask, pattern: Pattern, dtype) -> tuple[SlideWeight, jax.Array
     bad_row = jnp.any(crowded, axis=-1)
     scale = jnp.ones(bad_row.shape, jnp.float32)
     if numerics.is_quantized(dtype) and jnp.issubdtype(kernel.dtype, jnp.floating) and not numerics.is_quantized(kernel.dtype):
-        values, scale = _quantize_values(values, dtype)
+        values, scale = _quantize_values(values, dtype, given_scale)
     else:
         values = values.astype(dtype)
     if numerics.is_quantized(dtype):
@@ -319,7 +331,10 @@ def _pack(kernel, mask, pattern: Pattern, dtype) -> tuple[SlideWeight, jax.Array
     return SlideWeight(values, zeros, scale, pattern, kernel.shape[-2]), crowded
 
 
-def _quantize_values(values: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+def _quantize_values(values: jax.Array, dtype, scale: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    if scale is not None:  # of a value that is code * scale, whatever the last bit of the scale, the code comes back
+        codes, _ = numerics.encode(values, scale[..., None, None] * numerics.QMAX[np.dtype(dtype)], dtype)
+        return codes, scale
     codes, scale = numerics.encode(values, numerics.absmax(values, (-2, -1)), dtype)
     return codes, scale[..., 0, 0]
 

@@ -178,3 +178,21 @@ def test_scatter_is_the_inverse_of_keeping(pattern, seed):
     w = sj.pack(random_kernel(seed, (64, 3)), pattern)
     again = sj.pack(jnp.swapaxes(scatter_values(w.values, w.zeros).reshape(3, -1), 0, 1), pattern)
     np.testing.assert_array_equal(again.values, w.values)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_codes_chosen_elsewhere_are_stored_as_they_are(dtype):
+    rng = np.random.default_rng(0)
+    scale = jnp.asarray(np.exp(rng.standard_normal(5)), jnp.float32)
+    codes = jnp.asarray(np.clip(rng.standard_normal((16, 5)) * 40, -127, 127), dtype).astype(jnp.float32)
+    mask = sj.prune.magnitude(codes, "6:8")
+    w = sj.pack(jnp.where(mask, codes * scale, 0), "6:8", dtype, mask=mask, scale=scale)
+    np.testing.assert_array_equal(sj.unpack(w.replace(scale=jnp.ones(5))), jnp.where(mask, codes, 0))
+    np.testing.assert_array_equal(w.scale, scale)
+
+
+def test_a_scale_that_does_not_fit():
+    with pytest.raises(ValueError, match="scale is for an 8-bit dtype"):
+        sj.pack(jnp.ones((8, 4)), "6:8", scale=jnp.ones(4))
+    with pytest.raises(ValueError, match=r"shape of the outputs, \(4,\)"):
+        sj.pack(jnp.ones((8, 4)), "6:8", "int8", scale=jnp.ones(8))
