@@ -53,18 +53,6 @@ SJ_DEVICE void produce(const Params& p, const Shared& shared, uint32_t rank, int
   }
 }
 
-// The compiler does not know that wgmma still writes d after its asm statement: no read of d may move above this.
-template <int kSize>
-SJ_DEVICE void pin(float (&d)[kSize]) {
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-template <int kSize>
-SJ_DEVICE void pin(int (&d)[kSize]) {
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) asm volatile("" : "+r"(d[i])::"memory");
-}
-
 template <class T>
 SJ_DEVICE void consume(const Params& p, const Shared& shared, uint32_t rank, int cluster) {
   using Instruction = Wgmma<T::kFp8, T::kTokens>;
@@ -148,7 +136,7 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, uint32_t rank, int
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) sparse_matmul_kernel(const __grid_constant__ Params p) {
-  extern __shared__ uint8_t dynamic[];
+  SJ_DYNAMIC_SHARED(dynamic);
   __shared__ uint64_t barriers[2 * T::kStages];
   __shared__ int4 notes[T::kStages];
   Shared shared;

@@ -79,7 +79,8 @@ SJ_DEVICE Work find_work(const Params& p, int cluster, int clusters, int i) {
     work.split = begin / p.steps + i;
     tile = p.whole_tiles + work.split;
     work.begin = max(begin - work.split * p.steps, 0);
-    work.end = max(min(end - work.split * p.steps, p.steps), work.begin);
+    work.end = min(end - work.split * p.steps, p.steps);
+    if (work.end <= work.begin) return {0, 0, 0, 0, -1};
     if (work.end - work.begin == p.steps) work.split = -1;
   }
   locate(p, tile, work);

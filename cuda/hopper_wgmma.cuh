@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "hopper_ptx.cuh"
+
 namespace slidejax::hopper {
 
 // Operand numbers of the accumulators, eight to a macro.
@@ -72,5 +74,17 @@ SJ_WGMMA(256, 128, 128, 129, 130, 131)
 
 #undef SJ_WGMMA
 #undef SJ_WGMMA_TYPE
+
+// The compiler does not know that wgmma still writes d after its asm statement: no read of d may move above this.
+template <int kSize>
+SJ_DEVICE void pin(float (&d)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int kSize>
+SJ_DEVICE void pin(int (&d)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
 
 }  // namespace slidejax::hopper

@@ -229,8 +229,9 @@ cudaError_t slidejax_hopper_expand_metadata(const uint8_t* zeros, uint32_t* meta
                                             cudaStream_t stream) {
   const int stages = 2 * ceil_div(groups * (group - 2) * 2, 256);
   const dim3 grid(ceil_div(stages, kMetadataStagesPerBlock), ceil_div(out, 64));
-  expand_metadata_kernel<<<grid, 128, 0, stream>>>(zeros, reinterpret_cast<uint2*>(meta), out, groups, group / 2 - 1, stages);
-  return cudaGetLastError();
+  int windows = group / 2 - 1, stage_count = stages;
+  void* parameters[] = {&zeros, &meta, &out, &groups, &windows, &stage_count};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(expand_metadata_kernel), grid, 128, parameters, 0, stream);
 }
 
 int slidejax_hopper_tile_count() { return kEntryCount; }

@@ -1,0 +1,293 @@
+#include "emulator.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <random>
+#include <string>
+
+#include "hopper_tile.cuh"
+
+uint3 threadIdx, blockIdx;
+dim3 gridDim;
+namespace emulator {
+namespace {
+
+ucontext_t scheduler;
+Fiber* running = nullptr;
+std::vector<std::function<void()>> jobs;
+std::mt19937 random_bits(1);
+int multiprocessors = 8, chance = 50;  // chance: that something which could happen does, in percent
+std::function<void()> body;
+bool failed = false;
+unsigned grid_y = 0;
+
+bool maybe() { return static_cast<int>(random_bits() % 100) < chance; }
+
+void enter() {
+  body();
+  for (const auto& read : running->stores)
+    if (!*read) fail("a thread leaves while a bulk copy still reads from shared memory");
+  running->finished = true;
+  swapcontext(&running->context, &scheduler);
+}
+
+void resume(Fiber& fiber) {
+  running = &fiber;
+  threadIdx = {static_cast<unsigned>(fiber.thread), 0, 0};
+  swapcontext(&scheduler, &fiber.context);
+}
+
+float e4m3(uint8_t v) {
+  const int exponent = v >> 3 & 15, mantissa = v & 7;
+  const float magnitude = exponent ? std::ldexp(1.0f + mantissa / 8.0f, exponent - 7) : std::ldexp(mantissa / 8.0f, -6);
+  return v & 0x80 ? -magnitude : magnitude;
+}
+
+uint32_t swizzled(uint32_t address, int bits) { return address ^ ((address >> 7 & ((1u << bits) - 1)) << 4); }
+
+// A fiber for each thread; blocks of a grid that has no clusters run one after the other unless `together`.
+void run(int blocks, int threads, int cluster_size, bool together) {
+  const int at_once = together ? blocks : 1;
+  for (int first = 0; first < blocks; first += at_once) {
+    std::vector<std::unique_ptr<Cluster>> clusters;
+    std::vector<std::unique_ptr<Fiber>> fibers;
+    for (int b = first; b < first + at_once; ++b) {
+      if (b % cluster_size == 0 || clusters.empty()) {
+        clusters.push_back(std::make_unique<Cluster>());
+        clusters.back()->threads = threads * cluster_size;
+      }
+      auto block = std::make_unique<Block>();
+      block->shared.assign(228 * 1024, 0xA7);
+      block->warps.resize(threads / 32);
+      block->groups.resize((threads + 127) / 128);
+      block->cluster = clusters.back().get();
+      block->rank = b % cluster_size;
+      block->index = b;
+      for (int t = 0; t < threads; ++t) {
+        auto fiber = std::make_unique<Fiber>();
+        constexpr size_t kStack = 48 * 1024;
+        fiber->stack = std::unique_ptr<char[]>(new char[kStack]);
+        fiber->block = block.get();
+        fiber->thread = t;
+        getcontext(&fiber->context);
+        fiber->context.uc_stack = {fiber->stack.get(), 0, kStack};
+        fiber->context.uc_link = &scheduler;
+        makecontext(&fiber->context, enter, 0);
+        fibers.push_back(std::move(fiber));
+      }
+      clusters.back()->blocks.push_back(std::move(block));
+    }
+    size_t left = fibers.size();
+    while (left > 0 && !failed) {
+      bool moved = false;
+      for (size_t w = 0; w < fibers.size(); w += 32) {  // a warp at a time, some not in this round
+        if (!maybe()) continue;
+        for (size_t i = w; i < std::min(w + 32, fibers.size()); ++i) {
+          Fiber& fiber = *fibers[i];
+          if (fiber.finished || (fiber.waits_for && !fiber.waits_for())) continue;
+          fiber.waits_for = nullptr;
+          blockIdx = {fiber.block->index, grid_y, 0};
+          resume(fiber);
+          left -= fiber.finished;
+          moved = true;
+        }
+      }
+      for (auto& cluster : clusters)
+        for (auto& block : cluster->blocks)
+          for (auto& group : block->groups)
+            while (group.done < group.queue.size() && group.queue[group.done]->issued == 128 && maybe()) {
+              run_instruction(*block, *group.queue[group.done]);
+              group.queue[group.done++].reset();
+              moved = true;
+            }
+      std::shuffle(jobs.begin(), jobs.end(), random_bits);
+      size_t count = 0;
+      while (count < jobs.size() && maybe()) ++count;
+      for (size_t i = 0; i < count; ++i) jobs[i]();
+      jobs.erase(jobs.begin(), jobs.begin() + static_cast<std::ptrdiff_t>(count));
+      moved |= count > 0;
+      static int still = 0;
+      still = moved ? 0 : still + 1;
+      if (still > 2000) {
+        std::map<std::string, int> where;
+        for (auto& fiber : fibers)
+          if (!fiber->finished) ++where[fiber->what];
+        for (auto& [what, n] : where) std::fprintf(stderr, "emulator: %d threads wait for %s\n", n, what.c_str());
+        failed = true;
+        still = 0;
+      }
+    }
+    for (auto& job : jobs) job();  // stores that nobody waits for; the kernel has waited for their sources
+    jobs.clear();
+    if (failed) return;
+  }
+}
+
+}  // namespace
+
+Fiber& current() { return *running; }
+void fail(const char* what) {
+  std::fprintf(stderr, "emulator: %s (block %u, thread %d)\n", what, running->block->index, running->thread);
+  std::abort();
+}
+void wait_until(const char* what, std::function<bool()> ready) {
+  Fiber& fiber = *running;
+  fiber.what = what;
+  fiber.waits_for = std::move(ready);
+  swapcontext(&fiber.context, &scheduler);
+}
+void later(std::function<void()> job) { jobs.push_back(std::move(job)); }
+uint32_t shared_offset(const void* variable) {
+  if (variable == nullptr) return 0x1830;  // not even aligned
+  static std::map<const void*, uint32_t> offsets;  // of variables of up to 256 bytes, of all kernels
+  const auto [found, fresh] = offsets.try_emplace(variable, 0x400 + 256 * static_cast<uint32_t>(offsets.size() % 16));
+  return found->second;
+}
+uint8_t* shared_bytes(Block& block, uint32_t address, size_t size) {
+  if (address % std::min<size_t>(size, 16) || address < 0x400 || address + size > block.shared.size()) fail("a bad address in shared memory");
+  return block.shared.data() + address;
+}
+Block& block_of_cluster(uint32_t rank) { return *running->block->cluster->blocks.at(rank); }
+
+void copy_box(const Tensor& map, const int (&at)[3], uint8_t* shared, uint32_t address, bool store) {
+  const int depth = map.rank > 2 ? map.box[2] : 1, rows = map.box[1], row_bytes = map.box[0] * map.element;
+  for (int z = 0; z < depth; ++z)
+    for (int y = 0; y < rows; ++y)
+      for (int x = 0; x < row_bytes; x += map.element) {
+        uint8_t* here = shared + swizzled(address + (z * rows + y) * row_bytes + x, map.swizzle);
+        const int64_t column = at[0] + x / map.element, row = at[1] + y, plane = at[2] + z;
+        const bool inside = column >= 0 && row >= 0 && column < static_cast<int64_t>(map.size[0]) && row < static_cast<int64_t>(map.size[1]) &&
+                            (map.rank < 3 || (plane >= 0 && plane < static_cast<int64_t>(map.size[2])));
+        uint8_t* there = map.base + column * map.element + row * map.stride[0] + (map.rank > 2 ? plane * map.stride[1] : 0);
+        if (store) {
+          if (inside) std::memcpy(there, here, map.element);
+        } else if (inside) {
+          std::memcpy(here, there, map.element);
+        } else {
+          std::memset(here, 0, map.element);
+        }
+      }
+}
+
+template <class A>
+void multiply(Block& block, Instruction& i) {
+  static const auto table = [] {
+    std::vector<float> t(256);
+    for (int v = 0; v < 256; ++v) t[v] = e4m3(v);
+    return t;
+  }();
+  auto value = [](uint8_t v) -> A {
+    if constexpr (std::is_same_v<A, float>) return table[v];
+    else return static_cast<int8_t>(v);
+  };
+  auto operand = [&](uint64_t descriptor, int row, int byte) {
+    const uint32_t span = descriptor >> 32;
+    return block.shared[swizzled(static_cast<uint32_t>(descriptor) + row * span + byte, span == 128 ? 3 : 2)];
+  };
+  std::vector<A> b(static_cast<size_t>(i.tokens) * 64);
+  for (int n = 0; n < i.tokens; ++n)
+    for (int k = 0; k < 64; ++k) b[n * 64 + k] = value(operand(i.b, n, k));
+  for (int r = 0; r < 64; ++r) {
+    A a[64] = {};
+    for (int chunk = 0; chunk < 16; ++chunk) {
+      const int holder = 32 * (r / 16) + (r % 8) * 4 + chunk / 8 * 2 + r % 16 / 8;
+      const uint32_t nibble = i.metadata[holder] >> (4 * (chunk % 8)) & 15;
+      a[chunk * 4 + (nibble & 3)] += value(operand(i.a, r, 2 * chunk));
+      a[chunk * 4 + (nibble >> 2)] += value(operand(i.a, r, 2 * chunk + 1));
+    }
+    for (int n = 0; n < i.tokens; ++n) {
+      const int thread = 32 * (r / 16) + (r % 8) * 4 + n % 8 / 2, at = n / 8 * 4 + r % 16 / 8 * 2 + n % 2;
+      A sum = 0;
+      for (int k = 0; k < 64; ++k) sum += a[k] * b[n * 64 + k];
+      A& d = reinterpret_cast<A&>(i.sums[thread][at]);
+      d = i.add ? d + sum : sum;
+    }
+  }
+}
+void run_instruction(Block& block, Instruction& i) { i.fp8 ? multiply<float>(block, i) : multiply<int>(block, i); }
+
+}  // namespace emulator
+
+// ---- the CUDA runtime, as far as sparse_matmul_hopper.cu calls it
+
+extern "C" {
+
+void emulator_configure(int multiprocessors, int chance, int seed) {
+  emulator::multiprocessors = multiprocessors;
+  emulator::chance = chance;
+  emulator::random_bits.seed(seed);
+  emulator::failed = false;
+}
+
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : emulator::multiprocessors;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+}
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t* config) {
+  *count = static_cast<int>(emulator::multiprocessors / config->attrs[0].val.clusterDim.x);
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+
+static CUresult encode(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* size,
+                       const cuuint64_t* stride, const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
+                       CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  auto& map = reinterpret_cast<emulator::Tensor&>(*to);
+  map = {};
+  map.base = static_cast<uint8_t*>(base);
+  map.rank = static_cast<int>(rank);
+  map.element = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : type == CU_TENSOR_MAP_DATA_TYPE_UINT16 ? 2 : 4;
+  map.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 3 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 2 : swizzle == CU_TENSOR_MAP_SWIZZLE_32B;
+  for (cuuint32_t i = 0; i < rank; ++i) {
+    map.size[i] = size[i], map.box[i] = box[i];
+    if (box[i] < 1 || box[i] > 256) return CUDA_ERROR_INVALID_VALUE;
+    if (i + 1 < rank) {
+      map.stride[i] = stride[i];
+      if (stride[i] % 16) return CUDA_ERROR_INVALID_VALUE;
+    }
+  }
+  if (reinterpret_cast<uintptr_t>(base) % 16 || map.box[0] * map.element % 16) return CUDA_ERROR_INVALID_VALUE;
+  if (map.swizzle && map.box[0] * map.element > 16u << map.swizzle) return CUDA_ERROR_INVALID_VALUE;
+  return CUDA_SUCCESS;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entry, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* found) {
+  *entry = reinterpret_cast<void*>(encode);
+  *found = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
+  const auto& params = *static_cast<slidejax::hopper::Params*>(arguments[0]);
+  gridDim = config->gridDim;
+  emulator::body = [=] { reinterpret_cast<void (*)(slidejax::hopper::Params)>(kernel)(params); };
+  emulator::run(config->gridDim.x, config->blockDim.x, config->attrs[0].val.clusterDim.x, true);
+  return emulator::failed ? cudaErrorLaunchTimeout : cudaSuccess;
+}
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a, size_t, cudaStream_t) {
+  using Expand = void (*)(const uint8_t*, uint2*, int, int, int, int);
+  auto number = [&](int i) { return *static_cast<int*>(a[i]); };
+  gridDim = grid;
+  for (unsigned y = 0; y < grid.y; ++y) {
+    emulator::grid_y = y;
+    emulator::body = [=] {
+      reinterpret_cast<Expand>(kernel)(*static_cast<const uint8_t**>(a[0]), *static_cast<uint2**>(a[1]), number(2), number(3),
+                                       number(4), number(5));
+    };
+    emulator::run(grid.x, block.x, 1, false);
+  }
+  emulator::grid_y = 0;
+  return emulator::failed ? cudaErrorLaunchTimeout : cudaSuccess;
+}
+
+}  // extern "C"

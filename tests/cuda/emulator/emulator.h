@@ -1,0 +1,120 @@
+// Runs CUDA kernels on the CPU: every thread is a fiber, and what Hopper does asynchronously (bulk copies, wgmma) happens at
+// random later moments, as late as the kernel's own waits allow. So a missing wait, fence or barrier shows as a wrong result,
+// and a wait for something that never comes as a message instead of a hang.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __shared__
+#define __shared__ static  // told apart by block in shared_address
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <vector>
+
+namespace emulator {
+
+struct Barrier {  // an mbarrier
+  int count = 0, pending = 0, bytes = 0;
+  uint32_t phase = 0;
+  void settle() {
+    if (pending != 0 || bytes != 0) return;
+    ++phase;
+    pending = count;
+  }
+};
+
+struct Rendezvous {  // of a warp, of a named barrier, of a block, of a cluster
+  int arrived = 0;
+  uint64_t generation = 0;
+  void arrive(int of) {
+    if (++arrived < of) return;
+    arrived = 0;
+    ++generation;
+  }
+};
+
+struct Warp {
+  Rendezvous meeting;
+  int values[32];
+  uint32_t registers[32][4], addresses[32];
+};
+
+// One wgmma as a warp group has issued it; it runs once all 128 threads have.
+struct Instruction {
+  int issued = 0, tokens = 0, add = 0;
+  uint64_t a = 0, b = 0;
+  bool fp8 = false;
+  uint32_t metadata[128];
+  uint32_t* sums[128];
+};
+struct WarpGroup {
+  std::vector<std::unique_ptr<Instruction>> queue;
+  size_t done = 0;
+};
+
+struct Block {
+  std::vector<uint8_t> shared;
+  std::map<uint32_t, int> unfenced;  // 16 bytes that a thread has written and no bulk copy may read yet
+  std::map<uint32_t, Barrier> barriers;
+  Rendezvous named[16], all;
+  std::vector<Warp> warps;
+  std::vector<WarpGroup> groups;
+  struct Cluster* cluster = nullptr;
+  uint32_t rank = 0, index = 0;
+};
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  Rendezvous all;
+  int threads = 0;
+};
+
+// Accumulators that instructions still write: the kernel's own variables hold garbage meanwhile.
+struct Shadow {
+  uint32_t* variable;
+  std::vector<uint32_t> values;
+  size_t last;  // index of the last instruction
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Block* block = nullptr;
+  int thread = 0;
+  bool finished = false;
+  std::function<bool()> waits_for;
+  const char* what = "";
+  std::list<Shadow> shadows;
+  size_t instructions = 0;           // issued
+  std::vector<size_t> groups;        // their number at each commit
+  std::vector<std::function<void()>> copies;  // cp.async that have not happened
+  std::vector<std::shared_ptr<bool>> stores;  // bulk stores of the groups, in order; true: the source has been read
+  Warp& warp() { return block->warps[thread / 32]; }
+};
+
+Fiber& current();
+void wait_until(const char* what, std::function<bool()> ready);
+void later(std::function<void()> job);  // at some later moment, in any order
+[[noreturn]] void fail(const char* what);
+uint32_t shared_offset(const void* variable);  // nullptr: the dynamic part
+uint8_t* shared_bytes(Block& block, uint32_t address, size_t size);
+Block& block_of_cluster(uint32_t rank);
+
+struct Tensor {  // what a CUtensorMap holds here
+  uint8_t* base;
+  int rank, element, swizzle;  // swizzle: 0, 1, 2, 3 bits
+  uint64_t size[3], stride[3];
+  uint32_t box[3];
+};
+static_assert(sizeof(Tensor) <= sizeof(CUtensorMap));
+void copy_box(const Tensor& map, const int (&at)[3], uint8_t* shared, uint32_t address, bool store);
+void run_instruction(Block& block, Instruction& instruction);
+
+}  // namespace emulator

@@ -1,0 +1,69 @@
+// The emulator's version of cuda/hopper_wgmma.cuh.
+#pragma once
+
+#include <type_traits>
+
+#include "hopper_ptx.cuh"
+
+namespace slidejax::hopper {
+
+template <bool kFp8, int kN>
+struct Wgmma {
+  using Accumulator = std::conditional_t<kFp8, float, int>;
+  static void mma(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t metadata, int add) {
+    auto& fiber = emulator::current();
+    auto& group = fiber.block->groups[fiber.thread / 128];
+    const size_t index = fiber.instructions++;
+    if (group.queue.size() <= index) group.queue.push_back(std::make_unique<emulator::Instruction>());
+    auto& instruction = *group.queue[index];
+    uint32_t* variable = reinterpret_cast<uint32_t*>(&d[0]);
+    auto shadow = fiber.shadows.begin();
+    while (shadow != fiber.shadows.end() && shadow->variable != variable) ++shadow;
+    if (shadow == fiber.shadows.end()) {
+      fiber.shadows.push_back({variable, {variable, variable + kN / 2}, 0});
+      shadow = std::prev(fiber.shadows.end());
+      for (auto& v : d) reinterpret_cast<uint32_t&>(v) = 0x7FA7A7A7;
+    }
+    shadow->last = index;
+    const int thread = fiber.thread % 128;
+    instruction.sums[thread] = shadow->values.data();
+    instruction.metadata[thread] = metadata;
+    if (instruction.issued++ == 0) {
+      instruction.tokens = kN, instruction.add = add, instruction.a = a, instruction.b = b, instruction.fp8 = kFp8;
+    } else if (instruction.tokens != kN || instruction.a != a || instruction.b != b || instruction.add != add) {
+      emulator::fail("the threads of a warp group issue different instructions");
+    }
+  }
+};
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() { emulator::current().groups.push_back(emulator::current().instructions); }
+template <int kPending>
+void wgmma_wait() {
+  auto& fiber = emulator::current();
+  if (fiber.groups.size() <= kPending) return;
+  const size_t upto = fiber.groups[fiber.groups.size() - 1 - kPending];
+  auto& group = fiber.block->groups[fiber.thread / 128];
+  emulator::wait_until("wgmma", [&group, upto] { return group.done >= upto; });
+  for (auto shadow = fiber.shadows.begin(); shadow != fiber.shadows.end();) {
+    if (shadow->last >= upto) {
+      ++shadow;
+      continue;
+    }
+    std::memcpy(shadow->variable, shadow->values.data(), shadow->values.size() * 4);
+    shadow = fiber.shadows.erase(shadow);
+  }
+}
+
+template <int kSpan>
+uint64_t descriptor(uint32_t address) {
+  if (address % 16) emulator::fail("an operand is not 16-byte aligned");
+  return uint64_t{kSpan} << 32 | address;
+}
+
+template <int kSize>
+void pin(float (&)[kSize]) {}
+template <int kSize>
+void pin(int (&)[kSize]) {}
+
+}  // namespace slidejax::hopper

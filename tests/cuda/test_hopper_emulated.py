@@ -1,0 +1,187 @@
+"""The Hopper kernel run on the CPU, thread by thread, under random schedules: emulator/emulator.h says how.
+
+Its source is compiled as it is, but for hopper_ptx.cuh and hopper_wgmma.cuh, whose instructions the emulator has its own versions
+of. So layouts, edges, barriers and waits are tested here; what ptxas makes of the kernel, and speed, are not.
+"""
+
+import ctypes
+import fcntl
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import cuda_formulas as formulas
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SOURCES = Path(__file__).parents[2] / "cuda"
+EMULATOR = Path(__file__).parent / "emulator"
+INPUT = (ml_dtypes.float8_e4m3fn, np.int8)  # in the order of HopperInput, HopperOutput
+OUTPUT = (ml_dtypes.bfloat16, np.float16, np.float32)
+MULTIPROCESSORS = 8
+POISON = 0xA7
+
+
+class Arguments(ctypes.Structure):
+    """HopperArgs."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("lifted", "scale_x", "values", "zeros", "meta", "scale_w", "bias", "y", "workspace")),
+        ("workspace_bytes", ctypes.c_size_t),
+        *((name, ctypes.c_int32) for name in ("M", "out", "groups", "group", "input", "output", "config", "token_group", "split")),
+    )
+
+
+class Tile(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), *((name, ctypes.c_int32) for name in ("rows", "tokens", "cluster", "warp_groups", "stages")))
+
+
+def cuda_headers():
+    """The folder of cuda.h, or None."""
+    nvcc = shutil.which("nvcc")
+    beside = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    roots = [*map(Path, filter(None, map(os.environ.get, ("CUDA_HOME", "CUDA_PATH")))), *beside, Path("/usr/local/cuda"), Path("/opt/cuda")]
+    return next((root / "include" for root in roots if (root / "include/cuda.h").exists()), None)
+
+
+def build(directory):
+    """Compiles the kernel for the emulator into a folder; skips without a compiler or CUDA's headers."""
+    include = cuda_headers()
+    if include is None or shutil.which("g++") is None:
+        pytest.skip("needs g++ and the headers of the CUDA toolkit")
+    library = directory / "hopper_emulated.so"
+    with open(directory / "hopper_emulated.lock", "w") as lock:  # one worker of pytest builds for all
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            copies = directory / "hopper_emulated"
+            shutil.copytree(EMULATOR, copies, dirs_exist_ok=True)
+            for source in [*SOURCES.glob("*hopper*.cuh"), *SOURCES.glob("sparse_matmul_hopper.*")]:
+                if not (EMULATOR / source.name).exists():
+                    shutil.copy(source, copies)
+            command = ["g++", "-std=c++20", "-O2", "-w", "-fPIC", "-shared", f"-I{include}", "-o", str(library)]
+            done = subprocess.run(
+                [*command, "-x", "c++", copies / "sparse_matmul_hopper.cu", copies / "emulator.cc"], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr[:3000]
+    return library
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    base = tmp_path_factory.getbasetemp()
+    library = ctypes.CDLL(build(base.parent if base.name.startswith("popen-") else base))
+    library.slidejax_hopper_check.restype = ctypes.c_char_p
+    library.slidejax_hopper_check.argtypes = [ctypes.POINTER(Arguments)]
+    library.slidejax_hopper_workspace.restype = library.slidejax_hopper_metadata_bytes.restype = ctypes.c_size_t
+    library.slidejax_hopper_workspace.argtypes = [ctypes.POINTER(Arguments), ctypes.c_int]
+    library.slidejax_hopper_tile.restype = Tile
+    library.slidejax_hopper_sparse_matmul.argtypes = [ctypes.POINTER(Arguments), ctypes.c_void_p]
+    library.slidejax_hopper_expand_metadata.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int] * 3 + [ctypes.c_void_p]
+    return library
+
+
+def buffer(count):
+    """Poisoned bytes, aligned as the kernel wants them."""
+    raw = np.full(count + 128, POISON, np.uint8)
+    start = -raw.ctypes.data % 128
+    return raw[start : start + count]
+
+
+def copied(array):
+    to = buffer(array.nbytes)
+    to[:] = np.ascontiguousarray(array).view(np.uint8).ravel()
+    return to
+
+
+def random_problem(M, out, groups, group, dtype, bias, seed):
+    """A weight of random values and zero positions, lifted activations, and the exact accumulators."""
+    rng = np.random.default_rng(seed)
+
+    def codes(*shape):
+        if dtype == np.int8:
+            return rng.integers(-127, 128, shape).astype(np.int8)
+        return (8 * rng.standard_normal(shape)).astype(np.float32).astype(dtype)
+
+    pairs = np.array([(first, second) for second in range(group) for first in range(second)])
+    z = pairs[rng.integers(len(pairs), size=(out, groups))]
+    arrays = {
+        "lifted": formulas.lift(codes(M, groups * group), group),
+        "scale_x": (rng.random(M) + 0.5).astype(np.float32),
+        "values": codes(out, groups, group - 2),
+        "zeros": (z[..., 0] | z[..., 1] << 4).astype(np.uint8),
+        "scale_w": ((rng.random(out) + 0.5) * 1e-3).astype(np.float32),
+    }
+    if bias:
+        arrays["bias"] = rng.standard_normal(out).astype(np.float32)
+    return arrays, formulas.accumulate(arrays["lifted"], formulas.lifted_weight(arrays["values"], arrays["zeros"]))
+
+
+def run(emulated, M, out, groups, group=8, dtype=np.int8, y_dtype=OUTPUT[0], bias=True, config=-1, split=-1, token_group=0, prepared=True, seed=0, chance=50):
+    """Runs the kernel and compares: int8 bit for bit."""
+    arrays, acc = random_problem(M, out, groups, group, dtype, bias, seed)
+    want = formulas.finish(acc, arrays["scale_x"], arrays["scale_w"], arrays.get("bias")).astype(y_dtype)
+    buffers = {name: copied(array) for name, array in arrays.items()}
+    y = buffer(want.nbytes + 64)
+    emulated.emulator_configure(MULTIPROCESSORS, chance, seed)
+    arguments = Arguments(
+        **{name: array.ctypes.data for name, array in buffers.items()}, y=y.ctypes.data, M=M, out=out, groups=groups, group=group,
+        input=INPUT.index(dtype), output=OUTPUT.index(y_dtype), config=config, token_group=token_group, split=split,
+    )  # fmt: skip
+    if prepared:
+        metadata = buffer(emulated.slidejax_hopper_metadata_bytes(out, groups, group))
+        done = emulated.slidejax_hopper_expand_metadata(buffers["zeros"].ctypes.data, metadata.ctypes.data, out, groups, group, None)
+        assert done == 0
+        arguments.meta = metadata.ctypes.data
+    arguments.workspace_bytes = emulated.slidejax_hopper_workspace(arguments, MULTIPROCESSORS)
+    workspace = buffer(max(arguments.workspace_bytes, 1))
+    arguments.workspace = workspace.ctypes.data
+    assert emulated.slidejax_hopper_check(arguments) is None
+    assert emulated.slidejax_hopper_sparse_matmul(arguments, None) == 0, "the kernel hangs: standard error says where"
+    got = y[: want.nbytes].view(y_dtype).reshape(M, out)
+    if dtype == np.int8:
+        np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
+    else:  # float32 sums in another order, and now and then another rounding of y
+        error = got.astype(np.float64) - want.astype(np.float64)
+        assert np.linalg.norm(error) <= (1e-5 if y_dtype == np.float32 else 1e-3) * np.linalg.norm(want.astype(np.float64))
+    assert (y[want.nbytes :] == POISON).all(), "the kernel writes beyond y"
+
+
+TILES = ("256x192", "128x256", "256x128", "128x128", "128x64", "128x32", "128x16")
+
+
+@pytest.mark.parametrize("config", range(len(TILES)), ids=TILES)
+@pytest.mark.parametrize("dtype", INPUT, ids=("e4m3", "int8"))
+def test_every_tile(emulated, config, dtype):
+    """More than one tile for every cluster, so that what is left of one could disturb the next; whole and cut along K."""
+    assert emulated.slidejax_hopper_tile(config).name.decode() == TILES[config]
+    rows, tokens = (int(n) for n in TILES[config].split("x"))
+    run(emulated, tokens + 9, 5 * rows + 8, 16, dtype=dtype, config=config, split=0, seed=config)
+    run(emulated, 2 * tokens - 3, 2 * rows + 40, 48, dtype=dtype, config=config, split=4, bias=False, chance=20)
+
+
+def test_tiles_are_all_tested(emulated):
+    assert emulated.slidejax_hopper_tile_count() == len(TILES)
+
+
+@given(
+    M=st.integers(1, 300),
+    out=st.integers(1, 700),
+    blocks=st.integers(1, 8),
+    group=st.sampled_from([4, 6, 8, 10, 12, 14, 16]),
+    dtype=st.sampled_from(INPUT),
+    y_dtype=st.sampled_from(OUTPUT),
+    bias=st.booleans(),
+    config=st.integers(-1, len(TILES) - 1),
+    split=st.sampled_from([-1, 0, 2, 3]),
+    token_group=st.integers(0, 2),
+    prepared=st.booleans(),
+    chance=st.sampled_from([5, 30, 90]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=20)
+def test_any_problem_under_any_schedule(emulated, M, out, blocks, group, **how):
+    run(emulated, M, out, 8 * blocks, group, **how)
