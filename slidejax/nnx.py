@@ -18,13 +18,15 @@ from flax import nnx
 from jax import lax
 
 from slidejax import numerics
+from slidejax.adapters import AdaptedWeight
 from slidejax.contraction import Contraction, axis_names, contract, promote_packed, stacked_axes, to_matrix
 from slidejax.pattern import Pattern
 from slidejax.prepared import prepare
 from slidejax.rules import Converted, LeftDense, Prune, Report, Rule, RuleSet, nbytes, pack_by_rule
-from slidejax.weight import SlideWeight, pack
+from slidejax.trainable import MasterWeight
+from slidejax.weight import SlideWeight, WrappedWeight, pack
 
-__all__ = ["Packed", "SlideEinsum", "SlideLinear", "SlideLinearGeneral", "convert"]
+__all__ = ["Packed", "SlideEinsum", "SlideLinear", "SlideLinearGeneral", "convert", "map_weights"]
 
 
 class Packed(nnx.Variable):
@@ -32,9 +34,17 @@ class Packed(nnx.Variable):
 
 
 class _SlideLayer(nnx.Module):
-    """A layer with a packed kernel; `values`, `zeros`, `scale` and `prepared` are its Variables."""
+    """A layer with a packed kernel; `values`, `zeros`, `scale` and `prepared` are its Variables.
+
+    With a master weight `values` are its float32 values and `master` the dtype that they run in; with an adapter there are
+    `lora_a` and `lora_b` too.
+    """
 
     implementation: str | None = None
+    master: Any = None
+    lora: tuple[float, bool] | None = None  # scaling, masked
+    lora_a: Any = None
+    lora_b: Any = None
     if TYPE_CHECKING:  # what the layer had before it was converted
         bias: Any
         dtype: Any
@@ -60,12 +70,31 @@ class _SlideLayer(nnx.Module):
         self.prepared = nnx.data(Packed(dict(w.prepared)) if w.prepared else None)
         self.pattern, self.kernel_features = w.pattern, w.in_features
 
+    def _replace(self, w: SlideWeight | WrappedWeight) -> None:
+        """Takes another weight of the same shape, pattern and mask; Variables keep their metadata."""
+        base = w.base if isinstance(w, AdaptedWeight) else w
+        self.master = base.qdtype if isinstance(base, MasterWeight) else None
+        packed = base.weight if isinstance(base, MasterWeight) else base
+        for name in ("values", "zeros", "scale"):
+            kind = nnx.Param if name == "values" and not numerics.is_quantized(packed.dtype) else Packed
+            setattr(self, name, kind(getattr(packed, name), **getattr(self, name).get_metadata()))
+        self.prepared = nnx.data(Packed(dict(packed.prepared)) if packed.prepared else None)
+        adapted = isinstance(w, AdaptedWeight)
+        self.lora = (w.scaling, w.masked) if adapted else None
+        self.lora_a = nnx.data(nnx.LoRAParam(w.lora_a) if adapted else None)
+        self.lora_b = nnx.data(nnx.LoRAParam(w.lora_b) if adapted else None)
+
     @property
-    def kernel(self) -> SlideWeight:
-        """The packed weight, from the layer's Variables."""
+    def kernel(self) -> SlideWeight | WrappedWeight:
+        """The packed weight, and what is around it, from the layer's Variables."""
         prepared = {} if self.prepared is None else dict(self.prepared.get_value())
         values, zeros, scale = (variable.get_value() for variable in (self.values, self.zeros, self.scale))
-        return SlideWeight(values, zeros, scale, self.pattern, self.kernel_features, prepared)
+        w = SlideWeight(values, zeros, scale, self.pattern, self.kernel_features, prepared)
+        if self.master is not None:
+            w = MasterWeight(values, zeros, self.pattern, self.kernel_features, self.master)
+        if self.lora is not None:
+            w = AdaptedWeight(w, self.lora_a.get_value(), self.lora_b.get_value(), *self.lora)
+        return w
 
     def _run(self, x, axes: Contraction, features: tuple[int, ...], out_sharding) -> jax.Array:
         w, bias = self.kernel.check(f"kernel of {type(self).__name__}"), None if self.bias is None else self.bias.get_value()
@@ -239,6 +268,45 @@ def convert(model: nnx.Module, rules, *, report: Report | None = None, prune: Pr
     return model
 
 
+def _share(layer, first) -> None:
+    """Gives a layer the Variables of another, and what is static about its weight."""
+    for name in ("values", "zeros", "scale", "prepared", "pattern", "kernel_features", "master", "lora", "lora_a", "lora_b"):
+        value = getattr(first, name)
+        variable = name in ("prepared", "lora_a", "lora_b")
+        setattr(layer, name, nnx.data(None) if value is None and variable else value)
+
+
+def map_weights(model: nnx.Module, fn: Callable[[dict[str, Any]], dict[str, Any]]) -> nnx.Module:
+    """A model whose packed weights went through a function of trees, such as those of `slidejax.adapters` and
+    `slidejax.trainable`:
+
+        model = sj.nnx.map_weights(model, functools.partial(sj.adapters.add, rank=8))    # nnx.LoRAParam: what is trained
+        model = sj.nnx.map_weights(model, sj.adapters.merge)
+        model = sj.nnx.map_weights(model, sj.trainable.masters)      # float32 nnx.Param that runs in 8 bit
+        model = sj.nnx.map_weights(model, sj.trainable.deploy)
+
+    Args:
+      model: from `convert`; it stays as it is.
+      fn: from `{path: weight}` to the same paths with other weights of the same shapes and masks.
+
+    Returns:
+      A new model. Layers that shared a weight share it.
+    """
+    model = nnx.clone(model)
+    layers = [("/".join(map(str, path)), node) for path, node in nnx.iter_graph(model) if isinstance(node, _SlideLayer)]
+    owners: dict[int, tuple[str, Any]] = {}
+    for path, layer in layers:
+        owners.setdefault(id(layer.values), (path, layer))
+    shared = {path: owners[id(layer.values)][1] for path, layer in layers}
+    mapped = fn({path: layer.kernel for path, layer in owners.values()})
+    for path, layer in owners.values():
+        layer._replace(mapped[path])
+    for path, layer in layers:
+        if shared[path] is not layer:
+            _share(layer, shared[path])
+    return model
+
+
 def _convert_layer(layer, kernel: nnx.Variable, rule: Rule, path: str, prune: Prune | None, packed: dict) -> Converted:
     """Makes one layer sparse, in place: so every place of the model that holds it has the sparse one."""
     if type(layer) not in _LAYERS:
@@ -254,8 +322,7 @@ def _convert_layer(layer, kernel: nnx.Variable, rule: Rule, path: str, prune: Pr
             raise LeftDense(f"it shares its kernel with {line.path}, which uses it in another way")
         del layer.kernel
         layer.__class__ = cls
-        for name in ("values", "zeros", "scale", "prepared", "pattern", "kernel_features"):
-            setattr(layer, name, nnx.data(None) if getattr(first, name) is None else getattr(first, name))
+        _share(layer, first)
         return dataclasses.replace(line, path=path)
     matrix = to_matrix(jnp.asarray(array), axes)
     w = pack_by_rule(matrix, rule, path, prune)

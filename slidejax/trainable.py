@@ -64,11 +64,11 @@ def partition(tree: Any, trained: Selection = None) -> tuple[Any, Any]:
     >>> len(jax.tree.leaves(partition({"kernel": pack(jnp.ones((8, 2)), "6:8"), "bias": jnp.ones(2)}, ".*bias")[0]))
     1
     """
-    selected = _selector(trained)
-    can = jax.tree.map(_trained, tree, is_leaf=_is_packed)
-    keep = jax.tree_util.tree_map_with_path(lambda path, yes: yes and selected(_path(path)), can)
+    selected = selector(trained)
+    can = jax.tree.map(_trained, tree, is_leaf=is_packed)
+    keep = jax.tree_util.tree_map_with_path(lambda path, yes: yes and selected(path_of(path)), can)
     if trained is not None and not any(jax.tree.leaves(keep)):
-        some = [_path(path) for path, yes in jax.tree_util.tree_leaves_with_path(can) if yes][:2]
+        some = [path_of(path) for path, yes in jax.tree_util.tree_leaves_with_path(can) if yes][:2]
         raise ValueError(f"trained={trained!r} selects none of the floating leaves, such as {some}")
     train = jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, keep)
     rest = jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, keep)
@@ -90,7 +90,8 @@ def combine(train: Any, rest: Any) -> Any:
     return jax.tree.map(pick, train, rest, is_leaf=lambda node: node is None)
 
 
-def _selector(trained: Selection) -> Callable[[str], bool]:
+def selector(trained: Selection) -> Callable[[str], bool]:
+    """A selection as a function of a path."""
     if trained is None:
         return lambda path: True
     if callable(trained):
@@ -102,11 +103,13 @@ def _selector(trained: Selection) -> Callable[[str], bool]:
     return lambda path: regex.fullmatch(path) is not None
 
 
-def _path(keys) -> str:
+def path_of(keys) -> str:
+    """The '/'-joined path of a leaf."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def _is_packed(node) -> bool:
+def is_packed(node) -> bool:
+    """Whether a node of a tree is a packed weight, with or without more around it."""
     return isinstance(node, (SlideWeight, WrappedWeight))
 
 
@@ -236,7 +239,7 @@ _straight_through.defvjp(_forward, _backward)
 
 def map_wrapped(fn: Callable[[Any], Any], tree: Any) -> Any:
     """Applies `fn` to every `SlideWeight` and `WrappedWeight` of a tree; other leaves stay."""
-    return jax.tree.map(lambda node: fn(node) if _is_packed(node) else node, tree, is_leaf=_is_packed)
+    return jax.tree.map(lambda node: fn(node) if is_packed(node) else node, tree, is_leaf=is_packed)
 
 
 def masters(tree: Any, qdtype: Any = None) -> Any:
