@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import math
 import os
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
+
+from slidejax import terminal
 
 __all__ = ["main"]
 
@@ -182,20 +181,13 @@ def _dtype(name: str) -> str | None:
     return None if name.lower() == "none" else name
 
 
-def _read_text(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{file!r} is not a text file in UTF-8: {e}") from e
-
-
 def _tokens(loaded: Any, file: str | None, limit: int | None) -> tuple[Any, str]:
     """Token ids for ``limit`` predictions, and what text they are of."""
     import numpy as np
 
     from slidejax import texts
 
-    text, source = (texts.evaluation(), texts.source()) if file is None else (_read_text(file), file)
+    text, source = (texts.evaluation(), texts.source()) if file is None else (terminal.read_text(file), file)
     ids = np.asarray(loaded.encode(text), np.int32)
     if limit is not None:
         ids = ids[: limit + 1]
@@ -213,53 +205,13 @@ def _calibration(loaded: Any, args: argparse.Namespace) -> Any:
 
     if args.calibration is None and args.method not in CALIBRATED:
         return None
-    text, source = (texts.calibration(), texts.source()) if args.calibration is None else (_read_text(args.calibration), args.calibration)
+    text, source = (texts.calibration(), texts.source()) if args.calibration is None else (terminal.read_text(args.calibration), args.calibration)
     ids = np.asarray(loaded.encode(text), np.int32)
     length = min(512, len(ids), getattr(loaded.model.config, "max_position_embeddings", 512))
     if length < 2:
         raise ValueError(f"{source} has {len(ids)} tokens, too few to calibrate")
     count = max(1, min(args.sequences, len(ids) // length))
     return ids[: count * length].reshape(count, length)
-
-
-def _emit(args: argparse.Namespace, value: Any) -> None:
-    """Writes the JSON where ``--json`` says; figures that are no number become null."""
-    from slidejax.files import write_json
-
-    value = _finite(value)
-    if args.json == "-":
-        print(json.dumps(value, indent=1))
-    elif args.json:
-        write_json(args.json, value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _console(stderr: bool = False) -> Any:
-    try:
-        from rich.console import Console
-    except ImportError as e:
-        raise ImportError("this command needs the extra: pip install 'slidejax[demo]'") from e
-    # Where output is not a terminal, tables are laid out for the reader of a file.
-    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else 120
-    return Console(stderr=stderr, width=wide)
-
-
-def _progress() -> Any:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=_console(stderr=True), transient=True)
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f}"
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
@@ -272,8 +224,8 @@ def _demo(args: argparse.Namespace) -> None:
 
     from slidejax import demo
 
-    out = _console()
-    with _progress() as bar, ThreadPoolExecutor(1) as pool:
+    out = terminal.console()
+    with terminal.progress() as bar, ThreadPoolExecutor(1) as pool:
         task = bar.add_task("loading", total=None)
         loaded = _load(args.model, args)
         ids, source = _tokens(loaded, args.text, args.tokens)
@@ -298,7 +250,7 @@ def _demo(args: argparse.Namespace) -> None:
                 samples.append((f"{row.pattern} {row.dtype}", sample))
         show("writing", 0.5)
         written = [(name, sample.text()) for name, sample in samples]
-    _emit(args, [dataclasses.asdict(row) for row in done])
+    terminal.emit(args, [dataclasses.asdict(row) for row in done])
     if args.json == "-":
         return
     device = jax.devices()[0]
@@ -307,7 +259,7 @@ def _demo(args: argparse.Namespace) -> None:
     prepared = max(row.prepared_bytes for row in done)
     if prepared:
         out.print(
-            f"Weights are the linear layers' as files hold them. On this device a prepared form of up to {_mib(prepared)} MiB "
+            f"Weights are the linear layers' as files hold them. On this device a prepared form of up to {terminal.mib(prepared)} MiB "
             "is kept beside them, so that nothing is unpacked in the loop.",
             highlight=False,
         )
@@ -334,7 +286,7 @@ def _demo_table(rows: list[Any]) -> Any:
             row.dtype,
             f"{row.perplexity:.2f}" if row.perplexity < 1e5 else f"{row.perplexity:.1e}",
             f"{100 * row.next_token_accuracy:.1f} %",
-            _mib(row.bytes),
+            terminal.mib(row.bytes),
             "" if row.convert_seconds is None else f"{row.convert_seconds:.1f}",
             f"{row.tokens_per_second:.1f}",
         )
@@ -354,7 +306,7 @@ def _convert(args: argparse.Namespace) -> None:
     rule = Rule(Pattern.parse(args.pattern), qdtype=_dtype(args.dtype))
     rules = [(regex, None) for regex in args.dense] + [(HIDDEN_LAYERS, rule)]
     check_target(args.out, METADATA)
-    with _progress() as bar:
+    with terminal.progress() as bar:
         task = bar.add_task(f"reading {args.model}", total=3)
         loaded = _load(args.model, args)
         if demo.summary(loaded.model.params).pattern != "dense":
@@ -382,7 +334,7 @@ def _eval(args: argparse.Namespace) -> None:
     from slidejax import demo
     from slidejax.evaluate import evaluate
 
-    with _progress() as bar:
+    with terminal.progress() as bar:
         task = bar.add_task(f"reading {args.model}", total=None)
         loaded = _load(args.model, args)
         reference = _load(args.against, args) if args.against else None
@@ -410,7 +362,7 @@ def _eval(args: argparse.Namespace) -> None:
     }
     if result.agreement is not None:
         value |= {"reference": args.against, "top1_agreement": result.agreement.top1, "kl": result.agreement.kl}
-    _emit(args, value)
+    terminal.emit(args, value)
     if args.json == "-":
         return
     print(f"{args.model} ({found.pattern}) on {result.tokens} tokens of {source}")
@@ -438,7 +390,7 @@ def _generate(args: argparse.Namespace) -> None:
     written = Generator(demo.ready(loaded.model), args.max_new_tokens, **options)(prompt, seed=args.seed)
     assert loaded.tokenizer is not None  # encode has raised otherwise
     text = loaded.tokenizer.decode(written.tokens)
-    _emit(
+    terminal.emit(
         args,
         {
             "model": args.model,
@@ -459,7 +411,7 @@ def _bench(args: argparse.Namespace) -> None:
 
     run.set_flags()
     results = run.measure(args, note=lambda text: print(text, file=sys.stderr))
-    _emit(args, results)
+    terminal.emit(args, results)
     if args.json != "-":
         print(run.table(results))
 
@@ -469,7 +421,7 @@ def _tune(args: argparse.Namespace) -> None:
 
     loaded = _load(args.model, args) if args.model else None
     entries, path = tuning.measure(args, loaded, note=lambda text: print(text, file=sys.stderr))
-    _emit(args, entries)
+    terminal.emit(args, entries)
     if args.json != "-":
         print(tuning.table(entries))
     if path is not None:
@@ -480,7 +432,7 @@ def _info(args: argparse.Namespace) -> None:
     from slidejax import info
 
     facts = info.collect()
-    _emit(args, facts)
+    terminal.emit(args, facts)
     if args.json != "-":
         print(info.text(facts))
 

@@ -40,12 +40,14 @@ class Evaluation:
       next_token_accuracy: share of tokens that the model ranked first.
       tokens: how many tokens were predicted.
       agreement: with the reference model, or None if there was none.
+      losses: float32 `[tokens]`, the negative log-likelihood of each token.
     """
 
     perplexity: float
     next_token_accuracy: float
     tokens: int
     agreement: Agreement | None = None
+    losses: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
 def windows(tokens: Sequence[int] | np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +123,7 @@ def evaluate(
     reference_params = None if reference is None else reference.params
 
     @jax.jit
-    def step(params: Any, reference_params: Any, ids: jax.Array, counts: jax.Array) -> jax.Array:
+    def step(params: Any, reference_params: Any, ids: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = model(ids[:, :-1], params=params).logits.astype(jnp.float32)
         target = ids[:, 1:]
         # log-softmax only where it is needed: over the whole vocabulary it would be the largest array of all
@@ -138,12 +140,14 @@ def evaluate(
             kl = jnp.sum(jnp.exp(log_p) * (log_p - (logits - normaliser[..., None])), axis=-1)
             same = jnp.argmax(logits, axis=-1) == jnp.argmax(other, axis=-1)
             sums += [jnp.sum(same * counts), jnp.sum(kl * counts)]
-        return jnp.stack(sums)
+        return jnp.stack(sums), loss
 
+    losses = np.zeros(counts.shape, np.float32)
     total = int(counts.sum())
     sums = np.zeros(2 if reference is None else 4)  # float64: a long text must not lose its last tokens to rounding
     for i in range(0, len(ids), batch):
-        sums += np.asarray(step(params, reference_params, ids[i : i + batch], counts[i : i + batch]), np.float64)
+        part, losses[i : i + batch] = step(params, reference_params, ids[i : i + batch], counts[i : i + batch])
+        sums += np.asarray(part, np.float64)
         if progress is not None:
             progress(int(counts[: i + batch].sum()), total)
     mean = sums / total
@@ -151,4 +155,4 @@ def evaluate(
     loss = float(mean[0])
     # exp of a large mean overflows; of nan it is nan, which a ruined model should show
     perplexity = math.exp(loss) if not loss > 700 else math.inf
-    return Evaluation(perplexity, float(mean[1]), total, agreement)
+    return Evaluation(perplexity, float(mean[1]), total, agreement, losses[counts == 1])

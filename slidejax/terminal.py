@@ -1,0 +1,63 @@
+"""What the commands share on a terminal: consoles, progress bars, text files, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["console", "emit", "mib", "progress", "read_text"]
+
+
+def console(stderr: bool = False) -> Any:
+    """A rich console on standard output or standard error."""
+    try:
+        from rich.console import Console
+    except ImportError as e:
+        raise ImportError("this command needs the extra: pip install 'slidejax[demo]'") from e
+    # Where output is not a terminal, tables are laid out for the reader of a file.
+    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else 120
+    return Console(stderr=stderr, width=wide)
+
+
+def progress() -> Any:
+    """A progress bar on standard error that goes when it is done."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console(stderr=True), transient=True)
+
+
+def read_text(file: str) -> str:
+    """A text file in UTF-8; ValueError if it is something else."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file!r} is not a text file in UTF-8: {e}") from e
+
+
+def emit(args: argparse.Namespace, value: Any) -> None:
+    """Writes the JSON where ``--json`` says; figures that are no number become null."""
+    from slidejax.files import write_json
+
+    value = _finite(value)
+    if args.json == "-":
+        print(json.dumps(value, indent=1))
+    elif args.json:
+        write_json(args.json, value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def mib(size: int) -> str:
+    """Bytes as MiB, without the unit."""
+    return f"{size / 2**20:.1f}"
