@@ -38,14 +38,16 @@ __all__ = [
 ]
 
 # Parts that need Flax, files or an optional package are loaded when first used.
-_LAZY = ("checkpoint", "huggingface", "linen", "nnx", "rules", "tune")
+_LAZY = ("adapters", "checkpoint", "huggingface", "linen", "nnx", "rules", "train", "tune")
 
 
 def __getattr__(name: str):
     if name in _LAZY:
         return importlib.import_module(f"slidejax.{name}")
+    if name == "recover":
+        return importlib.import_module("slidejax.train.recover").recover
     raise AttributeError(f"module 'slidejax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY, "recover"])
