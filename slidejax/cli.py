@@ -1,4 +1,4 @@
-"""The command line: ``slidejax demo | convert | eval | generate | bench | tune | info``.
+"""The command line: ``slidejax demo | convert | recover | eval | generate | bench | tune | info``.
 
 What a command needs is loaded when it runs: ``slidejax --help``, ``info``, ``bench`` and ``tune`` work in an installation
 without extras. Results go to standard output, progress and notes to standard error.
@@ -53,6 +53,7 @@ def _note(message: Any, category: Any, filename: str, lineno: int, file: Any = N
 
 def _parser() -> argparse.ArgumentParser:
     from slidejax.bench import arguments
+    from slidejax.train import arguments as training
 
     parser = argparse.ArgumentParser(prog="slidejax", description="(2N-2):2N sparse weights for JAX and Flax.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -93,8 +94,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_method(p, "magnitude", 64)
     _add_compute(p)
 
+    p = command("recover", _recover, "Train a converted model until it predicts as the dense one does; write it to OUT.")
+    p.add_argument("model", help="a directory written by 'slidejax convert'")
+    p.add_argument("out", help="the directory to write; it appears when it is complete")
+    training.add(p, _positive)
+    _add_compute(p)
+
     p = command("eval", _eval, "Perplexity and next-token accuracy on a text; agreement with another model.")
-    p.add_argument("model", help=_MODEL_HELP)
+    p.add_argument("models", nargs="+", metavar="MODEL", help=_MODEL_HELP + "; several are compared with the first")
     _add_text(p)
     p.add_argument(
         "--tokens", type=_positive, help="tokens to predict at most (default: 4096 of the default text, all of a file)"
@@ -102,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--window", type=_positive, default=512, help="predictions in one sequence (default 512)")
     p.add_argument("--batch", type=_positive, help="sequences at a time")
     p.add_argument("--against", metavar="MODEL", help="measure agreement with this model: top-1 and KL divergence")
+    p.add_argument("--plot", metavar="FILE", help="draw where the models lose, and on how many tokens (.png, .svg, .pdf)")
     _add_compute(p)
     _add_json(p)
 
@@ -328,49 +336,60 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"{args.out}: {rule}, {args.method}, {seconds:.1f} s")
 
 
-def _eval(args: argparse.Namespace) -> None:
-    import jax
-
+def _recover(args: argparse.Namespace) -> None:
     from slidejax import demo
-    from slidejax.evaluate import evaluate
+    from slidejax.checkpoint.huggingface import write_pretrained
+    from slidejax.checkpoint.staging import check_target
+    from slidejax.checkpoint.store import METADATA
+    from slidejax.train import arguments as training
 
+    check_target(args.out, METADATA)
     with terminal.progress() as bar:
         task = bar.add_task(f"reading {args.model}", total=None)
         loaded = _load(args.model, args)
+        teacher = _load(training.teacher_name(args, loaded), args)
+        if demo.summary(teacher.model.params).pattern != "dense":
+            raise ValueError(f"{teacher.name!r} is converted too; --against must name the dense model")
+        ids, source = training.tokens(args, loaded, terminal.read_text)
+
+        def show(step: int, total: int | None, loss: float) -> None:
+            bar.update(task, description=f"step {step} of {total or '?'}: {loss:.4f}", completed=step, total=total)
+
+        bar.update(task, description="compiling")
+        model, fitted = training.run(args, loaded, teacher, ids, show)
+        how = {"steps": fitted.steps, "seconds": round(fitted.seconds, 1), "learning_rate": args.learning_rate, "seed": args.seed, "text": source}
+        write_pretrained(args.out, model, loaded.tokenizer, {**loaded.about, "recovery": how})
+    tail = fitted.losses[-max(1, len(fitted.losses) // 10) :].mean()
+    print(f"{args.out}: {fitted.steps} steps in {fitted.seconds:.0f} s, loss {fitted.losses[0]:.4f} to {tail:.4f} (mean of the last tenth)")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from slidejax import comparison
+
+    with terminal.progress() as bar:
+        task = bar.add_task("reading", total=None)
+        loaded = [(name, _load(name, args)) for name in args.models]
         reference = _load(args.against, args) if args.against else None
         limit = args.tokens or (4096 if args.text is None else None)
-        ids, source = _tokens(loaded, args.text, limit)
-        if reference is not None and reference.model.config.vocab_size != loaded.model.config.vocab_size:
-            raise ValueError(f"{args.against!r} has another vocabulary than {args.model!r}")
+        ids, source = _tokens(loaded[0][1], args.text, limit)
+        for name, model in loaded[1:]:
+            if not (_tokens(model, args.text, limit)[0].tolist() == ids.tolist()):
+                raise ValueError(f"{name!r} has another tokenizer than {args.models[0]!r}: perplexities cannot be compared")
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{name}: predicting", completed=done, total=total)
+
         bar.update(task, description="compiling")
-        result = evaluate(
-            demo.ready(loaded.model),
-            ids,
-            window=min(args.window, getattr(loaded.model.config, "max_position_embeddings", args.window)),
-            batch=args.batch or (2 if jax.default_backend() == "cpu" else 8),
-            reference=None if reference is None else reference.model,
-            progress=lambda done, total: bar.update(task, description="predicting", completed=done, total=total),
-        )
-    found = demo.summary(loaded.model.params)
-    value = {
-        "model": args.model,
-        "pattern": found.pattern,
-        "text": source,
-        "perplexity": result.perplexity,
-        "next_token_accuracy": result.next_token_accuracy,
-        "tokens": result.tokens,
-    }
-    if result.agreement is not None:
-        value |= {"reference": args.against, "top1_agreement": result.agreement.top1, "kl": result.agreement.kl}
-    terminal.emit(args, value)
+        rows = comparison.compare(loaded, ids, window=args.window, batch=args.batch, reference=reference, progress=show)
+    if args.plot:
+        comparison.plot(rows, args.plot, args.window)
+    figures = [row.figures(source, args.against) for row in rows]
+    terminal.emit(args, figures[0] if len(figures) == 1 else figures)
     if args.json == "-":
         return
-    print(f"{args.model} ({found.pattern}) on {result.tokens} tokens of {source}")
-    print(f"perplexity           {result.perplexity:.3f}")
-    print(f"next-token accuracy  {100 * result.next_token_accuracy:.2f} %")
-    if result.agreement is not None:
-        print(f"same first choice    {100 * result.agreement.top1:.2f} % of the time as {args.against}")
-        print(f"KL divergence        {result.agreement.kl:.4f} nats from it")
+    out = terminal.console()
+    out.print(f"{rows[0].result.tokens} tokens of {source}", highlight=False)
+    out.print(comparison.table(rows, args.against))
 
 
 def _generate(args: argparse.Namespace) -> None:

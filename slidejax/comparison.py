@@ -1,0 +1,175 @@
+"""`slidejax eval`: models side by side on one text, as a table and as a picture."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from slidejax.evaluate import Evaluation, evaluate
+from slidejax.models import LoadedModel
+
+__all__ = ["Compared", "compare", "plot", "table"]
+
+# Positions that are averaged in the picture; their loss falls fast at first and slowly later.
+_BINS = 16
+
+
+class Compared:
+    """One model and what was found of it.
+
+    Attributes:
+      name: what the model was called.
+      pattern: "dense", or the patterns of its packed weights.
+      result: the `Evaluation`.
+    """
+
+    def __init__(self, name: str, pattern: str, result: Evaluation):
+        self.name, self.pattern, self.result = name, pattern, result
+
+    def figures(self, text: str, reference: str | None) -> dict[str, Any]:
+        """The figures as plain JSON."""
+        value = {
+            "model": self.name,
+            "pattern": self.pattern,
+            "text": text,
+            "perplexity": self.result.perplexity,
+            "next_token_accuracy": self.result.next_token_accuracy,
+            "tokens": self.result.tokens,
+        }
+        if self.result.agreement is not None:
+            value |= {"reference": reference, "top1_agreement": self.result.agreement.top1, "kl": self.result.agreement.kl}
+        return value
+
+
+def compare(
+    models: Sequence[tuple[str, LoadedModel]],
+    tokens: np.ndarray,
+    *,
+    window: int = 512,
+    batch: int | None = None,
+    reference: LoadedModel | None = None,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> list[Compared]:
+    """Evaluates models on the same tokens, each as it will serve (`slidejax.evaluate`).
+
+    Args:
+      models: names and models, dense or converted.
+      tokens: token ids of the text.
+      window: predictions in one sequence; at most what the model with the fewest positions has.
+      batch: sequences at a time; None: 2 on a CPU, 8 elsewhere.
+      reference: measure agreement with this one.
+      progress: called with the model's name, the tokens predicted and all of them.
+
+    Raises:
+      ValueError: the models differ in their vocabulary.
+    """
+    from slidejax import demo
+
+    sizes = {name: loaded.model.config.vocab_size for name, loaded in models}
+    if reference is not None:
+        sizes[reference.name] = reference.model.config.vocab_size
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"models must share one vocabulary to be compared, got {sizes}")
+    window = min(window, *(getattr(loaded.model.config, "max_position_embeddings", window) for _, loaded in models))
+    rows = []
+    for name, loaded in models:
+        result = evaluate(
+            demo.ready(loaded.model),
+            tokens,
+            window=window,
+            batch=batch or (2 if jax.default_backend() == "cpu" else 8),
+            reference=None if reference is None else reference.model,
+            progress=lambda done, total, name=name: progress(name, done, total),
+        )
+        rows.append(Compared(name, demo.summary(loaded.model.params).pattern, result))
+    return rows
+
+
+def table(rows: Sequence[Compared], reference: str | None) -> Any:
+    """The models side by side, for a terminal; the first one is what the others are compared with."""
+    from rich.table import Table
+
+    made = Table()
+    for name in ("model", "pattern"):
+        made.add_column(name, overflow="fold")
+    titles = ["perplexity", "next token right"]
+    if len(rows) > 1:
+        titles += ["perplexity, times the first", "of the first's accuracy"]
+    if reference is not None:
+        titles += [f"same choice as {reference}", "KL, nats"]
+    for title in titles:
+        made.add_column(title, justify="right")
+    first = rows[0].result
+    for row in rows:
+        r = row.result
+        cells = [f"{r.perplexity:.3f}", f"{100 * r.next_token_accuracy:.2f} %"]
+        if len(rows) > 1:
+            kept = r.next_token_accuracy / first.next_token_accuracy if first.next_token_accuracy else float("nan")
+            cells += [f"{r.perplexity / first.perplexity:.4f}", f"{100 * kept:.2f} %"]
+        if r.agreement is not None:
+            cells += [f"{100 * r.agreement.top1:.2f} %", f"{r.agreement.kl:.4f}"]
+        made.add_row(row.name, row.pattern, *cells)
+    return made
+
+
+def plot(rows: Sequence[Compared], path: str | os.PathLike[str], window: int) -> None:
+    """Two pictures in one file: where in a window models lose, and how many tokens suffer by how much.
+
+    Left, the mean loss against the position in the window: a model that forgets its context flattens early. Right, for
+    every model but the first the share of tokens whose loss rose by more than so many nats against the first model's: a
+    perplexity that is a little worse everywhere and one that is far worse on a few tokens look alike in a table, not here.
+    With one model, the share of tokens whose loss is more than so many nats.
+
+    Args:
+      rows: from `compare`.
+      path: a file; its ending names the format (.png, .svg, .pdf).
+      window: predictions in one sequence, as given to `compare`.
+
+    Raises:
+      ImportError: matplotlib is missing.
+      ValueError: the ending is no format that it knows.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ImportError("pictures need the extra: pip install 'slidejax[plot]'") from e
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for row in rows:
+        centres, means = _by_position(row.result.losses, window)
+        left.plot(centres, means, marker="o", label=f"{row.name} ({row.pattern}): {row.result.perplexity:.2f}")
+    left.set(xlabel="position in the window", ylabel="mean loss, nats", title="loss by length of the context", xscale="log")
+    left.legend(title="perplexity")
+    base = rows[0].result.losses if len(rows) > 1 else 0.0
+    for row in rows[1:] or rows:
+        rise = np.sort(row.result.losses - base)[::-1]
+        share = np.arange(1, len(rise) + 1) / len(rise)
+        right.plot(rise, 100 * share, label=row.name)
+    right.set(xlabel="nats" if len(rows) == 1 else f"nats more than {rows[0].name}", ylabel="tokens above, %")
+    right.set(title="loss of a token" if len(rows) == 1 else "rise of a token's loss")
+    if len(rows) > 1:
+        right.axvline(0, color="0.7", linewidth=1)
+        right.set_xlim(-2, 2)
+    right.legend()
+    for axes in (left, right):
+        axes.grid(color="0.9")
+    figure.savefig(path, dpi=150)
+
+
+def _by_position(losses: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and mean losses, the positions in bins whose width doubles no slower than the context grows."""
+    position = np.arange(len(losses)) % window
+    edges = np.unique(np.geomspace(1, min(window, len(losses)) + 1, _BINS + 1).round().astype(int)) - 1
+    centres, means = [], []
+    for low, high in itertools.pairwise(edges):
+        here = (position >= low) & (position < high)
+        centres.append((low + high + 1) / 2)
+        means.append(losses[here].mean())
+    return np.asarray(centres), np.asarray(means)
