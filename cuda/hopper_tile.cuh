@@ -62,7 +62,7 @@ SJ_DEVICE int owner(const Params& p, int step) { return ((step + 1) * p.split_cl
 // Tokens in groups that L2 can hold, all rows past each group.
 SJ_DEVICE void locate(const Params& p, int tile, Work& work) {
   const int per_group = p.token_group * p.row_tiles, group = tile / per_group, rest = tile - group * per_group;
-  const int width = min(p.token_group, p.token_tiles - group * p.token_group);
+  const int width = max(min(p.token_group, p.token_tiles - group * p.token_group), 1);  // past the last tile it is not used
   work.row_tile = rest / width;
   work.token_tile = group * p.token_group + rest - work.row_tile * width;
 }
@@ -79,8 +79,7 @@ SJ_DEVICE Work find_work(const Params& p, int cluster, int clusters, int i) {
     work.split = begin / p.steps + i;
     tile = p.whole_tiles + work.split;
     work.begin = max(begin - work.split * p.steps, 0);
-    work.end = min(end - work.split * p.steps, p.steps);
-    if (work.end <= work.begin) return {0, 0, 0, 0, -1};
+    work.end = max(min(end - work.split * p.steps, p.steps), work.begin);
     if (work.end - work.begin == p.steps) work.split = -1;
   }
   locate(p, tile, work);

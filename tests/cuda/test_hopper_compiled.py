@@ -1,0 +1,128 @@
+"""What ptxas made of the Hopper kernels: registers, spills, wgmma. Needs no GPU.
+
+The build keeps ptxas's report (cuda/compiler_log.py); only without one of these very sources is it made here.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "cuda").glob("*hopper*"))
+LOG = "sparse_matmul_hopper.log"
+ENTRY = re.compile(r"Compiling entry function '(\w+)'")
+TILE = re.compile(r"TileILb(\d)ELi(\d+)ELi(\d+)ELi(\d+)E")
+
+
+def complaints(log):
+    """What is wrong with the kernels of a ptxas report, a line each."""
+    found = [line.strip() for line in log.splitlines() if re.search(r"\(C75\d\d\)", line)]  # wgmma serialised, setmaxnreg ignored
+    name = None
+    for line in log.splitlines():
+        if entry := ENTRY.search(line):
+            name = entry[1]
+        if "stack frame" in line and any(int(n) for n in re.findall(r"(\d+) bytes", line)):
+            found.append(f"{name}: {line.strip()}")
+    return found
+
+
+def nvcc():
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    changed = max(path.stat().st_mtime for path in SOURCES)
+    built = [path for path in ROOT.glob(f"build/*/{LOG}") if path.stat().st_mtime > changed]
+    if built:
+        return max(built, key=lambda path: path.stat().st_mtime).read_text()
+    if nvcc() is None:
+        pytest.skip("the kernels have not been built here, and there is no nvcc")
+    command = [nvcc(), "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
+    source, to = ROOT / "cuda/sparse_matmul_hopper.cu", tmp_path_factory.mktemp("compiled") / "hopper.cubin"
+    done = subprocess.run([*command, "-o", to, source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:3000]
+    return done.stdout + done.stderr
+
+
+def test_no_kernel_spills_and_no_wgmma_is_serialised(log):
+    assert complaints(log) == []
+
+
+def test_all_kernels_are_in_the_report(log):
+    kernels = [TILE.search(name).groups() for name in ENTRY.findall(log) if "sparse_matmul_kernel" in name]
+    tiles = re.findall(r"make_entry<(\d+), (\d+), (\d+), \d+, \d+>\(", (ROOT / "cuda/sparse_matmul_hopper.cu").read_text())
+    assert sorted(kernels) == sorted((fp8, *tile) for tile in tiles for fp8 in "01")
+
+
+def test_complaints_are_found():
+    report = """
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ... in the function 'a'
+ptxas info    : Compiling entry function 'a' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Compiling entry function 'b' for 'sm_90a'
+    8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
+"""
+    serialised, spills = complaints(report)
+    assert "C7510" in serialised and spills.startswith("b: 8 bytes")
+
+
+# --- machine code, where a disassembler is at hand --------------------------------------------------------------------
+
+
+def disassembler():
+    beside = str(Path(nvcc()).resolve().parent) if nvcc() else None
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=beside) or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+
+
+def registers(operands):
+    return {int(n) for n in re.findall(r"\bR(\d+)\b", operands)}
+
+
+def misuses(instructions):
+    """Instructions that touch accumulators or metadata of a wgmma that may still run, or make the loop wait for memory."""
+    found, running, issued = [], [], []  # committed groups, and what is not committed: (accumulators, metadata)
+    mma = [i for i, text in enumerate(instructions) if "GMMA" in text]
+    for i, text in enumerate(instructions):
+        if m := re.search(r"GMMA\S*?64x(\d+)x64\S* R(\d+), gdesc\[\w+\], \w+(.*)", text):
+            first = int(m[2])
+            issued.append((set(range(first, first + int(m[1]) // 2)), registers(m[3])))
+            if "gsb0" in text:
+                running, issued = [*running, issued], []
+        elif m := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", text):
+            running = running[len(running) - int(m[1]) :] if int(m[1]) else []
+        else:
+            busy = [one for group in [*running, issued] for one in group]
+            written = re.match(r"(?:@\S+ )?\S+ R(\d+)", text)
+            if any(registers(text) & accumulators for accumulators, _ in busy):
+                found.append(f"accumulators in use: {text}")
+            elif written and any(int(written[1]) in metadata for _, metadata in busy):
+                found.append(f"metadata in use: {text}")
+            elif mma[0] < i < mma[-1] and re.search(r"\b(MEMBAR|CCTL|LDL|STL)\b", text):
+                found.append(f"in the loop: {text}")
+    return found
+
+
+def test_nothing_disturbs_running_instructions():
+    if disassembler() is None:
+        pytest.skip("no cuobjdump")
+    libraries = sorted(ROOT.glob("build/*/libslidejax_hopper.a"), key=lambda path: path.stat().st_mtime)
+    if not libraries:
+        pytest.skip("the library has not been built here")
+    sass = subprocess.run([disassembler(), "--dump-sass", libraries[-1]], capture_output=True, text=True, check=True).stdout
+    kernels = [part for part in sass.split("Function : ")[1:] if "sparse_matmul_kernel" in part.split("\n", 1)[0]]
+    assert kernels
+    for kernel in kernels:
+        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?) ;", kernel)
+        assert sum("GMMA" in text for text in instructions) >= 8
+        assert misuses(instructions) == [], kernel.split("\n", 1)[0]
+
+
+def test_misuses_are_found():
+    loop = ["IGMMA.SP.64x16x64.S8.S8 R24, gdesc[UR4], RZ, !UPT, R40, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x1", "FADD R1, R2, R31",
+            "LDS.64 R40, [R2]", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "FADD R1, R2, R31", "LDS.64 R40, [R2]", "MEMBAR.ALL.GPU",
+            "IGMMA.SP.64x16x64.S8.S8 R24, gdesc[UR4], R24, R40, gsb0"]  # fmt: skip
+    assert [text.split(":")[0] for text in misuses(loop)] == ["accumulators in use", "metadata in use", "in the loop"]
