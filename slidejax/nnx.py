@@ -22,6 +22,7 @@ from slidejax.adapters import AdaptedWeight
 from slidejax.contraction import Contraction, axis_names, contract, promote_packed, stacked_axes, to_matrix
 from slidejax.pattern import Pattern
 from slidejax.prepared import prepare
+from slidejax.prune.inputs import see_input
 from slidejax.rules import Converted, LeftDense, Prune, Report, Rule, RuleSet, nbytes, pack_by_rule
 from slidejax.trainable import MasterWeight
 from slidejax.weight import SlideWeight, WrappedWeight, pack
@@ -212,6 +213,47 @@ def _einsum(layer):
     operand = layer.einsum_str.replace(" ", "").partition(",")[0]
     x_ndim = len(operand.replace("...", "")) + operand.count("...")
     return SlideEinsum, Contraction.einsum(layer.einsum_str, x_ndim).kernel, tuple(layer.kernel_shape)
+
+
+class _Seen(nnx.Module):
+    """A dense layer that shows its input (`slidejax.prune.inputs`)."""
+
+    seen_path: str
+
+    def __call__(self, inputs, *args, **kwargs):
+        if isinstance(self, nnx.Linear):
+            axes = Contraction.dense(inputs.ndim)
+        elif isinstance(self, nnx.LinearGeneral):
+            axes = _general(self, inputs.ndim)
+        else:
+            axes = Contraction.einsum(args[0] if args else kwargs.get("einsum_str") or self.einsum_str, inputs.ndim)  # type: ignore[attr-defined]
+        return super().__call__(see_input(self.seen_path, inputs, axes), *args, **kwargs)  # type: ignore[misc]
+
+
+_SEEN = {cls: type(cls.__name__, (_Seen, cls), {}) for cls in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)}
+
+
+def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict, Callable[[dict], nnx.Module]]:
+    """A model as a function of its parameters, for calibration.
+
+    Returns:
+      `(run, params, rebuild)`: `run(params, *args)` calls the model, its linear layers showing their inputs
+      (`slidejax.prune.inputs`); params are nested dicts; `rebuild(params)` makes the model with others.
+    """
+    graph, state = nnx.split(model)
+    seen = nnx.clone(model)
+    for path, layer in list(nnx.iter_graph(seen)):
+        if type(layer) in _SEEN and isinstance(vars(layer).get("kernel"), nnx.Variable):
+            layer.__class__ = _SEEN[type(layer)]
+            layer.seen_path = "/".join(map(str, (*path, "kernel")))
+    seen_graph, _ = nnx.split(seen)
+
+    def merged(graph, params):
+        fresh = jax.tree.map(lambda leaf: leaf, state)
+        nnx.replace_by_pure_dict(fresh, params)
+        return nnx.merge(graph, fresh)
+
+    return lambda params, *args: merged(seen_graph, params)(*args), nnx.to_pure_dict(state), lambda params: merged(graph, params)
 
 
 _LAYERS: dict[type, Callable] = {nnx.Linear: _linear, nnx.LinearGeneral: _linear_general, nnx.Einsum: _einsum}
