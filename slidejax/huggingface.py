@@ -65,23 +65,36 @@ def convert(
         tokens = model.generate(input_ids).sequences
     """
     _check_model(flax_model)
-    if isinstance(rules, (str, Pattern, Rule)):
-        rules = [(HIDDEN_LAYERS, rules)]
-    params = _params_of(flax_model) if params is None else params
     _check_method(method, calibration)
-    rngs, args, kwargs = _init_arguments(flax_model)
-
-    def pack(params, **options):
-        return linen.convert(params, rules, flax_model.module, *args, rngs=rngs, **options, **kwargs)
-
+    run, params, pack = functional(flax_model, params)
     prune = method if callable(method) else None
     if not callable(method) and method != "magnitude":
         from slidejax.prune.calibration import Calibration, calibrate, planned
 
         how = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
-        run = _runner(flax_model)
-        params, prune = calibrate(run, params, how.as_batches(), planned(pack, params), method, how, report)
-    return with_params(flax_model, pack(params, report=report, prune=prune))
+        plan = planned(lambda params, **options: pack(params, rules, **options).params, params)
+        params, prune = calibrate(run, params, how.as_batches(), plan, method, how, report)
+    return pack(params, rules, report=report, prune=prune)
+
+
+def functional(
+    flax_model: FlaxPreTrainedModel, params: Mapping | None = None
+) -> tuple[Callable[[Any, Any], Any], Mapping, Callable[..., FlaxPreTrainedModel]]:
+    """A model as a function of its parameters, for calibration.
+
+    Returns:
+      `(run, params, pack)`: `run(params, ids)` calls the model, `pack(params, rules, **options)` is `slidejax.linen.convert`
+      for it.
+    """
+    _check_model(flax_model)
+    rngs, args, kwargs = _init_arguments(flax_model)
+
+    def pack(params, rules, **options):
+        if isinstance(rules, (str, Pattern, Rule)):
+            rules = [(HIDDEN_LAYERS, rules)]
+        return with_params(flax_model, linen.convert(params, rules, flax_model.module, *args, rngs=rngs, **options, **kwargs))
+
+    return _runner(flax_model), _params_of(flax_model) if params is None else params, pack
 
 
 def with_params(flax_model: FlaxPreTrainedModel, params: Mapping) -> FlaxPreTrainedModel:

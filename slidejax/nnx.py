@@ -22,7 +22,7 @@ from slidejax.adapters import AdaptedWeight
 from slidejax.contraction import Contraction, axis_names, contract, promote_packed, stacked_axes, to_matrix
 from slidejax.pattern import Pattern
 from slidejax.prepared import prepare
-from slidejax.prune.inputs import see_input
+from slidejax.prune.inputs import see_input, see_output
 from slidejax.rules import Converted, LeftDense, Prune, Report, Rule, RuleSet, nbytes, pack_by_rule
 from slidejax.trainable import MasterWeight
 from slidejax.weight import SlideWeight, WrappedWeight, pack
@@ -73,17 +73,16 @@ class _SlideLayer(nnx.Module):
 
     def _replace(self, w: SlideWeight | WrappedWeight) -> None:
         """Takes another weight of the same shape, pattern and mask; Variables keep their metadata."""
-        base = w.base if isinstance(w, AdaptedWeight) else w
-        self.master = base.qdtype if isinstance(base, MasterWeight) else None
-        packed = base.weight if isinstance(base, MasterWeight) else base
+        packed = w.weight if isinstance(w, WrappedWeight) else w
+        self.master = w.qdtype if isinstance(w, MasterWeight) else None
         for name in ("values", "zeros", "scale"):
             kind = nnx.Param if name == "values" and not numerics.is_quantized(packed.dtype) else Packed
             setattr(self, name, kind(getattr(packed, name), **getattr(self, name).get_metadata()))
         self.prepared = nnx.data(Packed(dict(packed.prepared)) if packed.prepared else None)
-        adapted = isinstance(w, AdaptedWeight)
-        self.lora = (w.scaling, w.masked) if adapted else None
-        self.lora_a = nnx.data(nnx.LoRAParam(w.lora_a) if adapted else None)
-        self.lora_b = nnx.data(nnx.LoRAParam(w.lora_b) if adapted else None)
+        adapted = w if isinstance(w, AdaptedWeight) else None
+        self.lora = None if adapted is None else (adapted.scaling, adapted.masked)
+        self.lora_a = nnx.data(None if adapted is None else nnx.LoRAParam(adapted.lora_a))
+        self.lora_b = nnx.data(None if adapted is None else nnx.LoRAParam(adapted.lora_b))
 
     @property
     def kernel(self) -> SlideWeight | WrappedWeight:
@@ -92,9 +91,9 @@ class _SlideLayer(nnx.Module):
         values, zeros, scale = (variable.get_value() for variable in (self.values, self.zeros, self.scale))
         w = SlideWeight(values, zeros, scale, self.pattern, self.kernel_features, prepared)
         if self.master is not None:
-            w = MasterWeight(values, zeros, self.pattern, self.kernel_features, self.master)
+            return MasterWeight(values, zeros, self.pattern, self.kernel_features, self.master)
         if self.lora is not None:
-            w = AdaptedWeight(w, self.lora_a.get_value(), self.lora_b.get_value(), *self.lora)
+            return AdaptedWeight(w, self.lora_a.get_value(), self.lora_b.get_value(), *self.lora)
         return w
 
     def _run(self, x, axes: Contraction, features: tuple[int, ...], out_sharding) -> jax.Array:
@@ -216,7 +215,7 @@ def _einsum(layer):
 
 
 class _Seen(nnx.Module):
-    """A dense layer that shows its input (`slidejax.prune.inputs`)."""
+    """A dense layer that shows its input and output (`slidejax.prune.inputs`)."""
 
     seen_path: str
 
@@ -227,7 +226,8 @@ class _Seen(nnx.Module):
             axes = _general(self, inputs.ndim)
         else:
             axes = Contraction.einsum(args[0] if args else kwargs.get("einsum_str") or self.einsum_str, inputs.ndim)  # type: ignore[attr-defined]
-        return super().__call__(see_input(self.seen_path, inputs, axes), *args, **kwargs)  # type: ignore[misc]
+        y = super().__call__(see_input(self.seen_path, inputs, axes), *args, **kwargs)  # type: ignore[misc]
+        return see_output(self.seen_path, y)
 
 
 _SEEN = {cls: type(cls.__name__, (_Seen, cls), {}) for cls in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)}

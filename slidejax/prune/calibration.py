@@ -31,7 +31,7 @@ __all__ = ["CALIBRATED", "Calibration", "calibrate", "collect", "convert", "cut"
 # The methods that need calibration: (kernel, pattern, gram) -> mask, or (mask, kernel).
 CALIBRATED: dict[str, Callable[..., Any]] = {"wanda": wanda, "sparsegpt": sparsegpt}
 
-_SMOOTH_ON = 4  # batches that smoothing measures the channels on
+_SMOOTH_ON = 2  # batches that smoothing measures the channels on
 _BATCH = 4  # sequences of token ids that make a batch
 
 
@@ -45,7 +45,7 @@ class Calibration:
       smooth: strength of `slidejax.prune.smooth`, for layers with 8-bit values; 0 leaves the activations as they are.
       in_order: whether each layer is pruned with the inputs that the pruned layers before it give; else all with those
         of the dense model.
-      correct: whether layers make up for what those before them lost (`slidejax.prune.sequential`).
+      correct: how far layers make up for what those before them lost, 0 to 1 (`slidejax.prune.sequential`).
       damping: as in `slidejax.prune.sparsegpt`.
       work: a folder for finished stages: a conversion that was stopped goes on from there. None: nothing is kept.
       progress: called with the numbers of stages done and of all.
@@ -54,8 +54,8 @@ class Calibration:
     batches: Any
     smooth: float = 0.7
     in_order: bool = True
-    correct: bool = True
-    damping: float = 0.01
+    correct: float = 0.75
+    damping: float = 0.05
     work: str | os.PathLike[str] | None = None
     progress: Callable[[int, int], None] | None = None
 
@@ -130,20 +130,13 @@ def convert(
     >>> variables["params"]["kernel"].shape
     (16, 4)
     """
-    import flax.linen as nn
-    from flax import nnx
-
     how = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
     check_method(method)
-    if isinstance(model, nnx.Module):
-        return _convert_nnx(model, rules, how, method, report)
-    if isinstance(model, nn.Module):
-        if params is None:
-            raise ValueError("a Linen module needs params=, its variables")
-        return _convert_linen(model, params, rules, how, method, report)
-    from slidejax import huggingface
-
-    return huggingface.convert(model, rules, method, how, params=params, report=report)
+    batches = how.as_batches()
+    run, params, pack = as_function(model, params, batches[0])
+    plan = planned(lambda params, **options: pack(params, rules, **options), params)
+    params, prune = calibrate(run, params, batches, plan, method, how, report)
+    return pack(params, rules, prune=prune, report=report)
 
 
 def check_method(method: str) -> None:
@@ -151,37 +144,42 @@ def check_method(method: str) -> None:
         raise ValueError(f"method must be one of {', '.join(CALIBRATED)}, got {method!r}")
 
 
-def _arguments(batch: Any) -> tuple:
-    return batch if isinstance(batch, tuple) else (batch,)
+def as_function(model: Any, params: Any, batch: Any) -> tuple[Callable[[Any, Any], Any], Any, Callable[..., Any]]:
+    """A model of any of the three families as a function of its parameters.
 
+    Args:
+      model: see `convert`.
+      params: see `convert`.
+      batch: an example.
 
-def _convert_linen(model, variables, rules, how: Calibration, method: str, report: Report | None):
-    from slidejax import linen
+    Returns:
+      `(run, params, pack)`: `run(params, batch)` calls the model; `pack(params, rules, prune=, report=)` converts it.
+    """
+    import flax.linen as nn
+    from flax import nnx
 
-    batches = how.as_batches()
-    example = _arguments(batches[0])
+    def arguments(batch):
+        return batch if isinstance(batch, tuple) else (batch,)
 
-    def pack(variables, **options):
-        return linen.convert(variables, rules, model, *example, **options)
+    if isinstance(model, nnx.Module):
+        from slidejax import nnx as ours
 
-    def run(variables, batch):
-        return linen.apply(model, variables, *_arguments(batch))
+        call, params, rebuild = ours.functional(model)
+        return lambda params, batch: call(params, *arguments(batch)), params, lambda params, rules, **options: ours.convert(rebuild(params), rules, **options)
+    if isinstance(model, nn.Module):
+        from slidejax import linen
 
-    variables, prune = calibrate(run, variables, batches, planned(pack, variables), method, how, report)
-    return pack(variables, prune=prune, report=report)
+        if params is None:
+            raise ValueError("a Linen module needs params=, its variables")
+        example = arguments(batch)
+        return (
+            lambda variables, batch: linen.apply(model, variables, *arguments(batch)),
+            params,
+            lambda variables, rules, **options: linen.convert(variables, rules, model, *example, **options),
+        )
+    from slidejax import huggingface
 
-
-def _convert_nnx(model, rules, how: Calibration, method: str, report: Report | None):
-    from slidejax import nnx
-
-    run, params, rebuild = nnx.functional(model)
-
-    def pack(params, **options):
-        return nnx.convert(rebuild(params), rules, **options)
-
-    plan = planned(lambda params, **options: [pack(params, **options), None][1], params)
-    params, prune = calibrate(lambda params, batch: run(params, *_arguments(batch)), params, how.as_batches(), plan, method, how, report)
-    return pack(params, prune=prune, report=report)
+    return huggingface.functional(model, params)
 
 
 def planned(pack: Callable[..., Any], params: Any) -> dict[str, Rule]:
@@ -193,7 +191,7 @@ def planned(pack: Callable[..., Any], params: Any) -> dict[str, Rule]:
     report = Report()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the conversion itself will say it
-        jax.eval_shape(lambda params: pack(params, report=report), params)
+        jax.eval_shape(lambda params: [pack(params, report=report), None][1], params)
     return {line.path: line.rule for line in report.converted if len(line.shape) == 2}
 
 
@@ -241,7 +239,7 @@ def calibrate(
         batches,
         lambda kernel, target, gram, path: solve(kernel, target, gram, plan[path]),
         plan.__getitem__,
-        correct=how.correct and method == "sparsegpt",
+        correct=how.correct if method == "sparsegpt" else 0.0,
         damping=how.damping,
         progress=how.progress,
         store=store,

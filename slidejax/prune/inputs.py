@@ -1,4 +1,4 @@
-"""The inputs of linear layers, seen while a model runs: in Linen and transformers by an interceptor, in NNX by the layers
+"""The inputs and outputs of linear layers, seen while a model runs: in Linen and transformers by an interceptor, in NNX by the layers
 of `slidejax.nnx.functional`."""
 
 from __future__ import annotations
@@ -16,28 +16,46 @@ from slidejax import linen, numerics
 from slidejax.contraction import Contraction
 from slidejax.rules import LeftDense
 
-__all__ = ["as_rows", "rounded", "see_input", "seeing_inputs"]
+__all__ = ["as_rows", "rounded", "see_input", "see_output", "seeing_inputs", "seeing_layers"]
 
 # (path of the kernel, input, contraction) -> the input to go on with
 See = Callable[[str, jax.Array, Contraction], jax.Array]
+# (path of the kernel, output) -> the output to go on with
+SeeOutput = Callable[[str, jax.Array], jax.Array]
+_SEE_OUTPUT: contextvars.ContextVar[SeeOutput | None] = contextvars.ContextVar("slidejax_see_output", default=None)
 _SEE: contextvars.ContextVar[See | None] = contextvars.ContextVar("slidejax_see", default=None)
 
 
 @contextlib.contextmanager
-def seeing_inputs(see: See) -> Iterator[None]:
-    """While it is entered, `see` is called with the input of each linear layer whose kernel is an array."""
-    token = _SEE.set(see)
+def _set(variable: contextvars.ContextVar, see: Callable) -> Iterator[None]:
+    token = variable.set(see)
     try:
         with nn.intercept_methods(_interceptor):
             yield
     finally:
-        _SEE.reset(token)
+        variable.reset(token)
+
+
+def seeing_inputs(see: See) -> contextlib.AbstractContextManager[None]:
+    """While it is entered, `see` is called with the input of each linear layer whose kernel is an array."""
+    return _set(_SEE, see)
+
+
+def seeing_layers(see: SeeOutput) -> contextlib.AbstractContextManager[None]:
+    """While it is entered, `see` is called with the output of each linear layer whose kernel is an array."""
+    return _set(_SEE_OUTPUT, see)
 
 
 def see_input(path: str, x: jax.Array, axes: Contraction) -> jax.Array:
     """What a layer calls with its input; it goes on with the result."""
     see = _SEE.get()
     return x if see is None else see(path, x, axes)
+
+
+def see_output(path: str, y: jax.Array) -> jax.Array:
+    """What a layer calls with its output; the result is its output."""
+    see = _SEE_OUTPUT.get()
+    return y if see is None else see(path, y)
 
 
 def _interceptor(next_fun, args, kwargs, context):
@@ -50,7 +68,8 @@ def _interceptor(next_fun, args, kwargs, context):
         axes, _ = layer(module, x, *args, **kwargs)
     except LeftDense:
         return next_fun(x, *args, **kwargs)
-    return next_fun(see_input("/".join((*module.path, "kernel")), x, axes), *args, **kwargs)
+    path = "/".join((*module.path, "kernel"))
+    return see_output(path, next_fun(see_input(path, x, axes), *args, **kwargs))
 
 
 def as_rows(x: jax.Array, axes: Contraction) -> jax.Array:

@@ -57,8 +57,8 @@ def prune_in_order(
     solve: Solve,
     alike: Callable[[str], Any],
     *,
-    correct: bool = True,
-    damping: float = 0.01,
+    correct: float = 0.75,
+    damping: float = 0.05,
     progress: Callable[[int, int], None] | None = None,
     store: Store | None = None,
 ) -> dict[str, Pruned]:
@@ -67,10 +67,11 @@ def prune_in_order(
     Args:
       stages: the traced model.
       params: the dense parameters.
-      batches: what to calibrate on; the values between stages are kept for each, twice with `correct`.
+      batches: what to calibrate on; the values between stages are kept for each, twice.
       solve: the method.
       alike: layers with the same input for which this is equal are pruned together, as one kernel.
-      correct: whether the target makes up for what earlier layers lost; else it is the kernel.
+      correct: how far the target goes from the kernel (0) to what makes up for all that earlier layers lost, as far as
+        can be told from these inputs (1). Some of that is chance, so that less than all does better on other text.
       damping: as in `sparsegpt`.
       progress: called with the numbers of stages done and of all.
       store: keeps finished stages on disk; those that it has are not computed again.
@@ -103,7 +104,7 @@ def prune_in_order(
         if found is None:
             found = {}
             for members, moments in zip(groups.values(), sums, strict=True):
-                found |= _solve_together(members, _kernels(leaves, members), moments, solve, damping)
+                found |= _solve_together(members, _kernels(leaves, members), moments, solve, correct, damping)
             if store is not None:
                 store.save(at, found)
         done |= found
@@ -140,13 +141,13 @@ def _moments(x, z, kernels, lost, axes, dtype):
     return gram, dot(z.T, x) if None in wanted else None, wanted
 
 
-def _solve_together(taps, kernels, moments, solve: Solve, damping: float) -> dict[str, Pruned]:
+def _solve_together(taps, kernels, moments, solve: Solve, correct: float, damping: float) -> dict[str, Pruned]:
     gram, cross, wanted = moments
     kernel = jnp.concatenate(kernels, axis=1)
     target = kernel
     if cross is not None or any(w is not None for w in wanted):
         parts = [jnp.matmul(cross, k, precision=_EXACT) if w is None else w for k, w in zip(kernels, wanted, strict=True)]
-        target = _target(gram, jnp.concatenate(parts, axis=1), kernel, damping)
+        target = kernel + correct * (_target(gram, jnp.concatenate(parts, axis=1), kernel, damping) - kernel)
     result = solve(kernel, target, gram, taps[0].path)
     done, start = {}, 0
     for tap, k in zip(taps, kernels, strict=True):

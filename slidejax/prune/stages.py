@@ -26,6 +26,9 @@ __all__ = ["SeveralDepths", "Stages", "Step", "Tap", "named_leaves"]
 
 # Calls whose body is a part of the program like any other; a loop's is not.
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+# Steps that change a layer's result in form only.
+_LAYOUT = ("broadcast_in_dim", "convert_element_type", "reshape", "transpose")
+
 
 class SeveralDepths(NotImplementedError):
     """A layer is called at several depths of the program, so that there is no one stage to prune it in."""
@@ -248,11 +251,12 @@ class Stages:
             if step.tap is not None or not ours.intersection(step.inputs):
                 continue
             others = [v for v in step.inputs if v not in ours]
-            if step.name in ("convert_element_type", "reshape", "transpose", "broadcast_in_dim") or (step.name == "dot_general" and not others):
+            adds = step.name == "add" and bool(others)
+            product = step.name == "dot_general" and not others
+            bias = adds and self.of_parameters(others[0])
+            if product or bias or step.name in _LAYOUT:
                 ours |= set(step.outputs)
-            elif step.name == "add" and others and self.of_parameters(others[0]):  # a bias
-                ours |= set(step.outputs)
-            elif step.name == "add" and others and step.shape(0) == step.shape(1):
+            elif adds and step.shape(0) == step.shape(1):
                 return others[0] if self.earliest.get(others[0], 0) < self.earliest[step.outputs[0]] else None
             else:
                 return None

@@ -69,7 +69,7 @@ def test_in_order_and_correcting_beat_the_dense_models_inputs(blocks):
         return model_error(model, variables, converted(blocks, UNROUNDED, method, **settings), x)
 
     by_magnitude = model_error(model, variables, sj.linen.convert(variables, UNROUNDED, model, x), x)
-    at_once, in_order, corrected = error(in_order=False), error(correct=False), error()
+    at_once, in_order, corrected = error(in_order=False), error(correct=0.0), error(correct=1.0)
     assert corrected < in_order < at_once < error("wanda") < by_magnitude
 
 
