@@ -226,7 +226,7 @@ class _Seen(nnx.Module):
             axes = _general(self, inputs.ndim)
         else:
             axes = Contraction.einsum(args[0] if args else kwargs.get("einsum_str") or self.einsum_str, inputs.ndim)  # type: ignore[attr-defined]
-        y = super().__call__(see_input(self.seen_path, inputs, axes), *args, **kwargs)  # type: ignore[misc]
+        y = super().__call__(see_input(self.seen_path, inputs, axes), *args, **kwargs)
         return see_output(self.seen_path, y)
 
 

@@ -79,7 +79,8 @@ def mixed(
     reached = [path for path in plan if path in grams and energies[path] > 0]
     kernels = {path: _kernel(named_leaves(params)[path], grams[path]) for path in reached}
     found = sensitivities(kernels, grams, energies, patterns)
-    return choose(found, {path: kernels[path].shape for path in reached}, rule.pattern, cost=cost, qdtype=rule.qdtype)
+    shapes = {path: (kernel.shape[0], kernel.shape[1]) for path, kernel in kernels.items()}
+    return choose(found, shapes, rule.pattern, cost=cost, qdtype=rule.qdtype)
 
 
 def _kernel(leaf, gram) -> jax.Array:

@@ -221,7 +221,8 @@ def calibrate(
         stages = Stages(run, params, batches[0], {path: rule.qdtype for path, rule in plan.items()})
     except SeveralDepths as reason:
         notes.append(f"{method}, all layers with the inputs of the dense model, nothing smoothed ({reason})")
-        grams = collect(run, params, batches, None if how.progress is None else lambda done: how.progress(done, len(batches)))
+        progress = how.progress
+        grams = collect(run, params, batches, None if progress is None else lambda done: progress(done, len(batches)))
 
         def prune(kernel, pattern, path):
             if path not in grams:

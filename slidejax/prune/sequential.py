@@ -131,7 +131,8 @@ def _moments(x, z, kernels, lost, axes, dtype):
     gram = dot(z.T, z)
     if x is None:
         return gram, None, [None for _ in kernels]
-    x, wanted = as_rows(x, axes), []
+    x = as_rows(x, axes)
+    wanted: list[Any] = []
     for kernel, pair in zip(kernels, lost, strict=True):
         if pair is None:
             wanted.append(None)

@@ -187,7 +187,8 @@ class Stages:
                 tap = Tap(eqn.params["path"], eqn.params["axes"], operands[0]) if eqn.primitive is _tap else None
                 self.steps.append(Step(eqn, operands, outputs, jaxpr.debug_info, tap))
             elif eqn.primitive.name in _CALLS:
-                outputs = tuple(self._inline(*body, operands))
+                jaxpr_inside, consts_inside = body
+                outputs = tuple(self._inline(jaxpr_inside, consts_inside, operands))
             else:
                 raise NotImplementedError(f"calibration cannot look into layers inside {eqn.primitive.name} (nn.scan or a loop)")
             env.update(zip(eqn.outvars, outputs, strict=True))
@@ -238,9 +239,9 @@ class Stages:
         for at, steps in enumerate(self._by_stage):
             self._last_use |= {v: at for step in steps for v in step.inputs}
         for at, members in enumerate(self.taps):  # streams are read when the stage has run
-            for v in [self.streams[tap.path] for tap in members]:
-                if v is not None:
-                    self._last_use[v] = max(self._last_use.get(v, 0), at + 1)
+            for stream in [self.streams[tap.path] for tap in members]:
+                if stream is not None:
+                    self._last_use[stream] = max(self._last_use.get(stream, 0), at + 1)
 
     def _stream(self, tap: Tap) -> int | None:
         """The value to which a layer's result is added and that is known with the layer's input; None if there is none."""

@@ -72,7 +72,7 @@ class Store:
 
     def save(self, stage: int, pruned: dict[str, Pruned]) -> None:
         """Writes what became of the kernels of a stage, by path."""
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for path, one in pruned.items():
             arrays |= {f"mask:{path}": np.packbits(np.asarray(one.mask), axis=0), f"kernel:{path}": np.asarray(one.kernel)}
             if one.scale is not None:
