@@ -109,6 +109,7 @@ SJ_DEVICE void store_slab(const Params& p, const A (&d)[kTokens / 2], const Colu
               dequantize(d[4 * j + i], i & 1 ? s.y : s.x, i & 2 ? col.w1 : col.w0, i & 2 ? col.b1 : col.b0);
       }
     }
+    __syncwarp();  // before the scales are overwritten
     return;
   }
   // 16 bit: through shared memory, 32 bytes a token, whose halves change places every 4 tokens against bank conflicts.
