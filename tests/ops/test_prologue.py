@@ -69,7 +69,7 @@ def test_equals_computing_it_first(kind, dtype):
         steps = np.abs(np.asarray(got[0], np.float32) - np.asarray(expected[0], np.float32))
         assert (steps > 0).mean() < 1e-2 and (dtype != "int8" or steps.max() <= 1)  # XLA may contract a product and a sum
         w = weight(dtype)
-        for implementation in (None, "reference"):
+        for implementation in (None, "reference") if dtype == "int8" else (None,):
             a, b = sj.linear(x, w, prologue=prologue, implementation=implementation), sj.linear(y, w, implementation=implementation)
             np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-2, atol=2e-2)
 
@@ -135,8 +135,10 @@ def specs(prologue, rows, k):
     return jax.tree.map(lambda leaf: P(rows, k) if leaf.ndim == 2 else P(k), prologue)
 
 
-@pytest.mark.parametrize("cut", [("m", None), (None, "k"), ("m", "k")], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+CUTS = [*((kind, ("m", "k")) for kind in KINDS), ("rms_norm", ("m", None)), ("glu", ("m", None)), ("layer_norm", (None, "k"))]
+
+
+@pytest.mark.parametrize(("kind", "cut"), CUTS, ids=str)
 def test_sharded(mesh, kind, cut):
     """Rows and K can be split: sums over a row are taken over its shards."""
     rows, k = cut
