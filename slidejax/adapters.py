@@ -66,7 +66,8 @@ class AdaptedWeight(WrappedWeight):
         return self.base
 
     def trained(self) -> AdaptedWeight:
-        return dataclasses.replace(self, base=jax.tree.map(lambda _: False, self.base), lora_a=True, lora_b=True)
+        frozen = [False] * len(jax.tree.leaves(self.base))
+        return jax.tree.unflatten(jax.tree.structure(self), [*frozen, True, True])
 
     def check(self, name: str = "w") -> AdaptedWeight:
         self.base.check(name)

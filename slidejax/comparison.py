@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -84,7 +85,7 @@ def compare(
             window=window,
             batch=batch or (2 if jax.default_backend() == "cpu" else 8),
             reference=None if reference is None else reference.model,
-            progress=lambda done, total, name=name: progress(name, done, total),
+            progress=functools.partial(progress, name),
         )
         rows.append(Compared(name, demo.summary(loaded.model.params).pattern, result))
     return rows

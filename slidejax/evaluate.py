@@ -47,7 +47,7 @@ class Evaluation:
     next_token_accuracy: float
     tokens: int
     agreement: Agreement | None = None
-    losses: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
+    losses: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32), repr=False, compare=False)
 
 
 def windows(tokens: Sequence[int] | np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

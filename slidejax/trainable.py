@@ -169,7 +169,7 @@ class MasterWeight(WrappedWeight):
         return (*self.values.shape[:-3], self.in_features, self.values.shape[-3])
 
     def trained(self) -> MasterWeight:
-        return dataclasses.replace(self, values=True, zeros=False)
+        return jax.tree.unflatten(jax.tree.structure(self), [True, False])
 
     def linear(self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None) -> jax.Array:
         if reduce_axis is not None or self.is_k_shard:
@@ -279,6 +279,6 @@ def masters(tree: Any, qdtype: Any = None) -> Any:
 def deploy(tree: Any) -> Any:
     """Quantises every `MasterWeight` of a tree (`slidejax.quantize`); other leaves stay.
 
-    The result computes what the masters computed, bit for bit.
+    The result computes what the masters computed: the same codes, scales and accumulators bit for bit.
     """
     return map_wrapped(lambda w: quantize(w.weight, w.qdtype) if isinstance(w, MasterWeight) else w, tree)

@@ -174,7 +174,9 @@ class WrappedWeight:
         """The packed weight inside."""
         raise NotImplementedError
 
-    def linear(self, x: jax.Array, bias: jax.Array | None, **options: Any) -> jax.Array:
+    def linear(
+        self, x: jax.Array, bias: jax.Array | None, *, implementation: str | None = None, out_dtype: Any = None, reduce_axis: Any = None
+    ) -> jax.Array:
         """The product; arguments and result are those of `slidejax.linear`."""
         raise NotImplementedError
 

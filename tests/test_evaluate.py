@@ -53,6 +53,7 @@ def test_against_numpy(tiny_config, tiny_params, tiny_llama, batch):
     assert got.tokens == 74
     assert got.perplexity == pytest.approx(math.exp(-log_p[np.arange(74), target].mean()), rel=1e-5)
     assert got.next_token_accuracy == pytest.approx((log_p.argmax(-1) == target).mean())
+    np.testing.assert_allclose(got.losses, -log_p[np.arange(74), target], rtol=1e-4, atol=1e-5)
     assert got.agreement.top1 == pytest.approx((log_p.argmax(-1) == log_q.argmax(-1)).mean())
     assert got.agreement.kl == pytest.approx((np.exp(log_q) * (log_q - log_p)).sum(-1).mean(), rel=1e-4)
     assert seen[-1] == (74, 74) and [s[0] for s in seen] == sorted(s[0] for s in seen)
@@ -90,3 +91,12 @@ def test_texts_are_disjoint_and_long_enough():
     assert min(len(held_out), len(calibration)) > 100_000
     paragraphs = [{" ".join(p.split()) for p in t.split("\n\n")} for t in (held_out, calibration)]
     assert not paragraphs[0] & paragraphs[1]
+
+
+def test_nothing_of_the_evaluation_text_is_trained_on():
+    training, held_out = texts.training(0.02), texts.evaluation()
+    assert texts.overlaps(training, held_out) == 0  # not even eight words in a row
+    assert texts.overlaps(texts.calibration(), held_out) > 0  # so the test can fail
+    assert len(texts.training(0)) > 100_000 and len(training) > len(texts.training(0))
+    with pytest.raises(ValueError, match="share"):
+        texts.training(2)

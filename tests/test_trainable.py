@@ -5,6 +5,9 @@ import optax
 import pytest
 
 import slidejax as sj
+from slidejax import trainable
+from slidejax.ops.lift_quantize import quantize_rows
+from slidejax.weight import kept_values, to_groups
 
 
 def params(dtype=None):
@@ -56,3 +59,60 @@ def test_combining_what_does_not_belong_together():
         sj.combine(train, train)
     with pytest.raises(ValueError, match=r"structure|keys|Mismatch"):
         sj.combine(train, {"b": rest})
+
+
+def test_only_what_is_selected_is_trained():
+    tree = params()
+    train, rest = sj.partition(tree, r"a/kernel/values")
+    assert train["a"]["bias"] is None and train["a"]["kernel"].values is not None
+    assert sj.partition(tree, lambda path: path.endswith("bias"))[0]["a"]["kernel"].values is None
+    jax.tree.map(np.testing.assert_array_equal, sj.combine(train, rest), tree)
+    with pytest.raises(ValueError, match=r"selects none.*a/bias"):
+        sj.partition(tree, "b/.*")
+    with pytest.raises(ValueError, match="regular expression"):
+        sj.partition(tree, "(")
+
+
+# --- master weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("qdtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
+def test_a_master_computes_what_its_deployed_form_computes(qdtype, x_dtype):
+    w = params(qdtype)["a"]["kernel"]
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 40)), x_dtype)
+    master = trainable.masters(w)
+    deployed = trainable.deploy(master)
+    np.testing.assert_array_equal(deployed.values, w.values)  # as it started: the same codes on the same mask
+    np.testing.assert_array_equal(deployed.zeros, w.zeros)
+    run = jax.jit(sj.linear)
+    np.testing.assert_array_equal(run(x, master, jnp.ones(6)), run(x, deployed, jnp.ones(6)))
+    moved = trainable.masters(params())["a"]["kernel"]
+    assert isinstance(moved, sj.SlideWeight)  # without a dtype it stays unquantised
+    moved = trainable.masters(params(), qdtype)["a"]["kernel"]
+    np.testing.assert_array_equal(run(x, moved), run(x, sj.quantize(params()["a"]["kernel"], qdtype)))
+
+
+@pytest.mark.parametrize("qdtype", ["int8", "float8_e4m3fn"])
+def test_the_gradient_of_a_master_is_straight_through(qdtype):
+    master = trainable.masters(params(), qdtype)["a"]["kernel"]
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((7, 40)), jnp.float32)
+    bias = jnp.ones(6)
+    train, rest = sj.partition(master)
+    got = jax.grad(lambda t, x, b: (sj.linear(x, sj.combine(t, rest), b) ** 2).sum(), (0, 1, 2))(train, x, bias)
+    codes, scale = quantize_rows(x, np.dtype(qdtype))
+    kernel = sj.unpack(trainable.deploy(master))
+    expected = jax.grad(lambda k, x, b: ((x @ k + b) ** 2).sum(), (0, 1, 2))(kernel, codes.astype(jnp.float32) * scale, bias)
+    kept = kept_values(to_groups(expected[0], master.pattern), master.zeros)
+    np.testing.assert_allclose(got[0].values, kept, rtol=1e-5, atol=1e-5 * np.abs(kept).max())
+    np.testing.assert_allclose(got[1], expected[1], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(got[2], expected[2], rtol=1e-5, atol=1e-4)
+
+
+def test_masters_refuse():
+    with pytest.raises(ValueError, match="int8 already, not to float8"):
+        trainable.masters(params("int8"), "float8_e4m3fn")
+    with pytest.raises(ValueError, match="qdtype must be int8 or"):
+        trainable.masters(params(), "float32")
+    with pytest.raises(NotImplementedError, match="whole of K"):
+        sj.linear(jnp.ones((1, 40)), trainable.masters(params("int8")["a"]["kernel"]), reduce_axis="k")

@@ -36,7 +36,7 @@ def kl_divergence(student: jax.Array, teacher: jax.Array, temperature: float = 1
 
 
 def distillation_loss(model: Any, teacher: Any, *, temperature: float = 1.0, hidden: float = 0.0) -> Callable[..., jax.Array]:
-    """The loss of a Hugging Face Flax language model against its dense original, for `slidejax.train.loop.fit`.
+    """The loss of a Hugging Face Flax language model against its dense original, for `slidejax.train.fit`.
 
     Args:
       model: the student, a converted model.

@@ -47,13 +47,13 @@ def recover(
       model: a converted Hugging Face Flax language model (`slidejax.huggingface.convert`), 8-bit or float-packed.
       teacher: the dense model.
       tokens: token ids to train on, one long text `[n]` or rows `[rows, length]`; labels are not needed.
-      steps, minutes: how long, one of the two (`slidejax.train.loop.fit`); with `steps` the result is the same each time.
+      steps, minutes: how long, one of the two (`slidejax.train.fit`); with `steps` the result is the same each time.
       qdtype: int8 or float8_e4m3fn, to quantise a float-packed model in the course of it; None: as it is.
       window: tokens in a row.
       batch: rows in a step; None: 32 on a GPU, 8 elsewhere, and no more than there are.
       accumulate: parts of a batch that are run one after the other: less memory.
-      learning_rate, warmup: of Adam (`slidejax.train.loop.fit`).
-      temperature, hidden: of the loss (`slidejax.train.distill.distillation_loss`).
+      learning_rate, warmup: of Adam (`slidejax.train.fit`).
+      temperature, hidden: of the loss (`slidejax.train.distillation_loss`).
       trained: which parameters (`slidejax.partition`): all but embeddings and the output head.
       seed: of the order of the rows.
       checkpoint, every: a directory for the state, saved after so many steps; a run that it holds goes on.

@@ -1,0 +1,70 @@
+"""`slidejax eval` of several models: the table, the JSON, the picture."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+
+from slidejax import cli, comparison
+from slidejax.checkpoint.huggingface import write_pretrained
+
+TEXT = "The moon is the only natural satellite of the Earth. It turns once while it goes round. " * 2
+
+
+@pytest.fixture
+def files(tmp_path, tiny_llama, tiny_tokenizer):
+    """A text, a dense model and a converted one."""
+    write_pretrained(tmp_path / "dense", tiny_llama, tiny_tokenizer)
+    assert cli.main(["convert", str(tmp_path / "dense"), str(tmp_path / "out"), "--pattern", "6:8"]) == 0
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def run(capsys, *args):
+    capsys.readouterr()
+    status = cli.main([str(a) for a in args])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_side_by_side(capsys, files):
+    dense, out, text = files / "dense", files / "out", files / "text.txt"
+    options = ["--text", text, "--window", 64, "--against", dense]
+    status, said, _ = run(capsys, "eval", dense, out, *options, "--json", "--plot", files / "picture.png")
+    both = json.loads(said)
+    assert status == 0 and [row["pattern"] for row in both] == ["dense", "6:8"]
+    _, said, _ = run(capsys, "eval", out, *options, "--json")
+    assert json.loads(said) == both[1]
+    assert both[0]["top1_agreement"] == 1 and both[0]["kl"] < 1e-6 < both[1]["kl"]
+    assert (files / "picture.png").read_bytes().startswith(b"\x89PNG")
+    _, said, _ = run(capsys, "eval", dense, out, *options)
+    ratio = both[1]["perplexity"] / both[0]["perplexity"]
+    assert f"{ratio:.4f}" in said and "1.0000" in said and f"{both[1]['perplexity']:.3f}" in said
+
+
+def test_the_picture_of_one_model(capsys, files):
+    pytest.importorskip("matplotlib")
+    assert run(capsys, "eval", files / "dense", "--text", files / "text.txt", "--plot", files / "one.svg")[0] == 0
+    assert "<svg" in (files / "one.svg").read_text()
+    status, _, err = run(capsys, "eval", files / "dense", "--text", files / "text.txt", "--plot", files / "one.bad")
+    assert status == 1 and "bad" in err
+
+
+def test_other_tokenizers_are_refused(capsys, files, tiny_llama, tiny_tokenizer):
+    import copy
+
+    other = copy.deepcopy(tiny_tokenizer)
+    other.add_tokens(["moon"])
+    write_pretrained(files / "other", tiny_llama, other)
+    status, _, err = run(capsys, "eval", files / "dense", files / "other", "--text", files / "text.txt")
+    assert status == 1 and "another tokenizer" in err
+
+
+def test_losses_by_position():
+    losses = np.arange(20, dtype=np.float32) % 8  # the loss is the position
+    centres, means = comparison._by_position(losses, 8)
+    np.testing.assert_allclose(centres, means + 1)
+    assert centres[0] == 1 and centres[-1] <= 8

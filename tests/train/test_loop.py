@@ -1,0 +1,131 @@
+"""The training loop on one layer: masks, 8-bit rounding, resuming, accumulation, schedule, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import slidejax as sj
+from slidejax.train.loop import Shuffled, fit
+
+ROWS = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+TARGET = np.random.default_rng(1).standard_normal((32, 8)).astype(np.float32)
+
+
+def loss(params, x):
+    y = sj.linear(x.astype(params["bias"].dtype), params["kernel"], params["bias"])
+    return jnp.mean((y - x @ TARGET) ** 2)
+
+
+def params(dtype="int8", bias="float32"):
+    return {"kernel": sj.pack(jnp.asarray(TARGET + 0.5), "6:8", dtype=dtype), "bias": jnp.zeros(8, bias)}
+
+
+def run(steps=30, tree=None, **options):
+    return fit(loss, params() if tree is None else tree, Shuffled(ROWS, 16), steps=steps, learning_rate=2e-2, warmup=3, **options)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize(("dtype", "qdtype"), [("int8", None), ("float8_e4m3fn", None), ("float32", "int8"), ("float32", None)])
+def test_it_learns_on_the_mask(dtype, qdtype):
+    fitted = run(60, params(dtype), qdtype=qdtype)
+    assert fitted.losses.shape == (60,) and fitted.losses[-5:].mean() < 0.5 * fitted.losses[:5].mean()
+    assert fitted.params["kernel"].dtype == (qdtype or dtype)
+    np.testing.assert_array_equal(fitted.params["kernel"].zeros, params()["kernel"].zeros)
+    assert (np.asarray(fitted.params["bias"]) != 0).any()
+
+
+def test_what_is_returned_is_what_the_training_saw():
+    """One more step would start from the loss that the returned 8-bit weight has."""
+    whole, part = run(9, every=100), run(9, trained="kernel/values")
+    batch = Shuffled(ROWS, 16)
+    seen = fit(loss, whole.params, batch, steps=1, learning_rate=1e-9, optimizer=optax.sgd(0.0)).losses[0]
+    assert seen == np.float32(jax.jit(loss)(whole.params, batch(0)))
+    np.testing.assert_array_equal(part.params["bias"], 0)
+
+
+def test_floating_leaves_keep_their_dtype():
+    fitted = run(5, params(bias="bfloat16"))
+    assert fitted.params["bias"].dtype == jnp.bfloat16
+
+
+def test_the_same_run_twice_is_the_same():
+    a, b = run(12), run(12)
+    same(a.params, b.params)
+    np.testing.assert_array_equal(a.losses, b.losses)
+
+
+@pytest.mark.parametrize("stop", [4, 7])
+def test_resumed_equals_uninterrupted(tmp_path, stop):
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(step, total, value):
+        assert total == 12
+        if step == stop + 1:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(12, checkpoint=tmp_path / "state", every=stop, progress=interrupt)
+    seen = []
+    resumed = run(12, checkpoint=tmp_path / "state", every=stop, progress=lambda step, total, value: seen.append(step))
+    assert seen == list(range(stop + 1, 13))
+    whole = run(12)
+    same(resumed.params, whole.params)
+    np.testing.assert_array_equal(resumed.losses, whole.losses)
+    again = run(12, checkpoint=tmp_path / "state", every=stop)  # a run that is done stays as it is
+    same(again.params, whole.params)
+    with pytest.raises(ValueError, match="other parameters or settings"):
+        run(13, checkpoint=tmp_path / "state")
+
+
+def test_accumulation_averages():
+    parts, whole = run(6, accumulate=4), run(6)
+    np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-3)
+    with pytest.raises(ValueError, match="accumulate=3 does not divide a batch of 16"):
+        run(2, accumulate=3)
+
+
+def test_an_optimizer_of_ones_own():
+    fitted = run(3, optimizer=optax.sgd(0.0))
+    same(fitted.params, run(1, optimizer=optax.sgd(0.0)).params)
+
+
+def test_minutes_become_steps():
+    totals = []
+    fitted = fit(loss, params(), Shuffled(ROWS, 16), minutes=0.01, progress=lambda step, total, value: totals.append(total))
+    assert totals[0] is None and totals[-1] == fitted.steps == len(fitted.losses)
+    assert fitted.seconds < 30
+
+
+def test_every_row_is_seen_once_an_epoch():
+    batches = Shuffled(np.arange(10), 3, seed=5)
+    epochs = [np.concatenate([batches(e * 3 + i) for i in range(3)]) for e in range(3)]
+    assert all(len(set(e.tolist())) == 9 for e in epochs)
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": None}, "either steps or minutes"),
+        ({"minutes": 1}, "either steps or minutes"),
+        ({"steps": 0}, "steps must be positive"),
+        ({"accumulate": 0}, "accumulate must be positive"),
+        ({"trained": "nothing"}, "selects none"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+    with pytest.raises(ValueError, match="size must be in"):
+        Shuffled(ROWS, 65)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    with pytest.raises(ValueError, match="the loss is nan at step"):
+        fit(lambda p, x: loss(p, x) * jnp.nan, params(), Shuffled(ROWS, 16), steps=3)

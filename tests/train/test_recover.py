@@ -1,0 +1,86 @@
+"""Recovery of a tiny pruned Llama from its dense original."""
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+
+import slidejax as sj
+from slidejax.evaluate import evaluate
+from slidejax.train import distill
+
+WINDOW = 32
+
+
+@pytest.fixture(scope="module")
+def written(tiny_config, tiny_params):
+    """The dense model's own text, to train on and to evaluate on."""
+    from slidejax.checkpoint.huggingface import build
+
+    dense = build(tiny_config, tiny_params)
+    prompts = np.random.default_rng(0).integers(0, 256, (104, 1))
+    rows = distill.sample(dense, prompts, WINDOW + 1, batch=52, seed=3)
+    return dense, rows[:96, :WINDOW], rows[96:].ravel()
+
+
+@pytest.mark.parametrize(("qdtype", "hidden"), [("int8", 0.0), (None, 0.5)])
+def test_recovery_lowers_the_divergence(written, qdtype, hidden):
+    dense, rows, held_out = written
+    sparse = sj.huggingface.convert(dense, sj.Rule("4:6", qdtype))
+    before = jax.tree.map(np.array, sparse.params)
+    recovered, fitted = sj.recover(sparse, dense, rows, steps=40, batch=16, window=WINDOW, learning_rate=3e-3, warmup=5, hidden=hidden)
+    start, end = (evaluate(m, held_out, window=WINDOW, reference=dense).agreement.kl for m in (sparse, recovered))
+    assert end < 0.85 * start and fitted.steps == 40
+    jax.tree.map(np.testing.assert_array_equal, sparse.params, before)  # the input stays as it is
+    kernels = [m.params["model"]["layers"]["1"]["mlp"]["up_proj"]["kernel"] for m in (sparse, recovered)]
+    assert kernels[0].dtype == kernels[1].dtype and (kernels[0].zeros == kernels[1].zeros).all()
+    assert not np.array_equal(kernels[0].values, kernels[1].values)
+    np.testing.assert_array_equal(recovered.params["model"]["embed_tokens"]["embedding"], dense.params["model"]["embed_tokens"]["embedding"])
+
+
+def test_a_float_packed_model_comes_out_quantised(written):
+    dense, rows, _ = written
+    sparse = sj.huggingface.convert(dense, sj.Rule("6:8", None))
+    recovered, _ = sj.recover(sparse, dense, rows, steps=2, batch=4, window=WINDOW, qdtype="int8")
+    kernel = recovered.params["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"]
+    assert kernel.dtype == np.int8
+    # what comes out is what the last step left: its loss on a batch is the one that training would go on from
+    ids = rows[:4]
+    loss = distill.kl_divergence(recovered(ids).logits, dense(ids).logits)
+    _, more = sj.recover(recovered, dense, ids, steps=1, batch=4, window=WINDOW, learning_rate=1e-12)
+    assert more.losses[0] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_the_divergence_against_numpy():
+    random = np.random.default_rng(0)
+    a, b = random.standard_normal((2, 3, 7)), random.standard_normal((2, 3, 7))
+    p, q = (np.exp(x / 2) / np.exp(x / 2).sum(-1, keepdims=True) for x in (b, a))
+    expected = 4 * (p * np.log(p / q)).sum(-1).mean()
+    assert float(distill.kl_divergence(a, b, temperature=2.0)) == pytest.approx(expected, rel=1e-5)
+    assert float(distill.kl_divergence(a, a)) == pytest.approx(0, abs=1e-6)
+
+
+def test_sampled_text_is_the_models(written):
+    dense = written[0]
+    prompts = np.array([[5, 6], [7, 8], [9, 10]])
+    rows = distill.sample(dense, prompts, 12, batch=2, seed=1)
+    assert rows.shape == (3, 12) and (rows[:, :2] == prompts).all() and rows.max() < 259
+    np.testing.assert_array_equal(rows, distill.sample(dense, prompts, 12, batch=2, seed=1))
+    assert not np.array_equal(rows, distill.sample(dense, prompts, 12, batch=2, seed=2))
+    cold = distill.sample(dense, prompts, 12, temperature=1e-4)
+    greedy = dense.generate(prompts, max_length=12, do_sample=False, eos_token_id=259, pad_token_id=0).sequences
+    np.testing.assert_array_equal(cold, greedy)
+
+
+def test_bad_input(written, tiny_config):
+    dense, rows, _ = written
+    sparse = sj.huggingface.convert(dense, "6:8")
+    with pytest.raises(ValueError, match="model is dense"):
+        sj.recover(dense, dense, rows, steps=1)
+    with pytest.raises(ValueError, match=r"0\.\.258"):
+        sj.recover(sparse, dense, rows + 200, steps=1, window=8)
+    with pytest.raises(ValueError, match="fill no row"):
+        sj.recover(sparse, dense, [1, 2, 3], steps=1)
+    with pytest.raises(ValueError, match="prompt <"):
+        distill.sample(dense, rows, 4)
