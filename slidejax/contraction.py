@@ -200,7 +200,7 @@ def promote_packed(promote: Callable[..., Any], x, w: SlideWeight | WrappedWeigh
     """
     values = w.values if isinstance(w, SlideWeight) and not numerics.is_quantized(w.dtype) else None
     x, values, bias = promote(x, values, bias)
-    if values is not None and values.dtype != w.values.dtype:
+    if isinstance(w, SlideWeight) and values is not None and values.dtype != w.dtype:
         w = w.replace(values=values, prepared={})
     return x, w, bias
 

@@ -206,8 +206,9 @@ class SlideDense(nn.Module):
             if not isinstance(w, _PACKED):
                 raise ValueError(f"{path} is a dense array of shape {jnp.shape(w)}; SlideDense takes a SlideWeight (slidejax.linen.convert)")
             w.check(path)
-            if w.pattern != rule.pattern or w.out_features != self.features or not (w.is_k_shard or w.shape[-2:] == shape):
-                raise ValueError(f"{path} is a {w.pattern} weight of shape {w.shape}; expected {rule.pattern} of shape {shape}")
+            pattern = w.weight.pattern if isinstance(w, WrappedWeight) else w.pattern
+            if pattern != rule.pattern or w.out_features != self.features or not (w.is_k_shard or w.shape[-2:] == shape):
+                raise ValueError(f"{path} is a {pattern} weight of shape {w.shape}; expected {rule.pattern} of shape {shape}")
         if w is None or not w.is_k_shard:
             w = self.param("kernel", functools.partial(_init_kernel, self.kernel_init, rule), shape, self.param_dtype)
         if self.use_bias:
