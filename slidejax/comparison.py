@@ -121,10 +121,10 @@ def table(rows: Sequence[Compared], reference: str | None) -> Any:
 def plot(rows: Sequence[Compared], path: str | os.PathLike[str], window: int) -> None:
     """Two pictures in one file: where in a window models lose, and how many tokens suffer by how much.
 
-    Left, the mean loss against the position in the window: a model that forgets its context flattens early. Right, for
-    every model but the first the share of tokens whose loss rose by more than so many nats against the first model's: a
-    perplexity that is a little worse everywhere and one that is far worse on a few tokens look alike in a table, not here.
-    With one model, the share of tokens whose loss is more than so many nats.
+    Both show how much more than the first model the others lose (one model alone: what it loses). Left, the mean against
+    the position in the window: models that lose their first tokens, or forget a long context. Right, the share of tokens
+    that lose more than so many nats: a perplexity that is a little worse everywhere and one that is far worse on a few
+    tokens look alike in a table, not here.
 
     Args:
       rows: from `compare`.
@@ -143,25 +143,28 @@ def plot(rows: Sequence[Compared], path: str | os.PathLike[str], window: int) ->
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    for row in rows:
-        centres, means = _by_position(row.result.losses, window)
-        left.plot(centres, means, marker="o", label=f"{row.name} ({row.pattern}): {row.result.perplexity:.2f}")
-    left.set(xlabel="position in the window", ylabel="mean loss, nats", title="loss by length of the context", xscale="log")
-    left.legend(title="perplexity")
-    base = rows[0].result.losses if len(rows) > 1 else 0.0
-    for row in rows[1:] or rows:
-        rise = np.sort(row.result.losses - base)[::-1]
-        share = np.arange(1, len(rise) + 1) / len(rise)
-        right.plot(rise, 100 * share, label=row.name)
-    right.set(xlabel="nats" if len(rows) == 1 else f"nats more than {rows[0].name}", ylabel="tokens above, %")
-    right.set(title="loss of a token" if len(rows) == 1 else "rise of a token's loss")
-    if len(rows) > 1:
+    alone = len(rows) == 1
+    base = 0.0 if alone else rows[0].result.losses
+    more = "nats" if alone else f"nats more than {_short(rows[0].name)}"
+    for row in rows if alone else rows[1:]:
+        lost = row.result.losses - base
+        label = f"{_short(row.name)} ({row.pattern}): {row.result.perplexity:.2f}"
+        left.plot(*_by_position(lost, window), marker="o", label=label)
+        right.plot(np.sort(lost)[::-1], 100 * np.arange(1, len(lost) + 1) / len(lost), label=label)
+    left.set(xlabel="position in the window", ylabel=f"mean loss, {more}", title="loss by length of the context", xscale="log")
+    right.set(xlabel=more, ylabel="tokens above, %", title="loss of a token")
+    if not alone:
+        left.axhline(0, color="0.7", linewidth=1)
         right.axvline(0, color="0.7", linewidth=1)
         right.set_xlim(-2, 2)
-    right.legend()
+    right.legend(title="perplexity" if alone else f"perplexity ({_short(rows[0].name)}: {rows[0].result.perplexity:.2f})")
     for axes in (left, right):
         axes.grid(color="0.9")
     figure.savefig(path, dpi=150)
+
+
+def _short(name: str) -> str:
+    return os.path.basename(name.rstrip("/")) or name
 
 
 def _by_position(losses: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
