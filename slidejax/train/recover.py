@@ -31,10 +31,10 @@ def recover(
     window: int = 512,
     batch: int | None = None,
     accumulate: int = 1,
-    learning_rate: float = 3e-4,
+    learning_rate: float = 2e-4,
     warmup: int = 20,
     temperature: float = 1.0,
-    hidden: float = 0.0,
+    hidden: float = 1.0,
     trained: Selection = HIDDEN,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -53,7 +53,8 @@ def recover(
       batch: rows in a step; None: 32 on a GPU, 8 elsewhere, and no more than there are.
       accumulate: parts of a batch that are run one after the other: less memory.
       learning_rate, warmup: of Adam (`slidejax.train.fit`).
-      temperature, hidden: of the loss (`slidejax.train.distillation_loss`).
+      temperature, hidden: of the loss (`slidejax.train.distillation_loss`); with few tokens a step the hidden states' part
+        has the quieter gradient.
       trained: which parameters (`slidejax.partition`): all but embeddings and the output head.
       seed: of the order of the rows.
       checkpoint, every: a directory for the state, saved after so many steps; a run that it holds goes on.

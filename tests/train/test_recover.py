@@ -42,13 +42,13 @@ def test_recovery_lowers_the_divergence(written, qdtype, hidden):
 def test_a_float_packed_model_comes_out_quantised(written):
     dense, rows, _ = written
     sparse = sj.huggingface.convert(dense, sj.Rule("6:8", None))
-    recovered, _ = sj.recover(sparse, dense, rows, steps=2, batch=4, window=WINDOW, qdtype="int8")
+    recovered, _ = sj.recover(sparse, dense, rows, steps=2, batch=4, window=WINDOW, qdtype="int8", hidden=0.0)
     kernel = recovered.params["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"]
     assert kernel.dtype == np.int8
     # what comes out is what the last step left: its loss on a batch is the one that training would go on from
     ids = rows[:4]
     loss = distill.kl_divergence(recovered(ids).logits, dense(ids).logits)
-    _, more = sj.recover(recovered, dense, ids, steps=1, batch=4, window=WINDOW, learning_rate=1e-12)
+    _, more = sj.recover(recovered, dense, ids, steps=1, batch=4, window=WINDOW, learning_rate=1e-12, hidden=0.0)
     assert more.losses[0] == pytest.approx(float(loss), rel=1e-4)
 
 
