@@ -10,6 +10,8 @@ const XLA_FFI_TypeInfo* slidejax_cusparselt_state_info();
 
 extern "C" {
 XLA_FFI_Error* slidejax_lift_quantize(XLA_FFI_CallFrame*);
+XLA_FFI_Error* slidejax_lift_quantize_fused(XLA_FFI_CallFrame*);
+XLA_FFI_Error* slidejax_memcpy(XLA_FFI_CallFrame*);
 XLA_FFI_Error* slidejax_cusparselt_compress(XLA_FFI_CallFrame*);
 XLA_FFI_Error* slidejax_cusparselt_instantiate(XLA_FFI_CallFrame*);
 XLA_FFI_Error* slidejax_cusparselt_initialize(XLA_FFI_CallFrame*);

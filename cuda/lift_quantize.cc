@@ -1,5 +1,12 @@
-// FFI target slidejax_lift_quantize: x [M, K], absmax f32 [M] or [0] -> lifted [M, K'], scale f32 [M]; attribute group.
+// FFI targets of the lift.
+//
+//   slidejax_lift_quantize: x [M, K], absmax f32 [M] or [0] -> lifted [M, K'], scale f32 [M]; attribute group
+//   slidejax_lift_quantize_fused: x [M, K], up [M, K] or [0], weight f32 [K] or [0], bias f32 [K] or [0]
+//       -> lifted [M, K'] in 8 bits, scale f32 [M]; attributes group, prologue, activation (lift_quantize.h's enums), eps
+//   slidejax_memcpy: x -> a copy, by the driver; what `slidejax bench` holds the lift against
 #include "lift_quantize.h"
+
+#include <algorithm>
 
 #include "ffi_util.h"
 #include "handlers.h"
@@ -7,40 +14,101 @@
 namespace slidejax {
 namespace {
 
+template <typename Buffer>
+int64_t Count(const Buffer& buffer) {
+  return static_cast<int64_t>(buffer.element_count());
+}
+
+// Fills in what both targets have; returns what is wrong with it, or "".
+std::string CheckShapes(const ffi::AnyBuffer& x, const ffi::AnyBuffer& lifted, const ffi::Buffer<ffi::F32>& scale, int32_t group,
+                        LiftArgs& args) {
+  const auto x_type = DTypeOf(x.element_type()), lifted_type = DTypeOf(lifted.element_type());
+  if (!x_type || (*x_type != DType::kBF16 && *x_type != DType::kF16 && *x_type != DType::kF32)) {
+    return "x must be bfloat16, float16 or float32";
+  }
+  if (!lifted_type || *lifted_type == DType::kS32) return "lifted must be int8, float8_e4m3fn, bfloat16, float16 or float32";
+  if (group != 0 && (group < 4 || group > 16 || group % 2)) return "group must be 0 or even, 4 to 16";
+  if (x.dimensions().size() != 2 || lifted.dimensions().size() != 2) return "x and lifted must be matrices";
+  const int64_t rows = x.dimensions()[0], columns = x.dimensions()[1], lifted_columns = lifted.dimensions()[1];
+  const int64_t expected = group == 0 ? columns : LiftedColumns(columns, group);
+  if (lifted.dimensions()[0] != rows || (group == 0 ? lifted_columns < expected : lifted_columns != expected)) {
+    return "lifted must be [" + std::to_string(rows) + ", " + std::to_string(expected) + "]";
+  }
+  if (std::max(columns, group == 0 ? lifted_columns : 0) > kMaxColumns) {
+    return "a row has at most " + std::to_string(kMaxColumns) + " columns";
+  }
+  if (Count(scale) != rows) return "scale must have one element for each row";
+  args.x = x.untyped_data(), args.x_type = *x_type;
+  args.lifted = lifted.untyped_data(), args.lifted_type = *lifted_type;
+  args.scale = scale.typed_data();
+  args.rows = rows, args.columns = columns, args.lifted_columns = lifted_columns, args.group = group;
+  return "";
+}
+
+ffi::Error Launch(const char* op, const ffi::AnyBuffer& x, const ffi::AnyBuffer& lifted, const std::string& wrong, const LiftArgs& args,
+                  cudaStream_t stream) {
+  if (!wrong.empty()) {
+    return InvalidArgument(op, wrong + " (x " + Describe(x) + ", lifted " + Describe(lifted) + ", group " +
+                                   std::to_string(args.group) + ")");
+  }
+  return CudaError(std::string(op) + " of x " + Describe(x) + " to " + Describe(lifted), LiftQuantize(args, stream));
+}
+
 ffi::Error LiftQuantizeImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> absmax,
                             ffi::Result<ffi::AnyBuffer> lifted, ffi::ResultBuffer<ffi::F32> scale, int32_t group) {
-  const auto fail = [&](const std::string& message) {
-    return InvalidArgument("lift_quantize", message + " (x " + Describe(x) + ", lifted " + Describe(*lifted) + ", group " +
-                                                std::to_string(group) + ")");
-  };
-  const auto x_type = DTypeOf(x.element_type()), lifted_type = DTypeOf(lifted->element_type());
-  if (!x_type || (*x_type != DType::kBF16 && *x_type != DType::kF16 && *x_type != DType::kF32)) {
-    return fail("x must be bfloat16, float16 or float32");
-  }
-  if (!lifted_type || *lifted_type == DType::kS32) return fail("lifted must be int8, float8_e4m3fn, bfloat16, float16 or float32");
-  if (group != 0 && (group < 4 || group > 16 || group % 2)) return fail("group must be 0 or even, 4 to 16");
-  if (x.dimensions().size() != 2 || lifted->dimensions().size() != 2) return fail("x and lifted must be matrices");
-  const int64_t rows = x.dimensions()[0], columns = x.dimensions()[1], lifted_columns = lifted->dimensions()[1];
-  if (columns > kMaxColumns) return fail("a row has at most " + std::to_string(kMaxColumns) + " columns");
-  const int64_t expected = group == 0 ? columns : LiftedColumns(columns, group);
-  if (lifted->dimensions()[0] != rows || (group == 0 ? lifted_columns < expected : lifted_columns != expected)) {
-    return fail("lifted must be [" + std::to_string(rows) + ", " + std::to_string(expected) + "]");
-  }
-  if (group == 0 && lifted_columns > kMaxColumns) return fail("a row has at most " + std::to_string(kMaxColumns) + " columns");
-  const int64_t given = static_cast<int64_t>(absmax.element_count());
-  if (given != 0 && given != rows) return fail("absmax must have one element for each row, or none");
-  if (static_cast<int64_t>(scale->element_count()) != rows) return fail("scale must have one element for each row");
   LiftArgs args = {};
-  args.x = x.untyped_data(), args.x_type = *x_type;
-  args.absmax = given != 0 ? absmax.typed_data() : nullptr;
-  args.lifted = lifted->untyped_data(), args.lifted_type = *lifted_type;
-  args.scale = scale->typed_data();
-  args.rows = rows, args.columns = columns, args.lifted_columns = lifted_columns, args.group = group;
-  return CudaError("lift_quantize of x " + Describe(x) + " to " + Describe(*lifted), LiftQuantize(args, stream));
+  args.group = group;
+  std::string wrong = CheckShapes(x, *lifted, *scale, group, args);
+  if (wrong.empty() && Count(absmax) != 0) {
+    args.absmax = absmax.typed_data();
+    if (Count(absmax) != args.rows) wrong = "absmax must have one element for each row, or none";
+  }
+  return Launch("lift_quantize", x, *lifted, wrong, args, stream);
+}
+
+ffi::Error FusedImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer up, ffi::Buffer<ffi::F32> weight,
+                     ffi::Buffer<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> lifted, ffi::ResultBuffer<ffi::F32> scale, int32_t group,
+                     int32_t prologue, int32_t activation, float eps) {
+  LiftArgs args = {};
+  args.group = group, args.prologue = static_cast<PrologueKind>(prologue), args.activation = static_cast<Activation>(activation);
+  args.eps = eps;
+  const bool norm = args.prologue == PrologueKind::kRmsNorm || args.prologue == PrologueKind::kLayerNorm;
+  std::string wrong = CheckShapes(x, *lifted, *scale, group, args);
+  if (!wrong.empty()) {
+  } else if (prologue < 1 || prologue > static_cast<int>(PrologueKind::kGlu)) {
+    wrong = "prologue must be 1 to 4";
+  } else if (activation < 0 || activation > static_cast<int>(Activation::kRelu)) {
+    wrong = "activation must be 0 to 3";
+  } else if (Bytes(args.lifted_type) != 1) {
+    wrong = "lifted must be int8 or float8_e4m3fn";
+  } else if (args.prologue == PrologueKind::kGlu && (up.element_type() != x.element_type() || Count(up) != Count(x))) {
+    wrong = "up must be like x, not " + Describe(up);
+  } else if (norm && Count(weight) != args.columns) {
+    wrong = "weight must have one element for each column";
+  } else if (Count(bias) != 0 && Count(bias) != args.columns) {
+    wrong = "bias must have one element for each column, or none";
+  }
+  if (args.prologue == PrologueKind::kGlu) args.up = up.untyped_data();
+  if (norm) args.weight = weight.typed_data();
+  if (Count(bias) != 0) args.bias = bias.typed_data();
+  return Launch("lift_quantize_fused", x, *lifted, wrong, args, stream);
+}
+
+ffi::Error MemcpyImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
+  if (x.size_bytes() != y->size_bytes()) return InvalidArgument("memcpy", "x and y must have as many bytes");
+  return CudaError("memcpy of " + Describe(x),
+                   cudaMemcpyAsync(y->untyped_data(), x.untyped_data(), x.size_bytes(), cudaMemcpyDeviceToDevice, stream));
 }
 
 }  // namespace
 }  // namespace slidejax
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_memcpy, slidejax::MemcpyImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>(),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_lift_quantize, slidejax::LiftQuantizeImpl,
                               xla::ffi::Ffi::Bind()
@@ -50,4 +118,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_lift_quantize, slidejax::LiftQuantizeImpl
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<int32_t>("group"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_lift_quantize_fused, slidejax::FusedImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int32_t>("group")
+                                  .Attr<int32_t>("prologue")
+                                  .Attr<int32_t>("activation")
+                                  .Attr<float>("eps"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -10,6 +10,10 @@
 
 namespace slidejax {
 
+// What is computed on x before it is quantised; the numbers are those of the attributes in slidejax/ops/ffi.py.
+enum class PrologueKind : int { kNone = 0, kRmsNorm = 1, kLayerNorm = 2, kActivation = 3, kGlu = 4 };
+enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+
 struct LiftArgs {
   const void* x;          // [rows, columns], row-major, 16-byte aligned base
   DType x_type;           // bfloat16, float16 or float32
@@ -21,6 +25,13 @@ struct LiftArgs {
   int64_t columns;
   int64_t lifted_columns;
   int group;              // 2N in 4..16; 0: quantise only, columns copied and zero-padded to lifted_columns
+  // A prologue other than kNone needs an 8-bit lifted_type and no absmax.
+  PrologueKind prologue;
+  Activation activation;  // of kActivation and kGlu
+  const void* up;         // kGlu: like x
+  const float* weight;    // norms: [columns], 16-byte aligned
+  const float* bias;      // kLayerNorm: [columns], 16-byte aligned, or nullptr
+  float eps;              // norms
 };
 
 // Columns that lifting `columns` columns gives: whole blocks of 8 groups, four for each of a group's N-1 windows.
@@ -31,8 +42,11 @@ inline int64_t LiftedColumns(int64_t columns, int group) {
 
 // Largest number of columns that the kernel's 32-bit arithmetic within a row takes.
 inline constexpr int64_t kMaxColumns = int64_t{1} << 26;
+// Bytes of a row of x (of x and up together) with which a prologue runs on every GPU.
+inline constexpr int64_t kMaxFusedBytes = 64 * 1024;
 
-// Launches the kernel on `stream`. The caller has checked shapes and dtypes. Allocates nothing; returns the launch status.
+// Launches the kernel on `stream`. The caller has checked shapes and dtypes. Allocates nothing; returns the launch status:
+// cudaErrorInvalidConfiguration where a prologue's row does not fit in shared memory (kMaxFusedBytes is what every GPU takes).
 cudaError_t LiftQuantize(const LiftArgs& args, cudaStream_t stream);
 
 }  // namespace slidejax

@@ -21,6 +21,8 @@ nb::capsule Capsule(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) { return nb::
 nb::dict Registrations() {
   nb::dict targets, matmul;
   targets["slidejax_lift_quantize"] = Capsule(slidejax_lift_quantize);
+  targets["slidejax_lift_quantize_fused"] = Capsule(slidejax_lift_quantize_fused);
+  targets["slidejax_memcpy"] = Capsule(slidejax_memcpy);
   targets["slidejax_cusparselt_compress"] = Capsule(slidejax_cusparselt_compress);
   matmul["instantiate"] = Capsule(slidejax_cusparselt_instantiate);
   matmul["initialize"] = Capsule(slidejax_cusparselt_initialize);

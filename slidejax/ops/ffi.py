@@ -24,6 +24,7 @@ from slidejax.files import write_json
 from slidejax.numerics import is_quantized
 
 if TYPE_CHECKING:
+    from slidejax.ops.prologue import Prologue
     from slidejax.weight import SlideWeight
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "hopper_metadata",
     "hopper_metadata_call",
     "lift_quantize_call",
+    "lift_quantize_fused_call",
+    "memcpy_call",
     "missing",
     "register",
 ]
@@ -190,6 +193,50 @@ def lift_quantize_call(
         jax.ShapeDtypeStruct((rows,), jnp.float32),
     )
     return _call("slidejax_lift_quantize", out_types, x, absmax, group=np.int32(group))
+
+
+# slidejax/ops/prologue.py's names, numbered as in cuda/lift_quantize.h
+_PROLOGUES = {"RMSNorm": 1, "LayerNorm": 2, "Activation": 3, "GLU": 4}
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+# Bytes of a row of x (and up) that fit beside the codes in the shared memory of a block, by the GPU's compute capability (lift_ring.cuh); 64 KB fit everywhere.
+_FUSED_ROW = {"8.0": 130 << 10, "9.0": 190 << 10, "10.0": 190 << 10, "10.3": 190 << 10}
+
+
+def fused(x: jax.Array, dtype, prologue: Prologue | None) -> bool:
+    """Whether the lift kernel computes this prologue itself: for 8-bit results, of rows that fit in shared memory."""
+    if prologue is None or not is_quantized(dtype):
+        return False
+    capability = jax.devices()[0].compute_capability if _on_gpu() else "9.0"
+    row = x.shape[1] * x.dtype.itemsize * (2 if prologue.ROWS else 1)
+    return row <= _FUSED_ROW.get(capability, 64 << 10)
+
+
+def lift_quantize_fused_call(
+    x: jax.Array, prologue: Prologue, *, group: int, lifted_columns: int, dtype
+) -> tuple[jax.Array, jax.Array]:
+    """`lift_quantize_call` of `prologue.apply(x)` for 8-bit `dtype`, in one pass over x."""
+    rows = x.shape[0]
+    out_types = (
+        jax.ShapeDtypeStruct((rows, lifted_columns), dtype),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+    )
+    none = jnp.zeros(0, jnp.float32)
+
+    def parameter(name: str) -> jax.Array:
+        value = getattr(prologue, name, None)
+        return none if value is None else value.astype(jnp.float32)
+
+    up = getattr(prologue, "up", jnp.zeros(0, x.dtype))
+    return _call(
+        "slidejax_lift_quantize_fused", out_types, x, up, parameter("weight"), parameter("bias"), group=np.int32(group),
+        prologue=np.int32(_PROLOGUES[type(prologue).__name__]),
+        activation=np.int32(_ACTIVATIONS[getattr(prologue, "activation", "silu")]), eps=np.float32(getattr(prologue, "eps", 0)),
+    )  # fmt: skip
+
+
+def memcpy_call(x: jax.Array) -> jax.Array:
+    """A copy of x by the driver, the yardstick of `slidejax bench`."""
+    return _call("slidejax_memcpy", jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
 
 def cusparselt_compress_call(values: jax.Array, zeros: jax.Array, *, compressed_bytes: int) -> jax.Array:

@@ -99,15 +99,20 @@ def _shapes(x, *rest, pattern, dtype, inputs):
 
 def _lowering(*operands, platform, pattern, dtype, inputs):
     xs, given = operands[: inputs.count], operands[inputs.count :]
-    x, absmax = inputs.apply(xs), given[0] if given else None
+    x, absmax = xs[0], given[0] if given else None
     if platform == "cuda" and registry.cuda_calls() and math.prod(x.shape):
         from slidejax.ops import ffi
 
         columns = x.shape[1] if pattern is None else pattern.lifted(x.shape[1])
-        largest = jnp.zeros(0, jnp.float32) if absmax is None else absmax[:, 0]
         group = 0 if pattern is None else pattern.group
-        codes, scale = ffi.lift_quantize_call(x, largest, group=group, lifted_columns=columns, dtype=dtype)
+        prologue = inputs.prologue(xs)
+        if absmax is None and ffi.fused(x, dtype, prologue):
+            codes, scale = ffi.lift_quantize_fused_call(x, prologue, group=group, lifted_columns=columns, dtype=dtype)
+        else:
+            largest = jnp.zeros(0, jnp.float32) if absmax is None else absmax[:, 0]
+            codes, scale = ffi.lift_quantize_call(inputs.apply(xs), largest, group=group, lifted_columns=columns, dtype=dtype)
         return codes, scale[:, None]
+    x = inputs.apply(xs)
     if pattern is None:
         return quantize_rows(x, dtype, absmax)
     return _reference(x, absmax, pattern, dtype)

@@ -209,9 +209,12 @@ class Inputs:
 
     def apply(self, xs: Sequence[jax.Array], axes: tuple[str, ...] = ()) -> jax.Array:
         """What is quantised: x, after the prologue if there is one. `axes`: as in `Prologue.apply`."""
-        x, *leaves = xs
-        prologue = jax.tree.unflatten(self.tree, leaves)
-        return x if prologue is None else prologue.apply(x, axes)
+        prologue = self.prologue(xs)
+        return xs[0] if prologue is None else prologue.apply(xs[0], axes)
+
+    def prologue(self, xs: Sequence[jax.Array]) -> Prologue | None:
+        """The prologue whose arrays follow x."""
+        return jax.tree.unflatten(self.tree, xs[1:])
 
     def pull_back(self, xs: Sequence[jax.Array], dy: jax.Array, axes: tuple[str, ...] = ()) -> tuple[jax.Array, ...]:
         """The gradients of the operands from that of what is quantised."""

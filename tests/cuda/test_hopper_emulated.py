@@ -1,4 +1,4 @@
-"""The Hopper kernel run on the CPU, thread by thread, under random schedules: emulator/emulator.h says how.
+"""The Hopper kernel run on the CPU, thread by thread, under random schedules: hopper_on_cpu/emulator.h says how.
 
 Its source is compiled as it is, but for hopper_ptx.cuh and hopper_wgmma.cuh, whose instructions the emulator has its own versions
 of. So layouts, edges, barriers and waits are tested here; what ptxas makes of the kernel, and speed, are not.
@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 SOURCES = Path(__file__).parents[2] / "cuda"
-EMULATOR = Path(__file__).parent / "emulator"
+EMULATOR = Path(__file__).parent / "hopper_on_cpu"
 INPUT = (ml_dtypes.float8_e4m3fn, np.int8)  # in the order of HopperInput, HopperOutput
 OUTPUT = (ml_dtypes.bfloat16, np.float16, np.float32)
 MULTIPROCESSORS = 8

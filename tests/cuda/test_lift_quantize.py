@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import slidejax as sj
 from slidejax.ops import ffi
 
 pytestmark = pytest.mark.gpu
@@ -114,6 +115,26 @@ def test_every_rounding_boundary_of_e4m3():
     middle = (codes[1:] + codes[:-1]) / 2
     row = np.concatenate([codes, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(1e9))])
     check(np.concatenate([row, -row])[None], 8, jnp.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("x_dtype", IN, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("pattern", ["6:8", "4:6"])
+@pytest.mark.parametrize(("rows", "columns"), [(700, 3584), (5, 1001), (3, 18944)])
+def test_prologues_in_the_kernel(rows, columns, pattern, x_dtype, dtype):
+    """Against the same computed by XLA first: a code in a few hundred may round the other way."""
+    rng = np.random.default_rng(0)
+    x, up = (jnp.asarray(rng.standard_normal((rows, columns)) + 0.3, x_dtype) for _ in range(2))
+    weight, bias = (jnp.asarray(1 + rng.standard_normal(columns) / 4, jnp.float32) for _ in range(2))
+    fused = jax.jit(lambda x, p: sj.lift_quantize(x, pattern, dtype, prologue=p))
+    unfused = jax.jit(lambda x, p: sj.lift_quantize(p.apply(x), pattern, dtype))
+    for prologue in (sj.RMSNorm(weight, 1e-5), sj.LayerNorm(weight, bias), sj.Activation("gelu"), sj.GLU(up)):
+        assert "slidejax_lift_quantize_fused" in fused.lower(x, prologue).as_text()
+        (codes, scale), (expected, expected_scale) = fused(x, prologue), unfused(x, prologue)
+        near = np.abs(np.asarray(scale / expected_scale) - 1)[:, 0]
+        assert near.max() < 1e-2 and (near < 2e-5).mean() > 0.5
+        steps = np.abs(np.asarray(codes, np.float32) - np.asarray(expected, np.float32))[near < 2e-5]
+        assert (steps > 0).mean() < 5e-3 and (dtype != jnp.int8 or steps.max() <= 1)
 
 
 def test_bad_calls_are_refused():

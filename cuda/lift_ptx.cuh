@@ -1,0 +1,38 @@
+// The PTX of the lift kernels.
+#ifndef SLIDEJAX_LIFT_PTX_CUH_
+#define SLIDEJAX_LIFT_PTX_CUH_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace slidejax {
+
+constexpr int kGranule = 16;  // bytes of one asynchronous copy
+
+#ifdef __CUDACC__  // else tests/cuda/lift_on_cpu brings its own
+
+// Sixteen bytes to shared memory; zeros if they are not wanted.
+__device__ inline void CopyGranule(void* shared, const void* global, bool wanted) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(wanted ? kGranule : 0) : "memory");
+}
+
+__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all of the thread's groups of copies but the latest `pending`, at most kMaxPending.
+constexpr int kMaxPending = 3;
+__device__ inline void WaitForCopies(int pending) {
+  switch (pending) {
+    case 0: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
+    case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
+    case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
+    default: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
+  }
+}
+
+#endif
+
+}  // namespace slidejax
+
+#endif  // SLIDEJAX_LIFT_PTX_CUH_

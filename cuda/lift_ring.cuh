@@ -1,0 +1,350 @@
+// The kernel of lift_quantize.cu and lift_quantize_fused.cu: rows pass through a ring in shared memory, where a prologue is applied
+// in place.
+//
+// Everything is bytes moved, so x is read once and its memory never rests: thread blocks are persistent, take rows in turn, and
+// hold a ring of rows. A row's *tiles* (lift_store.cuh) are dealt out to the block's warps. For each row a warp
+//   1. waits for its tiles of the row (asynchronous copies, which a lane waits for and reads itself: no barrier),
+//   2. applies the prologue, if there is one, and finds absmax,
+//   3. agrees on it with the block's other warps: the one barrier of a row (two for norms),
+//   4. converts, lifts and stores its tiles, and as soon as a tile is read, asks for the same tile of the row that comes `stages`
+//      turns later. Reading thus goes on under the conversion and the stores.
+// Rows that start at any address arrive as the 16-byte granules that cover them and are shifted into place in step 2.
+#ifndef SLIDEJAX_LIFT_RING_CUH_
+#define SLIDEJAX_LIFT_RING_CUH_
+
+#include <algorithm>
+
+#include "lift_prologue.cuh"
+#include "lift_ptx.cuh"
+#include "lift_quantize.h"
+#include "lift_store.cuh"
+
+namespace slidejax {
+
+struct RingParams {
+  const void* x;
+  void* lifted;
+  float* scale;
+  int64_t rows;
+  int columns;
+  int lifted_columns;
+  int n;              // N of 2N-2:2N; 1: no lifting
+  int steps;          // chunks of a lane in a tile
+  int tiles;          // of a row, padding included
+  int stages;         // rows in the ring
+  int slots;          // tiles of a row that a warp has
+  bool x_aligned;     // every row starts at a multiple of 16 bytes and ends with a whole chunk
+  bool out_aligned;   // n = 1: the same for the result
+  PrologueParams prologue;
+};
+
+// A tile of odd part 1 is widened, so that its stores fill more lanes.
+__host__ __device__ constexpr int StepsOf(int n) { return TileSteps(n) == 1 ? 4 : TileSteps(n); }
+
+// ---- Shared memory ------------------------------------------------------------------------------------------------------------
+
+constexpr int kMaxWarps = 32;
+constexpr int kMaxStages = 3;  // rows in the ring; at most kMaxPending + 1
+constexpr int kReductionBytes = 4 * kMaxWarps * 4;  // two of maxima, in turn, and two sums
+
+// A tile of x in the ring; one granule more where rows start anywhere.
+__host__ __device__ constexpr int SlotBytes(int steps, int in_bytes) { return kLanes * kChunk * steps * in_bytes + kGranule; }
+__host__ __device__ constexpr int StageBytes(int n, int steps, int out_bytes) { return TileBytes(n, steps, out_bytes) + kGranule; }
+
+inline int BlockBytes(const RingParams& p, int warps, int sources, int in_bytes, int out_bytes, int stages) {
+  const int of_warp = stages * p.slots * sources * SlotBytes(p.steps, in_bytes) + StageBytes(p.n, p.steps, out_bytes);
+  return kReductionBytes + warps * of_warp;
+}
+
+// ---- Reductions over a thread block -------------------------------------------------------------------------------------------
+
+__device__ inline float WarpSum(float v) {
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(kFullMask, v, offset);
+  return v;
+}
+
+__device__ inline uint32_t BlockMax(uint32_t bits, uint32_t* words) {
+  bits = __reduce_max_sync(kFullMask, bits);
+  const int warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
+  if (warps == 1) return bits;
+  if (lane == 0) words[threadIdx.x / kLanes] = bits;
+  __syncthreads();
+  return __reduce_max_sync(kFullMask, lane < warps ? words[lane] : 0);
+}
+
+template <int kSums>
+__device__ inline void BlockSum(float (&sums)[kSums], float* words) {
+  const int warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    sums[i] = WarpSum(sums[i]);
+    if (warps > 1 && lane == 0) words[i * kMaxWarps + threadIdx.x / kLanes] = sums[i];
+  }
+  if (warps == 1) return;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) sums[i] = WarpSum(lane < warps ? words[i * kMaxWarps + lane] : 0.0f);
+}
+
+// ---- Ring kernel --------------------------------------------------------------------------------------------------------------
+
+// Writes one tile of results. `chunk(step)` gives the lane's columns, `stage` is the warp's own shared memory.
+template <int kN, int kSteps, bool kClip, typename In, typename Out, typename ChunkOf>
+__device__ inline void EmitTile(const RingParams& p, int64_t row, int tile, char* stage, float factor, const ChunkOf& chunk) {
+  const int n = kN ? kN : p.n, steps = kSteps ? kSteps : p.steps;
+  const int lane = threadIdx.x % kLanes;
+  Out* const out = static_cast<Out*>(p.lifted) + row * p.lifted_columns;
+  if (n == 1 && (sizeof(Out) > 1 || p.out_aligned)) {
+#pragma unroll
+    for (int step = 0; step < steps; ++step) {
+      const int column = (tile * steps + step) * kLanes * kChunk + lane * kChunk;
+      StoreChunk(out, column, Convert<In, Out, kClip>(chunk(step), factor), p.lifted_columns, p.out_aligned);
+    }
+    return;
+  }
+  __syncwarp();  // the tile before has left shared memory
+#pragma unroll
+  for (int step = 0; step < steps; ++step) {
+    StageLifted<kN>(stage, step * kLanes + lane, Convert<In, Out, kClip>(chunk(step), factor), n);
+  }
+  __syncwarp();
+  const int bytes = TileBytes(n, steps, sizeof(Out));
+  const int rest = p.lifted_columns * static_cast<int>(sizeof(Out)) - tile * bytes;  // of the row, from this tile on
+  char* const to = reinterpret_cast<char*>(out) + static_cast<int64_t>(tile) * bytes;
+  if (n == 1) StoreTileAnywhere(to, stage, min(rest, bytes));
+  else StoreTile(to + 16 * lane, stage + 16 * lane, rest - 16 * lane, bytes - 16 * lane, bytes);
+}
+
+// One row to a thread block of `warps` warps. kN: N, 1 for no lifting, 0 for p.n.
+template <typename In, typename Out, int kN, typename Prologue>
+__global__ void __launch_bounds__(kLanes * kMaxWarps) RingKernel(const RingParams p) {
+  extern __shared__ __align__(16) char shared[];
+  constexpr int kSteps = kN ? StepsOf(kN ? kN : 1) : 0;
+  constexpr bool kChanges = !std::is_same_v<Prologue, NoPrologue>;
+  static_assert(kQuantised<Out>);
+  constexpr int kSources = Prologue::kSources;
+  constexpr int kChunkBytes = kChunk * sizeof(In);
+  constexpr bool kOwnCopies = kChunkBytes == kGranule;  // a lane's chunks are what it copied itself
+  const int steps = kSteps ? kSteps : p.steps;
+  const int warps = blockDim.x / kLanes, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int count = warp < p.tiles ? (p.tiles - warp - 1) / warps + 1 : 0;  // of this warp's tiles: warp, warp + warps, ...
+  const int slot_bytes = SlotBytes(steps, sizeof(In)), tile_bytes = slot_bytes - kGranule;
+  const int64_t row_bytes = static_cast<int64_t>(p.columns) * sizeof(In);
+
+  uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared);
+  float* const sum_words = reinterpret_cast<float*>(shared) + 2 * kMaxWarps;
+  char* const ring = shared + kReductionBytes + warp * p.stages * p.slots * kSources * slot_bytes;
+  char* const stage_tile =
+      shared + kReductionBytes + warps * p.stages * p.slots * kSources * slot_bytes + warp * StageBytes(kN ? kN : p.n, steps, sizeof(Out));
+
+  // Asks for this warp's tile number `i` of a row.
+  const auto fill = [&](int stage, int i, int64_t row) {
+#pragma unroll
+    for (int source = 0; source < kSources; ++source) {
+      const char* const x = static_cast<const char*>(source == 0 ? p.x : p.prologue.second) + row * row_bytes;
+      const int shift = p.x_aligned ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(x) & (kGranule - 1));
+      const int end = static_cast<int>(row_bytes) + shift;  // granules that begin before it hold a byte of the row
+      const int begin = (warp + i * warps) * tile_bytes;
+      char* const to = ring + ((stage * p.slots + i) * kSources + source) * slot_bytes;
+#pragma unroll
+      for (int step = 0; step < steps; ++step) {
+#pragma unroll
+        for (int part = 0; part < kChunkBytes; part += kGranule) {
+          const int offset = step * kLanes * kChunkBytes + part * kLanes + lane * kGranule;
+          const bool wanted = begin + offset < end;
+          CopyGranule(to + offset, x - shift + (wanted ? begin + offset : 0), wanted);
+        }
+      }
+      if (!p.x_aligned && lane == 0) {
+        const bool wanted = begin + tile_bytes < end;
+        CopyGranule(to + tile_bytes, x - shift + (wanted ? begin + tile_bytes : 0), wanted);
+      }
+    }
+  };
+  const auto chunk_at = [&](int stage, int i, int source, int step) {
+    return reinterpret_cast<uint4*>(ring + ((stage * p.slots + i) * kSources + source) * slot_bytes +
+                                    (step * kLanes + lane) * kChunkBytes);
+  };
+  const auto read = [](const uint4* from) {
+    Chunk<In> chunk;
+#pragma unroll
+    for (int i = 0; i < Chunk<In>::kWords / 4; ++i) {
+      const uint4 v = from[i];
+      chunk.word[4 * i] = v.x, chunk.word[4 * i + 1] = v.y, chunk.word[4 * i + 2] = v.z, chunk.word[4 * i + 3] = v.w;
+    }
+    return chunk;
+  };
+  const auto write = [](uint4* to, const Chunk<In>& chunk) {
+#pragma unroll
+    for (int i = 0; i < Chunk<In>::kWords / 4; ++i) {
+      to[i] = {chunk.word[4 * i], chunk.word[4 * i + 1], chunk.word[4 * i + 2], chunk.word[4 * i + 3]};
+    }
+  };
+  const auto column_of = [&](int i, int step) { return ((warp + i * warps) * steps + step) * kLanes * kChunk + lane * kChunk; };
+
+  const int64_t stride = gridDim.x;
+  for (int stage = 0; stage < p.stages; ++stage) {
+    const int64_t row = blockIdx.x + stage * stride;
+    if (row < p.rows) {
+      for (int i = 0; i < count; ++i) fill(stage, i, row);
+    }
+    CommitCopies();
+  }
+  int stage = 0, turn = 0;
+  for (int64_t row = blockIdx.x; row < p.rows; row += stride) {
+    WaitForCopies(p.stages - 1);
+    if (!kOwnCopies || !p.x_aligned) __syncwarp();  // a chunk's second granule is another lane's copy
+    const int shift = static_cast<int>((reinterpret_cast<uintptr_t>(p.x) + row * row_bytes) & (kGranule - 1));
+    // The lane's chunk as x has it.
+    const auto raw = [&](int i, int source, int step) {
+      const uint4* const at = chunk_at(stage, i, source, step);
+      if (p.x_aligned) return read(at);
+      return Masked(Shifted<In>(shift, [&](int granule) { return at[granule]; }), p.columns - column_of(i, step));
+    };
+    // Puts a chunk where `raw` read it, from now on in place.
+    const auto put = [&](int i, int step, const Chunk<In>& chunk) {
+      if (!p.x_aligned) __syncwarp();
+      write(chunk_at(stage, i, 0, step), chunk);
+    };
+
+    Prologue prologue;
+    if constexpr (Prologue::kSums > 0) {
+      float sums[Prologue::kSums] = {};
+      for (int i = 0; i < count; ++i) {
+#pragma unroll
+        for (int step = 0; step < steps; ++step) {
+          const Chunk<In> x = raw(i, 0, step);
+          prologue.Sum(x, sums);
+          if (!p.x_aligned) put(i, step, x);
+        }
+      }
+      BlockSum(sums, sum_words);
+      prologue.Finish(sums, p.prologue);
+    }
+    AbsMax<In> absmax;
+    for (int i = 0; i < count; ++i) {
+#pragma unroll
+      for (int step = 0; step < steps; ++step) {
+        Chunk<In> x = Prologue::kSums > 0 ? read(chunk_at(stage, i, 0, step)) : raw(i, 0, step);
+        if constexpr (kChanges) {
+          Chunk<In> second = {};
+          if constexpr (kSources > 1) second = raw(i, 1, step);
+          x = prologue.Apply(x, second, column_of(i, step), p.prologue);
+        }
+        absmax.Add(x);
+        if (kChanges || !p.x_aligned) put(i, step, x);
+      }
+    }
+    const RowScale s = ScaleOf<Out>(BlockMax(absmax.Bits(), maxima + turn * kMaxWarps));
+    if (threadIdx.x == 0) p.scale[row] = s.scale;
+
+    const int64_t next = row + p.stages * stride;
+    for (int i = 0; i < count; ++i) {
+      EmitTile<kN, kSteps, false, In, Out>(p, row, warp + i * warps, stage_tile, s.factor,
+                                           [&](int step) { return read(chunk_at(stage, i, 0, step)); });
+      if (!kOwnCopies) __syncwarp();
+      if (next < p.rows) fill(stage, i, next);
+    }
+    CommitCopies();
+    stage = stage + 1 == p.stages ? 0 : stage + 1;
+    turn ^= 1;
+  }
+}
+
+// ---- Launching ----------------------------------------------------------------------------------------------------------------
+
+struct RingDevice {
+  int multiprocessors;
+  int shared_of_block;
+  int shared_of_multiprocessor;
+};
+
+
+inline cudaError_t CurrentDevice(RingDevice* device) {
+  thread_local int known = -1;  // asked for once; again where a thread changes devices
+  thread_local RingDevice copy;
+  int current = 0;
+  if (const cudaError_t status = cudaGetDevice(&current); status != cudaSuccess) return status;
+  if (current != known) {
+    const auto ask = [&](int* value, cudaDeviceAttr attribute) { return cudaDeviceGetAttribute(value, attribute, current); };
+    cudaError_t status = ask(&copy.multiprocessors, cudaDevAttrMultiProcessorCount);
+    if (status == cudaSuccess) status = ask(&copy.shared_of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    if (status == cudaSuccess) status = ask(&copy.shared_of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    if (status != cudaSuccess) return status;
+    known = current;
+  }
+  *device = copy;
+  return cudaSuccess;
+}
+
+// Warps of a block, and blocks of a multiprocessor. Fills p.stages and p.slots; returns 0 warps if a row does not fit.
+struct RingGeometry {
+  int warps;
+  int blocks;
+  int bytes;
+};
+
+inline RingGeometry ChooseGeometry(RingParams& p, int sources, int in_bytes, int out_bytes, const RingDevice& device) {
+  constexpr int kReserved = 1024;  // of shared memory, for each block
+  constexpr int kWarpsOfMultiprocessor = 32;
+  constexpr int kFewestWarps = 4;
+  const auto bytes = [&](int warps, int stages) {
+    p.slots = (p.tiles + warps - 1) / warps;
+    return BlockBytes(p, warps, sources, in_bytes, out_bytes, stages);
+  };
+  const auto even = [&](int warps) {  // no more warps than share the tiles evenly
+    const int slots = (p.tiles + warps - 1) / warps;
+    return (p.tiles + slots - 1) / slots;
+  };
+  // As many blocks as leave each two rows, at most one for each warp.
+  const int64_t row_bytes = static_cast<int64_t>(p.tiles) * sources * SlotBytes(p.steps, in_bytes);
+  int blocks = 1;
+  while (blocks < kWarpsOfMultiprocessor && 2 * (2 * blocks) * row_bytes <= device.shared_of_multiprocessor) blocks *= 2;
+  int warps = kWarpsOfMultiprocessor / blocks;
+  const int64_t fewest_rows = p.rows / device.multiprocessors;  // of a multiprocessor
+  if (fewest_rows < blocks) warps = static_cast<int>(kWarpsOfMultiprocessor / std::max<int64_t>(1, fewest_rows));
+  warps = even(std::max(1, std::min(warps, p.tiles)));
+  int most = kMaxStages;
+  most = static_cast<int>(std::min<int64_t>(most, (p.rows + device.multiprocessors * blocks - 1) / (device.multiprocessors * blocks)));
+  for (p.stages = most; p.stages > 1; --p.stages) {
+    const int needed = bytes(warps, p.stages);
+    if (needed <= device.shared_of_block && blocks * (needed + kReserved) <= device.shared_of_multiprocessor) break;
+  }
+  while (bytes(warps, p.stages) > device.shared_of_block && warps > kFewestWarps) warps = even(warps / 2);  // fewer staged tiles
+  const int needed = bytes(warps, p.stages);
+  if (needed > device.shared_of_block) return {0, 0, 0};
+  return {warps, std::max(1, std::min(blocks, device.shared_of_multiprocessor / (needed + kReserved))), needed};
+}
+
+template <typename In, typename Out, int kN, typename Prologue>
+cudaError_t LaunchRing(RingParams p, const RingDevice& device, const RingGeometry& geometry, cudaStream_t stream) {
+  const auto kernel = RingKernel<In, Out, kN, Prologue>;
+  if (geometry.bytes > 48 * 1024) {
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, geometry.bytes);
+    if (status != cudaSuccess) return status;
+  }
+  const int64_t blocks = std::min<int64_t>(p.rows, static_cast<int64_t>(device.multiprocessors) * geometry.blocks);
+  void* arguments[] = {&p};
+  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kLanes * geometry.warps), arguments, geometry.bytes, stream);
+}
+
+inline RingParams RingParamsOf(const LiftArgs& a) {
+  RingParams p = {};
+  p.x = a.x, p.lifted = a.lifted, p.scale = a.scale, p.rows = a.rows;
+  p.columns = static_cast<int>(a.columns), p.lifted_columns = static_cast<int>(a.lifted_columns);
+  p.n = a.group == 0 ? 1 : a.group / 2;
+  p.steps = StepsOf(p.n);
+  const int64_t tile_columns = kLanes * kChunk * p.steps;
+  const int64_t padded = p.n == 1 ? a.lifted_columns : a.lifted_columns / (4 * (p.n - 1)) * 2 * p.n;
+  p.tiles = static_cast<int>(std::max<int64_t>(1, (padded + tile_columns - 1) / tile_columns));
+  const auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % kGranule == 0; };
+  p.x_aligned = a.columns % kChunk == 0 && aligned(a.x) && aligned(a.up);  // up is nullptr where there is none
+  p.out_aligned = a.lifted_columns % kChunk == 0 && aligned(a.lifted);
+  p.prologue = {a.up, a.weight, a.bias, a.eps, 1.0f / static_cast<float>(a.columns), p.columns, a.activation};
+  return p;
+}
+
+}  // namespace slidejax
+
+#endif  // SLIDEJAX_LIFT_RING_CUH_

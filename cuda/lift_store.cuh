@@ -1,0 +1,120 @@
+// Writing a tile of codes. A lane's chunk is not a whole number of 16-byte stores after lifting, so a warp passes each *tile*
+// through shared memory: 32 chunks, times the odd part of N so that a tile is whole groups and whole 16-byte stores. There the
+// unit is a *pair* of columns: pair p of group g is the first half of window p and the second half of window p-1, which makes
+// lifting two stores of the same pair, at slots 2q and 2q-1 with q = pair - group.
+#ifndef SLIDEJAX_LIFT_STORE_CUH_
+#define SLIDEJAX_LIFT_STORE_CUH_
+
+#include <algorithm>
+
+#include "lift_chunk.cuh"
+
+namespace slidejax {
+
+// The odd part of N: chunks of a lane in one tile, so that 256 * TileSteps(N) columns are whole groups.
+__host__ __device__ constexpr int TileSteps(int n) { return n % 2 ? n : TileSteps(n / 2); }
+
+// Bytes of a tile of `steps` chunks a lane: 256 * steps columns are 128 * steps / n groups of n-1 windows of four. n = 1: the
+// columns as they are.
+__host__ __device__ constexpr int TileBytes(int n, int steps, int out_bytes) {
+  return n == 1 ? kLanes * kChunk * steps * out_bytes : 128 * steps / n * (n - 1) * 4 * out_bytes;
+}
+
+// Writes chunk number `index` of a tile, lifted, to the tile's shared memory.
+template <int kN, typename Out>
+__device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c, int n) {
+  if constexpr (kN == 1 || kN == 2) {  // 2:4: lifting is the identity
+    if constexpr (sizeof(Out) == 1) reinterpret_cast<uint2*>(tile)[index] = {c.word[0], c.word[1]};
+    else {
+#pragma unroll
+      for (int i = 0; i < Chunk<Out>::kWords; i += 4) {
+        reinterpret_cast<uint4*>(tile)[(index * Chunk<Out>::kWords + i) / 4] = {c.word[i], c.word[i + 1], c.word[i + 2], c.word[i + 3]};
+      }
+    }
+  } else if constexpr (kN == 4 && sizeof(Out) == 1) {  // 6:8: a chunk is a group; stride of 3 words: no bank conflicts
+    uint32_t* window = reinterpret_cast<uint32_t*>(tile) + 3 * index;
+    window[0] = c.word[0];
+    window[1] = __byte_perm(c.word[0], c.word[1], 0x5432);
+    window[2] = c.word[1];
+  } else {
+    using Pair = std::conditional_t<sizeof(Out) == 1, uint16_t, std::conditional_t<sizeof(Out) == 2, uint32_t, uint2>>;
+    Pair* slot = reinterpret_cast<Pair*>(tile);
+    int group = 4 * index / n;
+    int place = 4 * index - group * n;  // of the pair in its group
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Pair pair;
+      if constexpr (sizeof(Out) == 1) pair = static_cast<uint16_t>(i % 2 ? c.word[i / 2] >> 16 : c.word[i / 2]);
+      else if constexpr (sizeof(Out) == 2) pair = c.word[i];
+      else pair = {c.word[2 * i], c.word[2 * i + 1]};
+      const int q = 4 * index + i - group;
+      if (n == 1) {
+        slot[4 * index + i] = pair;
+        continue;
+      }
+      if (place < n - 1) slot[2 * q] = pair;
+      if (place > 0) slot[2 * q - 1] = pair;
+      if (++place == n) place = 0, ++group;
+    }
+  }
+}
+
+// Copies a staged tile to the row of results, 16 bytes a lane. `out` and `tile` are the lane's own first bytes; `rest` is how many
+// bytes of the row lie from there on, `lane_rest` how many of the tile.
+__device__ inline void StoreTile(char* out, const char* tile, int rest, int lane_rest, int bytes) {
+#pragma unroll
+  for (int offset = 0; offset < bytes; offset += 16 * kLanes) {
+    if (offset < lane_rest && offset < rest) *reinterpret_cast<uint4*>(out + offset) = *reinterpret_cast<const uint4*>(tile + offset);
+  }
+}
+
+// Copies the first `length` bytes of a staged tile to any address: whole 16-byte stores between the bytes at both ends.
+__device__ inline void StoreTileAnywhere(char* out, const char* tile, int length) {
+  const int lane = threadIdx.x % kLanes;
+  const int head = min(length, static_cast<int>(-reinterpret_cast<uintptr_t>(out) & 15));
+  const int tail = (length - head) % 16;
+  if (lane < 16) {
+    if (lane < head) out[lane] = tile[lane];
+  } else if (lane - 16 < tail) {
+    out[length - tail + lane - 16] = tile[length - tail + lane - 16];
+  }
+  const uint32_t* const words = reinterpret_cast<const uint32_t*>(tile) + head / 4;  // a tile has a word more than its bytes
+#pragma unroll 1
+  for (int offset = 16 * lane; offset < length - head - tail; offset += 16 * kLanes) {
+    uint32_t word[5];
+#pragma unroll
+    for (int i = 0; i < 5; ++i) word[i] = words[offset / 4 + i];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) word[i] = __funnelshift_r(word[i], word[i + 1], head % 4 * 8);
+    *reinterpret_cast<uint4*>(out + head + offset) = {word[0], word[1], word[2], word[3]};
+  }
+}
+
+// Writes a chunk that is not lifted straight to its place in the row of `columns` results.
+template <typename Out>
+__device__ inline void StoreChunk(Out* row, int column, const Chunk<Out>& c, int columns, bool aligned) {
+  if (column >= columns) return;
+  if (aligned) {
+    if constexpr (sizeof(Out) == 1) {
+      *reinterpret_cast<uint2*>(row + column) = {c.word[0], c.word[1]};
+    } else {
+#pragma unroll
+      for (int i = 0; i < Chunk<Out>::kWords; i += 4) {
+        reinterpret_cast<uint4*>(row + column)[i / 4] = {c.word[i], c.word[i + 1], c.word[i + 2], c.word[i + 3]};
+      }
+    }
+  } else {
+    using Bits = std::conditional_t<sizeof(Out) == 1, uint8_t, std::conditional_t<sizeof(Out) == 2, uint16_t, uint32_t>>;
+    constexpr int kPerWord = 4 / sizeof(Out);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (column + i < columns) {
+        reinterpret_cast<Bits*>(row)[column + i] = static_cast<Bits>(c.word[i / kPerWord] >> (i % kPerWord * 8 * sizeof(Out)));
+      }
+    }
+  }
+}
+
+}  // namespace slidejax
+
+#endif  // SLIDEJAX_LIFT_STORE_CUH_
