@@ -46,7 +46,8 @@ class Calibration:
       in_order: whether each layer is pruned with the inputs that the pruned layers before it give; else all with those
         of the dense model.
       correct: how far layers make up for what those before them lost, 0 to 1 (`slidejax.prune.sequential`).
-      damping: as in `slidejax.prune.sparsegpt`.
+      damping: as in `slidejax.prune.sparsegpt`; more than for one kernel, since all layers together would follow the calibration text too
+        closely (docs/measurements.md).
       work: a folder for finished stages: a conversion that was stopped goes on from there. None: nothing is kept.
       progress: called with the numbers of stages done and of all.
     """
@@ -55,7 +56,7 @@ class Calibration:
     smooth: float = 0.7
     in_order: bool = True
     correct: float = 0.75
-    damping: float = 0.05
+    damping: float = 0.3
     work: str | os.PathLike[str] | None = None
     progress: Callable[[int, int], None] | None = None
 
