@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slidejax.contraction import to_matrix
 from slidejax.pattern import Pattern
 from slidejax.prune.calibration import Calibration, as_function, collect, planned
-from slidejax.prune.inputs import seeing_layers
+from slidejax.prune.inputs import contractions, seeing_layers
 from slidejax.prune.sparsegpt import layer_error, sparsegpt
 from slidejax.prune.stages import named_leaves
 from slidejax.rules import Rule
@@ -77,18 +78,11 @@ def mixed(
     energies = gradient_energies(lambda params, batch: loss(run(params, batch), batch), params, batches[:listen_to], list(plan))
     grams = collect(run, params, batches)
     reached = [path for path in plan if path in grams and energies[path] > 0]
-    kernels = {path: _kernel(named_leaves(params)[path], grams[path]) for path in reached}
+    leaves, layers = named_leaves(params), contractions(run, params, batches[0])
+    kernels = {path: to_matrix(jnp.asarray(leaves[path], jnp.float32), layers[path].kernel) for path in reached}
     found = sensitivities(kernels, grams, energies, patterns)
     shapes = {path: (kernel.shape[0], kernel.shape[1]) for path, kernel in kernels.items()}
     return choose(found, shapes, rule.pattern, cost=cost, qdtype=rule.qdtype)
-
-
-def _kernel(leaf, gram) -> jax.Array:
-    """A kernel as `[in, out]`, its inputs being those that the Gram matrix is of."""
-    leaf = jnp.asarray(leaf, jnp.float32)
-    if leaf.shape[0] == len(gram) or leaf.ndim > 2:
-        return leaf.reshape(len(gram), -1)
-    return leaf.T  # GPT-2 keeps [out, in]
 
 
 def _next_token_loss(output: Any, ids: jax.Array) -> jax.Array:
@@ -175,6 +169,7 @@ def choose(
     ['6:8 int8', '2:4 int8']
     """
     limit = float(budget) if isinstance(budget, (int, float)) else sum(cost(shape, Pattern.parse(budget)) for shape in shapes.values())
+    limit *= 1 + 1e-9  # sums of the same costs in another order fit as well
     costs = {path: {p: cost(shapes[path], p) for p in of} for path, of in sensitivity.items()}
 
     def at(price: float) -> dict[str, Pattern]:
@@ -184,19 +179,19 @@ def choose(
         return sum(costs[path][p] for path, p in chosen.items())
 
     cheapest = {path: min(of, key=lambda p: costs[path][p]) for path, of in sensitivity.items()}
-    if total(cheapest) > limit * (1 + 1e-9):
+    if total(cheapest) > limit:
         raise ValueError(f"budget {limit:g} is less than what the cheapest patterns cost, {total(cheapest):g}")
     low, high = -40.0, 40.0  # logarithms of the price
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (low, middle) if total(at(math.exp(middle))) <= limit * (1 + 1e-9) else (middle, high)
-    chosen = at(math.exp(high)) if total(at(math.exp(high))) <= limit * (1 + 1e-9) else cheapest
+        low, high = (low, middle) if total(at(math.exp(middle))) <= limit else (middle, high)
+    chosen = at(math.exp(high)) if total(at(math.exp(high))) <= limit else cheapest
     # a price leaves some of the budget over: one pattern for all may use it better
     shared = set.intersection(*(set(of) for of in sensitivity.values())) if sensitivity else set()
-    uniform = [dict.fromkeys(sensitivity, p) for p in shared if total(dict.fromkeys(sensitivity, p)) <= limit * (1 + 1e-9)]
+    uniform = [dict.fromkeys(sensitivity, p) for p in shared if total(dict.fromkeys(sensitivity, p)) <= limit]
     chosen = min([chosen, *uniform], key=lambda one: sum(sensitivity[path][p] for path, p in one.items()))
     while True:  # what is left, where it does most
-        left = limit * (1 + 1e-9) - total(chosen)
+        left = limit - total(chosen)
         better = [
             ((sensitivity[path][chosen[path]] - value) / (costs[path][p] - costs[path][chosen[path]]), path, p)
             for path, of in sensitivity.items()

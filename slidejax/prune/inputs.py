@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,7 @@ from slidejax import linen, numerics
 from slidejax.contraction import Contraction
 from slidejax.rules import LeftDense
 
-__all__ = ["as_rows", "rounded", "see_input", "see_output", "seeing_inputs", "seeing_layers"]
+__all__ = ["as_rows", "contractions", "rounded", "see_input", "see_output", "seeing_inputs", "seeing_layers"]
 
 # (path of the kernel, input, contraction) -> the input to go on with
 See = Callable[[str, jax.Array, Contraction], jax.Array]
@@ -70,6 +71,19 @@ def _interceptor(next_fun, args, kwargs, context):
         return next_fun(x, *args, **kwargs)
     path = "/".join((*module.path, "kernel"))
     return see_output(path, next_fun(see_input(path, x, axes), *args, **kwargs))
+
+
+def contractions(run: Callable[..., Any], params: Any, batch: Any) -> dict[str, Contraction]:
+    """How each linear layer contracts its input and its kernel, by the kernel's path; nothing is computed."""
+    found: dict[str, Contraction] = {}
+
+    def see(path, x, axes):
+        found[path] = axes
+        return x
+
+    with seeing_inputs(see):
+        jax.eval_shape(lambda params, batch: [run(params, batch), None][1], params, batch)
+    return found
 
 
 def as_rows(x: jax.Array, axes: Contraction) -> jax.Array:

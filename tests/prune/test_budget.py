@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slidejax as sj
+from slidejax.contraction import to_matrix
 from slidejax.prune.budget import choose, gradient_energies, multiplications, packed_bytes
+from slidejax.prune.inputs import contractions
 
 PATTERNS = [sj.Pattern.parse(p) for p in ("14:16", "6:8", "4:6", "2:4")]
 
@@ -49,3 +51,14 @@ def test_a_layer_that_matters_more_keeps_more():
     assert len(sj.prune.convert(model, rules, [x]).loud.kernel.shape) == 2
     with pytest.raises(ValueError, match="loss= is needed"):
         sj.prune.mixed(model, "6:8", [x])
+
+
+def test_kernels_are_read_as_their_layers_read_them():
+    """GPT-2 keeps `[out, in]`, and a square kernel's shape does not tell."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2, n_positions=16)
+    model, ids = transformers.FlaxGPT2LMHeadModel(config), np.arange(8)[None]
+    path = "transformer/h/0/attn/c_proj/kernel"
+    leaf = model.params["transformer"]["h"]["0"]["attn"]["c_proj"]["kernel"]
+    found = contractions(lambda params, ids: model(ids, params=params), model.params, ids)
+    np.testing.assert_array_equal(to_matrix(leaf, found[path].kernel), leaf.T)
