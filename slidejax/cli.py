@@ -180,13 +180,9 @@ def _add_compute(p: argparse.ArgumentParser) -> None:
 
 
 def _load(model: str, args: argparse.Namespace) -> Any:
-    import jax
+    from slidejax.models import default_dtype, load_model
 
-    from slidejax.models import load_model
-
-    # None lets a converted model keep the dtype that it was saved with.
-    dtype = getattr(args, "compute", None) or ("bfloat16" if jax.default_backend() == "gpu" else None)
-    return load_model(model, dtype)
+    return load_model(model, getattr(args, "compute", None) or default_dtype())
 
 
 def _dtype(name: str) -> str | None:
@@ -360,7 +356,7 @@ def _recover(args: argparse.Namespace) -> None:
         teacher = _load(training.teacher_name(args, loaded), args)
         if demo.summary(teacher.model.params).pattern != "dense":
             raise ValueError(f"{teacher.name!r} is converted too; --against must name the dense model")
-        ids, source = training.tokens(args, loaded, terminal.read_text)
+        ids, source = training.tokens(args, loaded)
 
         def show(step: int, total: int | None, loss: float) -> None:
             bar.update(task, description=f"step {step} of {total or '?'}: {loss:.4f}", completed=step, total=total)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from slidejax.evaluate import Evaluation, evaluate
+from slidejax.evaluate import Evaluation, default_batch, evaluate
 from slidejax.models import LoadedModel
 
 __all__ = ["Compared", "compare", "plot", "table"]
@@ -20,6 +20,7 @@ __all__ = ["Compared", "compare", "plot", "table"]
 _BINS = 16
 
 
+@dataclasses.dataclass(frozen=True)
 class Compared:
     """One model and what was found of it.
 
@@ -29,8 +30,9 @@ class Compared:
       result: the `Evaluation`.
     """
 
-    def __init__(self, name: str, pattern: str, result: Evaluation):
-        self.name, self.pattern, self.result = name, pattern, result
+    name: str
+    pattern: str
+    result: Evaluation
 
     def figures(self, text: str, reference: str | None) -> dict[str, Any]:
         """The figures as plain JSON."""
@@ -83,7 +85,7 @@ def compare(
             demo.ready(loaded.model),
             tokens,
             window=window,
-            batch=batch or (2 if jax.default_backend() == "cpu" else 8),
+            batch=batch or default_batch(),
             reference=None if reference is None else reference.model,
             progress=functools.partial(progress, name),
         )

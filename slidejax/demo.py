@@ -16,13 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from slidejax.evaluate import evaluate
+from slidejax.evaluate import default_batch, evaluate
 from slidejax.generate import Generator
 from slidejax.models import LoadedModel
 from slidejax.pattern import Pattern
-from slidejax.prepared import prepare
+from slidejax.prepared import prepare, weights_of
 from slidejax.rules import Report, Rule
-from slidejax.weight import SlideWeight
 
 __all__ = ["Row", "Sample", "Summary", "convert", "rows", "summary"]
 
@@ -72,7 +71,7 @@ def summary(params: Any) -> Summary:
     >>> summary({"kernel": sj.pack(np.ones((64, 32), np.float32), "6:8", dtype="int8")})
     Summary(pattern='6:8', dtype='int8', bytes=1920, prepared_bytes=0)
     """
-    weights = [w for w in jax.tree.leaves(params, is_leaf=_is_weight) if _is_weight(w)]
+    weights = weights_of(params)
     patterns = sorted({w.pattern for w in weights}, key=lambda p: -p.group)
     prepared = sum(leaf.nbytes for w in weights for leaf in jax.tree.leaves(dict(w.prepared)))
     return Summary(
@@ -81,10 +80,6 @@ def summary(params: Any) -> Summary:
         sum(w.nbytes for w in weights) - prepared,
         prepared,
     )
-
-
-def _is_weight(node: Any) -> bool:
-    return isinstance(node, SlideWeight)
 
 
 def convert(model: Any, rule: Rule | list, method: Any, calibration: Any) -> tuple[Any, Report, float]:
@@ -147,7 +142,7 @@ def rows(
         yield _measure(model, tokens, pool, window, found.dtype, None, progress), model
         return
     first = _measure(model, tokens, pool, window, np.dtype(model.dtype).name, None, progress)
-    yield dataclasses.replace(first, bytes=_linear_bytes(model)), model
+    yield dataclasses.replace(first, bytes=huggingface.planned(model, "2:4").bytes_before), model
     if method in CALIBRATED and rules:  # once for all rows
         tell = lambda done, total: progress(f"calibrating: {done} of {total} sequences", 0.0)  # noqa: E731
         method, calibration = huggingface.calibrated(model, method, calibration, progress=tell), None
@@ -157,16 +152,6 @@ def rows(
         sparse, _, seconds = convert(model, rule, method, calibration)
         sparse = ready(sparse)
         yield _measure(sparse, tokens, pool, window, name.split()[1], seconds, progress), sparse
-
-
-def _linear_bytes(model: Any) -> int:
-    """Bytes of the kernels that a conversion of all hidden layers would pack."""
-    from slidejax import huggingface
-
-    report = Report()
-    # on shapes only: nothing is computed
-    jax.eval_shape(lambda p: huggingface.convert(model, Rule("2:4"), params=p, report=report).params, model.params)
-    return report.bytes_before
 
 
 def _measure(
@@ -182,7 +167,7 @@ def _measure(
         model,
         tokens,
         window=min(window, positions),
-        batch=2 if jax.default_backend() == "cpu" else 8,
+        batch=default_batch(),
         progress=lambda done, total: progress(f"{name}: {done} of {total} tokens", 0.2 + 0.4 * done / total),
     )
     progress(f"{name}: generating", 0.6)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Agreement", "Evaluation", "evaluate", "windows"]
+__all__ = ["Agreement", "Evaluation", "default_batch", "evaluate", "windows"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,11 @@ def windows(tokens: Sequence[int] | np.ndarray, length: int) -> tuple[np.ndarray
     counts[: ids.size - 1] = 1
     index = np.arange(count)[:, None] * length + np.arange(length + 1)
     return padded[index], counts.reshape(count, length)
+
+
+def default_batch() -> int:
+    """How many windows the commands run at a time on this device."""
+    return 2 if jax.default_backend() == "cpu" else 8
 
 
 def evaluate(

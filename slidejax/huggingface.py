@@ -23,7 +23,7 @@ from slidejax.rules import Prune, Report, Rule
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
 
-__all__ = ["HIDDEN_LAYERS", "calibrated", "convert", "with_params"]
+__all__ = ["HIDDEN_LAYERS", "calibrated", "convert", "planned", "with_params"]
 
 # All linear layers but output embeddings: the heads of language models, often tied to the input embedding.
 HIDDEN_LAYERS = r"(?!(?:.*/)?(?:lm_head|predictions/decoder)(?:/kernel)?$).*"
@@ -95,6 +95,13 @@ def functional(
         return with_params(flax_model, linen.convert(params, rules, flax_model.module, *args, rngs=rngs, **options, **kwargs))
 
     return _runner(flax_model), _params_of(flax_model) if params is None else params, pack
+
+
+def planned(flax_model: FlaxPreTrainedModel, rules) -> Report:
+    """What `convert` would report; nothing is computed."""
+    report = Report()
+    jax.eval_shape(lambda params: convert(flax_model, rules, params=params, report=report).params, flax_model.params)
+    return report
 
 
 def with_params(flax_model: FlaxPreTrainedModel, params: Mapping) -> FlaxPreTrainedModel:

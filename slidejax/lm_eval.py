@@ -58,11 +58,11 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         self, model: Any, batch_size: int | str = 8, max_length: int | None = None, max_gen_toks: int = 256, dtype: Any = None, **ignored: Any
     ):
         from slidejax import demo
-        from slidejax.models import LoadedModel, load_model
+        from slidejax.models import LoadedModel, default_dtype, load_model
 
         super().__init__()
         if not isinstance(model, LoadedModel):
-            model = load_model(model, dtype or ("bfloat16" if jax.default_backend() == "gpu" else None))
+            model = load_model(model, dtype or default_dtype())
         if model.tokenizer is None:
             raise ValueError(f"{model.name} came without a tokenizer (tokenizer.json)")
         self._loaded, self.tokenizer, self._model = model, model.tokenizer, demo.ready(model.model)

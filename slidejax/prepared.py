@@ -20,13 +20,21 @@ from slidejax.ops import registry
 from slidejax.ops.sparse_matmul import dense_codes
 from slidejax.weight import SlideWeight, check_weight
 
-__all__ = ["drop_prepared", "map_weights", "prepare"]
+__all__ = ["drop_prepared", "map_weights", "prepare", "weights_of"]
 
 
 def map_weights(fn: Callable[[SlideWeight], Any], tree: Any) -> Any:
     """Applies `fn` to every `SlideWeight` of a tree; other leaves stay."""
-    is_weight = lambda node: isinstance(node, SlideWeight)  # noqa: E731
-    return jax.tree.map(lambda node: fn(node) if is_weight(node) else node, tree, is_leaf=is_weight)
+    return jax.tree.map(lambda node: fn(node) if _is_weight(node) else node, tree, is_leaf=_is_weight)
+
+
+def weights_of(tree: Any) -> list[SlideWeight]:
+    """Every `SlideWeight` of a tree."""
+    return [node for node in jax.tree.leaves(tree, is_leaf=_is_weight) if _is_weight(node)]
+
+
+def _is_weight(node: Any) -> bool:
+    return isinstance(node, SlideWeight)
 
 
 def drop_prepared(tree: Any) -> Any:

@@ -1,9 +1,19 @@
-"""docs/design.md's formulas in numpy, apart from slidejax's own reference: what the kernels are held against."""
+"""docs/design.md's formulas in numpy, apart from slidejax's own reference: what the kernels are held against; and rows to do it on."""
 
 import ml_dtypes
 import numpy as np
 
 QMAX = {np.dtype(np.int8): 127.0, np.dtype(ml_dtypes.float8_e4m3fn): 448.0}
+
+
+def values(rows, columns, dtype, seed=0):
+    """Rows of very different sizes, with ties and zeros among them."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, columns)) * np.exp2(rng.integers(-6, 7, (rows, 1)))
+    x[rng.random(x.shape) < 0.02] = 0
+    x[rows // 2, :] = rng.integers(-254, 255, columns) / 2  # ties at scale 1, where 127 is the largest
+    x[rows // 2, 0] = 127
+    return x.astype(dtype)
 
 
 def quantize(x, dtype, absmax=None):

@@ -18,27 +18,21 @@ from slidejax.bench.run import inputs_of
 from slidejax.bench.timing import Clock, time_all
 from slidejax.ops import ffi, registry
 from slidejax.pattern import Pattern
+from slidejax.prepared import weights_of
 from slidejax.weight import SlideWeight, pack
 
 __all__ = ["measure", "table"]
 
 
-def _is_weight(node: Any) -> bool:
-    return isinstance(node, SlideWeight)
-
-
 def _of_model(model: Any) -> tuple[list[tuple[int, int]], set[tuple[Pattern, Any]]]:
     """(out, in) of the layers of a model; of a converted one also the patterns and dtypes."""
     from slidejax import huggingface
-    from slidejax.rules import Report, Rule
 
-    weights = [w for w in jax.tree.leaves(model.params, is_leaf=_is_weight) if _is_weight(w)]
+    weights = weights_of(model.params)
     if weights:
         return sorted({(w.out_features, w.in_features) for w in weights}), {(w.pattern, w.dtype) for w in weights}
-    report = Report()
-    # shapes only: nothing is computed
-    jax.eval_shape(lambda p: huggingface.convert(model, Rule("2:4"), params=p, report=report).params, model.params)
-    return sorted({(layer.shape[-1], layer.shape[-2]) for layer in report.converted}), set()
+    converted = huggingface.planned(model, "2:4").converted
+    return sorted({(layer.shape[-1], layer.shape[-2]) for layer in converted}), set()
 
 
 def _search(w: SlideWeight, rows: int, note: Callable[[str], None]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from slidejax.files import replacing
 
 if TYPE_CHECKING:
     from slidejax.prune.sequential import Pruned
@@ -50,25 +51,15 @@ class Store:
 
     def __init__(self, folder: str | os.PathLike[str], key: str):
         self._folder = Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
         note = self._folder / "conversion"
         if note.is_file() and note.read_text() != key:
             raise ValueError(f"{str(folder)!r} holds the stages of another conversion (other model, text or settings): remove it or name another folder")
         if not note.is_file():
-            self._write(note, lambda file: file.write(key.encode()))
+            with replacing(note) as file:
+                file.write(key.encode())
 
     def _file(self, stage: int) -> Path:
         return self._folder / f"stage-{stage:04d}.npz"
-
-    def _write(self, path: Path, write) -> None:
-        handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                write(file)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
 
     def save(self, stage: int, pruned: dict[str, Pruned]) -> None:
         """Writes what became of the kernels of a stage, by path."""
@@ -77,7 +68,8 @@ class Store:
             arrays |= {f"mask:{path}": np.packbits(np.asarray(one.mask), axis=0), f"kernel:{path}": np.asarray(one.kernel)}
             if one.scale is not None:
                 arrays[f"scale:{path}"] = np.asarray(one.scale)
-        self._write(self._file(stage), lambda file: np.savez(file, **arrays))
+        with replacing(self._file(stage)) as file:
+            np.savez(file, **arrays)
 
     def load(self, stage: int) -> dict[str, Pruned] | None:
         """What `save` wrote, or None."""

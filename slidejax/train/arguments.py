@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from slidejax import terminal
 from slidejax.models import LoadedModel
 
 __all__ = ["add", "run", "teacher_name", "tokens"]
@@ -51,14 +52,14 @@ def teacher_name(args: argparse.Namespace, loaded: LoadedModel) -> str:
     return name
 
 
-def tokens(args: argparse.Namespace, loaded: LoadedModel, read_text: Callable[[str], str]) -> tuple[np.ndarray, str]:
+def tokens(args: argparse.Namespace, loaded: LoadedModel) -> tuple[np.ndarray, str]:
     """Token ids to train on, and what text they are of."""
     import jax
 
     from slidejax import texts
 
     if args.text is not None:
-        text, source = read_text(args.text), args.text
+        text, source = terminal.read_text(args.text), args.text
     else:
         share = args.docstrings if args.docstrings is not None else 1.0 if jax.default_backend() == "gpu" else 0.2
         text, source = texts.training(share), f"{texts.source()} and {100 * share:.0f} % of the docstrings of its library"

@@ -65,16 +65,6 @@ def run(library, x, group, dtype, absmax=None, *, prologue=None, activation="sil
     return lifted.view(dtype).reshape(rows, width), scale
 
 
-def values(rows, columns, dtype, seed=0):
-    """Rows of very different sizes, with ties and zeros among them."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((rows, columns)) * np.exp2(rng.integers(-6, 7, (rows, 1)))
-    x[rng.random(x.shape) < 0.02] = 0
-    x[rows // 2, :] = rng.integers(-254, 255, columns) / 2  # ties at scale 1, where 127 is the largest
-    x[rows // 2, 0] = 127
-    return x.astype(dtype)
-
-
 def check(library, x, group, dtype, absmax=None, **options):
     codes, scale = run(library, x, group, dtype, absmax, **options)
     expected, expected_scale = formulas.quantize(x, dtype, absmax)
@@ -88,24 +78,24 @@ def check(library, x, group, dtype, absmax=None, **options):
 def test_codes_and_scales(library, group, x_dtype):
     for seed, dtype in enumerate((np.int8, E4M3, BF16, np.float32)):
         for rows, columns in ((5, 448), (3, 1001)):
-            check(library, values(rows, columns, x_dtype, seed=columns), group, dtype, seed=seed + group)
+            check(library, formulas.values(rows, columns, x_dtype, seed=columns), group, dtype, seed=seed + group)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 7, 8, 15, 33, 129, 255, 257, 1999, 3584, 5003, 18944, 18943])
 def test_any_number_of_columns(library, columns):
     for seed, group in enumerate((0, 6, 8, 14)):
         for x_dtype in (BF16, np.float32):
-            check(library, values(3, columns, x_dtype, seed=columns), group, np.int8, seed=seed)
+            check(library, formulas.values(3, columns, x_dtype, seed=columns), group, np.int8, seed=seed)
 
 
 def test_rows_that_do_not_fit_in_shared_memory_and_other_gpus(library):
     for columns in (65536, 70001):
         for x_dtype in (BF16, np.float32):
-            check(library, values(2, columns, x_dtype), 8, np.int8)
+            check(library, formulas.values(2, columns, x_dtype), 8, np.int8)
     for shared in (A100, SMALL):
         for columns in (3584, 18943, 28672, 49152):
             for group in (0, 8, 14):
-                check(library, values(3, columns, BF16), group, np.int8, shared=shared, seed=columns)
+                check(library, formulas.values(3, columns, BF16), group, np.int8, shared=shared, seed=columns)
 
 
 @pytest.mark.parametrize("x_dtype", [BF16, np.float32], ids=lambda d: np.dtype(d).name)
@@ -115,12 +105,12 @@ def test_any_number_of_rows(library, rows, x_dtype):
     for seed, (columns, group, dtype) in enumerate(((96, 8, np.int8), (100, 8, E4M3), (512, 0, np.int8), (515, 0, np.int8))):
         for multiprocessors in (1, 3):
             for again in (0, 4):
-                check(library, values(rows, columns, x_dtype), group, dtype, multiprocessors=multiprocessors, seed=seed + rows + again)
+                check(library, formulas.values(rows, columns, x_dtype), group, dtype, multiprocessors=multiprocessors, seed=seed + rows + again)
 
 
 @pytest.mark.parametrize("columns", [3584, 3583])
 def test_many_rows_of_several_warps(library, columns):
-    x = values(40, columns, BF16)
+    x = formulas.values(40, columns, BF16)
     for seed in range(4):
         check(library, x, 8, np.int8, seed=seed)
 
@@ -129,7 +119,7 @@ def test_many_rows_of_several_warps(library, columns):
 def test_rows_with_inf_nan_zero_and_given_absmax(library, dtype):
     for columns in (512, 515):
         for x_dtype in (BF16, np.float16, np.float32):
-            x = values(8, columns, x_dtype)
+            x = formulas.values(8, columns, x_dtype)
             x[1, 3], x[2, columns - 1], x[3, 5], x[4], x[5] = np.inf, -np.inf, np.nan, 0, -0.0
             for group in (0, 8):
                 check(library, x, group, dtype)
@@ -139,7 +129,7 @@ def test_rows_with_inf_nan_zero_and_given_absmax(library, dtype):
 
 
 def test_quantise_only_pads(library):
-    x = values(4, 1000, BF16)
+    x = formulas.values(4, 1000, BF16)
     for width in (1000, 1003, 1024):
         codes, _ = run(library, x, 0, np.int8, width=width)
         np.testing.assert_array_equal(codes[:, :1000], formulas.quantize(x, np.int8)[0])

@@ -34,16 +34,6 @@ def run(x, group, dtype, absmax=None, width=None):
     return [np.asarray(part) for part in call(jnp.asarray(x), absmax)]
 
 
-def values(rows, columns, dtype, seed=0):
-    """Rows of very different sizes, with ties, zeros and extremes among them."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((rows, columns)) * np.exp2(rng.integers(-6, 7, (rows, 1)))
-    x[rng.random(x.shape) < 0.02] = 0
-    x[rows // 2, :] = rng.integers(-254, 255, columns) / 2  # ties at scale 1, where 127 is the largest
-    x[rows // 2, 0] = 127
-    return x.astype(dtype)
-
-
 def check(x, group, dtype, absmax=None):
     codes, scale = run(x, group, dtype, absmax)
     expected, expected_scale = formulas.quantize(x, dtype, absmax)
@@ -61,7 +51,7 @@ def check(x, group, dtype, absmax=None):
 @pytest.mark.parametrize("group", GROUPS)
 def test_codes_and_scales(group, x_dtype, dtype):
     for rows, columns in ((5, 448), (3, 1001), (2, 2049)):
-        check(values(rows, columns, x_dtype, seed=columns), group, dtype)
+        check(formulas.values(rows, columns, x_dtype, seed=columns), group, dtype)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 7, 8, 15, 33, 129, 255, 257, 1999, 3584, 5003, 18944, 65536, 70001])
@@ -69,20 +59,20 @@ def test_codes_and_scales(group, x_dtype, dtype):
 def test_any_number_of_columns(group, columns):
     for rows in (1, 3):
         for x_dtype in (jnp.bfloat16, jnp.float32):
-            check(values(rows, columns, x_dtype, seed=columns), group, jnp.int8)
+            check(formulas.values(rows, columns, x_dtype, seed=columns), group, jnp.int8)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 127, 4223, 4224, 4225, 9001])
 def test_any_number_of_rows(rows):
-    check(values(rows, 96, jnp.bfloat16), 8, jnp.int8)
-    check(values(rows, 100, jnp.bfloat16), 8, jnp.float8_e4m3fn)
+    check(formulas.values(rows, 96, jnp.bfloat16), 8, jnp.int8)
+    check(formulas.values(rows, 100, jnp.bfloat16), 8, jnp.float8_e4m3fn)
 
 
 @pytest.mark.parametrize("dtype", OUT, ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize("columns", [512, 515])
 def test_rows_with_inf_nan_zero_and_subnormals(columns, dtype):
     for x_dtype in IN:
-        x = values(8, columns, x_dtype)
+        x = formulas.values(8, columns, x_dtype)
         x[1, 3], x[2, columns - 1], x[3, 5], x[4] = np.inf, -np.inf, np.nan, 0
         x[5] = -0.0
         x[6] = float(jnp.finfo(jnp.bfloat16).tiny) if x_dtype != jnp.float16 else 0  # its scale would be subnormal
@@ -95,14 +85,14 @@ def test_rows_with_inf_nan_zero_and_subnormals(columns, dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=["int8", "float8_e4m3fn"])
 def test_given_absmax(dtype):
-    x = values(6, 700, jnp.bfloat16)
+    x = formulas.values(6, 700, jnp.bfloat16)
     absmax = np.abs(x.astype(np.float32)).max(1) * np.float32(3)
     absmax[1], absmax[2], absmax[3], absmax[4] = np.nan, np.inf, 0, absmax[4] / 7  # the last one clips
     check(x, 8, dtype, absmax)
 
 
 def test_quantise_only_pads():
-    x = values(4, 1000, jnp.bfloat16)
+    x = formulas.values(4, 1000, jnp.bfloat16)
     for width in (1000, 1003, 1024):
         codes, _ = run(x, 0, jnp.int8, width=width)
         np.testing.assert_array_equal(codes[:, :1000], formulas.quantize(x, np.int8)[0])

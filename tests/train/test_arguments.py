@@ -8,26 +8,16 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-from slidejax import cli
-from slidejax.checkpoint.huggingface import write_pretrained
+from command_line import SENTENCES, run, write_files
+
 from slidejax.models import load_model
 
-TEXT = "The moon is the only natural satellite of the Earth. It turns once while it goes round. " * 8
+TEXT = SENTENCES * 8
 
 
 @pytest.fixture
 def files(tmp_path, tiny_llama, tiny_tokenizer):
-    write_pretrained(tmp_path / "dense", tiny_llama, tiny_tokenizer)
-    assert cli.main(["convert", str(tmp_path / "dense"), str(tmp_path / "out"), "--pattern", "4:6"]) == 0
-    (tmp_path / "text.txt").write_text(TEXT)
-    return tmp_path
-
-
-def run(capsys, *args):
-    capsys.readouterr()
-    status = cli.main([str(a) for a in args])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return write_files(tmp_path, tiny_llama, tiny_tokenizer, "4:6", TEXT)
 
 
 def test_recover_writes_a_better_model(capsys, files):
