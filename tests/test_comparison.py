@@ -11,6 +11,7 @@ pytest.importorskip("rich")
 from command_line import SENTENCES, run, write_files
 
 from slidejax import comparison
+from slidejax.checkpoint.huggingface import write_pretrained
 
 TEXT = SENTENCES * 2
 
