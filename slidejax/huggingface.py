@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import types
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 from slidejax import linen
 from slidejax.pattern import Pattern
@@ -29,9 +27,6 @@ __all__ = ["HIDDEN_LAYERS", "calibrated", "convert", "with_params"]
 
 # All linear layers but output embeddings: the heads of language models, often tied to the input embedding.
 HIDDEN_LAYERS = r"(?!(?:.*/)?(?:lm_head|predictions/decoder)(?:/kernel)?$).*"
-
-# Calibration runs the model over this many sequences at a time.
-_BATCH = 4
 
 
 def convert(
@@ -49,9 +44,8 @@ def convert(
       flax_model: of any Flax class of transformers; it stays as it is.
       rules: see `slidejax.rules`, with paths such as `model/layers/0/mlp/up_proj/kernel`. A single pattern or `Rule` is
         for all linear layers but the output embedding (`HIDDEN_LAYERS`).
-      method: "magnitude", "wanda", "sparsegpt" (`slidejax.prune`), or a function `(kernel [..., in, out], pattern, path) -> mask`, or `(mask, kernel)` where it
-        changes the kept values too.
-      calibration: token ids `[sequences, length]`, for "wanda" and "sparsegpt": the dense model runs over them.
+      method: "magnitude", "wanda", "sparsegpt" (`slidejax.prune`), or a function: see `slidejax.rules.Prune`.
+      calibration: for "wanda" and "sparsegpt": token ids `[sequences, length]`, or a `slidejax.prune.Calibration`.
       params: the parameters of a model made with `_do_init=False`; the result holds the packed ones.
       report: an empty `slidejax.Report`, filled in.
 
@@ -71,14 +65,36 @@ def convert(
         tokens = model.generate(input_ids).sequences
     """
     _check_model(flax_model)
-    if isinstance(rules, (str, Pattern, Rule)):
-        rules = [(HIDDEN_LAYERS, rules)]
-    params = _params_of(flax_model) if params is None else params
-    prune = _prune(method, calibration, flax_model, params)
+    _check_method(method, calibration)
+    run, params, pack = functional(flax_model, params)
+    prune = method if callable(method) else None
+    if not callable(method) and method != "magnitude":
+        from slidejax.prune.calibration import Calibration, calibrate, planned
+
+        how = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
+        plan = planned(lambda params, **options: pack(params, rules, **options).params, params)
+        params, prune = calibrate(run, params, how.as_batches(), plan, method, how, report)
+    return pack(params, rules, report=report, prune=prune)
+
+
+def functional(
+    flax_model: FlaxPreTrainedModel, params: Mapping | None = None
+) -> tuple[Callable[[Any, Any], Any], Mapping, Callable[..., FlaxPreTrainedModel]]:
+    """A model as a function of its parameters, for calibration.
+
+    Returns:
+      `(run, params, pack)`: `run(params, ids)` calls the model, `pack(params, rules, **options)` is `slidejax.linen.convert`
+      for it.
+    """
+    _check_model(flax_model)
     rngs, args, kwargs = _init_arguments(flax_model)
-    module = flax_model.module
-    packed = linen.convert(params, rules, module, *args, report=report, prune=prune, rngs=rngs, **kwargs)
-    return with_params(flax_model, packed)
+
+    def pack(params, rules, **options):
+        if isinstance(rules, (str, Pattern, Rule)):
+            rules = [(HIDDEN_LAYERS, rules)]
+        return with_params(flax_model, linen.convert(params, rules, flax_model.module, *args, rngs=rngs, **options, **kwargs))
+
+    return _runner(flax_model), _params_of(flax_model) if params is None else params, pack
 
 
 def with_params(flax_model: FlaxPreTrainedModel, params: Mapping) -> FlaxPreTrainedModel:
@@ -122,23 +138,27 @@ def _params_of(flax_model) -> Mapping:
     return flax_model.params
 
 
-def _prune(method, calibration, flax_model, params) -> Prune | None:
+def _check_method(method, calibration) -> None:
     from slidejax.prune.calibration import CALIBRATED
 
     if not callable(method) and method not in ("magnitude", *CALIBRATED):
         raise ValueError(f"method must be a function or one of magnitude, {', '.join(CALIBRATED)}, got {method!r}")
-    if callable(method) or method == "magnitude":
-        if calibration is not None:
-            raise ValueError(f"method {method!r} uses no calibration")
-        return method if callable(method) else None
-    return calibrated(flax_model, method, calibration, params=params)
+    if (callable(method) or method == "magnitude") and calibration is not None:
+        raise ValueError(f"method {method!r} uses no calibration")
+    if not callable(method) and method in CALIBRATED and calibration is None:
+        raise ValueError(f"method {method!r} needs calibration: token ids [sequences, length] or a slidejax.prune.Calibration")
+
+
+def _runner(flax_model) -> Callable[[Any, Any], Any]:
+    return lambda params, ids: flax_model(ids, params=params)
 
 
 def calibrated(
     flax_model: FlaxPreTrainedModel, method: str, tokens: Any, *, params: Mapping | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prune:
-    """Runs a dense model over calibration tokens, once for any number of conversions.
+    """Runs a dense model over calibration tokens, once for any number of conversions: every layer is pruned with the
+    inputs of the dense model, which is quicker and less good than what `convert` does.
 
     Args:
       flax_model: the dense model.
@@ -153,17 +173,14 @@ def calibrated(
     Raises:
       ValueError: if tokens are not a matrix of integers.
     """
-    from slidejax.prune.calibration import collect, pruner
+    from slidejax.prune.calibration import Calibration, check_method, collect, pruner
 
-    ids = None if tokens is None else np.asarray(tokens)
-    if ids is None or ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-        got = "None" if ids is None else f"{ids.dtype} {ids.shape}"
-        raise ValueError(f"method {method!r} needs calibration, token ids [sequences, length], got {got}")
+    check_method(method)
+    _check_method(method, tokens)
     params = _params_of(flax_model) if params is None else params
-    size = math.gcd(len(ids), _BATCH)  # batches of one shape: one program
-    batches = np.split(ids, len(ids) // size)
-    tell = None if progress is None else lambda done: progress(done * size, len(ids))
-    return pruner(method, collect(lambda params, ids: flax_model(ids, params=params), params, batches, tell))
+    batches = Calibration(tokens).as_batches()
+    tell = None if progress is None else lambda done: progress(done * len(batches[0]), len(tokens))
+    return pruner(method, collect(_runner(flax_model), params, batches, tell))
 
 
 def _with_methods(module: nn.Module, **namespace) -> nn.Module:

@@ -22,6 +22,7 @@ from slidejax.adapters import AdaptedWeight
 from slidejax.contraction import Contraction, axis_names, contract, promote_packed, stacked_axes, to_matrix
 from slidejax.pattern import Pattern
 from slidejax.prepared import prepare
+from slidejax.prune.inputs import see_input, see_output
 from slidejax.rules import Converted, LeftDense, Prune, Report, Rule, RuleSet, nbytes, pack_by_rule
 from slidejax.trainable import MasterWeight
 from slidejax.weight import SlideWeight, WrappedWeight, pack
@@ -72,17 +73,16 @@ class _SlideLayer(nnx.Module):
 
     def _replace(self, w: SlideWeight | WrappedWeight) -> None:
         """Takes another weight of the same shape, pattern and mask; Variables keep their metadata."""
-        base = w.base if isinstance(w, AdaptedWeight) else w
-        self.master = base.qdtype if isinstance(base, MasterWeight) else None
-        packed = base.weight if isinstance(base, MasterWeight) else base
+        packed = w.weight if isinstance(w, WrappedWeight) else w
+        self.master = w.qdtype if isinstance(w, MasterWeight) else None
         for name in ("values", "zeros", "scale"):
             kind = nnx.Param if name == "values" and not numerics.is_quantized(packed.dtype) else Packed
             setattr(self, name, kind(getattr(packed, name), **getattr(self, name).get_metadata()))
         self.prepared = nnx.data(Packed(dict(packed.prepared)) if packed.prepared else None)
-        adapted = isinstance(w, AdaptedWeight)
-        self.lora = (w.scaling, w.masked) if adapted else None
-        self.lora_a = nnx.data(nnx.LoRAParam(w.lora_a) if adapted else None)
-        self.lora_b = nnx.data(nnx.LoRAParam(w.lora_b) if adapted else None)
+        adapted = w if isinstance(w, AdaptedWeight) else None
+        self.lora = None if adapted is None else (adapted.scaling, adapted.masked)
+        self.lora_a = nnx.data(None if adapted is None else nnx.LoRAParam(adapted.lora_a))
+        self.lora_b = nnx.data(None if adapted is None else nnx.LoRAParam(adapted.lora_b))
 
     @property
     def kernel(self) -> SlideWeight | WrappedWeight:
@@ -91,9 +91,9 @@ class _SlideLayer(nnx.Module):
         values, zeros, scale = (variable.get_value() for variable in (self.values, self.zeros, self.scale))
         w = SlideWeight(values, zeros, scale, self.pattern, self.kernel_features, prepared)
         if self.master is not None:
-            w = MasterWeight(values, zeros, self.pattern, self.kernel_features, self.master)
+            return MasterWeight(values, zeros, self.pattern, self.kernel_features, self.master)
         if self.lora is not None:
-            w = AdaptedWeight(w, self.lora_a.get_value(), self.lora_b.get_value(), *self.lora)
+            return AdaptedWeight(w, self.lora_a.get_value(), self.lora_b.get_value(), *self.lora)
         return w
 
     def _run(self, x, axes: Contraction, features: tuple[int, ...], out_sharding) -> jax.Array:
@@ -212,6 +212,48 @@ def _einsum(layer):
     operand = layer.einsum_str.replace(" ", "").partition(",")[0]
     x_ndim = len(operand.replace("...", "")) + operand.count("...")
     return SlideEinsum, Contraction.einsum(layer.einsum_str, x_ndim).kernel, tuple(layer.kernel_shape)
+
+
+class _Seen(nnx.Module):
+    """A dense layer that shows its input and output (`slidejax.prune.inputs`)."""
+
+    seen_path: str
+
+    def __call__(self, inputs, *args, **kwargs):
+        if isinstance(self, nnx.Linear):
+            axes = Contraction.dense(inputs.ndim)
+        elif isinstance(self, nnx.LinearGeneral):
+            axes = _general(self, inputs.ndim)
+        else:
+            axes = Contraction.einsum(args[0] if args else kwargs.get("einsum_str") or self.einsum_str, inputs.ndim)  # type: ignore[attr-defined]
+        y = super().__call__(see_input(self.seen_path, inputs, axes), *args, **kwargs)
+        return see_output(self.seen_path, y)
+
+
+_SEEN = {cls: type(cls.__name__, (_Seen, cls), {}) for cls in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)}
+
+
+def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict, Callable[[dict], nnx.Module]]:
+    """A model as a function of its parameters, for calibration.
+
+    Returns:
+      `(run, params, rebuild)`: `run(params, *args)` calls the model, its linear layers showing their inputs
+      (`slidejax.prune.inputs`); params are nested dicts; `rebuild(params)` makes the model with others.
+    """
+    graph, state = nnx.split(model)
+    seen = nnx.clone(model)
+    for path, layer in list(nnx.iter_graph(seen)):
+        if type(layer) in _SEEN and isinstance(vars(layer).get("kernel"), nnx.Variable):
+            layer.__class__ = _SEEN[type(layer)]
+            layer.seen_path = "/".join(map(str, (*path, "kernel")))
+    seen_graph, _ = nnx.split(seen)
+
+    def merged(graph, params):
+        fresh = jax.tree.map(lambda leaf: leaf, state)
+        nnx.replace_by_pure_dict(fresh, params)
+        return nnx.merge(graph, fresh)
+
+    return lambda params, *args: merged(seen_graph, params)(*args), nnx.to_pure_dict(state), lambda params: merged(graph, params)
 
 
 _LAYERS: dict[type, Callable] = {nnx.Linear: _linear, nnx.LinearGeneral: _linear_general, nnx.Einsum: _einsum}

@@ -80,11 +80,13 @@ class Report:
       converted: the layers that became sparse.
       dense: path -> why the layer was left dense.
       unmatched: a line for each rule that decided no layer.
+      notes: what else is to be known, such as how it was calibrated.
     """
 
     converted: list[Converted] = dataclasses.field(default_factory=list)
     dense: dict[str, str] = dataclasses.field(default_factory=dict)
     unmatched: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -105,7 +107,7 @@ class Report:
             for layer in self.converted
         ]
         lines += [f"  dense: {path}: {reason}" for path, reason in self.dense.items()]
-        return "\n".join(lines + [f"  {line}" for line in self.unmatched])
+        return "\n".join(lines + [f"  {line}" for line in (*self.unmatched, *self.notes)])
 
 
 def _mib(size: int) -> str:

@@ -1,7 +1,8 @@
 """What is timed: JAX as its users write it, and `slidejax.linear` with every implementation that runs here.
 
 Everything goes from bfloat16 x to bfloat16 y. Baselines keep W as `[out, in]`, the layout that suits the vendor's
-8-bit products best.
+8-bit products best. The last two baselines are a bound: slidejax's own quantisation of x, without lifting, and the bare
+product of the codes in its cheapest form, whose scales are left out. No dense layer made of these parts is faster.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import numpy as np
 from slidejax import numerics
 from slidejax.bench.timing import Contender
 from slidejax.ops import registry
+from slidejax.ops.lift_quantize import lift_rows
 from slidejax.ops.linear import linear
 from slidejax.ops.registry import Problem
 from slidejax.prepared import drop_prepared, prepare
 from slidejax.weight import SlideWeight
 
-__all__ = ["BASELINES", "baselines", "kernel_of", "sparse"]
+__all__ = ["BASELINES", "BEST_DENSE", "baselines", "best_dense", "kernel_of", "sparse"]
 
-BASELINES = ("jax bf16", "jax int8", "jax fp8", "jax fp8 per tensor")
+_UNSCALED = ("dense int8 unscaled", "dense fp8 unscaled")
+BEST_DENSE = "best dense 8 bit"  # the faster of the two, layer by layer
+BASELINES = ("jax bf16", "jax int8", "jax fp8", "jax fp8 per tensor", *_UNSCALED, BEST_DENSE)
 _LAST = (((1,), (1,)), ((), ()))  # contract the last axis of x with the last of W
 _E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 
@@ -59,8 +63,19 @@ def _per_tensor(x: jax.Array, weights: Any) -> jax.Array:
     return jax.lax.dot_general(codes.astype(x.dtype) * scale_x, w.astype(x.dtype) * scale_w, _LAST)
 
 
+def _unscaled(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Codes by slidejax's kernel and their product: int32 for int8, bfloat16 for FP8, with XLA's default (fast) accumulation."""
+    codes, scale = lift_rows([x], None, w.dtype)
+    return jax.lax.dot_general(codes, w, _LAST, preferred_element_type=jnp.int32 if w.dtype == jnp.int8 else x.dtype), scale
+
+
+def best_dense(us: dict[str, float | None]) -> float | None:
+    """The time of `BEST_DENSE` from those of the baselines."""
+    return min((t for name in _UNSCALED if (t := us.get(name)) is not None), default=None)
+
+
 def baselines(kernel: jax.Array) -> list[Contender]:
-    """JAX without slidejax, for a kernel `[in, out]`."""
+    """JAX without slidejax, for a kernel `[in, out]`, and the bounds of a dense layer with its quantisation."""
     w = kernel.T
 
     def per_row(dtype: Any) -> Any:
@@ -74,6 +89,7 @@ def baselines(kernel: jax.Array) -> list[Contender]:
         Contender("jax int8", _per_row, per_row(jnp.int8)),
         Contender("jax fp8", _per_row, per_row(_E4M3)),
         Contender("jax fp8 per tensor", _per_tensor, static),
+        *(Contender(name, _unscaled, per_row(dtype)[0]) for name, dtype in zip(_UNSCALED, (jnp.int8, _E4M3), strict=True)),
     ]
 
 

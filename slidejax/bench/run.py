@@ -14,7 +14,8 @@ import slidejax
 from slidejax import numerics
 from slidejax.bench import arguments, contenders
 from slidejax.bench.timing import Clock, Contender, time_all
-from slidejax.ops.lift_quantize import lift_quantize
+from slidejax.ops import ffi
+from slidejax.ops.lift_quantize import lift_quantize, lift_rows
 from slidejax.pattern import Pattern
 from slidejax.weight import pack
 
@@ -45,8 +46,9 @@ def measure(args: argparse.Namespace, note: Callable[[str], None] = lambda text:
 
     Returns:
       A JSON object: "device", "jax", "slidejax", "xla_flags", "clock"; "lift": rows with `us` and `gb_per_s` beside the
-      copy's; "linear": rows with `us` by contender and why implementations refused; "sums": the same added up over the
-      shapes, for each dtype, pattern and M, with ratios to the baselines (above 1: slidejax is faster).
+      copy's and those of quantising alone; "linear": rows with `us` by contender, why implementations refused, and cuSPARSELt's
+      algorithm; "sums": the same added up over the shapes, for each dtype, pattern and M, with ratios to the baselines
+      (above 1: slidejax is faster).
 
     Raises:
       ValueError: a bad pattern or dtype, before anything is measured.
@@ -68,18 +70,21 @@ def measure(args: argparse.Namespace, note: Callable[[str], None] = lambda text:
         for m in rows:
             note(f"linear: N={n} K={k} M={m}")
             ours: list[Contender] = []
-            refused = {}
+            refused, algorithms = {}, {}
             for (p, d), w in weights.items():
                 found, why = contenders.sparse(w, m)
+                algorithms[p, d] = None if "cusparselt" in why else ffi.cusparselt_algorithm(w, m)
                 ours += [Contender(f"{p} {d.name} {c.name}", c.apply, c.weights) for c in found]
                 refused[p, d] = why
             us = time_all([*baselines, *ours], inputs_of(m, k), clock, note)
+            us[contenders.BEST_DENSE] = contenders.best_dense(us)
             common = {name: us[name] for name in contenders.BASELINES}
             for p, d in weights:
                 prefix = f"{p} {d.name} "
                 mine = {name.removeprefix(prefix): t for name, t in us.items() if name.startswith(prefix)}
                 linear.append(
-                    {"out": n, "in": k, "rows": m, "pattern": str(p), "dtype": d.name, "us": {**common, **mine}, "refused": refused[p, d]}
+                    {"out": n, "in": k, "rows": m, "pattern": str(p), "dtype": d.name, "us": {**common, **mine}, "refused": refused[p, d],
+                     "cusparselt": algorithms[p, d]}
                 )
     return {
         "device": jax.devices()[0].device_kind,
@@ -110,10 +115,16 @@ def _lift(m: int, k: int, patterns: Sequence[Pattern], dtypes: Sequence[Any], cl
     def lift(p: Pattern, d: Any) -> Callable[[jax.Array, Any], Any]:
         return lambda x, _: lift_quantize(x, p, d)
 
+    def quantise(d: Any) -> Callable[[jax.Array, Any], Any]:
+        return lambda x, _: lift_rows([x], None, d)
+
     cases = {f"{p} {d.name}": (p, d) for p in patterns for d in dtypes}
+    plain = {f"quantise {d.name}": d for d in dtypes}
     copy = Contender("copy", lambda x, _: -x)  # as many bytes as a copy, and not elided
-    us = time_all([copy, *(Contender(name, lift(*case)) for name, case in cases.items())], inputs_of(m, k, copies), clock, note)
+    timed = [copy, *(Contender(name, quantise(d)) for name, d in plain.items()), *(Contender(name, lift(*c)) for name, c in cases.items())]
+    us = time_all(timed, inputs_of(m, k, copies), clock, note)
     size = {"copy": 4 * m * k}
+    size |= {name: 2 * m * k + m * k * d.itemsize + 4 * m for name, d in plain.items()}
     size |= {name: 2 * m * k + m * p.lifted(k) * d.itemsize + 4 * m for name, (p, d) in cases.items()}
     speed = {name: None if t is None else size[name] / t / 1e3 for name, t in us.items()}
     return [
@@ -124,6 +135,9 @@ def _lift(m: int, k: int, patterns: Sequence[Pattern], dtypes: Sequence[Any], cl
             "dtype": d.name,
             "us": us[name],
             "gb_per_s": speed[name],
+            "quantise_us": us[f"quantise {d.name}"],
+            "quantise_gb_per_s": speed[f"quantise {d.name}"],
+            "over_quantise": _ratio(us[name], us[f"quantise {d.name}"]),
             "copy_us": us["copy"],
             "copy_gb_per_s": speed["copy"],
         }
@@ -147,14 +161,15 @@ def _sums(linear: list[dict], shapes: Sequence[tuple[int, int]]) -> list[dict]:
     return sums
 
 
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a / b
+
+
 def _ratios(us: dict[str, float | None]) -> dict[str, dict[str, float | None]]:
     """For each of our contenders, how many times as fast as each baseline it is."""
 
-    def ratio(base: float | None, ours: float | None) -> float | None:
-        return None if base is None or ours is None else base / ours
-
     ours = [name for name in us if name not in contenders.BASELINES]
-    return {name: {base: ratio(us.get(base), us[name]) for base in contenders.BASELINES} for name in ours}
+    return {name: {base: _ratio(us.get(base), us[name]) for base in contenders.BASELINES} for name in ours}
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -162,6 +177,10 @@ def _ratios(us: dict[str, float | None]) -> dict[str, dict[str, float | None]]:
 
 def _us(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
+
+
+def _times_as(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
@@ -184,16 +203,19 @@ def table(results: dict[str, Any]) -> str:
         "lift_quantize",
     ]
     keys = ("pattern", "dtype", "rows", "in")
-    speeds = ("us", "gb_per_s", "copy_us", "copy_gb_per_s")
-    lines += _grid([*keys, "us", "GB/s", "copy us", "copy GB/s"], [[*(str(r[k]) for k in keys), *(_us(r[k]) for k in speeds)] for r in results["lift"]])
+    speeds = ("us", "gb_per_s", "quantise_us", "quantise_gb_per_s", "copy_us", "copy_gb_per_s")
+    head = [*keys, "us", "GB/s", "quantise us", "GB/s", "copy us", "GB/s", "over quantise"]
+    lines += _grid(head, [[*(str(r[k]) for k in keys), *(_us(r[k]) for k in speeds), _times_as(r["over_quantise"])] for r in results["lift"]])
     lines += ["", "linear", *_times(results["linear"], ("pattern", "dtype", "rows", "out", "in"))]
     shapes = ", ".join(f"{n}x{k}" for n, k in results["shapes"])
     lines += ["", f"sum over {shapes}", *_times(results["sums"], ("pattern", "dtype", "rows"))]
     ratios = [
-        [row["pattern"], row["dtype"], str(row["rows"]), name, *("-" if r is None else f"{r:.2f}" for r in by.values())]
+        [row["pattern"], row["dtype"], str(row["rows"]), name, *map(_times_as, by.values())]
         for row in results["sums"]
         for name, by in row["ratios"].items()
     ]
     lines += ["", "sum, times as fast as", *_grid(["pattern", "dtype", "rows", "implementation", *contenders.BASELINES], ratios)]
+    algorithms = {f"{r['pattern']} {r['dtype']} M={r['rows']} {r['out']}x{r['in']}: {r['cusparselt']}" for r in results["linear"] if r["cusparselt"]}
+    lines += ["", "cuSPARSELt's algorithm", *sorted(algorithms)] if algorithms else []
     refused = {f"{row['dtype']} {name}: {why}" for row in results["linear"] for name, why in row["refused"].items()}
     return "\n".join([*lines, *([""] if refused else []), *(f"not timed: {line}" for line in sorted(refused))])

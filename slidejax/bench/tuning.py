@@ -1,4 +1,7 @@
-"""`slidejax tune`: times `linear` with every implementation and records the times, from which the choice is made."""
+"""`slidejax tune`: times `linear` with every implementation and records the times, from which the choice is made.
+
+Before cuSPARSELt is timed, its algorithms are searched for the shape, and the fastest is remembered (`slidejax.ops.ffi`).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from slidejax import numerics, tune
 from slidejax.bench import arguments, contenders
 from slidejax.bench.run import inputs_of
 from slidejax.bench.timing import Clock, time_all
+from slidejax.ops import ffi, registry
 from slidejax.pattern import Pattern
 from slidejax.weight import SlideWeight, pack
 
@@ -35,6 +39,18 @@ def _of_model(model: Any) -> tuple[list[tuple[int, int]], set[tuple[Pattern, Any
     # shapes only: nothing is computed
     jax.eval_shape(lambda p: huggingface.convert(model, Rule("2:4"), params=p, report=report).params, model.params)
     return sorted({(layer.shape[-1], layer.shape[-2]) for layer in report.converted}), set()
+
+
+def _search(w: SlideWeight, rows: int, note: Callable[[str], None]) -> None:
+    """Searches cuSPARSELt's algorithms where it can run; one that fails leaves the library's default."""
+    if "cusparselt" in registry.refusals(contenders.problem_of(w, rows)):
+        return
+    try:
+        best = ffi.cusparselt_search(w, rows)[0]
+    except (NotImplementedError, RuntimeError) as error:
+        note(f"cuSPARSELt's algorithms cannot be searched: {error}")
+    else:
+        note(f"cuSPARSELt's fastest algorithm is {best['algorithm']}: {best['microseconds']:.1f} us")
 
 
 def measure(
@@ -72,6 +88,8 @@ def measure(
             w = pack(kernel, pattern, dtype=dtype)
             for m in args.rows or ([1, 16, 64, 256, 1024, 4096, 16384] if gpu else [1, 16]):
                 note(f"N={n} K={k} {pattern} {dtype.name} M={m}")
+                if not args.dry_run:
+                    _search(w, m, note)
                 timed = time_all(contenders.sparse(w, m, both=True)[0], inputs_of(m, k), clock, note)
                 us = {name: round(t, 2) for name, t in timed.items() if t is not None}
                 if us:

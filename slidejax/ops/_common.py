@@ -83,6 +83,26 @@ def with_rules(
     return op
 
 
+def map_batched(op, axis_size: int, in_batched, x_operands: int, operands):
+    """The vmap rule of an op whose first `x_operands` operands and whose results have rows: a batch of rows is just more rows; a batch
+    of anything else runs one after the other."""
+    batched = list(jax.tree.leaves(in_batched))
+    if not any(batched[x_operands:]):
+        x_parts = [
+            a if b else jnp.broadcast_to(a, (axis_size, *a.shape)) for a, b in zip(operands[:x_operands], batched, strict=False)
+        ]
+        ys = op(*(a.reshape(-1, a.shape[-1]) for a in x_parts), *operands[x_operands:])
+        ys = jax.tree.map(lambda y: y.reshape(axis_size, -1, y.shape[-1]), ys)
+        return ys, jax.tree.map(lambda y: True, ys)
+
+    def one(slices):
+        rest = iter(slices)
+        return op(*(next(rest) if b else a for a, b in zip(operands, batched, strict=True)))
+
+    ys = jax.lax.map(one, [a for a, b in zip(operands, batched, strict=True) if b])
+    return ys, jax.tree.map(lambda y: True, ys)
+
+
 def check_input(x, name: str = "x") -> jax.Array:
     """`x` as a float array with at least one axis; ValueError otherwise."""
     x = jnp.asarray(x)

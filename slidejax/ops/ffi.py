@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "available",
     "build_info",
+    "cusparselt_algorithm",
     "cusparselt_compress_call",
     "cusparselt_compressed",
     "cusparselt_linear",
@@ -365,16 +366,31 @@ def _search_key(dtype, result, out: int, columns: int) -> str:
     return f"{np.dtype(dtype).name}->{np.dtype(result).name} {out}x{columns}"
 
 
-def _choice(dtype, result, out: int, rows: int, columns: int) -> dict[str, Any]:
-    """The algorithm of the nearest search, else the library's default. The call falls back to the default by itself where
-    the library refuses the algorithm for this number of rows."""
+def _nearest_search(dtype, result, out: int, rows: int, columns: int) -> tuple[str, dict[str, Any]] | None:
+    """The nearest search within reach: its rows, and the algorithm that was fastest."""
     if not _on_gpu() or missing("cusparselt") is not None:
-        return dict(_DEFAULT_CHOICE)
+        return None
     found = _read_searches()[1].get(_search_key(dtype, result, out, columns), {})
     near = min(found, key=lambda r: abs(math.log2(int(r) / max(rows, 1))), default=None)
     if near is None or abs(math.log2(int(near) / max(rows, 1))) > _REACH:
-        return dict(_DEFAULT_CHOICE)
-    return {name: int(found[near][name]) for name in _DEFAULT_CHOICE}
+        return None
+    return near, found[near]
+
+
+def _choice(dtype, result, out: int, rows: int, columns: int) -> dict[str, Any]:
+    """The algorithm of the nearest search, else the library's default. The call falls back to the default by itself where
+    the library refuses the algorithm for this number of rows."""
+    found = _nearest_search(dtype, result, out, rows, columns)
+    return dict(_DEFAULT_CHOICE) if found is None else {name: int(found[1][name]) for name in _DEFAULT_CHOICE}
+
+
+def cusparselt_algorithm(w: SlideWeight, rows: int) -> str:
+    """Which of the library's algorithms `linear` of so many rows uses, in words."""
+    found = _nearest_search(w.dtype, _accumulator(w.dtype), w.out_features, rows, _lifted_columns(w))
+    if found is None:
+        return "the library's default; slidejax tune searches for the fastest"
+    near, choice = found
+    return f"{choice['algorithm']}, the fastest of a search at M={near} ({choice['microseconds']:.1f} us for the product alone)"
 
 
 def cusparselt_search(w: SlideWeight, rows: int) -> list[dict[str, Any]]:

@@ -6,13 +6,14 @@ The GEMM runs over lifted columns: window `w` of group `g` reads its four column
 
 (SlideSparse, arXiv 2603.05232), each row quantised with its own scale (`slidejax.numerics`). For 16- and 32-bit values
 nothing is quantised: the scale is 1, or nan for a row that holds inf or nan, so that its outputs are nan on every
-implementation.
+implementation. What a model computes right before, a norm or an activation, can be part of the op (`slidejax.ops.prologue`).
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,13 @@ from slidejax.ops._common import (
     check_input,
     first_axes,
     make_primitive,
+    map_batched,
     spec_of,
     vary,
     varying_axes,
     with_rules,
 )
+from slidejax.ops.prologue import PLAIN, Inputs, Prologue, inputs_of
 from slidejax.pattern import Pattern
 
 __all__ = ["lift", "lift_quantize", "lift_quantize_p", "lift_rows", "lift_shard", "quantize_rows", "row_absmax", "unlift"]
@@ -89,13 +92,14 @@ def _reference(x, absmax, pattern, dtype):
 # --- primitive --------------------------------------------------------------------------------------------------------
 
 
-def _shapes(x, *absmax, pattern, dtype):
+def _shapes(x, *rest, pattern, dtype, inputs):
     columns = x.shape[1] if pattern is None else pattern.lifted(x.shape[1])
     return [((x.shape[0], columns), dtype), ((x.shape[0], 1), np.float32)]
 
 
-def _lowering(x, *given, platform, pattern, dtype):
-    absmax = given[0] if given else None
+def _lowering(*operands, platform, pattern, dtype, inputs):
+    xs, given = operands[: inputs.count], operands[inputs.count :]
+    x, absmax = inputs.apply(xs), given[0] if given else None
     if platform == "cuda" and registry.cuda_calls() and math.prod(x.shape):
         from slidejax.ops import ffi
 
@@ -113,28 +117,33 @@ def _lowering(x, *given, platform, pattern, dtype):
 lift_quantize_p = make_primitive("slidejax_lift_quantize", _shapes, _lowering)
 
 
-def lift_rows(x: jax.Array, pattern: Pattern | None, dtype, absmax: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Binds the primitive on `x` `[M, K]`; `absmax` `[M, 1]` replaces the rows' own (K split over a mesh)."""
-    operands = [x] if absmax is None else [x, absmax]
+def lift_rows(
+    xs: Sequence[jax.Array], pattern: Pattern | None, dtype, inputs: Inputs = PLAIN, absmax: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Binds the primitive on x `[M, K]` and its prologue's arrays; `absmax` `[M, 1]` replaces the rows' own (K split over a mesh)."""
+    operands = [*xs] if absmax is None else [*xs, absmax]
     operands = vary(varying_axes(*operands), *operands)
-    codes, scale = lift_quantize_p.bind(*operands, pattern=pattern, dtype=np.dtype(dtype))
+    codes, scale = lift_quantize_p.bind(*operands, pattern=pattern, dtype=np.dtype(dtype), inputs=inputs)
     return codes, scale
 
 
-def lift_shard(x: jax.Array, pattern: Pattern, dtype, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+def lift_shard(
+    xs: Sequence[jax.Array], pattern: Pattern, dtype, inputs: Inputs, axes: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
     """Lifts one shard of rows whose columns are split over the mesh axes `axes`: they share a max-reduced scale."""
+    x = inputs.apply(xs, axes)
     absmax = jax.lax.pmax(row_absmax(x), axes)
-    codes, _ = lift_rows(x, pattern, dtype, absmax)
+    codes, _ = lift_rows([x], pattern, dtype, absmax=absmax)
     return codes, row_scale(absmax, dtype)  # from the reduced absmax, so that JAX knows it is the same on every shard
 
 
 # --- sharding ---------------------------------------------------------------------------------------------------------
 
 
-def _partitioned(pattern: Pattern, dtype):
+def _partitioned(pattern: Pattern, dtype, inputs: Inputs):
     @custom_partitioning
-    def op(x):
-        return lift_rows(x, pattern, dtype)
+    def op(*xs):
+        return lift_rows(xs, pattern, dtype, inputs)
 
     def rule(mesh, operands, results):
         columns = operands[0].shape[1]
@@ -142,13 +151,13 @@ def _partitioned(pattern: Pattern, dtype):
             # groups stay whole: both sides are cut by groups
             per_group = pattern.windows * 4
             return SdyShardingRule(
-                (ArrayMapping("m", CompoundFactor("g", "c")),),
+                inputs.mappings(CompoundFactor("g", "c")),
                 (ArrayMapping("m", CompoundFactor("g", "d")), ArrayMapping("m", "one")),
                 g=columns // pattern.group,
                 c=pattern.group,
                 d=per_group,
             )
-        return SdyShardingRule((ArrayMapping("m", "k"),), (ArrayMapping("m", "l"), ArrayMapping("m", "one")))
+        return SdyShardingRule(inputs.mappings("k"), (ArrayMapping("m", "l"), ArrayMapping("m", "one")))
 
     def partition(mesh, operands, results):
         (rows, k), (_, lifted_k) = spec_of(operands[0]), spec_of(results[0])
@@ -156,10 +165,10 @@ def _partitioned(pattern: Pattern, dtype):
         if cut.k:
             cut.check_k("lift_quantize", pattern, operands[0].shape[1])
 
-        def local(x):
-            return lift_shard(x, pattern, dtype, cut.k) if cut.k else lift_rows(x, pattern, dtype)
+        def local(*xs):
+            return lift_shard(xs, pattern, dtype, inputs, cut.k) if cut.k else lift_rows(xs, pattern, dtype, inputs)
 
-        return mesh, local, (cut.sharding("rows", "k"), cut.sharding("rows", None)), (cut.sharding("rows", "k"),)
+        return mesh, local, (cut.sharding("rows", "k"), cut.sharding("rows", None)), inputs.shardings(cut)
 
     op.def_partition(partition, sharding_rule=rule)
     return op
@@ -169,28 +178,28 @@ def _partitioned(pattern: Pattern, dtype):
 
 
 @functools.cache
-def _op(pattern: Pattern, dtype, reduce_axis: tuple[str, ...]):
-    partitioned = _partitioned(pattern, dtype)
+def _op(pattern: Pattern, dtype, inputs: Inputs, reduce_axis: tuple[str, ...]):
+    partitioned = _partitioned(pattern, dtype, inputs)
 
-    def primal(x):
-        return lift_shard(x, pattern, dtype, reduce_axis) if reduce_axis else partitioned(x)
+    def primal(*xs):
+        return lift_shard(xs, pattern, dtype, inputs, reduce_axis) if reduce_axis else partitioned(*xs)
 
-    def vmap_rule(op, axis_size, in_batched, x):  # a batch is just more rows
-        lifted, scale = op(x.reshape(-1, x.shape[-1]))
-        return (lifted.reshape(*x.shape[:-1], lifted.shape[-1]), scale.reshape(*x.shape[:-1], 1)), (True, True)
+    def vmap_rule(op, axis_size, in_batched, *xs):
+        return map_batched(op, axis_size, in_batched, inputs.rows, xs)
 
-    def residuals(operands, results):
-        (x,), (_, scale) = operands, results
-        return scale, jnp.zeros((0, x.shape[1]), x.dtype)
+    def residuals(xs, results):
+        _, scale = results
+        # without a prologue only the shape and the dtype of x are needed
+        return scale, xs if inputs.has_prologue else [jnp.zeros((0, xs[0].shape[1]), xs[0].dtype)]
 
     def backward(residuals, cotangents):
-        scale, like = residuals
+        scale, xs = residuals
         d_lifted, _ = cotangents
         if not jnp.issubdtype(d_lifted.dtype, jnp.floating):
-            return (jnp.zeros((scale.shape[0], like.shape[1]), like.dtype),)
+            return (jnp.zeros((scale.shape[0], xs[0].shape[1]), xs[0].dtype), *map(jnp.zeros_like, xs[1:]))
         # straight through: code ~ x / scale, a column of x feeds every window that holds it
-        d_columns = _lift_transpose(d_lifted.astype(jnp.float32) / scale, pattern, like.shape[1])
-        return (d_columns.astype(like.dtype),)
+        d_columns = _lift_transpose(d_lifted.astype(jnp.float32) / scale, pattern, xs[0].shape[1])
+        return inputs.pull_back(xs, d_columns, reduce_axis)
 
     return with_rules(primal, vmap_rule, backward, residuals)
 
@@ -205,7 +214,11 @@ def _lift_transpose(d_lifted: jax.Array, pattern: Pattern, columns: int) -> jax.
 
 
 def lift_quantize(
-    x: jax.Array, pattern: str | Pattern, dtype=jnp.int8, reduce_axis: str | tuple[str, ...] | None = None
+    x: jax.Array,
+    pattern: str | Pattern,
+    dtype=jnp.int8,
+    reduce_axis: str | tuple[str, ...] | None = None,
+    prologue: Prologue | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Lifts and quantises activations for `sparse_matmul`.
 
@@ -215,12 +228,14 @@ def lift_quantize(
       dtype: of the weight's values: int8 or float8_e4m3fn quantise each row with its own scale; bfloat16, float16 and
         float32 only lift.
       reduce_axis: inside `shard_map` with K split, the mesh axes over which it is.
+      prologue: what is computed on x before: an `RMSNorm`, `LayerNorm`, `Activation` or `GLU` of slidejax.
 
     Returns:
       `(lifted, scale)`: `[..., K']` of `dtype` with `K' = pattern.lifted(in)`, and float32 `[..., 1]`.
 
     Raises:
       ValueError: for a bad shape, dtype or pattern.
+      TypeError: if `prologue` is something else.
 
     >>> xl, s = lift_quantize(jnp.arange(8.)[None], "6:8", "int8")
     >>> xl[0, :12].tolist()
@@ -231,6 +246,6 @@ def lift_quantize(
     pattern = Pattern.parse(pattern)
     dtype = numerics.check_dtype(dtype)
     x = check_input(x)
-    op = _op(pattern, dtype, axis_names(reduce_axis))
-    lifted, scale = op(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+    inputs, xs = inputs_of(x, prologue)
+    lifted, scale = _op(pattern, dtype, inputs, axis_names(reduce_axis))(*vary(varying_axes(*xs), *xs))
     return lifted.reshape(*x.shape[:-1], lifted.shape[-1]), scale.reshape(*x.shape[:-1], 1)

@@ -3,7 +3,7 @@
 The primitive takes x as it is, so that rows of x, outputs of W, and K by whole blocks can each be split over a mesh
 without gathering x or W; what runs on a shard is the same custom call. With K split the rows' absmax is max-reduced,
 the raw accumulators are summed, then come the scales, then the bias once. Which implementation runs is decided when the
-op is lowered for a platform (`slidejax.ops.registry`).
+op is lowered for a platform (`slidejax.ops.registry`). A prologue (`slidejax.ops.prologue`) goes where the rows are quantised.
 
 The derivative treats quantisation as straight-through; 8-bit values have no gradient, and the mask stays.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,9 @@ from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, S
 
 from slidejax import numerics
 from slidejax.ops import registry, sparse_matmul
-from slidejax.ops._common import check_input, make_primitive, vary, varying_axes, with_rules
-from slidejax.ops.lift_quantize import lift_quantize_p, lift_shard
+from slidejax.ops._common import check_input, make_primitive, map_batched, vary, varying_axes, with_rules
+from slidejax.ops.lift_quantize import lift_rows, lift_shard
+from slidejax.ops.prologue import Prologue, inputs_of
 from slidejax.ops.sparse_matmul import Settings
 from slidejax.weight import SlideWeight, WrappedWeight, check_weight, scatter_values
 
@@ -31,16 +31,23 @@ __all__ = ["linear", "linear_p"]
 # --- primitive --------------------------------------------------------------------------------------------------------
 
 
-def _shapes(x, values, *rest, settings):
+def _shapes(*operands, settings):
+    x, values = operands[0], operands[settings.inputs.count]
     return [((x.shape[0], values.shape[0]), settings.out_dtype)]
 
 
-def _lowering(x, *operands, platform, settings):
-    w, bias = settings.weight(operands)
-    problem = registry.Problem.of("linear", x, w, settings, platform)
+def _split(operands, settings: Settings) -> tuple[tuple, SlideWeight, jax.Array | None]:
+    """x with its prologue's arrays, the weight and the bias."""
+    count = settings.inputs.count
+    return operands[:count], *settings.weight(operands[count:])
+
+
+def _lowering(*operands, platform, settings):
+    xs, w, bias = _split(operands, settings)
+    problem = registry.Problem.of("linear", xs[0], w, settings, platform)
     name = registry.choose(problem).implementation
     dense = name == "dense"
-    codes, scale_x = lift_quantize_p.bind(x, pattern=None if dense else w.pattern, dtype=w.dtype)
+    codes, scale_x = lift_rows(xs, None if dense else w.pattern, w.dtype, settings.inputs)
     if dense:
         acc = sparse_matmul.accumulate(codes, sparse_matmul.dense_codes(w), platform)
         return [sparse_matmul.finish(acc, scale_x, w.scale, bias, settings.out_dtype)]
@@ -50,8 +57,8 @@ def _lowering(x, *operands, platform, settings):
 linear_p = make_primitive("slidejax_linear", _shapes, _lowering)
 
 
-def _bind(x, w: SlideWeight, bias, settings: Settings) -> jax.Array:
-    operands = (x, *settings.operands(w, bias))
+def _bind(xs, w: SlideWeight, bias, settings: Settings) -> jax.Array:
+    operands = (*xs, *settings.operands(w, bias))
     (y,) = linear_p.bind(*vary(varying_axes(*operands), *operands), settings=settings)
     return y
 
@@ -59,38 +66,39 @@ def _bind(x, w: SlideWeight, bias, settings: Settings) -> jax.Array:
 # --- sharding ---------------------------------------------------------------------------------------------------------
 
 
-def _split_k(x, w: SlideWeight, bias, settings: Settings, axes: tuple[str, ...]) -> jax.Array:
+def _split_k(xs, w: SlideWeight, bias, settings: Settings, axes: tuple[str, ...]) -> jax.Array:
     """One shard of a product whose K is split over the mesh axes `axes`."""
-    codes, scale_x = lift_shard(x, w.pattern, w.dtype, axes)
+    codes, scale_x = lift_shard(xs, w.pattern, w.dtype, settings.inputs, axes)
     return sparse_matmul.split_k(codes, scale_x, w, bias, settings, axes)
 
 
 def _partitioned(settings: Settings):
     @custom_partitioning
-    def op(x, *operands):
-        return _bind(x, *settings.weight(operands), settings)
+    def op(*operands):
+        xs, w, bias = _split(operands, settings)
+        return _bind(xs, w, bias, settings)
 
     def rule(mesh, operands, results):
         weight = sparse_matmul.weight_factors(settings)
         whole_blocks = settings.in_features == settings.pattern.padded(settings.in_features)
         if whole_blocks:
-            x = ArrayMapping("m", CompoundFactor("g", "c"))
-            return SdyShardingRule((x, *weight), (ArrayMapping("m", "o"),), c=settings.pattern.group, reduction_factors=("g",))
+            xs = settings.inputs.mappings(CompoundFactor("g", "c"))
+            return SdyShardingRule((*xs, *weight), (ArrayMapping("m", "o"),), c=settings.pattern.group, reduction_factors=("g",))
         # K of x and the groups of W do not line up: `partition` refuses to cut either
-        return SdyShardingRule((ArrayMapping("m", "k"), *weight), (ArrayMapping("m", "o"),))
+        return SdyShardingRule((*settings.inputs.mappings("k"), *weight), (ArrayMapping("m", "o"),))
 
     def partition(mesh, operands, result):
-        cut = sparse_matmul.cut_of("linear", mesh, operands, result, settings, values_at=1)
+        cut = sparse_matmul.cut_of("linear", mesh, operands, result, settings, values_at=settings.inputs.count)
 
-        def local(x, *operands):
-            w, bias = settings.weight(operands)
+        def local(*operands):
+            xs, w, bias = _split(operands, settings)
             if cut.k or cut.out:
                 w = w.replace(prepared={})
             if cut.k:
-                return _split_k(x, w, bias, settings, cut.k)
-            return _bind(x, w, bias, dataclasses.replace(settings, prepared=tuple(w.prepared)))
+                return _split_k(xs, w, bias, settings, cut.k)
+            return _bind(xs, w, bias, dataclasses.replace(settings, prepared=tuple(w.prepared)))
 
-        shardings = (cut.sharding("rows", "k"), *sparse_matmul.weight_shardings(cut, settings))
+        shardings = (*settings.inputs.shardings(cut), *sparse_matmul.weight_shardings(cut, settings))
         return mesh, local, cut.sharding("rows", "out"), shardings
 
     op.def_partition(partition, sharding_rule=rule)
@@ -104,27 +112,28 @@ def _partitioned(settings: Settings):
 def _op(settings: Settings):
     partitioned = _partitioned(settings)
 
-    def primal(x, *operands):
-        if settings.reduce_axis:
-            return _split_k(x, *settings.weight(operands), settings, settings.reduce_axis)
-        return partitioned(x, *operands)
+    def primal(*operands):
+        if not settings.reduce_axis:
+            return partitioned(*operands)
+        xs, w, bias = _split(operands, settings)
+        return _split_k(xs, w, bias, settings, settings.reduce_axis)
 
     def vmap_rule(op, axis_size, in_batched, *operands):
-        return sparse_matmul.map_batched(op, axis_size, in_batched, 1, operands)
+        return map_batched(op, axis_size, in_batched, settings.inputs.rows, operands)
 
     def backward(operands, dy):
-        x, *rest = operands
-        w, bias = settings.weight(rest)
+        xs, w, bias = _split(operands, settings)
         dy = dy.astype(jnp.float32)
         codes = scatter_values(w.values, w.zeros)  # prepared forms may be missing on a shard
         codes = codes.reshape(codes.shape[0], -1).astype(jnp.float32)
-        dx = ((dy * w.scale) @ codes)[:, : x.shape[1]].astype(x.dtype)
+        dx = ((dy * w.scale) @ codes)[:, : xs[0].shape[1]]
         d_values = None
         if not numerics.is_quantized(w.dtype):
+            x = settings.inputs.apply(xs, settings.reduce_axis)
             columns = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, codes.shape[1] - x.shape[1])))
             d_values = sparse_matmul.values_gradient(dy.T @ columns, w)
         d_bias = (dy.sum(0).astype(bias.dtype),) if bias is not None else ()
-        return (dx, d_values, None, None, *d_bias, *([None] * len(settings.prepared)))
+        return (*settings.inputs.pull_back(xs, dx, settings.reduce_axis), d_values, None, None, *d_bias, *([None] * len(settings.prepared)))
 
     return with_rules(primal, vmap_rule, backward)
 
@@ -139,6 +148,7 @@ def linear(
     implementation: str | None = None,
     out_dtype=None,
     reduce_axis: str | tuple[str, ...] | None = None,
+    prologue: Prologue | None = None,
 ) -> jax.Array:
     """`x @ kernel + bias` for a packed kernel; 8-bit weights quantise each row of x dynamically.
 
@@ -151,13 +161,14 @@ def linear(
       out_dtype: bfloat16, float16 or float32; None: the dtype of x.
       reduce_axis: inside `shard_map` with K split over a mesh, the axes over which it is; x then has exactly the columns
         of the shard.
+      prologue: what is computed on x before: an `RMSNorm`, `LayerNorm`, `Activation` or `GLU` of slidejax.
 
     Returns:
       `[..., out]`.
 
     Raises:
       ValueError: for shapes or dtypes that do not fit each other.
-      TypeError: if `w` is not a `SlideWeight`.
+      TypeError: if `w` is not a `SlideWeight`, or `prologue` something else.
       NotImplementedError: if the implementation refuses, or all do, with the reasons; or if it needs CUDA and is lowered
         for another platform.
 
@@ -168,6 +179,8 @@ def linear(
            [34.]], dtype=float32)
     """
     if isinstance(w, WrappedWeight):
+        inputs, xs = inputs_of(check_input(x), prologue)
+        x = inputs.apply(xs).reshape(jnp.shape(x)) if inputs.has_prologue else x
         return w.linear(x, bias, implementation=implementation, out_dtype=out_dtype, reduce_axis=reduce_axis)
     check_weight(w)
     x = check_input(x)
@@ -176,6 +189,7 @@ def linear(
         what = f"a shard of K with {w.groups} groups" if w.is_k_shard else f"a weight with in_features {w.in_features}"
         raise ValueError(f"x must be [..., {expected}] for {what}, got shape {x.shape}")
     settings, bias = sparse_matmul.product_settings(w, bias, x.dtype if out_dtype is None else out_dtype, implementation, reduce_axis)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = _op(settings)(*sparse_matmul.align([rows], [], w, bias, settings))
+    inputs, xs = inputs_of(x, prologue)
+    settings = dataclasses.replace(settings, inputs=inputs)
+    y = _op(settings)(*sparse_matmul.align(xs, [], w, bias, settings))
     return y.reshape(*x.shape[:-1], w.out_features)

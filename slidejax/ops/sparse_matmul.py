@@ -19,8 +19,19 @@ from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, S
 
 from slidejax import numerics
 from slidejax.ops import registry
-from slidejax.ops._common import Cut, axis_names, first_axes, make_primitive, spec_of, vary, varying_axes, with_rules
+from slidejax.ops._common import (
+    Cut,
+    axis_names,
+    first_axes,
+    make_primitive,
+    map_batched,
+    spec_of,
+    vary,
+    varying_axes,
+    with_rules,
+)
 from slidejax.ops.lift_quantize import unlift
+from slidejax.ops.prologue import PLAIN, Inputs
 from slidejax.pattern import Pattern
 from slidejax.weight import SlideWeight, check_weight, kept_values, scatter_values, split_zeros
 
@@ -42,6 +53,7 @@ class Settings:
       has_bias: whether a bias follows the weight's leaves among the operands.
       prepared: names of the prepared forms that follow.
       reduce_axis: inside `shard_map`, the mesh axes over which K is split.
+      inputs: of `linear`, how x and its prologue precede the weight's leaves.
     """
 
     pattern: Pattern
@@ -51,6 +63,7 @@ class Settings:
     has_bias: bool = False
     prepared: tuple[str, ...] = ()
     reduce_axis: tuple[str, ...] = ()
+    inputs: Inputs = PLAIN
 
     def operands(self, w: SlideWeight, bias: jax.Array | None) -> tuple:
         """The weight's operands in the order that `weight` reads them."""
@@ -67,7 +80,7 @@ class Settings:
     def raw(self, in_features: int) -> Settings:
         """The same product without scales and bias, over a shard of K with so many inputs."""
         return dataclasses.replace(
-            self, in_features=in_features, out_dtype=None, has_bias=False, prepared=(), reduce_axis=()
+            self, in_features=in_features, out_dtype=None, has_bias=False, prepared=(), reduce_axis=(), inputs=PLAIN
         )
 
 
@@ -239,23 +252,6 @@ def split_k(lifted, scale_x, w: SlideWeight, bias, settings: Settings, axes: tup
 
 
 # --- batching, derivative ---------------------------------------------------------------------------------------------
-
-
-def map_batched(op, axis_size: int, in_batched, x_operands: int, operands):
-    """The vmap rule of a product: a batch of rows is just more rows; a batch of weights runs one after the other."""
-    batched = list(jax.tree.leaves(in_batched))
-    if not any(batched[x_operands:]):
-        x_parts = [
-            a if b else jnp.broadcast_to(a, (axis_size, *a.shape)) for a, b in zip(operands[:x_operands], batched, strict=False)
-        ]
-        y = op(*(a.reshape(-1, a.shape[-1]) for a in x_parts), *operands[x_operands:])
-        return y.reshape(axis_size, -1, y.shape[-1]), True
-
-    def one(slices):
-        rest = iter(slices)
-        return op(*(next(rest) if b else a for a, b in zip(operands, batched, strict=True)))
-
-    return jax.lax.map(one, [a for a, b in zip(operands, batched, strict=True) if b]), True
 
 
 def values_gradient(d_kernel: jax.Array, w: SlideWeight) -> jax.Array:

@@ -1,8 +1,51 @@
-"""Pruning: choosing which weights of every group are kept. One file a method, for one kernel each; `calibration` collects
-what the calibrated ones need from a model."""
+"""Pruning: choosing which weights of every group are kept, and what the kept ones become.
+
+One file a method for one kernel (`magnitude`, `wanda`, `sparsegpt` with `exchange` and `refit`, `round_kernel` for 8 bit);
+`convert` prunes a whole model with the calibrated ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from slidejax.prune.magnitude import magnitude
-from slidejax.prune.sparsegpt import layer_error, refit, sparsegpt
+from slidejax.prune.sparsegpt import exchange, layer_error, refit, sparsegpt
 from slidejax.prune.wanda import wanda
 
-__all__ = ["layer_error", "magnitude", "refit", "sparsegpt", "wanda"]
+if TYPE_CHECKING:
+    from slidejax.prune.budget import mixed
+    from slidejax.prune.calibration import Calibration, convert, cut
+    from slidejax.prune.rounding import clip_search, round_kernel
+
+__all__ = [
+    "Calibration",
+    "clip_search",
+    "convert",
+    "cut",
+    "exchange",
+    "layer_error",
+    "magnitude",
+    "mixed",
+    "refit",
+    "round_kernel",
+    "sparsegpt",
+    "wanda",
+]
+
+# What needs Flax is loaded when first used.
+_LAZY = {
+    "Calibration": "calibration",
+    "convert": "calibration",
+    "cut": "calibration",
+    "mixed": "budget",
+    "clip_search": "rounding",
+    "round_kernel": "rounding",
+}
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(f"slidejax.prune.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'slidejax.prune' has no attribute {name!r}")

@@ -19,15 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.pattern import Pattern
+from slidejax.pattern import BLOCK_GROUPS, Pattern
 
 __all__ = ["layer_error", "refit", "sparsegpt"]
 
 _EXACT = jax.lax.Precision.HIGHEST
+_SWEEPS = 2  # of `exchange` in a round
 
 
 def sparsegpt(
-    kernel: jax.Array, pattern: str | Pattern, gram: jax.Array, *, damping: float = 0.01, refit_steps: int = 20
+    kernel: jax.Array, pattern: str | Pattern, gram: jax.Array, *, damping: float = 0.01, rounds: int = 1, refit_steps: int = 16
 ) -> tuple[jax.Array, jax.Array]:
     """Prunes a kernel so that the layer's outputs on the calibration inputs change least.
 
@@ -36,7 +37,8 @@ def sparsegpt(
       pattern: such as `"6:8"`.
       gram: float32 `[in, in]`, `x^T x` over the calibration inputs.
       damping: added to the diagonal of `gram`, as a share of its mean.
-      refit_steps: steps of conjugate gradients at the end; 0 leaves SparseGPT's own weights.
+      rounds: of `exchange` and `refit`; 0 leaves SparseGPT's own weights.
+      refit_steps: steps of conjugate gradients in each round.
 
     Returns:
       `(mask, kernel)`: bool `[in, out]`, and the kernel in its dtype with kept weights changed and zeros elsewhere: what
@@ -58,11 +60,121 @@ def sparsegpt(
         raise ValueError(f"gram must be [in, in] for a kernel [in, out], got {gram.shape} for {kernel.shape}")
     if not isinstance(gram, jax.core.Tracer) and not bool(jnp.isfinite(gram).all()):
         raise ValueError("gram holds inf or nan: the calibration inputs are not finite")
-    pattern = Pattern.parse(pattern)
-    mask, new = _sparsegpt(kernel.astype(jnp.float32), _damped(gram, damping), pattern)
-    if refit_steps:
-        new = refit(kernel, mask, gram, damping=damping, steps=refit_steps, start=new)
+    pattern, exact, full = Pattern.parse(pattern), kernel.astype(jnp.float32), damped(gram, damping)
+    mask, new = _sparsegpt(exact, full, pattern)
+    for _ in range(rounds):
+        mask, new = _exchange(exact, mask, full, new, pattern, _SWEEPS)
+        new = _refit(exact, mask, full, new, refit_steps)
     return mask, jnp.where(mask, new, 0).astype(kernel.dtype)
+
+
+def exchange(
+    kernel: jax.Array, mask: jax.Array, gram: jax.Array, start: jax.Array, pattern: str | Pattern, *, damping: float = 0.01, sweeps: int = 2
+) -> tuple[jax.Array, jax.Array]:
+    """Improves a mask: group after group gets its best pair, with its best weights, while all other groups stay.
+
+    Each step is the exact minimum of the layer objective over one group, the pair that it has among its choices: so the
+    objective never rises.
+
+    Args:
+      kernel: `[in, out]`, what the outputs are to match.
+      mask: bool `[in, out]`, of the pattern.
+      gram: float32 `[in, in]`.
+      start: `[in, out]`, the kept weights.
+      pattern: such as `"6:8"`.
+      damping: as in `sparsegpt`.
+      sweeps: over all groups.
+
+    Returns:
+      `(mask, kernel)`, as `sparsegpt`; float32.
+    """
+    mask, new = _exchange(
+        kernel.astype(jnp.float32), mask, damped(jnp.asarray(gram, jnp.float32), damping), start.astype(jnp.float32), Pattern.parse(pattern), sweeps
+    )
+    return mask, new
+
+
+def _best_pair(w, s, first, second):
+    """Of the columns of a group the pair whose removal costs least.
+
+    Args:
+      w: `[out, group]`, the weights.
+      s: `[group, group]`, the inverse of the Hessian over the columns that may make up for the loss.
+
+    Returns:
+      `(coefficient, kept)`: `[out, group]`, `(S_pp)^-1 w_p` at the pair and zero elsewhere; bool.
+    """
+    saa, sbb, sab = s[first, first], s[second, second], s[first, second]
+    a, b = w[:, first], w[:, second]
+    determinant = saa * sbb - sab * sab
+    ca, cb = (sbb * a - sab * b) / determinant, (saa * b - sab * a) / determinant  # of every pair
+    best = jnp.argmin(a * ca + b * cb, axis=1)[:, None]
+    column = jnp.arange(w.shape[1])
+    at_a, at_b = column == jnp.asarray(first)[best], column == jnp.asarray(second)[best]
+    pick = functools.partial(jnp.take_along_axis, indices=best, axis=1)
+    return jnp.where(at_a, pick(ca), 0) + jnp.where(at_b, pick(cb), 0), ~(at_a | at_b)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _exchange(kernel, mask, gram, start, pattern: Pattern, sweeps):
+    size, columns, width = pattern.group, kernel.shape[0], pattern.block
+    target, weights, mask, gram = _padded(kernel, pattern, gram, jnp.where(mask, start, 0), mask)
+    groups = len(gram) // size
+    inverses = jnp.linalg.inv(gram.reshape(groups, size, groups, size)[jnp.arange(groups), :, jnp.arange(groups)])
+    first, second = _pairs(size)
+
+    def block(b, state):
+        weights, mask, residual = state
+        rows = jax.lax.dynamic_slice_in_dim(gram, b * width, width, axis=0)
+        inner = _columns(rows, b, width)
+
+        def group(g, state):
+            weights, mask, residual = state
+            inverse = inverses[b * BLOCK_GROUPS + g]
+            old = _columns(weights, g, size)
+            free = old + _dot(_columns(residual, g, size), inverse)  # the group's best weights without a mask
+            coefficient, kept = _best_pair(free, inverse, first, second)
+            new = jnp.where(kept, free - _dot(coefficient, inverse), 0)
+            residual = residual - _dot(new - old, jax.lax.dynamic_slice_in_dim(inner, g * size, size, axis=0))
+            return _put(weights, new, g), _put(mask, kept, g), residual
+
+        before = _columns(weights, b, width)
+        inside = before, _columns(mask, b, width), _columns(residual, b, width)
+        after, kept, _ = jax.lax.fori_loop(0, BLOCK_GROUPS, group, inside)
+        return _put(weights, after, b), _put(mask, kept, b), residual - _dot(after - before, rows)
+
+    def sweep(_, state):
+        weights, mask = state
+        state = weights, mask, _dot(target - weights, gram)
+        return jax.lax.fori_loop(0, len(gram) // width, block, state)[:2]
+
+    weights, mask = jax.lax.fori_loop(0, sweeps, sweep, (weights, mask))
+    return mask[:, :columns].T, weights[:, :columns].T
+
+
+def _pairs(size: int):
+    return np.array(list(itertools.combinations(range(size), 2))).T
+
+
+def _dot(a, b):
+    return jnp.matmul(a, b, precision=_EXACT)
+
+
+def _columns(x, index, width: int):
+    """Piece number `index` of the last axis."""
+    return jax.lax.dynamic_slice_in_dim(x, index * width, width, axis=1)
+
+
+def _put(x, piece, index):
+    """`x` with that piece replaced."""
+    return jax.lax.dynamic_update_slice_in_dim(x, piece, index * piece.shape[1], axis=1)
+
+
+def _padded(kernel, pattern: Pattern, gram, *others):
+    """Kernels as `[out, in]`, and `gram`, padded to whole blocks of groups: columns without weight or part in others."""
+    missing = pattern.padded(len(gram)) - len(gram)
+    gram = jax.scipy.linalg.block_diag(gram, jnp.eye(missing) * jnp.mean(jnp.diagonal(gram)))
+    return (*(jnp.pad(k.T, ((0, 0), (0, missing))) for k in (kernel, *others)), gram)
 
 
 def layer_error(kernel: jax.Array, other: jax.Array, gram: jax.Array) -> jax.Array:
@@ -72,7 +184,8 @@ def layer_error(kernel: jax.Array, other: jax.Array, gram: jax.Array) -> jax.Arr
 
 
 @jax.jit
-def _damped(gram, damping):
+def damped(gram: jax.Array, damping: float) -> jax.Array:
+    """`gram` with `damping` times the mean of its diagonal added to the diagonal; 1 where an input is never driven."""
     diagonal = jnp.diagonal(gram)
     # an input that is never driven says nothing about its weights: any of them may go
     ridge = jnp.where(diagonal > 0, damping * jnp.mean(diagonal), 1.0)
@@ -81,42 +194,37 @@ def _damped(gram, damping):
 
 @functools.partial(jax.jit, static_argnums=2)
 def _sparsegpt(kernel, gram, pattern: Pattern):
-    size, columns = pattern.group, kernel.shape[0]
-    missing = -columns % size
-    # missing columns have no weight and touch no other: the pairs that hold them cost least
-    weights = jnp.pad(kernel.T, ((0, 0), (0, missing)))
-    gram = jax.scipy.linalg.block_diag(gram, jnp.eye(missing) * jnp.mean(jnp.diagonal(gram)))
+    size, columns, width = pattern.group, kernel.shape[0], pattern.block
+    weights, gram = _padded(kernel, pattern, gram)
     # (H_FF)^-1 = U_FF^T U_FF for every set F of last columns, with U^T U = H^-1 and U upper triangular
     inverse = jnp.linalg.inv(gram)
     upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T
-    first, second = np.array(list(itertools.combinations(range(size), 2))).T
+    first, second = _pairs(size)
 
-    def prune_group(g, state):
+    def block(b, state):
+        """The groups of one block; the columns after it change once, by what all of them spread."""
         weights, mask = state
-        start = g * size
-        w = jax.lax.dynamic_slice_in_dim(weights, start, size, axis=1)
-        rows = jax.lax.dynamic_slice_in_dim(upper, start, size, axis=0)  # [group, K], zero left of the group
-        block = jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1)
-        s = jnp.matmul(block.T, block, precision=_EXACT)
-        saa, sbb, sab = s[first, first], s[second, second], s[first, second]
-        a, b = w[:, first], w[:, second]
-        determinant = saa * sbb - sab * sab
-        ca, cb = (sbb * a - sab * b) / determinant, (saa * b - sab * a) / determinant  # (S_pp)^-1 w_p of every pair
-        best = jnp.argmin(a * ca + b * cb, axis=1)[:, None]
-        column = jnp.arange(size)
-        at_a, at_b = column == jnp.asarray(first)[best], column == jnp.asarray(second)[best]
-        pick = functools.partial(jnp.take_along_axis, indices=best, axis=1)
-        coefficient = jnp.where(at_a, pick(ca), 0) + jnp.where(at_b, pick(cb), 0)
-        spread = jnp.matmul(block.T, rows, precision=_EXACT)  # (H_FF)^-1 from this group to all free columns
-        weights = weights - jnp.matmul(coefficient, spread, precision=_EXACT)
-        kept = ~(at_a | at_b)
-        weights = jax.lax.dynamic_update_slice_in_dim(
-            weights, jnp.where(kept, jax.lax.dynamic_slice_in_dim(weights, start, size, axis=1), 0), start, axis=1
-        )
-        return weights, jax.lax.dynamic_update_slice_in_dim(mask, kept, start, axis=1)
+        rows = jax.lax.dynamic_slice_in_dim(upper, b * width, width, axis=0)  # zero left of the block
+        inner = _columns(rows, b, width)
+
+        def group(g, state):
+            weights, mask, spread = state
+            own = jax.lax.dynamic_slice_in_dim(inner, g * size, size, axis=0)
+            corner = _columns(own, g, size)
+            s = _dot(corner.T, corner)  # of the columns that are still free, this group's part of the inverse
+            coefficient, kept = _best_pair(_columns(weights, g, size), s, first, second)
+            through = _dot(coefficient, corner.T)
+            weights = weights - _dot(through, own)
+            weights = _put(weights, jnp.where(kept, _columns(weights, g, size), 0), g)
+            return weights, _put(mask, kept, g), _put(spread, through, g)
+
+        before = _columns(weights, b, width)
+        inside = before, jnp.ones(before.shape, bool), jnp.zeros_like(before)
+        after, kept, spread = jax.lax.fori_loop(0, BLOCK_GROUPS, group, inside)
+        return _put(weights - _dot(spread, rows), after, b), _put(mask, kept, b)
 
     mask = jnp.ones(weights.shape, bool)
-    weights, mask = jax.lax.fori_loop(0, weights.shape[1] // size, prune_group, (weights, mask))
+    weights, mask = jax.lax.fori_loop(0, len(gram) // width, block, (weights, mask))
     return mask[:, :columns].T, weights[:, :columns].T
 
 
@@ -137,7 +245,7 @@ def refit(
       float32 `[in, out]`, zero where not kept.
     """
     start = kernel if start is None else start
-    return _refit(kernel.astype(jnp.float32), mask, _damped(gram, damping), start.astype(jnp.float32), steps)
+    return _refit(kernel.astype(jnp.float32), mask, damped(gram, damping), start.astype(jnp.float32), steps)
 
 
 @functools.partial(jax.jit, static_argnums=4)

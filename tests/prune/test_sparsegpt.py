@@ -29,7 +29,7 @@ def test_each_method_beats_the_one_before(pattern, columns, seed):
     kernel, gram = problem(seed, columns)
     by_magnitude, by_wanda = magnitude(kernel, pattern), wanda(kernel, pattern, gram)
     mask, new = sparsegpt(kernel, pattern, gram, damping=1e-4)
-    _, plain = sparsegpt(kernel, pattern, gram, damping=1e-4, refit_steps=0)
+    _, plain = sparsegpt(kernel, pattern, gram, damping=1e-4, rounds=0)
     assert error(kernel, by_wanda, gram) < error(kernel, by_magnitude, gram)
     assert float(layer_error(kernel, plain, gram)) < error(kernel, by_wanda, gram)
     assert float(layer_error(kernel, new, gram)) <= 1.0001 * float(layer_error(kernel, plain, gram))

@@ -1,0 +1,243 @@
+"""What a model computes right before a linear layer, fused into its lift: norms, activations, gated activations.
+
+| prologue | y, quantised in place of x |
+|---|---|
+| `RMSNorm(weight, eps)` | `x * (rsqrt(mean(x^2) + eps) * weight)` |
+| `LayerNorm(weight, bias, eps)` | `(x - mean(x)) * (rsqrt(max(0, mean(x^2) - mean(x)^2) + eps) * weight) + bias` |
+| `Activation("silu")` | `activation(x)` |
+| `GLU(up, "silu")` | `activation(x) * up` |
+
+The formulas are those of `flax.linen` and `flax.nnx` (fast variance), computed in float32 and rounded once, to x's dtype: what XLA
+makes of the unfused model, whose elementwise steps it computes without rounding between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.custom_partitioning import ArrayMapping
+
+from slidejax.ops._common import Cut
+
+__all__ = ["ACTIVATIONS", "GLU", "PLAIN", "Activation", "Inputs", "LayerNorm", "Prologue", "RMSNorm", "inputs_of"]
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Prologue:
+    """What `slidejax.lift_quantize` and `slidejax.linear` take as `prologue=`: a pytree whose leaves are arrays like x (`ROWS`) or
+    `[in]`."""
+
+    ROWS: ClassVar[bool] = False
+
+    def apply(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
+        """y, in x's dtype; inside `shard_map` with the columns split over the mesh axes `axes`, this shard's part of it."""
+        raise NotImplementedError
+
+    def check(self, x: jax.Array) -> None:
+        """ValueError for arrays that do not fit x."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            name, leaf = field.name, getattr(self, field.name)
+            if leaf is None or field.metadata.get("static"):
+                continue
+            expected = x.shape if self.ROWS else x.shape[-1:]
+            what = f"{type(self).__name__}: {name}"
+            if jnp.shape(leaf) != expected:
+                raise ValueError(f"{what} must have shape {expected} for x of shape {x.shape}, got {jnp.shape(leaf)}")
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise ValueError(f"{what} must be floating, got {jnp.result_type(leaf)}")
+            if self.ROWS and jnp.result_type(leaf) != x.dtype:
+                raise ValueError(f"{what} must have x's dtype, {x.dtype}, got {jnp.result_type(leaf)}")
+
+
+def _mean(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    mean = x.mean(-1, keepdims=True)
+    return jax.lax.pmean(mean, axes) if axes else mean
+
+
+def _check_activation(name: str) -> None:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+
+
+def _check_eps(eps: float) -> None:
+    if not (isinstance(eps, (float, int)) and eps >= 0):
+        raise ValueError(f"eps must be a number of at least 0, got {eps!r}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RMSNorm(Prologue):
+    """Root-mean-square norm, as `flax.linen.RMSNorm` and `flax.nnx.RMSNorm` compute it.
+
+    Attributes:
+      weight: `[in]`, the norm's `scale`.
+      eps: added to the mean of squares.
+
+    >>> from slidejax import lift_quantize
+    >>> codes, scale = lift_quantize(jnp.array([[3.0, 4.0]]), "2:4", prologue=RMSNorm(jnp.ones(2), eps=0.0))
+    >>> codes[0, :2].tolist(), round(float(scale[0, 0]), 6)
+    ([95, 127], 0.008908)
+    """
+
+    weight: jax.Array
+    eps: float = dataclasses.field(default=1e-6, metadata={"static": True})
+
+    def __post_init__(self):
+        _check_eps(self.eps)
+
+    def apply(self, x, axes=()):
+        v = x.astype(jnp.float32)
+        factor = jax.lax.rsqrt(_mean(v * v, axes) + np.float32(self.eps)) * self.weight.astype(jnp.float32)
+        return (v * factor).astype(x.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerNorm(Prologue):
+    """Layer norm, as `flax.linen.LayerNorm` and `flax.nnx.LayerNorm` compute it.
+
+    Attributes:
+      weight: `[in]`, the norm's `scale`.
+      bias: `[in]`, or None.
+      eps: added to the variance.
+    """
+
+    weight: jax.Array
+    bias: jax.Array | None = None
+    eps: float = dataclasses.field(default=1e-6, metadata={"static": True})
+
+    def __post_init__(self):
+        _check_eps(self.eps)
+
+    def apply(self, x, axes=()):
+        v = x.astype(jnp.float32)
+        mean = _mean(v, axes)
+        variance = jnp.maximum(np.float32(0), _mean(v * v, axes) - mean * mean)
+        y = (v - mean) * (jax.lax.rsqrt(variance + np.float32(self.eps)) * self.weight.astype(jnp.float32))
+        if self.bias is not None:
+            y = y + self.bias.astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Activation(Prologue):
+    """An activation between two linear layers.
+
+    Attributes:
+      activation: "silu", "gelu" (exact), "gelu_tanh" or "relu".
+    """
+
+    activation: str = dataclasses.field(default="gelu", metadata={"static": True})
+
+    def __post_init__(self):
+        _check_activation(self.activation)
+
+    def apply(self, x, axes=()):
+        return ACTIVATIONS[self.activation](x.astype(jnp.float32)).astype(x.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GLU(Prologue):
+    """A gated activation: x is the gate.
+
+    Attributes:
+      up: like x.
+      activation: of the gate: "silu", "gelu" (exact), "gelu_tanh" or "relu".
+
+    >>> from slidejax import linear, pack
+    >>> w = pack(jnp.ones((8, 2)), "6:8", mask=jnp.ones((8, 2), bool).at[6:].set(False))
+    >>> linear(jnp.ones((1, 8)), w, prologue=GLU(jnp.full((1, 8), 2.0), "relu"))
+    Array([[12., 12.]], dtype=float32)
+    """
+
+    up: jax.Array
+    activation: str = dataclasses.field(default="silu", metadata={"static": True})
+    ROWS: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _check_activation(self.activation)
+
+    def apply(self, x, axes=()):
+        gate = ACTIVATIONS[self.activation](x.astype(jnp.float32))
+        return (gate * self.up.astype(jnp.float32)).astype(x.dtype)
+
+
+# --- as operands ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """How x and a prologue's arrays are laid out among the operands of an op: x first, then the arrays; a parameter of the primitives.
+
+    Attributes:
+      tree: the prologue's structure, that of None without one.
+      rows: how many of the operands have rows: x, and `up` of a `GLU`.
+    """
+
+    tree: jax.tree_util.PyTreeDef
+    rows: int
+
+    @property
+    def count(self) -> int:
+        return 1 + self.tree.num_leaves
+
+    @property
+    def has_prologue(self) -> bool:
+        return self != PLAIN
+
+    def mappings(self, columns) -> tuple[ArrayMapping, ...]:
+        """The Shardy factors of the operands: rows "m", and those of the columns."""
+        return tuple(ArrayMapping("m", columns) if i < self.rows else ArrayMapping(columns) for i in range(self.count))
+
+    def shardings(self, cut: Cut) -> tuple:
+        """The operands' shardings in a cut."""
+        return tuple(cut.sharding("rows", "k") if i < self.rows else cut.sharding("k") for i in range(self.count))
+
+    def apply(self, xs: Sequence[jax.Array], axes: tuple[str, ...] = ()) -> jax.Array:
+        """What is quantised: x, after the prologue if there is one. `axes`: as in `Prologue.apply`."""
+        x, *leaves = xs
+        prologue = jax.tree.unflatten(self.tree, leaves)
+        return x if prologue is None else prologue.apply(x, axes)
+
+    def pull_back(self, xs: Sequence[jax.Array], dy: jax.Array, axes: tuple[str, ...] = ()) -> tuple[jax.Array, ...]:
+        """The gradients of the operands from that of what is quantised."""
+        if not self.has_prologue:
+            return (dy.astype(xs[0].dtype),)
+        _, pull = jax.vjp(lambda *xs: self.apply(xs, axes), *xs)
+        return pull(dy.astype(xs[0].dtype))
+
+
+PLAIN = Inputs(jax.tree.structure(None), 1)  # x alone
+
+
+def inputs_of(x: jax.Array, prologue: Prologue | None) -> tuple[Inputs, list[jax.Array]]:
+    """The operands `[rows, in]` and `[in]` that x `[..., in]` and its prologue are, and what is static about them.
+
+    Raises:
+      TypeError: if `prologue` is something else.
+      ValueError: for arrays that do not fit x.
+    """
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if prologue is None:
+        return PLAIN, [rows]
+    if not isinstance(prologue, Prologue):
+        raise TypeError(f"prologue must be an RMSNorm, LayerNorm, Activation or GLU of slidejax, got {type(prologue).__name__}")
+    prologue.check(x)
+    leaves, tree = jax.tree.flatten(prologue)
+    if prologue.ROWS:
+        leaves = [leaf.reshape(rows.shape) for leaf in leaves]
+    return Inputs(tree, 1 + (len(leaves) if prologue.ROWS else 0)), [rows, *map(jnp.asarray, leaves)]

@@ -1,0 +1,209 @@
+"""A pattern for each layer, under a budget: layers that the loss depends on most keep more of their weights.
+
+What pruning a layer to a pattern costs is estimated as the Fisher information sees it: to second order, a change `dY` of a
+layer's outputs changes the loss by about half the sum over tokens of `(g . dY)^2`, `g` being the gradient of the loss of
+the dense model with respect to these outputs (as in WoodFisher, Singh and Alistarh, arXiv 2004.14340). With `g` and `dY`
+taken as independent that is `mean(g^2) ||dY||^2 / 2`, and `||dY||^2` is the layer objective that pruning minimises. A sum
+of layer objectives alone does not know which layers matter, and chose worse patterns than one for all.
+
+The choice itself is a knapsack with one item from each layer, solved by a price on the budget.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slidejax.pattern import Pattern
+from slidejax.prune.calibration import Calibration, as_function, collect, planned
+from slidejax.prune.inputs import seeing_layers
+from slidejax.prune.sparsegpt import layer_error, sparsegpt
+from slidejax.prune.stages import named_leaves
+from slidejax.rules import Rule
+
+__all__ = ["choose", "gradient_energies", "mixed", "multiplications", "packed_bytes", "sensitivities"]
+
+Cost = Callable[[tuple[int, int], Pattern], float]
+
+
+def multiplications(shape: tuple[int, int], pattern: Pattern) -> float:
+    """What a sparse tensor core computes for each token, in multiplications of a dense one: half of the lifted product."""
+    return shape[0] * shape[1] * pattern.expansion / 2
+
+
+def packed_bytes(shape: tuple[int, int], pattern: Pattern) -> float:
+    """Bytes of 8-bit values and of the places of the zeros."""
+    return shape[0] * shape[1] * (pattern.kept + 1) / pattern.group
+
+
+def mixed(
+    model: Any,
+    rule: str | Pattern | Rule,
+    calibration: Any,
+    *,
+    patterns: Sequence[str | Pattern] = ("14:16", "6:8", "4:6"),
+    cost: Cost = multiplications,
+    loss: Callable[[Any, Any], jax.Array] | None = None,
+    params: Any = None,
+    listen_to: int = 2,
+) -> list[tuple[str, Rule]]:
+    """Rules that give each linear layer its own pattern, at the cost of one pattern for all.
+
+    Args:
+      model: a Flax model of transformers, a Linen or an NNX module.
+      rule: the uniform rule whose summed cost is the budget, and whose dtype the rules have.
+      calibration: a `Calibration`, or its batches; the dense model runs over them.
+      patterns: to choose from.
+      cost: `(shape, pattern) -> cost`: `multiplications`, `packed_bytes`, or times that were measured.
+      loss: `(the model's output, batch) -> scalar`, a sum over tokens; None: the next-token cross-entropy of a causal
+        language model of transformers.
+      params: as in `slidejax.prune.convert`.
+      listen_to: batches for the gradients, which cost some three times what the others do.
+
+    Returns:
+      Rules for `slidejax.prune.convert` and the converters, one for each layer.
+    """
+    how = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
+    rule = rule if isinstance(rule, Rule) else Rule(rule)
+    batches = how.as_batches()
+    run, params, pack = as_function(model, params, batches[0])
+    plan = planned(lambda params, **options: pack(params, rule, **options), params)
+    loss = _next_token_loss if loss is None else loss
+    energies = gradient_energies(lambda params, batch: loss(run(params, batch), batch), params, batches[:listen_to], list(plan))
+    grams = collect(run, params, batches)
+    reached = [path for path in plan if path in grams and energies[path] > 0]
+    kernels = {path: _kernel(named_leaves(params)[path], grams[path]) for path in reached}
+    found = sensitivities(kernels, grams, energies, patterns)
+    shapes = {path: (kernel.shape[0], kernel.shape[1]) for path, kernel in kernels.items()}
+    return choose(found, shapes, rule.pattern, cost=cost, qdtype=rule.qdtype)
+
+
+def _kernel(leaf, gram) -> jax.Array:
+    """A kernel as `[in, out]`, its inputs being those that the Gram matrix is of."""
+    leaf = jnp.asarray(leaf, jnp.float32)
+    if leaf.shape[0] == len(gram) or leaf.ndim > 2:
+        return leaf.reshape(len(gram), -1)
+    return leaf.T  # GPT-2 keeps [out, in]
+
+
+def _next_token_loss(output: Any, ids: jax.Array) -> jax.Array:
+    if not hasattr(output, "logits"):
+        raise ValueError("loss= is needed: the model's output has no logits")
+    logits = output.logits[:, :-1].astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
+    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen)
+
+
+@jax.custom_vjp
+def _listen(y, energy):
+    """`y`; the gradient with respect to `energy`, a scalar, is the sum of squares of y's."""
+    return y
+
+
+_listen.defvjp(lambda y, energy: (y, None), lambda _, g: (g, jnp.sum(g.astype(jnp.float32) ** 2)))
+
+
+def gradient_energies(loss: Callable[[Any, Any], jax.Array], params: Any, batches: Sequence[Any], paths: Sequence[str]) -> dict[str, float]:
+    """The mean over batches of the sum of squares of the loss's gradient with respect to each layer's outputs.
+
+    Args:
+      loss: `(params, batch) -> scalar`, which calls the model; the sum over its tokens, so that each counts alike.
+      params: of the dense model.
+      batches: of one shape; a few will do.
+      paths: of the layers' kernels.
+    """
+
+    @jax.jit
+    def energies(params, batch):
+        def listened(silent):
+            with seeing_layers(lambda path, y: _listen(y, silent[path]) if path in silent else y):
+                return loss(params, batch)
+
+        return jax.grad(listened)(dict.fromkeys(paths, jnp.float32(0)))
+
+    total = [energies(params, batch) for batch in batches]
+    return {path: sum(float(one[path]) for one in total) / len(total) for path in paths}
+
+
+def sensitivities(
+    kernels: Mapping[str, jax.Array], grams: Mapping[str, jax.Array], energies: Mapping[str, float], patterns: Sequence[str | Pattern]
+) -> dict[str, dict[Pattern, float]]:
+    """Path -> pattern -> the estimated change of the loss; only ratios between layers and patterns mean anything.
+
+    Args:
+      kernels: path -> `[in, out]`.
+      grams: path -> float32 `[in, in]` of the layer's inputs, over any number of tokens, for all layers the same.
+      energies: from `gradient_energies`.
+      patterns: to choose from.
+    """
+    found: dict[str, dict[Pattern, float]] = {}
+    for path, kernel in kernels.items():
+        found[path] = {}
+        for pattern in map(Pattern.parse, patterns):
+            _, new = sparsegpt(kernel, pattern, grams[path])
+            per_output = energies[path] / kernel.shape[1]
+            found[path][pattern] = per_output * float(layer_error(kernel, new, grams[path])) / 2
+    return found
+
+
+def choose(
+    sensitivity: Mapping[str, Mapping[Pattern, float]], shapes: Mapping[str, tuple[int, int]], budget: str | Pattern | float, *,
+    cost: Cost = multiplications, qdtype: Any = "int8",
+) -> list[tuple[str, Rule]]:
+    """The patterns that are estimated to cost the loss least within a budget, as rules.
+
+    Args:
+      sensitivity: from `sensitivities`.
+      shapes: path -> `(in, out)`.
+      budget: of the summed cost; a pattern means what it would cost for all layers.
+      cost: `(shape, pattern) -> cost`: `multiplications`, `packed_bytes`, or times that were measured.
+      qdtype: of the rules.
+
+    Returns:
+      A rule for each path.
+
+    Raises:
+      ValueError: if the cheapest patterns cost more than the budget.
+
+    >>> need = {"a": {Pattern(2, 4): 9.0, Pattern(6, 8): 3.0}, "b": {Pattern(2, 4): 1.0, Pattern(6, 8): 0.5}}
+    >>> [str(rule) for _, rule in choose(need, {"a": (8, 8), "b": (8, 8)}, 64 * 0.75 + 64 * 0.5)]
+    ['6:8 int8', '2:4 int8']
+    """
+    limit = float(budget) if isinstance(budget, (int, float)) else sum(cost(shape, Pattern.parse(budget)) for shape in shapes.values())
+    costs = {path: {p: cost(shapes[path], p) for p in of} for path, of in sensitivity.items()}
+
+    def at(price: float) -> dict[str, Pattern]:
+        return {path: min(of, key=lambda p: (of[p] + price * costs[path][p], costs[path][p])) for path, of in sensitivity.items()}
+
+    def total(chosen: Mapping[str, Pattern]) -> float:
+        return sum(costs[path][p] for path, p in chosen.items())
+
+    cheapest = {path: min(of, key=lambda p: costs[path][p]) for path, of in sensitivity.items()}
+    if total(cheapest) > limit * (1 + 1e-9):
+        raise ValueError(f"budget {limit:g} is less than what the cheapest patterns cost, {total(cheapest):g}")
+    low, high = -40.0, 40.0  # logarithms of the price
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (low, middle) if total(at(math.exp(middle))) <= limit * (1 + 1e-9) else (middle, high)
+    chosen = at(math.exp(high)) if total(at(math.exp(high))) <= limit * (1 + 1e-9) else cheapest
+    # a price leaves some of the budget over: one pattern for all may use it better
+    shared = set.intersection(*(set(of) for of in sensitivity.values())) if sensitivity else set()
+    uniform = [dict.fromkeys(sensitivity, p) for p in shared if total(dict.fromkeys(sensitivity, p)) <= limit * (1 + 1e-9)]
+    chosen = min([chosen, *uniform], key=lambda one: sum(sensitivity[path][p] for path, p in one.items()))
+    while True:  # what is left, where it does most
+        left = limit * (1 + 1e-9) - total(chosen)
+        better = [
+            ((sensitivity[path][chosen[path]] - value) / (costs[path][p] - costs[path][chosen[path]]), path, p)
+            for path, of in sensitivity.items()
+            for p, value in of.items()
+            if value < sensitivity[path][chosen[path]] and 0 < costs[path][p] - costs[path][chosen[path]] <= left
+        ]
+        if not better:
+            return [(re.escape(path), Rule(pattern, qdtype)) for path, pattern in chosen.items()]
+        _, path, pattern = max(better, key=lambda item: item[:2])
+        chosen[path] = pattern

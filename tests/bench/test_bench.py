@@ -1,0 +1,130 @@
+"""`slidejax bench` and `slidejax tune` where there is no GPU: what is measured and reported, and cuSPARSELt's search with a
+library that is made up."""
+
+import argparse
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slidejax as sj
+from slidejax.bench import arguments, contenders, run, tuning
+from slidejax.ops import ffi, registry
+
+
+def parse(add, *options):
+    parser = argparse.ArgumentParser()
+    add(parser)
+    return parser.parse_args([*options, "--warmup", "0.001", "--seconds", "0.005"])
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run.measure(parse(arguments.add, "--shape", "64,96", "--shape", "32,96", "-M", "4", "--dtypes", "int8"))
+
+
+def test_the_best_dense_product_is_taken_layer_by_layer(results):
+    unscaled = ("dense int8 unscaled", "dense fp8 unscaled")
+    for row in results["linear"]:
+        assert row["us"]["best dense 8 bit"] == min(row["us"][name] for name in unscaled)
+    [total] = results["sums"]
+    assert total["us"]["best dense 8 bit"] == pytest.approx(sum(row["us"]["best dense 8 bit"] for row in results["linear"]))
+    assert total["us"]["best dense 8 bit"] <= min(total["us"][name] for name in unscaled) + 1e-9
+    [ours] = [name for name in total["us"] if name not in contenders.BASELINES]
+    assert total["ratios"][ours]["best dense 8 bit"] == pytest.approx(total["us"]["best dense 8 bit"] / total["us"][ours])
+    assert contenders.best_dense({"dense int8 unscaled": None, "dense fp8 unscaled": 2.0}) == 2.0
+    assert contenders.best_dense({}) is None
+
+
+def test_the_bounds_of_a_dense_layer_are_the_layer_without_scales():
+    kernel = contenders.kernel_of(16, 64)
+    x = run.inputs_of(8, 64, 1)[0]
+    exact = np.asarray(x, np.float32) @ np.asarray(kernel, np.float32)
+    by_name = {c.name: c for c in contenders.baselines(kernel)}
+    assert {*by_name, contenders.BEST_DENSE} == set(contenders.BASELINES)
+    for name, dtype in (("dense int8 unscaled", jnp.int32), ("dense fp8 unscaled", jnp.bfloat16)):
+        c = by_name[name]
+        acc, scale = c.apply(x, c.weights)
+        assert acc.dtype == dtype and scale.shape == (8, 1)
+        _, scale_w = contenders._quantise(kernel.T, 127 if dtype == jnp.int32 else 448, c.weights.dtype, 1)
+        y = np.asarray(acc, np.float32) * np.asarray(scale) * np.asarray(scale_w)[:, 0]
+        assert np.linalg.norm(y - exact) / np.linalg.norm(exact) < 0.05
+
+
+def test_lifting_is_compared_with_quantising_alone(results):
+    [row] = results["lift"]
+    assert row["over_quantise"] == pytest.approx(row["us"] / row["quantise_us"])
+    assert row["quantise_gb_per_s"] == pytest.approx((3 * 4 * 96 + 4 * 4) / row["quantise_us"] / 1e3)
+
+
+def test_the_table_shows_every_column(results):
+    text = run.table(results)
+    for word in (*contenders.BASELINES, "over quantise", "64x96, 32x96", "not timed: int8 hopper"):
+        assert word in text
+    assert "cuSPARSELt's algorithm" not in text  # it does not run here
+    row = dict(results["linear"][0], cusparselt="3, the fastest of a search at M=4 (1.0 us for the product alone)")
+    assert "6:8 int8 M=4 64x96: 3, the fastest" in run.table({**results, "linear": [row]})
+
+
+def test_presets():
+    assert {"qwen2.5-7b", "llama-3-8b", "square-8192"} <= set(arguments.PRESETS)
+    assert arguments.shapes(parse(arguments.add, "--preset", "square-8192"), gpu=True) == [(8192, 8192)]
+
+
+# ---------------------------------------------------------------------------------------------- cuSPARSELt's search
+
+
+class Library:
+    """The compiled module as `cusparselt_search` sees it."""
+
+    def __init__(self):
+        self.searched = []
+
+    def cusparselt_tune(self, dtype, result, alpha_vector, out, rows, columns, workspace_limit):
+        self.searched.append((dtype, result, out, rows, columns))
+        fast = {"algorithm": 7, "split_k": 1, "split_k_mode": 0, "microseconds": 12.5, "workspace_bytes": 1024}
+        return [fast, {**fast, "algorithm": 0, "microseconds": 20.0}]
+
+
+@pytest.fixture
+def library(monkeypatch, tmp_path):
+    module = Library()
+    monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(ffi, "_load", lambda: (module, None))
+    monkeypatch.setattr(ffi, "_on_gpu", lambda: True)
+    monkeypatch.setattr(ffi, "missing", lambda part: None)
+    monkeypatch.setattr(ffi, "cusparselt_version", lambda: (0, 8, 0))
+    monkeypatch.setattr(registry, "refusals", lambda problem: {"hopper": "not this time"})
+    monkeypatch.setattr(contenders, "sparse", lambda w, rows, both: ([], {}))  # a CPU cannot run the library
+    return module
+
+
+def test_tune_searches_cusparselt_and_calls_use_what_it_found(library, tmp_path):
+    w = sj.pack(contenders.kernel_of(64, 96), "6:8", dtype="int8")
+    assert ffi.cusparselt_algorithm(w, 256).startswith("the library's default")
+    notes = []
+    tuning.measure(parse(arguments.add_tune, "--shape", "64,96", "-M", "256,4096", "--dtypes", "int8"), note=notes.append)
+    columns = sj.Pattern.parse("6:8").lifted(96)
+    assert library.searched == [("int8", "int32", 64, rows, columns) for rows in (256, 4096)]
+    assert any("fastest algorithm is 7: 12.5 us" in note for note in notes)
+    assert ffi.cusparselt_algorithm(w, 256) == "7, the fastest of a search at M=256 (12.5 us for the product alone)"
+    assert "M=4096" in ffi.cusparselt_algorithm(w, 8192) and "default" in ffi.cusparselt_algorithm(w, 16)
+    assert ffi._choice(w.dtype, np.int32, 64, 256, columns) == {"algorithm": 7, "split_k": 1, "split_k_mode": 0, "workspace_bytes": 1024}
+    [saved] = tmp_path.rglob("*cusparselt-0.8.0.json")  # for this device and this release of the library
+    assert {int(rows) for entries in json.loads(saved.read_text()).values() for rows in entries} == {256, 4096}
+
+
+def test_a_dry_run_searches_nothing(library, tmp_path):
+    tuning.measure(parse(arguments.add_tune, "--shape", "64,96", "-M", "16", "--dtypes", "int8", "--dry-run"))
+    assert library.searched == [] and not list(tmp_path.rglob("*.json"))
+
+
+def test_a_search_that_fails_leaves_the_default(library, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("cuSPARSELt has no algorithm")
+
+    monkeypatch.setattr(library, "cusparselt_tune", fail)
+    notes = []
+    tuning.measure(parse(arguments.add_tune, "--shape", "64,96", "-M", "16", "--dtypes", "int8"), note=notes.append)
+    assert any("cannot be searched: cuSPARSELt has no algorithm" in note for note in notes)
