@@ -32,14 +32,14 @@ SJ_DEVICE uint32_t pack(float low, float high) {
   }
 }
 
-// A warp group's shared memory behind the stages: slabs, 1 KB aligned, and scales.
+// Shared memory behind the stages: a warp's slots, 1 KB aligned, and a warp group's scales, of which there are two sets.
 template <class T>
-SJ_DEVICE uint32_t slabs(const Shared& shared, int group) {
-  return shared.stages + T::kStages * T::kBytes + group * (2 * T::kSlabBytes);
+SJ_DEVICE uint32_t slots(const Shared& shared, int warp) {
+  return shared.stages + T::kStages * T::kBytes + warp * T::kSlotBytes;
 }
 template <class T>
-SJ_DEVICE uint32_t scales(const Shared& shared, int group) {
-  return shared.stages + T::kStages * T::kBytes + T::kWarpGroups * 2 * T::kSlabBytes + group * T::kScaleBytes;
+SJ_DEVICE uint32_t scales(const Shared& shared, int group, int set) {
+  return shared.stages + T::kStages * T::kBytes + T::kWarpGroups * 4 * T::kSlotBytes + (group * 2 + set) * T::kScaleBytes;
 }
 
 // Starts copying a tile's scale_x [tokens], scale_w and bias [outputs of the warp group]; all of its threads take part.
@@ -76,16 +76,21 @@ SJ_DEVICE Column make_column(uint32_t scale_x, uint32_t scale_w, uint32_t bias, 
           load_shared_f32(bias + at + 32), scale_x + (lane & 3) * 8, row, token, lane};
 }
 
-// Converts 16 tokens, the first of them `first` after the column's first, to the fragments of four transposed 8x8 matrices.
+// Converts 16 tokens to the fragments of four transposed 8x8 matrices; s: the scales of the lane's tokens.
 template <bool kBf16, bool kBias, class A>
-SJ_DEVICE void convert(const A* d, const Column& col, int first, uint32_t (&r)[4]) {
+SJ_DEVICE void convert(const A* d, const Column& col, const float2* s, uint32_t (&r)[4]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float2 s = load_shared_2f(col.scale_x + (first + 8 * h) * 4);
-    r[2 * h] = pack<kBf16>(dequantize<kBias>(d[4 * h], s.x, col.w0, col.b0), dequantize<kBias>(d[4 * h + 1], s.y, col.w0, col.b0));
-    r[2 * h + 1] =
-        pack<kBf16>(dequantize<kBias>(d[4 * h + 2], s.x, col.w1, col.b1), dequantize<kBias>(d[4 * h + 3], s.y, col.w1, col.b1));
+    r[2 * h] = pack<kBf16>(dequantize<kBias>(d[4 * h], s[h].x, col.w0, col.b0),
+                           dequantize<kBias>(d[4 * h + 1], s[h].y, col.w0, col.b0));
+    r[2 * h + 1] = pack<kBf16>(dequantize<kBias>(d[4 * h + 2], s[h].x, col.w1, col.b1),
+                               dequantize<kBias>(d[4 * h + 3], s[h].y, col.w1, col.b1));
   }
+}
+template <int kTokens>
+SJ_DEVICE void load_scales(const Column& col, int first, float2 (&s)[kTokens / 8]) {
+#pragma unroll
+  for (int j = 0; j < kTokens / 8; ++j) s[j] = load_shared_2f(col.scale_x + (first + 8 * j) * 4);
 }
 
 // What a warp stores, or adds up, alone at a time.
@@ -96,7 +101,7 @@ inline constexpr int kJobTokens = T::kTokens < 32 ? T::kTokens : 32;
 template <int kTokens, class A>
 SJ_DEVICE void store_slab(const Params& p, const A (&d)[kTokens / 2], const Column& col, int first, uint32_t own) {
   const int g = col.lane >> 2, c = col.lane & 3;
-  if (p.output == 2) {  // float32: a warp's store covers whole sectors as it is
+  if (p.output >= 2) {  // 32 bits, float32 or the sums themselves: a warp's store covers whole sectors as it is
     float* y = static_cast<float*>(p.y);
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
@@ -104,24 +109,26 @@ SJ_DEVICE void store_slab(const Params& p, const A (&d)[kTokens / 2], const Colu
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int t = col.token + first + 8 * j + 2 * c + (i & 1), o = col.row + g + (i & 2) * 4;
+        const float v = dequantize(d[4 * j + i], i & 1 ? s.y : s.x, i & 2 ? col.w1 : col.w0, i & 2 ? col.b1 : col.b0);
         if (t < p.M && o < p.out)
-          y[static_cast<size_t>(t) * p.out + o] =
-              dequantize(d[4 * j + i], i & 1 ? s.y : s.x, i & 2 ? col.w1 : col.w0, i & 2 ? col.b1 : col.b0);
+          y[static_cast<size_t>(t) * p.out + o] = p.output == 2 ? v : reinterpret_cast<const float&>(d[4 * j + i]);
       }
     }
     __syncwarp();  // before the scales are overwritten
     return;
   }
   // 16 bit: through shared memory, 32 bytes a token, whose halves change places every 4 tokens against bank conflicts.
+  float2 s[kTokens / 8];
+  load_scales<kTokens>(col, first, s);
   const int matrix = col.lane >> 3, in = col.lane & 7;
   const uint32_t put = own + ((matrix >> 1) * 8 + in) * 32 + (((matrix & 1) ^ (in >> 2)) << 4);
 #pragma unroll
   for (int i = 0; i < kTokens / 16; ++i) {
     uint32_t r[4];
     if (p.output == 0) {
-      convert<true, true>(d + 8 * i, col, first + 16 * i, r);
+      convert<true, true>(d + 8 * i, col, s + 2 * i, r);
     } else {
-      convert<false, true>(d + 8 * i, col, first + 16 * i, r);
+      convert<false, true>(d + 8 * i, col, s + 2 * i, r);
     }
     store_matrices_transposed(put + i * 512, r[0], r[1], r[2], r[3]);
   }
@@ -145,67 +152,57 @@ SJ_DEVICE void store_slab(const Params& p, const A (&d)[kTokens / 2], const Colu
   __syncwarp();
 }
 
-// Stores a block of 64 outputs as bfloat16 by bulk copies: whole lines of y, written behind the warp group's back, from two slabs in turn.
-template <class T, bool kBias, class A>
-SJ_DEVICE void store_block(const Params& p, const A (&d)[T::kTokens / 2], const Column& col, uint32_t ring, int group, int row,
-                           int block) {
-  constexpr int kCount = T::kTokens / T::kSlabTokens;
-  const int warp = fresh_thread() >> 5 & 3, matrix = col.lane >> 3, in = col.lane & 7;
-  const uint32_t put = ring + ((matrix >> 1) * 8 + in) * 128 + (((2 * warp + (matrix & 1)) ^ in) << 4);  // 128-byte swizzle
+// Stores a warp group's 64 outputs of block kBlock as bfloat16 by bulk copies: whole lines of y, written behind its back. `ring`:
+// the slots of the warp group.
+template <class T, int kBlock, bool kBias, class A>
+SJ_DEVICE void store_bulk(const Params& p, const A (&d)[T::kTokens / 2], const Column& col, uint32_t ring, int warp) {
+  constexpr int kSlab = T::kSlabTokens, kCount = T::kTokens / kSlab;
+  const int matrix = col.lane >> 3, in = col.lane & 7;
+  const uint32_t put = ring + ((matrix >> 1) * 8 + in) * 128 + (((2 * (warp & 3) + (matrix & 1)) ^ in) << 4);  // 128-byte swizzle
+  const bool leader = (warp & 3) == 0 && col.lane == 0;
+  float2 s[2][kSlab / 8];
+  load_scales<kSlab>(col, 0, s[0]);
 #pragma unroll
   for (int slab = 0; slab < kCount; ++slab) {
-    const int at = (block * kCount + slab) % 2 * T::kSlabBytes;
+    const int at = (kBlock * kCount + slab) % T::kSlots * T::kSlabBytes;
+    if (slab + 1 < kCount) load_scales<kSlab>(col, (slab + 1) * kSlab, s[(slab + 1) & 1]);
 #pragma unroll
-    for (int i = 0; i < T::kSlabTokens / 16; ++i) {
+    for (int i = 0; i < kSlab / 16; ++i) {
       uint32_t r[4];
-      convert<true, kBias>(d + slab * (T::kSlabTokens / 2) + 8 * i, col, slab * T::kSlabTokens + 16 * i, r);
+      convert<true, kBias>(d + slab * (kSlab / 2) + 8 * i, col, s[slab & 1] + 2 * i, r);
       store_matrices_transposed(put + at + i * 2048, r[0], r[1], r[2], r[3]);
     }
     fence_async_shared();
-    const bool leader = (fresh_thread() & 127) == 0;
-    if (leader) bulk_wait_read<0>();  // the slab to be written after this one is free
-    named_sync(1 + group, 128);
+    if (leader) bulk_wait_read<(T::kSlots > 1 ? T::kSlots - 2 : 0)>();  // the slot after this one has been read
+    named_sync(1 + (warp >> 2), 128);
     if (leader) {
-      tma_store_2d(&p.map_y, ring + at, row, col.token + slab * T::kSlabTokens, kEvictFirst);
+      tma_store_2d(&p.map_y, ring + at, col.row, col.token + slab * kSlab, kEvictFirst);
       bulk_commit();
     }
   }
 }
 
-// A whole tile's sums to y.
-template <class T, class A>
-SJ_DEVICE void store_tile(const Params& p, const A (&d)[T::kBlocks][T::kTokens / 2], const Shared& shared, int group, int row,
-                          int token) {
-  const uint32_t ring = slabs<T>(shared, group), scale_x = scales<T>(shared, group), scale_w = scale_x + T::kTokens * 4;
-  const int warp = fresh_thread() >> 5 & 3;
-  copy_async_wait();
-  named_sync(1 + group, 128);
-  auto column = [&](int block) {
-    const uint32_t w = scale_w + block * 256 + warp * 64;
-    return make_column(scale_x, w, w + T::kBlocks * 256, row + block * 64 + warp * 16, token);
-  };
-  // Blocks are written out: a loop this large would not unroll, and registers have no index.
+// The sums of a warp group's block kBlock to y.
+template <class T, int kBlock, class A>
+SJ_DEVICE void store_block(const Params& p, const A (&d)[T::kTokens / 2], const Shared& shared, int warp, int set, int row,
+                           int token) {
+  const uint32_t ring = slots<T>(shared, warp), scale_x = scales<T>(shared, warp >> 2, set);
+  const uint32_t scale_w = scale_x + T::kTokens * 4 + kBlock * 256 + (warp & 3) * 64;
+  const Column col = make_column(scale_x, scale_w, scale_w + T::kBlocks * 256, row + kBlock * 64 + (warp & 3) * 16, token);
   if (p.bulk_stores && p.bias != nullptr) {
-    store_block<T, true>(p, d[0], column(0), ring, group, row, 0);
-    if constexpr (T::kBlocks == 2) store_block<T, true>(p, d[1], column(1), ring, group, row + 64, 1);
+    store_bulk<T, kBlock, true>(p, d, col, slots<T>(shared, warp & ~3), warp);
   } else if (p.bulk_stores) {
-    store_block<T, false>(p, d[0], column(0), ring, group, row, 0);
-    if constexpr (T::kBlocks == 2) store_block<T, false>(p, d[1], column(1), ring, group, row + 64, 1);
+    store_bulk<T, kBlock, false>(p, d, col, slots<T>(shared, warp & ~3), warp);
   } else {
-    auto block = [&](const A(&sums)[T::kTokens / 2], const Column& col) {
 #pragma unroll
-      for (int first = 0; first < T::kTokens; first += kJobTokens<T>)
-        store_slab<kJobTokens<T>>(p, reinterpret_cast<const A(&)[kJobTokens<T> / 2]>(sums[first / 2]), col, first,
-                                  ring + warp * 1024);
-    };
-    block(d[0], column(0));
-    if constexpr (T::kBlocks == 2) block(d[1], column(1));
-    named_sync(1 + group, 128);  // all have read the scales
+    for (int first = 0; first < T::kTokens; first += kJobTokens<T>)
+      store_slab<kJobTokens<T>>(p, reinterpret_cast<const A(&)[kJobTokens<T> / 2]>(d[first / 2]), col, first, ring);
   }
 }
 
 // ---- Tiles that several clusters share: every warp leaves its sums in memory and goes on; when it has no more work, it adds
-// up its share of all such sums, in the order of K, and stores the results.
+// up its share of all such sums, in the order of K, and stores the results. It does not wait for ever, since what it waits for may
+// be a cluster that has not begun, for want of the room that this one takes: then it leaves the sum to the bringer of the last part.
 
 // [split_clusters + split_tiles][cluster][warps][quads][lane]: part `cluster` + tile of a tile's owners, 16 bytes a lane.
 template <class T>
@@ -216,12 +213,17 @@ SJ_DEVICE uint4* part_of(const Params& p, int cluster, int tile, uint32_t rank, 
   return reinterpret_cast<uint4*>(p.partials) + slot * kUnit + (fresh_thread() & 31);
 }
 template <class T>
-SJ_DEVICE int* counter_of(const Params& p, int tile, uint32_t rank, int warp) {
+SJ_DEVICE unsigned long long* counter_of(const Params& p, int tile, uint32_t rank, int warp) {
   return p.counters + (tile * T::kCluster + rank) * (T::kWarpGroups * 4) + warp;
 }
 
+SJ_DEVICE int part_count(const Params& p, int tile) {
+  return owner(p, (tile + 1) * p.steps - 1) - owner(p, tile * p.steps) + 1;
+}
+
+// Returns the jobs, a bit each, whose owners have given up waiting for this part, the last one.
 template <class T, class A>
-SJ_DEVICE void store_part(const Params& p, const A (&d)[T::kBlocks][T::kTokens / 2], int tile, int cluster, uint32_t rank,
+SJ_DEVICE uint32_t store_part(const Params& p, const A (&d)[T::kBlocks][T::kTokens / 2], int tile, int cluster, uint32_t rank,
                           int warp) {
   constexpr int kQuads = T::kTokens / 8;
   uint4* mine = part_of<T>(p, cluster, tile, rank, warp);
@@ -231,63 +233,95 @@ SJ_DEVICE void store_part(const Params& p, const A (&d)[T::kBlocks][T::kTokens /
     for (int i = 0; i < kQuads; ++i) __stcg(mine + (b * kQuads + i) * 32, reinterpret_cast<const uint4&>(d[b][4 * i]));
   __threadfence();
   __syncwarp();
-  if ((fresh_thread() & 31) == 0) atomicAdd(counter_of<T>(p, tile, rank, warp), 1);
+  unsigned long long before = 0;
+  if ((fresh_thread() & 31) == 0) before = atomicAdd(counter_of<T>(p, tile, rank, warp), 1ull);
+  const bool last = static_cast<int>(before) == part_count(p, tile) - 1;
+  return __shfl_sync(~0u, last ? static_cast<int>(before >> 32) : 0, 0);
 }
 
+// Adds up and stores job `job` of a shared tile, of whose parts all are in memory.
 template <class T>
-SJ_DEVICE void sum_parts(const Params& p, const Shared& shared, uint32_t rank, int cluster, int warp) {
+SJ_DEVICE void sum_job(const Params& p, const Shared& shared, uint32_t rank, int tile, int job, int warp) {
   using A = std::conditional_t<T::kFp8, float, int>;
-  constexpr int kCount = T::kTokens / kJobTokens<T>, kPerTile = T::kBlocks * kCount, kQuads = kJobTokens<T> / 8;
-  const int group = warp >> 2, lane = fresh_thread() & 31;
-  if ((fresh_thread() & 127) == 0) bulk_wait_read<0>();
-  named_sync(1 + group, 128);  // the slabs are free
+  constexpr int kCount = T::kTokens / kJobTokens<T>, kQuads = kJobTokens<T> / 8;
+  const int lane = fresh_thread() & 31, block = job / kCount, slab = job % kCount;
+  const int first = owner(p, tile * p.steps), last = owner(p, (tile + 1) * p.steps - 1);
   // Of the warp: 1 KB to transpose in, scale_x of 32 tokens, scale_w and bias of 16 outputs.
-  const uint32_t own = slabs<T>(shared, group) + (warp & 3) * 2048, scale_x = own + 1024, scale_w = own + 1152;
+  const uint32_t own = slots<T>(shared, warp), scale_x = own + 1024, scale_w = own + 1152;
+  Work work;
+  locate(p, p.whole_tiles + tile, work);
+  const int row = ((work.row_tile * T::kCluster + static_cast<int>(rank)) * T::kWarpGroups + (warp >> 2)) * T::kBlocks * 64 +
+                  block * 64 + (warp & 3) * 16;
+  const int token = work.token_tile * T::kTokens + slab * kJobTokens<T>;
+  if (lane < kJobTokens<T>) copy_async_4(scale_x + lane * 4, p.scale_x + token + lane, token + lane < p.M);
+  const int o = row + (lane & 15);
+  if (lane < 16) {
+    copy_async_4(scale_w + lane * 4, p.scale_w + o, o < p.out);
+  } else if (p.bias != nullptr) {
+    copy_async_4(scale_w + lane * 4, p.bias + o, o < p.out);
+  } else {
+    store_shared_f32(scale_w + lane * 4, -0.0f);
+  }
+  __threadfence();
+  A sum[4 * kQuads] = {};
+  const int at = (block * (T::kTokens / 8) + slab * kQuads) * 32;
 #pragma unroll 1
-  for (int job = cluster; job < p.split_tiles * kPerTile; job += p.split_clusters) {
-    const int tile = job / kPerTile, block = job % kPerTile / kCount, slab = job % kCount;
-    const int first = owner(p, tile * p.steps), last = owner(p, (tile + 1) * p.steps - 1);
-    if (first == last) continue;  // it was one cluster's alone
-    Work work;
-    locate(p, p.whole_tiles + tile, work);
-    const int row = ((work.row_tile * T::kCluster + static_cast<int>(rank)) * T::kWarpGroups + group) * T::kBlocks * 64 +
-                    block * 64 + (warp & 3) * 16;
-    const int token = work.token_tile * T::kTokens + slab * kJobTokens<T>;
-    if (lane < kJobTokens<T>) copy_async_4(scale_x + lane * 4, p.scale_x + token + lane, token + lane < p.M);
-    const int o = row + (lane & 15);
-    if (lane < 16) {
-      copy_async_4(scale_w + lane * 4, p.scale_w + o, o < p.out);
-    } else if (p.bias != nullptr) {
-      copy_async_4(scale_w + lane * 4, p.bias + o, o < p.out);
+  for (int who = first; who <= last; who += 4) {  // four parts at a time: their loads are under way together
+    uint4 v[4][kQuads];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q)
+        v[i][q] = who + i <= last ? __ldcg(part_of<T>(p, who + i, tile, rank, warp) + at + q * 32) : uint4{};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        sum[4 * q] += reinterpret_cast<const A&>(v[i][q].x);
+        sum[4 * q + 1] += reinterpret_cast<const A&>(v[i][q].y);
+        sum[4 * q + 2] += reinterpret_cast<const A&>(v[i][q].z);
+        sum[4 * q + 3] += reinterpret_cast<const A&>(v[i][q].w);
+      }
+  }
+  copy_async_wait();
+  __syncwarp();
+  store_slab<kJobTokens<T>>(p, sum, make_column(scale_x, scale_w, scale_w + 64, row, token), 0, own);
+}
+
+// `left`: what store_part has returned for the first shared tile of the cluster, and for another one 16 bits further up.
+template <class T>
+SJ_DEVICE void sum_parts(const Params& p, const Shared& shared, uint32_t rank, int cluster, int warp, uint32_t left) {
+  constexpr int kPerTile = T::kBlocks * (T::kTokens / kJobTokens<T>);
+  static_assert(kPerTile <= 16);
+  const int lane = fresh_thread() & 31;
+  if ((warp & 3) == 0 && lane == 0) bulk_wait_read<0>();  // the slots are free
+  named_sync(1 + (warp >> 2), 128);
+  int patience = kPatience, next = cluster;  // of all jobs of all tiles, every so manieth is this cluster's
+#pragma unroll 1
+  while (next < p.split_tiles * kPerTile || left != 0) {
+    int tile, job;
+    bool mine = true;
+    if (next < p.split_tiles * kPerTile) {
+      tile = next / kPerTile;
+      job = next % kPerTile;
+      next += p.split_clusters;
+      const int wanted = part_count(p, tile);
+      if (wanted == 1) continue;  // it was one cluster's alone
+      if (lane == 0) {
+        unsigned long long* counter = counter_of<T>(p, tile, rank, warp);
+        mine = wait_count(reinterpret_cast<int*>(counter), wanted, patience);
+        // Unless the last part has come just now, whoever brings it will see this.
+        if (!mine) mine = static_cast<int>(atomicOr(counter, 1ull << (32 + job))) == wanted;
+      }
+      mine = __shfl_sync(~0u, mine, 0);
+      if (!mine) patience = 1;
     } else {
-      store_shared_f32(scale_w + lane * 4, -0.0f);
+      const int bit = __ffs(static_cast<int>(left)) - 1;
+      left &= left - 1;
+      tile = share(p, cluster) / p.steps + bit / 16;
+      job = bit % 16;
     }
-    if (lane == 0) wait_count(counter_of<T>(p, tile, rank, warp), last - first + 1);
-    __syncwarp();
-    __threadfence();
-    A sum[4 * kQuads] = {};
-    const int at = (block * (T::kTokens / 8) + slab * kQuads) * 32;
-#pragma unroll 1
-    for (int who = first; who <= last; who += 4) {  // four parts at a time: their loads are under way together
-      uint4 v[4][kQuads];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int q = 0; q < kQuads; ++q)
-          v[i][q] = who + i <= last ? __ldcg(part_of<T>(p, who + i, tile, rank, warp) + at + q * 32) : uint4{};
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int q = 0; q < kQuads; ++q) {
-          sum[4 * q] += reinterpret_cast<const A&>(v[i][q].x);
-          sum[4 * q + 1] += reinterpret_cast<const A&>(v[i][q].y);
-          sum[4 * q + 2] += reinterpret_cast<const A&>(v[i][q].z);
-          sum[4 * q + 3] += reinterpret_cast<const A&>(v[i][q].w);
-        }
-    }
-    copy_async_wait();
-    __syncwarp();
-    store_slab<kJobTokens<T>>(p, sum, make_column(scale_x, scale_w, scale_w + 64, row, token), 0, own);
+    if (mine) sum_job<T>(p, shared, rank, tile, job, warp);
   }
 }
 

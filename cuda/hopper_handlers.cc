@@ -54,7 +54,8 @@ ffi::Error ExecuteImpl(cudaStream_t stream, ffi::AnyBuffer lifted, ffi::Buffer<f
   if (y_type == DType::kBF16) args.output = HopperOutput::kBF16;
   else if (y_type == DType::kF16) args.output = HopperOutput::kF16;
   else if (y_type == DType::kF32) args.output = HopperOutput::kF32;
-  else return fail("y must be bfloat16, float16 or float32");
+  else if (y_type == DType::kS32) args.output = HopperOutput::kS32;
+  else return fail("y must be bfloat16, float16, float32 or, of int8, int32");
   const int64_t rows = lifted.dimensions()[0], outputs = values.dimensions()[0], groups = values.dimensions()[1];
   const int64_t group = values.dimensions()[2] + 2;
   if (group < 4 || group > 16 || group % 2) return fail("kept must be even, 2 to 14");

@@ -70,7 +70,26 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, uint32_t rank, int
     }
   };
 
-  for (bool start = true;; start = false) {
+  auto stage_address = [&] { return shared.stages + stage * T::kBytes; };
+  auto load_metadata = [&](uint32_t (&meta)[T::kBlocks][2]) {
+    const uint32_t m = stage_address() + T::kBytesX + T::kBytesW + group * T::kBlocks * 1024 + thread * 8;
+#pragma unroll
+    for (int b = 0; b < T::kBlocks; ++b) {
+      const uint2 v = load_shared_2(m + b * 1024);
+      meta[b][0] = v.x;
+      meta[b][1] = v.y;
+    }
+  };
+  auto next_stage = [&] {
+    if (++stage == T::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  };
+
+  uint32_t left = 0;  // sums that other clusters have left to this warp
+  int set = 0;  // which scales: those of the tile before may still be in use
+  for (bool start = true;; start = false, set ^= 1) {
     barrier_wait(shared.full + 8 * stage, parity);
     const int4 note = load_shared_4i(shared.notes + 16 * stage);
     const int steps = __shfl_sync(~0u, note.z, 0), split = __shfl_sync(~0u, note.w, 0);
@@ -78,7 +97,6 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, uint32_t rank, int
     if (steps == 0) break;
     A d[T::kBlocks][T::kTokens / 2];  // in here: carried from tile to tile it would have to be moved about
     uint32_t e[2][T::kBlocks][2];     // metadata of two stages: running instructions read one while the other is loaded
-    if (split < 0) prefetch_scales<T>(p, scales<T>(shared, group), row, token);
 
     // Once, at the start, the second warp group lets the first one get ahead: from then on the epilogue of one runs while the
     // instructions of the other keep the tensor cores busy.
@@ -87,14 +105,8 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, uint32_t rank, int
     auto stage_step = [&](uint32_t (&meta)[T::kBlocks][2], auto first_stage) {
       constexpr bool kFirst = decltype(first_stage)::value;
       if (!kFirst) barrier_wait(shared.full + 8 * stage, parity);
-      const uint32_t x = shared.stages + stage * T::kBytes, w = x + T::kBytesX + group * T::kBlocks * 4096;
-      const uint32_t m = x + T::kBytesX + T::kBytesW + group * T::kBlocks * 1024 + thread * 8;
-#pragma unroll
-      for (int b = 0; b < T::kBlocks; ++b) {
-        const uint2 v = load_shared_2(m + b * 1024);
-        meta[b][0] = v.x;
-        meta[b][1] = v.y;
-      }
+      const uint32_t x = stage_address(), w = x + T::kBytesX + group * T::kBlocks * 4096;
+      load_metadata(meta);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 2; ++k)
@@ -106,31 +118,71 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, uint32_t rank, int
       wgmma_wait<1>();  // the stage before this one is done with
       if (!kFirst) release(previous);
       previous = stage;
-      if (++stage == T::kStages) {
-        stage = 0;
-        parity ^= 1;
-      }
+      next_stage();
     };
     stage_step(e[0], std::true_type());
     if (start && group == 0) named_arrive(8, 256);
+    if (split < 0) prefetch_scales<T>(p, scales<T>(shared, group, set), row, token);
     stage_step(e[1], std::false_type());
+    // With two blocks, a tile's last step is left for below.
+    constexpr bool kTail = T::kBlocks == 2;
+    const int plain = kTail && split < 0 ? steps - 1 : steps;
 #pragma unroll 1
-    for (int k = 1; k < steps; ++k) {
+    for (int k = 1; k < plain; ++k) {
       stage_step(e[0], std::false_type());
       stage_step(e[1], std::false_type());
     }
-    wgmma_wait<0>();
-    release(previous);
+    if (!kTail || split >= 0) {
+      wgmma_wait<0>();
+      release(previous);
 #pragma unroll
-    for (int b = 0; b < T::kBlocks; ++b) pin(d[b]);
-
-    if (split >= 0) {
-      store_part<T>(p, d, split, cluster, rank, warp);
-    } else {
-      store_tile<T>(p, d, shared, group, row, token);
+      for (int b = 0; b < T::kBlocks; ++b) pin(d[b]);
+      if (split >= 0) {
+        left |= store_part<T>(p, d, split, cluster, rank, warp) << (split == share(p, cluster) / p.steps ? 0 : 16);
+      } else {
+        copy_async_wait();
+        if (T::kSlots == 1 && thread == 0) bulk_wait_read<0>();
+        named_sync(1 + group, 128);
+        if constexpr (!kTail) store_block<T, 0>(p, d[0], shared, warp, set, row, token);
+      }
+    } else if constexpr (kTail) {
+      // The last step: both stages for the first block, then both for the second, under which the first is stored.
+      uint32_t x[2];
+      const int last[2] = {stage, stage + 1 == T::kStages ? 0 : stage + 1};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        barrier_wait(shared.full + 8 * stage, parity);
+        x[i] = stage_address();
+        load_metadata(e[i]);
+        next_stage();
+      }
+      auto block_step = [&](int b) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int k = 0; k < 2; ++k)
+            Instruction::mma(d[b], descriptor<64>(x[i] + T::kBytesX + (group * T::kBlocks + b) * 4096 + 32 * k),
+                             descriptor<128>(x[i] + 64 * k), e[i][b][k], 1);
+        wgmma_commit();
+      };
+      wgmma_fence();
+      block_step(0);
+      wgmma_wait<1>();
+      release(previous);
+      block_step(1);
+      copy_async_wait();
+      named_sync(1 + group, 128);  // the scales are there, and all have read those of the tile before
+      wgmma_wait<1>();
+      pin(d[0]);
+      store_block<T, 0>(p, d[0], shared, warp, set, row, token);
+      wgmma_wait<0>();
+      pin(d[1]);
+      release(last[0]);
+      release(last[1]);
+      store_block<T, 1>(p, d[1], shared, warp, set, row, token);
     }
   }
-  if (cluster < p.split_clusters) sum_parts<T>(p, shared, rank, cluster, warp);
+  if (cluster < p.split_clusters) sum_parts<T>(p, shared, rank, cluster, warp, left);
   if (thread == 0) bulk_wait_read<0>();  // shared memory must outlive the stores from it
 }
 

@@ -26,13 +26,16 @@ SJ_DEVICE int fresh_thread() {
   return thread;
 }
 
-// Waits until another block has counted up to n; what it wrote before a fence and its count can then be read.
-SJ_DEVICE void wait_count(const int* counter, int n) {
+// Whether others have counted up to n, after looking `patience` times at most; what they wrote before a fence and their count can
+// then be read.
+SJ_DEVICE bool wait_count(const int* counter, int n, int patience) {
   int v;
   do {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
-  } while (v < n);
+  } while (v < n && --patience > 0);
+  return v >= n;
 }
+inline constexpr int kPatience = 4096;  // some milliseconds: far more than clusters that run side by side need
 
 // ---- mbarrier. Arrive and wait carry no .release.cluster / .acquire.cluster: those forms compile to MEMBAR.ALL.GPU and
 // CCTL.IVALL, once a stage. What is handed over is read and written by the asynchronous proxy alone (TMA, wgmma) or by

@@ -7,6 +7,12 @@
 
 namespace slidejax::hopper {
 
+// The largest divisor of `count` that is at most `most`.
+constexpr int largest_divisor(int count, int most) {
+  while (count % most) --most;
+  return most;
+}
+
 struct Params {
   CUtensorMap map_x, map_w, map_e, map_y;
   const float* scale_x;
@@ -14,7 +20,8 @@ struct Params {
   const float* bias;
   void* y;
   float* partials;      // [split_tiles + split_clusters][cluster][rows x tokens], accumulators in register order
-  int* counters;        // [split_tiles][cluster][warps], zero at the start: how many parts are in memory
+  // [split_tiles][cluster][warps], zero at the start: how many parts are in memory, and from bit 32 on the jobs that were left.
+  unsigned long long* counters;
   int M, out, steps;    // steps: pairs of stages along K
   int row_tiles, token_tiles, token_group;
   int whole_tiles;      // the first tiles, one cluster each
@@ -40,13 +47,15 @@ struct Tile {
   static constexpr int kBytesW = kRows * 64;
   static constexpr int kBytesE = kRows * 16;
   static constexpr int kBytes = kBytesX + kBytesW + kBytesE;
-  // Of a warp group: two slabs of tokens of 64 outputs on their way to y, then scale_x, scale_w and bias.
-  static constexpr int kSlabTokens = std::min(kTokens, 64);
-  static constexpr int kSlabBytes = std::max(kSlabTokens * 128, 4096);
+  // Of a warp group: slots for slabs of tokens of 64 outputs on their way to y; and twice scale_x, scale_w and bias.
+  static constexpr int kSlabTokens = std::min(kTokens, 32);
+  static constexpr int kSlabBytes = kSlabTokens * 128;
+  static constexpr int kSlots = largest_divisor(kBlocks * kTokens / kSlabTokens, (kTokens == 160 ? 5 * 4096 : 16384) / kSlabBytes);
+  static constexpr int kSlotBytes = std::max(kSlots * kSlabBytes / 4, 2048);  // of a warp
   static constexpr int kScaleBytes = kTokens * 4 + kBlocks * 512;
-  static constexpr int kShared = 1024 + kStages * kBytes + kWarpGroups * (2 * kSlabBytes + kScaleBytes);  // 1024: alignment
+  static constexpr int kShared = 1024 + kStages * kBytes + kWarpGroups * (4 * kSlotBytes + 2 * kScaleBytes);  // 1024: alignment
   static constexpr int kPartial = kRows * kTokens;                                        // words
-  static_assert(kBytes % 1024 == 0 && kShared + 2 * 16 * kStages <= 227 * 1024);
+  static_assert(kBytes % 1024 == 0 && kShared + 32 * kStages <= 227 * 1024);
 };
 
 // What a cluster does as its i-th piece of work: steps [begin, end) of a tile; none if begin == end. split: the tile's index

@@ -32,6 +32,7 @@ namespace slidejax::hopper {
 #define SJ_R_16 SJ_R_8 "," SJ_R1
 #define SJ_R_32 SJ_R_16 "," SJ_R2 "," SJ_R3
 #define SJ_R_64 SJ_R_32 "," SJ_R4 "," SJ_R5 "," SJ_R6 "," SJ_R7
+#define SJ_R_80 SJ_R_64 "," SJ_R8 "," SJ_R9
 #define SJ_R_96 SJ_R_64 "," SJ_R8 "," SJ_R9 "," SJ_R10 "," SJ_R11
 #define SJ_R_128 SJ_R_96 "," SJ_R12 "," SJ_R13 "," SJ_R14 "," SJ_R15
 
@@ -41,6 +42,7 @@ namespace slidejax::hopper {
 #define SJ_O_16(c) SJ_O_8(c), SJ_O8(c, 8)
 #define SJ_O_32(c) SJ_O_16(c), SJ_O8(c, 16), SJ_O8(c, 24)
 #define SJ_O_64(c) SJ_O_32(c), SJ_O8(c, 32), SJ_O8(c, 40), SJ_O8(c, 48), SJ_O8(c, 56)
+#define SJ_O_80(c) SJ_O_64(c), SJ_O8(c, 64), SJ_O8(c, 72)
 #define SJ_O_96(c) SJ_O_64(c), SJ_O8(c, 64), SJ_O8(c, 72), SJ_O8(c, 80), SJ_O8(c, 88)
 #define SJ_O_128(c) SJ_O_96(c), SJ_O8(c, 96), SJ_O8(c, 104), SJ_O8(c, 112), SJ_O8(c, 120)
 
@@ -69,6 +71,7 @@ SJ_WGMMA(16, 8, 8, 9, 10, 11)
 SJ_WGMMA(32, 16, 16, 17, 18, 19)
 SJ_WGMMA(64, 32, 32, 33, 34, 35)
 SJ_WGMMA(128, 64, 64, 65, 66, 67)
+SJ_WGMMA(160, 80, 80, 81, 82, 83)
 SJ_WGMMA(192, 96, 96, 97, 98, 99)
 SJ_WGMMA(256, 128, 128, 129, 130, 131)
 

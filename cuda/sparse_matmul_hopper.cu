@@ -12,7 +12,7 @@
 namespace slidejax::hopper {
 namespace {
 
-constexpr int kCounterBytes = 8192;  // at the head of the workspace
+constexpr int kCounterBytes = 16384;  // at the head of the workspace
 constexpr int kMaxDevices = 64;
 
 // A tile's kernel for both inputs. stage_clocks: measured clocks of one stage (128 columns) in the full pipeline;
@@ -41,6 +41,7 @@ Entry make_entry(const char* name, float stage_clocks, float tile_clocks) {
 const Entry kEntries[] = {
     make_entry<2, 2, 192, 2, 4>("256x192", 977, 3000),
     make_entry<2, 1, 256, 2, 4>("128x256", 665, 2500),
+    make_entry<2, 2, 160, 2, 4>("256x160", 843, 2600),
     make_entry<2, 2, 128, 2, 5>("256x128", 710, 2000),
     make_entry<2, 1, 128, 2, 7>("128x128", 400, 1500),
     make_entry<2, 1, 64, 1, 9>("128x64", 300, 1000),
@@ -51,7 +52,9 @@ constexpr int kEntryCount = sizeof(kEntries) / sizeof(kEntries[0]);
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 int lifted_columns(const HopperArgs& a) { return a.groups * (a.group - 2) * 2; }
-int steps_of(const HopperArgs& a) { return ceil_div(lifted_columns(a), 256); }
+int metadata_stages(int groups, int group) { return 2 * ceil_div(groups * (group - 2) * 2, 256); }
+// The kernel wants two steps; what lies beyond K' is zero.
+int steps_of(const HopperArgs& a) { return std::max(2, metadata_stages(a.groups, a.group) / 2); }
 
 struct Split {
   int whole, shared, clusters;  // tiles of one cluster each, tiles shared along K, clusters that share them
@@ -179,13 +182,13 @@ bool make_map(CUtensorMap* map, CUtensorMapDataType type, int rank, const void* 
 bool aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
 
 bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta) {
-  const cuuint64_t columns = lifted_columns(a), stages = 2 * steps_of(a);
+  const cuuint64_t columns = lifted_columns(a), stages = metadata_stages(a.groups, a.group);
   const cuuint32_t tokens = e.tile.tokens / e.tile.cluster, rows = e.tile.rows;
   const cuuint64_t x_size[] = {columns, static_cast<cuuint64_t>(a.M)}, x_stride[] = {columns};
   const cuuint64_t w_size[] = {columns / 2, static_cast<cuuint64_t>(a.out)}, w_stride[] = {columns / 2};
   const cuuint64_t e_size[] = {256, stages, static_cast<cuuint64_t>(ceil_div(a.out, 64))}, e_stride[] = {1024, 1024 * stages};
   const cuuint32_t x_box[] = {128, tokens}, w_box[] = {64, rows}, e_box[] = {256, 1, rows / 64};
-  // bfloat16 by bulk copies where a tensor map can describe y: 64 outputs, a line, of up to 64 tokens at a time.
+  // bfloat16 by bulk copies where a tensor map can describe y: 64 outputs, a line, of up to 32 tokens at a time.
   p.vector_stores = aligned(a.y, 16) && a.out % 8 == 0;
   p.bulk_stores = p.vector_stores && a.output == HopperOutput::kBF16;
   if (p.bulk_stores) {
@@ -215,6 +218,7 @@ const char* slidejax_hopper_check(const HopperArgs& a) {
   if (a.groups < 8 || a.groups % 8) return "groups must be a multiple of 8";
   if (a.groups > (1 << 20)) return "too many groups";
   if (a.config >= kEntryCount) return "no such config";
+  if (a.output == HopperOutput::kS32 && a.input != HopperInput::kS8) return "int32 results need int8 operands";
   if (a.zeros == nullptr && a.meta == nullptr) return "zeros or meta must be given";
   if (!aligned(a.lifted, 16) || !aligned(a.values, 16) || !aligned(a.meta, 16)) return "lifted, values and meta must be 16-byte aligned";
   if (!aligned(a.workspace, 128)) return "workspace must be 128-byte aligned";
@@ -222,16 +226,19 @@ const char* slidejax_hopper_check(const HopperArgs& a) {
 }
 
 size_t slidejax_hopper_metadata_bytes(int out, int groups, int group) {
-  return static_cast<size_t>(ceil_div(out, 64)) * 2 * ceil_div(groups * (group - 2) * 2, 256) * 1024;
+  return static_cast<size_t>(ceil_div(out, 64)) * metadata_stages(groups, group) * 1024;
 }
 
 cudaError_t slidejax_hopper_expand_metadata(const uint8_t* zeros, uint32_t* meta, int out, int groups, int group,
                                             cudaStream_t stream) {
-  const int stages = 2 * ceil_div(groups * (group - 2) * 2, 256);
-  const dim3 grid(ceil_div(stages, kMetadataStagesPerBlock), ceil_div(out, 64));
-  int windows = group / 2 - 1, stage_count = stages;
-  void* parameters[] = {&zeros, &meta, &out, &groups, &windows, &stage_count};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(expand_metadata_kernel), grid, 128, parameters, 0, stream);
+  const int stages = metadata_stages(groups, group), windows = group / 2 - 1;
+  using Kernel = void (*)(const uint8_t*, uint2*, int, int, int);
+  static constexpr Kernel kKernels[] = {expand_metadata_kernel<1>, expand_metadata_kernel<2>, expand_metadata_kernel<3>,
+                                        expand_metadata_kernel<4>, expand_metadata_kernel<5>, expand_metadata_kernel<6>,
+                                        expand_metadata_kernel<7>};
+  const dim3 grid(ceil_div(stages, kMetadataGroups / 32 * windows), ceil_div(out, 64));
+  void* parameters[] = {&zeros, &meta, &out, &groups, const_cast<int*>(&stages)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kKernels[windows - 1]), grid, kMetadataThreads, parameters, 0, stream);
 }
 
 int slidejax_hopper_tile_count() { return kEntryCount; }
@@ -279,7 +286,7 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& args, cudaStream_t s
   p.scale_w = a.scale_w;
   p.bias = a.bias;
   p.y = a.y;
-  p.counters = reinterpret_cast<int*>(workspace);
+  p.counters = reinterpret_cast<unsigned long long*>(workspace);
   p.partials = reinterpret_cast<float*>(workspace + kCounterBytes);
   p.M = a.M;
   p.out = a.out;
@@ -292,8 +299,8 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& args, cudaStream_t s
   p.split_clusters = plan.split.clusters;
   p.output = static_cast<int>(a.output);
   if (p.split_tiles > 0) {
-    const size_t used = static_cast<size_t>(p.split_tiles) * e.tile.cluster * e.tile.warp_groups * 4 * sizeof(int);
-    static_assert(132 * 2 * 4 * sizeof(int) <= kCounterBytes);
+    const size_t used = static_cast<size_t>(p.split_tiles) * e.tile.cluster * e.tile.warp_groups * 4 * sizeof(*p.counters);
+    static_assert(132 * 2 * 4 * sizeof(*p.counters) <= kCounterBytes);
     if (used > kCounterBytes) return cudaErrorInvalidValue;
     if (auto s = cudaMemsetAsync(p.counters, 0, used, stream)) return s;
   }

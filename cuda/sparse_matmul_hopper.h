@@ -4,8 +4,8 @@
 // Nothing here allocates, synchronises or, after slidejax_hopper_init, looks anything up: calls can be captured in a
 // CUDA graph. Pointers are device pointers unless said.
 //
-// When K is split, clusters wait for each other at the end, so all of the grid must be able to run at once. It never exceeds
-// what the device holds; but do not split on streams of different priority that run side by side (split = 0).
+// When K is split, clusters wait for each other at the end, but not for ever: a sum whose parts do not come is left to the
+// cluster that brings the last one.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,7 +16,8 @@
 namespace slidejax {
 
 enum class HopperInput : int32_t { kE4M3 = 0, kS8 = 1 };
-enum class HopperOutput : int32_t { kBF16 = 0, kF16 = 1, kF32 = 2 };
+// kS32: the sums of int8 operands as they are; scales and bias are read all the same.
+enum class HopperOutput : int32_t { kBF16 = 0, kF16 = 1, kF32 = 2, kS32 = 3 };
 
 // K' = groups * (group - 2) * 2 lifted columns; groups is a multiple of 8, so that rows of lifted and values are 16-byte
 // aligned. lifted, values and meta must be 16-byte aligned.

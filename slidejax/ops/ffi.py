@@ -494,14 +494,9 @@ def _hopper_workspace(w: SlideWeight, rows: int, has_metadata: bool) -> int:
 
 
 def hopper_linear(lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: jax.Array | None, out_dtype) -> jax.Array:
-    """`sparse_matmul` through the Hopper kernel: `lifted` `[M, K']`, `scale_x` `[M, 1]`; `out_dtype` None: raw accumulators.
-
-    Raises:
-      NotImplementedError: for raw accumulators of int8 values: the kernel writes floats.
-    """
+    """`sparse_matmul` through the Hopper kernel: `lifted` `[M, K']`, `scale_x` `[M, 1]`; `out_dtype` None: raw accumulators,
+    int32 of int8 values and float32 of e4m3."""
     raw = out_dtype is None
-    if raw and w.dtype == jnp.int8:
-        raise NotImplementedError("the Hopper kernel gives no int32 accumulators")
     metadata = w.prepared.get("hopper")
     has_metadata = metadata is not None
     rows = lifted.shape[0]
@@ -513,6 +508,6 @@ def hopper_linear(lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: j
         jnp.ones(w.out_features, jnp.float32) if raw else w.scale,
         jnp.zeros(0, jnp.float32) if bias is None or raw else bias.astype(jnp.float32),
         metadata if metadata is not None else jnp.zeros(0, jnp.uint8),
-        dtype=jnp.float32 if raw else out_dtype,
+        dtype=_accumulator(w.dtype) if raw else out_dtype,
         workspace_bytes=_hopper_workspace(w, rows, has_metadata),
     )

@@ -129,8 +129,6 @@ def _refuse_hopper(problem: Problem) -> str | None:
     reason = _refuse_cuda_only(problem) or _missing("hopper")
     if reason is None and not any(name in problem.device for name in ("H100", "H200", "H800", "H20", "GH200")):
         reason = f"needs a Hopper GPU (compute capability 9.0), not {problem.device}"
-    if reason is None and problem.out_dtype is None and problem.dtype == jnp.int8:
-        reason = "K is split over a mesh, and the kernel gives no int32 accumulators"
     if reason is None and not numerics.is_quantized(problem.dtype):
         reason = f"values must be int8 or float8_e4m3fn, not {problem.dtype.name}"
     return reason

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 SOURCES = Path(__file__).parents[2] / "cuda"
 EMULATOR = Path(__file__).parent / "hopper_on_cpu"
 INPUT = (ml_dtypes.float8_e4m3fn, np.int8)  # in the order of HopperInput, HopperOutput
-OUTPUT = (ml_dtypes.bfloat16, np.float16, np.float32)
+OUTPUT = (ml_dtypes.bfloat16, np.float16, np.float32, np.int32)
 MULTIPROCESSORS = 8
 POISON = 0xA7
 
@@ -120,13 +120,14 @@ def random_problem(M, out, groups, group, dtype, bias, seed):
     return arrays, formulas.accumulate(arrays["lifted"], formulas.lifted_weight(arrays["values"], arrays["zeros"]))
 
 
-def run(emulated, M, out, groups, group=8, dtype=np.int8, y_dtype=OUTPUT[0], bias=True, config=-1, split=-1, token_group=0, prepared=True, seed=0, chance=50):
+def run(emulated, M, out, groups, group=8, dtype=np.int8, y_dtype=OUTPUT[0], bias=True, config=-1, split=-1, token_group=0, prepared=True, seed=0, resident=MULTIPROCESSORS, chance=50):
     """Runs the kernel and compares: int8 bit for bit."""
     arrays, acc = random_problem(M, out, groups, group, dtype, bias, seed)
-    want = formulas.finish(acc, arrays["scale_x"], arrays["scale_w"], arrays.get("bias")).astype(y_dtype)
+    want = formulas.finish(acc, arrays["scale_x"], arrays["scale_w"], arrays.get("bias"))
+    want = (acc if y_dtype == np.int32 else want).astype(y_dtype)
     buffers = {name: copied(array) for name, array in arrays.items()}
     y = buffer(want.nbytes + 64)
-    emulated.emulator_configure(MULTIPROCESSORS, chance, seed)
+    emulated.emulator_configure(MULTIPROCESSORS, resident, chance, seed)
     arguments = Arguments(
         **{name: array.ctypes.data for name, array in buffers.items()}, y=y.ctypes.data, M=M, out=out, groups=groups, group=group,
         input=INPUT.index(dtype), output=OUTPUT.index(y_dtype), config=config, token_group=token_group, split=split,
@@ -150,7 +151,7 @@ def run(emulated, M, out, groups, group=8, dtype=np.int8, y_dtype=OUTPUT[0], bia
     assert (y[want.nbytes :] == POISON).all(), "the kernel writes beyond y"
 
 
-TILES = ("256x192", "128x256", "256x128", "128x128", "128x64", "128x32", "128x16")
+TILES = ("256x192", "128x256", "256x160", "256x128", "128x128", "128x64", "128x32", "128x16")
 
 
 @pytest.mark.parametrize("config", range(len(TILES)), ids=TILES)
@@ -167,6 +168,25 @@ def test_tiles_are_all_tested(emulated):
     assert emulated.slidejax_hopper_tile_count() == len(TILES)
 
 
+@pytest.mark.parametrize("dtype", INPUT, ids=("e4m3", "int8"))
+@pytest.mark.parametrize("config", [0, TILES.index("128x64")], ids=["256x192", "128x64"])
+def test_split_sums_do_not_need_the_whole_grid_to_run(emulated, config, dtype):
+    """As if other kernels held most of the device: a cluster may not wait for one that begins only when it has left."""
+    tile = emulated.slidejax_hopper_tile(config)
+    run(emulated, tile.tokens, tile.rows * tile.cluster, 96, dtype=dtype, config=config, split=4, resident=2)
+
+
+def test_scales_of_a_sum_stay_until_every_lane_has_read_them(emulated):
+    problem = {"y_dtype": np.float32, "bias": False, "config": TILES.index("128x128"), "split": 3, "token_group": 1}
+    run(emulated, 203, 728, 24, 16, **problem, seed=298655, resident=2, chance=30)
+
+
+def test_int32_results_are_of_int8_operands(emulated):
+    run(emulated, 37, 70, 24, y_dtype=np.int32, split=3)
+    arguments = Arguments(M=1, out=1, groups=8, group=8, zeros=16, output=OUTPUT.index(np.int32), input=INPUT.index(INPUT[0]))
+    assert b"int8" in emulated.slidejax_hopper_check(arguments)
+
+
 @given(
     M=st.integers(1, 300),
     out=st.integers(1, 700),
@@ -179,9 +199,12 @@ def test_tiles_are_all_tested(emulated):
     split=st.sampled_from([-1, 0, 2, 3]),
     token_group=st.integers(0, 2),
     prepared=st.booleans(),
+    resident=st.sampled_from([2, MULTIPROCESSORS]),
     chance=st.sampled_from([5, 30, 90]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=20)
 def test_any_problem_under_any_schedule(emulated, M, out, blocks, group, **how):
+    if how["y_dtype"] == np.int32:
+        how["dtype"] = np.int8
     run(emulated, M, out, 8 * blocks, group, **how)

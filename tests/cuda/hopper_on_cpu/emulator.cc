@@ -19,7 +19,8 @@ ucontext_t scheduler;
 Fiber* running = nullptr;
 std::vector<std::function<void()>> jobs;
 std::mt19937 random_bits(1);
-int multiprocessors = 8, chance = 50;  // chance: that something which could happen does, in percent
+int multiprocessors = 8, resident = 8;  // how many there are, and how many of them are free
+int chance = 50;                         // that something which could happen does, in percent
 std::function<void()> body;
 bool failed = false;
 unsigned grid_y = 0;
@@ -48,82 +49,85 @@ float e4m3(uint8_t v) {
 
 uint32_t swizzled(uint32_t address, int bits) { return address ^ ((address >> 7 & ((1u << bits) - 1)) << 4); }
 
-// A fiber for each thread; blocks of a grid that has no clusters run one after the other unless `together`.
-void run(int blocks, int threads, int cluster_size, bool together) {
-  const int at_once = together ? blocks : 1;
-  for (int first = 0; first < blocks; first += at_once) {
-    std::vector<std::unique_ptr<Cluster>> clusters;
+// Runs a grid with a fiber for each thread, `resident` clusters of it at a time.
+void run(int blocks, int threads, int cluster_size, int resident) {
+  struct Running {
+    std::unique_ptr<Cluster> cluster;
     std::vector<std::unique_ptr<Fiber>> fibers;
-    for (int b = first; b < first + at_once; ++b) {
-      if (b % cluster_size == 0 || clusters.empty()) {
-        clusters.push_back(std::make_unique<Cluster>());
-        clusters.back()->threads = threads * cluster_size;
+    size_t left;
+  };
+  std::list<Running> running_clusters;
+  int begun = 0, still = 0;
+  while (!failed) {
+    while (begun < blocks && static_cast<int>(running_clusters.size()) < resident) {
+      auto& one = running_clusters.emplace_back(std::make_unique<Cluster>());
+      one.cluster->threads = threads * cluster_size;
+      for (int rank = 0; rank < cluster_size; ++rank, ++begun) {
+        auto block = std::make_unique<Block>();
+        block->shared.assign(228 * 1024, 0xA7);
+        block->warps.resize(threads / 32);
+        block->groups.resize((threads + 127) / 128);
+        block->cluster = one.cluster.get();
+        block->rank = rank;
+        block->index = begun;
+        for (int t = 0; t < threads; ++t) {
+          auto fiber = std::make_unique<Fiber>();
+          constexpr size_t kStack = 48 * 1024;
+          fiber->stack = std::unique_ptr<char[]>(new char[kStack]);
+          fiber->block = block.get();
+          fiber->thread = t;
+          getcontext(&fiber->context);
+          fiber->context.uc_stack = {fiber->stack.get(), 0, kStack};
+          fiber->context.uc_link = &scheduler;
+          makecontext(&fiber->context, enter, 0);
+          one.fibers.push_back(std::move(fiber));
+        }
+        one.cluster->blocks.push_back(std::move(block));
       }
-      auto block = std::make_unique<Block>();
-      block->shared.assign(228 * 1024, 0xA7);
-      block->warps.resize(threads / 32);
-      block->groups.resize((threads + 127) / 128);
-      block->cluster = clusters.back().get();
-      block->rank = b % cluster_size;
-      block->index = b;
-      for (int t = 0; t < threads; ++t) {
-        auto fiber = std::make_unique<Fiber>();
-        constexpr size_t kStack = 48 * 1024;
-        fiber->stack = std::unique_ptr<char[]>(new char[kStack]);
-        fiber->block = block.get();
-        fiber->thread = t;
-        getcontext(&fiber->context);
-        fiber->context.uc_stack = {fiber->stack.get(), 0, kStack};
-        fiber->context.uc_link = &scheduler;
-        makecontext(&fiber->context, enter, 0);
-        fibers.push_back(std::move(fiber));
-      }
-      clusters.back()->blocks.push_back(std::move(block));
+      one.left = one.fibers.size();
     }
-    size_t left = fibers.size();
-    while (left > 0 && !failed) {
-      bool moved = false;
-      for (size_t w = 0; w < fibers.size(); w += 32) {  // a warp at a time, some not in this round
+    if (running_clusters.empty()) break;
+    bool moved = false;
+    for (auto& one : running_clusters) {
+      for (size_t w = 0; w < one.fibers.size(); w += 32) {  // a warp at a time, some not in this round
         if (!maybe()) continue;
-        for (size_t i = w; i < std::min(w + 32, fibers.size()); ++i) {
-          Fiber& fiber = *fibers[i];
+        for (size_t i = w; i < std::min(w + 32, one.fibers.size()); ++i) {
+          Fiber& fiber = *one.fibers[i];
           if (fiber.finished || (fiber.waits_for && !fiber.waits_for())) continue;
           fiber.waits_for = nullptr;
           blockIdx = {fiber.block->index, grid_y, 0};
           resume(fiber);
-          left -= fiber.finished;
+          one.left -= fiber.finished;
           moved = true;
         }
       }
-      for (auto& cluster : clusters)
-        for (auto& block : cluster->blocks)
-          for (auto& group : block->groups)
-            while (group.done < group.queue.size() && group.queue[group.done]->issued == 128 && maybe()) {
-              run_instruction(*block, *group.queue[group.done]);
-              group.queue[group.done++].reset();
-              moved = true;
-            }
-      std::shuffle(jobs.begin(), jobs.end(), random_bits);
-      size_t count = 0;
-      while (count < jobs.size() && maybe()) ++count;
-      for (size_t i = 0; i < count; ++i) jobs[i]();
-      jobs.erase(jobs.begin(), jobs.begin() + static_cast<std::ptrdiff_t>(count));
-      moved |= count > 0;
-      static int still = 0;
-      still = moved ? 0 : still + 1;
-      if (still > 2000) {
-        std::map<std::string, int> where;
-        for (auto& fiber : fibers)
-          if (!fiber->finished) ++where[fiber->what];
-        for (auto& [what, n] : where) std::fprintf(stderr, "emulator: %d threads wait for %s\n", n, what.c_str());
-        failed = true;
-        still = 0;
-      }
+      for (auto& block : one.cluster->blocks)
+        for (auto& group : block->groups)
+          while (group.done < group.queue.size() && group.queue[group.done]->issued == 128 && maybe()) {
+            run_instruction(*block, *group.queue[group.done]);
+            group.queue[group.done++].reset();
+            moved = true;
+          }
     }
-    for (auto& job : jobs) job();  // stores that nobody waits for; the kernel has waited for their sources
-    jobs.clear();
-    if (failed) return;
+    std::shuffle(jobs.begin(), jobs.end(), random_bits);
+    size_t count = 0;
+    while (count < jobs.size() && maybe()) ++count;
+    for (size_t i = 0; i < count; ++i) jobs[i]();
+    jobs.erase(jobs.begin(), jobs.begin() + static_cast<std::ptrdiff_t>(count));
+    if (moved || count > 0) {
+      still = 0;
+    } else if (++still > 2000) {
+      std::map<std::string, int> where;
+      for (auto& one : running_clusters)
+        for (auto& fiber : one.fibers)
+          if (!fiber->finished) ++where[fiber->what];
+      for (auto& [what, n] : where) std::fprintf(stderr, "emulator: %d threads wait for %s\n", n, what.c_str());
+      failed = true;
+    }
+    // A block's shared memory is gone with it: what still was to be written there would be an error of the kernel's.
+    if (jobs.empty()) running_clusters.remove_if([](const Running& one) { return one.left == 0; });
   }
+  jobs.clear();
 }
 
 }  // namespace
@@ -215,8 +219,9 @@ void run_instruction(Block& block, Instruction& i) { i.fp8 ? multiply<float>(blo
 
 extern "C" {
 
-void emulator_configure(int multiprocessors, int chance, int seed) {
+void emulator_configure(int multiprocessors, int resident, int chance, int seed) {
   emulator::multiprocessors = multiprocessors;
+  emulator::resident = resident;
   emulator::chance = chance;
   emulator::random_bits.seed(seed);
   emulator::failed = false;
@@ -271,20 +276,21 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   const auto& params = *static_cast<slidejax::hopper::Params*>(arguments[0]);
   gridDim = config->gridDim;
   emulator::body = [=] { reinterpret_cast<void (*)(slidejax::hopper::Params)>(kernel)(params); };
-  emulator::run(config->gridDim.x, config->blockDim.x, config->attrs[0].val.clusterDim.x, true);
+  const int cluster_size = config->attrs[0].val.clusterDim.x;
+  emulator::run(config->gridDim.x, config->blockDim.x, cluster_size, std::max(1, emulator::resident / cluster_size));
   return emulator::failed ? cudaErrorLaunchTimeout : cudaSuccess;
 }
 cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a, size_t, cudaStream_t) {
-  using Expand = void (*)(const uint8_t*, uint2*, int, int, int, int);
+  using Expand = void (*)(const uint8_t*, uint2*, int, int, int);
   auto number = [&](int i) { return *static_cast<int*>(a[i]); };
   gridDim = grid;
   for (unsigned y = 0; y < grid.y; ++y) {
     emulator::grid_y = y;
     emulator::body = [=] {
       reinterpret_cast<Expand>(kernel)(*static_cast<const uint8_t**>(a[0]), *static_cast<uint2**>(a[1]), number(2), number(3),
-                                       number(4), number(5));
+                                       number(4));
     };
-    emulator::run(grid.x, block.x, 1, false);
+    emulator::run(grid.x, block.x, 1, 1);  // its static shared memory is there once
   }
   emulator::grid_y = 0;
   return emulator::failed ? cudaErrorLaunchTimeout : cudaSuccess;

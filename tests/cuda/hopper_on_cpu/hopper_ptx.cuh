@@ -3,6 +3,8 @@
 
 #include <cuda.h>
 
+#include <utility>
+
 #include "emulator.h"
 
 #define SJ_DEVICE inline
@@ -38,8 +40,18 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline uint4 __ldcg(const uint4* p) { return *p; }
 inline void __stcg(uint4* p, uint4 v) { *p = v; }
-inline int atomicAdd(int* p, int v) { const int old = *p; *p += v; return old; }
-inline int atomicOr(int* p, int v) { const int old = *p; *p |= v; return old; }
+inline void let_others_run() {
+  emulator::wait_until("its turn", [] { return true; });
+}
+inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v) {
+  let_others_run();
+  return std::exchange(*p, *p + v);
+}
+inline unsigned long long atomicOr(unsigned long long* p, unsigned long long v) {
+  let_others_run();
+  return std::exchange(*p, *p | v);
+}
+inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
@@ -89,8 +101,10 @@ inline void named_sync(int id, int threads) {
   meeting.arrive(threads);
   emulator::wait_until("named barrier", [&meeting, generation] { return meeting.generation != generation; });
 }
-inline void wait_count(const int* counter, int n) {
-  emulator::wait_until("count", [counter, n] { return *counter >= n; });
+inline constexpr int kPatience = 50;  // times that a thread's turn comes: now and then too few
+inline bool wait_count(const int* counter, int n, int patience) {
+  emulator::wait_until("count", [=]() mutable { return *counter >= n || --patience <= 0; });
+  return *counter >= n;
 }
 
 inline void load_tensor(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint16_t ranks) {

@@ -1,0 +1,58 @@
+"""The Hopper implementation through JAX: on the device against the reference, and what is lowered where there is none."""
+
+import cuda_formulas as formulas
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slidejax as sj
+from slidejax.ops import ffi
+
+DTYPES = (jnp.int8, jnp.float8_e4m3fn)
+
+
+def problem(rows, columns, out, pattern="6:8", dtype=jnp.int8, seed=0):
+    rng = np.random.default_rng(seed)
+    w = sj.pack(jnp.asarray(rng.standard_normal((columns, out)), jnp.float32), pattern, dtype=dtype)
+    lifted, scale = sj.lift_quantize(jnp.asarray(rng.standard_normal((rows, columns)), jnp.float32), pattern, dtype)
+    return lifted, scale, w, jnp.asarray(rng.standard_normal(out), jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_raw_accumulators_are_what_a_mesh_can_sum(dtype):
+    """With K split over a mesh the call has int32 results of int8 operands, float32 ones of e4m3."""
+    lifted, scale, w, _ = problem(16, 128, 64, dtype=dtype)
+    traced = jax.jit(lambda lifted, scale: ffi.hopper_linear(lifted, scale, w, None, None)).trace(lifted, scale)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    [call] = [line for line in text.splitlines() if "slidejax_sparse_matmul_hopper" in line]
+    assert f"tensor<16x64x{'i32' if dtype == jnp.int8 else 'f32'}>" in call.rsplit("->", 1)[1]
+
+
+@pytest.fixture
+def hopper():
+    if reason := ffi.missing("hopper"):
+        pytest.skip(reason)
+    if jax.devices()[0].compute_capability != "9.0":
+        pytest.skip("needs a Hopper GPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16"])
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float16, jnp.float32, None])
+@pytest.mark.parametrize(("rows", "columns", "out"), [(1, 96, 7), (77, 600, 520), (300, 3584, 1000)])
+def test_int8_equals_the_formulas_bit_for_bit(hopper, rows, columns, out, pattern, out_dtype):
+    lifted, scale, w, bias = problem(rows, columns, out, pattern)
+    got = jax.jit(ffi.hopper_linear, static_argnums=4)(lifted, scale, w, bias, out_dtype)
+    acc = formulas.accumulate(np.asarray(lifted), formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros)))
+    want = acc if out_dtype is None else formulas.finish(acc, np.asarray(scale)[:, 0], np.asarray(w.scale), bias)
+    np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want.astype(got.dtype)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 77, 1500])
+def test_e4m3_is_as_exact_as_its_sums(hopper, rows):
+    lifted, scale, w, _ = problem(rows, 3584, 1000, dtype=jnp.float8_e4m3fn)
+    got = np.asarray(jax.jit(ffi.hopper_linear, static_argnums=4)(lifted, scale, w, None, None), np.float64)
+    want = formulas.accumulate(np.asarray(lifted), formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros)))
+    assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)  # 13 bits of each step's sum are kept
