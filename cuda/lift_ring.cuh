@@ -305,7 +305,8 @@ inline RingGeometry ChooseGeometry(RingParams& p, int sources, int in_bytes, int
   const int64_t fewest_rows = p.rows / device.multiprocessors;  // of a multiprocessor
   if (fewest_rows < blocks) warps = static_cast<int>(kWarpsOfMultiprocessor / std::max<int64_t>(1, fewest_rows));
   warps = even(std::max(1, std::min(warps, p.tiles)));
-  int most = kMaxStages;
+  // Four blocks on a multiprocessor hide each other's copies; fewer, or rows that are shifted or gated first, want the next row on its way.
+  int most = blocks >= 4 && sources == 1 && p.x_aligned ? 1 : kMaxStages;
   most = static_cast<int>(std::min<int64_t>(most, (p.rows + device.multiprocessors * blocks - 1) / (device.multiprocessors * blocks)));
   for (p.stages = most; p.stages > 1; --p.stages) {
     const int needed = bytes(warps, p.stages);

@@ -69,7 +69,7 @@ Split split_tiles(const Entry& e, const HopperArgs& a, int clusters, int want) {
   const float step = 2 * e.stage_clocks, tile = steps * step + e.tile_clocks;
   Split best{tiles, 0, 0, (waves + (rest > 0)) * tile};
   if (rest == 0 || want == 0) return best;
-  const float kBytesPerClock = 24, kLatency = 4000;  // of a multiprocessor, partial sums both ways; and clearing the counters
+  const float kBytesPerClock = 24, kLatency = 6500;  // of a multiprocessor, partial sums both ways; clearing the counters and waiting
   auto consider = [&](int sharers) {
     if (sharers <= rest || sharers > clusters || sharers > rest * steps) return;
     const float parts = 1 + static_cast<float>(rest) / sharers;
