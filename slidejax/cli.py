@@ -268,8 +268,8 @@ def _demo(args: argparse.Namespace) -> None:
     prepared = max(row.prepared_bytes for row in done)
     if prepared:
         out.print(
-            f"Weights are the linear layers' as files hold them. On this device a prepared form of up to {terminal.mib(prepared)} MiB "
-            "is kept beside them, so that nothing is unpacked in the loop.",
+            f"Weights are the linear layers' as files hold them. This device serves a prepared form of up to {terminal.mib(prepared)} MiB, "
+            "made outside the loop.",
             highlight=False,
         )
     for name, text in written:

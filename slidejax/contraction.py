@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from slidejax import numerics
 from slidejax.ops.linear import linear
+from slidejax.prepared import DenseWeight
 from slidejax.rules import LeftDense
 from slidejax.weight import SlideWeight, WrappedWeight
 
@@ -192,16 +193,16 @@ def axis_names(w: SlideWeight, names: tuple, ndim: int, axes: Axes) -> SlideWeig
 
 
 def promote_packed(promote: Callable[..., Any], x, w: SlideWeight | WrappedWeight, bias) -> tuple:
-    """`(x, w, bias)` promoted as a layer does it, except that 8-bit values, and what is wrapped, take no part.
+    """`(x, w, bias)` promoted as a layer does it, except that 8-bit values, and what trains, take no part.
 
     Args:
       promote: `(x, values, bias) -> (x, values, bias)`, where values may be None.
       x, w, bias: the operands of the layer.
     """
-    values = w.values if isinstance(w, SlideWeight) and not numerics.is_quantized(w.dtype) else None
+    values = w.values if isinstance(w, (SlideWeight, DenseWeight)) and not numerics.is_quantized(w.dtype) else None
     x, values, bias = promote(x, values, bias)
-    if isinstance(w, SlideWeight) and values is not None and values.dtype != w.dtype:
-        w = w.replace(values=values, prepared={})
+    if isinstance(w, (SlideWeight, DenseWeight)) and values is not None and values.dtype != w.dtype:
+        w = w.replace(values=values, prepared={}) if isinstance(w, SlideWeight) else w.replace(values=values)
     return x, w, bias
 
 

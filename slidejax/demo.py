@@ -1,8 +1,9 @@
 """`slidejax demo`: one model, dense and with every pattern, measured on one text; then a sample of its writing.
 
 Each row runs the deployed path: the model is converted, its own ``__call__`` is evaluated under `jax.jit` and its own
-``.generate`` is timed under `jax.jit`. Programs for generating are compiled in a thread while the model is evaluated; nothing
-else runs while generation is timed.
+``.generate`` is timed under `jax.jit`. Parameters are arguments of both programs, so that rows whose parameters have one
+structure share them: on a CPU those of one dtype (`slidejax.prepared.serving`). Programs for generating are compiled in a
+thread while the model is evaluated; nothing else runs while generation is timed.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from slidejax.evaluate import default_batch, evaluate
+from slidejax import numerics
+from slidejax.evaluate import Evaluator, default_batch
 from slidejax.generate import Generator
 from slidejax.models import LoadedModel
 from slidejax.pattern import Pattern
-from slidejax.prepared import prepare, weights_of
+from slidejax.prepared import DenseWeight, map_weights, serving, weights_of
 from slidejax.rules import Report, Rule
+from slidejax.weight import SlideWeight, quantize
 
 __all__ = ["Row", "Sample", "Summary", "convert", "rows", "summary"]
 
-# Tokens timed in each row; the prompt is one token, so that what is compiled and timed is the decoding loop alone.
-_TIMED_TOKENS = 32
+# Tokens timed in each row, twice; the prompt is one token, so that what is compiled and timed is the decoding loop alone.
+_TIMED_TOKENS = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +41,10 @@ class Row:
       dtype: of the weights of the linear layers.
       perplexity, next_token_accuracy, tokens: from `slidejax.evaluate`.
       bytes: of the linear layers' weights, as they are: packed, with padding and scales.
-      prepared_bytes: of what an implementation prepared beside them on this device (0: nothing).
+      prepared_bytes: of the form in which this device serves them, beside the packed one or in its place (0: there is none).
       tokens_per_second: decoding one sequence under `jax.jit`, compilation excluded.
-      convert_seconds: pruning, packing and quantising the model, compilation included; None for the dense model.
+      convert_seconds: pruning and packing the model, once for all dtypes, and quantising it, compilation included; None for
+        the dense model.
     """
 
     pattern: str
@@ -61,7 +65,6 @@ class Summary:
     pattern: str
     dtype: str
     bytes: int
-    prepared_bytes: int
 
 
 def summary(params: Any) -> Summary:
@@ -69,17 +72,26 @@ def summary(params: Any) -> Summary:
 
     >>> import slidejax as sj
     >>> summary({"kernel": sj.pack(np.ones((64, 32), np.float32), "6:8", dtype="int8")})
-    Summary(pattern='6:8', dtype='int8', bytes=1920, prepared_bytes=0)
+    Summary(pattern='6:8', dtype='int8', bytes=1920)
     """
     weights = weights_of(params)
     patterns = sorted({w.pattern for w in weights}, key=lambda p: -p.group)
-    prepared = sum(leaf.nbytes for w in weights for leaf in jax.tree.leaves(dict(w.prepared)))
     return Summary(
         "+".join(map(str, patterns)) or "dense",
         "+".join(sorted({w.dtype.name for w in weights})) or "dense",
-        sum(w.nbytes for w in weights) - prepared,
-        prepared,
+        sum(w.replace(prepared={}).nbytes for w in weights),
     )
+
+
+def _prepared_bytes(params: Any) -> int:
+    """Of the prepared forms in a tree that serves."""
+    forms: list[Any] = [dict(w.prepared) for w in weights_of(params)]
+    forms += [w for w in jax.tree.leaves(params, is_leaf=_is_dense_form) if _is_dense_form(w)]
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(forms))
+
+
+def _is_dense_form(node: Any) -> bool:
+    return isinstance(node, DenseWeight)
 
 
 def convert(model: Any, rule: Rule | list, method: Any, calibration: Any) -> tuple[Any, Report, float]:
@@ -94,10 +106,10 @@ def convert(model: Any, rule: Rule | list, method: Any, calibration: Any) -> tup
 
 
 def ready(model: Any) -> Any:
-    """The model with what this device prepares outside the loop: on a CPU the dense form, so that no step unpacks."""
+    """The model as it serves on this device (`slidejax.prepared.serving`)."""
     from slidejax import huggingface
 
-    return huggingface.with_params(model, prepare(model.params))
+    return huggingface.with_params(model, serving(model.params))
 
 
 def rows(
@@ -134,59 +146,75 @@ def rows(
     from slidejax import huggingface
     from slidejax.prune.calibration import CALIBRATED
 
-    rules = [Rule(Pattern.parse(p), qdtype=d) for p in patterns for d in dtypes]
-    model = loaded.model
-    found = summary(model.params)
+    rules = [Rule(Pattern.parse(p), qdtype=d) for p in patterns for d in dtypes]  # what is wrong with them is said first
+    model, found = loaded.model, summary(loaded.model.params)
+    meter = _Meter(huggingface.with_params(model, model.params), tokens, pool, window, progress)
     if found.pattern != "dense":
-        model = ready(model)
-        yield _measure(model, tokens, pool, window, found.dtype, None, progress), model
+        yield meter(found, ready(model), None), ready(model)
         return
-    first = _measure(model, tokens, pool, window, np.dtype(model.dtype).name, None, progress)
-    yield dataclasses.replace(first, bytes=huggingface.planned(model, "2:4").bytes_before), model
+    dtype = np.dtype(model.dtype).name
+    dense = Summary("dense", dtype, huggingface.planned(model, "2:4").bytes_before)
+    yield meter(dense, model, None), model
     if method in CALIBRATED and rules:  # once for all rows
         tell = lambda done, total: progress(f"calibrating: {done} of {total} sequences", 0.0)  # noqa: E731
         method, calibration = huggingface.calibrated(model, method, calibration, progress=tell), None
-    for rule in rules:
-        name = f"{rule.pattern} {np.dtype(model.dtype).name if rule.qdtype is None else np.dtype(rule.qdtype).name}"
-        progress(f"{name}: converting", 0.0)
-        sparse, _, seconds = convert(model, rule, method, calibration)
-        sparse = ready(sparse)
-        yield _measure(sparse, tokens, pool, window, name.split()[1], seconds, progress), sparse
+    for pattern in patterns:
+        progress(f"{pattern}: converting", 0.0)
+        packed, _, shared = convert(model, Rule(pattern, qdtype=None), method, calibration)  # once for all dtypes
+        for dtype in dtypes:
+            sparse, seconds = _in_dtype(packed, dtype)
+            served = ready(sparse)
+            yield meter(summary(sparse.params), served, shared + seconds), served
 
 
-def _measure(
-    model: Any, tokens: Any, pool: Executor, window: int, dtype: str, seconds: float | None, progress: Any
-) -> Row:
-    found = summary(model.params)
-    name = f"{found.pattern} {dtype}"
-    progress(f"{name}: compiling", 0.1)
-    positions = getattr(model.config, "max_position_embeddings", window)
-    generator = Generator(model, min(_TIMED_TOKENS, positions - 1), stop=False)
-    compiled = pool.submit(generator.compile, 1)
-    quality = evaluate(
-        model,
-        tokens,
-        window=min(window, positions),
-        batch=default_batch(),
-        progress=lambda done, total: progress(f"{name}: {done} of {total} tokens", 0.2 + 0.4 * done / total),
-    )
-    progress(f"{name}: generating", 0.6)
-    compiled.result()
-    start = [int(tokens[0])]
-    generator(start)  # the first run still pays for memory that the next one finds ready
-    speed = generator(start).tokens_per_second
-    progress(f"{name}: done", 1.0)
-    return Row(
-        found.pattern,
-        dtype,
-        quality.perplexity,
-        quality.next_token_accuracy,
-        quality.tokens,
-        found.bytes,
-        found.prepared_bytes,
-        speed,
-        seconds,
-    )
+def _in_dtype(model: Any, dtype: str | None) -> tuple[Any, float]:
+    """A float-packed model with values of another dtype, as if it had been converted to it; and the seconds that took."""
+    from slidejax import huggingface
+
+    if dtype is None:
+        return model, 0.0
+    resolved, begin = numerics.check_dtype(dtype), time.perf_counter()
+
+    def turn(w: SlideWeight) -> SlideWeight:
+        return quantize(w, resolved) if numerics.is_quantized(resolved) else w.replace(values=w.values.astype(resolved), prepared={})
+
+    params = jax.block_until_ready(map_weights(turn, model.params))
+    return huggingface.with_params(model, params), time.perf_counter() - begin
+
+
+class _Meter:
+    """Measures a model with one set of parameters after another; what was compiled for one serves the next if it can."""
+
+    def __init__(self, model: Any, tokens: np.ndarray, pool: Executor, window: int, progress: Callable[[str, float], None]):
+        positions = getattr(model.config, "max_position_embeddings", window)
+        self._evaluator = Evaluator(model, window=min(window, positions), batch=default_batch())
+        self._generator = Generator(model, min(_TIMED_TOKENS, positions - 1), stop=False)
+        self._tokens, self._pool, self._progress = tokens, pool, progress
+
+    def __call__(self, found: Summary, served: Any, seconds: float | None) -> Row:
+        """The row of a model as it serves; `found` says what it is, `seconds` how long its conversion took."""
+        name, params, progress = f"{found.pattern} {found.dtype}", served.params, self._progress
+        progress(f"{name}: compiling", 0.1)
+        compiled = self._pool.submit(self._generator.compile, 1, params=params)
+        tell = lambda done, total: progress(f"{name}: {done} of {total} tokens", 0.2 + 0.4 * done / total)  # noqa: E731
+        quality = self._evaluator(self._tokens, params, progress=tell)
+        progress(f"{name}: generating", 0.6)
+        compiled.result()
+        start = [int(self._tokens[0])]
+        # the faster of two: the first may still pay for memory that the next one finds ready, either may be disturbed
+        speed = max(self._generator(start, params=params).tokens_per_second for _ in range(2))
+        progress(f"{name}: done", 1.0)
+        return Row(
+            found.pattern,
+            found.dtype,
+            quality.perplexity,
+            quality.next_token_accuracy,
+            quality.tokens,
+            found.bytes,
+            _prepared_bytes(params),
+            speed,
+            seconds,
+        )
 
 
 class Sample:

@@ -7,6 +7,7 @@ packed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Agreement", "Evaluation", "default_batch", "evaluate", "windows"]
+__all__ = ["Agreement", "Evaluation", "Evaluator", "default_batch", "evaluate", "windows"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,90 @@ def default_batch() -> int:
     return 2 if jax.default_backend() == "cpu" else 8
 
 
+class Evaluator:
+    """Evaluates a model, with its own or other parameters; those of one structure share a compiled program.
+
+    Args:
+      model: a Hugging Face Flax causal language model, dense or converted.
+      window: predictions made in one sequence; each window starts with no context but its first token.
+      batch: windows run at a time.
+      reference: another model of the same vocabulary to measure agreement with.
+
+    Raises:
+      ValueError: a window longer than the model's positions.
+    """
+
+    def __init__(self, model: Any, *, window: int = 512, batch: int = 4, reference: Any = None):
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and window > positions:
+            raise ValueError(f"window must be at most the model's {positions} positions, got {window}")
+        self._window, self._batch = window, batch
+        self._vocab_size = model.config.vocab_size
+        self._params = model.params
+        self._reference_params = None if reference is None else reference.params
+        self._step = jax.jit(functools.partial(_step, model, reference))
+
+    def __call__(
+        self, tokens: Sequence[int] | np.ndarray, params: Any = None, *, progress: Callable[[int, int], None] | None = None
+    ) -> Evaluation:
+        """Perplexity and next-token accuracy on a text.
+
+        Args:
+          tokens: the text's token ids.
+          params: parameters to run with; None: the model's own.
+          progress: called with (predicted, total) tokens after each batch.
+
+        Raises:
+          ValueError: too few tokens, or a token outside the vocabulary.
+        """
+        window, params = self._window, self._params if params is None else params
+        ids, counts = windows(tokens, window)
+        if ids.min() < 0 or ids.max() >= self._vocab_size:
+            raise ValueError(f"tokens must be in 0..{self._vocab_size - 1}, got {ids.min()}..{ids.max()}")
+        batch = min(self._batch, len(ids))
+        short = -len(ids) % batch
+        ids = np.concatenate([ids, np.zeros((short, window + 1), np.int32)])
+        counts = np.concatenate([counts, np.zeros((short, window), np.float32)])
+
+        losses = np.zeros(counts.shape, np.float32)
+        total = int(counts.sum())
+        sums = np.zeros(2 if self._reference_params is None else 4)  # float64: a long text must not lose its last tokens to rounding
+        for i in range(0, len(ids), batch):
+            part, losses[i : i + batch] = self._step(params, self._reference_params, ids[i : i + batch], counts[i : i + batch])
+            sums += np.asarray(part, np.float64)
+            if progress is not None:
+                progress(int(counts[: i + batch].sum()), total)
+        mean = sums / total
+        agreement = None if self._reference_params is None else Agreement(top1=float(mean[2]), kl=float(mean[3]))
+        loss = float(mean[0])
+        # exp of a large mean overflows; of nan it is nan, which a ruined model should show
+        perplexity = math.exp(loss) if not loss > 700 else math.inf
+        return Evaluation(perplexity, float(mean[1]), total, agreement, losses[counts == 1])
+
+
+def _step(
+    model: Any, reference: Any, params: Any, reference_params: Any, ids: jax.Array, counts: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over a batch of windows, and the loss of each prediction."""
+    logits = model(ids[:, :-1], params=params).logits.astype(jnp.float32)
+    target = ids[:, 1:]
+    # log-softmax only where it is needed: over the whole vocabulary it would be the largest array of all
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    score = jnp.take_along_axis(logits, target[..., None], axis=-1)
+    loss = normaliser - score[..., 0]
+    # target == argmax(logits), which takes the first of equals; as a sum it is many times cheaper on a CPU
+    earlier = jnp.arange(logits.shape[-1]) < target[..., None]
+    ahead = ~(logits <= score) | (earlier & (logits == score))
+    sums = [jnp.sum(loss * counts), jnp.sum(~ahead.any(axis=-1) * counts)]
+    if reference is not None:
+        other = reference(ids[:, :-1], params=reference_params).logits.astype(jnp.float32)
+        log_p = other - jax.nn.logsumexp(other, axis=-1, keepdims=True)
+        kl = jnp.sum(jnp.exp(log_p) * (log_p - (logits - normaliser[..., None])), axis=-1)
+        same = jnp.argmax(logits, axis=-1) == jnp.argmax(other, axis=-1)
+        sums += [jnp.sum(same * counts), jnp.sum(kl * counts)]
+    return jnp.stack(sums), loss
+
+
 def evaluate(
     model: Any,
     tokens: Sequence[int] | np.ndarray,
@@ -96,68 +181,13 @@ def evaluate(
     reference: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity and next-token accuracy of a causal language model on a text.
+    """Perplexity and next-token accuracy of a causal language model on a text: `Evaluator`, used once.
 
     Args:
-      model: a Hugging Face Flax causal language model, dense or converted.
-      tokens: the text's token ids.
-      params: parameters to run with; None: the model's own.
-      window: predictions made in one sequence; each window starts with no context but its first token.
-      batch: windows run at a time.
-      reference: another model of the same vocabulary to measure agreement with.
-      progress: called with (predicted, total) tokens after each batch.
-
-    Returns:
-      An `Evaluation`.
+      model, window, batch, reference: as `Evaluator` takes them.
+      tokens, params, progress: as it is called with.
 
     Raises:
       ValueError: too few tokens, a token outside the vocabulary, or a window longer than the model's positions.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and window > positions:
-        raise ValueError(f"window must be at most the model's {positions} positions, got {window}")
-    ids, counts = windows(tokens, window)
-    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
-        raise ValueError(f"tokens must be in 0..{model.config.vocab_size - 1}, got {ids.min()}..{ids.max()}")
-    batch = min(batch, len(ids))
-    short = -len(ids) % batch
-    ids = np.concatenate([ids, np.zeros((short, window + 1), np.int32)])
-    counts = np.concatenate([counts, np.zeros((short, window), np.float32)])
-
-    params = model.params if params is None else params
-    reference_params = None if reference is None else reference.params
-
-    @jax.jit
-    def step(params: Any, reference_params: Any, ids: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model(ids[:, :-1], params=params).logits.astype(jnp.float32)
-        target = ids[:, 1:]
-        # log-softmax only where it is needed: over the whole vocabulary it would be the largest array of all
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
-        score = jnp.take_along_axis(logits, target[..., None], axis=-1)
-        loss = normaliser - score[..., 0]
-        # target == argmax(logits), which takes the first of equals; as a sum it is many times cheaper on a CPU
-        earlier = jnp.arange(logits.shape[-1]) < target[..., None]
-        ahead = ~(logits <= score) | (earlier & (logits == score))
-        sums = [jnp.sum(loss * counts), jnp.sum(~ahead.any(axis=-1) * counts)]
-        if reference is not None:
-            other = reference(ids[:, :-1], params=reference_params).logits.astype(jnp.float32)
-            log_p = other - jax.nn.logsumexp(other, axis=-1, keepdims=True)
-            kl = jnp.sum(jnp.exp(log_p) * (log_p - (logits - normaliser[..., None])), axis=-1)
-            same = jnp.argmax(logits, axis=-1) == jnp.argmax(other, axis=-1)
-            sums += [jnp.sum(same * counts), jnp.sum(kl * counts)]
-        return jnp.stack(sums), loss
-
-    losses = np.zeros(counts.shape, np.float32)
-    total = int(counts.sum())
-    sums = np.zeros(2 if reference is None else 4)  # float64: a long text must not lose its last tokens to rounding
-    for i in range(0, len(ids), batch):
-        part, losses[i : i + batch] = step(params, reference_params, ids[i : i + batch], counts[i : i + batch])
-        sums += np.asarray(part, np.float64)
-        if progress is not None:
-            progress(int(counts[: i + batch].sum()), total)
-    mean = sums / total
-    agreement = None if reference is None else Agreement(top1=float(mean[2]), kl=float(mean[3]))
-    loss = float(mean[0])
-    # exp of a large mean overflows; of nan it is nan, which a ruined model should show
-    perplexity = math.exp(loss) if not loss > 700 else math.inf
-    return Evaluation(perplexity, float(mean[1]), total, agreement, losses[counts == 1])
+    return Evaluator(model, window=window, batch=batch, reference=reference)(tokens, params, progress=progress)

@@ -187,7 +187,7 @@ def calibrated(
     params = _params_of(flax_model) if params is None else params
     batches = Calibration(tokens).as_batches()
     tell = None if progress is None else lambda done: progress(done * len(batches[0]), len(tokens))
-    return pruner(method, collect(_runner(flax_model), params, batches, tell))
+    return pruner(method, collect(_runner(flax_model), params, batches, tell, diagonal=method == "wanda"))
 
 
 def _with_methods(module: nn.Module, **namespace) -> nn.Module:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-from slidejax import cli
+from slidejax import cli, demo, huggingface
 from slidejax.checkpoint.huggingface import write_pretrained
 from slidejax.evaluate import evaluate
 from slidejax.models import load_model
+from slidejax.rules import Rule
 from slidejax.weight import SlideWeight
 
 TEXT = "The moon is the only natural satellite of the Earth. It turns once while it goes round. " * 2
@@ -145,6 +147,33 @@ def test_demo_measures_every_row_on_the_same_tokens(capsys, tmp_path, model, tex
     assert "dense float32: ab" in said and "6:8" in said and "60 tokens of" in said
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a GPU each pattern has its own kernel")
+def test_demo_rows_share_programs(monkeypatch, model):
+    loaded, compiled, lower = load_model(model), [], demo.Generator.compile
+
+    def count(generator, *args, **kwargs):
+        before = len(generator._compiled)
+        lower(generator, *args, **kwargs)
+        compiled.extend([0] * (len(generator._compiled) - before))
+
+    monkeypatch.setattr(demo.Generator, "compile", count)
+    ids = np.asarray(loaded.encode(TEXT), np.int32)[:61]
+    with ThreadPoolExecutor(1) as pool:
+        rows = [row for row, _ in demo.rows(loaded, ids, pool, window=30)]
+    assert [row.pattern for row in rows[1:]] == [p for p in ("14:16", "6:8", "4:6", "2:4") for _ in range(2)]
+    assert len(compiled) == 3  # dense, int8, float32
+    for row in rows[3:5]:  # what `evaluate` finds with the packed form, converted alone
+        alone = huggingface.convert(loaded.model, Rule("6:8", row.dtype))
+        assert evaluate(alone, ids, window=30).perplexity == pytest.approx(row.perplexity, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16", None])
+def test_one_conversion_serves_every_dtype(tiny_llama, dtype):
+    got, seconds = demo._in_dtype(huggingface.convert(tiny_llama, Rule("6:8", None)), dtype)
+    jax.tree.map(np.testing.assert_array_equal, got.params, huggingface.convert(tiny_llama, Rule("6:8", dtype)).params)
+    assert seconds > 0 or dtype is None
+
+
 def layers():
     """(in, out) of all linear layers of the tiny Llama's two blocks."""
     block = [(48, 48), (48, 48), (48, 24), (48, 24), (48, 104), (48, 104), (104, 48)]
@@ -217,6 +246,8 @@ def test_bad_usage(capsys, args):
 
 
 def test_help_loads_no_extras():
+    done = subprocess.run([sys.executable, "-m", "slidejax", "--help"], capture_output=True, text=True, timeout=60, check=True)
+    assert "usage: slidejax" in done.stdout
     code = "import sys, slidejax.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nprint('transformers' in sys.modules, 'rich' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "False False" and "demo" in done.stdout

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slidejax import texts
-from slidejax.evaluate import evaluate, windows
+from slidejax.evaluate import Evaluator, evaluate, windows
 
 TOKENS = np.random.default_rng(3).integers(0, 256, 75)
 
@@ -68,6 +68,14 @@ def test_parameters_can_be_given(tiny_llama):
     zeros = jax.tree.map(np.zeros_like, tiny_llama.params)
     got = evaluate(tiny_llama, TOKENS, zeros, window=30)
     assert got.perplexity == pytest.approx(tiny_llama.config.vocab_size, rel=1e-5)  # the uniform distribution
+
+
+def test_parameters_of_one_structure_share_a_program(tiny_llama, monkeypatch):
+    evaluator = Evaluator(tiny_llama, window=30)
+    first = evaluator(TOKENS)
+    monkeypatch.setattr(type(tiny_llama), "__call__", lambda *a, **k: pytest.fail("traced again"))
+    assert evaluator(TOKENS) == first
+    assert evaluator(TOKENS, jax.tree.map(np.zeros_like, tiny_llama.params)).perplexity != first.perplexity
 
 
 def test_a_ruined_model_shows(tiny_llama):

@@ -1,9 +1,11 @@
 """The adapter for the evaluation harness: against figures computed row by row, and with the real package where it is."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -37,10 +39,23 @@ def lm(loaded):
     return SlideLM(loaded, batch_size=2, max_length=40, max_gen_toks=6)
 
 
+@functools.cache
+def program(model):
+    return jax.jit(lambda params, ids: model(ids, params=params).logits[0])
+
+
 def log_probs(loaded, ids):
-    """log p [position, vocabulary] of the tokens after each position, one row, no padding."""
-    logits = np.asarray(loaded.model(np.asarray(ids)[None]).logits[0], np.float64)
+    """log p [position, vocabulary] of the tokens after each position, one row, with the packed form."""
+    row = np.zeros((1, 128), np.int32)  # one length, one program: what follows a position does not reach it
+    row[0, : len(ids)] = ids
+    logits = np.asarray(program(loaded.model)(loaded.model.params, row), np.float64)[: len(ids)]
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_what_follows_a_row_does_not_reach_it(loaded):
+    logits = np.asarray(loaded.model(np.array([[5, 17, 3]])).logits[0], np.float64)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(log_probs(loaded, [5, 17, 3]), expected, atol=1e-4)
 
 
 def test_continuations(lm, loaded):

@@ -369,19 +369,26 @@ def align(lifted: list, scales: list, w: SlideWeight, bias, settings: Settings) 
     ]
 
 
-def product_settings(w: SlideWeight, bias, out_dtype, implementation, reduce_axis) -> tuple[Settings, jax.Array | None]:
-    """Checks what `sparse_matmul` and `linear` have in common."""
+def check_result(out_features: int, bias, out_dtype) -> tuple[jax.Array | None, np.dtype]:
+    """The bias as an array and the dtype of a product's result; ValueError if they cannot be."""
     out_dtype = jnp.dtype(out_dtype)
     if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype.name}")
+    if bias is None:
+        return None, out_dtype
+    bias = jnp.asarray(bias)
+    if bias.shape != (out_features,):
+        raise ValueError(f"bias must have shape ({out_features},), got {bias.shape}")
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ValueError(f"bias must be floating, got {bias.dtype}")
+    return bias, out_dtype
+
+
+def product_settings(w: SlideWeight, bias, out_dtype, implementation, reduce_axis) -> tuple[Settings, jax.Array | None]:
+    """Checks what `sparse_matmul` and `linear` have in common."""
     if w.values.ndim != 3:
         raise ValueError(f"w must be one weight [out, groups, kept], got values of shape {w.values.shape}: vmap over the batch")
-    if bias is not None:
-        bias = jnp.asarray(bias)
-        if bias.shape != (w.out_features,):
-            raise ValueError(f"bias must have shape ({w.out_features},), got {bias.shape}")
-        if not jnp.issubdtype(bias.dtype, jnp.floating):
-            raise ValueError(f"bias must be floating, got {bias.dtype}")
+    bias, out_dtype = check_result(w.out_features, bias, out_dtype)
     registry.check_name(implementation)
     reduce_axes = axis_names(reduce_axis)
     if w.is_k_shard and not reduce_axes:

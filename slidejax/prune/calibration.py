@@ -285,7 +285,9 @@ def lookup(done: Mapping[str, Pruned]) -> Prune:
 # --- with the inputs of the dense model -------------------------------------------------------------------------------
 
 
-def collect(run: Callable[..., Any], params: Any, batches: Any, progress: Callable[[int], None] | None = None) -> dict[str, jax.Array]:
+def collect(
+    run: Callable[..., Any], params: Any, batches: Any, progress: Callable[[int], None] | None = None, *, diagonal: bool = False
+) -> dict[str, jax.Array]:
     """Runs a model over batches and adds up the Gram matrix of the inputs of each linear layer.
 
     Args:
@@ -293,10 +295,11 @@ def collect(run: Callable[..., Any], params: Any, batches: Any, progress: Callab
       params: its parameters.
       batches: of equal shape, so that one program serves all.
       progress: called with the number of batches done.
+      diagonal: of each matrix its diagonal alone, all that Wanda reads.
 
     Returns:
-      Path of the layer's kernel -> float32 `[in, in]`, `x^T x` summed over all rows of all batches. Layers whose kernel is
-      not a matrix (batched einsums) are left out.
+      Path of the layer's kernel -> float32 `[in, in]` (`[in]` for the diagonal), `x^T x` summed over all rows of all batches.
+      Layers whose kernel is not a matrix (batched einsums) are left out.
 
     Raises:
       NotImplementedError: if layers run inside `nn.scan` or `jax.lax` loops, where each step would need a matrix of its own.
@@ -310,7 +313,7 @@ def collect(run: Callable[..., Any], params: Any, batches: Any, progress: Callab
         def see(path, x, axes):
             if not axes.kernel_batch:
                 rows = as_rows(x, axes)
-                gram = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
+                gram = jnp.sum(rows * rows, 0) if diagonal else jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
                 found[path] = gram + found[path] if path in found else gram
             return x
 

@@ -136,6 +136,10 @@ def test_grams_add_up_over_calls_and_batches():
     both = np.concatenate([x.reshape(20, 24), np.tanh(first)])
     np.testing.assert_allclose(grams["shared/kernel"], both.T @ both, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(grams["last/kernel"], np.tanh(second).T @ np.tanh(second), rtol=1e-4, atol=1e-3)
+    diagonals = calibration.collect(model.apply, variables, list(x), diagonal=True)
+    assert set(diagonals) == set(grams)
+    for path, diagonal in diagonals.items():
+        np.testing.assert_allclose(diagonal, np.diagonal(grams[path]), rtol=1e-5)
 
 
 def test_a_layer_at_two_depths_is_pruned_with_the_dense_models_inputs():
