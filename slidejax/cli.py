@@ -113,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=_positive, help="sequences at a time")
     p.add_argument("--against", metavar="MODEL", help="measure agreement with this model: top-1 and KL divergence")
     p.add_argument("--plot", metavar="FILE", help="draw where the models lose, and on how many tokens (.png, .svg, .pdf)")
+    p.add_argument("--prompt", help="show how each model continues this, side by side")
+    p.add_argument("--max-new-tokens", type=_positive, default=40, help="of the continuation, at most (default 40)")
     _add_compute(p)
     _add_json(p)
 
@@ -273,8 +275,15 @@ def _demo(args: argparse.Namespace) -> None:
             highlight=False,
         )
     for name, text in written:
-        out.print(f"\n[bold]{name}[/bold]: {args.prompt}", highlight=False)
-        out.print(text.strip(), markup=False, highlight=False)
+        _show_written(out, name, args.prompt, text)
+
+
+def _show_written(out: Any, name: str, prompt: str, text: str) -> None:
+    from rich.text import Text
+
+    out.print()
+    out.print(Text.assemble((name, "bold"), f": {prompt}"), highlight=False)
+    out.print(text.strip(), markup=False, highlight=False)
 
 
 def _sampled(patterns: list[str]) -> str | None:
@@ -386,7 +395,8 @@ def _eval(args: argparse.Namespace) -> None:
             bar.update(task, description=f"{name}: predicting", completed=done, total=total)
 
         bar.update(task, description="compiling")
-        rows = comparison.compare(loaded, ids, window=args.window, batch=args.batch, reference=reference, progress=show)
+        asked = {"prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
+        rows = comparison.compare(loaded, ids, window=args.window, batch=args.batch, reference=reference, progress=show, **asked)
     if args.plot:
         comparison.plot(rows, args.plot, args.window)
     figures = [row.figures(source, args.against) for row in rows]
@@ -396,6 +406,9 @@ def _eval(args: argparse.Namespace) -> None:
     out = terminal.console()
     out.print(f"{rows[0].result.tokens} tokens of {source}", highlight=False)
     out.print(comparison.table(rows, args.against))
+    for row in rows:
+        if row.text is not None:
+            _show_written(out, f"{row.name} ({row.pattern})", args.prompt, row.text)
 
 
 def _generate(args: argparse.Namespace) -> None:

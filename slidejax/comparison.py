@@ -1,4 +1,4 @@
-"""`slidejax eval`: models side by side on one text, as a table and as a picture."""
+"""`slidejax eval`: models side by side on one text, as a table and as a picture; and what each writes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,14 @@ class Compared:
       name: what the model was called.
       pattern: "dense", or the patterns of its packed weights.
       result: the `Evaluation`.
+      prompt, text: what it was asked to continue and what it wrote, the likeliest token each time; None: it was not asked.
     """
 
     name: str
     pattern: str
     result: Evaluation
+    prompt: str | None = None
+    text: str | None = None
 
     def figures(self, text: str, reference: str | None) -> dict[str, Any]:
         """The figures as plain JSON."""
@@ -46,6 +50,8 @@ class Compared:
         }
         if self.result.agreement is not None:
             value |= {"reference": reference, "top1_agreement": self.result.agreement.top1, "kl": self.result.agreement.kl}
+        if self.text is not None:
+            value |= {"prompt": self.prompt, "written": self.text}
         return value
 
 
@@ -56,6 +62,8 @@ def compare(
     window: int = 512,
     batch: int | None = None,
     reference: LoadedModel | None = None,
+    prompt: str | None = None,
+    max_new_tokens: int = 40,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> list[Compared]:
     """Evaluates models on the same tokens, each as it will serve (`slidejax.evaluate`).
@@ -66,10 +74,12 @@ def compare(
       window: predictions in one sequence; at most what the model with the fewest positions has.
       batch: sequences at a time; None: 2 on a CPU, 8 elsewhere.
       reference: measure agreement with this one.
+      prompt: let each model continue it.
+      max_new_tokens: at most so far.
       progress: called with the model's name, the tokens predicted and all of them.
 
     Raises:
-      ValueError: the models differ in their vocabulary.
+      ValueError: the models differ in their vocabulary, or the prompt does not fit.
     """
     from slidejax import demo
 
@@ -80,16 +90,21 @@ def compare(
         raise ValueError(f"models must share one vocabulary to be compared, got {sizes}")
     window = min(window, *(getattr(loaded.model.config, "max_position_embeddings", window) for _, loaded in models))
     rows = []
-    for name, loaded in models:
-        result = evaluate(
-            demo.ready(loaded.model),
-            tokens,
-            window=window,
-            batch=batch or default_batch(),
-            reference=None if reference is None else reference.model,
-            progress=functools.partial(progress, name),
-        )
-        rows.append(Compared(name, demo.summary(loaded.model.params).pattern, result))
+    with ThreadPoolExecutor(1) as pool:
+        for name, loaded in models:
+            model = demo.ready(loaded.model)
+            # what writes compiles while the text is predicted
+            sample = None if prompt is None else demo.Sample(model, loaded, prompt, max_new_tokens, pool)
+            result = evaluate(
+                model,
+                tokens,
+                window=window,
+                batch=batch or default_batch(),
+                reference=None if reference is None else reference.model,
+                progress=functools.partial(progress, name),
+            )
+            text = None if sample is None else sample.text()
+            rows.append(Compared(name, demo.summary(loaded.model.params).pattern, result, prompt, text))
     return rows
 
 

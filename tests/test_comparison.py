@@ -36,6 +36,20 @@ def test_side_by_side(capsys, files):
     assert f"{ratio:.4f}" in said and "1.0000" in said and f"{both[1]['perplexity']:.3f}" in said
 
 
+def test_each_model_continues_the_prompt(capsys, files):
+    options = ["--text", files / "text.txt", "--window", 64, "--tokens", 64, "--prompt", "The [moon]", "--max-new-tokens", 7]
+    models = [files / "dense", files / "out"]
+    _, said, _ = run(capsys, "eval", *models, *options, "--json")
+    rows = json.loads(said)
+    for model, row in zip(models, rows, strict=True):
+        _, said, _ = run(capsys, "generate", model, "--prompt", "The [moon]", "--max-new-tokens", 7, "--json")
+        assert (row["prompt"], row["written"]) == ("The [moon]", json.loads(said)["text"])
+    status, said, _ = run(capsys, "eval", *models, *options)
+    assert status == 0 and said.count("The [moon]") == 2 and "(6:8)" in said
+    status, _, err = run(capsys, "eval", models[0], *options[:-1], 1000)
+    assert status == 1 and "exceed" in err
+
+
 def test_the_picture_of_one_model(capsys, files):
     pytest.importorskip("matplotlib")
     assert run(capsys, "eval", files / "dense", "--text", files / "text.txt", "--plot", files / "one.svg")[0] == 0
