@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.pattern import Pattern
+from slidejax.prune.ahead import Ahead
 from slidejax.prune.inputs import as_rows, seeing_inputs
 from slidejax.prune.rounding import round_kernel
-from slidejax.prune.sequential import Pruned, prune_in_order
+from slidejax.prune.sequential import Pruned, Solve, begin, prune_in_order
 from slidejax.prune.smooth import smooth
 from slidejax.prune.sparsegpt import sparsegpt
 from slidejax.prune.stages import SeveralDepths, Stages
@@ -32,7 +32,7 @@ __all__ = ["CALIBRATED", "Calibration", "calibrate", "collect", "convert", "cut"
 CALIBRATED: dict[str, Callable[..., Any]] = {"wanda": wanda, "sparsegpt": sparsegpt}
 
 _SMOOTH_ON = 2  # batches that smoothing measures the channels on
-_BATCH = 4  # sequences of token ids that make a batch
+_BATCH = 4  # sequences of token ids that make a batch, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,9 @@ class Calibration:
         closely (docs/measurements.md).
       work: a folder for finished stages: a conversion that was stopped goes on from there. None: nothing is kept.
       progress: called with the numbers of stages done and of all.
+      offload: keeps what the model has computed so far of each batch in the host's memory instead of the device's: of the
+        dense and of the pruned model each, tokens x (width of the residual stream + inputs of the widest layer) values
+        of the model's dtype. It costs a copy there and back for every stage.
     """
 
     batches: Any
@@ -59,6 +62,7 @@ class Calibration:
     damping: float = 0.3
     work: str | os.PathLike[str] | None = None
     progress: Callable[[int, int], None] | None = None
+    offload: bool = False
 
     def as_batches(self) -> list[Any]:
         """The batches.
@@ -68,7 +72,7 @@ class Calibration:
         """
         given = self.batches
         if hasattr(given, "ndim") and np.issubdtype(given.dtype, np.integer) and given.ndim == 2 and given.size:
-            count = math.gcd(len(given), _BATCH)  # batches of one shape: one program
+            count = max(n for n in range(1, _BATCH + 1) if len(given) % n == 0)  # batches of one shape: one program
             return np.split(np.asarray(given), len(given) // count)
         if hasattr(given, "ndim") or not isinstance(given, Sequence):
             what = f"{given.dtype} {given.shape}" if hasattr(given, "ndim") else type(given).__name__
@@ -215,7 +219,6 @@ def calibrate(
       `(params, prune)`: the parameters, smoothed where it could be done; and what conversions of them take as `prune=`.
     """
     notes = [] if report is None else report.notes
-    solve = functools.partial(_SOLVE[method], damping=how.damping)
     try:
         if not how.in_order:
             raise SeveralDepths("in_order=False")
@@ -229,46 +232,51 @@ def calibrate(
             if path not in grams:
                 raise ValueError(_NOT_REACHED)
             exact = kernel.astype(jnp.float32)
-            return _for_pack(solve(exact, exact, grams[path], plan[path]), kernel.dtype)
+            return _for_pack(solver(method, plan[path])(exact, exact, grams[path], how.damping), kernel.dtype)
 
         return params, prune
     settings = (method, how.smooth, how.correct, how.damping, sorted((path, str(rule)) for path, rule in plan.items()))
     store = None if how.work is None else Store(how.work, fingerprint(params, list(batches), *settings))
-    params, smoothed = smooth(stages, params, batches[:_SMOOTH_ON], how.smooth)
-    done = prune_in_order(
-        stages,
-        params,
-        batches,
-        lambda kernel, target, gram, path: solve(kernel, target, gram, plan[path]),
-        plan.__getitem__,
-        correct=how.correct if method == "sparsegpt" else 0.0,
-        damping=how.damping,
-        progress=how.progress,
-        store=store,
-    )
+    correct = how.correct if method == "sparsegpt" else 0.0
+
+    def method_of(path: str) -> Solve:
+        return solver(method, plan[path])
+
+    with Ahead() as ahead:
+        begin(ahead, stages, params, method_of, correct=bool(correct), store=store)
+        params, smoothed = smooth(stages, params, batches[:_SMOOTH_ON], how.smooth, ahead=ahead)
+        done = prune_in_order(
+            stages, params, batches, method_of, correct=correct, damping=how.damping, progress=how.progress, store=store, offload=how.offload, ahead=ahead
+        )
     notes.append(f"{method}, layer by layer in {len(stages.taps)} stages; the inputs of {len(smoothed)} layers smoothed")
     return params, lookup(done)
 
 
-def _solve_wanda(kernel, target, gram, rule: Rule, damping: float) -> Pruned:
+@functools.cache
+def solver(method: str, rule: Rule) -> Solve:
+    """The method for kernels of one rule; for equal rules the same object, so that what was compiled for it serves again."""
+    return functools.partial(_SOLVE[method], rule)
+
+
+def _solve_wanda(rule: Rule, kernel, target, gram, damping) -> Pruned:
     mask = wanda(kernel, rule.pattern, gram)
     return Pruned(mask, jnp.where(mask, kernel, 0))
 
 
-def _solve_sparsegpt(kernel, target, gram, rule: Rule, damping: float) -> Pruned:
+def _solve_sparsegpt(rule: Rule, kernel, target, gram, damping) -> Pruned:
     mask, new = sparsegpt(target, rule.pattern, gram, damping=damping)
     if rule.qdtype is None or rule.qdtype.itemsize > 1:
         return Pruned(mask, new)
     return Pruned(mask, *round_kernel(target, mask, gram, new, rule.qdtype, damping=damping))
 
 
-_SOLVE = {"wanda": _solve_wanda, "sparsegpt": _solve_sparsegpt}
+_SOLVE: dict[str, Callable[..., Pruned]] = {"wanda": _solve_wanda, "sparsegpt": _solve_sparsegpt}
 _NOT_REACHED = "no calibration inputs reached this layer: leave it dense with the rule (its path, None)"
 
 
 def _for_pack(one: Pruned, dtype) -> tuple:
     """`(mask, kernel, scale)`; a kernel that is yet to be rounded in the dtype that it had."""
-    return one.mask, one.kernel if one.scale is not None else one.kernel.astype(dtype), one.scale
+    return jnp.asarray(one.mask), jnp.asarray(one.kernel, None if one.scale is not None else dtype), one.scale
 
 
 def lookup(done: Mapping[str, Pruned]) -> Prune:

@@ -14,13 +14,16 @@ into the columns of the layer whose output is a factor of the input (the up proj
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slidejax.contraction import from_matrix, to_matrix
+from slidejax.prune.ahead import Ahead
 from slidejax.prune.inputs import as_rows
 from slidejax.prune.stages import Stages, Step, Tap, named_leaves
 
@@ -42,7 +45,7 @@ class _Fold:
     columns: Tap | None = None
 
 
-def smooth(stages: Stages, params: Any, batches: Sequence[Any], strength: float = 0.7) -> tuple[Any, list[str]]:
+def smooth(stages: Stages, params: Any, batches: Sequence[Any], strength: float = 0.7, *, ahead: Ahead | None = None) -> tuple[Any, list[str]]:
     """Rescales the channels of the layers' inputs, where the factors can be folded into parameters before them.
 
     Args:
@@ -50,6 +53,7 @@ def smooth(stages: Stages, params: Any, batches: Sequence[Any], strength: float 
       params: its parameters.
       batches: what to measure the channels on; a few will do.
       strength: `a` above: how much of the spread of a channel goes into the kernel; 0 leaves the model as it is.
+      ahead: compiles the stages already.
 
     Returns:
       `(params, paths)`: parameters with which the model computes the same, and the paths of the kernels that have new
@@ -65,45 +69,55 @@ def smooth(stages: Stages, params: Any, batches: Sequence[Any], strength: float 
     if not folds or not strength:
         return params, []
     leaves = named_leaves(params)
-    energy = _energies(stages, leaves, batches)
+    energy = _energies(stages, leaves, batches, ahead)
     for members, fold in folds:
-        kernels = [to_matrix(jnp.asarray(leaves[tap.path]), tap.axes.kernel) for tap in members]
-        rows = jnp.max(jnp.stack([jnp.mean(k.astype(jnp.float32) ** 2, axis=1) for k in kernels]), axis=0)
-        factor = _factor(energy[members[0].value], rows, strength)
-        for tap, kernel in zip(members, kernels, strict=True):
-            _replace(leaves, tap.path, from_matrix(kernel * factor[:, None], leaves[tap.path].shape, tap.axes.kernel))
-        for path in fold.vectors:
-            _replace(leaves, path, leaves[path] / factor)
-        if fold.columns is not None:
-            path, axes = fold.columns.path, fold.columns.axes.kernel
-            kernel = to_matrix(jnp.asarray(leaves[path]), axes) / factor
-            _replace(leaves, path, from_matrix(kernel, leaves[path].shape, axes))
+        made_by = () if fold.columns is None else (fold.columns,)
+        new = _rescaled(
+            [leaves[tap.path] for tap in members], [leaves[path] for path in fold.vectors], [leaves[tap.path] for tap in made_by],
+            energy[members[0].value], np.float32(strength), tuple(tap.axes.kernel for tap in members), tuple(tap.axes.kernel for tap in made_by),
+        )  # fmt: skip
+        leaves |= zip((*(tap.path for tap in members), *fold.vectors, *(tap.path for tap in made_by)), new, strict=True)
     tree = jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
     return tree, [tap.path for members, _ in folds for tap in members]
 
 
-def _replace(leaves: dict[str, Any], path: str, value: jax.Array) -> None:
-    leaves[path] = value.astype(leaves[path].dtype)
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _rescaled(readers, vectors, makers, energy, strength, reader_axes, maker_axes) -> list[jax.Array]:
+    """The parameters around one input, its channels divided: kernels that read it, a norm's vectors, kernels that make it.
 
-
-def _factor(energy, rows, strength):
-    """The factors, their geometric mean 1; 1 for a channel or a row that is silent."""
-    heard = (energy > 0) & (rows > 0)
+    Args:
+      readers, vectors, makers: the parameters.
+      energy: `[in]`, of the input.
+      strength: as in `smooth`.
+      reader_axes, maker_axes: of each kernel.
+    """
+    kernels = [to_matrix(leaf, axes) for leaf, axes in zip(readers, reader_axes, strict=True)]
+    rows = jnp.max(jnp.stack([jnp.mean(k.astype(jnp.float32) ** 2, axis=1) for k in kernels]), axis=0)
+    heard = (energy > 0) & (rows > 0)  # a channel or a row that is silent keeps the factor 1; their geometric mean is 1
     log = jnp.where(heard, strength * jnp.log(jnp.where(heard, energy, 1)) - (1 - strength) * jnp.log(jnp.where(heard, rows, 1)), 0) / 2
-    return jnp.exp(jnp.where(heard, log - jnp.sum(log) / jnp.maximum(jnp.sum(heard), 1), 0))
+    factor = jnp.exp(jnp.where(heard, log - jnp.sum(log) / jnp.maximum(jnp.sum(heard), 1), 0))
+    new = [from_matrix(k * factor[:, None], leaf.shape, axes) for k, leaf, axes in zip(kernels, readers, reader_axes, strict=True)]
+    new += [vector / factor for vector in vectors]
+    new += [from_matrix(to_matrix(leaf, axes) / factor, leaf.shape, axes) for leaf, axes in zip(makers, maker_axes, strict=True)]
+    return [value.astype(leaf.dtype) for value, leaf in zip(new, (*readers, *vectors, *makers), strict=True)]
 
 
-def _energies(stages: Stages, leaves: Mapping[str, Any], batches: Sequence[Any]) -> dict[int, jax.Array]:
+def _energies(stages: Stages, leaves: Mapping[str, Any], batches: Sequence[Any], ahead: Ahead | None) -> dict[int, jax.Array]:
     """The sum of squares of each channel of each input."""
-    total: dict[int, jax.Array] = {}
+    total: dict[int, Any] = {}
     for batch in batches:
         values = stages.start(batch)
         for at, taps in enumerate(stages.taps):
-            values, inputs = stages.advance(at, values, leaves)
+            values, inputs = stages.advance(at, values, leaves, ahead=ahead)
             for tap in {tap.value: tap for tap in taps}.values():
-                found = jnp.sum(as_rows(inputs[tap.value], tap.axes) ** 2, axis=0)
-                total[tap.value] = total.get(tap.value, 0) + found
+                before = total.get(tap.value, np.zeros(stages.width(tap), np.float32))
+                total[tap.value] = _energy(before, inputs[tap.value], tap.axes)
     return total
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _energy(total, x, axes):
+    return total + jnp.sum(as_rows(x, axes) ** 2, axis=0)
 
 
 def _find(stages: Stages, members: list[Tap]) -> _Fold | None:
@@ -114,7 +128,7 @@ def _find(stages: Stages, members: list[Tap]) -> _Fold | None:
     for step in stages.steps:
         for v in step.inputs:
             users.setdefault(v, []).append(step)
-    if any(step.tap not in members for step in users[value]) or any(tap.axes.x_in != (len(stages.shape(tap)) - 1,) for tap in members):
+    if any(step.tap not in members for step in users[value]) or any(tap.axes.x_in != (len(stages.shape(tap.value).shape) - 1,) for tap in members):
         return None
 
     def alone(v: int) -> bool:
@@ -128,7 +142,7 @@ def _find(stages: Stages, members: list[Tap]) -> _Fold | None:
                 return None
             v = step.inputs[0]
         path = stages.parameter(v)
-        return path if path is not None and alone(v) and stages.leaf_shape(path) == (width,) else None
+        return path if path is not None and alone(v) and stages.shape(v).shape == (width,) else None
 
     def columns(v: int) -> Tap | None:
         """The layer without a bias whose output a value is, if that is used nowhere else."""
@@ -141,7 +155,7 @@ def _find(stages: Stages, members: list[Tap]) -> _Fold | None:
         if len(taps) != 1 or taps[0] is None or stages.leaf[taps[0].path] not in step.inputs or not alone(stages.leaf[taps[0].path]):
             return None
         simple = len(taps[0].axes.kernel_out) == 1 and taps[0].axes.result is None
-        return taps[0] if simple and stages.leaf_shape(taps[0].path)[taps[0].axes.kernel_out[0]] == width else None
+        return taps[0] if simple and stages.shape(stages.leaf[taps[0].path]).shape[taps[0].axes.kernel_out[0]] == width else None
 
     def search(v: int) -> _Fold | None:
         step = makers.get(v)

@@ -120,7 +120,7 @@ def _exchange(kernel, mask, gram, start, pattern: Pattern, sweeps):
     size, columns, width = pattern.group, kernel.shape[0], pattern.block
     target, weights, mask, gram = _padded(kernel, pattern, gram, jnp.where(mask, start, 0), mask)
     groups = len(gram) // size
-    inverses = jnp.linalg.inv(gram.reshape(groups, size, groups, size)[jnp.arange(groups), :, jnp.arange(groups)])
+    inverses = _inverses(gram.reshape(groups, size, groups, size)[jnp.arange(groups), :, jnp.arange(groups)])
     first, second = _pairs(size)
 
     def block(b, state):
@@ -150,6 +150,21 @@ def _exchange(kernel, mask, gram, start, pattern: Pattern, sweeps):
 
     weights, mask = jax.lax.fori_loop(0, sweeps, sweep, (weights, mask))
     return mask[:, :columns].T, weights[:, :columns].T
+
+
+def _inverses(matrices):
+    """The inverses of small positive definite matrices `[..., n, n]`, by Gauss-Jordan steps: a LAPACK call would compile for longer
+    than all of them take."""
+    place = jnp.arange(matrices.shape[-1])
+
+    def step(k, a):
+        here = place == k
+        row, column = (jax.lax.dynamic_index_in_dim(a, k, axis) for axis in (-2, -1))
+        pivot = jax.lax.dynamic_index_in_dim(row, k, -1)
+        row, column = jnp.where(here, 1, row) / pivot, jnp.where(here[:, None], 0, column)
+        return jnp.where(here[:, None], row, jnp.where(here, 0, a) - column * row)
+
+    return jax.lax.fori_loop(0, len(place), step, matrices)
 
 
 def _pairs(size: int):
@@ -197,8 +212,9 @@ def _sparsegpt(kernel, gram, pattern: Pattern):
     size, columns, width = pattern.group, kernel.shape[0], pattern.block
     weights, gram = _padded(kernel, pattern, gram)
     # (H_FF)^-1 = U_FF^T U_FF for every set F of last columns, with U^T U = H^-1 and U upper triangular
-    inverse = jnp.linalg.inv(gram)
-    upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T
+    # with the last column first that is the inverse of the Cholesky factor
+    lower = jnp.linalg.cholesky(gram[::-1, ::-1])
+    upper = jax.scipy.linalg.solve_triangular(lower, jnp.eye(len(gram)), lower=True)[::-1, ::-1]
     first, second = _pairs(size)
 
     def block(b, state):

@@ -5,21 +5,24 @@ The model, Linen, NNX or of transformers, is traced to a jaxpr in which the inpu
 layers, stage 1 at those of the layers that need their outputs, and so on (queries, keys and values; the output
 projection; gate and up; down; the next block). Values that cross from one stage to the next are kept for each batch. So
 when a stage's layers are pruned, the next stage runs with the new kernels, and nothing is computed twice. Stages that
-are the same program, as the blocks of a transformer are, are compiled once.
+are the same program, as the blocks of a transformer are, are traced and compiled once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from slidejax.contraction import Contraction
+from slidejax.prune.ahead import Ahead
 from slidejax.prune.inputs import rounded, seeing_inputs
 
 __all__ = ["SeveralDepths", "Stages", "Step", "Tap", "named_leaves"]
@@ -101,12 +104,28 @@ class Step:
         """The shape of one of its operands, by place."""
         return self.eqn.invars[operand].aval.shape
 
+    def key(self, number: Mapping[int, int]) -> tuple:
+        """What it computes: equal for equal steps, values going by their numbers."""
+        literals = ((v.aval.shape, str(v.aval.dtype), v.aval.weak_type, np.asarray(v.val).tobytes()) for v in self.operands if not isinstance(v, int))
+        operands = tuple(number[v] if isinstance(v, int) else None for v in self.operands)
+        params = tuple((name, _hashable(self.eqn.params[name])) for name in sorted(self.eqn.params))
+        return self.name, operands, tuple(number[v] for v in self.outputs), tuple(literals), params
+
     def __call__(self, *arrays: jax.Array) -> list[jax.Array]:
         """Its outputs, from its `inputs`."""
         var = {v: atom for v, atom in zip(self.operands, self.eqn.invars, strict=True) if isinstance(v, int)}
         eqn = self.eqn.replace(invars=[var[v] if isinstance(v, int) else v for v in self.operands])
         jaxpr = core.Jaxpr((), [var[v] for v in self.inputs], list(eqn.outvars), [eqn], eqn.effects, self.debug_info)
         return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*arrays)
+
+
+def _hashable(param: Any) -> Any:
+    """A parameter of an equation, or what stands for it alone: steps that differ in such a parameter count as different."""
+    try:
+        hash(param)
+    except TypeError:
+        return type(param), id(param)
+    return param
 
 
 class Stages:
@@ -149,12 +168,11 @@ class Stages:
                 raise NotImplementedError("calibration cannot look into layers under vmap (nn.vmap)") from error
             raise
         self.steps: list[Step] = []
-        self._count = 0
+        self._shapes: list[jax.ShapeDtypeStruct] = []  # of each value
         self._constants: dict[int, Any] = {}
-        inputs = [self._new() for _ in closed.jaxpr.invars]
+        inputs = [self._new(var.aval) for var in closed.jaxpr.invars]
         self.leaf = dict(zip(named_leaves(params), inputs, strict=False))  # path of a parameter -> its value
         self._paths = {v: path for path, v in self.leaf.items()}
-        self._shapes = {path: jnp.shape(leaf) for path, leaf in named_leaves(params).items()}
         self._batch = inputs[len(leaves) :]
         self._inline(closed.jaxpr, closed.consts, inputs)
         self._parameters = {*self._paths, *self._constants}
@@ -163,17 +181,17 @@ class Stages:
                 self._parameters |= set(step.outputs)
         self.taps: list[list[Tap]] = []
         self._schedule()
-        self._programs: dict[Any, Any] = {}
+        self._programs: dict[tuple[int, bool], tuple[list[int], list[int], Any]] = {}
 
-    def _new(self) -> int:
-        self._count += 1
-        return self._count - 1
+    def _new(self, aval: Any) -> int:
+        self._shapes.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type))
+        return len(self._shapes) - 1
 
     def _inline(self, jaxpr, consts, inputs: Sequence[Any]) -> list[Any]:
         """Adds the steps of a jaxpr, with calls that hold taps opened; returns its outputs."""
         env: dict[Any, Any] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
-            env[var] = self._new()
+            env[var] = self._new(var.aval)
             self._constants[env[var]] = value
 
         def read(atom):
@@ -183,7 +201,7 @@ class Stages:
             operands = tuple(read(atom) for atom in eqn.invars)
             body = _body_with_taps(eqn)
             if body is None:
-                outputs = tuple(self._new() for _ in eqn.outvars)
+                outputs = tuple(self._new(var.aval) for var in eqn.outvars)
                 tap = Tap(eqn.params["path"], eqn.params["axes"], operands[0]) if eqn.primitive is _tap else None
                 self.steps.append(Step(eqn, operands, outputs, jaxpr.debug_info, tap))
             elif eqn.primitive.name in _CALLS:
@@ -267,22 +285,22 @@ class Stages:
         """The path of the parameter that a value is, or None."""
         return self._paths.get(value)
 
-    def leaf_shape(self, path: str) -> tuple[int, ...]:
-        """The shape of a parameter."""
-        return self._shapes[path]
-
-    def shape(self, tap: Tap) -> tuple[int, ...]:
-        """The shape of an input."""
-        return next(step.shape(0) for step in self.steps if step.tap == tap)
+    def shape(self, value: int) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of a value."""
+        return self._shapes[value]
 
     def width(self, tap: Tap) -> int:
         """The number of inputs of a layer."""
-        shape = self.shape(tap)
+        shape = self.shape(tap.value).shape
         return math.prod(shape[a] for a in tap.axes.x_in)
 
     def of_parameters(self, value: int) -> bool:
         """Whether a value depends on parameters and constants alone."""
         return value in self._parameters
+
+    def reads_after(self, stage: int, path: str) -> bool:
+        """Whether a stage after this one reads a parameter."""
+        return self._last_use.get(self.leaf[path], -1) > stage
 
     # --- running
 
@@ -290,7 +308,16 @@ class Stages:
         """The values that are known before stage 0."""
         return dict(zip(self._batch, jax.tree.leaves(batch), strict=True))
 
-    def advance(self, stage: int, values: dict[int, Any], leaves: Mapping[str, Any], *, round_inputs: bool = False) -> tuple[dict[int, Any], dict[int, Any]]:
+    def begin(self, ahead: Ahead, *, round_inputs: bool = False) -> None:
+        """Begins to compile what `advance` will run."""
+        for stage in range(len(self.taps)):
+            reads, out, program = self._program(stage, round_inputs)
+            if out:
+                ahead.begin(program, *(self._shapes[v] for v in reads))
+
+    def advance(
+        self, stage: int, values: dict[int, Any], leaves: Mapping[str, Any], *, round_inputs: bool = False, ahead: Ahead | None = None
+    ) -> tuple[dict[int, Any], dict[int, Any]]:
         """Runs one stage on one batch.
 
         Args:
@@ -298,23 +325,13 @@ class Stages:
           values: what the stage before left (`start` before the first); it is not changed.
           leaves: the parameters by path, new kernels among them.
           round_inputs: whether layers with 8-bit values round their inputs.
+          ahead: where `begin` has begun to compile.
 
         Returns:
           `(values, inputs)`: what later stages need; and the inputs of this stage's `taps`, by `Tap.value`, before any
           rounding.
         """
-        steps = self._by_stage[stage]
-        made = {v for step in steps for v in step.outputs}
-        reads = [v for v in dict.fromkeys(v for step in steps for v in step.inputs) if v not in made]
-        wanted = {tap.value for tap in self.taps[stage]}
-        out = [v for step in steps for v in step.outputs if v in wanted or self._last_use.get(v, -1) > stage]
-
-        def program(*arrays):
-            env = dict(zip(reads, arrays, strict=True))
-            for step in steps:
-                inputs = [env[v] for v in step.inputs]
-                env.update(zip(step.outputs, step(*inputs) if step.tap is None else [self._through(step.tap, inputs[0], round_inputs)], strict=True))
-            return [env[v] for v in out]
+        reads, out, program = self._program(stage, round_inputs)
 
         def given(v: int) -> jax.Array:
             path = self._paths.get(v)
@@ -323,23 +340,61 @@ class Stages:
         known = dict(values)
         if out:
             arrays = [given(v) for v in reads]
-            known |= zip(out, self._compiled((stage, round_inputs), program, arrays)(*arrays), strict=True)
-        inputs = {v: known[v] if v in known else given(v) for v in wanted}
+            known |= zip(out, program(*arrays) if ahead is None else ahead.call(program, *arrays), strict=True)
+        inputs = {v: known[v] if v in known else given(v) for v in {tap.value for tap in self.taps[stage]}}
         return {v: array for v, array in known.items() if self._last_use.get(v, -1) > stage}, inputs
 
-    def _through(self, tap: Tap, x: jax.Array, round_it: bool) -> jax.Array:
-        dtype = self.qdtypes[tap.path]
-        return rounded(x, tap.axes, dtype) if round_it and dtype is not None and dtype.itemsize == 1 else x
+    def _program(self, stage: int, round_inputs: bool) -> tuple[list[int], list[int], Any]:
+        """`(reads, out, program)`: the values that a stage reads and leaves, and the jitted program between them."""
+        if (stage, round_inputs) in self._programs:
+            return self._programs[stage, round_inputs]
+        steps = self._by_stage[stage]
+        made = {v for step in steps for v in step.outputs}
+        reads = [v for v in dict.fromkeys(v for step in steps for v in step.inputs) if v not in made]
+        wanted = {tap.value for tap in self.taps[stage]}
+        out = [v for step in steps for v in step.outputs if v in wanted or self._last_use.get(v, -1) > stage]
+        # equal jaxprs are one program: values by the order in which they come, so that the same block has the same key
+        number: dict[int, int] = {}
+        for v in (*reads, *(v for step in steps for v in step.outputs)):
+            number.setdefault(v, len(number))
+        dtypes = [self.qdtypes[step.tap.path] if step.tap is not None and round_inputs else None for step in steps]
+        key = (
+            tuple(_signature(self._shapes[v]) for v in reads),
+            tuple(number[v] for v in out),
+            tuple(step.key(number) if step.tap is None else (number[step.tap.value], step.tap.axes, dtype) for step, dtype in zip(steps, dtypes, strict=True)),
+        )
 
-    def _compiled(self, key, program, arrays):
-        """The compiled stage; stages that lower to the same text are one program."""
-        if key not in self._programs:
-            lowered = jax.jit(program).lower(*arrays)
-            text = lowered.as_text()
-            if text not in self._programs:
-                self._programs[text] = lowered.compile()
-            self._programs[key] = self._programs[text]
-        return self._programs[key]
+        def program(*arrays):
+            env = dict(zip(reads, arrays, strict=True))
+            for step, dtype in zip(steps, dtypes, strict=True):
+                inputs = [env[v] for v in step.inputs]
+                if step.tap is None:
+                    env.update(zip(step.outputs, step(*inputs), strict=True))
+                else:
+                    env[step.outputs[0]] = rounded(inputs[0], step.tap.axes, dtype) if dtype is not None and dtype.itemsize == 1 else inputs[0]
+            return [env[v] for v in out]
+
+        jitted = _jitted(_Program(key, program))
+        self._programs[stage, round_inputs] = reads, out, jitted
+        return reads, out, jitted
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What a stage computes; equal if the keys are. It holds the equations, so that an object in a key stays itself."""
+
+    key: tuple
+    run: Callable[..., Any] = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=256)
+def _jitted(program: _Program) -> Any:
+    """The jitted program: one for equal stages, also of another conversion of the same model."""
+    return jax.jit(program.run)
+
+
+def _signature(aval: Any) -> tuple:
+    return aval.shape, np.dtype(aval.dtype) if not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended) else aval.dtype, aval.weak_type
 
 
 def _body_with_taps(eqn):

@@ -71,11 +71,15 @@ class Store:
         with replacing(self._file(stage)) as file:
             np.savez(file, **arrays)
 
+    def has(self, stage: int) -> bool:
+        """Whether a stage is finished."""
+        return self._file(stage).is_file()
+
     def load(self, stage: int) -> dict[str, Pruned] | None:
         """What `save` wrote, or None."""
         from slidejax.prune.sequential import Pruned
 
-        if not self._file(stage).is_file():
+        if not self.has(stage):
             return None
         with np.load(self._file(stage), allow_pickle=False) as file:
 

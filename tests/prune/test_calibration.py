@@ -7,6 +7,8 @@ from flax import nnx
 
 import slidejax as sj
 from slidejax.prune import calibration, layer_error
+from slidejax.prune.stages import Stages
+from slidejax.prune.store import Store
 
 WIDTH = 24
 UNROUNDED = sj.Rule("4:6", qdtype=None)
@@ -104,14 +106,37 @@ def test_a_stopped_conversion_goes_on(blocks, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         converted(blocks, "6:8", work=tmp_path / "work", progress=stop)
     assert counts == [(1, 5), (2, 5), (3, 5)]
-    solved = []
-    solve = calibration._SOLVE["sparsegpt"]
-    monkeypatch.setitem(calibration._SOLVE, "sparsegpt", lambda *args, **options: [solved.append(1), solve(*args, **options)][1])
+    saved = []
+    save = Store.save
+    monkeypatch.setattr(Store, "save", lambda self, stage, pruned: [saved.append(stage), save(self, stage, pruned)])
     resumed = converted(blocks, "6:8", work=tmp_path / "work")
-    assert len(solved) == 2, "two stages were left"
+    assert saved == [3, 4], "two stages were left"
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     with pytest.raises(ValueError, match="another conversion"):
         converted(blocks, "4:6", work=tmp_path / "work")
+
+
+def test_offloaded_values_give_the_same(blocks, monkeypatch):
+    kinds = []
+    advance = Stages.advance
+
+    def spy(self, stage, values, leaves, **options):
+        if stage:
+            kinds.append({isinstance(v, np.ndarray) for v in values.values()})
+        return advance(self, stage, values, leaves, **options)
+
+    monkeypatch.setattr(Stages, "advance", spy)
+    plain = converted(blocks, "6:8", smooth=0)
+    assert {*map(tuple, kinds)} == {(False,)}
+    kinds.clear()
+    jax.tree.map(np.testing.assert_array_equal, converted(blocks, "6:8", smooth=0, offload=True), plain)
+    assert {*map(tuple, kinds)} == {(True,)}
+
+
+def test_inputs_that_are_not_finite_are_named(blocks):
+    model, variables, x = blocks
+    with pytest.raises(ValueError, match=r"(gate|up)0/kernel: the calibration inputs hold inf or nan"):
+        sj.prune.convert(model, "6:8", [x.at[3, 3].set(jnp.nan)], params=variables)
 
 
 def test_nnx_and_linen_agree_on_what_a_model_is():
@@ -178,6 +203,7 @@ def test_bad_arguments(blocks):
         sj.prune.convert(model, "6:8", [x, x[:3]], params=variables)
     with pytest.raises(ValueError, match="token ids"):
         sj.prune.convert(model, "6:8", x, params=variables)
+    assert [batch.shape for batch in sj.prune.Calibration(np.zeros((9, 5), np.int32)).as_batches()] == 3 * [(3, 5)]
     with pytest.raises(ValueError, match="too few"):
         sj.prune.cut([1], 2, 4)
 

@@ -73,8 +73,12 @@ def test_equal_blocks_are_one_program(attention):
     values = stages.start(x)
     for at in range(len(stages.taps)):
         values, _ = stages.advance(at, values, named_leaves(variables))
-    programs = {id(program) for program in stages._programs.values()}
+    programs = {id(program) for _, _, program in stages._programs.values()}
     assert len(programs) < len(stages.taps)
+    again = Stages(model.apply, variables, x, stages.qdtypes)
+    assert all(id(again._program(at, False)[2]) in programs for at in range(len(stages.taps))), "another conversion finds them"
+    other = Stages(model.apply, variables, x[:2], stages.qdtypes)
+    assert not any(id(other._program(at, False)[2]) in programs for at in range(1, len(stages.taps))), "of other shapes"
 
 
 def test_what_cannot_be_staged():

@@ -1,0 +1,63 @@
+"""Compiling in threads: programs that are known to be needed compile beside each other, and beside what runs already."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+__all__ = ["Ahead", "shapes_of"]
+
+
+def shapes_of(tree: Any) -> Any:
+    """The tree with the `ShapeDtypeStruct` of each array in its place.
+
+    >>> import numpy as np
+    >>> shapes_of({"x": np.zeros((2, 3), np.float32), "y": None})
+    {'x': ShapeDtypeStruct(shape=(2, 3), dtype=float32), 'y': None}
+    """
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+class Ahead:
+    """Programs that are compiled before they are called.
+
+    JAX keeps what it has compiled for a jitted function, so that a call finds the program that a thread has compiled; it
+    does not notice one that is being compiled, so a call waits for that. A program that was never begun compiles when it is
+    called, as ever.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="slidejax-compile")
+        self._begun: dict[Any, Future] = {}
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def begin(self, fn: Callable[..., Any], *args: Any) -> None:
+        """Begins to compile a jitted function for arguments of these shapes, unless it has begun; arrays are not read."""
+        key = _key(fn, args)
+        if key not in self._begun:
+            self._begun[key] = self._pool.submit(_compile, fn, *args)
+
+    def call(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """`fn(*args)`, when its program is there."""
+        begun = self._begun.get(_key(fn, args))
+        if begun is not None and not begun.done():
+            begun.exception()  # waits; what is wrong with the program the call says itself
+        return fn(*args)
+
+
+def _compile(fn: Any, *args: Any) -> None:
+    fn.lower(*args).compile()
+
+
+def _key(fn: Any, args: Any) -> Any:
+    leaves, tree = jax.tree.flatten(args)
+    return fn, tree, tuple((x.shape, str(x.dtype)) if hasattr(x, "shape") else x for x in leaves)
