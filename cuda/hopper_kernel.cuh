@@ -2,7 +2,8 @@
 // and one producer thread that issues bulk copies.
 //
 // The sparse operand of wgmma must be A, so a block computes D = W' X^T: rows of D are outputs, columns are tokens.
-// A stage of the pipeline is 128 lifted columns: X [tokens][128 bytes], W [rows][64 bytes], metadata [rows / 64][1 KB].
+// A stage of the pipeline is 128 lifted columns: X [tokens][128 bytes], W [rows][64 bytes], metadata [rows / 64][1 KB]. The same kernel
+// multiplies dense weights: 128 columns as they are, W [rows][128 bytes], no metadata.
 // Work is counted in steps of two stages: the metadata registers alternate, and ptxas follows wgmma's asynchronous use of
 // them only through a loop without other exits.
 #pragma once
@@ -43,8 +44,8 @@ SJ_DEVICE void produce(const Params& p, const Shared& shared, uint32_t rank, int
       } else {
         tma_load_2d_multicast(dst + rank * (T::kShareX * 128), &p.map_x, k * 128, own_token, bar, kAll, kEvictLast);
       }
-      tma_load_2d(dst + T::kBytesX, &p.map_w, k * 64, row, bar, policy_w);
-      tma_load_3d(dst + T::kBytesX + T::kBytesW, &p.map_e, 0, k, row / 64, bar, policy_w);
+      tma_load_2d(dst + T::kBytesX, &p.map_w, k * T::kColumnsW, row, bar, policy_w);
+      if constexpr (T::kSparse) tma_load_3d(dst + T::kBytesX + T::kBytesW, &p.map_e, 0, k, row / 64, bar, policy_w);
       if (++stage == T::kStages) {
         stage = 0;
         parity ^= 1;
@@ -72,12 +73,23 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, uint32_t rank, int
 
   auto stage_address = [&] { return shared.stages + stage * T::kBytes; };
   auto load_metadata = [&](uint32_t (&meta)[T::kBlocks][2]) {
+    if constexpr (!T::kSparse) return;
     const uint32_t m = stage_address() + T::kBytesX + T::kBytesW + group * T::kBlocks * 1024 + thread * 8;
 #pragma unroll
     for (int b = 0; b < T::kBlocks; ++b) {
       const uint2 v = load_shared_2(m + b * 1024);
       meta[b][0] = v.x;
       meta[b][1] = v.y;
+    }
+  };
+  // The k-th instruction of a stage for block b: 64 columns, 32 of a dense weight.
+  constexpr int kInstructions = T::kSparse ? 2 : 4;
+  auto multiply = [&](A (&sums)[T::kTokens / 2], uint32_t x, int b, int k, const uint32_t (&meta)[2], int add) {
+    const uint32_t w = x + T::kBytesX + (group * T::kBlocks + b) * (64 * T::kColumnsW) + 32 * k;
+    if constexpr (T::kSparse) {
+      Instruction::mma(sums, descriptor<64>(w), descriptor<128>(x + 64 * k), meta[k], add);
+    } else {
+      Instruction::dense(sums, descriptor<128>(w), descriptor<128>(x + 32 * k), add);
     }
   };
   auto next_stage = [&] {
@@ -105,15 +117,13 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, uint32_t rank, int
     auto stage_step = [&](uint32_t (&meta)[T::kBlocks][2], auto first_stage) {
       constexpr bool kFirst = decltype(first_stage)::value;
       if (!kFirst) barrier_wait(shared.full + 8 * stage, parity);
-      const uint32_t x = stage_address(), w = x + T::kBytesX + group * T::kBlocks * 4096;
+      const uint32_t x = stage_address();
       load_metadata(meta);
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 2; ++k)
+      for (int k = 0; k < kInstructions; ++k)
 #pragma unroll
-        for (int b = 0; b < T::kBlocks; ++b)
-          Instruction::mma(d[b], descriptor<64>(w + b * 4096 + 32 * k), descriptor<128>(x + 64 * k), meta[b][k],
-                           kFirst && k == 0 ? 0 : 1);
+        for (int b = 0; b < T::kBlocks; ++b) multiply(d[b], x, b, k, meta[b], kFirst && k == 0 ? 0 : 1);
       wgmma_commit();
       wgmma_wait<1>();  // the stage before this one is done with
       if (!kFirst) release(previous);
@@ -160,9 +170,7 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, uint32_t rank, int
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
-          for (int k = 0; k < 2; ++k)
-            Instruction::mma(d[b], descriptor<64>(x[i] + T::kBytesX + (group * T::kBlocks + b) * 4096 + 32 * k),
-                             descriptor<128>(x[i] + 64 * k), e[i][b][k], 1);
+          for (int k = 0; k < kInstructions; ++k) multiply(d[b], x[i], b, k, e[i][b], 1);
         wgmma_commit();
       };
       wgmma_fence();
@@ -207,7 +215,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) sparse_matmul_kernel(const __g
     fence_barrier_init();
     prefetch_map(&p.map_x);
     prefetch_map(&p.map_w);
-    prefetch_map(&p.map_e);
+    if constexpr (T::kSparse) prefetch_map(&p.map_e);
   }
   __syncthreads();
   if constexpr (T::kCluster > 1) cluster_sync();

@@ -32,9 +32,10 @@ struct Params {
   int bulk_stores;      // y has a tensor map: bfloat16 and such rows
 };
 
-template <bool kFp8_, int kWarpGroups_, int kBlocks_, int kTokens_, int kCluster_, int kStages_>
+template <bool kFp8_, int kWarpGroups_, int kBlocks_, int kTokens_, int kCluster_, int kStages_, bool kSparse_ = true>
 struct Tile {
   static constexpr bool kFp8 = kFp8_;
+  static constexpr bool kSparse = kSparse_;         // W is 2:4 and has metadata; else all of its columns are there
   static constexpr int kWarpGroups = kWarpGroups_;  // consumers
   static constexpr int kBlocks = kBlocks_;          // 64-row blocks of each
   static constexpr int kTokens = kTokens_;
@@ -44,13 +45,14 @@ struct Tile {
   static constexpr int kThreads = (kWarpGroups + 1) * 128;
   static constexpr int kShareX = kTokens / kCluster;  // tokens that a block copies for its cluster
   static constexpr int kBytesX = kTokens * 128;
-  static constexpr int kBytesW = kRows * 64;
-  static constexpr int kBytesE = kRows * 16;
+  static constexpr int kColumnsW = kSparse ? 64 : 128;  // bytes of a row of W in a stage
+  static constexpr int kBytesW = kRows * kColumnsW;
+  static constexpr int kBytesE = kSparse ? kRows * 16 : 0;
   static constexpr int kBytes = kBytesX + kBytesW + kBytesE;
   // Of a warp group: slots for slabs of tokens of 64 outputs on their way to y; and twice scale_x, scale_w and bias.
   static constexpr int kSlabTokens = std::min(kTokens, 32);
   static constexpr int kSlabBytes = kSlabTokens * 128;
-  static constexpr int kSlots = largest_divisor(kBlocks * kTokens / kSlabTokens, (kTokens == 160 ? 5 * 4096 : 16384) / kSlabBytes);
+  static constexpr int kSlots = largest_divisor(kBlocks * kTokens / kSlabTokens, (!kSparse ? 8192 : kTokens == 160 ? 5 * 4096 : 16384) / kSlabBytes);
   static constexpr int kSlotBytes = std::max(kSlots * kSlabBytes / 4, 2048);  // of a warp
   static constexpr int kScaleBytes = kTokens * 4 + kBlocks * 512;
   static constexpr int kShared = 1024 + kStages * kBytes + kWarpGroups * (4 * kSlotBytes + 2 * kScaleBytes);  // 1024: alignment

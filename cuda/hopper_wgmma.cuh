@@ -1,6 +1,7 @@
-// wgmma.sp for 8-bit operands, both from shared memory: one specialisation per accumulator width.
+// wgmma.sp, and wgmma, for 8-bit operands, both from shared memory: one specialisation per accumulator width.
 //
-// D[64, n] (+)= A[64, 64] (2:4 sparse, 32 bytes a row) * B[n, 64]^T, e4m3 with float32 accumulators or s8 with int32 ones.
+// D[64, n] (+)= A[64, 64] (2:4 sparse, 32 bytes a row) * B[n, 64]^T, or A[64, 32] * B[n, 32]^T dense; e4m3 with float32 accumulators
+// or s8 with int32 ones.
 // PTX has no way to pass an array, so the operand lists are pasted together from groups of eight registers.
 #pragma once
 
@@ -61,6 +62,12 @@ struct Wgmma;
                    SJ_R_##acc "}, %" #a ", %" #b ", %" #e ", 0, p" TAIL ";}"                                                 \
                    : SJ_O_##acc(CONSTRAINT)                                                                                  \
                    : "l"(da), "l"(db), "r"(meta), "r"(add));                                                                 \
+    }                                                                                                                        \
+    static __device__ __forceinline__ void dense(C (&d)[acc], uint64_t da, uint64_t db, int add) {                           \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #e ", 0; wgmma.mma_async.sync.aligned.m64n" #n "k32." NAME " {"         \
+                   SJ_R_##acc "}, %" #a ", %" #b ", p" TAIL ";}"                                                             \
+                   : SJ_O_##acc(CONSTRAINT)                                                                                  \
+                   : "l"(da), "l"(db), "r"(add));                                                                            \
     }                                                                                                                        \
   };
 #define SJ_WGMMA(n, acc, a, b, e, p)                                                          \

@@ -21,19 +21,21 @@ struct Entry {
   HopperTile tile;
   const void* kernel[2];
   int threads, shared, partial, slab_tokens;
+  bool sparse;
   float stage_clocks, tile_clocks;
 };
 
-template <int kWarpGroups, int kBlocks, int kTokens, int kCluster, int kStages>
+template <int kWarpGroups, int kBlocks, int kTokens, int kCluster, int kStages, bool kSparse = true>
 Entry make_entry(const char* name, float stage_clocks, float tile_clocks) {
-  using T = Tile<true, kWarpGroups, kBlocks, kTokens, kCluster, kStages>;
-  using S = Tile<false, kWarpGroups, kBlocks, kTokens, kCluster, kStages>;
+  using T = Tile<true, kWarpGroups, kBlocks, kTokens, kCluster, kStages, kSparse>;
+  using S = Tile<false, kWarpGroups, kBlocks, kTokens, kCluster, kStages, kSparse>;
   return {{name, T::kRows, kTokens, kCluster, kWarpGroups, kStages},
           {reinterpret_cast<const void*>(sparse_matmul_kernel<T>), reinterpret_cast<const void*>(sparse_matmul_kernel<S>)},
           T::kThreads,
           T::kShared,
           T::kPartial * kCluster * 4,
           T::kSlabTokens,
+          kSparse,
           stage_clocks,
           tile_clocks};
 }
@@ -47,14 +49,20 @@ const Entry kEntries[] = {
     make_entry<2, 1, 64, 1, 9>("128x64", 300, 1000),
     make_entry<2, 1, 32, 1, 12>("128x32", 250, 800),
     make_entry<2, 1, 16, 1, 14>("128x16", 240, 800),
+    make_entry<2, 1, 256, 2, 4, false>("dense 128x256", 1040, 2500),
+    make_entry<2, 1, 128, 2, 6, false>("dense 128x128", 560, 1500),
+    make_entry<2, 1, 64, 1, 8, false>("dense 128x64", 450, 1000),
 };
 constexpr int kEntryCount = sizeof(kEntries) / sizeof(kEntries[0]);
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
-int lifted_columns(const HopperArgs& a) { return a.groups * (a.group - 2) * 2; }
-int metadata_stages(int groups, int group) { return 2 * ceil_div(groups * (group - 2) * 2, 256); }
+bool is_sparse(const HopperArgs& a) { return a.group != 0; }
+int columns_of(const HopperArgs& a) { return is_sparse(a) ? a.groups * (a.group - 2) * 2 : a.groups; }
+int metadata_stages(int groups, int group) { return group == 0 ? 0 : 2 * ceil_div(groups * (group - 2) * 2, 256); }
 // The kernel wants two steps; what lies beyond K' is zero.
-int steps_of(const HopperArgs& a) { return std::max(2, metadata_stages(a.groups, a.group) / 2); }
+int steps_of(const HopperArgs& a) { return std::max(2, ceil_div(columns_of(a), 256)); }
+// Bytes of W and its metadata.
+float weight_bytes(const HopperArgs& a) { return static_cast<float>(a.out) * columns_of(a) * (is_sparse(a) ? 0.625f : 1.0f); }
 
 struct Split {
   int whole, shared, clusters;  // tiles of one cluster each, tiles shared along K, clusters that share them
@@ -75,7 +83,7 @@ Split split_tiles(const Entry& e, const HopperArgs& a, int clusters, int want) {
     const float parts = 1 + static_cast<float>(rest) / sharers;
     const float move = 2 * parts * (e.partial / e.tile.cluster) / kBytesPerClock;
     // Equal parts run through K side by side; unequal ones each read their own W and X from memory.
-    const float apart = sharers % rest ? rest * (e.tile.rows * e.tile.cluster * 0.625f + e.tile.tokens) * steps * 256 / 2900 : 0;
+    const float apart = sharers % rest ? rest * (e.tile.rows * e.tile.cluster * weight_bytes(a) / a.out + e.tile.tokens * 256.0f * steps) / 2900 : 0;
     const float shared = std::max(ceil_div(rest * steps, sharers) * step, apart);
     const float clocks = waves * tile + shared + e.tile_clocks + move + kLatency;
     if (want > 0 || clocks < best.clocks) best = {waves * clusters, rest, sharers, clocks};
@@ -98,19 +106,18 @@ Plan make_plan(const HopperArgs& a, int multiprocessors) {
   Plan best{-1, 0, {}};
   float best_time = 0;
   for (int c = 0; c < kEntryCount; ++c) {
-    if (a.config >= 0 && a.config != c) continue;
     const Entry& e = kEntries[c];
+    if (e.sparse != is_sparse(a) || (a.config >= 0 && a.config != c)) continue;
     const Split split = split_tiles(e, a, std::max(1, multiprocessors / e.tile.cluster), a.split);
     // Weights once for every token tile that does not fit beside the others; at 1.4 GHz a clock moves about 2.9 KB.
-    const float weights = static_cast<float>(a.out) * lifted_columns(a) * 0.625f;
-    const float time = std::max(split.clocks, weights / 2900.0f) + 0.1f * split.clocks;
+    const float time = std::max(split.clocks, weight_bytes(a) / 2900.0f) + 0.1f * split.clocks;
     if (best.config < 0 || time < best_time) {
       best = {c, 0, split};
       best_time = time;
     }
   }
   const Entry& e = kEntries[best.config];
-  const int fit = static_cast<int>((16 << 20) / (static_cast<int64_t>(e.tile.tokens) * lifted_columns(a)));
+  const int fit = static_cast<int>((16 << 20) / (static_cast<int64_t>(e.tile.tokens) * columns_of(a)));
   best.token_group = a.token_group > 0 ? a.token_group : std::max(1, std::min(fit, ceil_div(a.M, e.tile.tokens)));
   return best;
 }
@@ -182,12 +189,13 @@ bool make_map(CUtensorMap* map, CUtensorMapDataType type, int rank, const void* 
 bool aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
 
 bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta) {
-  const cuuint64_t columns = lifted_columns(a), stages = metadata_stages(a.groups, a.group);
+  const cuuint64_t columns = columns_of(a), stages = metadata_stages(a.groups, a.group);
   const cuuint32_t tokens = e.tile.tokens / e.tile.cluster, rows = e.tile.rows;
   const cuuint64_t x_size[] = {columns, static_cast<cuuint64_t>(a.M)}, x_stride[] = {columns};
-  const cuuint64_t w_size[] = {columns / 2, static_cast<cuuint64_t>(a.out)}, w_stride[] = {columns / 2};
+  const cuuint64_t w_columns = e.sparse ? columns / 2 : columns;
+  const cuuint64_t w_size[] = {w_columns, static_cast<cuuint64_t>(a.out)}, w_stride[] = {w_columns};
   const cuuint64_t e_size[] = {256, stages, static_cast<cuuint64_t>(ceil_div(a.out, 64))}, e_stride[] = {1024, 1024 * stages};
-  const cuuint32_t x_box[] = {128, tokens}, w_box[] = {64, rows}, e_box[] = {256, 1, rows / 64};
+  const cuuint32_t x_box[] = {128, tokens}, w_box[] = {e.sparse ? 64u : 128u, rows}, e_box[] = {256, 1, rows / 64};
   // bfloat16 by bulk copies where a tensor map can describe y: 64 outputs, a line, of up to 32 tokens at a time.
   p.vector_stores = aligned(a.y, 16) && a.out % 8 == 0;
   p.bulk_stores = p.vector_stores && a.output == HopperOutput::kBF16;
@@ -197,8 +205,9 @@ bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta)
     if (!make_map(&p.map_y, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, y_size, y_stride, y_box, CU_TENSOR_MAP_SWIZZLE_128B)) return false;
   }
   return make_map(&p.map_x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted, x_size, x_stride, x_box, CU_TENSOR_MAP_SWIZZLE_128B) &&
-         make_map(&p.map_w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.values, w_size, w_stride, w_box, CU_TENSOR_MAP_SWIZZLE_64B) &&
-         make_map(&p.map_e, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, meta, e_size, e_stride, e_box, CU_TENSOR_MAP_SWIZZLE_NONE);
+         make_map(&p.map_w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.values, w_size, w_stride, w_box,
+                  e.sparse ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B) &&
+         (!e.sparse || make_map(&p.map_e, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, meta, e_size, e_stride, e_box, CU_TENSOR_MAP_SWIZZLE_NONE));
 }
 
 }  // namespace
@@ -214,12 +223,13 @@ cudaError_t slidejax_hopper_init() {
 
 const char* slidejax_hopper_check(const HopperArgs& a) {
   if (a.M < 1 || a.out < 1) return "M and out must be at least 1";
-  if (a.group < 4 || a.group > 16 || a.group % 2) return "group must be 4, 6, ... 16";
-  if (a.groups < 8 || a.groups % 8) return "groups must be a multiple of 8";
-  if (a.groups > (1 << 20)) return "too many groups";
-  if (a.config >= kEntryCount) return "no such config";
+  if (a.group != 0 && (a.group < 4 || a.group > 16 || a.group % 2)) return "group must be 4, 6, ... 16, or 0 for a dense weight";
+  if (is_sparse(a) && (a.groups < 8 || a.groups % 8)) return "groups must be a multiple of 8";
+  if (!is_sparse(a) && (a.groups < 16 || a.groups % 16)) return "columns of a dense weight must be a multiple of 16";
+  if (a.groups > (1 << (is_sparse(a) ? 20 : 24))) return "too many groups";
+  if (a.config >= kEntryCount || (a.config >= 0 && kEntries[a.config].sparse != is_sparse(a))) return "no such config";
   if (a.output == HopperOutput::kS32 && a.input != HopperInput::kS8) return "int32 results need int8 operands";
-  if (a.zeros == nullptr && a.meta == nullptr) return "zeros or meta must be given";
+  if (is_sparse(a) && a.zeros == nullptr && a.meta == nullptr) return "zeros or meta must be given";
   if (!aligned(a.lifted, 16) || !aligned(a.values, 16) || !aligned(a.meta, 16)) return "lifted, values and meta must be 16-byte aligned";
   if (!aligned(a.workspace, 128)) return "workspace must be 128-byte aligned";
   return nullptr;
@@ -252,7 +262,7 @@ void slidejax_hopper_plan(HopperArgs& a, int multiprocessors) {
 }
 
 size_t slidejax_hopper_workspace(const HopperArgs& a, int multiprocessors) {
-  const size_t meta = a.meta ? 0 : slidejax_hopper_metadata_bytes(a.out, a.groups, a.group);
+  const size_t meta = a.meta ? 0 : slidejax_hopper_metadata_bytes(a.out, a.groups, a.group);  // 0 for a dense weight
   return meta + partial_bytes(make_plan(a, multiprocessors));
 }
 
@@ -266,7 +276,7 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& args, cudaStream_t s
   if (a.workspace_bytes < meta_bytes) return cudaErrorInvalidValue;
   uint8_t* workspace = static_cast<uint8_t*>(a.workspace);
   const uint32_t* meta = a.meta ? a.meta : reinterpret_cast<const uint32_t*>(workspace);
-  if (!a.meta)
+  if (meta_bytes > 0)
     if (auto s = slidejax_hopper_expand_metadata(a.zeros, reinterpret_cast<uint32_t*>(workspace), a.out, a.groups, a.group, stream))
       return s;
   workspace += meta_bytes;

@@ -1,5 +1,6 @@
 // y[m, o] = sum_k lifted[m, k] * W'[o, k] * scale_x[m] * scale_w[o] + bias[o] on Hopper's 2:4 sparse tensor cores (sm_90a),
-// for (2N-2):2N weights in the packed form of SlideWeight. docs/hopper-kernel.md says how it works and what it measures.
+// for (2N-2):2N weights in the packed form of SlideWeight; and the same on the dense tensor cores, for weights with all their columns.
+// docs/hopper-kernel.md says how it works and what it measures.
 //
 // Nothing here allocates, synchronises or, after slidejax_hopper_init, looks anything up: calls can be captured in a
 // CUDA graph. Pointers are device pointers unless said.
@@ -21,6 +22,7 @@ enum class HopperOutput : int32_t { kBF16 = 0, kF16 = 1, kF32 = 2, kS32 = 3 };
 
 // K' = groups * (group - 2) * 2 lifted columns; groups is a multiple of 8, so that rows of lifted and values are 16-byte
 // aligned. lifted, values and meta must be 16-byte aligned.
+// A dense weight has group = 0: groups is then K, a multiple of 16, lifted are codes [M, K] and values [out, K], and there is no metadata.
 struct HopperArgs {
   const void* lifted;      // [M, K'], 8 bit
   const float* scale_x;    // [M]

@@ -37,6 +37,8 @@ __all__ = [
     "cusparselt_matmul_call",
     "cusparselt_search",
     "cusparselt_version",
+    "hopper_dense_linear",
+    "hopper_dense_matmul_call",
     "hopper_linear",
     "hopper_matmul_call",
     "hopper_metadata",
@@ -312,6 +314,18 @@ def hopper_matmul_call(
     return y
 
 
+def hopper_dense_matmul_call(
+    codes: jax.Array, scale_x: jax.Array, kernel: jax.Array, scale_w: jax.Array, bias: jax.Array, *, dtype, workspace_bytes: int
+) -> jax.Array:
+    """`codes` `[M, K]`, `scale_x` `[M]`, `kernel` `[out, K]`, `scale_w` `[out]`, `bias` `[out]` or `[0]` -> `[M, out]`."""
+    out_types = (
+        jax.ShapeDtypeStruct((codes.shape[0], kernel.shape[0]), dtype),
+        jax.ShapeDtypeStruct((workspace_bytes,), jnp.uint8),
+    )
+    y, _ = _call("slidejax_dense_matmul_hopper", out_types, codes, scale_x, kernel, scale_w, bias)
+    return y
+
+
 # --- cuSPARSELt -------------------------------------------------------------------------------------------------------
 
 
@@ -481,16 +495,13 @@ def hopper_metadata(w: SlideWeight) -> jax.Array:
     return hopper_metadata_call(w.zeros, group=w.pattern.group, metadata_bytes=_metadata_bytes(w))
 
 
-def _hopper_workspace(w: SlideWeight, rows: int, has_metadata: bool) -> int:
+def _hopper_workspace(rows: int, out: int, groups: int, group: int, dtype, metadata_bytes: int) -> int:
+    """Of a weight with so many groups, or with `groups` columns if `group` is 0; `metadata_bytes`: of what is not prepared."""
     module, _ = _load()
     if module is None or not module.build_info()["hopper"]:  # ahead of time: enough for the metadata, K is not split
-        needed = 0 if has_metadata else _metadata_bytes(w)
-    else:
-        multiprocessors = jax.devices()[0].core_count if _on_gpu() else _AHEAD_OF_TIME_MULTIPROCESSORS
-        needed = module.hopper_workspace_bytes(
-            rows, w.out_features, w.groups, w.pattern.group, w.dtype.name, has_metadata, multiprocessors
-        )
-    return _ALIGN + needed
+        return _ALIGN + metadata_bytes
+    multiprocessors = jax.devices()[0].core_count if _on_gpu() else _AHEAD_OF_TIME_MULTIPROCESSORS
+    return _ALIGN + module.hopper_workspace_bytes(rows, out, groups, group, np.dtype(dtype).name, metadata_bytes == 0, multiprocessors)
 
 
 def hopper_linear(lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: jax.Array | None, out_dtype) -> jax.Array:
@@ -509,5 +520,19 @@ def hopper_linear(lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: j
         jnp.zeros(0, jnp.float32) if bias is None or raw else bias.astype(jnp.float32),
         metadata if metadata is not None else jnp.zeros(0, jnp.uint8),
         dtype=_accumulator(w.dtype) if raw else out_dtype,
-        workspace_bytes=_hopper_workspace(w, rows, has_metadata),
+        workspace_bytes=_hopper_workspace(
+            rows, w.out_features, w.groups, w.pattern.group, w.dtype, 0 if has_metadata else _metadata_bytes(w)
+        ),
     )
+
+
+def hopper_dense_linear(
+    codes: jax.Array, scale_x: jax.Array, kernel: jax.Array, scale_w: jax.Array, bias: jax.Array | None, out_dtype
+) -> jax.Array:
+    """The product of 8-bit codes `[M, K]` and a dense kernel `[out, K]` with the scales `[M, 1]` and `[out]`, through the same kernel;
+    K is a multiple of 16."""
+    (rows, k), out = codes.shape, kernel.shape[0]
+    return hopper_dense_matmul_call(
+        codes, scale_x[:, 0], kernel, scale_w, jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32),
+        dtype=out_dtype, workspace_bytes=_hopper_workspace(rows, out, k, 0, kernel.dtype, 0),
+    )  # fmt: skip

@@ -49,8 +49,8 @@ def _lowering(*operands, platform, settings):
     dense = name == "dense"
     codes, scale_x = lift_rows(xs, None if dense else w.pattern, w.dtype, settings.inputs)
     if dense:
-        acc = sparse_matmul.accumulate(codes, sparse_matmul.dense_codes(w), platform)
-        return [sparse_matmul.finish(acc, scale_x, w.scale, bias, settings.out_dtype)]
+        kernel = sparse_matmul.dense_codes(w)
+        return [sparse_matmul.dense_product(codes, kernel, scale_x, w.scale, bias, settings.out_dtype, platform)]
     return [sparse_matmul.run(name, codes, scale_x, w, bias, settings.out_dtype, platform)]
 
 

@@ -160,10 +160,20 @@ def run(name: str, lifted, scale_x, w: SlideWeight, bias, out_dtype, platform: s
     if name in registry.CUSTOM_CALLS and math.prod(lifted.shape) and w.out_features:
         return registry.CUSTOM_CALLS[name](lifted, scale_x, w, bias, out_dtype)
     if name == "dense":  # each column once instead of once for every window that reads it
-        acc = accumulate(unlift(lifted, w.pattern), dense_codes(w, padded=True), platform)
-    else:
-        acc = accumulate(lifted, expand_lifted(w), platform)
+        return dense_product(unlift(lifted, w.pattern), dense_codes(w, padded=True), scale_x, w.scale, bias, out_dtype, platform)
+    acc = accumulate(lifted, expand_lifted(w), platform)
     return acc if out_dtype is None else finish(acc, scale_x, w.scale, bias, out_dtype)
+
+
+def dense_product(codes, kernel, scale_x, scale_w, bias, out_dtype, platform: str) -> jax.Array:
+    """`codes [M, K] @ kernel [out, K]^T` with scales `[M, 1]`, `[out]` and bias: in one kernel on a Hopper GPU, where XLA would write
+    the accumulators to memory and read them again; `out_dtype` None gives the raw accumulators."""
+    if out_dtype is not None and registry.fused_dense(codes, kernel, platform):
+        from slidejax.ops import ffi
+
+        return ffi.hopper_dense_linear(codes, scale_x, kernel, scale_w, bias, out_dtype)
+    acc = accumulate(codes, kernel, platform)
+    return acc if out_dtype is None else finish(acc, scale_x, scale_w, bias, out_dtype)
 
 
 def dense_codes(w: SlideWeight, padded: bool = False) -> jax.Array:

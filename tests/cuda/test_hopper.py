@@ -56,3 +56,46 @@ def test_e4m3_is_as_exact_as_its_sums(hopper, rows):
     got = np.asarray(jax.jit(ffi.hopper_linear, static_argnums=4)(lifted, scale, w, None, None), np.float64)
     want = formulas.accumulate(np.asarray(lifted), formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros)))
     assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)  # 13 bits of each step's sum are kept
+
+
+# --- dense weights ----------------------------------------------------------------------------------------------------
+
+
+def dense_linear(x, w, bias=None):
+    return sj.linear(x, w, bias, implementation="dense")
+
+
+@pytest.mark.parametrize(("columns", "dtype", "fused"), [(608, "int8", True), (608, "float8_e4m3fn", True), (600, "int8", False), (608, None, False)])
+def test_dense_products_of_8_bit_codes_are_lowered_to_the_kernel(columns, dtype, fused):
+    """Its rows of K bytes must be whole 16 bytes; everything else is XLA's product."""
+    w = jax.eval_shape(lambda k: sj.pack(k, "6:8", dtype=dtype), jax.ShapeDtypeStruct((columns, 24), jnp.float32))
+    x = jax.ShapeDtypeStruct((5, columns), jnp.bfloat16)
+    text = jax.jit(dense_linear).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("slidejax_dense_matmul_hopper" in text) == fused
+    assert "slidejax_dense_matmul_hopper" not in jax.jit(dense_linear).trace(x, w).lower(lowering_platforms=("cpu",)).as_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "columns", "out"), [(1, 96, 7), (77, 592, 520), (300, 3584, 1000), (1000, 18944, 136)])
+def test_dense_int8_equals_the_formulas_bit_for_bit(hopper, rows, columns, out, bias, out_dtype):
+    rng = np.random.default_rng(rows)
+    codes, kernel = (rng.integers(-127, 128, (n, columns)).astype(np.int8) for n in (rows, out))
+    scale_x, scale_w, b = (rng.random(n).astype(np.float32) for n in (rows, out, out))
+    b = jnp.asarray(b) if bias else None
+    got = jax.jit(ffi.hopper_dense_linear, static_argnums=5)(codes, jnp.asarray(scale_x)[:, None], kernel, jnp.asarray(scale_w), b, out_dtype)
+    want = formulas.finish(formulas.accumulate(codes, kernel), scale_x, scale_w, b)
+    np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want.astype(got.dtype)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prepared", [False, True])
+def test_dense_linear_is_close_to_the_reference(hopper, dtype, prepared):
+    x = jax.random.normal(jax.random.key(0), (130, 720), jnp.bfloat16)
+    w = sj.pack(jax.random.normal(jax.random.key(1), (720, 264)), "8:10", dtype=dtype)
+    bias = jax.random.normal(jax.random.key(2), (264,))
+    want = sj.linear(x, w, bias, implementation="reference", out_dtype=jnp.float32)
+    got = jax.jit(dense_linear)(x, sj.prepare(w, "dense") if prepared else w, bias)
+    assert jnp.linalg.norm(got.astype(jnp.float32) - want) <= 4e-3 * jnp.linalg.norm(want)

@@ -121,22 +121,42 @@ def random_problem(M, out, groups, group, dtype, bias, seed):
 
 
 def run(emulated, M, out, groups, group=8, dtype=np.int8, y_dtype=OUTPUT[0], bias=True, config=-1, split=-1, token_group=0, prepared=True, seed=0, resident=MULTIPROCESSORS, chance=50):
-    """Runs the kernel and compares: int8 bit for bit."""
+    """Runs the kernel with a sparse weight and compares: int8 bit for bit."""
     arrays, acc = random_problem(M, out, groups, group, dtype, bias, seed)
+    arguments = Arguments(groups=groups, group=group, config=config, split=split, token_group=token_group)
+    metadata = buffer(emulated.slidejax_hopper_metadata_bytes(out, groups, group))
+    if prepared:
+        zeros = copied(arrays["zeros"])
+        done = emulated.slidejax_hopper_expand_metadata(zeros.ctypes.data, metadata.ctypes.data, out, groups, group, None)
+        assert done == 0
+        arguments.meta = metadata.ctypes.data
+    compare(emulated, arguments, arrays, acc, dtype, y_dtype, seed, resident, chance)
+
+
+def run_dense(emulated, M, out, K, dtype=np.int8, y_dtype=OUTPUT[0], bias=True, config=-1, split=-1, seed=0, resident=MULTIPROCESSORS, chance=50):
+    """The same with a dense weight `[out, K]`."""
+    arrays, _ = random_problem(M, out, 8, 8, dtype, bias, seed)
+    del arrays["zeros"]
+    rng = np.random.default_rng(seed)
+    for name, rows in (("lifted", M), ("values", out)):
+        codes = rng.integers(-127, 128, (rows, K)) if dtype == np.int8 else (8 * rng.standard_normal((rows, K))).astype(np.float32)
+        arrays[name] = codes.astype(dtype)
+    acc = formulas.accumulate(arrays["lifted"], arrays["values"])
+    compare(emulated, Arguments(groups=K, group=0, config=config, split=split), arrays, acc, dtype, y_dtype, seed, resident, chance)
+
+
+def compare(emulated, arguments, arrays, acc, dtype, y_dtype, seed, resident, chance):
+    """Fills in the arguments, runs the kernel, and compares with what follows from the exact accumulators `acc`."""
+    M, out = acc.shape
     want = formulas.finish(acc, arrays["scale_x"], arrays["scale_w"], arrays.get("bias"))
     want = (acc if y_dtype == np.int32 else want).astype(y_dtype)
     buffers = {name: copied(array) for name, array in arrays.items()}
     y = buffer(want.nbytes + 64)
     emulated.emulator_configure(MULTIPROCESSORS, resident, chance, seed)
-    arguments = Arguments(
-        **{name: array.ctypes.data for name, array in buffers.items()}, y=y.ctypes.data, M=M, out=out, groups=groups, group=group,
-        input=INPUT.index(dtype), output=OUTPUT.index(y_dtype), config=config, token_group=token_group, split=split,
-    )  # fmt: skip
-    if prepared:
-        metadata = buffer(emulated.slidejax_hopper_metadata_bytes(out, groups, group))
-        done = emulated.slidejax_hopper_expand_metadata(buffers["zeros"].ctypes.data, metadata.ctypes.data, out, groups, group, None)
-        assert done == 0
-        arguments.meta = metadata.ctypes.data
+    for name, array in buffers.items():
+        setattr(arguments, name, array.ctypes.data)
+    arguments.y, arguments.M, arguments.out = y.ctypes.data, M, out
+    arguments.input, arguments.output = INPUT.index(dtype), OUTPUT.index(y_dtype)
     arguments.workspace_bytes = emulated.slidejax_hopper_workspace(arguments, MULTIPROCESSORS)
     workspace = buffer(max(arguments.workspace_bytes, 1))
     arguments.workspace = workspace.ctypes.data
@@ -152,6 +172,7 @@ def run(emulated, M, out, groups, group=8, dtype=np.int8, y_dtype=OUTPUT[0], bia
 
 
 TILES = ("256x192", "128x256", "256x160", "256x128", "128x128", "128x64", "128x32", "128x16")
+DENSE = ("dense 128x256", "dense 128x128", "dense 128x64")  # after the others
 
 
 @pytest.mark.parametrize("config", range(len(TILES)), ids=TILES)
@@ -164,8 +185,49 @@ def test_every_tile(emulated, config, dtype):
     run(emulated, 2 * tokens - 3, 2 * rows + 40, 48, dtype=dtype, config=config, split=4, bias=False, chance=20)
 
 
+@pytest.mark.parametrize("config", range(len(TILES), len(TILES) + len(DENSE)), ids=DENSE)
+@pytest.mark.parametrize("dtype", INPUT, ids=("e4m3", "int8"))
+def test_every_tile_of_dense_weights(emulated, config, dtype):
+    name = emulated.slidejax_hopper_tile(config).name.decode()
+    assert name == DENSE[config - len(TILES)]
+    rows, tokens = (int(n) for n in name.removeprefix("dense ").split("x"))
+    run_dense(emulated, tokens + 9, 5 * rows + 8, 144, dtype=dtype, config=config, split=0, seed=config)
+    run_dense(emulated, 2 * tokens - 3, 2 * rows + 40, 592, dtype=dtype, config=config, split=4, bias=False, chance=20)
+
+
+@given(
+    M=st.integers(1, 300),
+    out=st.integers(1, 700),
+    K=st.integers(1, 60).map(lambda n: 16 * n),
+    dtype=st.sampled_from(INPUT),
+    y_dtype=st.sampled_from(OUTPUT[:3]),
+    bias=st.booleans(),
+    split=st.sampled_from([-1, 0, 2, 3]),
+    resident=st.sampled_from([2, MULTIPROCESSORS]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=8)
+def test_any_dense_problem(emulated, M, out, K, **how):
+    run_dense(emulated, M, out, K, **how)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": 24}, b"multiple of 16"),
+        ({"groups": 0}, b"multiple of 16"),
+        ({"config": 0}, b"no such config"),
+        ({"group": 8, "groups": 16, "zeros": 16, "config": len(TILES)}, b"no such config"),
+        ({"group": 2}, b"or 0 for a dense weight"),
+    ],
+)
+def test_what_a_dense_weight_may_be(emulated, changes, message):
+    arguments = Arguments(**{"M": 1, "out": 1, "groups": 32, "group": 0, "config": -1, **changes})
+    assert message in emulated.slidejax_hopper_check(arguments)
+
+
 def test_tiles_are_all_tested(emulated):
-    assert emulated.slidejax_hopper_tile_count() == len(TILES)
+    assert emulated.slidejax_hopper_tile_count() == len(TILES) + len(DENSE)
 
 
 @pytest.mark.parametrize("dtype", INPUT, ids=("e4m3", "int8"))

@@ -29,10 +29,10 @@ def test_cuda_programs_are_lowered_ahead_of_time(implementation, target):
 
 
 @cpu_only
-def test_dense_on_cuda_quantises_in_one_kernel():
+def test_dense_on_cuda_quantises_and_multiplies_in_one_kernel_each():
     x, w = problem()
     text = cuda_text(lambda x, w: sj.linear(x, w, implementation="dense"), x, w)
-    assert "slidejax_lift_quantize" in text and "dot_general" in text
+    assert "slidejax_lift_quantize" in text and "slidejax_dense_matmul_hopper" in text and "dot_general" not in text
 
 
 @cpu_only

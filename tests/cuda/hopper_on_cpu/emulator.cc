@@ -191,12 +191,14 @@ void multiply(Block& block, Instruction& i) {
     const uint32_t span = descriptor >> 32;
     return block.shared[swizzled(static_cast<uint32_t>(descriptor) + row * span + byte, span == 128 ? 3 : 2)];
   };
+  const int columns = i.sparse ? 64 : 32;
   std::vector<A> b(static_cast<size_t>(i.tokens) * 64);
   for (int n = 0; n < i.tokens; ++n)
-    for (int k = 0; k < 64; ++k) b[n * 64 + k] = value(operand(i.b, n, k));
+    for (int k = 0; k < columns; ++k) b[n * 64 + k] = value(operand(i.b, n, k));
   for (int r = 0; r < 64; ++r) {
     A a[64] = {};
-    for (int chunk = 0; chunk < 16; ++chunk) {
+    for (int k = 0; !i.sparse && k < columns; ++k) a[k] = value(operand(i.a, r, k));
+    for (int chunk = 0; i.sparse && chunk < 16; ++chunk) {
       const int holder = 32 * (r / 16) + (r % 8) * 4 + chunk / 8 * 2 + r % 16 / 8;
       const uint32_t nibble = i.metadata[holder] >> (4 * (chunk % 8)) & 15;
       a[chunk * 4 + (nibble & 3)] += value(operand(i.a, r, 2 * chunk));
@@ -205,7 +207,7 @@ void multiply(Block& block, Instruction& i) {
     for (int n = 0; n < i.tokens; ++n) {
       const int thread = 32 * (r / 16) + (r % 8) * 4 + n % 8 / 2, at = n / 8 * 4 + r % 16 / 8 * 2 + n % 2;
       A sum = 0;
-      for (int k = 0; k < 64; ++k) sum += a[k] * b[n * 64 + k];
+      for (int k = 0; k < columns; ++k) sum += a[k] * b[n * 64 + k];
       A& d = reinterpret_cast<A&>(i.sums[thread][at]);
       d = i.add ? d + sum : sum;
     }

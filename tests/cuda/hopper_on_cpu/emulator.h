@@ -50,6 +50,7 @@ struct Warp {
 // One wgmma as a warp group has issued it; it runs once all 128 threads have.
 struct Instruction {
   int issued = 0, tokens = 0, add = 0;
+  bool sparse = true;  // else 32 columns and no metadata
   uint64_t a = 0, b = 0;
   bool fp8 = false;
   uint32_t metadata[128];

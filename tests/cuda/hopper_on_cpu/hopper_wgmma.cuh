@@ -10,7 +10,11 @@ namespace slidejax::hopper {
 template <bool kFp8, int kN>
 struct Wgmma {
   using Accumulator = std::conditional_t<kFp8, float, int>;
-  static void mma(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t metadata, int add) {
+  static void mma(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t metadata, int add) { issue(d, a, b, metadata, add, true); }
+  static void dense(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, int add) { issue(d, a, b, 0, add, false); }
+
+ private:
+  static void issue(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t metadata, int add, bool sparse) {
     auto& fiber = emulator::current();
     auto& group = fiber.block->groups[fiber.thread / 128];
     const size_t index = fiber.instructions++;
@@ -30,7 +34,9 @@ struct Wgmma {
     instruction.metadata[thread] = metadata;
     if (instruction.issued++ == 0) {
       instruction.tokens = kN, instruction.add = add, instruction.a = a, instruction.b = b, instruction.fp8 = kFp8;
-    } else if (instruction.tokens != kN || instruction.a != a || instruction.b != b || instruction.add != add) {
+      instruction.sparse = sparse;
+    } else if (instruction.tokens != kN || instruction.a != a || instruction.b != b || instruction.add != add ||
+               instruction.sparse != sparse) {
       emulator::fail("the threads of a warp group issue different instructions");
     }
   }
