@@ -20,7 +20,10 @@ from flax import traverse_util
 from flax.core import FrozenDict, freeze, unfreeze
 from jax import lax
 
+from slidejax import numerics
 from slidejax.contraction import Contraction, axis_names, contract, promote_packed, stacked_axes, to_matrix
+from slidejax.ops.linear import linear
+from slidejax.ops.prologue import GLU
 from slidejax.pattern import Pattern
 from slidejax.rules import Converted, LeftDense, Prune, Report, Rule, RuleSet, nbytes, pack_by_rule
 from slidejax.weight import SlideWeight, WrappedWeight, pack
@@ -74,6 +77,10 @@ _LAYERS: dict[str, Callable[..., tuple[Contraction, tuple[int, ...]]]] = {
     _name(nn.Einsum.__call__): _einsum,
     "transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D.__call__": _conv1d,
 }
+# Blocks `down(up(x) * act(gate(x)))` whose product is computed where the rows of `down` are quantised, by their bodies' names.
+_GATED = tuple(
+    f"transformers.models.{name}.modeling_flax_{name}.Flax{name.capitalize()}MLP.__call__" for name in ("llama", "mistral", "gemma")
+)
 # Wrappers that compute a layer's kernel from its parameter.
 _TRANSFORMS = (nn.SpectralNorm, nn.WeightNorm)
 
@@ -81,8 +88,11 @@ _TRANSFORMS = (nn.SpectralNorm, nn.WeightNorm)
 def layer_of(context) -> Callable[..., tuple[Contraction, tuple[int, ...]]] | None:
     """For an interceptor's context: `(module, x, *args, **kwargs) -> (contraction, output axes)` of the linear layer whose
     `__call__` it is, or None. What is returned raises `LeftDense` for a layer that cannot hold a packed weight."""
-    body = getattr(context.orig_method, "func", context.orig_method)
-    return _LAYERS.get(_name(inspect.unwrap(body)))
+    return _LAYERS.get(_body(context))
+
+
+def _body(context) -> str:
+    return _name(inspect.unwrap(getattr(context.orig_method, "func", context.orig_method)))
 
 
 def own_kernel(module: nn.Module) -> Any:
@@ -107,14 +117,41 @@ def _run(module, w: SlideWeight | WrappedWeight, axes: Contraction, features, x,
     return contract(x, w, axes, features, bias, implementation)
 
 
+def _activation(function: Callable) -> str | None:
+    """A Flax activation as `GLU` calls it, or None."""
+    if function in (nn.silu, nn.swish):
+        return "silu"
+    if function is nn.relu:
+        return "relu"
+    if isinstance(function, functools.partial) and function.func is nn.gelu and not function.args and set(function.keywords) == {"approximate"}:
+        return "gelu_tanh" if function.keywords["approximate"] else "gelu"
+    return None
+
+
+def _gated(module, x) -> jax.Array | None:
+    """The result of a gated block whose `down_proj` is 8-bit and sparse, with the gate's product in the kernel that quantises its rows: XLA
+    would write it to memory and read it again. None for all others."""
+    down, activation = module.down_proj, _activation(module.act)
+    w = own_kernel(down)
+    if activation is None or not isinstance(w, SlideWeight) or not numerics.is_quantized(w.dtype) or down.use_bias:
+        return None
+    w.check("/".join((*down.path, "kernel")))
+    up, gate = module.up_proj(x), module.gate_proj(x)
+    gate, w, _ = promote_packed(lambda *arrays: down.promote_dtype(*arrays, dtype=down.dtype), gate, w, None)
+    return linear(gate, w, prologue=GLU(up.astype(gate.dtype), activation))
+
+
 def interceptor(next_fun, args, kwargs, context):
-    """For `nn.intercept_methods`: layers whose kernel is a `SlideWeight` run sparse, all else runs as it is.
+    """For `nn.intercept_methods`: layers whose kernel is a `SlideWeight` run sparse, all else runs as it is. In the MLPs of Llama, Mistral and
+    Gemma the gate's product goes into the lift of `down_proj`.
 
     `apply` enters it; enter it yourself where the call of the model is not yours:
 
         with nn.intercept_methods(sj.linen.interceptor):
             logits = state.apply_fn(state.params, tokens)
     """
+    if len(args) == 1 and not kwargs and _body(context) in _GATED and (y := _gated(context.module, *args)) is not None:
+        return y
     layer = layer_of(context)
     w = own_kernel(context.module) if layer is not None else None
     if layer is None or not isinstance(w, _PACKED):

@@ -153,3 +153,48 @@ def test_methods(tiny_llama):
         sj.huggingface.convert(tiny_llama, "6:8", calibration=IDS)
     with pytest.raises(TypeError, match="must be a Flax model of transformers, got dict"):
         sj.huggingface.convert({}, "6:8")
+
+
+# --- gated MLPs -------------------------------------------------------------------------------------------------------
+
+
+def gated(family, activation):
+    """A tiny model of a family with gated MLPs."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes["max_position_embeddings"] = 64  # Flax makes a mask of its square
+    name = {"llama": "Llama", "mistral": "Mistral", "gemma": "Gemma"}[family]
+    options = {"hidden_activation": activation, "head_dim": 16} if family == "gemma" else {"hidden_act": activation}
+    config = getattr(transformers, f"{name}Config")(**sizes, **options)
+    return getattr(transformers, f"Flax{name}ForCausalLM")(config, seed=0)
+
+
+def fused_products(model, ids):
+    """How many products of the model have the gate's product in their lift."""
+    jaxpr = jax.make_jaxpr(lambda params: model(ids, params=params).logits)(model.params)
+    return str(jaxpr).count("PyTreeDef(CustomNode(GLU")
+
+
+@pytest.mark.parametrize(
+    ("family", "activation"),
+    [("llama", "relu"), ("mistral", "silu"), ("gemma", "gelu"), ("gemma", None)],
+)
+def test_the_gate_goes_into_the_lift_of_an_8_bit_down_projection(family, activation, monkeypatch):
+    model, ids = sj.huggingface.convert(gated(family, activation), sj.Rule("6:8", qdtype="int8")), jnp.arange(12).reshape(2, 6)
+    assert fused_products(model, ids) == 1
+    program = jax.jit(lambda params: model(ids, params=params).logits).trace(model.params)
+    assert "slidejax_lift_quantize_fused" in program.lower(lowering_platforms=("cuda",)).as_text()
+    together = model(ids).logits
+    monkeypatch.setattr(sj.linen, "_GATED", ())
+    assert fused_products(model, ids) == 0
+    np.testing.assert_allclose(together, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("activation", "rules"),
+    [("silu", FLOAT), ("silu", [(".*down_proj.*", None), (".*", sj.Rule("6:8", qdtype="int8"))]), ("tanh", sj.Rule("6:8", qdtype="int8"))],
+    ids=["float values", "down dense", "another activation"],
+)
+def test_other_gated_mlps_run_layer_by_layer(activation, rules):
+    model, ids = sj.huggingface.convert(gated("llama", activation), rules), jnp.arange(6)[None]
+    assert fused_products(model, ids) == 0
+    assert np.isfinite(np.asarray(model(ids).logits)).all()
