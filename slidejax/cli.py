@@ -370,9 +370,14 @@ def _recover(args: argparse.Namespace) -> None:
         def show(step: int, total: int | None, loss: float) -> None:
             bar.update(task, description=f"step {step} of {total or '?'}: {loss:.4f}", completed=step, total=total)
 
+        bar.update(task, description="the dense model writes" if args.sample != 0 else "compiling")
+        rows = training.rows(args, teacher, ids)
         bar.update(task, description="compiling")
-        model, fitted = training.run(args, loaded, teacher, ids, show)
-        how = {"steps": fitted.steps, "seconds": round(fitted.seconds, 1), "learning_rate": args.learning_rate, "seed": args.seed, "text": source}
+        model, fitted = training.run(args, loaded, teacher, rows, show)
+        how = {
+            "steps": fitted.steps, "seconds": round(fitted.seconds, 1), "learning_rate": args.learning_rate, "seed": args.seed, "text": source,
+            "rows": len(rows),
+        }  # fmt: skip
         write_pretrained(args.out, model, loaded.tokenizer, {**loaded.about, "recovery": how})
     tail = fitted.losses[-max(1, len(fitted.losses) // 10) :].mean()
     print(f"{args.out}: {fitted.steps} steps in {fitted.seconds:.0f} s, loss {fitted.losses[0]:.4f} to {tail:.4f} (mean of the last tenth)")

@@ -11,7 +11,7 @@ import numpy as np
 from slidejax import terminal
 from slidejax.models import LoadedModel
 
-__all__ = ["add", "run", "teacher_name", "tokens"]
+__all__ = ["add", "rows", "run", "teacher_name", "tokens"]
 
 
 def add(p: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -23,6 +23,12 @@ def add(p: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
         help="text file to train on (default: parts of Python's documentation and docstrings that share nothing with what eval uses)",
     )
     p.add_argument("--docstrings", type=float, metavar="SHARE", help="of the default text's docstrings: 1 on a GPU (default), 0.2 elsewhere")
+    p.add_argument(
+        "--sample",
+        type=int,
+        metavar="ROWS",
+        help="add rows that the dense model writes itself, begun with pieces of the text, before the minutes begin (default 768 on a GPU, else none)",
+    )
     p.add_argument("--minutes", type=float, default=5.0, help="as many steps as fit into that time (default 5)")
     p.add_argument("--steps", type=positive, help="so many steps instead: the same result each time")
     p.add_argument("--batch", type=positive, help="rows in a step (default 32 on a GPU, 4 elsewhere)")
@@ -66,8 +72,35 @@ def tokens(args: argparse.Namespace, loaded: LoadedModel) -> tuple[np.ndarray, s
     return np.asarray(loaded.encode(text), np.int32), source
 
 
+_PROMPT = 24  # tokens of the text that a row of the dense model's own begins with
+
+
+def rows(args: argparse.Namespace, teacher: LoadedModel, ids: np.ndarray) -> np.ndarray:
+    """The rows to train on: the text, cut, and those that the dense model writes.
+
+    Raises:
+      ValueError: if `--sample` is negative.
+    """
+    import jax
+
+    from slidejax.train.distill import rows_of, sample
+
+    gpu = jax.default_backend() == "gpu"
+    window = args.window or min(512 if gpu else 256, len(ids))
+    window = min(window, getattr(teacher.model.config, "max_position_embeddings", window))
+    text = rows_of(ids, window)
+    count = args.sample if args.sample is not None else 768 if gpu else 0
+    if count < 0:
+        raise ValueError(f"--sample must be 0 or more rows, got {count}")
+    if count == 0:
+        return text
+    begun = np.random.default_rng(args.seed).integers(0, len(text), count)
+    prompts = text[begun, : min(_PROMPT, window // 2)]
+    return np.concatenate([text, sample(teacher.model, prompts, window, batch=min(count, 768 if gpu else 16), seed=args.seed)])
+
+
 def run(
-    args: argparse.Namespace, loaded: LoadedModel, teacher: LoadedModel, ids: np.ndarray, progress: Callable[[int, int | None, float], None]
+    args: argparse.Namespace, loaded: LoadedModel, teacher: LoadedModel, rows: np.ndarray, progress: Callable[[int, int | None, float], None]
 ) -> tuple[Any, Any]:
     """`slidejax.recover` with the options: the model, and what `fit` found."""
     import jax
@@ -75,16 +108,15 @@ def run(
     from slidejax.train.recover import recover
 
     gpu = jax.default_backend() == "gpu"
-    window = args.window or min(512 if gpu else 256, len(ids))
     return recover(
         loaded.model,
         teacher.model,
-        ids,
+        rows,
         steps=args.steps,
         minutes=None if args.steps else args.minutes,
         qdtype=args.dtype,
-        window=window,
-        batch=args.batch or max(1, min(32 if gpu else 4, len(ids) // window)),
+        window=rows.shape[1],
+        batch=args.batch or min(32 if gpu else 4, len(rows)),
         accumulate=args.accumulate,
         learning_rate=args.learning_rate,
         warmup=args.warmup,

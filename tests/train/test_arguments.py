@@ -38,6 +38,17 @@ def test_recover_writes_a_better_model(capsys, files):
     np.testing.assert_array_equal(*kernels)
 
 
+def test_the_dense_model_writes_some_of_the_text(capsys, files):
+    options = ["--against", files / "dense", "--text", files / "text.txt", "--window", 200, "--batch", 2, "--steps", 1]
+    for sampled, out in ((0, "none"), (3, "some")):
+        status, _, err = run(capsys, "recover", files / "out", files / out, *options, "--sample", sampled)
+        assert status == 0, err
+    without, with_some = (load_model(files / name).about["recovery"]["rows"] for name in ("none", "some"))
+    assert with_some == without + 3 > 3
+    status, _, err = run(capsys, "recover", files / "out", files / "x", *options, "--sample", -1)
+    assert status == 1 and "--sample must be 0 or more" in err
+
+
 def test_errors_are_one_line(capsys, files):
     dense, out, text = files / "dense", files / "out", files / "text.txt"
     (files / "short").write_text("moon")
