@@ -231,15 +231,15 @@ def _over_batch(make: Callable[[SlideWeight], jax.Array]) -> Callable[[SlideWeig
 
 
 def _hopper(w: SlideWeight) -> jax.Array:
-    from slidejax.ops import ffi
+    from slidejax.ops import hopper
 
-    return ffi.hopper_metadata(w)
+    return hopper.metadata(w)
 
 
 def _cusparselt(w: SlideWeight) -> jax.Array:
-    from slidejax.ops import ffi
+    from slidejax.ops import cusparselt
 
-    return ffi.cusparselt_compressed(w)
+    return cusparselt.compressed(w)
 
 
 _MAKERS: dict[str, Callable[[SlideWeight], jax.Array]] = {

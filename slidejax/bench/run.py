@@ -14,7 +14,7 @@ import slidejax
 from slidejax import numerics
 from slidejax.bench import arguments, contenders
 from slidejax.bench.timing import Clock, Contender, time_all
-from slidejax.ops import ffi
+from slidejax.ops import cusparselt, ffi
 from slidejax.ops.lift_quantize import lift_quantize, lift_rows
 from slidejax.pattern import Pattern
 from slidejax.weight import pack
@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace, note: Callable[[str], None] = lambda text:
             refused, algorithms = {}, {}
             for (p, d), w in weights.items():
                 found, why = contenders.sparse(w, m)
-                algorithms[p, d] = None if "cusparselt" in why else ffi.cusparselt_algorithm(w, m)
+                algorithms[p, d] = None if "cusparselt" in why else cusparselt.algorithm(w, m)
                 ours += [Contender(f"{p} {d.name} {c.name}", c.apply, c.weights) for c in found]
                 refused[p, d] = why
             us = time_all([*baselines, *ours], inputs_of(m, k), clock, note)

@@ -16,7 +16,7 @@ from slidejax import numerics, tune
 from slidejax.bench import arguments, contenders
 from slidejax.bench.run import inputs_of
 from slidejax.bench.timing import Clock, time_all
-from slidejax.ops import ffi, registry
+from slidejax.ops import cusparselt, registry
 from slidejax.pattern import Pattern
 from slidejax.prepared import weights_of
 from slidejax.weight import SlideWeight, pack
@@ -40,7 +40,7 @@ def _search(w: SlideWeight, rows: int, note: Callable[[str], None]) -> None:
     if "cusparselt" in registry.refusals(contenders.problem_of(w, rows)):
         return
     try:
-        best = ffi.cusparselt_search(w, rows)[0]
+        best = cusparselt.search(w, rows)[0]
     except (NotImplementedError, RuntimeError) as error:
         note(f"cuSPARSELt's algorithms cannot be searched: {error}")
     else:

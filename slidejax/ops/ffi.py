@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import glob
 import importlib.util
-import json
-import math
 import os
 import re
 from pathlib import Path
@@ -20,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.files import write_json
 from slidejax.numerics import is_quantized
 
 if TYPE_CHECKING:
@@ -28,31 +25,28 @@ if TYPE_CHECKING:
     from slidejax.weight import SlideWeight
 
 __all__ = [
+    "ALIGN",
+    "accumulator",
     "available",
     "build_info",
-    "cusparselt_algorithm",
     "cusparselt_compress_call",
-    "cusparselt_compressed",
-    "cusparselt_linear",
     "cusparselt_matmul_call",
-    "cusparselt_search",
     "cusparselt_version",
-    "hopper_dense_linear",
     "hopper_dense_matmul_call",
-    "hopper_linear",
     "hopper_matmul_call",
-    "hopper_metadata",
     "hopper_metadata_call",
     "lift_quantize_call",
     "lift_quantize_fused_call",
+    "lifted_columns",
+    "load",
     "memcpy_call",
     "missing",
+    "on_gpu",
     "register",
 ]
 
 _TARGETS = "CUDA"  # the platform's name in XLA's registry
-_ALIGN = 256  # of the parts of a workspace
-_AHEAD_OF_TIME_MULTIPROCESSORS = 132  # a program lowered without a GPU is taken to run on an H100
+ALIGN = 256  # of the parts of a workspace
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -85,7 +79,7 @@ def _runs_on(architectures: str, capability: str) -> bool:
 
 
 @functools.cache
-def _load() -> tuple[Any, str | None]:
+def load() -> tuple[Any, str | None]:
     """The compiled module, its handlers registered; or None and the reason."""
     if importlib.util.find_spec("slidejax._cuda") is None:
         return None, "slidejax was installed without its CUDA library: reinstall with nvcc on PATH and SLIDEJAX_CUDA=1"
@@ -108,12 +102,12 @@ def _load() -> tuple[Any, str | None]:
 
 def register() -> None:
     """Registers the custom calls with XLA, once; without the compiled library it does nothing."""
-    _load()
+    load()
 
 
 @functools.cache
 def _library_reason() -> str | None:
-    module, reason = _load()
+    module, reason = load()
     if module is None or jax.default_backend() not in ("gpu", "cuda"):
         return reason
     architectures, capability = module.build_info()["architectures"], jax.devices()[0].compute_capability
@@ -134,7 +128,7 @@ def _cusparselt_reason() -> str | None:
     if reason := _library_reason():
         return reason
     system = ["libcusparseLt.so.0", "/usr/local/cuda/lib64/libcusparseLt.so.0"]
-    reason = _load()[0].load_cusparselt([*_wheel_libraries(), *system])
+    reason = load()[0].load_cusparselt([*_wheel_libraries(), *system])
     return f"cuSPARSELt: {reason} (pip install nvidia-cusparselt-cu13)" if reason else None
 
 
@@ -142,7 +136,7 @@ def _cusparselt_reason() -> str | None:
 def _hopper_reason() -> str | None:
     if reason := _library_reason():
         return reason
-    return None if _load()[0].build_info()["hopper"] else "the CUDA library was built without architecture 90a"
+    return None if load()[0].build_info()["hopper"] else "the CUDA library was built without architecture 90a"
 
 
 _REASONS = {"library": _library_reason, "cusparselt": _cusparselt_reason, "hopper": _hopper_reason}
@@ -165,13 +159,33 @@ def available() -> tuple[bool, str]:
 
 def build_info() -> dict[str, Any] | None:
     """What the compiled library was built with: CUDA, architectures, jaxlib, FFI interface; None without it."""
-    module, _ = _load()
+    module, _ = load()
     return None if module is None else module.build_info()
 
 
 def cusparselt_version() -> tuple[int, int, int] | None:
     """The version of the cuSPARSELt that is used, or None without one (`missing("cusparselt")` says why)."""
-    return None if missing("cusparselt") else _load()[0].cusparselt_version()
+    return None if missing("cusparselt") else load()[0].cusparselt_version()
+
+
+def on_gpu() -> bool:
+    """Whether JAX runs on a CUDA GPU here."""
+    return jax.default_backend() in ("gpu", "cuda")
+
+
+# --- what the calls share ---------------------------------------------------------------------------------------------
+
+
+def accumulator(dtype) -> np.dtype:
+    """What the sparse products add up 8-bit operands in, and give as raw results: int32 or float32. cuSPARSELt has no float32 results for
+    16-bit operands, which keep their dtype."""
+    wide = {np.dtype(np.int8): np.int32, np.dtype(jnp.float8_e4m3fn): np.float32}
+    return np.dtype(wide.get(np.dtype(dtype), dtype))
+
+
+def lifted_columns(w: SlideWeight) -> int:
+    """K', padding included."""
+    return w.groups * w.pattern.windows * 4
 
 
 # --- the calls --------------------------------------------------------------------------------------------------------
@@ -208,7 +222,7 @@ def fused(x: jax.Array, dtype, prologue: Prologue | None) -> bool:
     """Whether the lift kernel computes this prologue itself: for 8-bit results, of rows that fit in shared memory."""
     if prologue is None or not is_quantized(dtype):
         return False
-    capability = jax.devices()[0].compute_capability if _on_gpu() else "9.0"
+    capability = jax.devices()[0].compute_capability if on_gpu() else "9.0"
     row = x.shape[1] * x.dtype.itemsize * (2 if prologue.ROWS else 1)
     return row <= _FUSED_ROW.get(capability, 64 << 10)
 
@@ -324,215 +338,3 @@ def hopper_dense_matmul_call(
     )
     y, _ = _call("slidejax_dense_matmul_hopper", out_types, codes, scale_x, kernel, scale_w, bias)
     return y
-
-
-# --- cuSPARSELt -------------------------------------------------------------------------------------------------------
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def _multiple(dtype) -> int:
-    """What the library wants rows and outputs to be multiples of."""
-    return 32 if is_quantized(dtype) else 16
-
-
-def _lifted_columns(w: SlideWeight) -> int:
-    return w.groups * w.pattern.windows * 4
-
-
-def _accumulator(dtype) -> np.dtype:
-    """The library's result type for operands of `dtype`: it has no float32 results for 16-bit operands."""
-    wide = {np.dtype(np.int8): np.int32, np.dtype(jnp.float8_e4m3fn): np.float32}
-    return np.dtype(wide.get(np.dtype(dtype), dtype))
-
-
-def _compressed_bytes(w: SlideWeight) -> int:
-    out, columns = _round_up(w.out_features, _multiple(w.dtype)), _lifted_columns(w)
-    if _on_gpu() and missing("cusparselt") is None:
-        return _load()[0].cusparselt_compressed_bytes(w.dtype.name, out, columns)
-    # Ahead of time: half of the values, and a nibble for each window of whole 128 columns, as 0.8 has it. The call checks it.
-    return out * columns // 2 * w.dtype.itemsize + out * _round_up(columns, 128) // 8
-
-
-def _on_gpu() -> bool:
-    return jax.default_backend() in ("gpu", "cuda")
-
-
-def cusparselt_compressed(w: SlideWeight) -> jax.Array:
-    """The library's own form of a weight, uint8; `sj.prepare` keeps it."""
-    return cusparselt_compress_call(w.values, w.zeros, compressed_bytes=_compressed_bytes(w))
-
-
-def cusparselt_linear(lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: jax.Array | None, out_dtype) -> jax.Array:
-    """`sparse_matmul` through cuSPARSELt: `lifted` `[M, K']`, `scale_x` `[M, 1]`; `out_dtype` None: raw accumulators.
-
-    Raises:
-      NotImplementedError: for raw accumulators of 16-bit values, which the library does not give.
-    """
-    raw = out_dtype is None
-    accumulator = _accumulator(w.dtype)
-    if raw and accumulator.itemsize < 4:
-        raise NotImplementedError(f"cuSPARSELt gives no float32 accumulators of {w.dtype.name} values")
-    dtype = accumulator if raw else np.dtype(out_dtype)
-    compressed = w.prepared["cusparselt"] if "cusparselt" in w.prepared else cusparselt_compressed(w)
-    bias = jnp.zeros(0, jnp.float32) if bias is None or raw else bias.astype(jnp.float32)
-    rows, columns = lifted.shape
-    tokens, out = _round_up(rows, _multiple(w.dtype)), _round_up(w.out_features, _multiple(w.dtype))
-    choice = _choice(w.dtype, accumulator, w.out_features, rows, columns)
-    direct = accumulator == dtype and tokens == rows and out == w.out_features
-    parts = (
-        0 if direct else tokens * out * accumulator.itemsize,
-        0 if tokens == rows else tokens * columns * w.dtype.itemsize,
-        choice.pop("workspace_bytes"),
-    )
-    workspace = _ALIGN + sum(_round_up(part, _ALIGN) for part in parts)
-    return cusparselt_matmul_call(
-        lifted, scale_x[:, 0], compressed, w.scale, bias, dtype=dtype, workspace_bytes=workspace, raw=raw, **choice
-    )
-
-
-# What an algorithm may use as workspace: the library is asked only when the program runs.
-_WORKSPACE = 64 << 20
-_DEFAULT_CHOICE = {"algorithm": -1, "split_k": 1, "split_k_mode": 0, "workspace_bytes": _WORKSPACE}
-# How far, in factors of two, the rows of a search may be from those of a call.
-_REACH = 1.0
-
-
-def _search_path() -> Path:
-    """The file of the searches made on this kind of device with this release: ids mean nothing to another one."""
-    from slidejax.tune import table_path
-
-    version = cusparselt_version() or (0, 0, 0)
-    table = table_path(jax.devices()[0].device_kind)
-    return table.with_name(f"{table.stem}-cusparselt-{'.'.join(map(str, version))}.json")
-
-
-@functools.cache
-def _searches(path: Path, stamp: int) -> dict[str, dict[str, Any]]:
-    try:
-        entries = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}  # a cache: what cannot be read is searched again
-    return entries if isinstance(entries, dict) else {}
-
-
-def _read_searches() -> tuple[Path, dict[str, dict[str, Any]]]:
-    path = _search_path()
-    return path, _searches(path, path.stat().st_mtime_ns if path.exists() else 0)
-
-
-def _search_key(dtype, result, out: int, columns: int) -> str:
-    return f"{np.dtype(dtype).name}->{np.dtype(result).name} {out}x{columns}"
-
-
-def _nearest_search(dtype, result, out: int, rows: int, columns: int) -> tuple[str, dict[str, Any]] | None:
-    """The nearest search within reach: its rows, and the algorithm that was fastest."""
-    if not _on_gpu() or missing("cusparselt") is not None:
-        return None
-    found = _read_searches()[1].get(_search_key(dtype, result, out, columns), {})
-    near = min(found, key=lambda r: abs(math.log2(int(r) / max(rows, 1))), default=None)
-    if near is None or abs(math.log2(int(near) / max(rows, 1))) > _REACH:
-        return None
-    return near, found[near]
-
-
-def _choice(dtype, result, out: int, rows: int, columns: int) -> dict[str, Any]:
-    """The algorithm of the nearest search, else the library's default. The call falls back to the default by itself where
-    the library refuses the algorithm for this number of rows."""
-    found = _nearest_search(dtype, result, out, rows, columns)
-    return dict(_DEFAULT_CHOICE) if found is None else {name: int(found[1][name]) for name in _DEFAULT_CHOICE}
-
-
-def cusparselt_algorithm(w: SlideWeight, rows: int) -> str:
-    """Which of the library's algorithms `linear` of so many rows uses, in words."""
-    found = _nearest_search(w.dtype, _accumulator(w.dtype), w.out_features, rows, _lifted_columns(w))
-    if found is None:
-        return "the library's default; slidejax tune searches for the fastest"
-    near, choice = found
-    return f"{choice['algorithm']}, the fastest of a search at M={near} ({choice['microseconds']:.1f} us for the product alone)"
-
-
-def cusparselt_search(w: SlideWeight, rows: int) -> list[dict[str, Any]]:
-    """Times the library's algorithms for one weight's shape and a number of rows, and remembers the fastest.
-
-    The choice is kept in memory and in a small JSON file beside the tuning table, for the device, the library's version
-    and the shape; calls lowered from now on use it.
-
-    Returns:
-      Every algorithm that ran, fastest first: `algorithm`, `split_k`, `split_k_mode`, `microseconds`, `workspace_bytes`.
-
-    Raises:
-      NotImplementedError: without a GPU or the library, with the reason.
-    """
-    reason = "there is no CUDA GPU" if not _on_gpu() else missing("cusparselt")
-    if reason is not None:
-        raise NotImplementedError(f"cusparselt_search: {reason}")
-    result, columns = _accumulator(w.dtype), _lifted_columns(w)
-    timings = _load()[0].cusparselt_tune(
-        w.dtype.name, result.name, False, w.out_features, rows, columns, workspace_limit=_WORKSPACE
-    )
-    path, entries = _read_searches()
-    key = _search_key(w.dtype, result, w.out_features, columns)
-    write_json(path, entries | {key: entries.get(key, {}) | {str(rows): timings[0]}})
-    return timings
-
-
-# --- Hopper -----------------------------------------------------------------------------------------------------------
-
-
-def _metadata_bytes(w: SlideWeight) -> int:
-    module, _ = _load()
-    if module is not None and module.build_info()["hopper"]:
-        return module.hopper_metadata_bytes(w.out_features, w.groups, w.pattern.group)
-    # ahead of time: 1 KB for 64 outputs and 128 lifted columns, whole pairs of the latter; the call checks it
-    return -(-w.out_features // 64) * 2 * -(-_lifted_columns(w) // 256) * 1024
-
-
-def hopper_metadata(w: SlideWeight) -> jax.Array:
-    """The 2:4 metadata of a weight in the order in which the kernel's lanes read it, uint8; `sj.prepare` keeps it."""
-    return hopper_metadata_call(w.zeros, group=w.pattern.group, metadata_bytes=_metadata_bytes(w))
-
-
-def _hopper_workspace(rows: int, out: int, groups: int, group: int, dtype, metadata_bytes: int) -> int:
-    """Of a weight with so many groups, or with `groups` columns if `group` is 0; `metadata_bytes`: of what is not prepared."""
-    module, _ = _load()
-    if module is None or not module.build_info()["hopper"]:  # ahead of time: enough for the metadata, K is not split
-        return _ALIGN + metadata_bytes
-    multiprocessors = jax.devices()[0].core_count if _on_gpu() else _AHEAD_OF_TIME_MULTIPROCESSORS
-    return _ALIGN + module.hopper_workspace_bytes(rows, out, groups, group, np.dtype(dtype).name, metadata_bytes == 0, multiprocessors)
-
-
-def hopper_linear(lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: jax.Array | None, out_dtype) -> jax.Array:
-    """`sparse_matmul` through the Hopper kernel: `lifted` `[M, K']`, `scale_x` `[M, 1]`; `out_dtype` None: raw accumulators,
-    int32 of int8 values and float32 of e4m3."""
-    raw = out_dtype is None
-    metadata = w.prepared.get("hopper")
-    has_metadata = metadata is not None
-    rows = lifted.shape[0]
-    return hopper_matmul_call(
-        lifted,
-        jnp.ones(rows, jnp.float32) if raw else scale_x[:, 0],
-        w.values,
-        w.zeros,
-        jnp.ones(w.out_features, jnp.float32) if raw else w.scale,
-        jnp.zeros(0, jnp.float32) if bias is None or raw else bias.astype(jnp.float32),
-        metadata if metadata is not None else jnp.zeros(0, jnp.uint8),
-        dtype=_accumulator(w.dtype) if raw else out_dtype,
-        workspace_bytes=_hopper_workspace(
-            rows, w.out_features, w.groups, w.pattern.group, w.dtype, 0 if has_metadata else _metadata_bytes(w)
-        ),
-    )
-
-
-def hopper_dense_linear(
-    codes: jax.Array, scale_x: jax.Array, kernel: jax.Array, scale_w: jax.Array, bias: jax.Array | None, out_dtype
-) -> jax.Array:
-    """The product of 8-bit codes `[M, K]` and a dense kernel `[out, K]` with the scales `[M, 1]` and `[out]`, through the same kernel;
-    K is a multiple of 16."""
-    (rows, k), out = codes.shape, kernel.shape[0]
-    return hopper_dense_matmul_call(
-        codes, scale_x[:, 0], kernel, scale_w, jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32),
-        dtype=out_dtype, workspace_bytes=_hopper_workspace(rows, out, k, 0, kernel.dtype, 0),
-    )  # fmt: skip

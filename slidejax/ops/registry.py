@@ -147,15 +147,15 @@ def fused_dense(codes, kernel, platform: str) -> bool:
 
 
 def _cusparselt(lifted, scale_x, w: SlideWeight, bias, out_dtype):
-    from slidejax.ops import ffi
+    from slidejax.ops import cusparselt
 
-    return ffi.cusparselt_linear(lifted, scale_x, w, bias, out_dtype)
+    return cusparselt.linear(lifted, scale_x, w, bias, out_dtype)
 
 
 def _hopper(lifted, scale_x, w: SlideWeight, bias, out_dtype):
-    from slidejax.ops import ffi
+    from slidejax.ops import hopper
 
-    return ffi.hopper_linear(lifted, scale_x, w, bias, out_dtype)
+    return hopper.linear(lifted, scale_x, w, bias, out_dtype)
 
 
 # name -> why it refuses a problem (None: it does not); in the order in which they are preferred when nothing is measured

@@ -169,9 +169,9 @@ def dense_product(codes, kernel, scale_x, scale_w, bias, out_dtype, platform: st
     """`codes [M, K] @ kernel [out, K]^T` with scales `[M, 1]`, `[out]` and bias: in one kernel on a Hopper GPU, where XLA would write
     the accumulators to memory and read them again; `out_dtype` None gives the raw accumulators."""
     if out_dtype is not None and registry.fused_dense(codes, kernel, platform):
-        from slidejax.ops import ffi
+        from slidejax.ops import hopper
 
-        return ffi.hopper_dense_linear(codes, scale_x, kernel, scale_w, bias, out_dtype)
+        return hopper.dense_linear(codes, scale_x, kernel, scale_w, bias, out_dtype)
     acc = accumulate(codes, kernel, platform)
     return acc if out_dtype is None else finish(acc, scale_x, scale_w, bias, out_dtype)
 

@@ -10,7 +10,7 @@ import pytest
 
 import slidejax as sj
 from slidejax.bench import arguments, contenders, run, tuning
-from slidejax.ops import ffi, registry
+from slidejax.ops import cusparselt, ffi, registry
 
 
 def parse(add, *options):
@@ -76,7 +76,7 @@ def test_presets():
 
 
 class Library:
-    """The compiled module as `cusparselt_search` sees it."""
+    """The compiled module as `cusparselt.search` sees it."""
 
     def __init__(self):
         self.searched = []
@@ -91,8 +91,8 @@ class Library:
 def library(monkeypatch, tmp_path):
     module = Library()
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(ffi, "_load", lambda: (module, None))
-    monkeypatch.setattr(ffi, "_on_gpu", lambda: True)
+    monkeypatch.setattr(ffi, "load", lambda: (module, None))
+    monkeypatch.setattr(ffi, "on_gpu", lambda: True)
     monkeypatch.setattr(ffi, "missing", lambda part: None)
     monkeypatch.setattr(ffi, "cusparselt_version", lambda: (0, 8, 0))
     monkeypatch.setattr(registry, "refusals", lambda problem: {"hopper": "not this time"})
@@ -102,15 +102,15 @@ def library(monkeypatch, tmp_path):
 
 def test_tune_searches_cusparselt_and_calls_use_what_it_found(library, tmp_path):
     w = sj.pack(contenders.kernel_of(64, 96), "6:8", dtype="int8")
-    assert ffi.cusparselt_algorithm(w, 256).startswith("the library's default")
+    assert cusparselt.algorithm(w, 256).startswith("the library's default")
     notes = []
     tuning.measure(parse(arguments.add_tune, "--shape", "64,96", "-M", "256,4096", "--dtypes", "int8"), note=notes.append)
     columns = sj.Pattern.parse("6:8").lifted(96)
     assert library.searched == [("int8", "int32", 64, rows, columns) for rows in (256, 4096)]
     assert any("fastest algorithm is 7: 12.5 us" in note for note in notes)
-    assert ffi.cusparselt_algorithm(w, 256) == "7, the fastest of a search at M=256 (12.5 us for the product alone)"
-    assert "M=4096" in ffi.cusparselt_algorithm(w, 8192) and "default" in ffi.cusparselt_algorithm(w, 16)
-    assert ffi._choice(w.dtype, np.int32, 64, 256, columns) == {"algorithm": 7, "split_k": 1, "split_k_mode": 0, "workspace_bytes": 1024}
+    assert cusparselt.algorithm(w, 256) == "7, the fastest of a search at M=256 (12.5 us for the product alone)"
+    assert "M=4096" in cusparselt.algorithm(w, 8192) and "default" in cusparselt.algorithm(w, 16)
+    assert cusparselt._choice(w.dtype, np.int32, 64, 256, columns) == {"algorithm": 7, "split_k": 1, "split_k_mode": 0, "workspace_bytes": 1024}
     [saved] = tmp_path.rglob("*cusparselt-0.8.0.json")  # for this device and this release of the library
     assert {int(rows) for entries in json.loads(saved.read_text()).values() for rows in entries} == {256, 4096}
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.ops import ffi
+from slidejax.ops import cusparselt, ffi
 
 pytestmark = pytest.mark.gpu
 
@@ -48,7 +48,7 @@ def check(y, want, dtype):
     np.testing.assert_allclose(y, want, rtol=step, atol=sums * np.abs(want).max())
 
 
-linear = jax.jit(ffi.cusparselt_linear, static_argnames="out_dtype")
+linear = jax.jit(cusparselt.linear, static_argnames="out_dtype")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
@@ -108,7 +108,7 @@ def test_nan_stays_in_its_row(dtype):
 
 def test_scale_inside_the_product():
     lifted, scale, w, bias = problem(64, 1024, 96)
-    compressed = ffi.cusparselt_compressed(w)
+    compressed = cusparselt.compressed(w)
     y = ffi.cusparselt_matmul_call(
         lifted, scale[:, 0], compressed, w.scale, bias, dtype=jnp.bfloat16, workspace_bytes=1 << 21, alpha_vector=True
     )
@@ -129,19 +129,19 @@ def test_search_is_remembered(tmp_path, monkeypatch):
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
     lifted, scale, w, bias = problem(256, 1024, 512)
     before = linear(lifted, scale, w, bias, jnp.bfloat16)
-    timings = ffi.cusparselt_search(w, 256)
+    timings = cusparselt.search(w, 256)
     times = [t["microseconds"] for t in timings]
     assert times == sorted(times) and times[0] > 0
-    choice = ffi._choice(w.dtype, ffi._accumulator(w.dtype), 512, 256, lifted.shape[1])
+    choice = cusparselt._choice(w.dtype, ffi.accumulator(w.dtype), 512, 256, lifted.shape[1])
     assert choice["algorithm"] == timings[0]["algorithm"] and len(list(tmp_path.rglob("*.json"))) == 1
-    after = jax.jit(ffi.cusparselt_linear, static_argnames="out_dtype")(lifted, scale, w, bias, jnp.bfloat16)
+    after = jax.jit(cusparselt.linear, static_argnames="out_dtype")(lifted, scale, w, bias, jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(before), np.asarray(after))
-    assert ffi._choice(w.dtype, ffi._accumulator(w.dtype), 512, 16, lifted.shape[1])["algorithm"] == -1
+    assert cusparselt._choice(w.dtype, ffi.accumulator(w.dtype), 512, 16, lifted.shape[1])["algorithm"] == -1
 
 
 def test_errors_say_what_was_asked():
     lifted, scale, w, bias = problem(32, 64, 32)
-    compressed = ffi.cusparselt_compressed(w)
+    compressed = cusparselt.compressed(w)
     with pytest.raises(Exception, match=r"sparse_matmul_cusparselt.*workspace.*int8\[32,96\]"):
         jax.block_until_ready(
             ffi.cusparselt_matmul_call(lifted, scale[:, 0], compressed, w.scale, bias, dtype=jnp.bfloat16, workspace_bytes=8)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.ops import ffi
+from slidejax.ops import ffi, hopper
 
 DTYPES = (jnp.int8, jnp.float8_e4m3fn)
 
@@ -23,14 +23,14 @@ def problem(rows, columns, out, pattern="6:8", dtype=jnp.int8, seed=0):
 def test_raw_accumulators_are_what_a_mesh_can_sum(dtype):
     """With K split over a mesh the call has int32 results of int8 operands, float32 ones of e4m3."""
     lifted, scale, w, _ = problem(16, 128, 64, dtype=dtype)
-    traced = jax.jit(lambda lifted, scale: ffi.hopper_linear(lifted, scale, w, None, None)).trace(lifted, scale)
+    traced = jax.jit(lambda lifted, scale: hopper.linear(lifted, scale, w, None, None)).trace(lifted, scale)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     [call] = [line for line in text.splitlines() if "slidejax_sparse_matmul_hopper" in line]
     assert f"tensor<16x64x{'i32' if dtype == jnp.int8 else 'f32'}>" in call.rsplit("->", 1)[1]
 
 
 @pytest.fixture
-def hopper():
+def on_hopper():
     if reason := ffi.missing("hopper"):
         pytest.skip(reason)
     if jax.devices()[0].compute_capability != "9.0":
@@ -41,9 +41,9 @@ def hopper():
 @pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16"])
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float16, jnp.float32, None])
 @pytest.mark.parametrize(("rows", "columns", "out"), [(1, 96, 7), (77, 600, 520), (300, 3584, 1000)])
-def test_int8_equals_the_formulas_bit_for_bit(hopper, rows, columns, out, pattern, out_dtype):
+def test_int8_equals_the_formulas_bit_for_bit(on_hopper, rows, columns, out, pattern, out_dtype):
     lifted, scale, w, bias = problem(rows, columns, out, pattern)
-    got = jax.jit(ffi.hopper_linear, static_argnums=4)(lifted, scale, w, bias, out_dtype)
+    got = jax.jit(hopper.linear, static_argnums=4)(lifted, scale, w, bias, out_dtype)
     acc = formulas.accumulate(np.asarray(lifted), formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros)))
     want = acc if out_dtype is None else formulas.finish(acc, np.asarray(scale)[:, 0], np.asarray(w.scale), bias)
     np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want.astype(got.dtype)))
@@ -51,9 +51,9 @@ def test_int8_equals_the_formulas_bit_for_bit(hopper, rows, columns, out, patter
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 77, 1500])
-def test_e4m3_is_as_exact_as_its_sums(hopper, rows):
+def test_e4m3_is_as_exact_as_its_sums(on_hopper, rows):
     lifted, scale, w, _ = problem(rows, 3584, 1000, dtype=jnp.float8_e4m3fn)
-    got = np.asarray(jax.jit(ffi.hopper_linear, static_argnums=4)(lifted, scale, w, None, None), np.float64)
+    got = np.asarray(jax.jit(hopper.linear, static_argnums=4)(lifted, scale, w, None, None), np.float64)
     want = formulas.accumulate(np.asarray(lifted), formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros)))
     assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)  # 13 bits of each step's sum are kept
 
@@ -79,12 +79,12 @@ def test_dense_products_of_8_bit_codes_are_lowered_to_the_kernel(columns, dtype,
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("rows", "columns", "out"), [(1, 96, 7), (77, 592, 520), (300, 3584, 1000), (1000, 18944, 136)])
-def test_dense_int8_equals_the_formulas_bit_for_bit(hopper, rows, columns, out, bias, out_dtype):
+def test_dense_int8_equals_the_formulas_bit_for_bit(on_hopper, rows, columns, out, bias, out_dtype):
     rng = np.random.default_rng(rows)
     codes, kernel = (rng.integers(-127, 128, (n, columns)).astype(np.int8) for n in (rows, out))
     scale_x, scale_w, b = (rng.random(n).astype(np.float32) for n in (rows, out, out))
     b = jnp.asarray(b) if bias else None
-    got = jax.jit(ffi.hopper_dense_linear, static_argnums=5)(codes, jnp.asarray(scale_x)[:, None], kernel, jnp.asarray(scale_w), b, out_dtype)
+    got = jax.jit(hopper.dense_linear, static_argnums=5)(codes, jnp.asarray(scale_x)[:, None], kernel, jnp.asarray(scale_w), b, out_dtype)
     want = formulas.finish(formulas.accumulate(codes, kernel), scale_x, scale_w, b)
     np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want.astype(got.dtype)))
 
@@ -92,7 +92,7 @@ def test_dense_int8_equals_the_formulas_bit_for_bit(hopper, rows, columns, out, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("prepared", [False, True])
-def test_dense_linear_is_close_to_the_reference(hopper, dtype, prepared):
+def test_dense_linear_is_close_to_the_reference(on_hopper, dtype, prepared):
     x = jax.random.normal(jax.random.key(0), (130, 720), jnp.bfloat16)
     w = sj.pack(jax.random.normal(jax.random.key(1), (720, 264)), "8:10", dtype=dtype)
     bias = jax.random.normal(jax.random.key(2), (264,))
