@@ -33,6 +33,8 @@ _SHIPPED = Path(__file__).parent / "data" / "tuning"
 _FORMAT = 1
 # How far, in factors of two summed over rows, inputs and outputs, an entry may be from the problem to speak for it.
 _REACH = 3.0
+# With how many times the shortest time a weight does without another prepared form.
+_NEARLY = 1.2
 
 
 def device_slug(device: str) -> str:
@@ -132,13 +134,28 @@ def lookup(problem: Problem, candidates: list[str]) -> tuple[str, str] | None:
 
 
 def forms(w: SlideWeight) -> tuple[str, ...]:
-    """The prepared forms that the fastest implementations want for a weight of this shape, over all measured rows."""
+    """The prepared forms for a weight of this shape: as few as let every number of rows that was measured run nearly as fast as with all,
+    since a form can be as large as the weight. "dense" where nothing near was measured, as the choice then falls on it."""
     from slidejax.ops.registry import device_kind
 
-    wanted = []
-    for e in _alike(device_kind("cuda"), w):
-        if _log_ratio(e["in"], w.in_features) + _log_ratio(e["out"], w.out_features) <= _REACH:
-            best = min(e["us"], key=e["us"].__getitem__)
-            if best.endswith("+prepared"):
-                wanted.append(best.removesuffix("+prepared"))
-    return tuple(dict.fromkeys(wanted)) or ("dense",)
+    near = [
+        e["us"] for e in _alike(device_kind("cuda"), w)
+        if _log_ratio(e["in"], w.in_features) + _log_ratio(e["out"], w.out_features) <= _REACH
+    ]  # fmt: skip
+    if not near:
+        return ("dense",)
+    wanted: list[str] = []
+
+    def slow(us: dict[str, float], forms: list[str]) -> bool:
+        possible = (t for name, t in us.items() if (form := _form(name)) is None or form in forms)
+        return min(possible, default=math.inf) > _NEARLY * min(us.values())
+
+    while left := [us for us in near if slow(us, wanted)]:
+        others = dict.fromkeys(form for us in left for name in us if (form := _form(name)) is not None)
+        wanted.append(min(others, key=lambda form: sum(slow(us, [*wanted, form]) for us in left)))
+    return tuple(wanted)
+
+
+def _form(variant: str) -> str | None:
+    """The prepared form that a variant of an entry has, or None."""
+    return variant.removesuffix("+prepared") if variant.endswith("+prepared") else None
