@@ -96,7 +96,7 @@ def rows(args: argparse.Namespace, teacher: LoadedModel, ids: np.ndarray) -> np.
         return text
     begun = np.random.default_rng(args.seed).integers(0, len(text), count)
     prompts = text[begun, : min(_PROMPT, window // 2)]
-    return np.concatenate([text, sample(teacher.model, prompts, window, batch=min(count, 768 if gpu else 16), seed=args.seed)])
+    return np.concatenate([text, sample(teacher.model, prompts, window, batch=min(count, 256 if gpu else 16), seed=args.seed)])
 
 
 def run(
