@@ -186,7 +186,7 @@ SJ_DEVICE void store_bulk(const Params& p, const A (&d)[T::kTokens / 2], const C
 template <class T, int kBlock, class A>
 SJ_DEVICE void store_block(const Params& p, const A (&d)[T::kTokens / 2], const Shared& shared, int warp, int set, int row,
                            int token) {
-  const uint32_t ring = slots<T>(shared, warp), scale_x = scales<T>(shared, warp >> 2, set);
+  const uint32_t scale_x = scales<T>(shared, warp >> 2, set);
   const uint32_t scale_w = scale_x + T::kTokens * 4 + kBlock * 256 + (warp & 3) * 64;
   const Column col = make_column(scale_x, scale_w, scale_w + T::kBlocks * 256, row + kBlock * 64 + (warp & 3) * 16, token);
   if (p.bulk_stores && p.bias != nullptr) {
@@ -196,7 +196,8 @@ SJ_DEVICE void store_block(const Params& p, const A (&d)[T::kTokens / 2], const 
   } else {
 #pragma unroll
     for (int first = 0; first < T::kTokens; first += kJobTokens<T>)
-      store_slab<kJobTokens<T>>(p, reinterpret_cast<const A(&)[kJobTokens<T> / 2]>(d[first / 2]), col, first, ring);
+      store_slab<kJobTokens<T>>(p, reinterpret_cast<const A(&)[kJobTokens<T> / 2]>(d[first / 2]), col, first,
+                                slots<T>(shared, warp));
   }
 }
 

@@ -211,6 +211,7 @@ def _calibration(loaded: Any, args: argparse.Namespace) -> Any:
     import numpy as np
 
     from slidejax import texts
+    from slidejax.evaluate import fitting
     from slidejax.prune.calibration import CALIBRATED, cut
 
     if args.calibration is None and args.method not in CALIBRATED:
@@ -222,7 +223,7 @@ def _calibration(loaded: Any, args: argparse.Namespace) -> Any:
         if args.sequences > _SHORT:  # the reference alone is not enough
             text = texts.training()
     ids = np.asarray(loaded.encode(text), np.int32)
-    return cut(ids, args.sequences, min(512, getattr(loaded.model.config, "max_position_embeddings", 512)), args.seed)
+    return cut(ids, args.sequences, fitting(512, loaded.model), args.seed)
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
@@ -370,7 +371,7 @@ def _recover(args: argparse.Namespace) -> None:
         def show(step: int, total: int | None, loss: float) -> None:
             bar.update(task, description=f"step {step} of {total or '?'}: {loss:.4f}", completed=step, total=total)
 
-        bar.update(task, description="the dense model writes" if args.sample != 0 else "compiling")
+        bar.update(task, description="gathering text")
         rows = training.rows(args, teacher, ids)
         bar.update(task, description="compiling")
         model, fitted = training.run(args, loaded, teacher, rows, show)

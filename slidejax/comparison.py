@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from slidejax.evaluate import Evaluation, default_batch, evaluate
+from slidejax.evaluate import Evaluation, default_batch, evaluate, fitting
 from slidejax.models import LoadedModel
 
 __all__ = ["Compared", "compare", "plot", "table"]
@@ -88,7 +88,7 @@ def compare(
         sizes[reference.name] = reference.model.config.vocab_size
     if len(set(sizes.values())) > 1:
         raise ValueError(f"models must share one vocabulary to be compared, got {sizes}")
-    window = min(window, *(getattr(loaded.model.config, "max_position_embeddings", window) for _, loaded in models))
+    window = fitting(window, *(loaded.model for _, loaded in models))
     rows = []
     with ThreadPoolExecutor(1) as pool:
         for name, loaded in models:

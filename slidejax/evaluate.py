@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Agreement", "Evaluation", "Evaluator", "default_batch", "evaluate", "windows"]
+__all__ = ["Agreement", "Evaluation", "Evaluator", "default_batch", "evaluate", "fitting", "windows"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +85,11 @@ def windows(tokens: Sequence[int] | np.ndarray, length: int) -> tuple[np.ndarray
 def default_batch() -> int:
     """How many windows the commands run at a time on this device."""
     return 2 if jax.default_backend() == "cpu" else 8
+
+
+def fitting(window: int, *models: Any) -> int:
+    """The window, or the fewest positions that one of the models has, where these are fewer."""
+    return min(window, *(getattr(model.config, "max_position_embeddings", window) for model in models))
 
 
 class Evaluator:

@@ -125,25 +125,26 @@ def _refuse_cusparselt(problem: Problem) -> str | None:
     return reason
 
 
-def _is_hopper(device: str) -> bool:
-    return any(name in device for name in ("H100", "H200", "H800", "H20", "GH200"))
-
-
 def _refuse_hopper(problem: Problem) -> str | None:
-    reason = _refuse_cuda_only(problem) or _missing("hopper")
-    if reason is None and not _is_hopper(problem.device):
-        reason = f"needs a Hopper GPU (compute capability 9.0), not {problem.device}"
-    if reason is None and not numerics.is_quantized(problem.dtype):
-        reason = f"values must be int8 or float8_e4m3fn, not {problem.dtype.name}"
+    return _refuse_cuda_only(problem) or _without_hopper(problem.device, problem.dtype)
+
+
+def _without_hopper(device: str, dtype: np.dtype) -> str | None:
+    """Why the Hopper kernel does not run on a CUDA device with values of a dtype, or None."""
+    reason = _missing("hopper")
+    if reason is None and not any(name in device for name in ("H100", "H200", "H800", "H20", "GH200")):
+        reason = f"needs a Hopper GPU (compute capability 9.0), not {device}"
+    if reason is None and not numerics.is_quantized(dtype):
+        reason = f"values must be int8 or float8_e4m3fn, not {dtype.name}"
     return reason
 
 
 def fused_dense(codes, kernel, platform: str) -> bool:
     """Whether a dense 8-bit product `[M, K] @ [out, K]^T` runs in the Hopper kernel, scales and bias included. Its bulk copies want rows
     of whole 16 bytes."""
-    if platform != "cuda" or _library() or _missing("hopper") or not numerics.is_quantized(kernel.dtype):
+    if platform != "cuda" or _without_hopper(device_kind(platform), np.dtype(kernel.dtype)) is not None:
         return False
-    return _is_hopper(device_kind(platform)) and codes.shape[0] > 0 and kernel.shape[0] > 0 and kernel.shape[1] > 0 and kernel.shape[1] % 16 == 0
+    return min(codes.shape[0], *kernel.shape) > 0 and kernel.shape[1] % 16 == 0
 
 
 def _cusparselt(lifted, scale_x, w: SlideWeight, bias, out_dtype):

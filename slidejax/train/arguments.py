@@ -83,11 +83,11 @@ def rows(args: argparse.Namespace, teacher: LoadedModel, ids: np.ndarray) -> np.
     """
     import jax
 
+    from slidejax.evaluate import fitting
     from slidejax.train.distill import rows_of, sample
 
     gpu = jax.default_backend() == "gpu"
-    window = args.window or min(512 if gpu else 256, len(ids))
-    window = min(window, getattr(teacher.model.config, "max_position_embeddings", window))
+    window = fitting(args.window or min(512 if gpu else 256, len(ids)), teacher.model)
     text = rows_of(ids, window)
     count = args.sample if args.sample is not None else 768 if gpu else 0
     if count < 0:

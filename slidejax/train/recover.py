@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from slidejax.evaluate import fitting
 from slidejax.prepared import drop_prepared
 from slidejax.train.distill import distillation_loss, rows_of
 from slidejax.train.loop import Fitted, Shuffled, fit
@@ -78,7 +79,7 @@ def recover(
         raise ValueError(f"teacher has a vocabulary of {teacher.config.vocab_size} tokens, the model one of {model.config.vocab_size}")
     if summary(model.params).pattern == "dense":
         raise ValueError("model is dense, so there is nothing to recover: convert it first")
-    window = min(window, getattr(model.config, "max_position_embeddings", window))
+    window = fitting(window, model)
     rows = rows_of(tokens, window)
     if rows.min() < 0 or rows.max() >= model.config.vocab_size:
         raise ValueError(f"tokens must be in 0..{model.config.vocab_size - 1}, got {rows.min()}..{rows.max()}")
