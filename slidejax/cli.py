@@ -79,10 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_compute(p)
     _add_json(p)
 
-    p = command("convert", _convert, "Prune and pack a model; write it, its tokenizer and its configuration to OUT.")
+    p = command("convert", _convert, "Prune, quantise and pack a model; write it, its tokenizer and its configuration to OUT.")
     p.add_argument("model", help=_MODEL_HELP)
     p.add_argument("out", help="the directory to write; it appears when it is complete")
-    p.add_argument("--pattern", required=True, help="such as 6:8")
+    p.add_argument("--pattern", required=True, help="such as 6:8; dense prunes nothing and quantises only")
     p.add_argument(
         "--dtype", default="int8", help="of the packed values: int8 (default), float8_e4m3fn, none to keep the model's"
     )
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="REGEX",
-        help="leave the layers whose whole path matches dense; may be repeated",
+        help="leave the layers whose whole path matches as they are, not quantised either; may be repeated",
     )
     _add_method(p, "magnitude", 64)
     p.add_argument("--work", metavar="DIR", help="keep finished layers here, so that a conversion that was stopped goes on")
@@ -235,6 +235,7 @@ def _demo(args: argparse.Namespace) -> None:
     import jax
 
     from slidejax import demo
+    from slidejax.prepared import weights_of
 
     out = terminal.console()
     with terminal.progress() as bar, ThreadPoolExecutor(1) as pool:
@@ -242,7 +243,7 @@ def _demo(args: argparse.Namespace) -> None:
         loaded = _load(args.model, args)
         ids, source = _tokens(loaded, args.text, args.tokens)
         calibration = _calibration(loaded, args)
-        converted = demo.summary(loaded.model.params).pattern != "dense"
+        converted = bool(weights_of(loaded.model.params))
         total = 1 if converted else 1 + len(args.patterns) * len(args.dtypes)
         bar.update(task, total=total + 1, completed=0)
         done: list[demo.Row] = []
@@ -256,8 +257,8 @@ def _demo(args: argparse.Namespace) -> None:
             done.append(row)
             speed = f"{row.tokens_per_second:.1f} tokens/s"
             bar.console.print(f"{row.pattern} {row.dtype}: perplexity {row.perplexity:.2f}, {speed}", highlight=False)
-            # of the sparse models one is kept, for the sample beside the dense one
-            if row.pattern == "dense" or converted or (row.pattern == _sampled(args.patterns) and len(samples) < 2):
+            # of the converted models one is kept, for the sample beside the dense one, which comes first
+            if len(done) == 1 or (row.pattern == _sampled(args.patterns) and len(samples) < 2):
                 sample = demo.Sample(model, loaded, args.prompt, args.max_new_tokens, pool)
                 samples.append((f"{row.pattern} {row.dtype}", sample))
         show("writing", 0.5)
@@ -319,6 +320,7 @@ def _convert(args: argparse.Namespace) -> None:
     from slidejax.checkpoint.store import METADATA
     from slidejax.huggingface import HIDDEN_LAYERS
     from slidejax.pattern import Pattern
+    from slidejax.prepared import weights_of
     from slidejax.prune import Calibration
     from slidejax.rules import Rule
 
@@ -329,10 +331,10 @@ def _convert(args: argparse.Namespace) -> None:
     with terminal.progress() as bar:
         task = bar.add_task(f"reading {args.model}", total=3)
         loaded = _load(args.model, args)
-        if demo.summary(loaded.model.params).pattern != "dense":
+        if weights_of(loaded.model.params):
             raise ValueError(f"{args.model!r} is converted already; convert the dense model")
         calibration = how = _calibration(loaded, args)
-        bar.update(task, description=f"pruning and packing to {rule}", completed=1)
+        bar.update(task, description=f"converting to {rule}", completed=1)
         if calibration is not None:
             tell = lambda done, total: bar.update(task, completed=1 + done / total)  # noqa: E731
             how = Calibration(calibration, work=args.work, progress=tell)
@@ -353,10 +355,10 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _recover(args: argparse.Namespace) -> None:
-    from slidejax import demo
     from slidejax.checkpoint.huggingface import write_pretrained
     from slidejax.checkpoint.staging import check_target
     from slidejax.checkpoint.store import METADATA
+    from slidejax.prepared import weights_of
     from slidejax.train import arguments as training
 
     check_target(args.out, METADATA)
@@ -364,7 +366,7 @@ def _recover(args: argparse.Namespace) -> None:
         task = bar.add_task(f"reading {args.model}", total=None)
         loaded = _load(args.model, args)
         teacher = _load(training.teacher_name(args, loaded), args)
-        if demo.summary(teacher.model.params).pattern != "dense":
+        if weights_of(teacher.model.params):
             raise ValueError(f"{teacher.name!r} is converted too; --against must name the dense model")
         ids, source = training.tokens(args, loaded)
 
@@ -414,7 +416,7 @@ def _eval(args: argparse.Namespace) -> None:
     out.print(comparison.table(rows, args.against))
     for row in rows:
         if row.text is not None:
-            _show_written(out, f"{row.name} ({row.pattern})", args.prompt, row.text)
+            _show_written(out, f"{row.name} ({row.weights})", args.prompt, row.text)
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -27,22 +27,30 @@ class Compared:
 
     Attributes:
       name: what the model was called.
-      pattern: "dense", or the patterns of its packed weights.
+      pattern: the patterns of its packed weights, "dense" if it has none.
+      dtype: of these weights, or of the model.
       result: the `Evaluation`.
       prompt, text: what it was asked to continue and what it wrote, the likeliest token each time; None: it was not asked.
     """
 
     name: str
     pattern: str
+    dtype: str
     result: Evaluation
     prompt: str | None = None
     text: str | None = None
+
+    @property
+    def weights(self) -> str:
+        """Pattern and dtype in words: "dense float32" as it was, "dense int8" quantised only."""
+        return f"{self.pattern} {self.dtype}"
 
     def figures(self, text: str, reference: str | None) -> dict[str, Any]:
         """The figures as plain JSON."""
         value = {
             "model": self.name,
             "pattern": self.pattern,
+            "dtype": self.dtype,
             "text": text,
             "perplexity": self.result.perplexity,
             "next_token_accuracy": self.result.next_token_accuracy,
@@ -104,7 +112,9 @@ def compare(
                 progress=functools.partial(progress, name),
             )
             text = None if sample is None else sample.text()
-            rows.append(Compared(name, demo.summary(loaded.model.params).pattern, result, prompt, text))
+            found = demo.summary(loaded.model.params)
+            dtype = found.dtype if found.bytes else np.dtype(loaded.model.dtype).name
+            rows.append(Compared(name, found.pattern, dtype, result, prompt, text))
     return rows
 
 
@@ -113,16 +123,14 @@ def table(rows: Sequence[Compared], reference: str | None) -> Any:
     from rich.table import Table
 
     made = Table()
-    for name in ("model", "pattern"):
+    for name in ("model", "weights"):
         made.add_column(name, overflow="fold")
     titles = ["perplexity", "next token right"]
     if len(rows) > 1:
         titles += ["perplexity, times the first", "of the first's accuracy"]
     if reference is not None:
         titles += [f"same choice as {reference}", "KL, nats"]
-    for title in titles:
-        made.add_column(title, justify="right")
-    first = rows[0].result
+    first, lines = rows[0].result, []
     for row in rows:
         r = row.result
         cells = [f"{r.perplexity:.3f}", f"{100 * r.next_token_accuracy:.2f} %"]
@@ -131,7 +139,11 @@ def table(rows: Sequence[Compared], reference: str | None) -> Any:
             cells += [f"{r.perplexity / first.perplexity:.4f}", f"{100 * kept:.2f} %"]
         if r.agreement is not None:
             cells += [f"{100 * r.agreement.top1:.2f} %", f"{r.agreement.kl:.4f}"]
-        made.add_row(row.name, row.pattern, *cells)
+        lines.append(cells)
+    for i, title in enumerate(titles):
+        made.add_column(title, justify="right", min_width=max(len(cells[i]) for cells in lines))  # figures stay in one line
+    for row, cells in zip(rows, lines, strict=True):
+        made.add_row(row.name, row.weights, *cells)
     return made
 
 
@@ -165,7 +177,7 @@ def plot(rows: Sequence[Compared], path: str | os.PathLike[str], window: int) ->
     more = "nats" if alone else f"nats more than {_short(rows[0].name)}"
     for row in rows if alone else rows[1:]:
         lost = row.result.losses - base
-        label = f"{_short(row.name)} ({row.pattern}): {row.result.perplexity:.2f}"
+        label = f"{_short(row.name)} ({row.weights}): {row.result.perplexity:.2f}"
         left.plot(*_by_position(lost, window), marker="o", label=label)
         right.plot(np.sort(lost)[::-1], 100 * np.arange(1, len(lost) + 1) / len(lost), label=label)
     left.set(xlabel="position in the window", ylabel=f"mean loss, {more}", title="loss by length of the context", xscale="log")

@@ -37,7 +37,7 @@ class Row:
     """One line of the table.
 
     Attributes:
-      pattern: "dense" or a pattern.
+      pattern: of the packed weights; "dense" for the model as it was, too.
       dtype: of the weights of the linear layers.
       perplexity, next_token_accuracy, tokens: from `slidejax.evaluate`.
       bytes: of the linear layers' weights, as they are: packed, with padding and scales.
@@ -60,7 +60,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What the packed weights of a model are; `pattern` and `dtype` join several with "+", or are "dense"."""
+    """What the packed weights of a model are; `pattern` and `dtype` join several with "+", and `pattern` is "dense" too where there are none."""
 
     pattern: str
     dtype: str
@@ -75,7 +75,7 @@ def summary(params: Any) -> Summary:
     Summary(pattern='6:8', dtype='int8', bytes=1920)
     """
     weights = weights_of(params)
-    patterns = sorted({w.pattern for w in weights}, key=lambda p: -p.group)
+    patterns = sorted({w.pattern for w in weights}, key=lambda p: -p.density)
     return Summary(
         "+".join(map(str, patterns)) or "dense",
         "+".join(sorted({w.dtype.name for w in weights})) or "dense",
@@ -149,7 +149,7 @@ def rows(
     rules = [Rule(Pattern.parse(p), qdtype=d) for p in patterns for d in dtypes]  # what is wrong with them is said first
     model, found = loaded.model, summary(loaded.model.params)
     meter = _Meter(huggingface.with_params(model, model.params), tokens, pool, window, progress)
-    if found.pattern != "dense":
+    if found.bytes:
         yield meter(found, ready(model), None), ready(model)
         return
     dtype = np.dtype(model.dtype).name

@@ -1,7 +1,10 @@
-"""Sparsity patterns `(2N-2):2N`: how many weights of every group are kept, and the shapes that follow from it.
+"""Sparsity patterns `(2N-2):2N`, and "dense": how many weights of every group are kept, and the shapes that follow from it.
 
 A group of `2N` consecutive inputs is covered by `N - 1` windows of four columns, neighbours overlapping by two
 (SlideSparse, arXiv 2603.05232). Each window holds at most two kept weights, which is what a 2:4 sparse tensor core runs.
+
+"dense" prunes nothing: 8-bit weights and activations alone, or unquantised the kernel as it was. Its group is one window that is kept
+whole, 4:4, so that all formulas of shapes hold: expansion 1, density 1, blocks of 32 columns, and a lift that only pads.
 """
 
 from __future__ import annotations
@@ -20,46 +23,57 @@ _TEXT = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """A `(2N-2):2N` pattern: at most `kept` non-zeros in every group of `group` consecutive inputs.
+    """A `(2N-2):2N` pattern: at most `kept` non-zeros in every group of `group` consecutive inputs; or "dense", which is 4:4.
 
     Attributes:
-      kept: non-zeros kept in a group, `group - 2`.
+      kept: non-zeros kept in a group, `group - 2`; of "dense" all 4.
       group: columns of a group, even, 4 to 16.
 
     Raises:
-      ValueError: if `group` is not an even number from 4 to 16, or `kept` is not `group - 2`.
+      ValueError: if `group` is not an even number from 4 to 16, or `kept` is not `group - 2`; unless it is 4:4.
 
     >>> p = Pattern.parse("6:8")
     >>> p.kept, p.group, p.windows, p.expansion, str(p)
     (6, 8, 3, 1.5, '6:8')
+    >>> p = Pattern.parse("dense")
+    >>> p.kept, p.group, p.expansion, p.density, p.block, p.prunes, str(p)
+    (4, 4, 1.0, 1.0, 32, False, 'dense')
     """
 
     kept: int
     group: int
 
     def __post_init__(self):
-        if self.group % 2 or not 4 <= self.group <= 16 or self.kept != self.group - 2:
+        sparse = self.group % 2 == 0 and 4 <= self.group <= 16 and self.kept == self.group - 2
+        if not sparse and (self.kept, self.group) != (4, 4):
             raise ValueError(
                 f"pattern must be kept:group with an even group from 4 to 16 and kept = group - 2 "
-                f"(2:4, 4:6, 6:8, ... 14:16), got {self.kept}:{self.group}"
+                f"(2:4, 4:6, 6:8, ... 14:16), or 'dense', got {self.kept}:{self.group}"
             )
 
     @classmethod
     def parse(cls, text: str | Pattern) -> Pattern:
-        """Reads `"6:8"`; a `Pattern` is returned as it is.
+        """Reads `"6:8"` or `"dense"` (also `"4:4"`); a `Pattern` is returned as it is.
 
         Raises:
-          ValueError: if the text is not `kept:group` or names a pattern outside the family.
+          ValueError: if the text is neither `kept:group` nor "dense", or names a pattern outside the family.
           TypeError: if it is neither a string nor a `Pattern`.
         """
         if isinstance(text, Pattern):
             return text
         if not isinstance(text, str):
             raise TypeError(f"pattern must be a string such as '6:8' or a Pattern, got {type(text).__name__}")
+        if text.strip() == "dense":
+            return cls(4, 4)
         match = _TEXT.fullmatch(text)
         if match is None:
-            raise ValueError(f"pattern must be 'kept:group' such as '6:8', got {text!r}")
+            raise ValueError(f"pattern must be 'kept:group' such as '6:8', or 'dense', got {text!r}")
         return cls(int(match[1]), int(match[2]))
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any weight goes: all patterns but "dense"."""
+        return self.kept < self.group
 
     @property
     def windows(self) -> int:
@@ -98,4 +112,4 @@ class Pattern:
         return self.groups(in_features) * self.windows * 4
 
     def __str__(self) -> str:
-        return f"{self.kept}:{self.group}"
+        return f"{self.kept}:{self.group}" if self.prunes else "dense"

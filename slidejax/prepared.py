@@ -2,7 +2,7 @@
 
 | name | what it holds | where it pays |
 |---|---|---|
-| `dense` | the kernel's codes `[out, in]` in the values' dtype, zeros included | a CPU, and a GPU where dense is the faster choice: nothing is unpacked in the loop |
+| `dense` | the kernel's codes `[out, in]` in the values' dtype, zeros included | a CPU, and a GPU where dense is the faster choice: nothing is unpacked in the loop. Not with the pattern "dense", whose values are these codes already |
 | `cusparselt` | cuSPARSELt's opaque compressed form, uint8 | every use of that library |
 | `hopper` | the 2:4 metadata in the order in which the kernel's lanes read it, uint8 | every use of the kernel |
 
@@ -61,7 +61,8 @@ def prepare(tree: Any, implementation: str | None = None) -> Any:
         shape wants ("dense" on a CPU).
 
     Returns:
-      The tree; other leaves, and weights for which nothing pays, as they were.
+      The tree; other leaves, and weights for which nothing pays, as they were: among them those of the pattern "dense", which runs
+      from its values.
 
     Raises:
       ValueError: for an unknown name, or under tracing of a form that needs the device ("cusparselt").
@@ -80,6 +81,8 @@ def prepare(tree: Any, implementation: str | None = None) -> Any:
 
 
 def _prepare(w: SlideWeight, implementation: str | None) -> SlideWeight:
+    if not w.pattern.prunes:
+        return w
     names = _wanted(w) if implementation is None else (implementation,)
     forms = dict(w.prepared)
     for name in names:
@@ -114,10 +117,9 @@ def serving(tree: Any) -> Any:
     >>> jax.tree.structure(serving(w)) == jax.tree.structure(serving(pack(jnp.ones((64, 4)), "2:4", dtype="int8")))
     True
     """
-    tree = prepare(tree)
     if jax.default_backend() != "cpu":
-        return tree
-    return map_weights(lambda w: DenseWeight(w.prepared["dense"], w.scale), tree)
+        return prepare(tree)
+    return map_weights(lambda w: DenseWeight(_MAKERS["dense"](check_weight(w)), w.scale), tree)
 
 
 @jax.tree_util.register_pytree_with_keys_class

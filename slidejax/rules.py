@@ -1,8 +1,9 @@
-"""Rules: which linear layers of a model become sparse, with which pattern and dtype; and the report of what was done.
+"""Rules: which linear layers of a model are packed, with which pattern and dtype; and the report of what was done.
 
 Rules are ordered pairs `(regex, what)`. The regex must match the whole '/'-joined path of a linear layer's kernel, such
 as `model/layers/0/mlp/up_proj/kernel` (the final `/kernel` may be left out); the first rule that matches decides.
-`what` is a pattern (`"6:8"`, meaning `Rule("6:8")`), a `Rule`, or None to leave the layer dense.
+`what` is a pattern (`"6:8"`, meaning `Rule("6:8")`), a `Rule`, or None to leave the layer as it is. The pattern `"dense"` quantises and
+prunes nothing; None does not touch the layer.
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ Prune = Callable[[jax.Array, Pattern, str], Any]
 
 
 class LeftDense(Exception):
-    """A layer stays dense; the message is the reason, for the report."""
+    """A layer stays as it is; the message is the reason, for the report."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How the linear layers that a rule matches become sparse.
+    """How the linear layers that a rule matches are pruned and packed.
 
     Attributes:
-      pattern: such as `"6:8"`.
+      pattern: such as `"6:8"`; "dense" prunes nothing.
       qdtype: dtype of the packed values: int8 or float8_e4m3fn quantise weight and activations; bfloat16, float16 or
-        float32 store the values in that dtype; None keeps the kernel's own.
+        float32 store the values in that dtype; None keeps the kernel's own. With the pattern "dense" these are for training and for
+        quantising later: the layer computes what it did.
 
     Raises:
       ValueError: for a bad pattern or dtype.
@@ -62,7 +64,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """One layer that became sparse: `shape` of its kernel as `[..., in, out]`, bytes before and after."""
+    """One layer that was packed: `shape` of its kernel as `[..., in, out]`, bytes before and after."""
 
     path: str
     rule: Rule
@@ -77,8 +79,8 @@ class Report:
     """What a conversion did; pass an empty one as `report=`, it is filled in and can be printed.
 
     Attributes:
-      converted: the layers that became sparse.
-      dense: path -> why the layer was left dense.
+      converted: the layers that were packed.
+      dense: path -> why the layer was left as it is.
       unmatched: a line for each rule that decided no layer.
       notes: what else is to be known, such as how it was calibrated.
     """
@@ -90,7 +92,7 @@ class Report:
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of the kernels that became sparse, as they were."""
+        """Bytes of the kernels that were packed, as they were."""
         return sum(layer.bytes_before for layer in self.converted)
 
     @property
@@ -106,7 +108,7 @@ class Report:
             f"{_mib(layer.bytes_before)} to {_mib(layer.bytes_after)}"
             for layer in self.converted
         ]
-        lines += [f"  dense: {path}: {reason}" for path, reason in self.dense.items()]
+        lines += [f"  left dense: {path}: {reason}" for path, reason in self.dense.items()]
         return "\n".join(lines + [f"  {line}" for line in (*self.unmatched, *self.notes)])
 
 

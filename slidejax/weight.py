@@ -2,7 +2,8 @@
 
 Sort the kept columns of a group: pair number `w` always lies inside window `w`. So packing needs no search. With the
 two zeros of a group at `z1 < z2`, kept value `j` comes from column `j + (j >= z1) + (j >= z2 - 1)`, and packing and
-unpacking are three shifted copies and a selection between them.
+unpacking are three shifted copies and a selection between them. With the pattern "dense" a group has no zeros, and packing only
+pads, casts or quantises.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class SlideWeight:
     Attributes:
       values: `[..., out, groups, kept]`, int8, float8_e4m3fn, bfloat16, float16 or float32: the kept values in column
         order. A row is the compressed operand of the 2:4 instruction as it is.
-      zeros: `[..., out, groups]`, uint8: where the two zeros of a group are, `z1 | z2 << 4` with `z1 < z2`.
+      zeros: `[..., out, groups]`, uint8: where the two zeros of a group are, `z1 | z2 << 4` with `z1 < z2`. With the pattern
+        "dense" there are none: `[..., out, 0]`.
       scale: `[..., out]`, float32: `kernel = values * scale`; ones when the values are not quantised.
       pattern: the `Pattern`. Static.
       in_features: inputs of the whole kernel, without padding. Static.
@@ -115,9 +117,8 @@ class SlideWeight:
             )
         if self.prepared:
             raise ValueError(f"prepared forms {sorted(self.prepared)} cannot be split over a mesh: drop them first")
-        return self.replace(
-            values=PartitionSpec(*batch, out, k, None), zeros=PartitionSpec(*batch, out, k), scale=PartitionSpec(*batch, out)
-        )
+        zeros = PartitionSpec(*batch, out, k if self.pattern.prunes else None)
+        return self.replace(values=PartitionSpec(*batch, out, k, None), zeros=zeros, scale=PartitionSpec(*batch, out))
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
@@ -144,9 +145,11 @@ class SlideWeight:
                 f"{name}.values must be [..., out, groups, {self.pattern.kept}] for pattern {self.pattern}, "
                 f"got shape {self.values.shape}"
             )
-        if self.zeros.shape != self.values.shape[:-1] or self.scale.shape != self.values.shape[:-2]:
+        *rows, groups, _ = self.values.shape
+        zeros = (*rows, groups if self.pattern.prunes else 0)
+        if self.zeros.shape != zeros or self.scale.shape != tuple(rows):
             raise ValueError(
-                f"{name}: zeros and scale must have shapes {self.values.shape[:-1]} and {self.values.shape[:-2]} "
+                f"{name}: zeros and scale must have shapes {zeros} and {tuple(rows)} "
                 f"for values {self.values.shape}, got {self.zeros.shape} and {self.scale.shape}"
             )
         dtypes = self.zeros.dtype, self.scale.dtype
@@ -232,7 +235,9 @@ def split_zeros(zeros: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def kept_values(groups: jax.Array, zeros: jax.Array) -> jax.Array:
-    """The values at the kept columns: `[..., out, groups, group]` to `[..., out, groups, group - 2]`."""
+    """The values at the kept columns: `[..., out, groups, group]` to `[..., out, groups, group - 2]`; all, where there are no zeros."""
+    if zeros.shape[-1] < groups.shape[-2]:  # the pattern "dense"
+        return groups
     z1, z2 = split_zeros(zeros)
     kept = groups.shape[-1] - 2
     j = jnp.arange(kept)
@@ -241,6 +246,8 @@ def kept_values(groups: jax.Array, zeros: jax.Array) -> jax.Array:
 
 def scatter_values(values: jax.Array, zeros: jax.Array) -> jax.Array:
     """The inverse of `kept_values`: `[..., out, groups, kept]` to `[..., out, groups, kept + 2]`, zero elsewhere."""
+    if zeros.shape[-1] < values.shape[-2]:
+        return values
     z1, z2 = split_zeros(zeros)
     c = jnp.arange(values.shape[-1] + 2)
 
@@ -258,7 +265,7 @@ def pack(
 
     Args:
       kernel: `[..., in, out]`; leading axes are a batch of kernels.
-      pattern: such as `"6:8"`.
+      pattern: such as `"6:8"`; "dense" prunes nothing.
       dtype: of the values. None keeps the kernel's; int8 or float8_e4m3fn quantises a float kernel with one scale for
         each output (`slidejax.numerics`).
       mask: bool `[..., in, out]`, True = kept. None prunes by magnitude.
@@ -314,11 +321,7 @@ def _pack(kernel, mask, given_scale, pattern: Pattern, dtype) -> tuple[SlideWeig
     # -0.0 counts as a non-zero for some 2:4 compressors: only +0 is stored for what is not kept
     groups = jnp.where(nonzero, to_groups(kernel, pattern), jnp.zeros((), kernel.dtype))
     crowded = jnp.sum(nonzero, axis=-1) > pattern.kept
-    # the two zeros with the largest index, so that the missing columns of a last partial group count first
-    column = jnp.arange(pattern.group)
-    z2 = jnp.max(jnp.where(nonzero, 1, column), axis=-1)
-    z1 = jnp.max(jnp.where(nonzero | (column >= z2[..., None]), 0, column), axis=-1)
-    zeros = (z1 | z2 << 4).astype(jnp.uint8)
+    zeros = _zeros_of(nonzero) if pattern.prunes else jnp.zeros((*nonzero.shape[:-2], 0), jnp.uint8)
     values = kept_values(groups, zeros)
     bad_row = jnp.any(crowded, axis=-1)
     scale = jnp.ones(bad_row.shape, jnp.float32)
@@ -331,6 +334,15 @@ def _pack(kernel, mask, given_scale, pattern: Pattern, dtype) -> tuple[SlideWeig
     else:
         values = jnp.where(bad_row[..., None, None], jnp.asarray(jnp.nan, dtype), values)
     return SlideWeight(values, zeros, scale, pattern, kernel.shape[-2]), crowded
+
+
+def _zeros_of(nonzero: jax.Array) -> jax.Array:
+    """The packed byte of each group `[..., out, groups, group]`: its two zeros with the largest index, so that the missing columns of a
+    last partial group count first."""
+    column = jnp.arange(nonzero.shape[-1])
+    z2 = jnp.max(jnp.where(nonzero, 1, column), axis=-1)
+    z1 = jnp.max(jnp.where(nonzero | (column >= z2[..., None]), 0, column), axis=-1)
+    return (z1 | z2 << 4).astype(jnp.uint8)
 
 
 def _quantize_values(values: jax.Array, dtype, scale: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

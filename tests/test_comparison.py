@@ -26,7 +26,7 @@ def test_side_by_side(capsys, files):
     options = ["--text", text, "--window", 64, "--against", dense]
     status, said, _ = run(capsys, "eval", dense, out, *options, "--json", "--plot", files / "picture.png")
     both = json.loads(said)
-    assert status == 0 and [row["pattern"] for row in both] == ["dense", "6:8"]
+    assert status == 0 and [(row["pattern"], row["dtype"]) for row in both] == [("dense", "float32"), ("6:8", "int8")]
     _, said, _ = run(capsys, "eval", out, *options, "--json")
     assert json.loads(said) == both[1]
     assert both[0]["top1_agreement"] == 1 and both[0]["kl"] < 1e-6 < both[1]["kl"]
@@ -45,7 +45,7 @@ def test_each_model_continues_the_prompt(capsys, files):
         _, said, _ = run(capsys, "generate", model, "--prompt", "The [moon]", "--max-new-tokens", 7, "--json")
         assert (row["prompt"], row["written"]) == ("The [moon]", json.loads(said)["text"])
     status, said, _ = run(capsys, "eval", *models, *options)
-    assert status == 0 and said.count("The [moon]") == 2 and "(6:8)" in said
+    assert status == 0 and said.count("The [moon]") == 2 and "(6:8 int8)" in said
     status, _, err = run(capsys, "eval", models[0], *options[:-1], 1000)
     assert status == 1 and "exceed" in err
 

@@ -6,7 +6,7 @@ Before cuSPARSELt is timed, its algorithms are searched for the shape, and the f
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,23 +62,29 @@ def measure(
       recorded after each shape, so that an interruption loses one shape at most.
 
     Raises:
-      ValueError: a bad pattern or dtype, before anything is measured.
+      ValueError: a bad pattern or dtype, or nothing but the pattern "dense", before anything is measured.
     """
     gpu = jax.default_backend() == "gpu"
     clock = Clock.of(args, gpu)
     dtypes = [numerics.check_dtype(d, "dtypes") for d in args.dtypes or ("int8", "float8_e4m3fn")]
-    forms: Iterable[tuple[Pattern, Any]] = [(Pattern.parse(p), d) for p in args.patterns for d in dtypes]
+    forms: list[tuple[Pattern, Any]] = [(Pattern.parse(p), d) for p in args.patterns for d in dtypes]
     shapes = arguments.shapes(args, gpu)
     if loaded is not None:
         shapes, own = _of_model(loaded.model)
         forms = sorted(own, key=str) or forms
+    sparse = [(pattern, dtype) for pattern, dtype in forms if pattern.prunes]
+    if len(sparse) < len(forms):
+        why = "the pattern dense runs as the dense product alone: there is nothing to choose"
+        if not sparse:
+            raise ValueError(why)
+        note(why)
     device = jax.devices()[0].device_kind
     entries: list[dict[str, Any]] = []
     path = None
     for n, k in dict.fromkeys(shapes):
         kernel = contenders.kernel_of(n, k)
         new = []
-        for pattern, dtype in forms:
+        for pattern, dtype in sparse:
             w = pack(kernel, pattern, dtype=dtype)
             for m in args.rows or ([1, 16, 64, 256, 1024, 4096, 16384] if gpu else [1, 16]):
                 note(f"N={n} K={k} {pattern} {dtype.name} M={m}")

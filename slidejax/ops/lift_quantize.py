@@ -54,6 +54,8 @@ def lift(x: jax.Array, pattern: Pattern) -> jax.Array:
 
 def unlift(lifted: jax.Array, pattern: Pattern) -> jax.Array:
     """The columns `[..., padded K]` that were lifted: each is read from the first window that holds it."""
+    if pattern.windows == 1:  # 2:4 and "dense": no window overlaps another
+        return lifted
     groups = lifted.shape[-1] // (4 * pattern.windows)
     windows = lifted.reshape(*lifted.shape[:-1], groups, pattern.windows, 4)
     head = windows[..., :2].reshape(*windows.shape[:-2], 2 * pattern.windows)
@@ -126,6 +128,9 @@ def lift_rows(
     xs: Sequence[jax.Array], pattern: Pattern | None, dtype, inputs: Inputs = PLAIN, absmax: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Binds the primitive on x `[M, K]` and its prologue's arrays; `absmax` `[M, 1]` replaces the rows' own (K split over a mesh)."""
+    columns = xs[0].shape[1]
+    if pattern is not None and not pattern.prunes and pattern.padded(columns) == columns:
+        pattern = None  # "dense" lifts nothing, and here it pads nothing
     operands = [*xs] if absmax is None else [*xs, absmax]
     operands = vary(varying_axes(*operands), *operands)
     codes, scale = lift_quantize_p.bind(*operands, pattern=pattern, dtype=np.dtype(dtype), inputs=inputs)

@@ -116,8 +116,13 @@ def _refuse_cuda_only(problem: Problem) -> str | None:
     return _library()
 
 
+def _nothing_to_skip(problem: Problem) -> str | None:
+    """Why a sparse product does not take the pattern "dense", or None."""
+    return None if problem.pattern.prunes else f"the pattern {problem.pattern} prunes nothing, so there are no zeros to skip"
+
+
 def _refuse_cusparselt(problem: Problem) -> str | None:
-    reason = _refuse_cuda_only(problem) or _missing("cusparselt")
+    reason = _nothing_to_skip(problem) or _refuse_cuda_only(problem) or _missing("cusparselt")
     if reason is None and problem.dtype == jnp.float32:
         reason = "float32 values are not supported"
     if reason is None and problem.out_dtype is None and not numerics.is_quantized(problem.dtype):
@@ -126,7 +131,7 @@ def _refuse_cusparselt(problem: Problem) -> str | None:
 
 
 def _refuse_hopper(problem: Problem) -> str | None:
-    return _refuse_cuda_only(problem) or _without_hopper(problem.device, problem.dtype)
+    return _nothing_to_skip(problem) or _refuse_cuda_only(problem) or _without_hopper(problem.device, problem.dtype)
 
 
 def _without_hopper(device: str, dtype: np.dtype) -> str | None:
@@ -203,6 +208,8 @@ def choose(problem: Problem) -> Choice:
     candidates = [name for name in _IMPLEMENTATIONS if name not in refused and name != "reference"]
     if problem.platform != "cuda":
         return Choice("dense", "plain JAX", refused)
+    if not problem.pattern.prunes:
+        return Choice("dense", "nothing is pruned", refused)
     from slidejax import tune
 
     measured = tune.lookup(problem, candidates)

@@ -88,7 +88,9 @@ class Settings:
 
 
 def expand_lifted(w: SlideWeight) -> jax.Array:
-    """The weight in lifted order with its zeros, `[out, K']`, values as they are packed: 2:4 along every row."""
+    """The weight in lifted order with its zeros, `[out, K']`, values as they are packed: 2:4 along every row, unless nothing is pruned."""
+    if not w.pattern.prunes:
+        return w.values.reshape(w.out_features, -1)
     z1, z2 = split_zeros(w.zeros)
     j = jnp.arange(w.pattern.kept)
     column = j + (j >= z1) + (j >= z2 - 1)  # the column that kept value j comes from
@@ -202,19 +204,21 @@ def bind(lifted, scale_x, w: SlideWeight, bias, settings: Settings) -> jax.Array
 
 
 def weight_factors(settings: Settings) -> tuple:
-    """The Shardy factors of the weight's operands: outputs "o" and groups "g" can be cut."""
+    """The Shardy factors of the weight's operands: outputs "o" and groups "g" can be cut; zeros of no groups go with the outputs."""
     prepared = (
         ArrayMapping(*(f"p{i}_{axis}" for axis in range(2 if name == "dense" else 1)))
         for i, name in enumerate(settings.prepared)
     )
     bias = (ArrayMapping("o"),) if settings.has_bias else ()
-    return (ArrayMapping("o", "g", "v"), ArrayMapping("o", "g"), ArrayMapping("o"), *bias, *prepared)
+    zeros = ArrayMapping("o", "g" if settings.pattern.prunes else "none")
+    return (ArrayMapping("o", "g", "v"), zeros, ArrayMapping("o"), *bias, *prepared)
 
 
 def weight_shardings(cut: Cut, settings: Settings) -> tuple:
     prepared = tuple(cut.sharding(*([None] * (2 if name == "dense" else 1))) for name in settings.prepared)
     bias = (cut.sharding("out"),) if settings.has_bias else ()
-    return (cut.sharding("out", "k", None), cut.sharding("out", "k"), cut.sharding("out"), *bias, *prepared)
+    zeros = cut.sharding("out", "k" if settings.pattern.prunes else None)
+    return (cut.sharding("out", "k", None), zeros, cut.sharding("out"), *bias, *prepared)
 
 
 def cut_of(op: str, mesh, operands, result, settings: Settings, values_at: int) -> Cut:

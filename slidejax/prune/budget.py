@@ -33,13 +33,22 @@ Cost = Callable[[tuple[int, int], Pattern], float]
 
 
 def multiplications(shape: tuple[int, int], pattern: Pattern) -> float:
-    """What a sparse tensor core computes for each token, in multiplications of a dense one: half of the lifted product."""
-    return shape[0] * shape[1] * pattern.expansion / 2
+    """What is computed for each token, in multiplications of a dense tensor core: a sparse one does half of the lifted product; with
+    the pattern "dense" it is the whole of the plain one.
+
+    >>> [multiplications((8, 8), Pattern.parse(p)) / 64 for p in ("2:4", "6:8", "14:16", "dense")]
+    [0.5, 0.75, 0.875, 1.0]
+    """
+    return shape[0] * shape[1] * pattern.expansion / (2 if pattern.prunes else 1)
 
 
 def packed_bytes(shape: tuple[int, int], pattern: Pattern) -> float:
-    """Bytes of 8-bit values and of the places of the zeros."""
-    return shape[0] * shape[1] * (pattern.kept + 1) / pattern.group
+    """Bytes of 8-bit values and of the places of the zeros, a byte for each group that has some.
+
+    >>> [packed_bytes((8, 8), Pattern.parse(p)) / 64 for p in ("2:4", "6:8", "dense")]
+    [0.75, 0.875, 1.0]
+    """
+    return shape[0] * shape[1] * (pattern.kept + pattern.prunes) / pattern.group
 
 
 def mixed(
@@ -59,7 +68,8 @@ def mixed(
       model: a Flax model of transformers, a Linen or an NNX module.
       rule: the uniform rule whose summed cost is the budget, and whose dtype the rules have.
       calibration: a `Calibration`, or its batches; the dense model runs over them.
-      patterns: to choose from.
+      patterns: to choose from; with "dense" among them some layers may be quantised only. To leave layers as they are, unquantised, is
+        for the rules: put (their path, None) before what is returned.
       cost: `(shape, pattern) -> cost`: `multiplications`, `packed_bytes`, or times that were measured.
       loss: `(the model's output, batch) -> scalar`, a sum over tokens; None: the next-token cross-entropy of a causal
         language model of transformers.

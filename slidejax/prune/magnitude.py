@@ -42,7 +42,8 @@ def _magnitude(kernel: jax.Array, pattern: Pattern) -> jax.Array:
 
 
 def keep_largest(score: jax.Array, pattern: Pattern) -> jax.Array:
-    """The mask that drops the two columns of lowest score of every group; the core of magnitude and Wanda pruning.
+    """The mask that drops the two columns of lowest score of every group, with the pattern "dense" none; the core of magnitude and Wanda
+    pruning.
 
     Args:
       score: float32 `[..., in, out]`, not negative; nan counts as infinite.
@@ -52,6 +53,8 @@ def keep_largest(score: jax.Array, pattern: Pattern) -> jax.Array:
     """
     from slidejax.weight import from_groups, to_groups
 
+    if not pattern.prunes:
+        return jnp.ones(score.shape, bool)
     groups = to_groups(jnp.where(jnp.isnan(score), jnp.inf, score), pattern, fill=-1.0)  # padding goes first
     column = jnp.arange(pattern.group)
     first = column == jnp.argmin(groups, axis=-1, keepdims=True)

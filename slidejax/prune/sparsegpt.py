@@ -34,7 +34,7 @@ def sparsegpt(
 
     Args:
       kernel: `[in, out]`, floating.
-      pattern: such as `"6:8"`.
+      pattern: such as `"6:8"`; with "dense" the kernel stays as it is.
       gram: float32 `[in, in]`, `x^T x` over the calibration inputs.
       damping: added to the diagonal of `gram`, as a share of its mean.
       rounds: of `exchange` and `refit`; 0 leaves SparseGPT's own weights.
@@ -60,7 +60,10 @@ def sparsegpt(
         raise ValueError(f"gram must be [in, in] for a kernel [in, out], got {gram.shape} for {kernel.shape}")
     if not isinstance(gram, jax.core.Tracer) and not bool(jnp.isfinite(gram).all()):
         raise ValueError("gram holds inf or nan: the calibration inputs are not finite")
-    pattern, exact, full = Pattern.parse(pattern), kernel.astype(jnp.float32), damped(gram, damping)
+    pattern = Pattern.parse(pattern)
+    if not pattern.prunes:
+        return jnp.ones(kernel.shape, bool), kernel
+    exact, full = kernel.astype(jnp.float32), damped(gram, damping)
     mask, new = _sparsegpt(exact, full, pattern)
     for _ in range(rounds):
         mask, new = _exchange(exact, mask, full, new, pattern, _SWEEPS)
@@ -87,11 +90,14 @@ def exchange(
 
     Returns:
       `(mask, kernel)`, as `sparsegpt`; float32.
+
+    Raises:
+      ValueError: for a bad pattern, or "dense".
     """
-    mask, new = _exchange(
-        kernel.astype(jnp.float32), mask, damped(jnp.asarray(gram, jnp.float32), damping), start.astype(jnp.float32), Pattern.parse(pattern), sweeps
-    )
-    return mask, new
+    pattern, gram = Pattern.parse(pattern), damped(jnp.asarray(gram, jnp.float32), damping)
+    if not pattern.prunes:
+        raise ValueError(f"pattern {pattern} has no pairs to exchange: refit changes the weights alone")
+    return _exchange(kernel.astype(jnp.float32), mask, gram, start.astype(jnp.float32), pattern, sweeps)
 
 
 def _best_pair(w, s, first, second):

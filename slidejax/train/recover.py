@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from slidejax.evaluate import fitting
-from slidejax.prepared import drop_prepared
+from slidejax.prepared import drop_prepared, weights_of
 from slidejax.train.distill import distillation_loss, rows_of
 from slidejax.train.loop import Fitted, Shuffled, fit
 from slidejax.trainable import Selection
@@ -73,11 +73,10 @@ def recover(
         sparse, fitted = sj.recover(sparse, dense, tokens, minutes=5)
     """
     from slidejax import huggingface
-    from slidejax.demo import summary
 
     if model.config.vocab_size != teacher.config.vocab_size:
         raise ValueError(f"teacher has a vocabulary of {teacher.config.vocab_size} tokens, the model one of {model.config.vocab_size}")
-    if summary(model.params).pattern == "dense":
+    if not weights_of(model.params):
         raise ValueError("model is dense, so there is nothing to recover: convert it first")
     window = fitting(window, model)
     rows = rows_of(tokens, window)
