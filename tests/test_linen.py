@@ -69,7 +69,7 @@ def test_slide_dense_is_dense_with_the_unpacked_kernel(use_bias, dtype, param_dt
 
 
 @pytest.mark.parametrize(("features_in", "features", "pattern", "qdtype"), [
-    (1, 3, "6:8", "int8"), (40, 9, "2:4", "int8"), (64, 5, "6:8", "float8_e4m3fn"), (70, 1, "14:16", "int8"),
+    (1, 3, "6:8", "int8"), (40, 9, "2:4", "int8"), (64, 5, "6:8", "float8_e4m3fn"), (70, 1, "14:16", "int8"), (40, 9, "dense", "int8"),
 ])  # fmt: skip
 def test_8_bit_slide_dense_is_the_quantised_product(features_in, features, pattern, qdtype):
     layer, x = sj.linen.SlideDense(features, pattern=pattern, qdtype=qdtype, bias_init=nn.initializers.normal()), data(2, features_in)
@@ -89,19 +89,21 @@ def test_slide_dense_packs_what_dense_would_hold():
     np.testing.assert_array_equal(sj.unpack(w), jnp.where(sj.prune.magnitude(kernel, "6:8"), kernel, 0))
 
 
-@pytest.mark.parametrize("qdtype", [None, "int8"])
-def test_slide_dense_in_scan_remat_and_vmap(qdtype):
+@pytest.mark.parametrize(("pattern", "qdtype"), [("6:8", None), ("6:8", "int8"), ("dense", "int8")])
+def test_slide_dense_in_scan_remat_and_vmap(pattern, qdtype):
+    options = {"pattern": pattern, "qdtype": qdtype}
+
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x, _):
-            return x + nn.remat(sj.linen.SlideDense)(16, qdtype=qdtype)(x), None
+            return x + nn.remat(sj.linen.SlideDense)(16, **options)(x), None
 
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
             x, _ = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(name="blocks")(x, None)
             experts = nn.vmap(sj.linen.SlideDense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2)
-            return experts(8, qdtype=qdtype, name="experts")(x)
+            return experts(8, **options, name="experts")(x)
 
     x = data(4, 16)
     params = Model().init(KEY, x)["params"]
@@ -135,6 +137,8 @@ def test_axis_names_go_to_the_leaves():
     spec = nn.get_partition_spec(jax.eval_shape(layer.init, KEY, data(2, 64)))["params"]["kernel"]
     w = sj.pack(jnp.ones((64, 8)), "6:8")
     assert (spec.values, spec.zeros, spec.scale) == (lambda s: (s.values, s.zeros, s.scale))(w.partition_spec(out="mlp", k="embed"))
+    quantised = nn.get_partition_spec(jax.eval_shape(layer.clone(pattern="dense").init, KEY, data(2, 64)))["params"]["kernel"]
+    assert (tuple(quantised.values), tuple(quantised.zeros)) == (("mlp", "embed", None), ("mlp", None))
     x = data(2, 40)  # not whole blocks: K keeps no name
     variables = layer.init(KEY, x)
     assert nn.get_partition_spec(variables)["params"]["kernel"].zeros == jax.sharding.PartitionSpec("mlp", None)

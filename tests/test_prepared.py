@@ -49,6 +49,13 @@ def test_bad_names():
         sj.prepare(weight(shape=(128, 4)), "dense").partition_spec(out="o")
 
 
+def test_the_pattern_dense_needs_no_prepared_form():
+    tree = {"dense": weight(pattern="dense"), "sparse": weight()}
+    for name in (None, "dense"):
+        prepared = sj.prepare(tree, name)
+        assert prepared["dense"] is tree["dense"] and prepared["sparse"].prepared
+
+
 @on_a_cpu
 def test_default_on_a_cpu_is_dense():
     assert set(sj.prepare(weight()).prepared) == {"dense"}
@@ -58,7 +65,7 @@ def test_default_on_a_cpu_is_dense():
 
 
 @on_a_cpu
-@pytest.mark.parametrize("pattern", ["14:16", "6:8", "2:4"])
+@pytest.mark.parametrize("pattern", ["14:16", "6:8", "2:4", "dense"])
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16", "float32"])
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
 def test_what_serves_is_the_dense_implementation_bit_for_bit(pattern, dtype, x_dtype):
@@ -86,7 +93,7 @@ def test_patterns_share_a_program():
         traced.append(w.dtype)
         return sj.linear(x, w)
 
-    for pattern in ("14:16", "6:8", "4:6", "2:4", "10:12"):
+    for pattern in ("14:16", "6:8", "4:6", "dense", "10:12"):
         for dtype in ("int8", "float32"):
             run(jnp.ones((2, 50)), serving(weight(dtype, pattern=pattern)))
     assert sorted(map(str, traced)) == ["float32", "int8"]

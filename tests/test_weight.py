@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
+from patterns import PATTERNS, SPARSE
 
 import slidejax as sj
 from slidejax.ops.sparse_matmul import expand_lifted
 from slidejax.weight import scatter_values
 
-PATTERNS = [f"{g - 2}:{g}" for g in range(4, 17, 2)]
 patterns = st.sampled_from(PATTERNS)
 seeds = st.integers(0, 2**32 - 1)
 row_counts = st.sampled_from([1, 3, 10, 64, 70])  # few shapes: each one compiles
@@ -47,7 +47,7 @@ def test_lossless_for_any_mask_that_fits(pattern, rows, seed, density):
     np.testing.assert_array_equal(bits(sj.unpack(sj.pack(kernel, pattern, mask=mask))), bits(jnp.where(mask, kernel, 0)))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SPARSE)
 def test_packed_layout(pattern):
     """Kept values in column order, zeros as z1 | z2 << 4, for every position of the two zeros in a group."""
     p = sj.Pattern.parse(pattern)
@@ -67,6 +67,20 @@ def test_packed_layout(pattern):
     for row, col in itertools.product(range(len(pairs)), range(p.group)):
         where = [(i, col - 2 * i) for i in range(p.windows) if 0 <= col - 2 * i < 4]
         assert sum(lifted[row, i, lane] for i, lane in where) == kernel[row, col]
+
+
+def test_dense_holds_the_codes_in_rows():
+    """Values are the rows of the kernel, zero-padded; there are no zeros to name, and nothing is too full."""
+    kernel = random_kernel(0, (50, 3))
+    w = sj.pack(kernel, "dense", mask=jnp.ones((50, 3), bool))
+    assert w.values.shape == (3, 16, 4) and w.zeros.shape == (3, 0) and w.zeros.dtype == jnp.uint8
+    rows = np.asarray(w.values).reshape(3, -1)
+    np.testing.assert_array_equal(rows, np.pad(kernel.T, ((0, 0), (0, 14))))
+    np.testing.assert_array_equal(expand_lifted(w), rows)
+    w8 = sj.quantize(w, "int8")
+    assert w8.nbytes == 3 * 64 + 3 * 4
+    with pytest.raises(ValueError, match=r"must have shapes \(3, 0\)"):
+        w8.replace(zeros=jnp.zeros((3, 16), jnp.uint8)).check()
 
 
 def test_missing_columns_count_as_zeros_first():
@@ -121,13 +135,14 @@ def test_nan_row_of_a_kernel_stays_visible():
         assert np.isnan(y[:, 1]).all() and not np.isnan(y[:, [0, 2]]).any()
 
 
-def test_batch_axes():
+@pytest.mark.parametrize(("pattern", "groups"), [("4:6", 8), ("dense", 16)])
+def test_batch_axes(pattern, groups):
     kernel = random_kernel(1, (2, 3, 40, 6))
-    w = sj.pack(kernel, "4:6", dtype="int8")
-    assert w.values.shape == (2, 3, 6, 8, 4) and w.shape == (2, 3, 40, 6)
-    one = jax.vmap(jax.vmap(lambda k: sj.pack(k, "4:6", dtype="int8")))(kernel)
+    w = sj.pack(kernel, pattern, dtype="int8")
+    assert w.values.shape == (2, 3, 6, groups, 4) and w.shape == (2, 3, 40, 6)
+    one = jax.vmap(jax.vmap(lambda k: sj.pack(k, pattern, dtype="int8")))(kernel)
     jax.tree.map(np.testing.assert_array_equal, w, one)
-    np.testing.assert_array_equal(sj.unpack(w)[1, 2], sj.unpack(sj.pack(kernel[1, 2], "4:6", dtype="int8")))
+    np.testing.assert_array_equal(sj.unpack(w)[1, 2], sj.unpack(sj.pack(kernel[1, 2], pattern, dtype="int8")))
     doubled = jax.lax.scan(lambda c, w: (c, sj.unpack(w)), 0, jax.tree.map(lambda leaf: leaf[0], w))[1]
     np.testing.assert_array_equal(doubled, sj.unpack(w)[0])
 
@@ -165,6 +180,8 @@ def test_partition_spec():
     assert spec.values == P(None, "o", ("a", "b"), None) and spec.zeros == P(None, "o", ("a", "b")) and spec.scale == P(None, "o")
     with pytest.raises(ValueError, match="whole number of blocks"):
         sj.pack(jnp.ones((100, 4)), "6:8").partition_spec(k="k")
+    spec = sj.pack(jnp.ones((64, 4)), "dense").partition_spec(out="o", k="k")
+    assert spec.values == P("o", "k", None) and spec.zeros == P("o", None)  # there are no groups to cut
 
 
 def test_reported_bytes_are_those_of_the_leaves():

@@ -39,7 +39,7 @@ def small_tree():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16"])
+@pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16", "dense"])
 def test_packed_weights_come_back_bit_for_bit(tmp_path, pattern, dtype):
     w = sj.pack(kernel(), pattern, dtype=dtype)
     sj.checkpoint.save(tmp_path / "out", {"kernel": w})

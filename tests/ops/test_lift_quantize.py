@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patterns import PATTERNS
 
 import slidejax as sj
 from slidejax import numerics
 from slidejax.ops.lift_quantize import lift, unlift
 
-PATTERNS = [f"{g - 2}:{g}" for g in range(4, 17, 2)]
 DTYPES = ["int8", "float8_e4m3fn", "bfloat16", "float16", "float32"]
 
 

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
+from patterns import PATTERNS
 
 import slidejax as sj
 
-PATTERNS = [f"{g - 2}:{g}" for g in range(4, 17, 2)]
 DTYPES = ["int8", "float8_e4m3fn", "bfloat16", "float16", "float32"]
 # what one rounding of a row and of the weights may cost, relative to the largest output
 TOLERANCE = {"int8": 0.03, "float8_e4m3fn": 0.08, "bfloat16": 0.01, "float16": 2e-3, "float32": 1e-5}
@@ -109,13 +109,16 @@ def test_jit_vmap_scan():
     np.testing.assert_array_equal(columns.reshape(12, 8), y)
 
 
-@pytest.mark.parametrize("in_axes", [(None, 0, None), (0, 0, None), (0, 0, 0), (None, None, 0)])
-def test_a_batch_of_weights(in_axes):
+@pytest.mark.parametrize(
+    ("in_axes", "pattern"),
+    [((None, 0, None), "6:8"), ((0, 0, None), "6:8"), ((0, 0, 0), "6:8"), ((None, None, 0), "6:8"), ((0, 0, None), "dense")],
+)
+def test_a_batch_of_weights(in_axes, pattern):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, 5, 40) if in_axes[0] == 0 else (5, 40)), jnp.float32)
     kernel = jnp.asarray(rng.standard_normal((2, 40, 8) if in_axes[1] == 0 else (40, 8)), jnp.float32)
     bias = jnp.asarray(rng.standard_normal((2, 8) if in_axes[2] == 0 else (8,)), jnp.float32)
-    w = sj.pack(kernel, "6:8", dtype="int8")
+    w = sj.pack(kernel, pattern, dtype="int8")
     y = jax.jit(jax.vmap(sj.linear, in_axes=in_axes))(x, w, bias)
     for i in range(2):
         pick = lambda a, axis: a if axis is None else jax.tree.map(lambda leaf: leaf[i], a)  # noqa: B023, E731
@@ -123,7 +126,7 @@ def test_a_batch_of_weights(in_axes):
         close(y[i], one, 1e-6)  # equal but for the last bit: compiled as a loop, the bias may be added by an FMA
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16"])
+@pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16", "dense"])
 def test_gradients_of_float_packed(pattern):
     x, w, bias = problem(0, 5, 50, 6, pattern, "float32")
     mask = sj.unpack(w) != 0
@@ -145,11 +148,12 @@ def test_gradients_of_float_packed(pattern):
     close(batched.sum(0), got[1], 1e-5)
 
 
-def test_gradients_of_lifted_products():
-    x, w, bias = problem(0, 5, 50, 6, "6:8", "float32")
+@pytest.mark.parametrize("pattern", ["6:8", "dense"])
+def test_gradients_of_lifted_products(pattern):
+    x, w, bias = problem(0, 5, 50, 6, pattern, "float32")
 
     def parts(x, values, bias):
-        return (sj.sparse_matmul(*sj.lift_quantize(x, "6:8", "float32"), w.replace(values=values), bias) ** 2).sum()
+        return (sj.sparse_matmul(*sj.lift_quantize(x, pattern, "float32"), w.replace(values=values), bias) ** 2).sum()
 
     def whole(x, values, bias):
         return (sj.linear(x, w.replace(values=values), bias) ** 2).sum()

@@ -12,8 +12,8 @@ from slidejax.ops import registry
 cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="tests what a machine without a GPU does")
 
 
-def problem(dtype="int8"):
-    return jnp.ones((16, 128), jnp.bfloat16), sj.pack(jnp.ones((128, 64)), "6:8", dtype=dtype)
+def problem(dtype="int8", pattern="6:8"):
+    return jnp.ones((16, 128), jnp.bfloat16), sj.pack(jnp.ones((128, 64)), pattern, dtype=dtype)
 
 
 def cuda_text(fn, *args):
@@ -33,6 +33,22 @@ def test_dense_on_cuda_quantises_and_multiplies_in_one_kernel_each():
     x, w = problem()
     text = cuda_text(lambda x, w: sj.linear(x, w, implementation="dense"), x, w)
     assert "slidejax_lift_quantize" in text and "slidejax_dense_matmul_hopper" in text and "dot_general" not in text
+
+
+@cpu_only
+def test_the_pattern_dense_is_the_dense_product():
+    x, w = problem(pattern="dense")
+    [(_, choice)] = sj.explain(sj.linear, x, w, platform="cuda")
+    assert choice.implementation == "dense" and choice.reason == "nothing is pruned"
+    assert "no zeros to skip" in choice.refused["hopper"] and choice.refused.keys() == {"hopper", "cusparselt"}
+    for name in ("hopper", "cusparselt"):
+        with pytest.raises(NotImplementedError, match="the pattern dense prunes nothing"):
+            cuda_text(lambda x, w, name=name: sj.linear(x, w, implementation=name), x, w)
+    # quantised without lifting, in one step and in two
+    for run in (sj.linear, lambda x, w: sj.sparse_matmul(*sj.lift_quantize(x, "dense"), w)):
+        text = cuda_text(run, x, w)
+        assert "slidejax_dense_matmul_hopper" in text and "dot_general" not in text
+        assert "group = 0 : i32" in text and "transpose" not in text and "concatenate" not in text
 
 
 @cpu_only

@@ -23,10 +23,10 @@ def mesh():
     return Mesh(np.array(jax.devices("cpu")[:8]).reshape(2, 2, 2), ("m", "o", "k"))
 
 
-def problem(dtype):
+def problem(dtype, pattern="6:8"):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((16, COLUMNS)), jnp.float32)
-    w = sj.pack(jnp.asarray(rng.standard_normal((COLUMNS, 32)), jnp.float32), "6:8", dtype=dtype)
+    w = sj.pack(jnp.asarray(rng.standard_normal((COLUMNS, 32)), jnp.float32), pattern, dtype=dtype)
     return x, w, jnp.asarray(rng.standard_normal(32), jnp.float32)
 
 
@@ -39,11 +39,11 @@ def collectives(fn, *args):
     return set(re.findall(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float32"])
+@pytest.mark.parametrize(("pattern", "dtype"), [("6:8", "int8"), ("6:8", "float32"), ("dense", "int8")])
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_linear_under_jit(mesh, cut, dtype):
+def test_linear_under_jit(mesh, cut, pattern, dtype):
     rows, out, k = cut
-    x, w, bias = problem(dtype)
+    x, w, bias = problem(dtype, pattern)
     y = sj.linear(x, w, bias)
     args = place(mesh, x, P(rows, k)), place(mesh, w, w.partition_spec(out=out, k=k)), place(mesh, bias, P(out))
     cut_y = jax.jit(sj.linear)(*args)
@@ -54,22 +54,22 @@ def test_linear_under_jit(mesh, cut, dtype):
     assert cut_y.sharding.is_equivalent_to(NamedSharding(mesh, P(rows, out)), 2)
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_the_two_ops_under_jit(mesh, cut):
+@pytest.mark.parametrize(("cut", "pattern"), [*((cut, "6:8") for cut in CUTS), (CUTS[4], "dense")], ids=str)
+def test_the_two_ops_under_jit(mesh, cut, pattern):
     rows, out, k = cut
-    x, w, bias = problem("int8")
+    x, w, bias = problem("int8", pattern)
 
     def run(x, w, bias):
-        return sj.sparse_matmul(*sj.lift_quantize(x, "6:8"), w, bias, out_dtype="float32")
+        return sj.sparse_matmul(*sj.lift_quantize(x, pattern), w, bias, out_dtype="float32")
 
     args = place(mesh, x, P(rows, k)), place(mesh, w, w.partition_spec(out=out, k=k)), place(mesh, bias, P(out))
     np.testing.assert_array_equal(jax.jit(run)(*args), run(x, w, bias))
     assert collectives(run, *args) == ({"all-reduce"} if k else set())
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float32"])
-def test_shard_map(mesh, dtype):
-    x, w, bias = problem(dtype)
+@pytest.mark.parametrize(("pattern", "dtype"), [("6:8", "int8"), ("6:8", "float32"), ("dense", "int8")])
+def test_shard_map(mesh, pattern, dtype):
+    x, w, bias = problem(dtype, pattern)
     specs = P("m", "k"), w.partition_spec(out="o", k="k"), P("o")
 
     def run(x, w, bias):
@@ -82,7 +82,7 @@ def test_shard_map(mesh, dtype):
 
     def lifted(x, w, bias):
         return sj.sparse_matmul(
-            *sj.lift_quantize(x, "6:8", dtype, reduce_axis="k"), w, bias, out_dtype="float32", reduce_axis="k"
+            *sj.lift_quantize(x, pattern, dtype, reduce_axis="k"), w, bias, out_dtype="float32", reduce_axis="k"
         )
 
     y = jax.jit(jax.shard_map(lifted, mesh=mesh, in_specs=specs, out_specs=P("m", "o")))(x, w, bias)
