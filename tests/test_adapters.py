@@ -17,8 +17,8 @@ from slidejax import adapters
 X = jnp.asarray(np.random.default_rng(1).standard_normal((5, 40)), jnp.float32)
 
 
-def weight(dtype="int8"):
-    return sj.pack(jnp.asarray(np.random.default_rng(0).standard_normal((40, 6)), jnp.float32), "6:8", dtype=dtype)
+def weight(dtype="int8", pattern="6:8"):
+    return sj.pack(jnp.asarray(np.random.default_rng(0).standard_normal((40, 6)), jnp.float32), pattern, dtype=dtype)
 
 
 def moved(tree, size=0.1):
@@ -62,6 +62,14 @@ def test_a_merged_masked_adapter_computes_what_it_did(dtype):
     mask = np.asarray(sj.unpack(weight("float32")) != 0)
     expected = sj.quantize(sj.pack(jnp.where(mask, kernel, 0), "6:8", mask=jnp.asarray(mask)), "int8")
     assert np.abs(quantised.values.astype(np.int32) - expected.values.astype(np.int32)).max() <= 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_adapter_on_the_pattern_dense_is_merged_whole(masked):
+    tree = moved(adapters.add({"kernel": weight("float32", "dense")}, rank=3, masked=masked))
+    merged, kernel = adapters.merge(tree)["kernel"], tree["kernel"]
+    np.testing.assert_allclose(sj.unpack(merged), sj.unpack(kernel.base) + kernel.lora_a @ kernel.lora_b, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sj.linear(X, merged), sj.linear(X, kernel), rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_factors_are_trained():

@@ -93,6 +93,24 @@ def test_convert_writes_what_convert_makes(capsys, tmp_path, model, dtype, expec
     assert loaded.about["pattern"] == "4:6" and loaded.about["source"] == "dense"
 
 
+def test_a_model_is_quantised_only(capsys, tmp_path, model, text):
+    """The pattern dense goes through every command, and is not taken for a model that was never converted."""
+    path, calibration = str(tmp_path / "out"), ["--calibration", text, "--sequences", "2"]
+    said = run(capsys, "convert", model, path, "--pattern", "dense", "--method", "sparsegpt", "--dtype", "float8_e4m3fn", *calibration)
+    assert "14 layers converted" in said and "dense float8_e4m3fn, sparsegpt" in said and "left dense: lm_head/kernel" in said
+    loaded = load_model(path)
+    assert loaded.about["pattern"] == "dense" and {str(w.pattern) for w in packed(loaded.model.params)} == {"dense"}
+    before, after = json.loads(run(capsys, "eval", model, path, "--text", text, "--window", "64", "--json"))
+    assert [(row["pattern"], row["dtype"]) for row in (before, after)] == [("dense", "float32"), ("dense", "float8_e4m3fn")]
+    assert before["perplexity"] != after["perplexity"] == pytest.approx(before["perplexity"], rel=0.5)
+    [row] = json.loads(run(capsys, "demo", path, "--text", text, "--tokens", "40", "--max-new-tokens", "2", "--json"))
+    assert (row["pattern"], row["dtype"]) == ("dense", "float8_e4m3fn")
+    assert row["bytes"] == sum(packed_bytes("dense", 1, i, o) for i, o in layers())
+    assert "converted already" in error(capsys, "convert", path, str(tmp_path / "x"), "--pattern", "6:8")
+    run(capsys, "recover", path, str(tmp_path / "new"), "--against", model, "--text", text, "--window", "32", "--batch", "2", "--steps", "1")
+    assert {str(w.pattern) for w in packed(load_model(str(tmp_path / "new")).model.params)} == {"dense"}
+
+
 def test_layers_can_be_left_dense(capsys, tmp_path, model):
     path = str(tmp_path / "out")
     run(capsys, "convert", model, path, "--pattern", "6:8", "--dense", ".*/self_attn/.*")
@@ -128,11 +146,11 @@ def test_generate_takes_every_kind_of_model(capsys, model, out):
 
 def test_demo_measures_every_row_on_the_same_tokens(capsys, tmp_path, model, text):
     file = tmp_path / "rows.json"
-    options = ["--patterns", "6:8", "--tokens", "60", "--text", text, "--max-new-tokens", "4", "--prompt", "ab"]
+    options = ["--patterns", "6:8,dense", "--dtypes", "int8", "--tokens", "60", "--text", text, "--max-new-tokens", "4", "--prompt", "ab"]
     said = run(capsys, "demo", model, *options, "--json", str(file))
     rows = json.loads(file.read_text())
     names = [(row["pattern"], row["dtype"]) for row in rows]
-    sparse = [(p, d) for p in ("6:8",) for d in ("int8", "float32")]
+    sparse = [(p, "int8") for p in ("6:8", "dense")]
     assert names == [("dense", "float32"), *sparse]
     assert {row["tokens"] for row in rows} == {60}
     assert all(row["tokens_per_second"] > 0 and 0 <= row["next_token_accuracy"] <= 1 for row in rows)
@@ -141,9 +159,8 @@ def test_demo_measures_every_row_on_the_same_tokens(capsys, tmp_path, model, tex
     by_name = dict(zip(names, rows, strict=True))
     assert by_name["dense", "float32"]["bytes"] == 4 * weights
     for name, row in by_name.items():
-        if name[0] != "dense":
-            p, size = name[0], {"int8": 1, "float32": 4}[name[1]]
-            assert row["bytes"] == sum(packed_bytes(p, size, i, o) for i, o in layers()) and row["convert_seconds"] > 0
+        if name[1] == "int8":
+            assert row["bytes"] == sum(packed_bytes(name[0], 1, i, o) for i, o in layers()) and row["convert_seconds"] > 0
     assert "dense float32: ab" in said and "6:8" in said and "60 tokens of" in said
 
 
@@ -181,10 +198,10 @@ def layers():
 
 
 def packed_bytes(pattern, size, inputs, outputs):
-    """Values, one byte of zeros for each group, a float32 scale for each output; K padded to blocks of eight groups."""
-    kept, group = map(int, pattern.split(":"))
+    """Values, one byte of zeros for each group that has some, a float32 scale for each output; K padded to blocks of eight groups."""
+    kept, group = (4, 4) if pattern == "dense" else map(int, pattern.split(":"))
     groups = -(-inputs // (8 * group)) * 8
-    return outputs * (groups * (kept * size + 1) + 4)
+    return outputs * (groups * (kept * size + (kept < group)) + 4)
 
 
 def test_demo_of_a_converted_model_is_one_row(capsys, out, text):
@@ -196,14 +213,15 @@ def test_demo_of_a_converted_model_is_one_row(capsys, out, text):
 
 
 def test_bench_on_a_cpu(capsys):
-    options = ["--shape", "64,96", "-M", "2,4", "--patterns", "6:8", "--dtypes", "int8", "--seconds", "0.01"]
+    options = ["--shape", "64,96", "-M", "2,4", "--patterns", "6:8,dense", "--dtypes", "int8", "--seconds", "0.01"]
     got = json.loads(run(capsys, "bench", *options, "--warmup", "0.001", "--json"))
-    assert [(e["out"], e["in"], e["rows"]) for e in got["linear"]] == [(64, 96, 2), (64, 96, 4)]
+    found = [(e["out"], e["in"], e["rows"], e["pattern"]) for e in got["linear"]]
+    assert found == [(64, 96, m, p) for m in (2, 4) for p in ("6:8", "dense")]
     for entry in got["linear"]:
         assert {"jax bf16", "jax int8", "jax fp8"} <= entry["us"].keys()
         assert all(us is None or us > 0 for us in entry["us"].values())
-        assert "CUDA" in entry["refused"]["hopper"]
-    assert [s["rows"] for s in got["sums"]] == [2, 4]
+        assert ("CUDA" if entry["pattern"] == "6:8" else "no zeros to skip") in entry["refused"]["hopper"]
+    assert [(s["rows"], s["pattern"]) for s in got["sums"]] == [(m, p) for m in (2, 4) for p in ("6:8", "dense")]
     assert all(e["gb_per_s"] > 0 and e["copy_gb_per_s"] > 0 for e in got["lift"])
 
 

@@ -7,6 +7,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import slidejax as sj
+from slidejax.prepared import serving
 
 transformers = pytest.importorskip("transformers")
 if not hasattr(transformers, "FlaxPreTrainedModel"):
@@ -74,6 +75,19 @@ def test_8_bit_llama_is_near_its_dense_twin(tiny_llama):
     assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.99
     prepared = sj.prepare(sparse.params)
     np.testing.assert_allclose(sparse(IDS, params=prepared).logits, got, atol=1e-4)
+
+
+def test_quantised_only(tiny_llama):
+    """Codes and scales alone, in the form that is served too, are nearer to the dense model than any pattern."""
+    want, near = tiny_llama(IDS).logits, []
+    for pattern in ("dense", "14:16"):
+        model = sj.huggingface.convert(tiny_llama, pattern)
+        near.append(float(jnp.mean((model(IDS).logits - want) ** 2)))
+        served = sj.huggingface.with_params(model, serving(model.params))
+        np.testing.assert_allclose(served(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert near[0] < near[1] / 4
+    unquantised = sj.huggingface.convert(tiny_llama, sj.Rule("dense", None))
+    np.testing.assert_allclose(unquantised(IDS).logits, want, rtol=1e-4, atol=1e-4)
 
 
 def test_gpt2_keeps_out_in():

@@ -46,6 +46,16 @@ def test_8_bit_slide_linear():
     assert sorted(nnx.state(layer, sj.nnx.Packed)) == ["scale", "values", "zeros"]
 
 
+@pytest.mark.parametrize("qdtype", ["int8", None])
+def test_the_pattern_dense(qdtype):
+    x, dense = data(3, 40), nnx.Linear(40, 24, rngs=nnx.Rngs(0))
+    layer = sj.nnx.SlideLinear(40, 24, pattern="dense", qdtype=qdtype, rngs=nnx.Rngs(0))
+    assert layer.zeros[...].shape == (24, 0)
+    np.testing.assert_allclose(layer(x), dense(x), atol=1e-5 if qdtype is None else 0.1)
+    again = nnx.merge(*nnx.split(sj.nnx.convert(dense, sj.Rule("dense", qdtype))))
+    np.testing.assert_array_equal(again(x), layer(x))
+
+
 def test_float_packed_values_train():
     layer, x = sj.nnx.SlideLinear(16, 8, qdtype=None, rngs=nnx.Rngs(0)), data(4, 16)
     dense = densify(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), layer.kernel)

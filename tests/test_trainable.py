@@ -10,9 +10,9 @@ from slidejax.ops.lift_quantize import quantize_rows
 from slidejax.weight import kept_values, to_groups
 
 
-def params(dtype=None):
+def params(dtype=None, pattern="6:8"):
     kernel = jnp.asarray(np.random.default_rng(0).standard_normal((40, 6)), jnp.float32)
-    return {"a": {"kernel": sj.pack(kernel, "6:8", dtype=dtype), "bias": jnp.zeros(6)}, "step": jnp.int32(0), "name": None}
+    return {"a": {"kernel": sj.pack(kernel, pattern, dtype=dtype), "bias": jnp.zeros(6)}, "step": jnp.int32(0), "name": None}
 
 
 @pytest.mark.parametrize(("dtype", "trained"), [(None, 2), ("int8", 1), ("float8_e4m3fn", 1)])
@@ -76,10 +76,10 @@ def test_only_what_is_selected_is_trained():
 # --- master weights ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("qdtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("pattern", "qdtype"), [("6:8", "int8"), ("6:8", "float8_e4m3fn"), ("dense", "int8")])
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
-def test_a_master_computes_what_its_deployed_form_computes(qdtype, x_dtype):
-    w = params(qdtype)["a"]["kernel"]
+def test_a_master_computes_what_its_deployed_form_computes(pattern, qdtype, x_dtype):
+    w = params(qdtype, pattern)["a"]["kernel"]
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 40)), x_dtype)
     master = trainable.masters(w)
     deployed = trainable.deploy(master)
@@ -87,15 +87,16 @@ def test_a_master_computes_what_its_deployed_form_computes(qdtype, x_dtype):
     np.testing.assert_array_equal(deployed.zeros, w.zeros)
     run = jax.jit(sj.linear)
     np.testing.assert_array_equal(run(x, master, jnp.ones(6)), run(x, deployed, jnp.ones(6)))
-    moved = trainable.masters(params())["a"]["kernel"]
+    unquantised = params(pattern=pattern)
+    moved = trainable.masters(unquantised)["a"]["kernel"]
     assert isinstance(moved, sj.SlideWeight)  # without a dtype it stays unquantised
-    moved = trainable.masters(params(), qdtype)["a"]["kernel"]
-    np.testing.assert_array_equal(run(x, moved), run(x, sj.quantize(params()["a"]["kernel"], qdtype)))
+    moved = trainable.masters(unquantised, qdtype)["a"]["kernel"]
+    np.testing.assert_array_equal(run(x, moved), run(x, sj.quantize(unquantised["a"]["kernel"], qdtype)))
 
 
-@pytest.mark.parametrize("qdtype", ["int8", "float8_e4m3fn"])
-def test_the_gradient_of_a_master_is_straight_through(qdtype):
-    master = trainable.masters(params(), qdtype)["a"]["kernel"]
+@pytest.mark.parametrize(("pattern", "qdtype"), [("6:8", "int8"), ("6:8", "float8_e4m3fn"), ("dense", "int8")])
+def test_the_gradient_of_a_master_is_straight_through(pattern, qdtype):
+    master = trainable.masters(params(pattern=pattern), qdtype)["a"]["kernel"]
     x = jnp.asarray(np.random.default_rng(1).standard_normal((7, 40)), jnp.float32)
     bias = jnp.ones(6)
     train, rest = sj.partition(master)

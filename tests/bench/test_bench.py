@@ -115,6 +115,17 @@ def test_tune_searches_cusparselt_and_calls_use_what_it_found(library, tmp_path)
     assert {int(rows) for entries in json.loads(saved.read_text()).values() for rows in entries} == {256, 4096}
 
 
+def test_the_pattern_dense_is_timed_and_not_tuned(library):
+    w = sj.pack(contenders.kernel_of(64, 96), "dense", dtype="int8")
+    assert registry.choose(contenders.problem_of(w, 16)).implementation == "dense"
+    options = ["--shape", "64,96", "-M", "16", "--dtypes", "int8", "--dry-run", "--patterns"]
+    with pytest.raises(ValueError, match="nothing to choose"):
+        tuning.measure(parse(arguments.add_tune, *options, "dense"))
+    notes = []
+    tuning.measure(parse(arguments.add_tune, *options, "dense,6:8"), note=notes.append)
+    assert "nothing to choose" in notes[0] and [note for note in notes if "M=16" in note] == ["N=64 K=96 6:8 int8 M=16"]
+
+
 def test_a_dry_run_searches_nothing(library, tmp_path):
     tuning.measure(parse(arguments.add_tune, "--shape", "64,96", "-M", "16", "--dtypes", "int8", "--dry-run"))
     assert library.searched == [] and not list(tmp_path.rglob("*.json"))

@@ -11,7 +11,7 @@ from slidejax.contraction import to_matrix
 from slidejax.prune.budget import choose, gradient_energies, multiplications, packed_bytes
 from slidejax.prune.inputs import contractions
 
-PATTERNS = [sj.Pattern.parse(p) for p in ("14:16", "6:8", "4:6", "2:4")]
+PATTERNS = [sj.Pattern.parse(p) for p in ("dense", "14:16", "6:8", "4:6", "2:4")]
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.sampled_from([32, 64, 200])), min_size=1, max_size=8), st.sampled_from([multiplications, packed_bytes]))
@@ -19,14 +19,14 @@ def test_the_budget_is_kept_and_uniform_is_never_better(layers, cost):
     shapes = {str(i): (width, 16) for i, (_, width) in enumerate(layers)}
     needs = {str(i): {p: weight * 2.0**-i for i, p in enumerate(reversed(PATTERNS))} for i, (weight, _) in enumerate(layers)}
     rules = dict(choose(needs, shapes, "6:8", cost=cost))
-    uniform = sum(cost(shape, PATTERNS[1]) for shape in shapes.values())
+    uniform = sum(cost(shape, sj.Pattern(6, 8)) for shape in shapes.values())
     assert sum(cost(shapes[path], rule.pattern) for path, rule in rules.items()) <= uniform * (1 + 1e-6)
-    assert sum(needs[path][rule.pattern] for path, rule in rules.items()) <= sum(of[PATTERNS[1]] for of in needs.values()) * (1 + 1e-9)
+    assert sum(needs[path][rule.pattern] for path, rule in rules.items()) <= sum(of[sj.Pattern(6, 8)] for of in needs.values()) * (1 + 1e-9)
 
 
 def test_a_budget_that_is_too_small():
     with pytest.raises(ValueError, match="less than what the cheapest patterns cost"):
-        choose({"a": {PATTERNS[1]: 1.0}}, {"a": (8, 8)}, "2:4")
+        choose({"a": {sj.Pattern(6, 8): 1.0}}, {"a": (8, 8)}, "2:4")
 
 
 def test_gradient_energies_are_those_of_the_outputs():
@@ -51,6 +51,19 @@ def test_a_layer_that_matters_more_keeps_more():
     assert len(sj.prune.convert(model, rules, [x]).loud.kernel.shape) == 2
     with pytest.raises(ValueError, match="loss= is needed"):
         sj.prune.mixed(model, "6:8", [x])
+
+
+def test_a_layer_may_be_quantised_only():
+    """"dense" costs what dense 8-bit products do; None, put before, is for layers that are to stay as they are."""
+    dense, half = sj.Pattern.parse("dense"), sj.Pattern(2, 4)
+    needs = {"a": {half: 9.0, dense: 0.0}, "b": {half: 1.0, dense: 0.0}}
+    shapes = {"a": (64, 16), "b": (64, 16)}
+    for budget, chosen in ((1.5, ["dense int8", "2:4 int8"]), (2.0, ["dense int8"] * 2), (1.49, ["2:4 int8", "dense int8"][:1] * 2)):
+        assert [str(rule) for _, rule in choose(needs, shapes, budget * 64 * 16)] == chosen
+    model = nnx.Sequential(nnx.Linear(64, 16, rngs=nnx.Rngs(0)), nnx.Linear(16, 8, rngs=nnx.Rngs(1)), nnx.Linear(8, 4, rngs=nnx.Rngs(2)))
+    report = sj.Report()
+    sj.nnx.convert(model, [(".*/2/kernel", None), (".*/1/kernel", "2:4"), (".*", "dense")], report=report)
+    assert [str(line.rule) for line in report.converted] == ["dense int8", "2:4 int8"] and list(report.dense.values()) == ["a rule says so"]
 
 
 def test_kernels_are_read_as_their_layers_read_them():

@@ -84,6 +84,17 @@ def test_codes_chosen_together_beat_rounding_afterwards(blocks):
     assert model_error(model, variables, chosen, x) < model_error(model, variables, rounded, x)
 
 
+def test_quantising_alone(blocks):
+    """With the pattern dense Wanda only smooths, and SparseGPT chooses the codes together: each step is nearer to the dense model."""
+    model, variables, x = blocks
+    rule = sj.Rule("dense", "float8_e4m3fn")
+    plain = sj.linen.convert(variables, rule, model, x)
+    chosen, smoothed = (converted(blocks, rule, method) for method in ("sparsegpt", "wanda"))
+    errors = [model_error(model, variables, sparse, x) for sparse in (chosen, smoothed, plain)]
+    assert errors[0] < errors[1] < errors[2]
+    assert {w.pattern for w in jax.tree.leaves(chosen, is_leaf=lambda n: isinstance(n, sj.SlideWeight)) if isinstance(w, sj.SlideWeight)} == {rule.pattern}
+
+
 def _dense(variables, path):
     kernel = sj.unpack(variables["params"][path.split("/")[0]]["kernel"])
     return kernel != 0, kernel

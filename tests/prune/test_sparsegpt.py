@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slidejax as sj
-from slidejax.prune import layer_error, magnitude, refit, sparsegpt, wanda
+from slidejax.prune import exchange, layer_error, magnitude, refit, sparsegpt, wanda
 
 
 def problem(seed, columns, features=12, rows=256):
@@ -83,6 +83,15 @@ def test_no_damage_where_nothing_must_go():
     mask, new = sparsegpt(kernel, "6:8", gram)
     np.testing.assert_allclose(new, kernel, atol=1e-4)
     assert not np.asarray(mask)[[1, 2, 9, 12]].any()
+
+
+def test_the_pattern_dense_keeps_all():
+    kernel, gram = problem(6, 20)
+    mask, new = sparsegpt(kernel, "dense", gram)
+    np.testing.assert_array_equal(new, kernel)
+    assert np.asarray(mask).all() and np.asarray(wanda(kernel, "dense", gram)).all() and np.asarray(magnitude(kernel, "dense")).all()
+    with pytest.raises(ValueError, match="no pairs to exchange"):
+        exchange(kernel, mask, gram, kernel, "dense")
 
 
 def test_wanda_is_magnitude_where_inputs_are_alike():
