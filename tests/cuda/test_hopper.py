@@ -71,8 +71,8 @@ def test_dense_products_of_8_bit_codes_are_lowered_to_the_kernel(columns, dtype,
     w = jax.eval_shape(lambda k: sj.pack(k, "6:8", dtype=dtype), jax.ShapeDtypeStruct((columns, 24), jnp.float32))
     x = jax.ShapeDtypeStruct((5, columns), jnp.bfloat16)
     text = jax.jit(dense_linear).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
-    assert ("slidejax_dense_matmul_hopper" in text) == fused
-    assert "slidejax_dense_matmul_hopper" not in jax.jit(dense_linear).trace(x, w).lower(lowering_platforms=("cpu",)).as_text()
+    assert ("slidejax_linear_hopper" in text) == fused
+    assert "slidejax_linear_hopper" not in jax.jit(dense_linear).trace(x, w).lower(lowering_platforms=("cpu",)).as_text()
 
 
 @pytest.mark.gpu
@@ -84,17 +84,17 @@ def test_dense_int8_equals_the_formulas_bit_for_bit(on_hopper, rows, columns, ou
     codes, kernel = (rng.integers(-127, 128, (n, columns)).astype(np.int8) for n in (rows, out))
     scale_x, scale_w, b = (rng.random(n).astype(np.float32) for n in (rows, out, out))
     b = jnp.asarray(b) if bias else None
-    got = jax.jit(hopper.dense_linear, static_argnums=5)(codes, jnp.asarray(scale_x)[:, None], kernel, jnp.asarray(scale_w), b, out_dtype)
+    got = jax.jit(hopper.dense_matmul, static_argnums=5)(codes, jnp.asarray(scale_x)[:, None], kernel, jnp.asarray(scale_w), b, out_dtype)
     want = formulas.finish(formulas.accumulate(codes, kernel), scale_x, scale_w, b)
     np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want.astype(got.dtype)))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("prepared", [False, True])
-def test_dense_linear_is_close_to_the_reference(on_hopper, dtype, prepared):
+@pytest.mark.parametrize(("pattern", "prepared"), [("8:10", False), ("8:10", True), ("dense", False)])
+def test_dense_linear_is_close_to_the_reference(on_hopper, dtype, pattern, prepared):
     x = jax.random.normal(jax.random.key(0), (130, 720), jnp.bfloat16)
-    w = sj.pack(jax.random.normal(jax.random.key(1), (720, 264)), "8:10", dtype=dtype)
+    w = sj.pack(jax.random.normal(jax.random.key(1), (720, 264)), pattern, dtype=dtype)
     bias = jax.random.normal(jax.random.key(2), (264,))
     want = sj.linear(x, w, bias, implementation="reference", out_dtype=jnp.float32)
     got = jax.jit(dense_linear)(x, sj.prepare(w, "dense") if prepared else w, bias)
