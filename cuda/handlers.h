@@ -20,7 +20,7 @@ XLA_FFI_Error* slidejax_cusparselt_execute(XLA_FFI_CallFrame*);
 XLA_FFI_Error* slidejax_hopper_initialize_handler(XLA_FFI_CallFrame*);
 XLA_FFI_Error* slidejax_hopper_execute_handler(XLA_FFI_CallFrame*);
 XLA_FFI_Error* slidejax_hopper_metadata_handler(XLA_FFI_CallFrame*);
-XLA_FFI_Error* slidejax_hopper_dense_handler(XLA_FFI_CallFrame*);
+XLA_FFI_Error* slidejax_hopper_linear_handler(XLA_FFI_CallFrame*);
 #endif
 }
 

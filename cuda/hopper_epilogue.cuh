@@ -93,10 +93,6 @@ SJ_DEVICE void load_scales(const Column& col, int first, float2 (&s)[kTokens / 8
   for (int j = 0; j < kTokens / 8; ++j) s[j] = load_shared_2f(col.scale_x + (first + 8 * j) * 4);
 }
 
-// What a warp stores, or adds up, alone at a time.
-template <class T>
-inline constexpr int kJobTokens = T::kTokens < 32 ? T::kTokens : 32;
-
 // Stores up to 32 tokens by the warp alone; `own`: 1 KB of shared memory. Any output type and alignment.
 template <int kTokens, class A>
 SJ_DEVICE void store_slab(const Params& p, const A (&d)[kTokens / 2], const Column& col, int first, uint32_t own) {
@@ -195,8 +191,8 @@ SJ_DEVICE void store_block(const Params& p, const A (&d)[T::kTokens / 2], const 
     store_bulk<T, kBlock, false>(p, d, col, slots<T>(shared, warp & ~3), warp);
   } else {
 #pragma unroll
-    for (int first = 0; first < T::kTokens; first += kJobTokens<T>)
-      store_slab<kJobTokens<T>>(p, reinterpret_cast<const A(&)[kJobTokens<T> / 2]>(d[first / 2]), col, first,
+    for (int first = 0; first < T::kTokens; first += T::kJobTokens)
+      store_slab<T::kJobTokens>(p, reinterpret_cast<const A(&)[T::kJobTokens / 2]>(d[first / 2]), col, first,
                                 slots<T>(shared, warp));
   }
 }
@@ -240,21 +236,34 @@ SJ_DEVICE uint32_t store_part(const Params& p, const A (&d)[T::kBlocks][T::kToke
   return __shfl_sync(~0u, last ? static_cast<int>(before >> 32) : 0, 0);
 }
 
+template <class A>
+SJ_DEVICE void add_quad(A* sum, const uint4& v) {
+  sum[0] += reinterpret_cast<const A&>(v.x);
+  sum[1] += reinterpret_cast<const A&>(v.y);
+  sum[2] += reinterpret_cast<const A&>(v.z);
+  sum[3] += reinterpret_cast<const A&>(v.w);
+}
+
+// The first of a warp's outputs in block `block` of a tile.
+template <class T>
+SJ_DEVICE int row_of(int row_tile, uint32_t rank, int warp, int block) {
+  return ((row_tile * T::kCluster + static_cast<int>(rank)) * T::kWarpGroups + (warp >> 2)) * T::kBlocks * 64 + block * 64 + (warp & 3) * 16;
+}
+
 // Adds up and stores job `job` of a shared tile, of whose parts all are in memory.
 template <class T>
 SJ_DEVICE void sum_job(const Params& p, const Shared& shared, uint32_t rank, int tile, int job, int warp) {
   using A = std::conditional_t<T::kFp8, float, int>;
-  constexpr int kCount = T::kTokens / kJobTokens<T>, kQuads = kJobTokens<T> / 8;
+  constexpr int kCount = T::kTokens / T::kJobTokens, kQuads = T::kJobTokens / 8;
   const int lane = fresh_thread() & 31, block = job / kCount, slab = job % kCount;
   const int first = owner(p, tile * p.steps), last = owner(p, (tile + 1) * p.steps - 1);
-  // Of the warp: 1 KB to transpose in, scale_x of 32 tokens, scale_w and bias of 16 outputs.
-  const uint32_t own = slots<T>(shared, warp), scale_x = own + 1024, scale_w = own + 1152;
   Work work;
   locate(p, p.whole_tiles + tile, work);
-  const int row = ((work.row_tile * T::kCluster + static_cast<int>(rank)) * T::kWarpGroups + (warp >> 2)) * T::kBlocks * 64 +
-                  block * 64 + (warp & 3) * 16;
-  const int token = work.token_tile * T::kTokens + slab * kJobTokens<T>;
-  if (lane < kJobTokens<T>) copy_async_4(scale_x + lane * 4, p.scale_x + token + lane, token + lane < p.M);
+  __threadfence();
+  const int row = row_of<T>(work.row_tile, rank, warp, block), token = work.token_tile * T::kTokens + slab * T::kJobTokens;
+  // Of the warp: 1 KB to transpose in, scale_x of 32 tokens, scale_w and bias of 16 outputs.
+  const uint32_t own = slots<T>(shared, warp), scale_x = own + 1024, scale_w = own + 1152;
+  if (lane < T::kJobTokens) copy_async_4(scale_x + lane * 4, p.scale_x + token + lane, token + lane < p.M);
   const int o = row + (lane & 15);
   if (lane < 16) {
     copy_async_4(scale_w + lane * 4, p.scale_w + o, o < p.out);
@@ -263,7 +272,6 @@ SJ_DEVICE void sum_job(const Params& p, const Shared& shared, uint32_t rank, int
   } else {
     store_shared_f32(scale_w + lane * 4, -0.0f);
   }
-  __threadfence();
   A sum[4 * kQuads] = {};
   const int at = (block * (T::kTokens / 8) + slab * kQuads) * 32;
 #pragma unroll 1
@@ -277,22 +285,17 @@ SJ_DEVICE void sum_job(const Params& p, const Shared& shared, uint32_t rank, int
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q) {
-        sum[4 * q] += reinterpret_cast<const A&>(v[i][q].x);
-        sum[4 * q + 1] += reinterpret_cast<const A&>(v[i][q].y);
-        sum[4 * q + 2] += reinterpret_cast<const A&>(v[i][q].z);
-        sum[4 * q + 3] += reinterpret_cast<const A&>(v[i][q].w);
-      }
+      for (int q = 0; q < kQuads; ++q) add_quad(sum + 4 * q, v[i][q]);
   }
   copy_async_wait();
   __syncwarp();
-  store_slab<kJobTokens<T>>(p, sum, make_column(scale_x, scale_w, scale_w + 64, row, token), 0, own);
+  store_slab<T::kJobTokens>(p, sum, make_column(scale_x, scale_w, scale_w + 64, row, token), 0, own);
 }
 
 // `left`: what store_part has returned for the first shared tile of the cluster, and for another one 16 bits further up.
 template <class T>
 SJ_DEVICE void sum_parts(const Params& p, const Shared& shared, uint32_t rank, int cluster, int warp, uint32_t left) {
-  constexpr int kPerTile = T::kBlocks * (T::kTokens / kJobTokens<T>);
+  constexpr int kPerTile = T::kBlocks * (T::kTokens / T::kJobTokens);
   static_assert(kPerTile <= 16);
   const int lane = fresh_thread() & 31;
   if ((warp & 3) == 0 && lane == 0) bulk_wait_read<0>();  // the slots are free
@@ -323,6 +326,59 @@ SJ_DEVICE void sum_parts(const Params& p, const Shared& shared, uint32_t rank, i
       job = bit % 16;
     }
     if (mine) sum_job<T>(p, shared, rank, tile, job, warp);
+  }
+}
+
+// ---- Tiles whose K the teams of a cluster divide among themselves: their sums meet in shared memory. The jobs of all warps are dealt out to
+// the teams; each team sends its part of a job to the job's owner, and when all have, the same warp there adds up in the order of K.
+
+// Where part `part` of a job arrives in its owner's shared memory: in place of the stages, which no team needs any more by then.
+template <class T>
+SJ_DEVICE uint32_t inbox(const Shared& shared, int parts, int job, int part) {
+  return shared.stages + (job / parts * parts + part) * T::kPartBytes + (fresh_thread() & 31) * 16;
+}
+
+template <class T, class A>
+SJ_DEVICE void send_parts(const Params& p, const A (&d)[T::kBlocks][T::kTokens / 2], const Shared& shared, uint32_t rank, int part, int warp) {
+  constexpr int kCount = T::kTokens / T::kJobTokens, kQuads = T::kJobTokens / 8;
+#pragma unroll
+  for (int b = 0; b < T::kBlocks; ++b)
+#pragma unroll
+    for (int slab = 0; slab < kCount; ++slab) {
+      const int job = (warp * T::kBlocks + b) * kCount + slab;
+      const int owner = job % p.parts;
+      const uint32_t to = inbox<T>(shared, p.parts, job, part);
+      auto quad = [&](int q) { return reinterpret_cast<const uint4&>(d[b][(slab * kQuads + q) * 4]); };
+      if (owner == part) {
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) store_shared_4(to + q * 512, quad(q));
+      } else {
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) store_remote_4(to + q * 512, owner * T::kCluster + rank, quad(q));
+      }
+    }
+}
+
+// row, token: of the warp group's outputs; set: where its scales are.
+template <class T>
+SJ_DEVICE void sum_inbox(const Params& p, const Shared& shared, int part, int warp, int set, int row, int token) {
+  using A = std::conditional_t<T::kFp8, float, int>;
+  constexpr int kCount = T::kTokens / T::kJobTokens, kQuads = T::kJobTokens / 8;
+#pragma unroll 1
+  for (int i = 0; i < T::kBlocks * kCount; ++i) {
+    const int job = warp * T::kBlocks * kCount + i, block = i / kCount, slab = i % kCount;
+    if (job % p.parts != part) continue;
+    A sum[4 * kQuads] = {};
+#pragma unroll 1
+    for (int from = 0; from < p.parts; ++from) {
+      const uint32_t at = inbox<T>(shared, p.parts, job, from);
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) add_quad(sum + 4 * q, load_shared_4(at + q * 512));
+    }
+    const uint32_t scale_x = scales<T>(shared, warp >> 2, set), scale_w = scale_x + T::kTokens * 4 + block * 256 + (warp & 3) * 64;
+    const Column col = make_column(scale_x + slab * T::kJobTokens * 4, scale_w, scale_w + T::kBlocks * 256, row + block * 64 + (warp & 3) * 16,
+                                   token + slab * T::kJobTokens);
+    store_slab<T::kJobTokens>(p, sum, col, 0, slots<T>(shared, warp));
   }
 }
 

@@ -16,36 +16,60 @@
 
 namespace slidejax::hopper {
 
-// Copies a cluster's work, stage after stage. With the first stage of each piece of work goes a note of what it is.
+// A block's place: `rank` in its team, which is number `part` of its cluster and `team` of the grid.
+struct Place {
+  uint32_t rank;
+  int part, team, teams;
+};
+
+// Copies a team's work, stage after stage. With the first stage of each piece of work goes a note of what it is.
 template <class T>
-SJ_DEVICE void produce(const Params& p, const Shared& shared, uint32_t rank, int cluster, int clusters) {
-  constexpr uint16_t kAll = (1 << T::kCluster) - 1;
+SJ_DEVICE void produce(const Params& p, const Shared& shared, const Place& place) {
+  const int rank = static_cast<int>(place.rank);
+  const uint16_t team = ((1 << T::kCluster) - 1) << (place.part * T::kCluster);
   // X stays for the next row tiles. W does too when more than one group of tokens passes over it.
   const uint64_t policy_w = p.token_tiles <= p.token_group ? kEvictFirst : kEvictNormal;
+  auto load_weights = [&](int to, int k, int row) {  // and says what stage `to` waits for
+    const uint32_t bar = shared.full + 8 * to, dst = shared.stages + to * T::kBytes;
+    barrier_expect(bar, T::kBytes);
+    tma_load_2d(dst + T::kBytesX, &p.map_w, k * T::kColumnsW, row, bar, policy_w);
+    if constexpr (T::kSparse) tma_load_3d(dst + T::kBytesX + T::kBytesW, &p.map_e, 0, k, row / 64, bar, policy_w);
+  };
+  int early = 0;  // stages whose weights are on their way before the activations are there
+  if (T::kEarly && p.dependent) {
+    const Work work = find_work(p, place.team, place.teams, 0);
+    const int row = (work.row_tile * T::kCluster + rank) * T::kRows;
+    early = min(T::kStages, 2 * (work.end - work.begin));
+#pragma unroll 1
+    for (int i = 0; i < early; ++i) load_weights(i, 2 * work.begin + i, row);
+  }
+  grid_wait();
   int stage = 0;
   uint32_t parity = 1;  // the first pass over the stages waits for nothing
   for (int i = 0;; ++i) {
-    const Work work = find_work(p, cluster, clusters, i);
-    const int row = (work.row_tile * T::kCluster + static_cast<int>(rank)) * T::kRows, token = work.token_tile * T::kTokens;
+    const Work work = find_work(p, place.team, place.teams, i);
+    const int row = (work.row_tile * T::kCluster + rank) * T::kRows, token = work.token_tile * T::kTokens;
     barrier_wait(shared.empty + 8 * stage, parity);
     store_shared_4(shared.notes + 16 * stage, row, token, work.end - work.begin, work.split);
     if (work.begin == work.end) {  // the last note: no more work
       barrier_arrive(shared.full + 8 * stage);
       return;
     }
-    const int own_token = token + static_cast<int>(rank) * T::kShareX;
+    const int own_token = token + rank * T::kShareX;
 #pragma unroll 1
     for (int k = 2 * work.begin; k < 2 * work.end; ++k) {
       const uint32_t bar = shared.full + 8 * stage, dst = shared.stages + stage * T::kBytes;
       barrier_wait(shared.empty + 8 * stage, parity);
-      barrier_expect(bar, T::kBytes);
+      if (T::kEarly && early > 0) {
+        --early;
+      } else {
+        load_weights(stage, k, row);
+      }
       if constexpr (T::kCluster == 1) {
         tma_load_2d(dst, &p.map_x, k * 128, own_token, bar, kEvictLast);
       } else {
-        tma_load_2d_multicast(dst + rank * (T::kShareX * 128), &p.map_x, k * 128, own_token, bar, kAll, kEvictLast);
+        tma_load_2d_multicast(dst + rank * (T::kShareX * 128), &p.map_x, k * 128, own_token, bar, team, kEvictLast);
       }
-      tma_load_2d(dst + T::kBytesX, &p.map_w, k * T::kColumnsW, row, bar, policy_w);
-      if constexpr (T::kSparse) tma_load_3d(dst + T::kBytesX + T::kBytesW, &p.map_e, 0, k, row / 64, bar, policy_w);
       if (++stage == T::kStages) {
         stage = 0;
         parity ^= 1;
@@ -55,7 +79,7 @@ SJ_DEVICE void produce(const Params& p, const Shared& shared, uint32_t rank, int
 }
 
 template <class T>
-SJ_DEVICE void consume(const Params& p, const Shared& shared, uint32_t rank, int cluster) {
+SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place) {
   using Instruction = Wgmma<T::kFp8, T::kTokens>;
   using A = typename Instruction::Accumulator;
   const int thread = threadIdx.x & 127;
@@ -63,11 +87,11 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, uint32_t rank, int
   int stage = 0;
   uint32_t parity = 0;
 
-  auto release = [&](int s) {  // one thread for each block of the cluster: both wrote into this stage
+  auto release = [&](int s) {  // one thread for each block of the team: all wrote into this stage
     if constexpr (T::kCluster == 1) {
       if (thread == 0) barrier_arrive(shared.empty + 8 * s);
     } else {
-      if (thread < T::kCluster) barrier_arrive_at(shared.empty + 8 * s, thread);
+      if (thread < T::kCluster) barrier_arrive_at(shared.empty + 8 * s, place.part * T::kCluster + thread);
     }
   };
 
@@ -136,19 +160,26 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, uint32_t rank, int
     stage_step(e[1], std::false_type());
     // With two blocks, a tile's last step is left for below.
     constexpr bool kTail = T::kBlocks == 2;
-    const int plain = kTail && split < 0 ? steps - 1 : steps;
+    const int plain = kTail && split == kWhole ? steps - 1 : steps;
 #pragma unroll 1
     for (int k = 1; k < plain; ++k) {
       stage_step(e[0], std::false_type());
       stage_step(e[1], std::false_type());
     }
-    if (!kTail || split >= 0) {
+    if (!kTail || split != kWhole) {
       wgmma_wait<0>();
       release(previous);
 #pragma unroll
       for (int b = 0; b < T::kBlocks; ++b) pin(d[b]);
-      if (split >= 0) {
-        left |= store_part<T>(p, d, split, cluster, rank, warp) << (split == share(p, cluster) / p.steps ? 0 : 16);
+      if (T::kDivides && split == kDivided) {
+        cluster_sync();  // nobody needs the stages any more
+        send_parts<T>(p, d, shared, place.rank, place.part, warp);
+        copy_async_wait();
+        if (thread == 0) bulk_wait_read<0>();
+        cluster_sync();  // all sums and scales are there, and the slots are free
+        sum_inbox<T>(p, shared, place.part, warp, set, row, token);
+      } else if (split >= 0) {
+        left |= store_part<T>(p, d, split, place.team, place.rank, warp) << (split == share(p, place.team) / p.steps ? 0 : 16);
       } else {
         copy_async_wait();
         if (T::kSlots == 1 && thread == 0) bulk_wait_read<0>();
@@ -190,7 +221,7 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, uint32_t rank, int
       store_block<T, 1>(p, d[1], shared, warp, set, row, token);
     }
   }
-  if (cluster < p.split_clusters) sum_parts<T>(p, shared, rank, cluster, warp, left);
+  if (place.team < p.split_clusters) sum_parts<T>(p, shared, place.rank, place.team, warp, left);
   if (thread == 0) bulk_wait_read<0>();  // shared memory must outlive the stores from it
 }
 
@@ -204,8 +235,9 @@ __global__ void __launch_bounds__(T::kThreads, 1) sparse_matmul_kernel(const __g
   shared.full = shared_address(barriers);
   shared.empty = shared.full + 8 * T::kStages;
   shared.notes = shared_address(notes);
-  const uint32_t rank = T::kCluster > 1 ? cluster_rank() : 0;
-  const int cluster = blockIdx.x / T::kCluster, clusters = gridDim.x / T::kCluster;
+  const uint32_t in_cluster = T::kCluster > 1 || T::kDivides ? cluster_rank() : 0;
+  const Place place{in_cluster % T::kCluster, T::kDivides ? static_cast<int>(in_cluster / T::kCluster) : 0,
+                    static_cast<int>(blockIdx.x / T::kCluster), static_cast<int>(gridDim.x / T::kCluster)};
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < T::kStages; ++i) {
@@ -221,11 +253,17 @@ __global__ void __launch_bounds__(T::kThreads, 1) sparse_matmul_kernel(const __g
   if constexpr (T::kCluster > 1) cluster_sync();
 
   if (threadIdx.x >= T::kWarpGroups * 128) {
-    registers_decrease<24>();
-    if (threadIdx.x == T::kWarpGroups * 128) produce<T>(p, shared, rank, cluster, clusters);
+    registers_decrease<T::kProducerRegisters>();
+    if (threadIdx.x == T::kWarpGroups * 128) produce<T>(p, shared, place);
+    __syncwarp();
+    if (T::kDivides && p.parts > 1 && place.team / p.parts < p.divided_tiles) {  // with the consumers, when they hand over their sums
+      cluster_sync();
+      cluster_sync();
+    }
   } else {
-    registers_increase<240>();
-    consume<T>(p, shared, rank, cluster);
+    registers_increase<T::kConsumerRegisters>();
+    grid_wait();
+    consume<T>(p, shared, place);
   }
   __syncwarp();
   // A block may not leave while its neighbour still writes into its shared memory or arrives at its barriers.

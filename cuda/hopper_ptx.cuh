@@ -79,6 +79,9 @@ SJ_DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.
 SJ_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
+// Waits until the kernel that this one was launched to follow has ended and what it wrote can be read; returns at once where it
+// was launched to begin after that.
+SJ_DEVICE void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 SJ_DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 SJ_DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -183,6 +186,16 @@ SJ_DEVICE int4 load_shared_4i(uint32_t address) {
 }
 SJ_DEVICE void store_shared_4(uint32_t address, int a, int b, int c, int d) {
   asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+// The same into the shared memory of another block of the cluster.
+SJ_DEVICE void store_remote_4(uint32_t address, uint32_t rank, uint4 v) {
+  asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; st.shared::cluster.v4.u32 [remote], {%2, %3, %4, %5};}" ::"r"(
+                   address),
+               "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+SJ_DEVICE void store_shared_4(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 SJ_DEVICE void store_shared_f32(uint32_t address, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");

@@ -13,6 +13,9 @@ constexpr int largest_divisor(int count, int most) {
   return most;
 }
 
+// Into how many parts the teams of a cluster can divide K.
+constexpr int kParts[] = {2, 3, 4, 6, 8};
+
 struct Params {
   CUtensorMap map_x, map_w, map_e, map_y;
   const float* scale_x;
@@ -27,6 +30,9 @@ struct Params {
   int whole_tiles;      // the first tiles, one cluster each
   int split_tiles;      // the others, which split_clusters clusters share
   int split_clusters;
+  int parts;            // teams of a launched cluster; with more than one, there are no split_tiles
+  int divided_tiles;    // the tiles after whole_tiles, of which the teams of a cluster each take a part of K, a tile a cluster
+  int dependent;        // launched to begin before the kernel that writes the lifted activations has ended
   int output;           // HopperOutput
   int vector_stores;    // rows of y are 16-byte aligned
   int bulk_stores;      // y has a tensor map: bfloat16 and such rows
@@ -43,6 +49,11 @@ struct Tile {
   static constexpr int kStages = kStages_;
   static constexpr int kRows = kWarpGroups * kBlocks * 64;
   static constexpr int kThreads = (kWarpGroups + 1) * 128;
+  // Of a thread, in the course of the kernel: no more than a block is launched with, or it waits for them for ever.
+  // The largest tile leaves the producer no more than its loop needs, so it begins to copy only when the activations are there.
+  static constexpr bool kEarly = kBlocks * kTokens <= 320;
+  static constexpr int kConsumerRegisters = kEarly ? 232 : 240, kProducerRegisters = kEarly ? 40 : 24;
+  static_assert(kWarpGroups * kConsumerRegisters + kProducerRegisters <= 65536 / kThreads / 8 * 8 * (kWarpGroups + 1));
   static constexpr int kShareX = kTokens / kCluster;  // tokens that a block copies for its cluster
   static constexpr int kBytesX = kTokens * 128;
   static constexpr int kColumnsW = kSparse ? 64 : 128;  // bytes of a row of W in a stage
@@ -56,12 +67,21 @@ struct Tile {
   static constexpr int kSlotBytes = std::max(kSlots * kSlabBytes / 4, 2048);  // of a warp
   static constexpr int kScaleBytes = kTokens * 4 + kBlocks * 512;
   static constexpr int kShared = 1024 + kStages * kBytes + kWarpGroups * (4 * kSlotBytes + 2 * kScaleBytes);  // 1024: alignment
+  // What a warp stores, or adds up, alone at a time: a job. Sums of jobs from other teams arrive where the stages were, 16 bytes a lane.
+  static constexpr int kJobTokens = std::min(kTokens, 32);
+  static constexpr int kJobs = kWarpGroups * 4 * kBlocks * (kTokens / kJobTokens);
+  static constexpr int kPartBytes = kJobTokens * 64;
+  static constexpr int kMostJobs = kStages * kBytes / kPartBytes;
+  static constexpr bool kDivides = kCluster <= 4 && (kJobs + 1) / 2 * 2 <= kMostJobs;  // into two parts
   static constexpr int kPartial = kRows * kTokens;                                        // words
   static_assert(kBytes % 1024 == 0 && kShared + 32 * kStages <= 227 * 1024);
 };
 
-// What a cluster does as its i-th piece of work: steps [begin, end) of a tile; none if begin == end. split: the tile's index
-// among those that are shared along K, or -1.
+// The blocks that share tokens are a team. As a rule they are a cluster; a cluster can also be launched of several teams.
+//
+// What a team does as its i-th piece of work: steps [begin, end) of a tile; none if begin == end. split: the tile's index among
+// those that clusters share along K, kWhole for a tile of its own, kDivided for one that the teams of its cluster divide.
+inline constexpr int kWhole = -1, kDivided = -2;
 struct Work {
   int row_tile, token_tile, begin, end, split;
 };
@@ -78,20 +98,27 @@ SJ_DEVICE void locate(const Params& p, int tile, Work& work) {
   work.token_tile = group * p.token_group + rest - work.row_tile * width;
 }
 
-SJ_DEVICE Work find_work(const Params& p, int cluster, int clusters, int i) {
-  Work work{0, 0, 0, 0, -1};
-  int tile = cluster + i * clusters;
+SJ_DEVICE Work find_work(const Params& p, int team, int teams, int i) {
+  Work work{0, 0, 0, 0, kWhole};
+  int tile = team + i * teams;
   if (tile < p.whole_tiles) {
     work.end = p.steps;
+  } else if (p.parts > 1) {  // whole_tiles is a multiple of teams
+    const int cluster = team / p.parts, part = team - cluster * p.parts;
+    if (tile >= p.whole_tiles + teams || cluster >= p.divided_tiles) return work;
+    tile = p.whole_tiles + cluster;
+    work.begin = part * p.steps / p.parts;
+    work.end = (part + 1) * p.steps / p.parts;
+    work.split = kDivided;
   } else {
-    if (cluster >= p.split_clusters) return work;
-    const int begin = share(p, cluster), end = share(p, cluster + 1);
-    i -= p.whole_tiles / clusters;  // a multiple of clusters whenever there are shared tiles
+    if (team >= p.split_clusters) return work;
+    const int begin = share(p, team), end = share(p, team + 1);
+    i -= p.whole_tiles / teams;  // a multiple of teams whenever there are shared tiles
     work.split = begin / p.steps + i;
     tile = p.whole_tiles + work.split;
     work.begin = max(begin - work.split * p.steps, 0);
     work.end = max(min(end - work.split * p.steps, p.steps), work.begin);
-    if (work.end - work.begin == p.steps) work.split = -1;
+    if (work.end - work.begin == p.steps) work.split = kWhole;
   }
   locate(p, tile, work);
   return work;

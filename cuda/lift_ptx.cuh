@@ -18,6 +18,13 @@ __device__ inline void CopyGranule(void* shared, const void* global, bool wanted
                "l"(global), "r"(wanted ? kGranule : 0) : "memory");
 }
 
+// From now on a kernel that was launched to begin before this one has ended may do so, where there is room.
+__device__ inline void LetNextBegin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 __device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits for all of the thread's groups of copies but the latest `pending`, at most kMaxPending.

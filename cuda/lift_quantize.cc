@@ -10,6 +10,7 @@
 
 #include "ffi_util.h"
 #include "handlers.h"
+#include "lift_arguments.h"
 
 namespace slidejax {
 namespace {
@@ -70,27 +71,7 @@ ffi::Error FusedImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer up, f
                      ffi::Buffer<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> lifted, ffi::ResultBuffer<ffi::F32> scale, int32_t group,
                      int32_t prologue, int32_t activation, float eps) {
   LiftArgs args = {};
-  args.group = group, args.prologue = static_cast<PrologueKind>(prologue), args.activation = static_cast<Activation>(activation);
-  args.eps = eps;
-  const bool norm = args.prologue == PrologueKind::kRmsNorm || args.prologue == PrologueKind::kLayerNorm;
-  std::string wrong = CheckShapes(x, *lifted, *scale, group, args);
-  if (!wrong.empty()) {
-  } else if (prologue < 1 || prologue > static_cast<int>(PrologueKind::kGlu)) {
-    wrong = "prologue must be 1 to 4";
-  } else if (activation < 0 || activation > static_cast<int>(Activation::kRelu)) {
-    wrong = "activation must be 0 to 3";
-  } else if (Bytes(args.lifted_type) != 1) {
-    wrong = "lifted must be int8 or float8_e4m3fn";
-  } else if (args.prologue == PrologueKind::kGlu && (up.element_type() != x.element_type() || Count(up) != Count(x))) {
-    wrong = "up must be like x, not " + Describe(up);
-  } else if (norm && Count(weight) != args.columns) {
-    wrong = "weight must have one element for each column";
-  } else if (Count(bias) != 0 && Count(bias) != args.columns) {
-    wrong = "bias must have one element for each column, or none";
-  }
-  if (args.prologue == PrologueKind::kGlu) args.up = up.untyped_data();
-  if (norm) args.weight = weight.typed_data();
-  if (Count(bias) != 0) args.bias = bias.typed_data();
+  const std::string wrong = LiftArguments(x, up, weight, bias, *lifted, *scale, group, prologue, activation, eps, args);
   return Launch("lift_quantize_fused", x, *lifted, wrong, args, stream);
 }
 
@@ -101,6 +82,28 @@ ffi::Error MemcpyImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::An
 }
 
 }  // namespace
+
+std::string LiftArguments(const ffi::AnyBuffer& x, const ffi::AnyBuffer& up, const ffi::Buffer<ffi::F32>& weight,
+                          const ffi::Buffer<ffi::F32>& bias, const ffi::AnyBuffer& lifted, const ffi::Buffer<ffi::F32>& scale, int32_t group,
+                          int32_t prologue, int32_t activation, float eps, LiftArgs& args) {
+  args.group = group, args.prologue = static_cast<PrologueKind>(prologue), args.activation = static_cast<Activation>(activation);
+  args.eps = eps;
+  const bool norm = args.prologue == PrologueKind::kRmsNorm || args.prologue == PrologueKind::kLayerNorm;
+  if (std::string wrong = CheckShapes(x, lifted, scale, group, args); !wrong.empty()) return wrong;
+  if (prologue < 0 || prologue > static_cast<int>(PrologueKind::kGlu)) return "prologue must be 0 to 4";
+  if (activation < 0 || activation > static_cast<int>(Activation::kRelu)) return "activation must be 0 to 3";
+  if (Bytes(args.lifted_type) != 1) return "lifted must be int8 or float8_e4m3fn";
+  if (args.prologue == PrologueKind::kGlu && (up.element_type() != x.element_type() || Count(up) != Count(x))) {
+    return "up must be like x, not " + Describe(up);
+  }
+  if (norm && Count(weight) != args.columns) return "weight must have one element for each column";
+  if (Count(bias) != 0 && Count(bias) != args.columns) return "bias must have one element for each column, or none";
+  if (args.prologue == PrologueKind::kGlu) args.up = up.untyped_data();
+  if (norm) args.weight = weight.typed_data();
+  if (Count(bias) != 0) args.bias = bias.typed_data();
+  return "";
+}
+
 }  // namespace slidejax
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_memcpy, slidejax::MemcpyImpl,

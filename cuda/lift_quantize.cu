@@ -58,6 +58,7 @@ constexpr int kStreamingWarps = 8;
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kLanes * kStreamingWarps) StreamKernel(const RingParams p, const float* const absmax_of_rows) {
   extern __shared__ __align__(16) char shared[];
+  Begin(p);
   uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared);
   const int warps = blockDim.x / kLanes, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   char* const stage = shared + kReductionBytes + warp * StageBytes(p.n, p.steps, sizeof(Out));

@@ -32,6 +32,9 @@ struct LiftArgs {
   const float* weight;    // norms: [columns], 16-byte aligned
   const float* bias;      // kLayerNorm: [columns], 16-byte aligned, or nullptr
   float eps;              // norms
+  // 64-bit words that the kernel sets to zero, for the one that is launched to follow it and to begin before it has ended.
+  unsigned long long* counters;
+  int counter_count;
 };
 
 // Columns that lifting `columns` columns gives: whole blocks of 8 groups, four for each of a group's N-1 windows.

@@ -36,7 +36,17 @@ struct RingParams {
   bool x_aligned;     // every row starts at a multiple of 16 bytes and ends with a whole chunk
   bool out_aligned;   // n = 1: the same for the result
   PrologueParams prologue;
+  unsigned long long* counters;  // for the next kernel
+  int counter_count;
 };
+
+// What both kernels do first.
+__device__ inline void Begin(const RingParams& p) {
+  LetNextBegin();
+  if (blockIdx.x == 0) {
+    for (int i = threadIdx.x; i < p.counter_count; i += blockDim.x) p.counters[i] = 0;
+  }
+}
 
 // A tile of odd part 1 is widened, so that its stores fill more lanes.
 __host__ __device__ constexpr int StepsOf(int n) { return TileSteps(n) == 1 ? 4 : TileSteps(n); }
@@ -132,6 +142,7 @@ __global__ void __launch_bounds__(kLanes * kMaxWarps) RingKernel(const RingParam
   const int slot_bytes = SlotBytes(steps, sizeof(In)), tile_bytes = slot_bytes - kGranule;
   const int64_t row_bytes = static_cast<int64_t>(p.columns) * sizeof(In);
 
+  Begin(p);
   uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared);
   float* const sum_words = reinterpret_cast<float*>(shared) + 2 * kMaxWarps;
   char* const ring = shared + kReductionBytes + warp * p.stages * p.slots * kSources * slot_bytes;
@@ -343,6 +354,7 @@ inline RingParams RingParamsOf(const LiftArgs& a) {
   p.x_aligned = a.columns % kChunk == 0 && aligned(a.x) && aligned(a.up);  // up is nullptr where there is none
   p.out_aligned = a.lifted_columns % kChunk == 0 && aligned(a.lifted);
   p.prologue = {a.up, a.weight, a.bias, a.eps, 1.0f / static_cast<float>(a.columns), p.columns, a.activation};
+  p.counters = a.counters, p.counter_count = a.counter_count;
   return p;
 }
 

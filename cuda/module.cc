@@ -33,10 +33,10 @@ nb::dict Registrations() {
   hopper["initialize"] = Capsule(slidejax_hopper_initialize_handler);
   hopper["execute"] = Capsule(slidejax_hopper_execute_handler);
   targets["slidejax_sparse_matmul_hopper"] = hopper;
-  nb::dict hopper_dense;
-  hopper_dense["initialize"] = Capsule(slidejax_hopper_initialize_handler);
-  hopper_dense["execute"] = Capsule(slidejax_hopper_dense_handler);
-  targets["slidejax_dense_matmul_hopper"] = hopper_dense;
+  nb::dict linear;
+  linear["initialize"] = Capsule(slidejax_hopper_initialize_handler);
+  linear["execute"] = Capsule(slidejax_hopper_linear_handler);
+  targets["slidejax_linear_hopper"] = linear;
   targets["slidejax_hopper_metadata"] = Capsule(slidejax_hopper_metadata_handler);
 #endif
   return targets;

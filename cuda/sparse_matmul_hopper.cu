@@ -14,6 +14,8 @@ namespace {
 
 constexpr int kCounterBytes = 16384;  // at the head of the workspace
 constexpr int kMaxDevices = 64;
+// Up to so many tokens it pays to begin before the lift has ended (10.5 to 9.8 us for one linear of M=16); from 1024 on it costs 2 %.
+constexpr int kEarlyTokens = 512;
 
 // A tile's kernel for both inputs. stage_clocks: measured clocks of one stage (128 columns) in the full pipeline;
 // tile_clocks: what a tile costs beyond its stages. docs/hopper-kernel.md has the measurements.
@@ -21,9 +23,20 @@ struct Entry {
   HopperTile tile;
   const void* kernel[2];
   int threads, shared, partial, slab_tokens;
+  uint32_t divides;  // bit n: K can be divided into n parts
   bool sparse;
   float stage_clocks, tile_clocks;
 };
+
+template <class T>
+constexpr uint32_t divisions() {
+  uint32_t all = 0;
+  for (int parts : kParts) {
+    const bool fits = T::kDivides && parts * T::kCluster <= 8 && (T::kJobs + parts - 1) / parts * parts <= T::kMostJobs;
+    all |= fits ? 1u << parts : 0;
+  }
+  return all;
+}
 
 template <int kWarpGroups, int kBlocks, int kTokens, int kCluster, int kStages, bool kSparse = true>
 Entry make_entry(const char* name, float stage_clocks, float tile_clocks) {
@@ -35,6 +48,7 @@ Entry make_entry(const char* name, float stage_clocks, float tile_clocks) {
           T::kShared,
           T::kPartial * kCluster * 4,
           T::kSlabTokens,
+          divisions<T>(),
           kSparse,
           stage_clocks,
           tile_clocks};
@@ -46,12 +60,14 @@ const Entry kEntries[] = {
     make_entry<2, 2, 160, 2, 4>("256x160", 843, 2600),
     make_entry<2, 2, 128, 2, 5>("256x128", 710, 2000),
     make_entry<2, 1, 128, 2, 7>("128x128", 400, 1500),
+    make_entry<2, 1, 128, 4, 7>("128x128 in fours", 385, 1500),
     make_entry<2, 1, 64, 1, 9>("128x64", 300, 1000),
     make_entry<2, 1, 32, 1, 12>("128x32", 250, 800),
     make_entry<2, 1, 16, 1, 14>("128x16", 240, 800),
     make_entry<2, 1, 256, 2, 4, false>("dense 128x256", 1040, 2500),
     make_entry<2, 1, 128, 2, 6, false>("dense 128x128", 560, 1500),
-    make_entry<2, 1, 64, 1, 8, false>("dense 128x64", 450, 1000),
+    make_entry<2, 1, 64, 1, 7, false>("dense 128x64", 450, 1000),
+    make_entry<2, 1, 16, 1, 10, false>("dense 128x16", 400, 800),
 };
 constexpr int kEntryCount = sizeof(kEntries) / sizeof(kEntries[0]);
 
@@ -65,18 +81,35 @@ int steps_of(const HopperArgs& a) { return std::max(2, ceil_div(columns_of(a), 2
 float weight_bytes(const HopperArgs& a) { return static_cast<float>(a.out) * columns_of(a) * (is_sparse(a) ? 0.625f : 1.0f); }
 
 struct Split {
-  int whole, shared, clusters;  // tiles of one cluster each, tiles shared along K, clusters that share them
+  int whole, shared, clusters;  // tiles of one team each, tiles shared along K, teams that share them
+  int parts, divided;           // teams of a cluster; tiles that they divide along K, one for each cluster
   float clocks;
 };
 
-// How the tiles of a configuration fall on `clusters` clusters: whole waves first; the rest either as one more wave or cut
-// along K. want: HopperArgs::split.
+// Of all `teams`, those in clusters of `parts` that fit side by side: such clusters do not fill a device to the last multiprocessor.
+int teams_of(int teams, int size, int parts) {
+  const int left = size * parts <= 2 ? teams : size * parts % 3 == 0 ? teams * 9 / 11 : teams * 10 / 11;
+  return left / parts * parts;
+}
+
+// How the tiles of a configuration fall on `clusters` teams: whole waves first; the rest either as one more wave, or cut along K, by way
+// of memory or within larger clusters. want: HopperArgs::split.
 Split split_tiles(const Entry& e, const HopperArgs& a, int clusters, int want) {
   const int tiles = ceil_div(a.out, e.tile.rows * e.tile.cluster) * ceil_div(a.M, e.tile.tokens), steps = steps_of(a);
   const int rest = tiles % clusters, waves = tiles / clusters;
   const float step = 2 * e.stage_clocks, tile = steps * step + e.tile_clocks;
-  Split best{tiles, 0, 0, (waves + (rest > 0)) * tile};
-  if (rest == 0 || want == 0) return best;
+  Split best{tiles, 0, 0, 1, 0, (waves + (rest > 0)) * tile};
+  const float meeting = 1500 + 40.0f * e.tile.tokens * e.tile.rows / 128;  // of a cluster, and sending sums around
+  for (int parts : kParts) {
+    if (!(e.divides >> parts & 1) || parts > steps || want > 0 || (a.parts > 0 && parts != a.parts)) continue;
+    const int teams = teams_of(clusters, e.tile.cluster, parts);
+    if (teams == 0) continue;
+    const int full = tiles / teams, divided = tiles % teams;
+    if (divided == 0 || divided > teams / parts) continue;
+    const float clocks = full * tile + ceil_div(steps, parts) * step + e.tile_clocks + meeting;
+    if (a.parts > 0 || clocks < best.clocks) best = {full * teams, 0, full > 0 ? teams : divided * parts, parts, divided, clocks};
+  }
+  if (rest == 0 || want == 0 || a.parts > 0) return best;
   const float kBytesPerClock = 24, kLatency = 6500;  // of a multiprocessor, partial sums both ways; clearing the counters and waiting
   auto consider = [&](int sharers) {
     if (sharers <= rest || sharers > clusters || sharers > rest * steps) return;
@@ -86,7 +119,7 @@ Split split_tiles(const Entry& e, const HopperArgs& a, int clusters, int want) {
     const float apart = sharers % rest ? rest * (e.tile.rows * e.tile.cluster * weight_bytes(a) / a.out + e.tile.tokens * 256.0f * steps) / 2900 : 0;
     const float shared = std::max(ceil_div(rest * steps, sharers) * step, apart);
     const float clocks = waves * tile + shared + e.tile_clocks + move + kLatency;
-    if (want > 0 || clocks < best.clocks) best = {waves * clusters, rest, sharers, clocks};
+    if (want > 0 || clocks < best.clocks) best = {waves * clusters, rest, sharers, 1, 0, clocks};
   };
   if (want > 0) {
     consider(want);
@@ -131,8 +164,11 @@ size_t partial_bytes(const Plan& plan) {
 struct Device {
   std::once_flag once;
   cudaError_t status = cudaErrorInitializationError;
-  int clusters[kEntryCount] = {};
+  int clusters[kEntryCount] = {};       // that run side by side
+  int divided[kEntryCount][9] = {};  // the same for clusters of so many teams
   int multiprocessors = 0;
+
+  int teams(int config, int parts) const { return divided[config][parts] * parts; }
 };
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
@@ -153,17 +189,22 @@ cudaError_t ready_device(int id, Device& device) {
     const Entry& e = kEntries[c];
     for (const void* kernel : e.kernel)
       if (auto s = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, e.shared)) return s;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = e.tile.cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = device.multiprocessors / e.tile.cluster * e.tile.cluster;
-    config.blockDim = e.threads;
-    config.dynamicSmemBytes = e.shared;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    if (auto s = cudaOccupancyMaxActiveClusters(&device.clusters[c], e.kernel[0], &config)) return s;
+    for (int parts = 1; parts <= 8; ++parts) {
+      if (parts > 1 && !(e.divides >> parts & 1)) continue;
+      const unsigned size = e.tile.cluster * parts;
+      cudaLaunchAttribute attribute = {};
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = size;
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+      cudaLaunchConfig_t config = {};
+      config.gridDim = std::max(1u, device.multiprocessors / size) * size;
+      config.blockDim = e.threads;
+      config.dynamicSmemBytes = e.shared;
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+      int* fit = parts == 1 ? &device.clusters[c] : &device.divided[c][parts];
+      if (auto s = cudaOccupancyMaxActiveClusters(fit, e.kernel[0], &config)) return s;
+    }
     device.clusters[c] = std::min(device.clusters[c], device.multiprocessors / e.tile.cluster);
     if (device.clusters[c] < 1) return cudaErrorNotSupported;
   }
@@ -208,6 +249,52 @@ bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta)
          make_map(&p.map_w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.values, w_size, w_stride, w_box,
                   e.sparse ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B) &&
          (!e.sparse || make_map(&p.map_e, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, meta, e_size, e_stride, e_box, CU_TENSOR_MAP_SWIZZLE_NONE));
+}
+
+// A call's plan on the current device, and what is where in its workspace.
+struct Ready {
+  Plan plan;
+  int teams;            // of the grid
+  const uint32_t* meta;
+  uint32_t* own_meta;   // where it is to be expanded, or null
+  uint8_t* workspace;   // behind it
+
+  HopperCounters counters() const {
+    const HopperTile& tile = kEntries[plan.config].tile;
+    return {reinterpret_cast<unsigned long long*>(workspace), plan.split.shared * tile.cluster * tile.warp_groups * 4};
+  }
+  cudaError_t expand_metadata(const HopperArgs& a, cudaStream_t stream) const {
+    return own_meta ? slidejax_hopper_expand_metadata(a.zeros, own_meta, a.out, a.groups, a.group, stream) : cudaSuccess;
+  }
+};
+
+cudaError_t make_ready(const HopperArgs& args, Ready* ready) {
+  if (slidejax_hopper_check(args)) return cudaErrorInvalidValue;
+  Device* device;
+  if (auto s = get_device(&device)) return s;
+  HopperArgs a = args;
+  const size_t meta_bytes = a.meta ? 0 : slidejax_hopper_metadata_bytes(a.out, a.groups, a.group);  // 0 for a dense weight
+  if (a.workspace_bytes < meta_bytes) return cudaErrorInvalidValue;
+  ready->own_meta = meta_bytes > 0 ? static_cast<uint32_t*>(a.workspace) : nullptr;
+  ready->meta = a.meta ? a.meta : ready->own_meta;
+  ready->workspace = static_cast<uint8_t*>(a.workspace) + meta_bytes;
+
+  Plan& plan = ready->plan;
+  plan = make_plan(a, device->multiprocessors);
+  const Entry& e = kEntries[plan.config];
+  const int clusters = device->clusters[plan.config];
+  const bool all = clusters == std::max(1, device->multiprocessors / e.tile.cluster);
+  const bool fits = plan.split.parts == 1 ? all : plan.split.clusters <= device->teams(plan.config, plan.split.parts);
+  if (!fits || a.workspace_bytes - meta_bytes < partial_bytes(plan)) {  // fewer fit than planned for, or no room
+    a.config = plan.config, a.parts = 1;
+    plan.split = split_tiles(e, a, clusters, 0);
+  }
+  const Split& s = plan.split;
+  // In whole clusters, as many teams as there is work for.
+  ready->teams = s.parts > 1 ? s.clusters : std::min(clusters, std::max(s.whole, s.clusters));
+  static_assert(132 * 2 * 4 * sizeof(*HopperCounters::first) <= kCounterBytes);
+  if (ready->counters().count * sizeof(*HopperCounters::first) > kCounterBytes) return cudaErrorInvalidValue;
+  return cudaSuccess;
 }
 
 }  // namespace
@@ -258,7 +345,8 @@ void slidejax_hopper_plan(HopperArgs& a, int multiprocessors) {
   const Plan plan = make_plan(a, multiprocessors);
   a.config = plan.config;
   a.token_group = plan.token_group;
-  a.split = plan.split.clusters;
+  a.split = plan.split.shared > 0 ? plan.split.clusters : 0;
+  a.parts = plan.split.parts;
 }
 
 size_t slidejax_hopper_workspace(const HopperArgs& a, int multiprocessors) {
@@ -266,38 +354,33 @@ size_t slidejax_hopper_workspace(const HopperArgs& a, int multiprocessors) {
   return meta + partial_bytes(make_plan(a, multiprocessors));
 }
 
-cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& args, cudaStream_t stream) {
-  if (slidejax_hopper_check(args)) return cudaErrorInvalidValue;
-  Device* device;
-  if (auto s = get_device(&device)) return s;
+cudaError_t slidejax_hopper_before_lift(const HopperArgs& args, cudaStream_t stream, HopperCounters* counters) {
+  Ready ready;
+  if (auto s = make_ready(args, &ready)) return s;
+  *counters = ready.counters();
+  return ready.expand_metadata(args, stream);
+}
 
-  HopperArgs a = args;
-  const size_t meta_bytes = a.meta ? 0 : slidejax_hopper_metadata_bytes(a.out, a.groups, a.group);
-  if (a.workspace_bytes < meta_bytes) return cudaErrorInvalidValue;
-  uint8_t* workspace = static_cast<uint8_t*>(a.workspace);
-  const uint32_t* meta = a.meta ? a.meta : reinterpret_cast<const uint32_t*>(workspace);
-  if (meta_bytes > 0)
-    if (auto s = slidejax_hopper_expand_metadata(a.zeros, reinterpret_cast<uint32_t*>(workspace), a.out, a.groups, a.group, stream))
-      return s;
-  workspace += meta_bytes;
-
-  Plan plan = make_plan(a, device->multiprocessors);
-  const int clusters = device->clusters[plan.config];
-  const bool all = clusters == std::max(1, device->multiprocessors / kEntries[plan.config].tile.cluster);
-  if (!all || a.workspace_bytes - meta_bytes < partial_bytes(plan)) {  // fewer fit than planned for, or no room
-    a.config = plan.config;
-    plan.split = split_tiles(kEntries[plan.config], a, clusters, 0);
-  }
+cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stream) {
+  Ready ready;
+  if (auto s = make_ready(a, &ready)) return s;
+  const Plan& plan = ready.plan;
   const Entry& e = kEntries[plan.config];
+  const HopperCounters counters = ready.counters();
+  if (!a.after_lift) {
+    if (auto s = ready.expand_metadata(a, stream)) return s;
+    if (counters.count > 0)
+      if (auto s = cudaMemsetAsync(counters.first, 0, counters.count * sizeof(*counters.first), stream)) return s;
+  }
 
   Params p = {};
-  if (!make_maps(p, a, e, meta)) return cudaErrorInvalidValue;
+  if (!make_maps(p, a, e, ready.meta)) return cudaErrorInvalidValue;
   p.scale_x = a.scale_x;
   p.scale_w = a.scale_w;
   p.bias = a.bias;
   p.y = a.y;
-  p.counters = reinterpret_cast<unsigned long long*>(workspace);
-  p.partials = reinterpret_cast<float*>(workspace + kCounterBytes);
+  p.counters = counters.first;
+  p.partials = reinterpret_cast<float*>(ready.workspace + kCounterBytes);
   p.M = a.M;
   p.out = a.out;
   p.steps = steps_of(a);
@@ -306,26 +389,25 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& args, cudaStream_t s
   p.token_group = std::min(plan.token_group, p.token_tiles);
   p.whole_tiles = plan.split.whole;
   p.split_tiles = plan.split.shared;
-  p.split_clusters = plan.split.clusters;
+  p.split_clusters = p.split_tiles > 0 ? plan.split.clusters : 0;
+  p.parts = plan.split.parts;
+  p.divided_tiles = plan.split.divided;
+  p.dependent = a.after_lift && a.M <= kEarlyTokens;
   p.output = static_cast<int>(a.output);
-  if (p.split_tiles > 0) {
-    const size_t used = static_cast<size_t>(p.split_tiles) * e.tile.cluster * e.tile.warp_groups * 4 * sizeof(*p.counters);
-    static_assert(132 * 2 * 4 * sizeof(*p.counters) <= kCounterBytes);
-    if (used > kCounterBytes) return cudaErrorInvalidValue;
-    if (auto s = cudaMemsetAsync(p.counters, 0, used, stream)) return s;
-  }
 
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = e.tile.cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = e.tile.cluster * p.parts;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = std::min(clusters, std::max(p.whole_tiles, p.split_clusters)) * e.tile.cluster;
+  config.gridDim = ready.teams * e.tile.cluster;
   config.blockDim = e.threads;
   config.dynamicSmemBytes = e.shared;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = p.dependent ? 2 : 1;
   void* parameters[] = {&p};
   return cudaLaunchKernelExC(&config, e.kernel[static_cast<int>(a.input)], parameters);
 }

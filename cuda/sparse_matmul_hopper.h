@@ -40,6 +40,16 @@ struct HopperArgs {
   int32_t config;       // index of a tile (slidejax_hopper_tile), or -1: the cost model chooses
   int32_t token_group;  // token tiles kept in L2 while all of W passes; 0: chosen
   int32_t split;        // clusters that share the tiles of the last, partial wave along K; 0: none, -1: chosen
+  int32_t parts;        // teams of blocks in a cluster, which divide K of the last tiles among themselves; 1: none, 0: chosen
+  // Whether slidejax_hopper_before_lift was called, and the launch before this one on the stream is the lift's, which clears the
+  // counters and lets this kernel begin early: it loads weights then, and waits for the activations.
+  bool after_lift;
+};
+
+// 64-bit words of the workspace that are to be zero when the kernel runs.
+struct HopperCounters {
+  unsigned long long* first;
+  int count;
 };
 
 // One way to cut y into pieces. A thread block computes `rows` outputs for `tokens` tokens; `cluster` blocks stacked along
@@ -58,6 +68,10 @@ cudaError_t slidejax_hopper_init();
 
 // Null if the arguments can be run, else what is wrong with them. Looks at no device memory.
 const char* slidejax_hopper_check(const slidejax::HopperArgs& args);
+
+// What precedes a lift and a product with `after_lift`, of the same arguments: expands metadata that is not prepared, and says which counters the
+// lift has to clear.
+cudaError_t slidejax_hopper_before_lift(const slidejax::HopperArgs& args, cudaStream_t stream, slidejax::HopperCounters* counters);
 
 cudaError_t slidejax_hopper_sparse_matmul(const slidejax::HopperArgs& args, cudaStream_t stream);
 

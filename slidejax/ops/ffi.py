@@ -32,7 +32,7 @@ __all__ = [
     "cusparselt_compress_call",
     "cusparselt_matmul_call",
     "cusparselt_version",
-    "hopper_dense_matmul_call",
+    "hopper_linear_call",
     "hopper_matmul_call",
     "hopper_metadata_call",
     "lift_quantize_call",
@@ -227,6 +227,20 @@ def fused(x: jax.Array, dtype, prologue: Prologue | None) -> bool:
     return row <= _FUSED_ROW.get(capability, 64 << 10)
 
 
+def _prologue(x: jax.Array, prologue: Prologue | None) -> tuple[tuple[jax.Array, ...], dict[str, np.generic]]:
+    """The operands that follow x, `up`, `weight` and `bias` (`[0]` where there is none), and the attributes."""
+    none = jnp.zeros(0, jnp.float32)
+
+    def parameter(name: str) -> jax.Array:
+        value = getattr(prologue, name, None)
+        return none if value is None else value.astype(jnp.float32)
+
+    operands = (getattr(prologue, "up", jnp.zeros(0, x.dtype)), parameter("weight"), parameter("bias"))
+    kind = 0 if prologue is None else _PROLOGUES[type(prologue).__name__]
+    activation = _ACTIVATIONS[getattr(prologue, "activation", "silu")]
+    return operands, {"prologue": np.int32(kind), "activation": np.int32(activation), "eps": np.float32(getattr(prologue, "eps", 0))}
+
+
 def lift_quantize_fused_call(
     x: jax.Array, prologue: Prologue, *, group: int, lifted_columns: int, dtype
 ) -> tuple[jax.Array, jax.Array]:
@@ -236,18 +250,8 @@ def lift_quantize_fused_call(
         jax.ShapeDtypeStruct((rows, lifted_columns), dtype),
         jax.ShapeDtypeStruct((rows,), jnp.float32),
     )
-    none = jnp.zeros(0, jnp.float32)
-
-    def parameter(name: str) -> jax.Array:
-        value = getattr(prologue, name, None)
-        return none if value is None else value.astype(jnp.float32)
-
-    up = getattr(prologue, "up", jnp.zeros(0, x.dtype))
-    return _call(
-        "slidejax_lift_quantize_fused", out_types, x, up, parameter("weight"), parameter("bias"), group=np.int32(group),
-        prologue=np.int32(_PROLOGUES[type(prologue).__name__]),
-        activation=np.int32(_ACTIVATIONS[getattr(prologue, "activation", "silu")]), eps=np.float32(getattr(prologue, "eps", 0)),
-    )  # fmt: skip
+    operands, attributes = _prologue(x, prologue)
+    return _call("slidejax_lift_quantize_fused", out_types, x, *operands, group=np.int32(group), **attributes)
 
 
 def memcpy_call(x: jax.Array) -> jax.Array:
@@ -315,7 +319,7 @@ def hopper_matmul_call(
 ) -> jax.Array:
     """`lifted` `[M, K']`, `scale_x` `[M]`, the packed weight, `bias` `[out]` or `[0]`, `metadata` or `[0]` -> `[M, out]`.
 
-    `config`, `token_group` and `split` choose the tile and the schedule; the defaults leave it to the cost model.
+    A dense weight has `values` `[out, K']`, and neither zeros nor metadata: both `[0]`. `config`, `token_group` and `split` choose the tile and the schedule; the defaults leave it to the cost model.
     """
     out_types = (
         jax.ShapeDtypeStruct((lifted.shape[0], values.shape[0]), dtype),
@@ -328,13 +332,31 @@ def hopper_matmul_call(
     return y
 
 
-def hopper_dense_matmul_call(
-    codes: jax.Array, scale_x: jax.Array, kernel: jax.Array, scale_w: jax.Array, bias: jax.Array, *, dtype, workspace_bytes: int
+def hopper_linear_call(
+    x: jax.Array,
+    prologue: Prologue | None,
+    values: jax.Array,
+    zeros: jax.Array,
+    scale_w: jax.Array,
+    bias: jax.Array,
+    metadata: jax.Array,
+    *,
+    group: int,
+    lifted_columns: int,
+    dtype,
+    workspace_bytes: int,
 ) -> jax.Array:
-    """`codes` `[M, K]`, `scale_x` `[M]`, `kernel` `[out, K]`, `scale_w` `[out]`, `bias` `[out]` or `[0]` -> `[M, out]`."""
+    """`hopper_matmul_call` of what `lift_quantize_fused_call` (prologue None: `lift_quantize_call`) gives, in one call: the kernels
+    overlap. `group` 0 for a dense weight."""
+    rows = x.shape[0]
     out_types = (
-        jax.ShapeDtypeStruct((codes.shape[0], kernel.shape[0]), dtype),
+        jax.ShapeDtypeStruct((rows, values.shape[0]), dtype),
+        jax.ShapeDtypeStruct((rows, lifted_columns), values.dtype),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
         jax.ShapeDtypeStruct((workspace_bytes,), jnp.uint8),
     )
-    y, _ = _call("slidejax_dense_matmul_hopper", out_types, codes, scale_x, kernel, scale_w, bias)
+    operands, attributes = _prologue(x, prologue)
+    y, *_ = _call(
+        "slidejax_linear_hopper", out_types, x, *operands, values, zeros, scale_w, bias, metadata, group=np.int32(group), **attributes
+    )
     return y

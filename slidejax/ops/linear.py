@@ -28,6 +28,11 @@ from slidejax.weight import SlideWeight, WrappedWeight, check_weight, scatter_va
 __all__ = ["linear", "linear_p"]
 
 
+# Up to so many rows the lift and the Hopper kernel are one call, so that one can begin while the other runs. Beyond, calls of their
+# own are better: XLA merges the lifts of layers that share an input, such as q, k and v.
+_FEW_ROWS = 64
+
+
 # --- primitive --------------------------------------------------------------------------------------------------------
 
 
@@ -47,11 +52,27 @@ def _lowering(*operands, platform, settings):
     problem = registry.Problem.of("linear", xs[0], w, settings, platform)
     name = registry.choose(problem).implementation
     dense = name == "dense"
+    kernel = sparse_matmul.dense_codes(w, padded=not w.pattern.prunes) if dense else None
+    few = 0 < xs[0].shape[0] <= _FEW_ROWS and xs[0].size and w.out_features
+    if few and (name == "hopper" or (dense and registry.fused_dense(xs[0], kernel, platform))):
+        return [_in_one_call(xs, kernel, w, bias, settings)]
     codes, scale_x = lift_rows(xs, None if dense else w.pattern, w.dtype, settings.inputs)
     if dense:
-        kernel = sparse_matmul.dense_codes(w)
+        kernel = kernel[:, : codes.shape[1]]  # without padding
         return [sparse_matmul.dense_product(codes, kernel, scale_x, w.scale, bias, settings.out_dtype, platform)]
     return [sparse_matmul.run(name, codes, scale_x, w, bias, settings.out_dtype, platform)]
+
+
+def _in_one_call(xs, kernel, w: SlideWeight, bias, settings: Settings) -> jax.Array:
+    """The lift and the Hopper kernel; `kernel`: the dense one, if that is what runs."""
+    from slidejax.ops import ffi, hopper
+
+    x, prologue = xs[0], settings.inputs.prologue(xs)
+    if prologue is not None and not ffi.fused(x, w.dtype, prologue):
+        x, prologue = settings.inputs.apply(xs), None
+    if kernel is None:
+        return hopper.linear(x, prologue, w, bias, settings.out_dtype)
+    return hopper.dense_linear(x, prologue, kernel, w.scale, bias, settings.out_dtype)
 
 
 linear_p = make_primitive("slidejax_linear", _shapes, _lowering)

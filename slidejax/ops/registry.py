@@ -144,12 +144,12 @@ def _without_hopper(device: str, dtype: np.dtype) -> str | None:
     return reason
 
 
-def fused_dense(codes, kernel, platform: str) -> bool:
+def fused_dense(x, kernel, platform: str) -> bool:
     """Whether a dense 8-bit product `[M, K] @ [out, K]^T` runs in the Hopper kernel, scales and bias included. Its bulk copies want rows
-    of whole 16 bytes."""
+    of the kernel of whole 16 bytes."""
     if platform != "cuda" or _without_hopper(device_kind(platform), np.dtype(kernel.dtype)) is not None:
         return False
-    return min(codes.shape[0], *kernel.shape) > 0 and kernel.shape[1] % 16 == 0
+    return min(*x.shape, *kernel.shape) > 0 and kernel.shape[1] % 16 == 0
 
 
 def _cusparselt(lifted, scale_x, w: SlideWeight, bias, out_dtype):
@@ -161,7 +161,7 @@ def _cusparselt(lifted, scale_x, w: SlideWeight, bias, out_dtype):
 def _hopper(lifted, scale_x, w: SlideWeight, bias, out_dtype):
     from slidejax.ops import hopper
 
-    return hopper.linear(lifted, scale_x, w, bias, out_dtype)
+    return hopper.matmul(lifted, scale_x, w, bias, out_dtype)
 
 
 # name -> why it refuses a problem (None: it does not); in the order in which they are preferred when nothing is measured

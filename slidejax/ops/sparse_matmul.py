@@ -173,7 +173,7 @@ def dense_product(codes, kernel, scale_x, scale_w, bias, out_dtype, platform: st
     if out_dtype is not None and registry.fused_dense(codes, kernel, platform):
         from slidejax.ops import hopper
 
-        return hopper.dense_linear(codes, scale_x, kernel, scale_w, bias, out_dtype)
+        return hopper.dense_matmul(codes, scale_x, kernel, scale_w, bias, out_dtype)
     acc = accumulate(codes, kernel, platform)
     return acc if out_dtype is None else finish(acc, scale_x, scale_w, bias, out_dtype)
 

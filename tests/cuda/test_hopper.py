@@ -23,7 +23,7 @@ def problem(rows, columns, out, pattern="6:8", dtype=jnp.int8, seed=0):
 def test_raw_accumulators_are_what_a_mesh_can_sum(dtype):
     """With K split over a mesh the call has int32 results of int8 operands, float32 ones of e4m3."""
     lifted, scale, w, _ = problem(16, 128, 64, dtype=dtype)
-    traced = jax.jit(lambda lifted, scale: hopper.linear(lifted, scale, w, None, None)).trace(lifted, scale)
+    traced = jax.jit(lambda lifted, scale: hopper.matmul(lifted, scale, w, None, None)).trace(lifted, scale)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     [call] = [line for line in text.splitlines() if "slidejax_sparse_matmul_hopper" in line]
     assert f"tensor<16x64x{'i32' if dtype == jnp.int8 else 'f32'}>" in call.rsplit("->", 1)[1]
@@ -43,7 +43,7 @@ def on_hopper():
 @pytest.mark.parametrize(("rows", "columns", "out"), [(1, 96, 7), (77, 600, 520), (300, 3584, 1000)])
 def test_int8_equals_the_formulas_bit_for_bit(on_hopper, rows, columns, out, pattern, out_dtype):
     lifted, scale, w, bias = problem(rows, columns, out, pattern)
-    got = jax.jit(hopper.linear, static_argnums=4)(lifted, scale, w, bias, out_dtype)
+    got = jax.jit(hopper.matmul, static_argnums=4)(lifted, scale, w, bias, out_dtype)
     acc = formulas.accumulate(np.asarray(lifted), formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros)))
     want = acc if out_dtype is None else formulas.finish(acc, np.asarray(scale)[:, 0], np.asarray(w.scale), bias)
     np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want.astype(got.dtype)))
@@ -53,9 +53,73 @@ def test_int8_equals_the_formulas_bit_for_bit(on_hopper, rows, columns, out, pat
 @pytest.mark.parametrize("rows", [1, 77, 1500])
 def test_e4m3_is_as_exact_as_its_sums(on_hopper, rows):
     lifted, scale, w, _ = problem(rows, 3584, 1000, dtype=jnp.float8_e4m3fn)
-    got = np.asarray(jax.jit(hopper.linear, static_argnums=4)(lifted, scale, w, None, None), np.float64)
+    got = np.asarray(jax.jit(hopper.matmul, static_argnums=4)(lifted, scale, w, None, None), np.float64)
     want = formulas.accumulate(np.asarray(lifted), formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros)))
     assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)  # 13 bits of each step's sum are kept
+
+
+# --- the lift and the product in one call -----------------------------------------------------------------------------
+
+
+def in_two_calls(x, w, bias, out_dtype, prologue):
+    lifted, scale = sj.lift_quantize(x, w.pattern, w.dtype, prologue=prologue)
+    return sj.sparse_matmul(lifted, scale, w, bias, out_dtype=out_dtype, implementation="hopper")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "columns", "out"),
+    [(1, 576, 1536), (16, 3584, 4608), (5, 18944, 3584), (64, 1000, 520), (256, 3584, 4608), (300, 4096, 37888), (512, 18944, 3584), (1500, 600, 7)],
+)
+def test_one_call_equals_two(on_hopper, rows, columns, out, dtype, prepared):
+    """Often, with other weights in between: what begins before the lift has ended may use none of what the lift writes."""
+    ws = [sj.pack(jax.random.normal(jax.random.key(i), (columns, out)), "6:8", dtype=dtype) for i in range(2)]
+    ws = [sj.prepare(w, "hopper") for w in ws] if prepared else ws
+    xs = [jax.random.normal(jax.random.key(9 + i), (rows, columns), jnp.bfloat16) for i in range(2)]
+    bias = jax.random.normal(jax.random.key(2), (out,))
+    two = jax.jit(in_two_calls, static_argnums=(3, 4))
+    want = [[two(x, w, bias, jnp.bfloat16, None) for w in ws] for x in xs]
+
+    @jax.jit
+    def often(xs, ws):
+        return [[hopper.linear(x * 1, None, w, bias, jnp.bfloat16) for w in ws] for x in xs for _ in range(3)]
+
+    for _ in range(4):
+        got = often(xs, ws)
+        for i, row in enumerate(got):
+            for y, expected in zip(row, want[i // 3], strict=True):
+                np.testing.assert_array_equal(formulas.bits(y), formulas.bits(expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["2:4", "4:6", "8:10", "14:16"])
+@pytest.mark.parametrize("kind", ["rms", "layer", "gelu", "glu"])
+@pytest.mark.parametrize("rows", [3, 700])
+def test_one_call_with_a_prologue_equals_two(on_hopper, rows, kind, pattern):
+    x, up = (jax.random.normal(jax.random.key(i), (rows, 1136), jnp.bfloat16) for i in range(2))
+    scale = jax.random.normal(jax.random.key(2), (1136,))
+    prologue = {
+        "rms": lambda: sj.RMSNorm(scale, 1e-6), "layer": lambda: sj.LayerNorm(scale, None, 1e-6), "gelu": lambda: sj.Activation("gelu"),
+        "glu": lambda: sj.GLU(up, "silu"),
+    }[kind]()  # fmt: skip
+    w = sj.pack(jax.random.normal(jax.random.key(3), (1136, 328)), pattern, dtype="int8")
+    two = jax.jit(lambda x, w, prologue: in_two_calls(x, w, None, jnp.float32, prologue))(x, w, prologue)
+    one = jax.jit(lambda x, w, prologue: hopper.linear(x, prologue, w, None, jnp.float32))(x, w, prologue)
+    np.testing.assert_array_equal(formulas.bits(one), formulas.bits(two))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 4, 40, 128, 256, 512])
+@pytest.mark.parametrize(("columns", "out"), [(3584, 3584), (18944, 3584), (3584, 4608), (1536, 576)])
+def test_int8_equals_the_reference_for_few_rows(on_hopper, rows, columns, out):
+    """The shapes for which teams of a cluster divide K."""
+    w = sj.prepare(sj.pack(jax.random.normal(jax.random.key(0), (columns, out)), "6:8", dtype="int8"), "hopper")
+    x = jax.random.normal(jax.random.key(1), (rows, columns), jnp.bfloat16)
+    got = jax.jit(lambda x, w: sj.linear(x, w, implementation="hopper", out_dtype=jnp.float32))(x, w)
+    want = jax.jit(lambda x, w: sj.linear(x, w, implementation="reference", out_dtype=jnp.float32))(x, w)
+    np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
 
 
 # --- dense weights ----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ SOURCES = Path(__file__).parents[2] / "cuda"
 EMULATOR = Path(__file__).parent / "hopper_on_cpu"
 INPUT = (ml_dtypes.float8_e4m3fn, np.int8)  # in the order of HopperInput, HopperOutput
 OUTPUT = (ml_dtypes.bfloat16, np.float16, np.float32, np.int32)
-MULTIPROCESSORS = 8
+MULTIPROCESSORS = 12
 POISON = 0xA7
 
 
@@ -32,8 +32,15 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("lifted", "scale_x", "values", "zeros", "meta", "scale_w", "bias", "y", "workspace")),
         ("workspace_bytes", ctypes.c_size_t),
-        *((name, ctypes.c_int32) for name in ("M", "out", "groups", "group", "input", "output", "config", "token_group", "split")),
+        *((name, ctypes.c_int32) for name in ("M", "out", "groups", "group", "input", "output", "config", "token_group", "split", "parts")),
+        ("after_lift", ctypes.c_bool),
     )
+
+
+class Counters(ctypes.Structure):
+    """HopperCounters."""
+
+    _fields_ = (("first", ctypes.c_void_p), ("count", ctypes.c_int))
 
 
 class Tile(ctypes.Structure):
@@ -79,6 +86,8 @@ def emulated(tmp_path_factory):
     library.slidejax_hopper_workspace.restype = library.slidejax_hopper_metadata_bytes.restype = ctypes.c_size_t
     library.slidejax_hopper_workspace.argtypes = [ctypes.POINTER(Arguments), ctypes.c_int]
     library.slidejax_hopper_tile.restype = Tile
+    library.slidejax_hopper_before_lift.argtypes = [ctypes.POINTER(Arguments), ctypes.c_void_p, ctypes.POINTER(Counters)]
+    library.emulator_lift.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     library.slidejax_hopper_sparse_matmul.argtypes = [ctypes.POINTER(Arguments), ctypes.c_void_p]
     library.slidejax_hopper_expand_metadata.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int] * 3 + [ctypes.c_void_p]
     return library
@@ -120,10 +129,10 @@ def random_problem(M, out, groups, group, dtype, bias, seed):
     return arrays, formulas.accumulate(arrays["lifted"], formulas.lifted_weight(arrays["values"], arrays["zeros"]))
 
 
-def run(emulated, M, out, groups, group=8, dtype=np.int8, y_dtype=OUTPUT[0], bias=True, config=-1, split=-1, token_group=0, prepared=True, seed=0, resident=MULTIPROCESSORS, chance=50):
+def run(emulated, M, out, groups, group=8, dtype=np.int8, y_dtype=OUTPUT[0], bias=True, config=-1, split=-1, parts=0, token_group=0, prepared=True, after_lift=False, seed=0, resident=MULTIPROCESSORS, chance=50):
     """Runs the kernel with a sparse weight and compares: int8 bit for bit."""
     arrays, acc = random_problem(M, out, groups, group, dtype, bias, seed)
-    arguments = Arguments(groups=groups, group=group, config=config, split=split, token_group=token_group)
+    arguments = Arguments(groups=groups, group=group, config=config, split=split, parts=parts, token_group=token_group, after_lift=after_lift)
     metadata = buffer(emulated.slidejax_hopper_metadata_bytes(out, groups, group))
     if prepared:
         zeros = copied(arrays["zeros"])
@@ -133,7 +142,7 @@ def run(emulated, M, out, groups, group=8, dtype=np.int8, y_dtype=OUTPUT[0], bia
     compare(emulated, arguments, arrays, acc, dtype, y_dtype, seed, resident, chance)
 
 
-def run_dense(emulated, M, out, K, dtype=np.int8, y_dtype=OUTPUT[0], bias=True, config=-1, split=-1, seed=0, resident=MULTIPROCESSORS, chance=50):
+def run_dense(emulated, M, out, K, dtype=np.int8, y_dtype=OUTPUT[0], bias=True, config=-1, split=-1, parts=0, after_lift=False, seed=0, resident=MULTIPROCESSORS, chance=50):
     """The same with a dense weight `[out, K]`."""
     arrays, _ = random_problem(M, out, 8, 8, dtype, bias, seed)
     del arrays["zeros"]
@@ -142,7 +151,7 @@ def run_dense(emulated, M, out, K, dtype=np.int8, y_dtype=OUTPUT[0], bias=True, 
         codes = rng.integers(-127, 128, (rows, K)) if dtype == np.int8 else (8 * rng.standard_normal((rows, K))).astype(np.float32)
         arrays[name] = codes.astype(dtype)
     acc = formulas.accumulate(arrays["lifted"], arrays["values"])
-    compare(emulated, Arguments(groups=K, group=0, config=config, split=split), arrays, acc, dtype, y_dtype, seed, resident, chance)
+    compare(emulated, Arguments(groups=K, group=0, config=config, split=split, parts=parts, after_lift=after_lift), arrays, acc, dtype, y_dtype, seed, resident, chance)
 
 
 def compare(emulated, arguments, arrays, acc, dtype, y_dtype, seed, resident, chance):
@@ -161,6 +170,8 @@ def compare(emulated, arguments, arrays, acc, dtype, y_dtype, seed, resident, ch
     workspace = buffer(max(arguments.workspace_bytes, 1))
     arguments.workspace = workspace.ctypes.data
     assert emulated.slidejax_hopper_check(arguments) is None
+    if arguments.after_lift:
+        begin_lift(emulated, arguments, buffers)
     assert emulated.slidejax_hopper_sparse_matmul(arguments, None) == 0, "the kernel hangs: standard error says where"
     got = y[: want.nbytes].view(y_dtype).reshape(M, out)
     if dtype == np.int8:
@@ -171,8 +182,20 @@ def compare(emulated, arguments, arrays, acc, dtype, y_dtype, seed, resident, ch
     assert (y[want.nbytes :] == POISON).all(), "the kernel writes beyond y"
 
 
-TILES = ("256x192", "128x256", "256x160", "256x128", "128x128", "128x64", "128x32", "128x16")
-DENSE = ("dense 128x256", "dense 128x128", "dense 128x64")  # after the others
+def begin_lift(emulated, arguments, buffers):
+    """What the lift writes is not there yet: it will be at some moment after the launch."""
+    counters = Counters()
+    assert emulated.slidejax_hopper_before_lift(arguments, None, counters) == 0
+    zeros = buffer(8 * counters.count + 1)
+    zeros[:] = 0
+    emulated.emulator_lift(counters.first, zeros.ctypes.data, 8 * counters.count)
+    for name in ("lifted", "scale_x"):
+        emulated.emulator_lift(buffers[name].ctypes.data, buffers[name].ctypes.data, buffers[name].nbytes)
+        buffers[name][:] = POISON
+
+
+TILES = ("256x192", "128x256", "256x160", "256x128", "128x128", "128x128 in fours", "128x64", "128x32", "128x16")
+DENSE = ("dense 128x256", "dense 128x128", "dense 128x64", "dense 128x16")  # after the others
 
 
 @pytest.mark.parametrize("config", range(len(TILES)), ids=TILES)
@@ -180,7 +203,8 @@ DENSE = ("dense 128x256", "dense 128x128", "dense 128x64")  # after the others
 def test_every_tile(emulated, config, dtype):
     """More than one tile for every cluster, so that what is left of one could disturb the next; whole and cut along K."""
     assert emulated.slidejax_hopper_tile(config).name.decode() == TILES[config]
-    rows, tokens = (int(n) for n in TILES[config].split("x"))
+    tile = emulated.slidejax_hopper_tile(config)
+    rows, tokens = tile.rows, tile.tokens
     run(emulated, tokens + 9, 5 * rows + 8, 16, dtype=dtype, config=config, split=0, seed=config)
     run(emulated, 2 * tokens - 3, 2 * rows + 40, 48, dtype=dtype, config=config, split=4, bias=False, chance=20)
 
@@ -203,6 +227,8 @@ def test_every_tile_of_dense_weights(emulated, config, dtype):
     y_dtype=st.sampled_from(OUTPUT[:3]),
     bias=st.booleans(),
     split=st.sampled_from([-1, 0, 2, 3]),
+    parts=st.sampled_from([0, 0, 1, 2, 3, 8]),
+    after_lift=st.booleans(),
     resident=st.sampled_from([2, MULTIPROCESSORS]),
     seed=st.integers(0, 1000),
 )
@@ -226,7 +252,7 @@ def test_what_a_dense_weight_may_be(emulated, changes, message):
     assert message in emulated.slidejax_hopper_check(arguments)
 
 
-def test_tiles_are_all_tested(emulated):
+def test_all_tiles_are_tested(emulated):
     assert emulated.slidejax_hopper_tile_count() == len(TILES) + len(DENSE)
 
 
@@ -236,6 +262,29 @@ def test_split_sums_do_not_need_the_whole_grid_to_run(emulated, config, dtype):
     """As if other kernels held most of the device: a cluster may not wait for one that begins only when it has left."""
     tile = emulated.slidejax_hopper_tile(config)
     run(emulated, tile.tokens, tile.rows * tile.cluster, 96, dtype=dtype, config=config, split=4, resident=2)
+
+
+@pytest.mark.parametrize("dtype", INPUT, ids=("e4m3", "int8"))
+@pytest.mark.parametrize(
+    ("tile", "parts"), [("128x16", 2), ("128x32", 3), ("128x64", 4), ("128x16", 6), ("128x32", 8), ("128x256", 2), ("256x128", 2), ("128x128", 4), ("128x128 in fours", 2)]
+)
+def test_teams_of_a_cluster_divide_k(emulated, tile, parts, dtype):
+    """All tiles, and the last one behind whole ones."""
+    shape = emulated.slidejax_hopper_tile(TILES.index(tile))
+    rows, tokens, cluster = shape.rows, shape.tokens, shape.cluster
+    how = {"dtype": dtype, "config": TILES.index(tile), "parts": parts, "seed": parts}
+    run(emulated, tokens - 3, rows * cluster, 96, **how, chance=30)
+    teams = MULTIPROCESSORS // cluster
+    if parts * cluster > 2:  # such clusters do not fill a device
+        teams = teams * (10 if parts * cluster % 3 else 9) // 11 // parts * parts
+    if teams:
+        run(emulated, tokens, (teams + 1) * rows * cluster - 24, 24, **how, bias=False)
+
+
+@pytest.mark.parametrize("dtype", INPUT, ids=("e4m3", "int8"))
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_teams_divide_k_of_a_dense_weight(emulated, parts, dtype):
+    run_dense(emulated, 5, 128, 2048, dtype=dtype, parts=parts, config=len(TILES) + 3, y_dtype=np.float32, bias=False, seed=parts)
 
 
 def test_scales_of_a_sum_stay_until_every_lane_has_read_them(emulated):
@@ -259,6 +308,8 @@ def test_int32_results_are_of_int8_operands(emulated):
     bias=st.booleans(),
     config=st.integers(-1, len(TILES) - 1),
     split=st.sampled_from([-1, 0, 2, 3]),
+    parts=st.sampled_from([0, 0, 1, 2, 3, 8]),
+    after_lift=st.booleans(),
     token_group=st.integers(0, 2),
     prepared=st.booleans(),
     resident=st.sampled_from([2, MULTIPROCESSORS]),

@@ -175,7 +175,7 @@ def test_lowers_for_cuda_and_is_explained():
     x, w = random(0, (64, COLUMNS), jnp.bfloat16), weight()
     prologue = sj.GLU(x)
     lowered = jax.jit(lambda x, p: sj.linear(x, w, prologue=p, implementation="hopper")).trace(x, prologue).lower(lowering_platforms=("cuda",))
-    assert "slidejax_lift_quantize_fused" in lowered.as_text() and "slidejax_sparse_matmul_hopper" in lowered.as_text()
+    assert "slidejax_linear_hopper" in lowered.as_text() and "prologue = 4 : i32" in lowered.as_text()
     [(problem, choice)] = sj.explain(lambda x, p: sj.linear(x, w, prologue=p), x, prologue, platform="cpu")
     assert (problem.rows, problem.in_features, choice.implementation) == (64, COLUMNS, "dense")
 

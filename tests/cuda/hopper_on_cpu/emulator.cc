@@ -24,6 +24,11 @@ int chance = 50;                         // that something which could happen do
 std::function<void()> body;
 bool failed = false;
 unsigned grid_y = 0;
+struct Copy {
+  void* to;
+  std::vector<uint8_t> bytes;
+};
+std::vector<Copy> lift;  // what the kernel before the next launch writes
 
 bool maybe() { return static_cast<int>(random_bits() % 100) < chance; }
 
@@ -96,6 +101,7 @@ void run(int blocks, int threads, int cluster_size, int resident) {
           if (fiber.finished || (fiber.waits_for && !fiber.waits_for())) continue;
           fiber.waits_for = nullptr;
           blockIdx = {fiber.block->index, grid_y, 0};
+          fiber.block->begun = true;
           resume(fiber);
           one.left -= fiber.finished;
           moved = true;
@@ -132,6 +138,7 @@ void run(int blocks, int threads, int cluster_size, int resident) {
 
 }  // namespace
 
+bool lift_has_ended = true;
 Fiber& current() { return *running; }
 void fail(const char* what) {
   std::fprintf(stderr, "emulator: %s (block %u, thread %d)\n", what, running->block->index, running->thread);
@@ -229,6 +236,12 @@ void emulator_configure(int multiprocessors, int resident, int chance, int seed)
   emulator::failed = false;
 }
 
+// The kernel before the next launch writes these bytes; it may still run when that begins, if it is launched so.
+void emulator_lift(void* to, const void* from, size_t bytes) {
+  const auto* begin = static_cast<const uint8_t*>(from);
+  emulator::lift.push_back({to, {begin, begin + bytes}});
+}
+
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -279,6 +292,17 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   gridDim = config->gridDim;
   emulator::body = [=] { reinterpret_cast<void (*)(slidejax::hopper::Params)>(kernel)(params); };
   const int cluster_size = config->attrs[0].val.clusterDim.x;
+  if (config->gridDim.x % cluster_size) return cudaErrorInvalidValue;
+  auto end_lift = [] {
+    for (auto& copy : std::exchange(emulator::lift, {})) std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
+    emulator::lift_has_ended = true;
+  };
+  if (config->numAttrs > 1 && config->attrs[1].id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+    emulator::lift_has_ended = false;
+    emulator::later(end_lift);
+  } else {
+    end_lift();
+  }
   emulator::run(config->gridDim.x, config->blockDim.x, cluster_size, std::max(1, emulator::resident / cluster_size));
   return emulator::failed ? cudaErrorLaunchTimeout : cudaSuccess;
 }

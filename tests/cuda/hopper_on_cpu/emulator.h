@@ -70,6 +70,7 @@ struct Block {
   std::vector<WarpGroup> groups;
   struct Cluster* cluster = nullptr;
   uint32_t rank = 0, index = 0;
+  bool begun = false;  // one of its threads has
 };
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
@@ -107,6 +108,7 @@ void later(std::function<void()> job);  // at some later moment, in any order
 uint32_t shared_offset(const void* variable);  // nullptr: the dynamic part
 uint8_t* shared_bytes(Block& block, uint32_t address, size_t size);
 Block& block_of_cluster(uint32_t rank);
+extern bool lift_has_ended;  // the kernel that this one was launched to follow
 
 struct Tensor {  // what a CUtensorMap holds here
   uint8_t* base;

@@ -94,6 +94,9 @@ inline void cluster_sync() {
   cluster.all.arrive(cluster.threads);
   emulator::wait_until("cluster", [&cluster, generation] { return cluster.all.generation != generation; });
 }
+inline void grid_wait() {
+  emulator::wait_until("the lift", [] { return emulator::lift_has_ended; });
+}
 inline void named_arrive(int id, int threads) { emulator::current().block->named[id].arrive(threads); }
 inline void named_sync(int id, int threads) {
   auto& meeting = emulator::current().block->named[id];
@@ -182,6 +185,12 @@ inline void store_shared_4(uint32_t address, int a, int b, int c, int d) {
   const int v[4] = {a, b, c, d};
   std::memcpy(emulator::shared_bytes(*emulator::current().block, address, 16), v, 16);
 }
+inline void store_remote_4(uint32_t address, uint32_t rank, uint4 v) {
+  auto& block = emulator::block_of_cluster(rank);
+  if (!block.begun) emulator::fail("a block that has not begun has no shared memory");
+  std::memcpy(emulator::shared_bytes(block, address, 16), &v, 16);
+}
+inline void store_shared_4(uint32_t address, uint4 v) { std::memcpy(emulator::shared_bytes(*emulator::current().block, address, 16), &v, 16); }
 inline void store_shared_f32(uint32_t address, float v) {
   std::memcpy(emulator::shared_bytes(*emulator::current().block, address, 4), &v, 4);
 }

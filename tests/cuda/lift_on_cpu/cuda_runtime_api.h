@@ -126,6 +126,7 @@ constexpr T max(T a, T b) { return a < b ? b : a; }
 namespace slidejax {
 extern char shared[];
 inline void CopyGranule(void* to, const void* from, bool wanted) { emulated::CopyGranule(to, from, wanted); }
+inline void LetNextBegin() {}
 inline void CommitCopies() { emulated::CommitCopies(); }
 inline void WaitForCopies(int pending) { emulated::WaitForCopies(pending); }
 constexpr int kMaxPending = 3;
