@@ -2,9 +2,10 @@
 // and one producer thread that issues bulk copies.
 //
 // The sparse operand of wgmma must be A, so a block computes D = W' X^T: rows of D are outputs, columns are tokens.
-// A stage of the pipeline is 128 lifted columns: X [tokens][128 bytes], W [rows][64 bytes], metadata [rows / 64][1 KB]. The same kernel
+// A stage of the pipeline is 128 lifted columns: X [tokens][128 bytes], W [rows][64 bytes], metadata [rows / 64][1 KB]; or both halves of 256:
+// X [2][tokens][128 bytes], W [rows][128 bytes], metadata [rows / 64][2][1 KB]. The same kernel
 // multiplies dense weights: 128 columns as they are, W [rows][128 bytes], no metadata.
-// Work is counted in steps of two stages: the metadata registers alternate, and ptxas follows wgmma's asynchronous use of
+// Work is counted in steps of 256 columns: the metadata registers alternate, and ptxas follows wgmma's asynchronous use of
 // them only through a loop without other exits.
 #pragma once
 
@@ -33,15 +34,15 @@ SJ_DEVICE void produce(const Params& p, const Shared& shared, const Place& place
     const uint32_t bar = shared.full + 8 * to, dst = shared.stages + to * T::kBytes;
     barrier_expect(bar, T::kBytes);
     tma_load_2d(dst + T::kBytesX, &p.map_w, k * T::kColumnsW, row, bar, policy_w);
-    if constexpr (T::kSparse) tma_load_3d(dst + T::kBytesX + T::kBytesW, &p.map_e, 0, k, row / 64, bar, policy_w);
+    if constexpr (T::kSparse) tma_load_3d(dst + T::kBytesX + T::kBytesW, &p.map_e, 0, k * T::kHalves, row / 64, bar, policy_w);
   };
   int early = 0;  // stages whose weights are on their way before the activations are there
   if (T::kEarly && p.dependent) {
     const Work work = find_work(p, place.team, place.teams, 0);
     const int row = (work.row_tile * T::kCluster + rank) * T::kRows;
-    early = min(T::kStages, 2 * (work.end - work.begin));
+    early = min(T::kStages, T::kStagesOfStep * (work.end - work.begin));
 #pragma unroll 1
-    for (int i = 0; i < early; ++i) load_weights(i, 2 * work.begin + i, row);
+    for (int i = 0; i < early; ++i) load_weights(i, T::kStagesOfStep * work.begin + i, row);
   }
   grid_wait();
   int stage = 0;
@@ -57,7 +58,7 @@ SJ_DEVICE void produce(const Params& p, const Shared& shared, const Place& place
     }
     const int own_token = token + rank * T::kShareX;
 #pragma unroll 1
-    for (int k = 2 * work.begin; k < 2 * work.end; ++k) {
+    for (int k = T::kStagesOfStep * work.begin; k < T::kStagesOfStep * work.end; ++k) {
       const uint32_t bar = shared.full + 8 * stage, dst = shared.stages + stage * T::kBytes;
       barrier_wait(shared.empty + 8 * stage, parity);
       if (T::kEarly && early > 0) {
@@ -66,7 +67,9 @@ SJ_DEVICE void produce(const Params& p, const Shared& shared, const Place& place
         load_weights(stage, k, row);
       }
       if constexpr (T::kCluster == 1) {
-        tma_load_2d(dst, &p.map_x, k * 128, own_token, bar, kEvictLast);
+#pragma unroll
+        for (int h = 0; h < T::kHalves; ++h)
+          tma_load_2d(dst + h * (T::kTokens * 128), &p.map_x, (k * T::kHalves + h) * 128, own_token, bar, kEvictLast);
       } else {
         tma_load_2d_multicast(dst + rank * (T::kShareX * 128), &p.map_x, k * 128, own_token, bar, team, kEvictLast);
       }
@@ -96,9 +99,9 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
   };
 
   auto stage_address = [&] { return shared.stages + stage * T::kBytes; };
-  auto load_metadata = [&](uint32_t (&meta)[T::kBlocks][2]) {
+  auto load_metadata = [&](uint32_t (&meta)[T::kBlocks][2], int half) {
     if constexpr (!T::kSparse) return;
-    const uint32_t m = stage_address() + T::kBytesX + T::kBytesW + group * T::kBlocks * 1024 + thread * 8;
+    const uint32_t m = stage_address() + T::kBytesX + T::kBytesW + (group * T::kBlocks * T::kHalves + half) * 1024 + thread * 8;
 #pragma unroll
     for (int b = 0; b < T::kBlocks; ++b) {
       const uint2 v = load_shared_2(m + b * 1024);
@@ -106,12 +109,12 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
       meta[b][1] = v.y;
     }
   };
-  // The k-th instruction of a stage for block b: 64 columns, 32 of a dense weight.
+  // The k-th instruction of half a stage at x for block b: 64 columns, 32 of a dense weight.
   constexpr int kInstructions = T::kSparse ? 2 : 4;
-  auto multiply = [&](A (&sums)[T::kTokens / 2], uint32_t x, int b, int k, const uint32_t (&meta)[2], int add) {
-    const uint32_t w = x + T::kBytesX + (group * T::kBlocks + b) * (64 * T::kColumnsW) + 32 * k;
+  auto multiply = [&](A (&sums)[T::kTokens / 2], uint32_t x, int half, int b, int k, const uint32_t (&meta)[2], int add) {
+    const uint32_t w = x + T::kBytesX + (group * T::kBlocks + b) * (64 * T::kColumnsW) + 64 * half + 32 * k;
     if constexpr (T::kSparse) {
-      Instruction::mma(sums, descriptor<64>(w), descriptor<128>(x + 64 * k), meta[k], add);
+      Instruction::mma(sums, descriptor<T::kColumnsW>(w), descriptor<128>(x + half * (T::kTokens * 128) + 64 * k), meta[k], add);
     } else {
       Instruction::dense(sums, descriptor<128>(w), descriptor<128>(x + 32 * k), add);
     }
@@ -138,33 +141,39 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
     // instructions of the other keep the tensor cores busy.
     if (start && group == 1) named_sync(8, 256);
     int previous = 0;
-    auto stage_step = [&](uint32_t (&meta)[T::kBlocks][2], auto first_stage) {
-      constexpr bool kFirst = decltype(first_stage)::value;
-      if (!kFirst) barrier_wait(shared.full + 8 * stage, parity);
+    // 128 columns, number kIndex of a step.
+    auto stage_step = [&](uint32_t (&meta)[T::kBlocks][2], auto index, auto first) {
+      constexpr bool kFirst = decltype(first)::value;
+      constexpr int kHalf = T::kHalves == 2 ? decltype(index)::value : 0;
+      if (!kFirst && kHalf == 0) barrier_wait(shared.full + 8 * stage, parity);
       const uint32_t x = stage_address();
-      load_metadata(meta);
+      load_metadata(meta, kHalf);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kInstructions; ++k)
 #pragma unroll
-        for (int b = 0; b < T::kBlocks; ++b) multiply(d[b], x, b, k, meta[b], kFirst && k == 0 ? 0 : 1);
+        for (int b = 0; b < T::kBlocks; ++b) multiply(d[b], x, kHalf, b, k, meta[b], kFirst && k == 0 ? 0 : 1);
       wgmma_commit();
-      wgmma_wait<1>();  // the stage before this one is done with
-      if (!kFirst) release(previous);
-      previous = stage;
-      next_stage();
+      wgmma_wait<1>();  // the columns before these are done with
+      if (!kFirst && kHalf == 0) release(previous);
+      if (kHalf == T::kHalves - 1) {
+        previous = stage;
+        next_stage();
+      }
     };
-    stage_step(e[0], std::true_type());
+    constexpr std::integral_constant<int, 0> kEven{};
+    constexpr std::integral_constant<int, 1> kOdd{};
+    stage_step(e[0], kEven, std::true_type());
     if (start && group == 0) named_arrive(8, 256);
     if (split < 0) prefetch_scales<T>(p, scales<T>(shared, group, set), row, token);
-    stage_step(e[1], std::false_type());
+    stage_step(e[1], kOdd, std::false_type());
     // With two blocks, a tile's last step is left for below.
     constexpr bool kTail = T::kBlocks == 2;
     const int plain = kTail && split == kWhole ? steps - 1 : steps;
 #pragma unroll 1
     for (int k = 1; k < plain; ++k) {
-      stage_step(e[0], std::false_type());
-      stage_step(e[1], std::false_type());
+      stage_step(e[0], kEven, std::false_type());
+      stage_step(e[1], kOdd, std::false_type());
     }
     if (!kTail || split != kWhole) {
       wgmma_wait<0>();
@@ -194,14 +203,14 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
       for (int i = 0; i < 2; ++i) {
         barrier_wait(shared.full + 8 * stage, parity);
         x[i] = stage_address();
-        load_metadata(e[i]);
+        load_metadata(e[i], 0);
         next_stage();
       }
       auto block_step = [&](int b) {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
-          for (int k = 0; k < kInstructions; ++k) multiply(d[b], x[i], b, k, e[i][b], 1);
+          for (int k = 0; k < kInstructions; ++k) multiply(d[b], x[i], 0, b, k, e[i][b], 1);
         wgmma_commit();
       };
       wgmma_fence();

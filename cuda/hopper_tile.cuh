@@ -55,10 +55,13 @@ struct Tile {
   static constexpr int kConsumerRegisters = kEarly ? 232 : 240, kProducerRegisters = kEarly ? 40 : 24;
   static_assert(kWarpGroups * kConsumerRegisters + kProducerRegisters <= 65536 / kThreads / 8 * 8 * (kWarpGroups + 1));
   static constexpr int kShareX = kTokens / kCluster;  // tokens that a block copies for its cluster
-  static constexpr int kBytesX = kTokens * 128;
-  static constexpr int kColumnsW = kSparse ? 64 : 128;  // bytes of a row of W in a stage
+  // A stage has 128 columns, or twice 128 where tiles are small: copies of 64 bytes of a row of W take as long as copies of 128.
+  static constexpr int kHalves = kSparse && kBlocks == 1 && kTokens <= 64 ? 2 : 1;
+  static constexpr int kStagesOfStep = 2 / kHalves;
+  static constexpr int kBytesX = kHalves * kTokens * 128;
+  static constexpr int kColumnsW = kSparse ? 64 * kHalves : 128;  // bytes of a row of W in a stage
   static constexpr int kBytesW = kRows * kColumnsW;
-  static constexpr int kBytesE = kSparse ? kRows * 16 : 0;
+  static constexpr int kBytesE = kSparse ? kHalves * kRows * 16 : 0;
   static constexpr int kBytes = kBytesX + kBytesW + kBytesE;
   // Of a warp group: slots for slabs of tokens of 64 outputs on their way to y; and twice scale_x, scale_w and bias.
   static constexpr int kSlabTokens = std::min(kTokens, 32);

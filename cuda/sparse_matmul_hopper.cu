@@ -23,6 +23,7 @@ struct Entry {
   HopperTile tile;
   const void* kernel[2];
   int threads, shared, partial, slab_tokens;
+  int halves;
   uint32_t divides;  // bit n: K can be divided into n parts
   bool sparse;
   float stage_clocks, tile_clocks;
@@ -48,6 +49,7 @@ Entry make_entry(const char* name, float stage_clocks, float tile_clocks) {
           T::kShared,
           T::kPartial * kCluster * 4,
           T::kSlabTokens,
+          T::kHalves,
           divisions<T>(),
           kSparse,
           stage_clocks,
@@ -61,9 +63,9 @@ const Entry kEntries[] = {
     make_entry<2, 2, 128, 2, 5>("256x128", 710, 2000),
     make_entry<2, 1, 128, 2, 7>("128x128", 400, 1500),
     make_entry<2, 1, 128, 4, 7>("128x128 in fours", 385, 1500),
-    make_entry<2, 1, 64, 1, 9>("128x64", 300, 1000),
-    make_entry<2, 1, 32, 1, 12>("128x32", 250, 800),
-    make_entry<2, 1, 16, 1, 14>("128x16", 240, 800),
+    make_entry<2, 1, 64, 1, 5>("128x64", 300, 1000),
+    make_entry<2, 1, 32, 1, 7>("128x32", 250, 800),
+    make_entry<2, 1, 16, 1, 8>("128x16", 240, 800),
     make_entry<2, 1, 256, 2, 4, false>("dense 128x256", 1040, 2500),
     make_entry<2, 1, 128, 2, 6, false>("dense 128x128", 560, 1500),
     make_entry<2, 1, 64, 1, 7, false>("dense 128x64", 450, 1000),
@@ -236,7 +238,8 @@ bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta)
   const cuuint64_t w_columns = e.sparse ? columns / 2 : columns;
   const cuuint64_t w_size[] = {w_columns, static_cast<cuuint64_t>(a.out)}, w_stride[] = {w_columns};
   const cuuint64_t e_size[] = {256, stages, static_cast<cuuint64_t>(ceil_div(a.out, 64))}, e_stride[] = {1024, 1024 * stages};
-  const cuuint32_t x_box[] = {128, tokens}, w_box[] = {e.sparse ? 64u : 128u, rows}, e_box[] = {256, 1, rows / 64};
+  const cuuint32_t x_box[] = {128, tokens}, w_box[] = {e.sparse ? 64u * e.halves : 128u, rows};
+  const cuuint32_t e_box[] = {256, static_cast<cuuint32_t>(e.halves), rows / 64};
   // bfloat16 by bulk copies where a tensor map can describe y: 64 outputs, a line, of up to 32 tokens at a time.
   p.vector_stores = aligned(a.y, 16) && a.out % 8 == 0;
   p.bulk_stores = p.vector_stores && a.output == HopperOutput::kBF16;
@@ -247,7 +250,7 @@ bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta)
   }
   return make_map(&p.map_x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted, x_size, x_stride, x_box, CU_TENSOR_MAP_SWIZZLE_128B) &&
          make_map(&p.map_w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.values, w_size, w_stride, w_box,
-                  e.sparse ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B) &&
+                  w_box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B) &&
          (!e.sparse || make_map(&p.map_e, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, meta, e_size, e_stride, e_box, CU_TENSOR_MAP_SWIZZLE_NONE));
 }
 

@@ -2,7 +2,8 @@
 
 A contender is a function of `(x, weights)`. One jitted program applies it to several distinct inputs, and to several
 copies of the weights where they would otherwise stay in the cache from one application to the next, which they do not in
-a model. Barriers order the applications, so that XLA cannot merge products that share an operand.
+a model; on a GPU in a loop, as a model generates: its buffers stay where they are, so that XLA launches what it has recorded.
+Barriers order the applications, so that XLA can neither merge products that share an operand nor take them out of the loop.
 """
 
 from __future__ import annotations
@@ -62,23 +63,23 @@ def _program(contender: Contender, xs: Sequence[jax.Array]) -> tuple[Callable[[]
     size = _nbytes(contender.weights)
     gpu = jax.default_backend() == "gpu"
     copies = min(16, -(-_OUTSIDE_CACHE // size)) if gpu and size else 1
-    repeats = len(xs)
-    if gpu:
-        repeats = max(repeats, min(64, -(-_BUSY // max(1, size + xs[0].nbytes))))
-    weights = [contender.weights, *(jax.tree.map(jnp.copy, contender.weights) for _ in range(min(copies, repeats) - 1))]
+    weights = [contender.weights, *(jax.tree.map(jnp.copy, contender.weights) for _ in range(copies - 1))]
+    repeats = max(len(xs), copies)  # of the loop's body
+    loops = min(64, -(-_BUSY // max(1, repeats * (size + xs[0].nbytes)))) if gpu else 1
 
     @jax.jit
     def program(xs: Any, weights: Any) -> Any:
-        results: list[Any] = []
-        for i in range(repeats):
-            x = xs[i % len(xs)]
-            if results:
-                x, results[-1] = jax.lax.optimization_barrier((x, results[-1]))
-            results.append(contender.apply(x, weights[i % len(weights)]))
-        return results
+        def body(_: Any, result: Any) -> Any:
+            for i in range(repeats):
+                x, result = jax.lax.optimization_barrier((xs[i % len(xs)], result))
+                result = contender.apply(x, weights[i % len(weights)])
+            return result
+
+        shapes = jax.eval_shape(contender.apply, xs[0], weights[0])
+        return jax.lax.fori_loop(0, loops, body, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
     compiled = program.lower(xs, weights).compile()
-    return lambda: compiled(xs, weights), repeats
+    return lambda: compiled(xs, weights), repeats * loops
 
 
 def _run_for(run: Callable[[], Any], seconds: float) -> tuple[float, int]:

@@ -51,13 +51,12 @@ def _lowering(*operands, platform, settings):
     xs, w, bias = _split(operands, settings)
     problem = registry.Problem.of("linear", xs[0], w, settings, platform)
     name = registry.choose(problem).implementation
-    dense = name == "dense"
-    kernel = sparse_matmul.dense_codes(w, padded=not w.pattern.prunes) if dense else None
-    few = 0 < xs[0].shape[0] <= _FEW_ROWS and xs[0].size and w.out_features
-    if few and (name == "hopper" or (dense and registry.fused_dense(xs[0], kernel, platform))):
+    kernel = sparse_matmul.dense_codes(w, padded=not w.pattern.prunes) if name == "dense" else None
+    fused = name == "hopper" if kernel is None else registry.fused_dense(xs[0], kernel, platform)
+    if fused and 0 < xs[0].shape[0] <= _FEW_ROWS and xs[0].size and w.out_features:
         return [_in_one_call(xs, kernel, w, bias, settings)]
-    codes, scale_x = lift_rows(xs, None if dense else w.pattern, w.dtype, settings.inputs)
-    if dense:
+    codes, scale_x = lift_rows(xs, w.pattern if kernel is None else None, w.dtype, settings.inputs)
+    if kernel is not None:
         kernel = kernel[:, : codes.shape[1]]  # without padding
         return [sparse_matmul.dense_product(codes, kernel, scale_x, w.scale, bias, settings.out_dtype, platform)]
     return [sparse_matmul.run(name, codes, scale_x, w, bias, settings.out_dtype, platform)]

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.contraction import from_matrix, to_matrix
-from slidejax.prune.ahead import Ahead, shapes_of
+from slidejax.prune.ahead import Ahead, jitted, shapes_of
 from slidejax.prune.inputs import as_rows, rounded
 from slidejax.prune.sparsegpt import damped
 from slidejax.prune.stages import Stages, Tap, named_leaves
@@ -219,7 +219,7 @@ def _moments_of(axes, dtype) -> Callable[..., Any]:
             added.append(total)
         return gram, None if cross is None else cross + dot(z.T, x), added
 
-    return jax.jit(moments, donate_argnums=0)
+    return jitted(moments, donate_argnums=0)
 
 
 # --- solving ----------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def _solved_by(solve: Solve) -> Callable[..., Any]:
         parts = [jax.tree.map(lambda leaf, end=end, k=k: leaf[..., end - k.shape[1] : end], result) for end, k in zip(ends, kernels, strict=True)]
         return jnp.isfinite(gram).all() & jnp.isfinite(target).all(), parts
 
-    return jax.jit(solved)
+    return jitted(solved)
 
 
 def _target(gram, wanted, kernel, damping):

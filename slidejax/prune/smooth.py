@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.contraction import from_matrix, to_matrix
-from slidejax.prune.ahead import Ahead
+from slidejax.prune.ahead import Ahead, jitted
 from slidejax.prune.inputs import as_rows
 from slidejax.prune.stages import Stages, Step, Tap, named_leaves
 
@@ -81,7 +81,7 @@ def smooth(stages: Stages, params: Any, batches: Sequence[Any], strength: float 
     return tree, [tap.path for members, _ in folds for tap in members]
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
+@functools.partial(jitted, static_argnums=(5, 6))
 def _rescaled(readers, vectors, makers, energy, strength, reader_axes, maker_axes) -> list[jax.Array]:
     """The parameters around one input, its channels divided: kernels that read it, a norm's vectors, kernels that make it.
 
@@ -115,7 +115,7 @@ def _energies(stages: Stages, leaves: Mapping[str, Any], batches: Sequence[Any],
     return total
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jitted, static_argnums=2)
 def _energy(total, x, axes):
     return total + jnp.sum(as_rows(x, axes) ** 2, axis=0)
 

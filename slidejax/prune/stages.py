@@ -22,7 +22,7 @@ import numpy as np
 from jax.extend import core
 
 from slidejax.contraction import Contraction
-from slidejax.prune.ahead import Ahead
+from slidejax.prune.ahead import Ahead, jitted
 from slidejax.prune.inputs import rounded, seeing_inputs
 
 __all__ = ["SeveralDepths", "Stages", "Step", "Tap", "named_leaves"]
@@ -390,7 +390,7 @@ class _Program:
 @functools.lru_cache(maxsize=256)
 def _jitted(program: _Program) -> Any:
     """The jitted program: one for equal stages, also of another conversion of the same model."""
-    return jax.jit(program.run)
+    return jitted(program.run)
 
 
 def _signature(aval: Any) -> tuple:
