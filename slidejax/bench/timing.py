@@ -58,25 +58,26 @@ def _nbytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def _program(contender: Contender, xs: Sequence[jax.Array]) -> tuple[Callable[[], Any], int]:
-    """A compiled program that applies the contender to every input, and how often it does."""
+def _program(contender: Contender, xs: Sequence[jax.Array], loops: int | None = None) -> tuple[Callable[[], Any], int]:
+    """A compiled program that applies the contender to every input, `loops` times (None: as often as it wants to), and how often it does."""
     size = _nbytes(contender.weights)
     gpu = jax.default_backend() == "gpu"
     copies = min(16, -(-_OUTSIDE_CACHE // size)) if gpu and size else 1
     weights = [contender.weights, *(jax.tree.map(jnp.copy, contender.weights) for _ in range(copies - 1))]
-    repeats = max(len(xs), copies)  # of the loop's body
-    loops = min(64, -(-_BUSY // max(1, repeats * (size + xs[0].nbytes)))) if gpu else 1
+    repeats = max(2, len(xs), copies)  # in the loop's body; each waits for the one before it
+    if loops is None:
+        loops = min(64, -(-_BUSY // (repeats * (size + xs[0].nbytes + 1)))) if gpu else 1
 
     @jax.jit
     def program(xs: Any, weights: Any) -> Any:
-        def body(_: Any, result: Any) -> Any:
-            for i in range(repeats):
-                x, result = jax.lax.optimization_barrier((xs[i % len(xs)], result))
-                result = contender.apply(x, weights[i % len(weights)])
-            return result
+        def body(_: Any, results: list[Any]) -> list[Any]:
+            for i in range(repeats):  # every result is kept: XLA drops what nobody reads, barrier or not
+                x, results[i - 1] = jax.lax.optimization_barrier((xs[i % len(xs)], results[i - 1]))
+                results[i] = contender.apply(x, weights[i % len(weights)])
+            return results
 
-        shapes = jax.eval_shape(contender.apply, xs[0], weights[0])
-        return jax.lax.fori_loop(0, loops, body, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+        shape = jax.eval_shape(contender.apply, xs[0], weights[0])
+        return jax.lax.fori_loop(0, loops, body, [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape) for _ in range(repeats)])
 
     compiled = program.lower(xs, weights).compile()
     return lambda: compiled(xs, weights), repeats * loops

@@ -4,12 +4,13 @@ library that is made up."""
 import argparse
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.bench import arguments, contenders, run, tuning
+from slidejax.bench import arguments, contenders, run, timing, tuning
 from slidejax.ops import cusparselt, ffi, registry
 
 
@@ -35,6 +36,27 @@ def test_the_best_dense_product_is_taken_layer_by_layer(results):
     assert total["ratios"][ours]["best dense 8 bit"] == pytest.approx(total["us"]["best dense 8 bit"] / total["us"][ours])
     assert contenders.best_dense({"dense int8 unscaled": None, "dense fp8 unscaled": 2.0}) == 2.0
     assert contenders.best_dense({}) is None
+
+
+@pytest.mark.parametrize("inputs", [1, 4])
+@pytest.mark.parametrize("loops", [1, pytest.param(3, marks=pytest.mark.gpu)])
+def test_every_application_that_is_counted_runs(inputs, loops):
+    """XLA drops results that nobody reads, and on a CPU, where there is no loop, takes out of it what is the same each time."""
+    ran = []
+
+    def apply(x, weights):
+        def count(product):
+            ran.append(1)
+            return product
+
+        product = x @ weights
+        return jax.pure_callback(count, product, product)
+
+    xs = [jnp.full((2, 3), float(i)) for i in range(inputs)]
+    program, count = timing._program(timing.Contender("counted", apply, jnp.ones((3, 5))), xs, loops)
+    ran.clear()
+    jax.block_until_ready(program())
+    assert len(ran) == count == loops * max(2, inputs)
 
 
 def test_the_bounds_of_a_dense_layer_are_the_layer_without_scales():
