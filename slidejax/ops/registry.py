@@ -21,6 +21,10 @@ from slidejax.weight import SlideWeight
 
 __all__ = ["Choice", "Problem", "choose", "cuda_calls", "explain", "implementations", "refusals"]
 
+# Bytes from which on the Hopper kernel multiplies a dense one with one row: 3584 x 3584 took as long either way; SmolLM2-135M, whose kernels have
+# a megabyte at most, wrote 857 tokens a second with XLA's products and 590 with the kernel's.
+_SMALL_KERNEL = 8 << 20
+
 # A program lowered for CUDA on a machine without a GPU is taken to run on this device.
 _AHEAD_OF_TIME_DEVICE = "NVIDIA H100 80GB HBM3"
 
@@ -146,8 +150,10 @@ def _without_hopper(device: str, dtype: np.dtype) -> str | None:
 
 def fused_dense(x, kernel, platform: str) -> bool:
     """Whether a dense 8-bit product `[M, K] @ [out, K]^T` runs in the Hopper kernel, scales and bias included. Its bulk copies want rows
-    of the kernel of whole 16 bytes."""
+    of the kernel of whole 16 bytes; and one row times a small kernel is faster as XLA has it, without tensor cores."""
     if platform != "cuda" or _without_hopper(device_kind(platform), np.dtype(kernel.dtype)) is not None:
+        return False
+    if x.shape[0] == 1 and kernel.shape[0] * kernel.shape[1] < _SMALL_KERNEL:
         return False
     return min(*x.shape, *kernel.shape) > 0 and kernel.shape[1] % 16 == 0
 

@@ -139,6 +139,14 @@ def test_dense_products_of_8_bit_codes_are_lowered_to_the_kernel(columns, dtype,
     assert "slidejax_linear_hopper" not in jax.jit(dense_linear).trace(x, w).lower(lowering_platforms=("cpu",)).as_text()
 
 
+@pytest.mark.parametrize(("rows", "columns", "fused"), [(1, 2048, False), (2, 2048, True), (1, 8192, True)])
+def test_one_row_times_a_small_dense_kernel_is_left_to_xla(rows, columns, fused):
+    w = jax.eval_shape(lambda k: sj.pack(k, "6:8", dtype="int8"), jax.ShapeDtypeStruct((columns, 1024), jnp.float32))
+    x = jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16)
+    text = jax.jit(dense_linear).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("slidejax_linear_hopper" in text) == fused != ("dot_general" in text)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("bias", [False, True])
