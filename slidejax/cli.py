@@ -11,6 +11,7 @@ import dataclasses
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from slidejax import terminal
@@ -83,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("model", help=_MODEL_HELP)
     p.add_argument("out", help="the directory to write; it appears when it is complete")
     p.add_argument("--pattern", required=True, help="such as 6:8; dense prunes nothing and quantises only")
+    p.add_argument(
+        "--mixed", type=_list, default=[], metavar="14:16,6:8,4:6",
+        help="one of these patterns for each layer, by how much the loss depends on it, for as many multiplications as --pattern for all",
+    )  # fmt: skip
     p.add_argument(
         "--dtype", default="int8", help="of the packed values: int8 (default), float8_e4m3fn, none to keep the model's"
     )
@@ -208,14 +213,18 @@ def _tokens(loaded: Any, file: str | None, limit: int | None) -> tuple[Any, str]
 
 def _calibration(loaded: Any, args: argparse.Namespace) -> Any:
     """Token ids [sequences, 512] to calibrate on, or None where the method uses none."""
+    from slidejax.prune.calibration import CALIBRATED
+
+    return None if args.calibration is None and args.method not in CALIBRATED else _calibration_ids(loaded, args)
+
+
+def _calibration_ids(loaded: Any, args: argparse.Namespace) -> Any:
     import numpy as np
 
     from slidejax import texts
     from slidejax.evaluate import fitting
-    from slidejax.prune.calibration import CALIBRATED, cut
+    from slidejax.prune.calibration import cut
 
-    if args.calibration is None and args.method not in CALIBRATED:
-        return None
     if args.calibration is not None:
         text = terminal.read_text(args.calibration)
     else:
@@ -321,12 +330,15 @@ def _convert(args: argparse.Namespace) -> None:
     from slidejax.huggingface import HIDDEN_LAYERS
     from slidejax.pattern import Pattern
     from slidejax.prepared import weights_of
-    from slidejax.prune import Calibration
+    from slidejax.prune import Calibration, mixed
     from slidejax.rules import Rule
 
     # What can be known to be wrong is said before the model is read.
     rule = Rule(Pattern.parse(args.pattern), qdtype=_dtype(args.dtype))
-    rules = [(regex, None) for regex in args.dense] + [(HIDDEN_LAYERS, rule)]
+    rules: list[tuple[str, Rule | None]] = [*((regex, None) for regex in args.dense), (HIDDEN_LAYERS, rule)]
+    patterns = [Pattern.parse(pattern) for pattern in args.mixed]
+    if patterns and args.dense:
+        raise ValueError("--mixed chooses for all layers: it does not go with --dense")
     check_target(args.out, METADATA)
     with terminal.progress() as bar:
         task = bar.add_task(f"reading {args.model}", total=3)
@@ -334,7 +346,10 @@ def _convert(args: argparse.Namespace) -> None:
         if weights_of(loaded.model.params):
             raise ValueError(f"{args.model!r} is converted already; convert the dense model")
         calibration = how = _calibration(loaded, args)
-        bar.update(task, description=f"converting to {rule}", completed=1)
+        if patterns:
+            bar.update(task, description="choosing patterns", completed=1)
+            rules = [*mixed(loaded.model, rule, _calibration_ids(loaded, args), patterns=patterns)]
+        bar.update(task, description=f"converting to {_choice(rule, patterns)}", completed=1)
         if calibration is not None:
             tell = lambda done, total: bar.update(task, completed=1 + done / total)  # noqa: E731
             how = Calibration(calibration, work=args.work, progress=tell)
@@ -343,6 +358,7 @@ def _convert(args: argparse.Namespace) -> None:
         about = {
             "source": loaded.name,
             "pattern": str(rule.pattern),
+            "mixed": [str(pattern) for pattern in patterns],
             "dtype": args.dtype,
             "method": args.method,
             "dense": args.dense,
@@ -351,7 +367,11 @@ def _convert(args: argparse.Namespace) -> None:
         }
         write_pretrained(args.out, model, loaded.tokenizer, about)
     print(report)
-    print(f"{args.out}: {rule}, {args.method}, {seconds:.1f} s")
+    print(f"{args.out}: {_choice(rule, patterns)}, {args.method}, {seconds:.1f} s")
+
+
+def _choice(rule: Any, patterns: Sequence[Any]) -> str:
+    return f"{', '.join(map(str, patterns))} for the multiplications of {rule}" if patterns else str(rule)
 
 
 def _recover(args: argparse.Namespace) -> None:

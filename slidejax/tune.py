@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from slidejax.files import write_json
 
 if TYPE_CHECKING:
     from slidejax.ops.registry import Problem
+    from slidejax.pattern import Pattern
     from slidejax.weight import SlideWeight
 
-__all__ = ["entries", "forms", "lookup", "record", "table_path"]
+__all__ = ["entries", "forms", "lookup", "record", "table_path", "time_of"]
 
 _SHIPPED = Path(__file__).parent / "data" / "tuning"
 _FORMAT = 1
@@ -131,6 +133,21 @@ def lookup(problem: Problem, candidates: list[str]) -> tuple[str, str] | None:
     figures = ", ".join(f"{name} {us:.0f} us" for name, us in sorted(times.items(), key=lambda item: item[1]))
     where = f"M={entry['rows']} K={entry['in']} N={entry['out']}"
     return best, f"measured at {where}: {figures}"
+
+
+def time_of(device: str, rows: int, shape: tuple[int, int], pattern: Pattern, dtype: np.dtype) -> float | None:
+    """Microseconds of one linear of shape `(in, out)` with the fastest implementation, by the nearest measurement and in proportion to
+    the products; None where nothing near is known. With the pattern "dense" it is the time of dense products, whatever pattern they were measured with."""
+    best, distance = None, _REACH
+    for e in entries(device):
+        if e["dtype"] != dtype.name or (pattern.prunes and e["pattern"] != str(pattern)):
+            continue
+        times = [us for name, us in e["us"].items() if pattern.prunes or name.removesuffix("+prepared") == "dense"]
+        pairs = ((e["rows"], rows), (e["in"], shape[0]), (e["out"], shape[1]))
+        away = sum(_log_ratio(a, b) for a, b in pairs)
+        if times and (away < distance or (best is None and away == distance)):
+            best, distance = min(times) * math.prod(b / a for a, b in pairs), away
+    return best
 
 
 def forms(w: SlideWeight) -> tuple[str, ...]:

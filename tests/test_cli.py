@@ -1,6 +1,7 @@
 """The commands on a tiny model, in process: results, files, and errors in one line."""
 
 import json
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +110,18 @@ def test_a_model_is_quantised_only(capsys, tmp_path, model, text):
     assert "converted already" in error(capsys, "convert", path, str(tmp_path / "x"), "--pattern", "6:8")
     run(capsys, "recover", path, str(tmp_path / "new"), "--against", model, "--text", text, "--window", "32", "--batch", "2", "--steps", "1")
     assert {str(w.pattern) for w in packed(load_model(str(tmp_path / "new")).model.params)} == {"dense"}
+
+
+def test_convert_chooses_a_pattern_for_each_layer(capsys, tmp_path, model):
+    path = str(tmp_path / "mixed")
+    said = run(capsys, "convert", model, path, "--pattern", "6:8", "--mixed", "14:16,6:8,4:6", "--sequences", "2")
+    assert "14 layers converted" in said and "14:16, 6:8, 4:6 for the multiplications of 6:8 int8, magnitude" in said
+    weights = packed(load_model(path).model.params)
+    chosen = {str(w.pattern) for w in weights}
+    assert chosen <= {"14:16", "6:8", "4:6"} and len(chosen) > 1
+    cost = sum(math.prod(w.shape) * w.pattern.expansion / 2 for w in weights)
+    assert cost <= sum(math.prod(w.shape) for w in weights) * 0.75
+    assert "--dense" in error(capsys, "convert", model, str(tmp_path / "x"), "--pattern", "6:8", "--mixed", "2:4", "--dense", "a")
 
 
 def test_layers_can_be_left_dense(capsys, tmp_path, model):

@@ -13,7 +13,7 @@ from slidejax.prune.sparsegpt import exchange, layer_error, refit, sparsegpt
 from slidejax.prune.wanda import wanda
 
 if TYPE_CHECKING:
-    from slidejax.prune.budget import mixed
+    from slidejax.prune.budget import measured_times, mixed
     from slidejax.prune.calibration import Calibration, convert, cut
     from slidejax.prune.rounding import clip_search, round_kernel
 
@@ -25,6 +25,7 @@ __all__ = [
     "exchange",
     "layer_error",
     "magnitude",
+    "measured_times",
     "mixed",
     "refit",
     "round_kernel",
@@ -37,6 +38,7 @@ _LAZY = {
     "Calibration": "calibration",
     "convert": "calibration",
     "cut": "calibration",
+    "measured_times": "budget",
     "mixed": "budget",
     "clip_search": "rounding",
     "round_kernel": "rounding",

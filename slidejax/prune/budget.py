@@ -6,14 +6,14 @@ the dense model with respect to these outputs (as in WoodFisher, Singh and Alist
 taken as independent that is `mean(g^2) ||dY||^2 / 2`, and `||dY||^2` is the layer objective that pruning minimises. A sum
 of layer objectives alone does not know which layers matter, and chose worse patterns than one for all.
 
-The choice itself is a knapsack with one item from each layer, solved by a price on the budget.
+The choice itself is a knapsack with one item from each layer, or group of layers, solved by a price on the budget.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from slidejax.prune.sparsegpt import layer_error, sparsegpt
 from slidejax.prune.stages import named_leaves
 from slidejax.rules import Rule
 
-__all__ = ["choose", "gradient_energies", "mixed", "multiplications", "packed_bytes", "sensitivities"]
+__all__ = ["choose", "gradient_energies", "measured_times", "mixed", "multiplications", "packed_bytes", "sensitivities"]
 
 Cost = Callable[[tuple[int, int], Pattern], float]
 
@@ -51,12 +51,44 @@ def packed_bytes(shape: tuple[int, int], pattern: Pattern) -> float:
     return shape[0] * shape[1] * (pattern.kept + pattern.prunes) / pattern.group
 
 
+def measured_times(rows: int, qdtype: Any = "int8", device: str | None = None) -> Cost:
+    """A cost in time: microseconds of `slidejax.linear` by the measured table (`slidejax tune`), with the implementation that is
+    the fastest for a pattern, so that a pattern that does not pay costs what dense 8-bit products do.
+
+    Args:
+      rows: of x, for which the model is to be fast.
+      qdtype: int8 or float8_e4m3fn.
+      device: its kind, such as "NVIDIA H200"; None: of this process.
+
+    Returns:
+      For `mixed` and `choose`. It raises a ValueError for a shape or a pattern near which nothing was measured.
+
+    >>> time = measured_times(4096, device="NVIDIA H200")
+    >>> time((3584, 18944), Pattern.parse("2:4")) < time((3584, 18944), Pattern.parse("6:8")) <= time((3584, 18944), Pattern.parse("dense"))
+    True
+    """
+    from slidejax import tune
+    from slidejax.ops.registry import device_kind
+
+    dtype = Rule("6:8", qdtype).qdtype
+    kind = device_kind("cuda") if device is None else device
+
+    def cost(shape: tuple[int, int], pattern: Pattern) -> float:
+        time = tune.time_of(kind, rows, shape, pattern, dtype)
+        if time is None:
+            raise ValueError(f"nothing was measured near {rows} rows of a kernel {shape} with {pattern} {dtype.name} on {kind}: run slidejax tune")
+        return time
+
+    return cost
+
+
 def mixed(
     model: Any,
     rule: str | Pattern | Rule,
     calibration: Any,
     *,
     patterns: Sequence[str | Pattern] = ("14:16", "6:8", "4:6"),
+    groups: Sequence[str] = (),
     cost: Cost = multiplications,
     loss: Callable[[Any, Any], jax.Array] | None = None,
     params: Any = None,
@@ -70,7 +102,10 @@ def mixed(
       calibration: a `Calibration`, or its batches; the dense model runs over them.
       patterns: to choose from; with "dense" among them some layers may be quantised only. To leave layers as they are, unquantised, is
         for the rules: put (their path, None) before what is returned.
-      cost: `(shape, pattern) -> cost`: `multiplications`, `packed_bytes`, or times that were measured.
+      groups: regular expressions for the whole path of a kernel: layers that match one of them with the same text in its groups get one
+        pattern together. `r"(.*)/[qkv]_proj/kernel"` keeps q, k and v of a block together, so that one lift serves them;
+        `r".*/(mlp|self_attn)/.*"` chooses for all MLPs and all attentions. Other layers choose for themselves.
+      cost: `(shape, pattern) -> cost`: `multiplications`, `packed_bytes`, or `measured_times(rows)`.
       loss: `(the model's output, batch) -> scalar`, a sum over tokens; None: the next-token cross-entropy of a causal
         language model of transformers.
       params: as in `slidejax.prune.convert`.
@@ -92,7 +127,7 @@ def mixed(
     kernels = {path: to_matrix(jnp.asarray(leaves[path], jnp.float32), layers[path].kernel) for path in reached}
     found = sensitivities(kernels, grams, energies, patterns)
     shapes = {path: (kernel.shape[0], kernel.shape[1]) for path, kernel in kernels.items()}
-    return choose(found, shapes, rule.pattern, cost=cost, qdtype=rule.qdtype)
+    return choose(found, shapes, rule.pattern, groups=groups, cost=cost, qdtype=rule.qdtype)
 
 
 def _next_token_loss(output: Any, ids: jax.Array) -> jax.Array:
@@ -157,7 +192,7 @@ def sensitivities(
 
 def choose(
     sensitivity: Mapping[str, Mapping[Pattern, float]], shapes: Mapping[str, tuple[int, int]], budget: str | Pattern | float, *,
-    cost: Cost = multiplications, qdtype: Any = "int8",
+    groups: Sequence[str] = (), cost: Cost = multiplications, qdtype: Any = "int8",
 ) -> list[tuple[str, Rule]]:
     """The patterns that are estimated to cost the loss least within a budget, as rules.
 
@@ -165,14 +200,15 @@ def choose(
       sensitivity: from `sensitivities`.
       shapes: path -> `(in, out)`.
       budget: of the summed cost; a pattern means what it would cost for all layers.
-      cost: `(shape, pattern) -> cost`: `multiplications`, `packed_bytes`, or times that were measured.
+      groups: as in `mixed`.
+      cost: `(shape, pattern) -> cost`: `multiplications`, `packed_bytes`, or `measured_times(rows)`.
       qdtype: of the rules.
 
     Returns:
       A rule for each path.
 
     Raises:
-      ValueError: if the cheapest patterns cost more than the budget.
+      ValueError: if the cheapest patterns cost more than the budget, a group matches no layer, or its layers have no pattern in common.
 
     >>> need = {"a": {Pattern(2, 4): 9.0, Pattern(6, 8): 3.0}, "b": {Pattern(2, 4): 1.0, Pattern(6, 8): 0.5}}
     >>> [str(rule) for _, rule in choose(need, {"a": (8, 8), "b": (8, 8)}, 64 * 0.75 + 64 * 0.5)]
@@ -180,7 +216,15 @@ def choose(
     """
     limit = float(budget) if isinstance(budget, (int, float)) else sum(cost(shape, Pattern.parse(budget)) for shape in shapes.values())
     limit *= 1 + 1e-9  # sums of the same costs in another order fit as well
-    costs = {path: {p: cost(shapes[path], p) for p in of} for path, of in sensitivity.items()}
+    members = _members(sensitivity, groups)
+    of_layers, sensitivity = sensitivity, {}
+    costs: dict[str, dict[Pattern, float]] = {}
+    for item, paths in members.items():
+        common = [p for p in of_layers[paths[0]] if all(p in of_layers[path] for path in paths)]
+        if not common:
+            raise ValueError(f"the layers {', '.join(paths)} of one group have no pattern in common")
+        sensitivity[item] = {p: sum(of_layers[path][p] for path in paths) for p in common}
+        costs[item] = {p: sum(cost(shapes[path], p) for path in paths) for p in common}
 
     def at(price: float) -> dict[str, Pattern]:
         return {path: min(of, key=lambda p: (of[p] + price * costs[path][p], costs[path][p])) for path, of in sensitivity.items()}
@@ -209,6 +253,25 @@ def choose(
             if value < sensitivity[path][chosen[path]] and 0 < costs[path][p] - costs[path][chosen[path]] <= left
         ]
         if not better:
-            return [(re.escape(path), Rule(pattern, qdtype)) for path, pattern in chosen.items()]
+            pattern_of = {path: chosen[item] for item, paths in members.items() for path in paths}
+            return [(re.escape(path), Rule(pattern_of[path], qdtype)) for path in of_layers]
         _, path, pattern = max(better, key=lambda item: item[:2])
         chosen[path] = pattern
+
+
+def _members(paths: Iterable[str], groups: Sequence[str]) -> dict[str, list[str]]:
+    """The first path of each group of layers -> its paths; a layer of no group is one by itself."""
+    found: dict[Any, list[str]] = {}
+    matched = set()
+    for path in paths:
+        for i, regex in enumerate(groups):
+            if (match := re.fullmatch(regex, path)) is not None:
+                found.setdefault((i, match.groups()), []).append(path)
+                matched.add(i)
+                break
+        else:
+            found[path] = [path]
+    for i, regex in enumerate(groups):
+        if i not in matched:
+            raise ValueError(f"groups[{i}] ({regex!r}) matches no layer, or earlier groups took them all (paths look like {next(iter(paths), '')!r})")
+    return {members[0]: members for members in found.values()}

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 import slidejax as sj
 from slidejax.contraction import to_matrix
-from slidejax.prune.budget import choose, gradient_energies, multiplications, packed_bytes
+from slidejax.prune.budget import choose, gradient_energies, measured_times, multiplications, packed_bytes
 from slidejax.prune.inputs import contractions
 
 PATTERNS = [sj.Pattern.parse(p) for p in ("dense", "14:16", "6:8", "4:6", "2:4")]
@@ -27,6 +29,42 @@ def test_the_budget_is_kept_and_uniform_is_never_better(layers, cost):
 def test_a_budget_that_is_too_small():
     with pytest.raises(ValueError, match="less than what the cheapest patterns cost"):
         choose({"a": {sj.Pattern(6, 8): 1.0}}, {"a": (8, 8)}, "2:4")
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.integers(0, 2)), min_size=3, max_size=9))
+def test_layers_of_a_group_choose_together(layers):
+    needs = {f"{group}/{i}": {p: weight * 2.0**-j for j, p in enumerate(reversed(PATTERNS))} for i, (weight, group) in enumerate(layers)}
+    rules = choose(needs, dict.fromkeys(needs, (64, 16)), "6:8", groups=[r"(\d)/\d+"])
+    chosen = dict(zip(needs, (rule.pattern for _, rule in rules), strict=True))
+    assert all(re.fullmatch(regex, path) for (regex, _), path in zip(rules, needs, strict=True))
+    for group in "012":
+        assert len({p for path, p in chosen.items() if path.startswith(group)}) <= 1
+    uniform = sj.Pattern(6, 8)
+    assert sum(multiplications((64, 16), p) for p in chosen.values()) <= len(needs) * multiplications((64, 16), uniform) * (1 + 1e-6)
+    assert sum(needs[path][p] for path, p in chosen.items()) <= sum(of[uniform] for of in needs.values()) * (1 + 1e-9)
+
+
+def test_groups_that_are_wrong():
+    needs, shapes = {"a/q": {sj.Pattern(6, 8): 1.0}, "a/k": {sj.Pattern(4, 6): 1.0}}, dict.fromkeys(("a/q", "a/k"), (8, 8))
+    with pytest.raises(ValueError, match=r"groups\[1\].*matches no layer"):
+        choose(needs, shapes, "14:16", groups=["a/q", "b/.*"])
+    with pytest.raises(ValueError, match="no pattern in common"):
+        choose(needs, shapes, "14:16", groups=["(a)/."])
+
+
+def test_time_as_a_cost(monkeypatch, tmp_path):
+    """By the nearest entry of the pattern, in proportion; dense products whatever pattern they were measured with."""
+    monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
+    measured = {("6:8", 16): {"hopper+prepared": 10.0, "dense+prepared": 12.0}, ("14:16", 16): {"hopper+prepared": 15.0, "dense": 13.0}, ("6:8", 4096): {"hopper": 99.0}}
+    sj.tune.record("A GPU", [{"in": 64, "out": 32, "pattern": p, "dtype": "int8", "rows": rows, "us": us} for (p, rows), us in measured.items()])
+    time = measured_times(16, device="A GPU")
+    assert [time((64, 32), sj.Pattern.parse(p)) for p in ("6:8", "14:16", "dense")] == [10.0, 13.0, 12.0]
+    assert time((64, 64), sj.Pattern(6, 8)) == 20.0 and measured_times(32, device="A GPU")((64, 32), sj.Pattern(6, 8)) == 20.0
+    for what, far in ((sj.Pattern(2, 4), (64, 32)), (sj.Pattern(6, 8), (64, 1 << 20))):
+        with pytest.raises(ValueError, match="nothing was measured near 16 rows"):
+            time(far, what)
+    with pytest.raises(ValueError, match="float8_e4m3fn on A GPU"):
+        measured_times(16, "float8_e4m3fn", "A GPU")((64, 32), sj.Pattern(6, 8))
 
 
 def test_gradient_energies_are_those_of_the_outputs():
