@@ -348,7 +348,8 @@ def _convert(args: argparse.Namespace) -> None:
         calibration = how = _calibration(loaded, args)
         if patterns:
             bar.update(task, description="choosing patterns", completed=1)
-            rules = [*mixed(loaded.model, rule, _calibration_ids(loaded, args), patterns=patterns)]
+            ids = _calibration_ids(loaded, args) if calibration is None else calibration
+            rules = [*mixed(loaded.model, rule, ids, patterns=patterns)]
         bar.update(task, description=f"converting to {_choice(rule, patterns)}", completed=1)
         if calibration is not None:
             tell = lambda done, total: bar.update(task, completed=1 + done / total)  # noqa: E731

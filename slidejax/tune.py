@@ -98,8 +98,8 @@ def record(device: str, measured: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
-def _distance(entry: dict[str, Any], problem: Problem) -> float:
-    pairs = ((entry["rows"], problem.rows), (entry["in"], problem.in_features), (entry["out"], problem.out_features))
+def _distance(entry: dict[str, Any], rows: int, in_features: int, out_features: int) -> float:
+    pairs = ((entry["rows"], rows), (entry["in"], in_features), (entry["out"], out_features))
     return sum(_log_ratio(a, b) for a, b in pairs)
 
 
@@ -113,8 +113,10 @@ def _alike(device: str, of: Problem | SlideWeight) -> list[dict[str, Any]]:
 
 
 def _nearest(problem: Problem) -> dict[str, Any] | None:
-    near = [e for e in _alike(problem.device, problem) if _distance(e, problem) <= _REACH]
-    return min(near, key=lambda e: _distance(e, problem), default=None)
+    def far(entry: dict[str, Any]) -> float:
+        return _distance(entry, problem.rows, problem.in_features, problem.out_features)
+
+    return min((e for e in _alike(problem.device, problem) if far(e) <= _REACH), key=far, default=None)
 
 
 def lookup(problem: Problem, candidates: list[str]) -> tuple[str, str] | None:
@@ -138,16 +140,14 @@ def lookup(problem: Problem, candidates: list[str]) -> tuple[str, str] | None:
 def time_of(device: str, rows: int, shape: tuple[int, int], pattern: Pattern, dtype: np.dtype) -> float | None:
     """Microseconds of one linear of shape `(in, out)` with the fastest implementation, by the nearest measurement and in proportion to
     the products; None where nothing near is known. With the pattern "dense" it is the time of dense products, whatever pattern they were measured with."""
-    best, distance = None, _REACH
+    times: list[tuple[float, float]] = []  # how far the entry is, and the time
     for e in entries(device):
         if e["dtype"] != dtype.name or (pattern.prunes and e["pattern"] != str(pattern)):
             continue
-        times = [us for name, us in e["us"].items() if pattern.prunes or name.removesuffix("+prepared") == "dense"]
-        pairs = ((e["rows"], rows), (e["in"], shape[0]), (e["out"], shape[1]))
-        away = sum(_log_ratio(a, b) for a, b in pairs)
-        if times and (away < distance or (best is None and away == distance)):
-            best, distance = min(times) * math.prod(b / a for a, b in pairs), away
-    return best
+        us = [time for name, time in e["us"].items() if pattern.prunes or name.removesuffix("+prepared") == "dense"]
+        if us and (far := _distance(e, rows, *shape)) <= _REACH:
+            times.append((far, min(us) * rows * math.prod(shape) / (e["rows"] * e["in"] * e["out"])))
+    return min(times, key=lambda one: one[0])[1] if times else None
 
 
 def forms(w: SlideWeight) -> tuple[str, ...]:
