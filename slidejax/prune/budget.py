@@ -1,10 +1,9 @@
-"""A pattern for each layer, under a budget: layers that the loss depends on most keep more of their weights.
+"""A pattern for each layer, under a budget: layers that the model depends on most keep more of their weights.
 
-What pruning a layer to a pattern costs is estimated as the Fisher information sees it: to second order, a change `dY` of a
-layer's outputs changes the loss by about half the sum over tokens of `(g . dY)^2`, `g` being the gradient of the loss of
-the dense model with respect to these outputs (as in WoodFisher, Singh and Alistarh, arXiv 2004.14340). With `g` and `dY`
-taken as independent that is `mean(g^2) ||dY||^2 / 2`, and `||dY||^2` is the layer objective that pruning minimises. A sum
-of layer objectives alone does not know which layers matter, and chose worse patterns than one for all.
+What pruning costs is measured by `slidejax.prune.sensitivity`, on part of the calibration text; kernels are pruned, for this, with the rest of it.
+A layer pruned with little text loses twice as much on other text as on its own, and not all patterns and layers alike: measured on its own text the choice
+was worse than one pattern for all (docs/measurements.md). How much more or less a pattern costs than another is nearly the same in all layers, so it is measured in
+some of them, and for all together.
 
 The choice itself is a knapsack with one item from each layer, or group of layers, solved by a price on the budget.
 """
@@ -18,18 +17,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slidejax.contraction import to_matrix
 from slidejax.pattern import Pattern
 from slidejax.prune.calibration import Calibration, as_function, collect, planned
-from slidejax.prune.inputs import contractions, seeing_layers
-from slidejax.prune.sparsegpt import layer_error, sparsegpt
+from slidejax.prune.inputs import contractions
+from slidejax.prune.sensitivity import Estimate, drawn_loss, sensitivities, shrunk
+from slidejax.prune.sparsegpt import sparsegpt
 from slidejax.prune.stages import named_leaves
 from slidejax.rules import Rule
 
-__all__ = ["choose", "gradient_energies", "measured_times", "mixed", "multiplications", "packed_bytes", "sensitivities"]
+__all__ = ["choose", "measured_times", "mixed", "multiplications", "packed_bytes"]
 
 Cost = Callable[[tuple[int, int], Pattern], float]
+
+_HELD_OUT = 4  # one batch of so many is measured on
+_SAMPLE = 32  # layers in which patterns are compared
 
 
 def multiplications(shape: tuple[int, int], pattern: Pattern) -> float:
@@ -92,102 +96,92 @@ def mixed(
     cost: Cost = multiplications,
     loss: Callable[[Any, Any], jax.Array] | None = None,
     params: Any = None,
-    listen_to: int = 2,
 ) -> list[tuple[str, Rule]]:
     """Rules that give each linear layer its own pattern, at the cost of one pattern for all.
+
+    It takes about as long as the conversion, and as much memory as the parameters once more. The same arguments give the same rules.
 
     Args:
       model: a Flax model of transformers, a Linen or an NNX module.
       rule: the uniform rule whose summed cost is the budget, and whose dtype the rules have.
-      calibration: a `Calibration`, or its batches; the dense model runs over them.
+      calibration: a `Calibration`, or its batches; the dense model runs over them. A quarter of them, of token ids a quarter of the
+        sequences, is held out from pruning to measure on; if there is but one batch, it serves for both.
       patterns: to choose from; with "dense" among them some layers may be quantised only. To leave layers as they are, unquantised, is
         for the rules: put (their path, None) before what is returned.
       groups: regular expressions for the whole path of a kernel: layers that match one of them with the same text in its groups get one
         pattern together. `r"(.*)/[qkv]_proj/kernel"` keeps q, k and v of a block together, so that one lift serves them;
         `r".*/(mlp|self_attn)/.*"` chooses for all MLPs and all attentions. Other layers choose for themselves.
       cost: `(shape, pattern) -> cost`: `multiplications`, `packed_bytes`, or `measured_times(rows)`.
-      loss: `(the model's output, batch) -> scalar`, a sum over tokens; None: the next-token cross-entropy of a causal
-        language model of transformers.
+      loss: `(the model's output, batch) -> scalar`, a sum over tokens; None: the cross-entropy of a language model of transformers with tokens
+        drawn from its own predictions, which stands for the divergence from the dense model.
       params: as in `slidejax.prune.convert`.
-      listen_to: batches for the gradients, which cost some three times what the others do.
 
     Returns:
       Rules for `slidejax.prune.convert` and the converters, one for each layer.
+
+    Raises:
+      ValueError: for a bad pattern, or none; bad batches; a loss that is needed; and as `choose`.
     """
     how = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
     rule = rule if isinstance(rule, Rule) else Rule(rule)
+    among = list(dict.fromkeys(map(Pattern.parse, patterns)))
+    if not among:
+        raise ValueError("patterns must name at least one pattern")
     batches = how.as_batches()
+    if hasattr(how.batches, "ndim"):
+        batches = list(np.asarray(how.batches)[:, None])  # sequence by sequence, so that a quarter of few can be held out
     run, params, pack = as_function(model, params, batches[0])
     plan = planned(lambda params, **options: pack(params, rule, **options), params)
-    loss = _next_token_loss if loss is None else loss
-    energies = gradient_energies(lambda params, batch: loss(run(params, batch), batch), params, batches[:listen_to], list(plan))
-    grams = collect(run, params, batches)
-    reached = [path for path in plan if path in grams and energies[path] > 0]
+    fit, held_out = _parted(batches)
+    grams = collect(run, params, fit)
     leaves, layers = named_leaves(params), contractions(run, params, batches[0])
-    kernels = {path: to_matrix(jnp.asarray(leaves[path], jnp.float32), layers[path].kernel) for path in reached}
-    found = sensitivities(kernels, grams, energies, patterns)
+    kernels = {path: to_matrix(jnp.asarray(leaves[path]), layers[path].kernel) for path in plan if path in grams}
+
+    def change(path: str, pattern: Pattern) -> jax.Array:
+        return sparsegpt(kernels[path], pattern, grams[path], damping=how.damping, rounds=0)[1] - kernels[path]
+
+    usual = rule.pattern if rule.pattern.prunes else min(among, key=lambda p: p.density)
+    sample = {path: [p for p in among if p != usual] for path in _sampled(list(kernels))}
+    changes = {path: [change(path, p) for p in (usual, *sample.get(path, ()))] for path in kernels}
+    of_output = drawn_loss if loss is None else loss
+    heard = sensitivities(lambda params, batch: of_output(run(params, batch), batch), params, held_out, changes)
     shapes = {path: (kernel.shape[0], kernel.shape[1]) for path, kernel in kernels.items()}
-    return choose(found, shapes, rule.pattern, groups=groups, cost=cost, qdtype=rule.qdtype)
+    return choose(_estimated(heard, usual, sample, among, shapes), shapes, rule.pattern, groups=groups, cost=cost, qdtype=rule.qdtype)
 
 
-def _next_token_loss(output: Any, ids: jax.Array) -> jax.Array:
-    if not hasattr(output, "logits"):
-        raise ValueError("loss= is needed: the model's output has no logits")
-    logits = output.logits[:, :-1].astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
-    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen)
+def _parted(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The batches to prune with and those to measure on, of all of the text."""
+    step = min(_HELD_OUT, len(batches))
+    fit = [batch for i, batch in enumerate(batches) if (i + 1) % step]
+    return fit or list(batches), list(batches[step - 1 :: step])
 
 
-@jax.custom_vjp
-def _listen(y, energy):
-    """`y`; the gradient with respect to `energy`, a scalar, is the sum of squares of y's."""
-    return y
+def _sampled(paths: Sequence[str]) -> list[str]:
+    """Some of the layers, drawn always alike."""
+    return [paths[i] for i in np.sort(np.random.default_rng(0).permutation(len(paths))[:_SAMPLE])]
 
 
-_listen.defvjp(lambda y, energy: (y, None), lambda _, g: (g, jnp.sum(g.astype(jnp.float32) ** 2)))
-
-
-def gradient_energies(loss: Callable[[Any, Any], jax.Array], params: Any, batches: Sequence[Any], paths: Sequence[str]) -> dict[str, float]:
-    """The mean over batches of the sum of squares of the loss's gradient with respect to each layer's outputs.
-
-    Args:
-      loss: `(params, batch) -> scalar`, which calls the model; the sum over its tokens, so that each counts alike.
-      params: of the dense model.
-      batches: of one shape; a few will do.
-      paths: of the layers' kernels.
-    """
-
-    @jax.jit
-    def energies(params, batch):
-        def listened(silent):
-            with seeing_layers(lambda path, y: _listen(y, silent[path]) if path in silent else y):
-                return loss(params, batch)
-
-        return jax.grad(listened)(dict.fromkeys(paths, jnp.float32(0)))
-
-    total = [energies(params, batch) for batch in batches]
-    return {path: sum(float(one[path]) for one in total) / len(total) for path in paths}
-
-
-def sensitivities(
-    kernels: Mapping[str, jax.Array], grams: Mapping[str, jax.Array], energies: Mapping[str, float], patterns: Sequence[str | Pattern]
+def _estimated(
+    heard: Mapping[str, Sequence[Estimate]], usual: Pattern, sample: Mapping[str, Sequence[Pattern]], among: Sequence[Pattern], shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, dict[Pattern, float]]:
-    """Path -> pattern -> the estimated change of the loss; only ratios between layers and patterns mean anything.
+    """Path -> pattern -> sensitivity.
 
     Args:
-      kernels: path -> `[in, out]`.
-      grams: path -> float32 `[in, in]` of the layer's inputs, over any number of tokens, for all layers the same.
-      energies: from `gradient_energies`.
-      patterns: to choose from.
+      heard: path -> estimates for `usual`, and where `sample` has the path for its patterns.
+      usual: the pattern that was measured in all layers.
+      sample: path -> other patterns.
+      among: the patterns to choose from.
+      shapes: path -> `(in, out)`.
     """
-    found: dict[str, dict[Pattern, float]] = {}
-    for path, kernel in kernels.items():
-        found[path] = {}
-        for pattern in map(Pattern.parse, patterns):
-            _, new = sparsegpt(kernel, pattern, grams[path])
-            per_output = energies[path] / kernel.shape[1]
-            found[path][pattern] = per_output * float(layer_error(kernel, new, grams[path])) / 2
-    return found
+    totals = dict.fromkeys([usual, *among], 0.0)
+    for path, others in sample.items():
+        for pattern, estimate in zip((usual, *others), heard[path], strict=True):
+            totals[pattern] += estimate.value
+    silent = {path: 0.0 for path, (first, *_) in heard.items() if not first.value > 0}  # the loss does not depend on them
+    sizes = {path: math.prod(shapes[path]) for path in heard if path not in silent}
+    found = shrunk({path: heard[path][0] for path in sizes}, sizes) | silent
+    share = {p: totals[p] / totals[usual] if totals[usual] > 0 else 0.0 for p in among}
+    return {path: {p: found[path] * share[p] for p in among} for path in heard}
 
 
 def choose(
@@ -197,7 +191,7 @@ def choose(
     """The patterns that are estimated to cost the loss least within a budget, as rules.
 
     Args:
-      sensitivity: from `sensitivities`.
+      sensitivity: path -> pattern -> what it costs the model; only ratios mean anything.
       shapes: path -> `(in, out)`.
       budget: of the summed cost; a pattern means what it would cost for all layers.
       groups: as in `mixed`.

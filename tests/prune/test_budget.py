@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 import slidejax as sj
 from slidejax.contraction import to_matrix
-from slidejax.prune.budget import choose, gradient_energies, measured_times, multiplications, packed_bytes
+from slidejax.prune.budget import choose, measured_times, multiplications, packed_bytes
+from slidejax.prune.calibration import collect
 from slidejax.prune.inputs import contractions
+from slidejax.prune.sensitivity import sensitivities
 
 PATTERNS = [sj.Pattern.parse(p) for p in ("dense", "14:16", "6:8", "4:6", "2:4")]
 
@@ -67,28 +69,67 @@ def test_time_as_a_cost(monkeypatch, tmp_path):
         measured_times(16, "float8_e4m3fn", "A GPU")((64, 32), sj.Pattern(6, 8))
 
 
-def test_gradient_energies_are_those_of_the_outputs():
-    model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
-    run, params, _ = sj.nnx.functional(model)
-    x = jax.random.normal(jax.random.key(0), (16, 8))
-    found = gradient_energies(lambda params, x: jnp.sum(run(params, x) ** 2) / 2, params, [x], ["kernel"])
-    np.testing.assert_allclose(found["kernel"], jnp.sum(model(x) ** 2), rtol=1e-5)  # the gradient is the output itself
+class Two(nnx.Module):
+    def __init__(self, rngs, heard=0.01):
+        self.loud, self.quiet, self.heard = nnx.Linear(32, 16, rngs=rngs), nnx.Linear(32, 16, rngs=rngs), heard
+
+    def __call__(self, x):
+        return jnp.concatenate([self.loud(x), self.heard * self.quiet(x)], axis=-1)
 
 
-def test_a_layer_that_matters_more_keeps_more():
-    class Two(nnx.Module):
-        def __init__(self, rngs):
-            self.loud, self.quiet = nnx.Linear(32, 16, rngs=rngs), nnx.Linear(32, 16, rngs=rngs)
+def squares(y, batch):
+    return jnp.sum(y**2) / 2
 
-        def __call__(self, x):
-            return jnp.concatenate([self.loud(x), 0.01 * self.quiet(x)], axis=-1)
 
-    model, x = Two(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (64, 32))
-    rules = sj.prune.mixed(model, "6:8", [x], patterns=["14:16", "6:8", "2:4"], loss=lambda y, batch: jnp.sum(y**2) / 2)
+@pytest.mark.parametrize("heard", [0.01, 0.0])
+@pytest.mark.parametrize("count", [1, 4])  # one batch serves for both; else the last is held out
+def test_a_layer_that_matters_more_keeps_more(count, heard):
+    model, batches = Two(nnx.Rngs(0), heard), list(jax.random.normal(jax.random.key(0), (count, 64, 32)))
+    rules = sj.prune.mixed(model, "6:8", batches, patterns=["14:16", "6:8", "2:4"], loss=squares)
     assert [(path, str(rule)) for path, rule in rules] == [("loud/kernel", "14:16 int8"), ("quiet/kernel", "2:4 int8")]
-    assert len(sj.prune.convert(model, rules, [x]).loud.kernel.shape) == 2
+    assert len(sj.prune.convert(model, rules, batches).loud.kernel.shape) == 2
+    assert rules == sj.prune.mixed(model, "6:8", batches, patterns=["14:16", "6:8", "2:4"], loss=squares)
+
+
+def test_what_mixed_cannot_do():
+    model, x = Two(nnx.Rngs(0)), jnp.ones((64, 32))
     with pytest.raises(ValueError, match="loss= is needed"):
         sj.prune.mixed(model, "6:8", [x])
+    with pytest.raises(ValueError, match="patterns must name at least one"):
+        sj.prune.mixed(model, "6:8", [x], patterns=[], loss=squares)
+    with pytest.raises(ValueError, match="less than what the cheapest patterns cost"):
+        sj.prune.mixed(model, "2:4", [x], patterns=["6:8"], loss=squares)
+    with pytest.raises(ValueError, match="batches of one shape"):
+        sj.prune.mixed(model, "6:8", [], loss=squares)
+
+
+def test_held_out_text_is_not_fitted_to(monkeypatch):
+    """The kernels that are measured are pruned without it."""
+    seen = []
+    monkeypatch.setattr("slidejax.prune.budget.collect", lambda run, params, batches: seen.extend(batches) or collect(run, params, batches))
+
+    def measured(loss, params, batches, changes):
+        seen.extend([None, *batches])
+        return sensitivities(loss, params, batches, changes)
+
+    monkeypatch.setattr("slidejax.prune.budget.sensitivities", measured)
+    sj.prune.mixed(Two(nnx.Rngs(0)), "6:8", [jnp.full((4, 32), float(i)) + jnp.eye(4, 32) for i in range(8)], loss=squares)
+    at = seen.index(None)
+    assert [float(batch[-1, -1]) for batch in seen[:at]] == [0, 1, 2, 4, 5, 6] and [float(batch[-1, -1]) for batch in seen[at + 1 :]] == [3, 7]
+
+
+def test_layers_that_cannot_be_told_apart_share_the_pattern():
+    """What may be noise moves nothing: three equal layers at one batch of few rows."""
+
+    class Equal(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([nnx.Linear(32, 16, rngs=nnx.Rngs(i)) for i in range(3)])
+
+        def __call__(self, x):
+            return jnp.concatenate([layer(x) for layer in self.layers], axis=-1)
+
+    rules = sj.prune.mixed(Equal(), "6:8", list(jax.random.normal(jax.random.key(0), (4, 6, 32))), loss=squares)
+    assert {str(rule) for _, rule in rules} == {"6:8 int8"}
 
 
 def test_a_layer_may_be_quantised_only():
