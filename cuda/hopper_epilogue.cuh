@@ -76,6 +76,14 @@ SJ_DEVICE Column make_column(uint32_t scale_x, uint32_t scale_w, uint32_t bias, 
           load_shared_f32(bias + at + 32), scale_x + (lane & 3) * 8, row, token, lane};
 }
 
+// The same for block `block` of a warp group, whose scales prefetch_scales has brought, from its token number `first` on. row, token:
+// the warp group's first output, the tile's first token.
+template <class T>
+SJ_DEVICE Column column_of(const Shared& shared, int warp, int set, int block, int first, int row, int token) {
+  const uint32_t scale_x = scales<T>(shared, warp >> 2, set), scale_w = scale_x + T::kTokens * 4 + block * 256 + (warp & 3) * 64;
+  return make_column(scale_x + first * 4, scale_w, scale_w + T::kBlocks * 256, row + block * 64 + (warp & 3) * 16, token + first);
+}
+
 // Converts 16 tokens to the fragments of four transposed 8x8 matrices; s: the scales of the lane's tokens.
 template <bool kBf16, bool kBias, class A>
 SJ_DEVICE void convert(const A* d, const Column& col, const float2* s, uint32_t (&r)[4]) {
@@ -182,9 +190,7 @@ SJ_DEVICE void store_bulk(const Params& p, const A (&d)[T::kTokens / 2], const C
 template <class T, int kBlock, class A>
 SJ_DEVICE void store_block(const Params& p, const A (&d)[T::kTokens / 2], const Shared& shared, int warp, int set, int row,
                            int token) {
-  const uint32_t scale_x = scales<T>(shared, warp >> 2, set);
-  const uint32_t scale_w = scale_x + T::kTokens * 4 + kBlock * 256 + (warp & 3) * 64;
-  const Column col = make_column(scale_x, scale_w, scale_w + T::kBlocks * 256, row + kBlock * 64 + (warp & 3) * 16, token);
+  const Column col = column_of<T>(shared, warp, set, kBlock, 0, row, token);
   if (p.bulk_stores && p.bias != nullptr) {
     store_bulk<T, kBlock, true>(p, d, col, slots<T>(shared, warp & ~3), warp);
   } else if (p.bulk_stores) {
@@ -244,12 +250,6 @@ SJ_DEVICE void add_quad(A* sum, const uint4& v) {
   sum[3] += reinterpret_cast<const A&>(v.w);
 }
 
-// The first of a warp's outputs in block `block` of a tile.
-template <class T>
-SJ_DEVICE int row_of(int row_tile, uint32_t rank, int warp, int block) {
-  return ((row_tile * T::kCluster + static_cast<int>(rank)) * T::kWarpGroups + (warp >> 2)) * T::kBlocks * 64 + block * 64 + (warp & 3) * 16;
-}
-
 // Adds up and stores job `job` of a shared tile, of whose parts all are in memory.
 template <class T>
 SJ_DEVICE void sum_job(const Params& p, const Shared& shared, uint32_t rank, int tile, int job, int warp) {
@@ -260,7 +260,8 @@ SJ_DEVICE void sum_job(const Params& p, const Shared& shared, uint32_t rank, int
   Work work;
   locate(p, p.whole_tiles + tile, work);
   __threadfence();
-  const int row = row_of<T>(work.row_tile, rank, warp, block), token = work.token_tile * T::kTokens + slab * T::kJobTokens;
+  const int group_row = ((work.row_tile * T::kCluster + static_cast<int>(rank)) * T::kWarpGroups + (warp >> 2)) * T::kBlocks * 64;
+  const int row = group_row + block * 64 + (warp & 3) * 16, token = work.token_tile * T::kTokens + slab * T::kJobTokens;
   // Of the warp: 1 KB to transpose in, scale_x of 32 tokens, scale_w and bias of 16 outputs.
   const uint32_t own = slots<T>(shared, warp), scale_x = own + 1024, scale_w = own + 1152;
   if (lane < T::kJobTokens) copy_async_4(scale_x + lane * 4, p.scale_x + token + lane, token + lane < p.M);
@@ -375,9 +376,7 @@ SJ_DEVICE void sum_inbox(const Params& p, const Shared& shared, int part, int wa
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) add_quad(sum + 4 * q, load_shared_4(at + q * 512));
     }
-    const uint32_t scale_x = scales<T>(shared, warp >> 2, set), scale_w = scale_x + T::kTokens * 4 + block * 256 + (warp & 3) * 64;
-    const Column col = make_column(scale_x + slab * T::kJobTokens * 4, scale_w, scale_w + T::kBlocks * 256, row + block * 64 + (warp & 3) * 16,
-                                   token + slab * T::kJobTokens);
+    const Column col = column_of<T>(shared, warp, set, block, slab * T::kJobTokens, row, token);
     store_slab<T::kJobTokens>(p, sum, col, 0, slots<T>(shared, warp));
   }
 }

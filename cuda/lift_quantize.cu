@@ -112,35 +112,12 @@ cudaError_t LaunchStream(RingParams p, const float* absmax, cudaStream_t stream)
 }
 
 template <typename In, typename Out>
-cudaError_t LaunchOut(RingParams p, const float* absmax, cudaStream_t stream) {
-  if constexpr (kQuantised<Out>) {
-    RingDevice device;
-    if (const cudaError_t status = CurrentDevice(&device); status != cudaSuccess) return status;
-    const RingGeometry geometry = ChooseGeometry(p, 1, sizeof(In), sizeof(Out), device);
-    if (absmax == nullptr && geometry.warps > 0) {
-      switch (p.n) {
-        case 1: return LaunchRing<In, Out, 1, NoPrologue>(p, device, geometry, stream);
-        case 2: return LaunchRing<In, Out, 2, NoPrologue>(p, device, geometry, stream);
-        case 3: return LaunchRing<In, Out, 3, NoPrologue>(p, device, geometry, stream);
-        case 4: return LaunchRing<In, Out, 4, NoPrologue>(p, device, geometry, stream);
-        case 5: return LaunchRing<In, Out, 5, NoPrologue>(p, device, geometry, stream);
-        default: return LaunchRing<In, Out, 0, NoPrologue>(p, device, geometry, stream);
-      }
-    }
-  }
+cudaError_t LaunchQuantised(RingParams p, const float* absmax, cudaStream_t stream) {
+  RingDevice device;
+  if (const cudaError_t status = CurrentDevice(&device); status != cudaSuccess) return status;
+  const RingGeometry geometry = ChooseGeometry(p, 1, sizeof(In), sizeof(Out), device);
+  if (absmax == nullptr && geometry.warps > 0) return LaunchRingForN<In, Out, NoPrologue>(p, device, geometry, stream);
   return LaunchStream<In, Out>(p, absmax, stream);
-}
-
-template <typename In>
-cudaError_t LaunchIn(const RingParams& p, const LiftArgs& a, cudaStream_t stream) {
-  switch (a.lifted_type) {
-    case DType::kS8: return LaunchOut<In, int8_t>(p, a.absmax, stream);
-    case DType::kE4M3: return LaunchOut<In, __nv_fp8_e4m3>(p, a.absmax, stream);
-    case DType::kBF16: return LaunchOut<In, __nv_bfloat16>(p, a.absmax, stream);
-    case DType::kF16: return LaunchOut<In, __half>(p, a.absmax, stream);
-    case DType::kF32: return LaunchOut<In, float>(p, a.absmax, stream);
-    default: return cudaErrorInvalidValue;
-  }
 }
 
 }  // namespace
@@ -149,12 +126,13 @@ cudaError_t LiftQuantize(const LiftArgs& a, cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
   if (a.prologue != PrologueKind::kNone) return LaunchFused(a, stream);
   const RingParams p = RingParamsOf(a);
-  switch (a.x_type) {
-    case DType::kBF16: return LaunchIn<__nv_bfloat16>(p, a, stream);
-    case DType::kF16: return LaunchIn<__half>(p, a, stream);
-    case DType::kF32: return LaunchIn<float>(p, a, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return WithFloat(a.x_type, [&](auto x) {
+    using In = decltype(x);
+    if (Bytes(a.lifted_type) > 1) {
+      return WithFloat(a.lifted_type, [&](auto to) { return LaunchStream<In, decltype(to)>(p, a.absmax, stream); });
+    }
+    return WithCode(a.lifted_type, [&](auto code) { return LaunchQuantised<In, decltype(code)>(p, a.absmax, stream); });
+  });
 }
 
 }  // namespace slidejax

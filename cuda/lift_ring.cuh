@@ -114,9 +114,12 @@ __device__ inline void EmitTile(const RingParams& p, int64_t row, int tile, char
     return;
   }
   __syncwarp();  // the tile before has left shared memory
+  Chunk<Out> next = Convert<In, Out, kClip>(chunk(0), factor);
 #pragma unroll
   for (int step = 0; step < steps; ++step) {
-    StageLifted<kN>(stage, step * kLanes + lane, Convert<In, Out, kClip>(chunk(step), factor), n);
+    const Chunk<Out> codes = next;
+    if (step + 1 < steps) next = Convert<In, Out, kClip>(chunk(step + 1), factor);
+    StageLifted<kN>(stage, step * kLanes + lane, codes, next, n);
   }
   __syncwarp();
   const int bytes = TileBytes(n, steps, sizeof(Out));
@@ -339,6 +342,47 @@ cudaError_t LaunchRing(RingParams p, const RingDevice& device, const RingGeometr
   const int64_t blocks = std::min<int64_t>(p.rows, static_cast<int64_t>(device.multiprocessors) * geometry.blocks);
   void* arguments[] = {&p};
   return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kLanes * geometry.warps), arguments, geometry.bytes, stream);
+}
+
+// The kernel for p.n: one of its own where models use it, else the one that reads N.
+template <typename In, typename Out, typename Prologue>
+cudaError_t LaunchRingForN(const RingParams& p, const RingDevice& device, const RingGeometry& geometry, cudaStream_t stream) {
+  constexpr bool kPlain = std::is_same_v<Prologue, NoPrologue>;
+  if constexpr (kPlain || std::is_same_v<In, __nv_bfloat16>) {
+    if (p.n == 1) return LaunchRing<In, Out, 1, Prologue>(p, device, geometry, stream);
+    if (p.n == 4) return LaunchRing<In, Out, 4, Prologue>(p, device, geometry, stream);
+  }
+  if constexpr (kPlain && sizeof(In) == 2) {
+    switch (p.n) {
+      case 2: return LaunchRing<In, Out, 2, Prologue>(p, device, geometry, stream);
+      case 3: return LaunchRing<In, Out, 3, Prologue>(p, device, geometry, stream);
+      case 5: return LaunchRing<In, Out, 5, Prologue>(p, device, geometry, stream);
+      case 6: return LaunchRing<In, Out, 6, Prologue>(p, device, geometry, stream);
+      case 7: return LaunchRing<In, Out, 7, Prologue>(p, device, geometry, stream);
+      case 8: return LaunchRing<In, Out, 8, Prologue>(p, device, geometry, stream);
+      default: break;
+    }
+  }
+  return LaunchRing<In, Out, 0, Prologue>(p, device, geometry, stream);
+}
+
+// launch(T{}) with the C++ type of a dtype: of x and of casts, and of codes.
+template <typename Launch>
+cudaError_t WithFloat(DType type, const Launch& launch) {
+  switch (type) {
+    case DType::kBF16: return launch(__nv_bfloat16{});
+    case DType::kF16: return launch(__half{});
+    case DType::kF32: return launch(float{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+template <typename Launch>
+cudaError_t WithCode(DType type, const Launch& launch) {
+  switch (type) {
+    case DType::kS8: return launch(int8_t{});
+    case DType::kE4M3: return launch(__nv_fp8_e4m3{});
+    default: return cudaErrorInvalidValue;
+  }
 }
 
 inline RingParams RingParamsOf(const LiftArgs& a) {

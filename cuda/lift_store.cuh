@@ -1,7 +1,7 @@
 // Writing a tile of codes. A lane's chunk is not a whole number of 16-byte stores after lifting, so a warp passes each *tile*
 // through shared memory: 32 chunks, times the odd part of N so that a tile is whole groups and whole 16-byte stores. There the
-// unit is a *pair* of columns: pair p of group g is the first half of window p and the second half of window p-1, which makes
-// lifting two stores of the same pair, at slots 2q and 2q-1 with q = pair - group.
+// unit is a *pair* of columns: pair p of group g is the first half of window p and the second half of window p-1. So window number
+// q = pair - group begins with a pair and ends with the one after: a word of 8-bit codes, two stores of wider ones.
 #ifndef SLIDEJAX_LIFT_STORE_CUH_
 #define SLIDEJAX_LIFT_STORE_CUH_
 
@@ -20,10 +20,11 @@ __host__ __device__ constexpr int TileBytes(int n, int steps, int out_bytes) {
   return n == 1 ? kLanes * kChunk * steps * out_bytes : 128 * steps / n * (n - 1) * 4 * out_bytes;
 }
 
-// Writes chunk number `index` of a tile, lifted, to the tile's shared memory.
+// Writes chunk number `index` of a tile, lifted, to the tile's shared memory. Called by whole warps; `next`: what lane 0 has at the
+// next index of lane 31 (anything after the last chunk of a tile, whose last pair begins no window).
 template <int kN, typename Out>
-__device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c, int n) {
-  if constexpr (kN == 1 || kN == 2) {  // 2:4: lifting is the identity
+__device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c, const Chunk<Out>& next, int n) {
+  if (n <= 2) {  // for 2:4 lifting is the identity
     if constexpr (sizeof(Out) == 1) reinterpret_cast<uint2*>(tile)[index] = {c.word[0], c.word[1]};
     else {
 #pragma unroll
@@ -31,30 +32,39 @@ __device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c, i
         reinterpret_cast<uint4*>(tile)[(index * Chunk<Out>::kWords + i) / 4] = {c.word[i], c.word[i + 1], c.word[i + 2], c.word[i + 3]};
       }
     }
-  } else if constexpr (kN == 4 && sizeof(Out) == 1) {  // 6:8: a chunk is a group; stride of 3 words: no bank conflicts
-    uint32_t* window = reinterpret_cast<uint32_t*>(tile) + 3 * index;
-    window[0] = c.word[0];
-    window[1] = __byte_perm(c.word[0], c.word[1], 0x5432);
-    window[2] = c.word[1];
+    return;
+  }
+  const int first = 4 * index, group = first / n;
+  int place = first - group * n;  // of the pair in its group
+  if constexpr (sizeof(Out) == 1) {
+    const uint32_t straddling = __byte_perm(c.word[0], c.word[1], 0x5432);
+    uint32_t* window = reinterpret_cast<uint32_t*>(tile) + first - group;
+    if constexpr (kN == 4) {  // a chunk is a group; stride of 3 words: no bank conflicts
+      window[0] = c.word[0];
+      window[1] = straddling;
+      window[2] = c.word[1];
+    } else {  // a window is a word, and begins with every pair but a group's last; the other half of the last is the next lane's
+      const int lane = index % kLanes;
+      const uint32_t after = __shfl_sync(kFullMask, lane == 0 ? next.word[0] : c.word[0], (lane + 1) % kLanes);
+      const uint32_t words[4] = {c.word[0], straddling, c.word[1], __byte_perm(c.word[1], after, 0x5432)};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (place < n - 1) *window++ = words[i];
+        if (++place == n) place = 0;
+      }
+    }
   } else {
-    using Pair = std::conditional_t<sizeof(Out) == 1, uint16_t, std::conditional_t<sizeof(Out) == 2, uint32_t, uint2>>;
-    Pair* slot = reinterpret_cast<Pair*>(tile);
-    int group = 4 * index / n;
-    int place = 4 * index - group * n;  // of the pair in its group
+    using Pair = std::conditional_t<sizeof(Out) == 2, uint32_t, uint2>;
+    Pair* slot = reinterpret_cast<Pair*>(tile) + 2 * (first - group);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       Pair pair;
-      if constexpr (sizeof(Out) == 1) pair = static_cast<uint16_t>(i % 2 ? c.word[i / 2] >> 16 : c.word[i / 2]);
-      else if constexpr (sizeof(Out) == 2) pair = c.word[i];
+      if constexpr (sizeof(Out) == 2) pair = c.word[i];
       else pair = {c.word[2 * i], c.word[2 * i + 1]};
-      const int q = 4 * index + i - group;
-      if (n == 1) {
-        slot[4 * index + i] = pair;
-        continue;
-      }
-      if (place < n - 1) slot[2 * q] = pair;
-      if (place > 0) slot[2 * q - 1] = pair;
-      if (++place == n) place = 0, ++group;
+      if (place < n - 1) slot[0] = pair;
+      if (place > 0) slot[-1] = pair;
+      slot += 2;
+      if (++place == n) place = 0, slot -= 2;
     }
   }
 }

@@ -66,6 +66,7 @@ const Entry kEntries[] = {
     make_entry<2, 1, 64, 1, 5>("128x64", 300, 1000),
     make_entry<2, 1, 32, 1, 7>("128x32", 250, 800),
     make_entry<2, 1, 16, 1, 8>("128x16", 240, 800),
+    make_entry<2, 2, 192, 2, 3, false>("dense 256x192", 1520, 2900),
     make_entry<2, 1, 256, 2, 4, false>("dense 128x256", 1040, 2500),
     make_entry<2, 1, 128, 2, 6, false>("dense 128x128", 560, 1500),
     make_entry<2, 1, 64, 1, 7, false>("dense 128x64", 450, 1000),
@@ -166,11 +167,10 @@ size_t partial_bytes(const Plan& plan) {
 struct Device {
   std::once_flag once;
   cudaError_t status = cudaErrorInitializationError;
-  int clusters[kEntryCount] = {};       // that run side by side
-  int divided[kEntryCount][9] = {};  // the same for clusters of so many teams
+  int clusters[kEntryCount][9] = {};  // of so many teams, that run side by side
   int multiprocessors = 0;
 
-  int teams(int config, int parts) const { return divided[config][parts] * parts; }
+  int teams(int config, int parts) const { return clusters[config][parts] * parts; }
 };
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
@@ -204,11 +204,10 @@ cudaError_t ready_device(int id, Device& device) {
       config.dynamicSmemBytes = e.shared;
       config.attrs = &attribute;
       config.numAttrs = 1;
-      int* fit = parts == 1 ? &device.clusters[c] : &device.divided[c][parts];
-      if (auto s = cudaOccupancyMaxActiveClusters(fit, e.kernel[0], &config)) return s;
+      if (auto s = cudaOccupancyMaxActiveClusters(&device.clusters[c][parts], e.kernel[0], &config)) return s;
     }
-    device.clusters[c] = std::min(device.clusters[c], device.multiprocessors / e.tile.cluster);
-    if (device.clusters[c] < 1) return cudaErrorNotSupported;
+    device.clusters[c][1] = std::min(device.clusters[c][1], device.multiprocessors / e.tile.cluster);
+    if (device.clusters[c][1] < 1) return cudaErrorNotSupported;
   }
   return cudaSuccess;
 }
@@ -285,7 +284,7 @@ cudaError_t make_ready(const HopperArgs& args, Ready* ready) {
   Plan& plan = ready->plan;
   plan = make_plan(a, device->multiprocessors);
   const Entry& e = kEntries[plan.config];
-  const int clusters = device->clusters[plan.config];
+  const int clusters = device->teams(plan.config, 1);
   const bool all = clusters == std::max(1, device->multiprocessors / e.tile.cluster);
   const bool fits = plan.split.parts == 1 ? all : plan.split.clusters <= device->teams(plan.config, plan.split.parts);
   if (!fits || a.workspace_bytes - meta_bytes < partial_bytes(plan)) {  // fewer fit than planned for, or no room

@@ -195,7 +195,7 @@ def begin_lift(emulated, arguments, buffers):
 
 
 TILES = ("256x192", "128x256", "256x160", "256x128", "128x128", "128x128 in fours", "128x64", "128x32", "128x16")
-DENSE = ("dense 128x256", "dense 128x128", "dense 128x64", "dense 128x16")  # after the others
+DENSE = ("dense 256x192", "dense 128x256", "dense 128x128", "dense 128x64", "dense 128x16")  # after the others
 
 
 @pytest.mark.parametrize("config", range(len(TILES)), ids=TILES)

@@ -97,6 +97,7 @@ inline float __uint_as_float(uint32_t bits) { float v; std::memcpy(&v, &bits, 4)
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return __uint_as_float(emulated::Exchange(__float_as_uint(value), static_cast<int>(threadIdx.x % 32) ^ mask));
 }
+inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane) { return emulated::Exchange(value, lane); }
 template <typename T>
 T __ldg(const T* address) {
   emulated::CheckRead(address, sizeof(T));
