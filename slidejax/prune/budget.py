@@ -10,6 +10,7 @@ The choice itself is a knapsack with one item from each layer, or group of layer
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.contraction import to_matrix
+from slidejax.contraction import from_matrix, to_matrix
 from slidejax.pattern import Pattern
 from slidejax.prune.calibration import Calibration, as_function, collect, planned
 from slidejax.prune.inputs import contractions
-from slidejax.prune.sensitivity import Estimate, drawn_loss, sensitivities, shrunk
+from slidejax.prune.sensitivity import Estimate, divergences, drawn_loss, sensitivities, shrunk
 from slidejax.prune.sparsegpt import sparsegpt
 from slidejax.prune.stages import named_leaves
 from slidejax.rules import Rule
@@ -99,7 +100,9 @@ def mixed(
 ) -> list[tuple[str, Rule]]:
     """Rules that give each linear layer its own pattern, at the cost of one pattern for all.
 
-    It takes about as long as the conversion, and as much memory as the parameters once more. The same arguments give the same rules.
+    Without `loss`, what was chosen is compared with the uniform pattern, if that is among `patterns`, by the divergence of both from the dense model on the
+    text held out, and must be nearer, else the rules are uniform. The same arguments give the same rules. It takes less time than the conversion by SparseGPT
+    and, beside the parameters, up to four times their memory.
 
     Args:
       model: a Flax model of transformers, a Linen or an NNX module.
@@ -137,6 +140,7 @@ def mixed(
     leaves, layers = named_leaves(params), contractions(run, params, batches[0])
     kernels = {path: to_matrix(jnp.asarray(leaves[path]), layers[path].kernel) for path in plan if path in grams}
 
+    @functools.cache
     def change(path: str, pattern: Pattern) -> jax.Array:
         return sparsegpt(kernels[path], pattern, grams[path], damping=how.damping, rounds=0)[1] - kernels[path]
 
@@ -146,7 +150,19 @@ def mixed(
     of_output = drawn_loss if loss is None else loss
     heard = sensitivities(lambda params, batch: of_output(run(params, batch), batch), params, held_out, changes)
     shapes = {path: (kernel.shape[0], kernel.shape[1]) for path, kernel in kernels.items()}
-    return choose(_estimated(heard, usual, sample, among, shapes), shapes, rule.pattern, groups=groups, cost=cost, qdtype=rule.qdtype)
+    found = _estimated(heard, usual, sample, among, shapes)
+    rules = choose(found, shapes, rule.pattern, groups=groups, cost=cost, qdtype=rule.qdtype)
+    uniform = [(regex, rule) for regex, _ in rules]
+    if loss is not None or usual != rule.pattern or usual not in among or rules == uniform:
+        return rules
+
+    def pruned(rules: Sequence[tuple[str, Rule]]) -> Any:
+        new = {path: kernels[path] + change(path, one.pattern) for path, (_, one) in zip(found, rules, strict=True)}
+        new = {path: from_matrix(kernel, leaves[path].shape, layers[path].kernel) for path, kernel in new.items()}
+        return jax.tree.unflatten(jax.tree.structure(params), [new.get(path, leaf) for path, leaf in leaves.items()])
+
+    apart, together = divergences(run, params, [pruned(rules), pruned(uniform)], held_out)
+    return rules if apart < together else uniform
 
 
 def _parted(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:

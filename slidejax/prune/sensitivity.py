@@ -20,7 +20,7 @@ import numpy as np
 
 from slidejax.prune.inputs import as_rows, seeing_inputs, seeing_layers
 
-__all__ = ["Estimate", "drawn_loss", "sensitivities", "shrunk"]
+__all__ = ["Estimate", "divergences", "drawn_loss", "sensitivities", "shrunk"]
 
 
 class Estimate(NamedTuple):
@@ -122,6 +122,28 @@ def sensitivities(
         found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), heard(params, batch, dict(changes)))
         total = found if total is None else jax.tree.map(np.add, total, found)
     return {path: [Estimate(float(s), float(q / s**2) if s > 0 else 0.0) for s, q in sums] for path, sums in (total or {}).items()}
+
+
+def divergences(run: Callable[[Any, Any], Any], params: Any, candidates: Sequence[Any], batches: Sequence[Any]) -> list[float]:
+    """How far models with other parameters are from a model: the sum of the Kullback-Leibler divergences of their predictions.
+
+    Args:
+      run: `(params, batch) -> output` with logits.
+      params: of the model.
+      candidates: parameters of the others.
+      batches: of one shape.
+    """
+
+    @jax.jit
+    def of(params, candidates, batch):
+        def predicted(params):
+            return jax.nn.log_softmax(run(params, batch).logits.astype(jnp.float32), axis=-1)
+
+        ours = predicted(params)
+        return jnp.stack([jnp.sum(jnp.exp(ours) * (ours - predicted(other))) for other in candidates])
+
+    total = np.sum([np.asarray(of(params, list(candidates), batch), np.float64) for batch in batches], axis=0)
+    return [float(one) for one in total]
 
 
 def shrunk(found: Mapping[str, Estimate], sizes: Mapping[str, int]) -> dict[str, float]:

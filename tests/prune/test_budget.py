@@ -1,4 +1,5 @@
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,40 @@ def test_held_out_text_is_not_fitted_to(monkeypatch):
     sj.prune.mixed(Two(nnx.Rngs(0)), "6:8", [jnp.full((4, 32), float(i)) + jnp.eye(4, 32) for i in range(8)], loss=squares)
     at = seen.index(None)
     assert [float(batch[-1, -1]) for batch in seen[:at]] == [0, 1, 2, 4, 5, 6] and [float(batch[-1, -1]) for batch in seen[at + 1 :]] == [3, 7]
+
+
+class Output(NamedTuple):
+    logits: jax.Array
+
+
+class Language(nnx.Module):
+    """Predicts from two layers, of which one is hardly heard."""
+
+    def __init__(self):
+        self.embed, self.body = nnx.Embed(64, 32, rngs=nnx.Rngs(0)), Two(nnx.Rngs(1))
+        self.head = nnx.Linear(32, 64, rngs=nnx.Rngs(2))
+
+    def __call__(self, ids):
+        return Output(4 * self.head(self.body(4 * self.embed(ids))))
+
+
+def test_what_is_chosen_is_nearer_to_the_dense_model_than_uniform():
+    model, ids = Language(), np.random.default_rng(0).integers(64, size=(8, 64))
+    rules = dict(sj.prune.mixed(model, "6:8", ids, patterns=["14:16", "6:8", "2:4"]))
+    assert str(rules["body/quiet/kernel"]) == "2:4 int8"
+    new = [sj.prune.convert(model, how, ids) for how in (list(rules.items()), "6:8")]
+    kernels = [layer.kernel for layer in (new[0].body.loud, new[0].body.quiet, new[0].head)]
+    assert sum(multiplications(w.shape, w.pattern) for w in kernels) <= 0.75 * (2 * 32 * 16 + 32 * 64)
+    fresh = np.random.default_rng(1).integers(64, size=(8, 64))
+    dense = jax.nn.log_softmax(model(fresh).logits)
+    mixed, uniform = (float(jnp.mean(jnp.exp(dense) * (dense - jax.nn.log_softmax(one(fresh).logits)))) for one in new)
+    assert mixed < uniform
+
+
+def test_a_choice_that_is_no_nearer_is_not_taken(monkeypatch):
+    monkeypatch.setattr("slidejax.prune.budget.shrunk", lambda found, sizes: {path: 1 / one.value for path, one in found.items()})
+    rules = sj.prune.mixed(Language(), "6:8", np.random.default_rng(0).integers(64, size=(4, 64)), patterns=["14:16", "6:8", "2:4"])
+    assert [str(rule) for _, rule in rules] == ["6:8 int8"] * 3
 
 
 def test_layers_that_cannot_be_told_apart_share_the_pattern():
