@@ -94,10 +94,11 @@ int teams_of(int teams, int size, int parts) {
   const int left = size * parts <= 2 ? teams : size * parts % 3 == 0 ? teams * 9 / 11 : teams * 10 / 11;
   return left / parts * parts;
 }
+int planned_teams(const Entry& e, int multiprocessors, int parts) { return teams_of(multiprocessors / e.tile.cluster, e.tile.cluster, parts); }
 
-// How the tiles of a configuration fall on `clusters` teams: whole waves first; the rest either as one more wave, or cut along K, by way
-// of memory or within larger clusters. want: HopperArgs::split.
-Split split_tiles(const Entry& e, const HopperArgs& a, int clusters, int want) {
+// How the tiles of a configuration fall on `clusters` teams, in larger clusters on as many as fit: whole waves first; the rest either as one
+// more wave, or cut along K, by way of memory or within larger clusters. want: HopperArgs::split.
+Split split_tiles(const Entry& e, const HopperArgs& a, int multiprocessors, int clusters, int want) {
   const int tiles = ceil_div(a.out, e.tile.rows * e.tile.cluster) * ceil_div(a.M, e.tile.tokens), steps = steps_of(a);
   const int rest = tiles % clusters, waves = tiles / clusters;
   const float step = 2 * e.stage_clocks, tile = steps * step + e.tile_clocks;
@@ -105,7 +106,7 @@ Split split_tiles(const Entry& e, const HopperArgs& a, int clusters, int want) {
   const float meeting = 1500 + 40.0f * e.tile.tokens * e.tile.rows / 128;  // of a cluster, and sending sums around
   for (int parts : kParts) {
     if (!(e.divides >> parts & 1) || parts > steps || want > 0 || (a.parts > 0 && parts != a.parts)) continue;
-    const int teams = teams_of(clusters, e.tile.cluster, parts);
+    const int teams = planned_teams(e, multiprocessors, parts);
     if (teams == 0) continue;
     const int full = tiles / teams, divided = tiles % teams;
     if (divided == 0 || divided > teams / parts) continue;
@@ -144,7 +145,7 @@ Plan make_plan(const HopperArgs& a, int multiprocessors) {
   for (int c = 0; c < kEntryCount; ++c) {
     const Entry& e = kEntries[c];
     if (e.sparse != is_sparse(a) || (a.config >= 0 && a.config != c)) continue;
-    const Split split = split_tiles(e, a, std::max(1, multiprocessors / e.tile.cluster), a.split);
+    const Split split = split_tiles(e, a, multiprocessors, std::max(1, planned_teams(e, multiprocessors, 1)), a.split);
     // Weights once for every token tile that does not fit beside the others; at 1.4 GHz a clock moves about 2.9 KB.
     const float time = std::max(split.clocks, weight_bytes(a) / 2900.0f) + 0.1f * split.clocks;
     if (best.config < 0 || time < best_time) {
@@ -284,12 +285,12 @@ cudaError_t make_ready(const HopperArgs& args, Ready* ready) {
   Plan& plan = ready->plan;
   plan = make_plan(a, device->multiprocessors);
   const Entry& e = kEntries[plan.config];
-  const int clusters = device->teams(plan.config, 1);
-  const bool all = clusters == std::max(1, device->multiprocessors / e.tile.cluster);
+  const int planned = std::max(1, planned_teams(e, device->multiprocessors, 1)), clusters = std::min(planned, device->teams(plan.config, 1));
+  const bool all = clusters == planned;
   const bool fits = plan.split.parts == 1 ? all : plan.split.clusters <= device->teams(plan.config, plan.split.parts);
   if (!fits || a.workspace_bytes - meta_bytes < partial_bytes(plan)) {  // fewer fit than planned for, or no room
     a.config = plan.config, a.parts = 1;
-    plan.split = split_tiles(e, a, clusters, 0);
+    plan.split = split_tiles(e, a, device->multiprocessors, clusters, 0);
   }
   const Split& s = plan.split;
   // In whole clusters, as many teams as there is work for.
