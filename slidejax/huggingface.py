@@ -23,7 +23,7 @@ from slidejax.rules import Prune, Report, Rule
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
 
-__all__ = ["HIDDEN_LAYERS", "calibrated", "convert", "planned", "with_params"]
+__all__ = ["HIDDEN_LAYERS", "calibrated", "convert", "fuse_projections", "planned", "with_params"]
 
 # All linear layers but output embeddings: the heads of language models, often tied to the input embedding.
 HIDDEN_LAYERS = r"(?!(?:.*/)?(?:lm_head|predictions/decoder)(?:/kernel)?$).*"
@@ -127,6 +127,20 @@ def with_params(flax_model: FlaxPreTrainedModel, params: Mapping) -> FlaxPreTrai
     model.params = prepare(params) if jax.default_backend() == "gpu" else params
     model.save_pretrained = types.MethodType(_save_pretrained, model)
     return model
+
+
+def fuse_projections(flax_model: FlaxPreTrainedModel) -> FlaxPreTrainedModel:
+    """A copy of a converted model that computes q, k and v as one product, and gate and up (`slidejax.linen.fuse_projections`): the same
+    results from fewer and larger kernels.
+
+    Args:
+      flax_model: from `convert`; it stays as it is.
+
+    Raises:
+      TypeError: if it is not a Flax model of transformers.
+    """
+    _check_model(flax_model)
+    return with_params(flax_model, linen.fuse_projections(flax_model.params))
 
 
 def _check_model(flax_model) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,10 +26,15 @@ from slidejax.contraction import Contraction, axis_names, contract, promote_pack
 from slidejax.ops.linear import linear
 from slidejax.ops.prologue import GLU
 from slidejax.pattern import Pattern
+from slidejax.projections import FusedPart, FusedWeight
+from slidejax.projections import fuse as fuse_projections
+from slidejax.projections import unfuse as unfuse_projections
 from slidejax.rules import Converted, LeftDense, Prune, Report, Rule, RuleSet, nbytes, pack_by_rule
 from slidejax.weight import SlideWeight, WrappedWeight, pack
 
-__all__ = ["SlideDense", "apply", "convert", "interceptor", "layer_of", "own_kernel", "split_input"]
+__all__ = [
+    "SlideDense", "apply", "convert", "fuse_projections", "interceptor", "layer_of", "own_kernel", "split_input", "unfuse_projections"
+]  # fmt: skip
 
 _PACKED = (SlideWeight, WrappedWeight)  # what runs sparse where a kernel was
 _DENSE_AXES = Contraction.dense(1).kernel
@@ -105,16 +111,53 @@ def own_kernel(module: nn.Module) -> Any:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
+def _bias(module) -> jax.Array | None:
+    if not module.use_bias:
+        return None
+    bias = nn.meta.unbox(module.get_variable("params", "bias"))
+    if bias is None:
+        raise ValueError(f"{'/'.join(module.path)} has use_bias=True and no parameter 'bias'")
+    return bias
+
+
 def _run(module, w: SlideWeight | WrappedWeight, axes: Contraction, features, x, implementation: str | None = None) -> jax.Array:
+    return _product(module, w, axes, features, x, _bias(module), implementation)
+
+
+def _product(module, w: SlideWeight | WrappedWeight, axes: Contraction, features, x, bias, implementation: str | None = None) -> jax.Array:
     """The layer's result; dtypes are promoted as the layer does it, except that 8-bit values take no part."""
-    bias = None
-    if module.use_bias:
-        bias = nn.meta.unbox(module.get_variable("params", "bias"))
-        if bias is None:
-            raise ValueError(f"{'/'.join(module.path)} has use_bias=True and no parameter 'bias'")
     promote = getattr(module, "promote_dtype", nn.dtypes.promote_dtype)
     x, w, bias = promote_packed(lambda *arrays: promote(*arrays, dtype=module.dtype), x, w, bias)
     return contract(x, w, axes, features, bias, implementation)
+
+
+# The latest product of each fused weight, by the scope of the module whose layers share it: it ends with the call of the model.
+_products: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, Any, jax.Array]]] = weakref.WeakKeyDictionary()
+
+
+def _run_fused(module, w: FusedWeight | FusedPart, axes: Contraction, features, x) -> jax.Array:
+    """The result of a layer whose kernel is in a `FusedWeight`: its part of the product of all, which the first of them to be called with x computes."""
+    siblings = module.parent.variables["params"]
+    holder = w.holder if isinstance(w, FusedPart) else module.name
+    held: FusedWeight = siblings[holder]["kernel"].check("/".join((*module.parent.path, holder, "kernel")))
+    if axes != Contraction.dense(jnp.ndim(x)):
+        return _run(module, held.part(module.name), axes, features, x)
+    products = _products.setdefault(module.parent.scope, {})
+    how = (module.dtype, getattr(module, "promote_dtype", None))
+    if holder not in products or products[holder][0] is not x or products[holder][1] != how:
+        y = _product(module, held.fused, axes, (held.fused.out_features,), x, _biases(siblings, held))
+        products[holder] = x, how, y
+    begin, end = held.bounds(module.name)
+    return products[holder][2][..., begin:end]
+
+
+def _biases(modules: Mapping, w: FusedWeight) -> jax.Array | None:
+    """The biases of fused layers, one after the other; zero for a layer without."""
+    found = [nn.meta.unbox(modules[layer].get("bias")) for layer in w.layers]
+    if all(bias is None for bias in found):
+        return None
+    dtype = jnp.result_type(*(bias for bias in found if bias is not None))
+    return jnp.concatenate([jnp.zeros(size, dtype) if b is None else b.astype(dtype) for b, size in zip(found, w.sizes, strict=True)])
 
 
 def _activation(function: Callable) -> str | None:
@@ -130,9 +173,12 @@ def _activation(function: Callable) -> str | None:
 
 def _gated(module, x) -> jax.Array | None:
     """The result of a gated block whose `down_proj` is 8-bit and sparse, with the gate's product in the kernel that quantises its rows: XLA
-    would write it to memory and read it again. None for all others."""
+    would write it to memory and read it again. None for all others, among them those whose gate and up are fused: XLA reads the parts of their product
+    where they are, the lift would need copies."""
     down, activation = module.down_proj, _activation(module.act)
     w = own_kernel(down)
+    if isinstance(own_kernel(module.gate_proj), (FusedWeight, FusedPart)):
+        return None
     if activation is None or not isinstance(w, SlideWeight) or not numerics.is_quantized(w.dtype) or down.use_bias:
         return None
     w.check("/".join((*down.path, "kernel")))
@@ -159,6 +205,8 @@ def interceptor(next_fun, args, kwargs, context):
     w.check("/".join((*context.module.path, "kernel")))
     x, args, kwargs = split_input(args, kwargs)
     axes, features = layer(context.module, x, *args, **kwargs)
+    if isinstance(w, (FusedWeight, FusedPart)):
+        return _run_fused(context.module, w, axes, features, x)
     return _run(context.module, w, axes, features, x)
 
 

@@ -11,6 +11,7 @@ with the time of a whole `linear`, bfloat16 x to bfloat16 y, for each implementa
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from slidejax import numerics
 from slidejax.files import write_json
 
 if TYPE_CHECKING:
@@ -35,8 +37,9 @@ _SHIPPED = Path(__file__).parent / "data" / "tuning"
 _FORMAT = 1
 # How far, in factors of two summed over rows, inputs and outputs, an entry may be from the problem to speak for it.
 _REACH = 3.0
-# With how many times the shortest time a weight does without another prepared form.
-_NEARLY = 1.2
+# With how many times the shortest time a weight does without another prepared form, and what the form that is as large as the weight has to gain
+# over the others, which are a fifth of it.
+_NEARLY, _LARGE_GAINS = 1.2, 1.05
 
 
 def device_slug(device: str) -> str:
@@ -108,8 +111,10 @@ def _log_ratio(a: int, b: int) -> float:
 
 
 def _alike(device: str, of: Problem | SlideWeight) -> list[dict[str, Any]]:
-    """The measurements on a device with the pattern and the dtype of a problem or a weight."""
-    return [e for e in entries(device) if e["pattern"] == str(of.pattern) and e["dtype"] == of.dtype.name]
+    """The measurements on a device with the pattern of a problem or a weight and its dtype; if there are none, with the other 8-bit dtype."""
+    same = [e for e in entries(device) if e["pattern"] == str(of.pattern)]
+    mine = [e for e in same if e["dtype"] == of.dtype.name]
+    return mine or (same if numerics.is_quantized(of.dtype) else [])
 
 
 def _nearest(problem: Problem) -> dict[str, Any] | None:
@@ -133,7 +138,7 @@ def lookup(problem: Problem, candidates: list[str]) -> tuple[str, str] | None:
         return None
     best = min(times, key=times.__getitem__)
     figures = ", ".join(f"{name} {us:.0f} us" for name, us in sorted(times.items(), key=lambda item: item[1]))
-    where = f"M={entry['rows']} K={entry['in']} N={entry['out']}"
+    where = f"M={entry['rows']} K={entry['in']} N={entry['out']}" + (f" {entry['dtype']}" if entry["dtype"] != problem.dtype.name else "")
     return best, f"measured at {where}: {figures}"
 
 
@@ -151,8 +156,8 @@ def time_of(device: str, rows: int, shape: tuple[int, int], pattern: Pattern, dt
 
 
 def forms(w: SlideWeight) -> tuple[str, ...]:
-    """The prepared forms for a weight of this shape: as few as let every number of rows that was measured run nearly as fast as with all,
-    since a form can be as large as the weight. "dense" where nothing near was measured, as the choice then falls on it."""
+    """The prepared forms for a weight of this shape: as few as let every number of rows that was measured run nearly as fast as with all;
+    of as many, those that are faster on the whole. "dense" where nothing near was measured, as the choice then falls on it."""
     from slidejax.ops.registry import device_kind
 
     near = [
@@ -161,16 +166,20 @@ def forms(w: SlideWeight) -> tuple[str, ...]:
     ]  # fmt: skip
     if not near:
         return ("dense",)
-    wanted: list[str] = []
+    names = sorted({form for us in near for name in us if (form := _form(name)) is not None})
 
-    def slow(us: dict[str, float], forms: list[str]) -> bool:
-        possible = (t for name, t in us.items() if (form := _form(name)) is None or form in forms)
-        return min(possible, default=math.inf) > _NEARLY * min(us.values())
+    def times_best(us: dict[str, float], held: tuple[str, ...]) -> float:
+        possible = (t for name, t in us.items() if (form := _form(name)) is None or form in held)
+        return min(possible, default=math.inf) / min(us.values())
 
-    while left := [us for us in near if slow(us, wanted)]:
-        others = dict.fromkeys(form for us in left for name in us if (form := _form(name)) is not None)
-        wanted.append(min(others, key=lambda form: sum(slow(us, [*wanted, form]) for us in left)))
-    return tuple(wanted)
+    def cost(held: tuple[str, ...]) -> float:
+        return sum(math.log(times_best(us, held)) for us in near) / len(near) + ("dense" in held) * math.log(_LARGE_GAINS)
+
+    for count in range(len(names)):
+        enough = [held for held in itertools.combinations(names, count) if all(times_best(us, held) <= _NEARLY for us in near)]
+        if enough:
+            return min(enough, key=cost)
+    return tuple(names)
 
 
 def _form(variant: str) -> str | None:

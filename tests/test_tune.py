@@ -39,16 +39,30 @@ def measured(monkeypatch, tmp_path):
         ([{"hopper+prepared": 10.0, "dense+prepared": 15.0}, {"hopper+prepared": 13.0, "dense+prepared": 10.0}], ("hopper", "dense")),
         ([{"hopper": 10.2, "hopper+prepared": 10.0, "dense+prepared": 15.0}], ()),
         ([{"cusparselt+prepared": 7.0, "dense+prepared": 10.0}, {"cusparselt+prepared": 20.0, "dense+prepared": 10.0}], ("cusparselt", "dense")),
+        # one is enough, and the large one has to be more than 5 % faster
+        ([{"hopper+prepared": 10.4, "dense+prepared": 10.0}], ("hopper",)),
+        ([{"hopper+prepared": 10.8, "dense+prepared": 10.0}], ("dense",)),
+        ([{"cusparselt+prepared": 11.0, "hopper+prepared": 10.0}], ("hopper",)),
     ],
-    ids=["nothing measured", "one", "nearly", "both", "none needed", "far apart"],
+    ids=["nothing measured", "one", "nearly", "both", "none needed", "far apart", "large for little", "large for more", "the faster"],
 )
 def test_a_weight_carries_few_prepared_forms(measured, times, forms):
     assert set(tune.forms(measured(*times))) == set(forms)
 
 
-def test_what_ships_wants_one_form_for_6_8_int8(monkeypatch, tmp_path):
+def test_what_ships_wants_one_form(monkeypatch, tmp_path):
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
     monkeypatch.setattr(registry, "device_kind", lambda platform: "NVIDIA H200")
     for inputs, out in ((3584, 4608), (3584, 3584), (3584, 37888), (18944, 3584)):
         kernel = jax.ShapeDtypeStruct((inputs, out), jnp.float32)
-        assert tune.forms(jax.eval_shape(lambda k: sj.pack(k, "6:8", dtype="int8"), kernel)) == ("hopper",)
+        weight = lambda pattern, dtype: jax.eval_shape(lambda k: sj.pack(k, pattern, dtype=dtype), kernel)  # noqa: B023, E731
+        assert tune.forms(weight("6:8", "int8")) == ("hopper",)
+        assert tune.forms(weight("4:6", "float8_e4m3fn")) == ("hopper",)  # measured with int8 only
+        assert tune.forms(weight("8:10", "int8")) == ("dense",)  # nothing to be gained by sparse products
+
+
+def test_a_dtype_that_was_not_measured_is_taken_for_its_twin(measured):
+    measured({"hopper+prepared": 10.0, "dense+prepared": 15.0})
+    assert tune.forms(sj.pack(jnp.ones((64, 32)), "6:8", dtype="float8_e4m3fn")) == ("hopper",)
+    assert tune.forms(sj.pack(jnp.ones((64, 32)), "6:8")) == ("dense",)
+    assert tune.forms(sj.pack(jnp.ones((64, 32)), "4:6", dtype="int8")) == ("dense",)

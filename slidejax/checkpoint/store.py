@@ -20,6 +20,7 @@ import numpy as np
 
 from slidejax.checkpoint.staging import staged
 from slidejax.pattern import Pattern
+from slidejax.projections import FusedWeight, unfuse
 from slidejax.weight import SlideWeight
 
 __all__ = ["ARRAYS", "METADATA", "load", "read_into", "save", "write_into"]
@@ -55,7 +56,7 @@ _SAVABLE = frozenset(_DTYPES.values())
 def save(path: str | os.PathLike[str], params: Any) -> None:
     """Saves a tree of parameters into a directory.
 
-    Packed weights are saved in the portable packed form (``prepared`` is dropped); arrays of any device are brought to
+    Packed weights are saved in the portable packed form (``prepared`` is dropped, fused layers are taken apart); arrays of any device are brought to
     the host. The directory is written beside ``path`` and renamed, so a checkpoint that was there is replaced only by a
     complete one.
 
@@ -99,6 +100,8 @@ def _describe(params: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     import slidejax
 
     arrays: dict[str, np.ndarray] = {}
+    if any(isinstance(node, FusedWeight) for node in jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, FusedWeight))):
+        params = unfuse(params)
     tree = _encode(params, (), arrays)
     version = getattr(slidejax, "__version__", "unknown")
     return arrays, {"format": _FORMAT, "format_version": _FORMAT_VERSION, "library_version": version, "tree": tree}
