@@ -106,10 +106,11 @@ def convert(model: Any, rule: Rule | list, method: Any, calibration: Any) -> tup
 
 
 def ready(model: Any) -> Any:
-    """The model as it serves on this device (`slidejax.prepared.serving`)."""
-    from slidejax import huggingface
+    """The model as it serves on this device (`slidejax.prepared.serving`), on a GPU with its projections fused."""
+    from slidejax import huggingface, linen
 
-    return huggingface.with_params(model, serving(model.params))
+    params = linen.fuse_projections(model.params) if jax.default_backend() == "gpu" else model.params
+    return huggingface.with_params(model, serving(params))
 
 
 def rows(
