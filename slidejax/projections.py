@@ -23,7 +23,7 @@ from flax.core import FrozenDict, freeze, unfreeze
 from slidejax.prepared import prepare
 from slidejax.weight import SlideWeight, WrappedWeight
 
-__all__ = ["GROUPS", "FusedPart", "FusedWeight", "fuse", "unfuse"]
+__all__ = ["GROUPS", "FusedPart", "FusedWeight", "fuse", "unfuse", "unfuse_module"]
 
 # Names of layers in one module that are called with the same array, in the models of transformers and of Flax.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
@@ -132,7 +132,7 @@ def fuse(params: Any, groups: Sequence[Sequence[str]] = GROUPS) -> Any:
 
 def unfuse(params: Any) -> Any:
     """The inverse of `fuse`: every layer has its own kernel again, without prepared forms."""
-    return _map_modules(params, _unfuse_module)
+    return _map_modules(params, unfuse_module)
 
 
 def _map_modules(tree: Any, change) -> Any:
@@ -144,7 +144,7 @@ def _map_modules(tree: Any, change) -> Any:
     return change({name: _map_modules(value, change) for name, value in tree.items()})
 
 
-def _kernel(module: Mapping, layer: str) -> Any:
+def _kernel(module: Mapping, layer: Any) -> Any:
     inner = module.get(layer)
     return inner.get("kernel") if isinstance(inner, Mapping) else None
 
@@ -172,7 +172,8 @@ def _fuse_module(module: dict, groups: Sequence[Sequence[str]]) -> dict:
     return module
 
 
-def _unfuse_module(module: dict) -> dict:
+def unfuse_module(module: Mapping) -> Mapping:
+    """The parameters of one module with every layer's own kernel; the same object if nothing in it is fused."""
     for layer in tuple(module):
         w = _kernel(module, layer)
         if isinstance(w, FusedWeight):

@@ -20,7 +20,7 @@ import numpy as np
 
 from slidejax.checkpoint.staging import staged
 from slidejax.pattern import Pattern
-from slidejax.projections import FusedWeight, unfuse
+from slidejax.projections import unfuse_module
 from slidejax.weight import SlideWeight
 
 __all__ = ["ARRAYS", "METADATA", "load", "read_into", "save", "write_into"]
@@ -100,8 +100,6 @@ def _describe(params: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     import slidejax
 
     arrays: dict[str, np.ndarray] = {}
-    if any(isinstance(node, FusedWeight) for node in jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, FusedWeight))):
-        params = unfuse(params)
     tree = _encode(params, (), arrays)
     version = getattr(slidejax, "__version__", "unknown")
     return arrays, {"format": _FORMAT, "format_version": _FORMAT_VERSION, "library_version": version, "tree": tree}
@@ -145,7 +143,7 @@ def _encode(node: Any, path: tuple[Any, ...], arrays: dict[str, np.ndarray]) -> 
             if not isinstance(key, (str, int)) or isinstance(key, bool):
                 raise TypeError(f"params{[*path]}: key {key!r} must be a string or an integer")
         # A list of pairs keeps integer keys apart from strings.
-        return {"kind": "dict", "items": [[k, _encode(v, (*path, k), arrays)] for k, v in node.items()]}
+        return {"kind": "dict", "items": [[k, _encode(v, (*path, k), arrays)] for k, v in unfuse_module(node).items()]}
     if type(node) in (list, tuple):
         return {
             "kind": type(node).__name__,
