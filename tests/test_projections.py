@@ -56,8 +56,7 @@ def x():
     return jax.random.normal(jax.random.key(7), (2, 3, 64))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(("bias", "jit"), [(False, True), (True, False)])
 def test_the_results_are_those_of_the_layers(x, bias, jit):
     model = Block(bias)
     variables = converted(model, x)
@@ -88,28 +87,26 @@ def test_calls_do_not_see_each_others_products(x):
     assert not _products  # and nothing is kept alive
 
 
-def test_under_vmap_grad_remat_and_scan(x):
-    class Stack(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.scan(nn.remat(Step), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()(x, None)[0]
-
+def test_under_vmap_grad_and_remat(x):
     class Step(nn.Module):
         @nn.compact
-        def __call__(self, x, _):
-            return Block(name="block")(x), None
+        def __call__(self, x):
+            return nn.remat(Attention)(name="attention")(x)
 
-    model = Block()
+    model = Step()
     variables = converted(model, x)
     fused = sj.linen.fuse_projections(variables)
     run = lambda v, x: sj.linen.apply(model, v, x)  # noqa: E731
     np.testing.assert_array_equal(jax.vmap(run, (None, 0))(fused, x), jax.vmap(run, (None, 0))(variables, x))
     slope = lambda v: jax.grad(lambda x: run(v, x).sum())(x)  # noqa: E731
     np.testing.assert_allclose(slope(fused), slope(variables), rtol=1e-3, atol=1e-4)
-    # a scan stacks the kernels of its steps: they stay as they are
-    deep = Stack()
-    deep_variables = converted(deep, x)
-    assert jax.tree.structure(sj.linen.fuse_projections(deep_variables)) == jax.tree.structure(deep_variables)
+
+
+def test_kernels_with_an_axis_of_layers_stay():
+    """As a scan over layers has them."""
+    w = sj.pack(jnp.ones((2, 64, 8)), "6:8", dtype="int8")
+    params = {name: {"kernel": w} for name in ("gate_proj", "up_proj")}
+    assert jax.tree.structure(sj.linen.fuse_projections(params)) == jax.tree.structure(params)
 
 
 def test_what_is_fused(x):
