@@ -227,9 +227,11 @@ def test_a_model_is_pruned_with_what_it_was_calibrated_on(tiny_llama):
     errors, distances = [], []
     for method in ("magnitude", "wanda", "sparsegpt"):
         at_once = "magnitude" if method == "magnitude" else sj.huggingface.calibrated(tiny_llama, method, tokens)
-        packed = sj.huggingface.convert(tiny_llama, UNROUNDED, at_once).params["model"]["layers"]["0"]["mlp"]["down_proj"]["kernel"]
+        model = sj.huggingface.convert(tiny_llama, UNROUNDED, at_once)
+        packed = model.params["model"]["layers"]["0"]["mlp"]["down_proj"]["kernel"]
         errors.append(float(layer_error(dense, sj.unpack(packed), gram)))
-        model = sj.huggingface.convert(tiny_llama, UNROUNDED, method=method, calibration=None if method == "magnitude" else tokens)
+        if method != "magnitude":
+            model = sj.huggingface.convert(tiny_llama, UNROUNDED, method=method, calibration=tokens)
         distances.append(float(jnp.mean((model(tokens[:8]).logits - tiny_llama(tokens[:8]).logits) ** 2)))
     assert errors[2] < errors[1] < errors[0]
     assert distances[2] < distances[1] < distances[0]
