@@ -89,12 +89,12 @@ struct Split {
   float clocks;
 };
 
-// Of all `teams`, those in clusters of `parts` that fit side by side: such clusters do not fill a device to the last multiprocessor.
-int teams_of(int teams, int size, int parts) {
-  const int left = size * parts <= 2 ? teams : size * parts % 3 == 0 ? teams * 9 / 11 : teams * 10 / 11;
-  return left / parts * parts;
+// Teams that are expected to run side by side in clusters of `parts`: larger clusters do not fill a device to the last multiprocessor.
+int planned_teams(const Entry& e, int multiprocessors, int parts) {
+  const int all = multiprocessors / e.tile.cluster, size = e.tile.cluster * parts;
+  const int fit = size <= 2 ? all : size % 3 == 0 ? all * 9 / 11 : all * 10 / 11;
+  return parts == 1 ? std::max(1, fit) : fit / parts * parts;
 }
-int planned_teams(const Entry& e, int multiprocessors, int parts) { return teams_of(multiprocessors / e.tile.cluster, e.tile.cluster, parts); }
 
 // How the tiles of a configuration fall on `clusters` teams, in larger clusters on as many as fit: whole waves first; the rest either as one
 // more wave, or cut along K, by way of memory or within larger clusters. want: HopperArgs::split.
@@ -145,7 +145,7 @@ Plan make_plan(const HopperArgs& a, int multiprocessors) {
   for (int c = 0; c < kEntryCount; ++c) {
     const Entry& e = kEntries[c];
     if (e.sparse != is_sparse(a) || (a.config >= 0 && a.config != c)) continue;
-    const Split split = split_tiles(e, a, multiprocessors, std::max(1, planned_teams(e, multiprocessors, 1)), a.split);
+    const Split split = split_tiles(e, a, multiprocessors, planned_teams(e, multiprocessors, 1), a.split);
     // Weights once for every token tile that does not fit beside the others; at 1.4 GHz a clock moves about 2.9 KB.
     const float time = std::max(split.clocks, weight_bytes(a) / 2900.0f) + 0.1f * split.clocks;
     if (best.config < 0 || time < best_time) {
@@ -207,7 +207,6 @@ cudaError_t ready_device(int id, Device& device) {
       config.numAttrs = 1;
       if (auto s = cudaOccupancyMaxActiveClusters(&device.clusters[c][parts], e.kernel[0], &config)) return s;
     }
-    device.clusters[c][1] = std::min(device.clusters[c][1], device.multiprocessors / e.tile.cluster);
     if (device.clusters[c][1] < 1) return cudaErrorNotSupported;
   }
   return cudaSuccess;
@@ -285,9 +284,8 @@ cudaError_t make_ready(const HopperArgs& args, Ready* ready) {
   Plan& plan = ready->plan;
   plan = make_plan(a, device->multiprocessors);
   const Entry& e = kEntries[plan.config];
-  const int planned = std::max(1, planned_teams(e, device->multiprocessors, 1)), clusters = std::min(planned, device->teams(plan.config, 1));
-  const bool all = clusters == planned;
-  const bool fits = plan.split.parts == 1 ? all : plan.split.clusters <= device->teams(plan.config, plan.split.parts);
+  const int planned = planned_teams(e, device->multiprocessors, 1), clusters = std::min(planned, device->teams(plan.config, 1));
+  const bool fits = plan.split.parts == 1 ? clusters == planned : plan.split.clusters <= device->teams(plan.config, plan.split.parts);
   if (!fits || a.workspace_bytes - meta_bytes < partial_bytes(plan)) {  // fewer fit than planned for, or no room
     a.config = plan.config, a.parts = 1;
     plan.split = split_tiles(e, a, device->multiprocessors, clusters, 0);

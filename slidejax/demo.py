@@ -106,11 +106,12 @@ def convert(model: Any, rule: Rule | list, method: Any, calibration: Any) -> tup
 
 
 def ready(model: Any) -> Any:
-    """The model as it serves on this device (`slidejax.prepared.serving`), on a GPU with its projections fused."""
-    from slidejax import huggingface, linen
+    """The model as it serves on this device: on a GPU with its projections fused, else as `slidejax.prepared.serving` makes it."""
+    from slidejax import huggingface
 
-    params = linen.fuse_projections(model.params) if jax.default_backend() == "gpu" else model.params
-    return huggingface.with_params(model, serving(params))
+    if jax.default_backend() == "gpu":
+        return huggingface.fuse_projections(model)
+    return huggingface.with_params(model, serving(model.params))
 
 
 def rows(
@@ -151,7 +152,8 @@ def rows(
     model, found = loaded.model, summary(loaded.model.params)
     meter = _Meter(huggingface.with_params(model, model.params), tokens, pool, window, progress)
     if found.bytes:
-        yield meter(found, ready(model), None), ready(model)
+        served = ready(model)
+        yield meter(found, served, None), served
         return
     dtype = np.dtype(model.dtype).name
     dense = Summary("dense", dtype, huggingface.planned(model, "2:4").bytes_before)

@@ -37,6 +37,7 @@ __all__ = [
 ]  # fmt: skip
 
 _PACKED = (SlideWeight, WrappedWeight)  # what runs sparse where a kernel was
+_FUSED = (FusedWeight, FusedPart)  # of these, what is computed together with the layers beside it
 _DENSE_AXES = Contraction.dense(1).kernel
 
 
@@ -177,9 +178,9 @@ def _gated(module, x) -> jax.Array | None:
     where they are, the lift would need copies."""
     down, activation = module.down_proj, _activation(module.act)
     w = own_kernel(down)
-    if isinstance(own_kernel(module.gate_proj), (FusedWeight, FusedPart)):
-        return None
     if activation is None or not isinstance(w, SlideWeight) or not numerics.is_quantized(w.dtype) or down.use_bias:
+        return None
+    if isinstance(own_kernel(module.gate_proj), _FUSED):
         return None
     w.check("/".join((*down.path, "kernel")))
     up, gate = module.up_proj(x), module.gate_proj(x)
@@ -205,7 +206,7 @@ def interceptor(next_fun, args, kwargs, context):
     w.check("/".join((*context.module.path, "kernel")))
     x, args, kwargs = split_input(args, kwargs)
     axes, features = layer(context.module, x, *args, **kwargs)
-    if isinstance(w, (FusedWeight, FusedPart)):
+    if isinstance(w, _FUSED):
         return _run_fused(context.module, w, axes, features, x)
     return _run(context.module, w, axes, features, x)
 

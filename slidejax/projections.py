@@ -28,6 +28,8 @@ __all__ = ["GROUPS", "FusedPart", "FusedWeight", "fuse", "unfuse", "unfuse_modul
 # Names of layers in one module that are called with the same array, in the models of transformers and of Flax.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 
+_INSTEAD = "run the model with slidejax.linen.apply, or take it apart (slidejax.linen.unfuse_projections)"
+
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +63,7 @@ class FusedWeight(WrappedWeight):
         return w.replace(values=w.values[begin:end], zeros=w.zeros[begin:end], scale=w.scale[begin:end], prepared={})
 
     def linear(self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None) -> jax.Array:
-        raise ValueError(
-            f"this kernel holds those of {', '.join(self.layers)}: run the model with slidejax.linen.apply, or take it apart (slidejax.linen.unfuse_projections)"
-        )
+        raise ValueError(f"this kernel holds those of {', '.join(self.layers)}: {_INSTEAD}")
 
     def trained(self) -> FusedWeight:
         return jax.tree.map(lambda leaf: False, self)  # it serves
@@ -89,9 +89,7 @@ class FusedPart(WrappedWeight):
 
     @property
     def weight(self) -> SlideWeight:
-        raise ValueError(
-            f"this kernel is in the one of {self.holder}: run the model with slidejax.linen.apply, or take it apart (slidejax.linen.unfuse_projections)"
-        )
+        raise ValueError(f"this kernel is in the one of {self.holder}: {_INSTEAD}")
 
     def linear(self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None) -> jax.Array:
         return self.weight  # type: ignore[return-value]  # raises

@@ -97,8 +97,8 @@ def test_convert_writes_what_convert_makes(capsys, tmp_path, model, dtype, expec
 def test_a_model_is_quantised_only(capsys, tmp_path, model, text):
     """The pattern dense goes through every command, and is not taken for a model that was never converted."""
     path, calibration = str(tmp_path / "out"), ["--calibration", text, "--sequences", "2"]
-    said = run(capsys, "convert", model, path, "--pattern", "dense", "--method", "wanda", "--dtype", "float8_e4m3fn", *calibration)
-    assert "14 layers converted" in said and "dense float8_e4m3fn, wanda" in said and "left dense: lm_head/kernel" in said
+    said = run(capsys, "convert", model, path, "--pattern", "dense", "--method", "sparsegpt", "--dtype", "float8_e4m3fn", *calibration)
+    assert "14 layers converted" in said and "dense float8_e4m3fn, sparsegpt" in said and "left dense: lm_head/kernel" in said
     loaded = load_model(path)
     assert loaded.about["pattern"] == "dense" and {str(w.pattern) for w in packed(loaded.model.params)} == {"dense"}
     before, after = json.loads(run(capsys, "eval", model, path, "--text", text, "--window", "64", "--json"))

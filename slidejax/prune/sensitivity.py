@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.prune.inputs import as_rows, seeing_inputs, seeing_layers
+from slidejax.train.distill import kl_divergence
 
 __all__ = ["Estimate", "divergences", "drawn_loss", "sensitivities", "shrunk"]
 
@@ -125,7 +126,7 @@ def sensitivities(
 
 
 def divergences(run: Callable[[Any, Any], Any], params: Any, candidates: Sequence[Any], batches: Sequence[Any]) -> list[float]:
-    """How far models with other parameters are from a model: the sum of the Kullback-Leibler divergences of their predictions.
+    """How far models with other parameters are from a model: the mean Kullback-Leibler divergence of their predictions.
 
     Args:
       run: `(params, batch) -> output` with logits.
@@ -136,14 +137,11 @@ def divergences(run: Callable[[Any, Any], Any], params: Any, candidates: Sequenc
 
     @jax.jit
     def of(params, candidates, batch):
-        def predicted(params):
-            return jax.nn.log_softmax(run(params, batch).logits.astype(jnp.float32), axis=-1)
+        ours = run(params, batch).logits
+        return jnp.stack([kl_divergence(run(other, batch).logits, ours) for other in candidates])
 
-        ours = predicted(params)
-        return jnp.stack([jnp.sum(jnp.exp(ours) * (ours - predicted(other))) for other in candidates])
-
-    total = np.sum([np.asarray(of(params, list(candidates), batch), np.float64) for batch in batches], axis=0)
-    return [float(one) for one in total]
+    mean = np.mean([np.asarray(of(params, list(candidates), batch), np.float64) for batch in batches], axis=0)
+    return [float(one) for one in mean]
 
 
 def shrunk(found: Mapping[str, Estimate], sizes: Mapping[str, int]) -> dict[str, float]:
