@@ -207,17 +207,26 @@ SJ_DEVICE void store_block(const Params& p, const A (&d)[T::kTokens / 2], const 
 // up its share of all such sums, in the order of K, and stores the results. It does not wait for ever, since what it waits for may
 // be a cluster that has not begun, for want of the room that this one takes: then it leaves the sum to the bringer of the last part.
 
-// [split_clusters + split_tiles][cluster][warps][quads][lane]: part `cluster` + tile of a tile's owners, 16 bytes a lane.
+// A block among those that share tiles: its cluster, a team or a pair of teams, and its seat there, from the first team's first block on.
+struct Sharer {
+  int cluster, seat;
+};
 template <class T>
-SJ_DEVICE uint4* part_of(const Params& p, int cluster, int tile, uint32_t rank, int warp) {
+SJ_DEVICE Sharer sharer(const Params& p, int team, uint32_t rank) {
+  return {team >> p.pairs, (team & p.pairs) * T::kCluster + static_cast<int>(rank)};
+}
+
+// [split_clusters + split_tiles][seats][warps][quads][lane]: part `cluster` + tile of a tile's owners, 16 bytes a lane.
+template <class T>
+SJ_DEVICE uint4* part_of(const Params& p, int cluster, int tile, int seat, int warp) {
   constexpr int kWarps = T::kWarpGroups * 4, kUnit = T::kBlocks * (T::kTokens / 8) * 32;
   static_assert(kUnit * 4 * kWarps == T::kPartial);
-  const size_t slot = (static_cast<size_t>(cluster + tile) * T::kCluster + rank) * kWarps + warp;
+  const size_t slot = (static_cast<size_t>(cluster + tile) * (T::kCluster << p.pairs) + seat) * kWarps + warp;
   return reinterpret_cast<uint4*>(p.partials) + slot * kUnit + (fresh_thread() & 31);
 }
 template <class T>
-SJ_DEVICE unsigned long long* counter_of(const Params& p, int tile, uint32_t rank, int warp) {
-  return p.counters + (tile * T::kCluster + rank) * (T::kWarpGroups * 4) + warp;
+SJ_DEVICE unsigned long long* counter_of(const Params& p, int tile, int seat, int warp) {
+  return p.counters + (tile * (T::kCluster << p.pairs) + seat) * (T::kWarpGroups * 4) + warp;
 }
 
 SJ_DEVICE int part_count(const Params& p, int tile) {
@@ -226,10 +235,9 @@ SJ_DEVICE int part_count(const Params& p, int tile) {
 
 // Returns the jobs, a bit each, whose owners have given up waiting for this part, the last one.
 template <class T, class A>
-SJ_DEVICE uint32_t store_part(const Params& p, const A (&d)[T::kBlocks][T::kTokens / 2], int tile, int cluster, uint32_t rank,
-                          int warp) {
+SJ_DEVICE uint32_t store_part(const Params& p, const A (&d)[T::kBlocks][T::kTokens / 2], int tile, const Sharer& me, int warp) {
   constexpr int kQuads = T::kTokens / 8;
-  uint4* mine = part_of<T>(p, cluster, tile, rank, warp);
+  uint4* mine = part_of<T>(p, me.cluster, tile, me.seat, warp);
 #pragma unroll
   for (int b = 0; b < T::kBlocks; ++b)
 #pragma unroll
@@ -237,7 +245,7 @@ SJ_DEVICE uint32_t store_part(const Params& p, const A (&d)[T::kBlocks][T::kToke
   __threadfence();
   __syncwarp();
   unsigned long long before = 0;
-  if ((fresh_thread() & 31) == 0) before = atomicAdd(counter_of<T>(p, tile, rank, warp), 1ull);
+  if ((fresh_thread() & 31) == 0) before = atomicAdd(counter_of<T>(p, tile, me.seat, warp), 1ull);
   const bool last = static_cast<int>(before) == part_count(p, tile) - 1;
   return __shfl_sync(~0u, last ? static_cast<int>(before >> 32) : 0, 0);
 }
@@ -252,15 +260,15 @@ SJ_DEVICE void add_quad(A* sum, const uint4& v) {
 
 // Adds up and stores job `job` of a shared tile, of whose parts all are in memory.
 template <class T>
-SJ_DEVICE void sum_job(const Params& p, const Shared& shared, uint32_t rank, int tile, int job, int warp) {
+SJ_DEVICE void sum_job(const Params& p, const Shared& shared, int seat, int tile, int job, int warp) {
   using A = std::conditional_t<T::kFp8, float, int>;
   constexpr int kCount = T::kTokens / T::kJobTokens, kQuads = T::kJobTokens / 8;
   const int lane = fresh_thread() & 31, block = job / kCount, slab = job % kCount;
   const int first = owner(p, tile * p.steps), last = owner(p, (tile + 1) * p.steps - 1);
   Work work;
-  locate(p, p.whole_tiles + tile, work);
+  locate(p, p.whole_tiles + (tile << p.pairs) + seat / T::kCluster, work);
   __threadfence();
-  const int group_row = ((work.row_tile * T::kCluster + static_cast<int>(rank)) * T::kWarpGroups + (warp >> 2)) * T::kBlocks * 64;
+  const int group_row = ((work.row_tile * T::kCluster + seat % T::kCluster) * T::kWarpGroups + (warp >> 2)) * T::kBlocks * 64;
   const int row = group_row + block * 64 + (warp & 3) * 16, token = work.token_tile * T::kTokens + slab * T::kJobTokens;
   // Of the warp: 1 KB to transpose in, scale_x of 32 tokens, scale_w and bias of 16 outputs.
   const uint32_t own = slots<T>(shared, warp), scale_x = own + 1024, scale_w = own + 1152;
@@ -282,7 +290,7 @@ SJ_DEVICE void sum_job(const Params& p, const Shared& shared, uint32_t rank, int
     for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int q = 0; q < kQuads; ++q)
-        v[i][q] = who + i <= last ? __ldcg(part_of<T>(p, who + i, tile, rank, warp) + at + q * 32) : uint4{};
+        v[i][q] = who + i <= last ? __ldcg(part_of<T>(p, who + i, tile, seat, warp) + at + q * 32) : uint4{};
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -295,13 +303,13 @@ SJ_DEVICE void sum_job(const Params& p, const Shared& shared, uint32_t rank, int
 
 // `left`: what store_part has returned for the first shared tile of the cluster, and for another one 16 bits further up.
 template <class T>
-SJ_DEVICE void sum_parts(const Params& p, const Shared& shared, uint32_t rank, int cluster, int warp, uint32_t left) {
+SJ_DEVICE void sum_parts(const Params& p, const Shared& shared, const Sharer& me, int warp, uint32_t left) {
   constexpr int kPerTile = T::kBlocks * (T::kTokens / T::kJobTokens);
   static_assert(kPerTile <= 16);
   const int lane = fresh_thread() & 31;
   if ((warp & 3) == 0 && lane == 0) bulk_wait_read<0>();  // the slots are free
   named_sync(1 + (warp >> 2), 128);
-  int patience = kPatience, next = cluster;  // of all jobs of all tiles, every so manieth is this cluster's
+  int patience = kPatience, next = me.cluster;  // of all jobs of all tiles, every so manieth is this cluster's
 #pragma unroll 1
   while (next < p.split_tiles * kPerTile || left != 0) {
     int tile, job;
@@ -313,7 +321,7 @@ SJ_DEVICE void sum_parts(const Params& p, const Shared& shared, uint32_t rank, i
       const int wanted = part_count(p, tile);
       if (wanted == 1) continue;  // it was one cluster's alone
       if (lane == 0) {
-        unsigned long long* counter = counter_of<T>(p, tile, rank, warp);
+        unsigned long long* counter = counter_of<T>(p, tile, me.seat, warp);
         mine = wait_count(reinterpret_cast<int*>(counter), wanted, patience);
         // Unless the last part has come just now, whoever brings it will see this.
         if (!mine) mine = static_cast<int>(atomicOr(counter, 1ull << (32 + job))) == wanted;
@@ -323,10 +331,10 @@ SJ_DEVICE void sum_parts(const Params& p, const Shared& shared, uint32_t rank, i
     } else {
       const int bit = __ffs(static_cast<int>(left)) - 1;
       left &= left - 1;
-      tile = share(p, cluster) / p.steps + bit / 16;
+      tile = share(p, me.cluster) / p.steps + bit / 16;
       job = bit % 16;
     }
-    if (mine) sum_job<T>(p, shared, rank, tile, job, warp);
+    if (mine) sum_job<T>(p, shared, me.seat, tile, job, warp);
   }
 }
 

@@ -17,34 +17,56 @@
 
 namespace slidejax::hopper {
 
-// A block's place: `rank` in its team, which is number `part` of its cluster and `team` of the grid.
+// A block's place in its cluster: `rank` in its team, which is number `part` there and number `team` of `teams` in all.
 struct Place {
-  uint32_t rank;
+  uint32_t in_cluster, rank;
   int part, team, teams;
 };
 
 // Copies a team's work, stage after stage. With the first stage of each piece of work goes a note of what it is.
-template <class T>
+// kShared: the other team of the cluster multiplies the same rows of W, of which each copies half to both.
+template <class T, bool kShared>
 SJ_DEVICE void produce(const Params& p, const Shared& shared, const Place& place) {
   const int rank = static_cast<int>(place.rank);
-  const uint16_t team = ((1 << T::kCluster) - 1) << (place.part * T::kCluster);
   // X stays for the next row tiles. W does too when more than one group of tokens passes over it.
-  const uint64_t policy_w = p.token_tiles <= p.token_group ? kEvictFirst : kEvictNormal;
+  const uint64_t policy_w = p.token_tiles == p.group_tokens ? kEvictFirst : kEvictNormal;
   auto load_weights = [&](int to, int k, int row) {  // and says what stage `to` waits for
     const uint32_t bar = shared.full + 8 * to, dst = shared.stages + to * T::kBytes;
     barrier_expect(bar, T::kBytes);
-    tma_load_2d(dst + T::kBytesX, &p.map_w, k * T::kColumnsW, row, bar, policy_w);
-    if constexpr (T::kSparse) tma_load_3d(dst + T::kBytesX + T::kBytesW, &p.map_e, 0, k * T::kHalves, row / 64, bar, policy_w);
+    if constexpr (kShared) {
+      const uint32_t here = cluster_rank(), part = here / T::kCluster;  // read again: the producer has few registers
+      const uint16_t both = (1 | 1 << T::kCluster) << here % T::kCluster;
+      tma_load_2d_multicast(dst + T::kBytesX + part * (T::kBytesW / 2), &p.map_w, k * T::kColumnsW, row + part * (T::kRows / 2), bar, both,
+                            policy_w);
+      if constexpr (T::kSparse)
+        tma_load_3d_multicast(dst + T::kBytesX + T::kBytesW + part * (T::kBytesE / 2), &p.map_e, 0, k * T::kHalves,
+                              row / 64 + part * (T::kRows / 128), bar, both, policy_w);
+    } else {
+      tma_load_2d(dst + T::kBytesX, &p.map_w, k * T::kColumnsW, row, bar, policy_w);
+      if constexpr (T::kSparse) tma_load_3d(dst + T::kBytesX + T::kBytesW, &p.map_e, 0, k * T::kHalves, row / 64, bar, policy_w);
+    }
+  };
+  auto load_activations = [&](int to, int k, int token) {
+    const uint32_t bar = shared.full + 8 * to, dst = shared.stages + to * T::kBytes;
+    if constexpr (T::kCluster == 1) {
+#pragma unroll
+      for (int h = 0; h < T::kHalves; ++h)
+        tma_load_2d(dst + h * (T::kTokens * 128), &p.map_x, (k * T::kHalves + h) * 128, token, bar, kEvictLast);
+    } else {
+      const uint32_t here = kShared ? cluster_rank() : place.in_cluster, share = here % T::kCluster * T::kShareX;
+      const uint16_t team = ((1 << T::kCluster) - 1) << here / T::kCluster * T::kCluster;
+      tma_load_2d_multicast(dst + share * 128, &p.map_x, k * 128, token + share, bar, team, kEvictLast);
+    }
   };
   int early = 0;  // stages whose weights are on their way before the activations are there
-  if (T::kEarly && p.dependent) {
+  if (!kShared && T::kEarly && p.dependent) {
     const Work work = find_work(p, place.team, place.teams, 0);
     const int row = (work.row_tile * T::kCluster + rank) * T::kRows;
     early = min(T::kStages, T::kStagesOfStep * (work.end - work.begin));
 #pragma unroll 1
     for (int i = 0; i < early; ++i) load_weights(i, T::kStagesOfStep * work.begin + i, row);
   }
-  grid_wait();
+  if (p.companion != kSecond) grid_wait();
   int stage = 0;
   uint32_t parity = 1;  // the first pass over the stages waits for nothing
   for (int i = 0;; ++i) {
@@ -56,23 +78,15 @@ SJ_DEVICE void produce(const Params& p, const Shared& shared, const Place& place
       barrier_arrive(shared.full + 8 * stage);
       return;
     }
-    const int own_token = token + rank * T::kShareX;
 #pragma unroll 1
     for (int k = T::kStagesOfStep * work.begin; k < T::kStagesOfStep * work.end; ++k) {
-      const uint32_t bar = shared.full + 8 * stage, dst = shared.stages + stage * T::kBytes;
       barrier_wait(shared.empty + 8 * stage, parity);
-      if (T::kEarly && early > 0) {
+      if (!kShared && T::kEarly && early > 0) {
         --early;
       } else {
         load_weights(stage, k, row);
       }
-      if constexpr (T::kCluster == 1) {
-#pragma unroll
-        for (int h = 0; h < T::kHalves; ++h)
-          tma_load_2d(dst + h * (T::kTokens * 128), &p.map_x, (k * T::kHalves + h) * 128, own_token, bar, kEvictLast);
-      } else {
-        tma_load_2d_multicast(dst + rank * (T::kShareX * 128), &p.map_x, k * 128, own_token, bar, team, kEvictLast);
-      }
+      load_activations(stage, k, token);
       if (++stage == T::kStages) {
         stage = 0;
         parity ^= 1;
@@ -90,11 +104,14 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
   int stage = 0;
   uint32_t parity = 0;
 
-  auto release = [&](int s) {  // one thread for each block of the team: all wrote into this stage
+  // One thread for each block that wrote into this stage: those of the team, whose places differ in their last bits, and where W is shared the
+  // one of the same rank in the other team, two places away.
+  const int writers = T::kAbreast ? p.writers : T::kCluster;
+  auto release = [&](int s) {
     if constexpr (T::kCluster == 1) {
       if (thread == 0) barrier_arrive(shared.empty + 8 * s);
     } else {
-      if (thread < T::kCluster) barrier_arrive_at(shared.empty + 8 * s, place.part * T::kCluster + thread);
+      if (thread < writers) barrier_arrive_at(shared.empty + 8 * s, place.in_cluster ^ thread);
     }
   };
 
@@ -188,7 +205,8 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
         cluster_sync();  // all sums and scales are there, and the slots are free
         sum_inbox<T>(p, shared, place.part, warp, set, row, token);
       } else if (split >= 0) {
-        left |= store_part<T>(p, d, split, place.team, place.rank, warp) << (split == share(p, place.team) / p.steps ? 0 : 16);
+        const Sharer me = sharer<T>(p, place.team, place.rank);
+        left |= store_part<T>(p, d, split, me, warp) << (split == share(p, me.cluster) / p.steps ? 0 : 16);
       } else {
         copy_async_wait();
         if (T::kSlots == 1 && thread == 0) bulk_wait_read<0>();
@@ -230,7 +248,7 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
       store_block<T, 1>(p, d[1], shared, warp, set, row, token);
     }
   }
-  if (place.team < p.split_clusters) sum_parts<T>(p, shared, place.rank, place.team, warp, left);
+  if (const Sharer me = sharer<T>(p, place.team, place.rank); me.cluster < p.split_clusters) sum_parts<T>(p, shared, me, warp, left);
   if (thread == 0) bulk_wait_read<0>();  // shared memory must outlive the stores from it
 }
 
@@ -245,13 +263,13 @@ __global__ void __launch_bounds__(T::kThreads, 1) sparse_matmul_kernel(const __g
   shared.empty = shared.full + 8 * T::kStages;
   shared.notes = shared_address(notes);
   const uint32_t in_cluster = T::kCluster > 1 || T::kDivides ? cluster_rank() : 0;
-  const Place place{in_cluster % T::kCluster, T::kDivides ? static_cast<int>(in_cluster / T::kCluster) : 0,
-                    static_cast<int>(blockIdx.x / T::kCluster), static_cast<int>(gridDim.x / T::kCluster)};
+  const Place place{in_cluster, in_cluster % T::kCluster, T::kDivides || T::kAbreast ? static_cast<int>(in_cluster / T::kCluster) : 0,
+                    p.first_team + static_cast<int>(blockIdx.x / T::kCluster), p.teams};
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < T::kStages; ++i) {
       barrier_init(shared.full + 8 * i, 1);
-      barrier_init(shared.empty + 8 * i, T::kWarpGroups * T::kCluster);
+      barrier_init(shared.empty + 8 * i, T::kWarpGroups * (T::kAbreast ? p.writers : T::kCluster));
     }
     fence_barrier_init();
     prefetch_map(&p.map_x);
@@ -263,7 +281,14 @@ __global__ void __launch_bounds__(T::kThreads, 1) sparse_matmul_kernel(const __g
 
   if (threadIdx.x >= T::kWarpGroups * 128) {
     registers_decrease<T::kProducerRegisters>();
-    if (threadIdx.x == T::kWarpGroups * 128) produce<T>(p, shared, place);
+    if (threadIdx.x == T::kWarpGroups * 128) {
+      if (p.companion == kFirst) grid_release();
+      if (T::kAbreast && p.writers > T::kCluster) {
+        produce<T, true>(p, shared, place);
+      } else {
+        produce<T, false>(p, shared, place);
+      }
+    }
     __syncwarp();
     if (T::kDivides && p.parts > 1 && place.team / p.parts < p.divided_tiles) {  // with the consumers, when they hand over their sums
       cluster_sync();
@@ -271,12 +296,13 @@ __global__ void __launch_bounds__(T::kThreads, 1) sparse_matmul_kernel(const __g
     }
   } else {
     registers_increase<T::kConsumerRegisters>();
-    grid_wait();
+    if (p.companion != kSecond) grid_wait();
     consume<T>(p, shared, place);
   }
   __syncwarp();
   // A block may not leave while its neighbour still writes into its shared memory or arrives at its barriers.
   if constexpr (T::kCluster > 1) cluster_sync();
+  if (p.companion == kSecond) grid_wait();  // whoever waits for this launch waits for both
 }
 
 }  // namespace slidejax::hopper

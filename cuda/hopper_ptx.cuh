@@ -82,6 +82,8 @@ SJ_DEVICE void cluster_sync() {
 // Waits until the kernel that this one was launched to follow has ended and what it wrote can be read; returns at once where it
 // was launched to begin after that.
 SJ_DEVICE void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Lets the kernel that was launched to follow this one begin, once all blocks have said so.
+SJ_DEVICE void grid_release() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 SJ_DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 SJ_DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -111,6 +113,14 @@ SJ_DEVICE void tma_load_3d(uint32_t dst, const CUtensorMap* map, int x, int y, i
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], "
       "[%5], %6;" ::"r"(dst),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(policy)
+      : "memory");
+}
+SJ_DEVICE void tma_load_3d_multicast(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint16_t ctas,
+                                     uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], "
+      "[%1, {%2, %3, %4}], [%5], %6, %7;" ::"r"(dst),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(ctas), "l"(policy)
       : "memory");
 }
 // From shared memory to a tensor, behind the thread's back; groups of stores are waited for by the thread that issued them.

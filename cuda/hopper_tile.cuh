@@ -16,6 +16,10 @@ constexpr int largest_divisor(int count, int most) {
 // Into how many parts the teams of a cluster can divide K.
 constexpr int kParts[] = {2, 3, 4, 6, 8};
 
+// Clusters of four do not fill a device: what they leave over, a second launch of pairs takes, which begins as soon as the
+// first has, and ends after it.
+enum Companion { kAlone, kFirst, kSecond };
+
 struct Params {
   CUtensorMap map_x, map_w, map_e, map_y;
   const float* scale_x;
@@ -26,12 +30,18 @@ struct Params {
   // [split_tiles][cluster][warps], zero at the start: how many parts are in memory, and from bit 32 on the jobs that were left.
   unsigned long long* counters;
   int M, out, steps;    // steps: pairs of stages along K
-  int row_tiles, token_tiles, token_group;
+  int row_tiles, token_tiles;  // of all teams; with `pairs` a token tile is that of a pair
+  int group_tokens;     // token tiles of a group: L2 can hold their X
+  int wide_groups;      // so many groups, the first, have one more
   int whole_tiles;      // the first tiles, one cluster each
-  int split_tiles;      // the others, which split_clusters clusters share
+  int split_tiles;      // the others, which split_clusters clusters share; with `pairs` a pair of tiles each
   int split_clusters;
   int parts;            // teams of a launched cluster; with more than one, there are no split_tiles
   int divided_tiles;    // the tiles after whole_tiles, of which the teams of a cluster each take a part of K, a tile a cluster
+  int writers;          // blocks that copy into a stage: those of the team, and one more where two teams of a cluster share W
+  int pairs;            // 1: teams 2 n and 2 n + 1 multiply the same rows with tokens of adjacent tiles; else 0
+  int first_team, teams;  // this launch's first, and all of the call's
+  int companion;        // Companion
   int dependent;        // launched to begin before the kernel that writes the lifted activations has ended
   int output;           // HopperOutput
   int vector_stores;    // rows of y are 16-byte aligned
@@ -54,6 +64,7 @@ struct Tile {
   static constexpr bool kEarly = kBlocks * kTokens <= 320;
   static constexpr int kConsumerRegisters = kEarly ? 232 : 240, kProducerRegisters = kEarly ? 40 : 24;
   static_assert(kWarpGroups * kConsumerRegisters + kProducerRegisters <= 65536 / kThreads / 8 * 8 * (kWarpGroups + 1));
+  static constexpr bool kAbreast = kCluster == 2;  // two teams can share W
   static constexpr int kShareX = kTokens / kCluster;  // tokens that a block copies for its cluster
   // A stage has 128 columns, or twice 128 where tiles are small: copies of 64 bytes of a row of W take as long as copies of 128.
   static constexpr int kHalves = kSparse && kBlocks == 1 && kTokens <= 64 ? 2 : 1;
@@ -89,16 +100,22 @@ struct Work {
   int row_tile, token_tile, begin, end, split;
 };
 
-// The shared steps [share(c), share(c + 1)) are cluster c's; owner is the inverse.
+// The shared steps [share(c), share(c + 1)) are cluster c's; owner is the inverse. Clusters that share tiles are teams, or pairs of teams.
 SJ_DEVICE int share(const Params& p, int cluster) { return cluster * (p.split_tiles * p.steps) / p.split_clusters; }
 SJ_DEVICE int owner(const Params& p, int step) { return ((step + 1) * p.split_clusters - 1) / (p.split_tiles * p.steps); }
 
-// Tokens in groups that L2 can hold, all rows past each group.
+// Tokens in groups of nearly the same size that L2 can hold, all rows past each group: a last group of few tokens would read all of W
+// for them (4 % for one of 2 tiles behind seven of 12).
 SJ_DEVICE void locate(const Params& p, int tile, Work& work) {
-  const int per_group = p.token_group * p.row_tiles, group = tile / per_group, rest = tile - group * per_group;
-  const int width = max(min(p.token_group, p.token_tiles - group * p.token_group), 1);  // past the last tile it is not used
+  const int member = tile & p.pairs;
+  tile >>= p.pairs;
+  const int wide = p.wide_groups * (p.group_tokens + 1), in_wide = wide * p.row_tiles;
+  const bool is_wide = tile < in_wide;
+  const int width = p.group_tokens + is_wide, per_group = width * p.row_tiles, from = is_wide ? 0 : wide;
+  tile -= is_wide ? 0 : in_wide;
+  const int group = tile / per_group, rest = tile - group * per_group;
   work.row_tile = rest / width;
-  work.token_tile = group * p.token_group + rest - work.row_tile * width;
+  work.token_tile = ((from + group * width + rest - work.row_tile * width) << p.pairs) + member;
 }
 
 SJ_DEVICE Work find_work(const Params& p, int team, int teams, int i) {
@@ -114,11 +131,12 @@ SJ_DEVICE Work find_work(const Params& p, int team, int teams, int i) {
     work.end = (part + 1) * p.steps / p.parts;
     work.split = kDivided;
   } else {
-    if (team >= p.split_clusters) return work;
-    const int begin = share(p, team), end = share(p, team + 1);
+    const int cluster = team >> p.pairs;
+    if (cluster >= p.split_clusters) return work;
+    const int begin = share(p, cluster), end = share(p, cluster + 1);
     i -= p.whole_tiles / teams;  // a multiple of teams whenever there are shared tiles
     work.split = begin / p.steps + i;
-    tile = p.whole_tiles + work.split;
+    tile = p.whole_tiles + (work.split << p.pairs) + (team & p.pairs);
     work.begin = max(begin - work.split * p.steps, 0);
     work.end = max(min(end - work.split * p.steps, p.steps), work.begin);
     if (work.end - work.begin == p.steps) work.split = kWhole;

@@ -83,10 +83,19 @@ int steps_of(const HopperArgs& a) { return std::max(2, ceil_div(columns_of(a), 2
 // Bytes of W and its metadata.
 float weight_bytes(const HopperArgs& a) { return static_cast<float>(a.out) * columns_of(a) * (is_sparse(a) ? 0.625f : 1.0f); }
 
+// Two teams that share W as well as X save energy, and so time where power binds: 2 % of a layer. Not fewer tokens than these.
+constexpr float kAbreastTime = 0.98f;
+constexpr int kAbreastTokens = 1024;
+
+// How the tiles of a configuration fall on teams. Abreast, two teams multiply the same rows with tokens of adjacent tiles: then `shared` are pairs
+// of tiles, and `clusters` pairs of teams.
 struct Split {
   int whole, shared, clusters;  // tiles of one team each, tiles shared along K, teams that share them
   int parts, divided;           // teams of a cluster; tiles that they divide along K, one for each cluster
   float clocks;
+  bool abreast = false;
+
+  int teams_of_cluster() const { return abreast ? 2 : 1; }
 };
 
 // Teams that are expected to run side by side in clusters of `parts`: larger clusters do not fill a device to the last multiprocessor.
@@ -96,40 +105,63 @@ int planned_teams(const Entry& e, int multiprocessors, int parts) {
   return parts == 1 ? std::max(1, fit) : fit / parts * parts;
 }
 
-// How the tiles of a configuration fall on `clusters` teams, in larger clusters on as many as fit: whole waves first; the rest either as one
-// more wave, or cut along K, by way of memory or within larger clusters. want: HopperArgs::split.
-Split split_tiles(const Entry& e, const HopperArgs& a, int multiprocessors, int clusters, int want) {
-  const int tiles = ceil_div(a.out, e.tile.rows * e.tile.cluster) * ceil_div(a.M, e.tile.tokens), steps = steps_of(a);
+float tile_clocks(const Entry& e, int steps) { return steps * 2 * e.stage_clocks + e.tile_clocks; }
+
+// Whole waves first; the rest either as one more wave, or cut along K by way of memory. clusters: of `teams` teams, each with its tile.
+Split cut_in_memory(const Entry& e, const HopperArgs& a, int clusters, int teams, int want) {
+  const int tiles = ceil_div(a.out, e.tile.rows * e.tile.cluster) * ceil_div(a.M, teams * e.tile.tokens), steps = steps_of(a);
   const int rest = tiles % clusters, waves = tiles / clusters;
-  const float step = 2 * e.stage_clocks, tile = steps * step + e.tile_clocks;
-  Split best{tiles, 0, 0, 1, 0, (waves + (rest > 0)) * tile};
-  const float meeting = 1500 + 40.0f * e.tile.tokens * e.tile.rows / 128;  // of a cluster, and sending sums around
-  for (int parts : kParts) {
-    if (!(e.divides >> parts & 1) || parts > steps || want > 0 || (a.parts > 0 && parts != a.parts)) continue;
-    const int teams = planned_teams(e, multiprocessors, parts);
-    if (teams == 0) continue;
-    const int full = tiles / teams, divided = tiles % teams;
-    if (divided == 0 || divided > teams / parts) continue;
-    const float clocks = full * tile + ceil_div(steps, parts) * step + e.tile_clocks + meeting;
-    if (a.parts > 0 || clocks < best.clocks) best = {full * teams, 0, full > 0 ? teams : divided * parts, parts, divided, clocks};
-  }
-  if (rest == 0 || want == 0 || a.parts > 0) return best;
+  const float step = 2 * e.stage_clocks, tile = tile_clocks(e, steps);
+  Split best{tiles * teams, 0, 0, 1, 0, (waves + (rest > 0)) * tile, teams > 1};
+  if (rest == 0 || want == 0) return best;
   const float kBytesPerClock = 24, kLatency = 6500;  // of a multiprocessor, partial sums both ways; clearing the counters and waiting
   auto consider = [&](int sharers) {
     if (sharers <= rest || sharers > clusters || sharers > rest * steps) return;
     const float parts = 1 + static_cast<float>(rest) / sharers;
     const float move = 2 * parts * (e.partial / e.tile.cluster) / kBytesPerClock;
     // Equal parts run through K side by side; unequal ones each read their own W and X from memory.
-    const float apart = sharers % rest ? rest * (e.tile.rows * e.tile.cluster * weight_bytes(a) / a.out + e.tile.tokens * 256.0f * steps) / 2900 : 0;
+    const float apart = sharers % rest ? rest * (e.tile.rows * e.tile.cluster * weight_bytes(a) / a.out + teams * e.tile.tokens * 256.0f * steps) / 2900 : 0;
     const float shared = std::max(ceil_div(rest * steps, sharers) * step, apart);
     const float clocks = waves * tile + shared + e.tile_clocks + move + kLatency;
-    if (want > 0 || clocks < best.clocks) best = {waves * clusters, rest, sharers, 1, 0, clocks};
+    if (want > 0 || clocks < best.clocks) best = {waves * clusters * teams, rest, sharers, 1, 0, clocks, teams > 1};
   };
   if (want > 0) {
     consider(want);
   } else {
     for (int parts = 2; parts * rest <= clusters; ++parts) consider(parts * rest);
     consider(clusters);
+  }
+  return best;
+}
+
+// The last, partial wave divided along K within clusters of several teams, on as many as fit. Not better than `best`: that.
+Split divide_in_clusters(const Entry& e, const HopperArgs& a, int multiprocessors, Split best) {
+  const int tiles = ceil_div(a.out, e.tile.rows * e.tile.cluster) * ceil_div(a.M, e.tile.tokens), steps = steps_of(a);
+  const float meeting = 1500 + 40.0f * e.tile.tokens * e.tile.rows / 128;  // of a cluster, and sending sums around
+  for (int parts : kParts) {
+    if (!(e.divides >> parts & 1) || parts > steps || (a.parts > 0 && parts != a.parts)) continue;
+    const int teams = planned_teams(e, multiprocessors, parts);
+    if (teams == 0) continue;
+    const int full = tiles / teams, divided = tiles % teams;
+    if (divided == 0 || divided > teams / parts) continue;
+    const float clocks = full * tile_clocks(e, steps) + ceil_div(steps, parts) * 2 * e.stage_clocks + e.tile_clocks + meeting;
+    if (a.parts > 0 || clocks < best.clocks) best = {full * teams, 0, full > 0 ? teams : divided * parts, parts, divided, clocks};
+  }
+  return best;
+}
+
+// The best way for the tiles of a configuration to fall on `clusters` teams. want: HopperArgs::split.
+Split split_tiles(const Entry& e, const HopperArgs& a, int multiprocessors, int clusters, int want) {
+  const bool can = e.tile.cluster == 2 && clusters > 1 && a.parts <= 1;
+  Split best{};
+  if (a.abreast != 2 || !can) {
+    best = cut_in_memory(e, a, clusters, 1, a.parts > 0 ? 0 : want);
+    if (want <= 0) best = divide_in_clusters(e, a, multiprocessors, best);
+  }
+  if (can && (a.abreast == 2 || (a.abreast == 0 && a.M >= kAbreastTokens))) {
+    Split abreast = cut_in_memory(e, a, clusters / 2, 2, a.parts > 0 ? 0 : want);
+    abreast.clocks *= kAbreastTime;
+    if (a.abreast == 2 || abreast.clocks < best.clocks) best = abreast;
   }
   return best;
 }
@@ -161,7 +193,7 @@ Plan make_plan(const HopperArgs& a, int multiprocessors) {
 
 size_t partial_bytes(const Plan& plan) {
   if (plan.split.shared == 0) return 0;
-  return kCounterBytes + static_cast<size_t>(plan.split.shared + plan.split.clusters) * kEntries[plan.config].partial;
+  return kCounterBytes + static_cast<size_t>(plan.split.shared + plan.split.clusters) * plan.split.teams_of_cluster() * kEntries[plan.config].partial;
 }
 
 // What the driver and the device say once.
@@ -169,6 +201,7 @@ struct Device {
   std::once_flag once;
   cudaError_t status = cudaErrorInitializationError;
   int clusters[kEntryCount][9] = {};  // of so many teams, that run side by side
+  int fours[kEntryCount] = {};        // clusters of two teams that share W
   int multiprocessors = 0;
 
   int teams(int config, int parts) const { return clusters[config][parts] * parts; }
@@ -193,7 +226,8 @@ cudaError_t ready_device(int id, Device& device) {
     for (const void* kernel : e.kernel)
       if (auto s = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, e.shared)) return s;
     for (int parts = 1; parts <= 8; ++parts) {
-      if (parts > 1 && !(e.divides >> parts & 1)) continue;
+      const bool abreast = parts == 2 && e.tile.cluster == 2;
+      if (parts > 1 && !abreast && !(e.divides >> parts & 1)) continue;
       const unsigned size = e.tile.cluster * parts;
       cudaLaunchAttribute attribute = {};
       attribute.id = cudaLaunchAttributeClusterDimension;
@@ -205,7 +239,10 @@ cudaError_t ready_device(int id, Device& device) {
       config.dynamicSmemBytes = e.shared;
       config.attrs = &attribute;
       config.numAttrs = 1;
-      if (auto s = cudaOccupancyMaxActiveClusters(&device.clusters[c][parts], e.kernel[0], &config)) return s;
+      int fit = 0;
+      if (auto s = cudaOccupancyMaxActiveClusters(&fit, e.kernel[0], &config)) return s;
+      if (parts == 1 || e.divides >> parts & 1) device.clusters[c][parts] = fit;
+      if (abreast) device.fours[c] = fit;
     }
     if (device.clusters[c][1] < 1) return cudaErrorNotSupported;
   }
@@ -230,9 +267,10 @@ bool make_map(CUtensorMap* map, CUtensorMapDataType type, int rank, const void* 
 
 bool aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
 
-bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta) {
+// sharers: blocks that copy W together.
+bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta, int sharers) {
   const cuuint64_t columns = columns_of(a), stages = metadata_stages(a.groups, a.group);
-  const cuuint32_t tokens = e.tile.tokens / e.tile.cluster, rows = e.tile.rows;
+  const cuuint32_t tokens = e.tile.tokens / e.tile.cluster, rows = e.tile.rows / sharers;
   const cuuint64_t x_size[] = {columns, static_cast<cuuint64_t>(a.M)}, x_stride[] = {columns};
   const cuuint64_t w_columns = e.sparse ? columns / 2 : columns;
   const cuuint64_t w_size[] = {w_columns, static_cast<cuuint64_t>(a.out)}, w_stride[] = {w_columns};
@@ -256,14 +294,15 @@ bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta)
 // A call's plan on the current device, and what is where in its workspace.
 struct Ready {
   Plan plan;
-  int teams;            // of the grid
+  int teams;            // of all launches
+  int fours;            // clusters of two teams that share W, beside which the other teams run in pairs of blocks
   const uint32_t* meta;
   uint32_t* own_meta;   // where it is to be expanded, or null
   uint8_t* workspace;   // behind it
 
   HopperCounters counters() const {
     const HopperTile& tile = kEntries[plan.config].tile;
-    return {reinterpret_cast<unsigned long long*>(workspace), plan.split.shared * tile.cluster * tile.warp_groups * 4};
+    return {reinterpret_cast<unsigned long long*>(workspace), plan.split.shared * plan.split.teams_of_cluster() * tile.cluster * tile.warp_groups * 4};
   }
   cudaError_t expand_metadata(const HopperArgs& a, cudaStream_t stream) const {
     return own_meta ? slidejax_hopper_expand_metadata(a.zeros, own_meta, a.out, a.groups, a.group, stream) : cudaSuccess;
@@ -285,14 +324,15 @@ cudaError_t make_ready(const HopperArgs& args, Ready* ready) {
   plan = make_plan(a, device->multiprocessors);
   const Entry& e = kEntries[plan.config];
   const int planned = planned_teams(e, device->multiprocessors, 1), clusters = std::min(planned, device->teams(plan.config, 1));
-  const bool fits = plan.split.parts == 1 ? clusters == planned : plan.split.clusters <= device->teams(plan.config, plan.split.parts);
+  const bool fits = plan.split.abreast ? clusters == planned && device->fours[plan.config] > 0 : plan.split.parts == 1 ? clusters == planned : plan.split.clusters <= device->teams(plan.config, plan.split.parts);
   if (!fits || a.workspace_bytes - meta_bytes < partial_bytes(plan)) {  // fewer fit than planned for, or no room
-    a.config = plan.config, a.parts = 1;
+    a.config = plan.config, a.parts = 1, a.abreast = fits && plan.split.abreast ? 2 : 1;
     plan.split = split_tiles(e, a, device->multiprocessors, clusters, 0);
   }
   const Split& s = plan.split;
   // In whole clusters, as many teams as there is work for.
-  ready->teams = s.parts > 1 ? s.clusters : std::min(clusters, std::max(s.whole, s.clusters));
+  ready->teams = s.parts > 1 ? s.clusters : std::min(s.abreast ? clusters & ~1 : clusters, std::max(s.whole, s.clusters * s.teams_of_cluster()));
+  ready->fours = s.abreast ? std::min(ready->teams / 2, device->fours[plan.config]) : 0;
   static_assert(132 * 2 * 4 * sizeof(*HopperCounters::first) <= kCounterBytes);
   if (ready->counters().count * sizeof(*HopperCounters::first) > kCounterBytes) return cudaErrorInvalidValue;
   return cudaSuccess;
@@ -348,6 +388,7 @@ void slidejax_hopper_plan(HopperArgs& a, int multiprocessors) {
   a.token_group = plan.token_group;
   a.split = plan.split.shared > 0 ? plan.split.clusters : 0;
   a.parts = plan.split.parts;
+  a.abreast = plan.split.abreast ? 2 : 1;
 }
 
 size_t slidejax_hopper_workspace(const HopperArgs& a, int multiprocessors) {
@@ -375,7 +416,8 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
   }
 
   Params p = {};
-  if (!make_maps(p, a, e, ready.meta)) return cudaErrorInvalidValue;
+  if (!make_maps(p, a, e, ready.meta, 1)) return cudaErrorInvalidValue;
+  const Split& split = plan.split;
   p.scale_x = a.scale_x;
   p.scale_w = a.scale_w;
   p.bias = a.bias;
@@ -386,29 +428,48 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
   p.out = a.out;
   p.steps = steps_of(a);
   p.row_tiles = ceil_div(a.out, e.tile.rows * e.tile.cluster);
-  p.token_tiles = ceil_div(a.M, e.tile.tokens);
-  p.token_group = std::min(plan.token_group, p.token_tiles);
-  p.whole_tiles = plan.split.whole;
-  p.split_tiles = plan.split.shared;
-  p.split_clusters = p.split_tiles > 0 ? plan.split.clusters : 0;
-  p.parts = plan.split.parts;
-  p.divided_tiles = plan.split.divided;
-  p.dependent = a.after_lift && a.M <= kEarlyTokens;
+  p.token_tiles = ceil_div(a.M, split.teams_of_cluster() * e.tile.tokens);
+  const int groups = std::min(p.token_tiles, ceil_div(ceil_div(a.M, e.tile.tokens), plan.token_group));
+  p.group_tokens = p.token_tiles / groups;
+  p.wide_groups = p.token_tiles % groups;
+  p.pairs = split.abreast;
+  p.whole_tiles = split.whole;
+  p.split_tiles = split.shared;
+  p.split_clusters = p.split_tiles > 0 ? split.clusters : 0;
+  p.parts = split.parts;
+  p.divided_tiles = split.divided;
+  p.teams = ready.teams;
+  p.dependent = a.after_lift && a.M <= kEarlyTokens && !split.abreast;
   p.output = static_cast<int>(a.output);
 
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = e.tile.cluster * p.parts;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = ready.teams * e.tile.cluster;
-  config.blockDim = e.threads;
-  config.dynamicSmemBytes = e.shared;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = p.dependent ? 2 : 1;
-  void* parameters[] = {&p};
-  return cudaLaunchKernelExC(&config, e.kernel[static_cast<int>(a.input)], parameters);
+  // `teams` from p.first_team on in clusters of `size` blocks.
+  auto launch = [&](Params& p, int teams, int size, bool early) {
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = size;
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = teams * e.tile.cluster;
+    config.blockDim = e.threads;
+    config.dynamicSmemBytes = e.shared;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = early ? 2 : 1;
+    void* parameters[] = {&p};
+    return cudaLaunchKernelExC(&config, e.kernel[static_cast<int>(a.input)], parameters);
+  };
+  p.writers = e.tile.cluster;
+  if (!split.abreast) return launch(p, ready.teams, e.tile.cluster * p.parts, p.dependent);
+
+  Params four = p;
+  if (!make_maps(four, a, e, ready.meta, 2)) return cudaErrorInvalidValue;
+  const int left = ready.teams - 2 * ready.fours;
+  four.writers = e.tile.cluster + 1;
+  four.companion = kFirst;
+  if (auto s = launch(four, 2 * ready.fours, 2 * e.tile.cluster, false)) return s;
+  p.first_team = 2 * ready.fours;
+  p.companion = kSecond;
+  return left > 0 ? launch(p, left, e.tile.cluster, true) : cudaSuccess;
 }

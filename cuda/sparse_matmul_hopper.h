@@ -41,6 +41,7 @@ struct HopperArgs {
   int32_t token_group;  // token tiles kept in L2 while all of W passes; 0: chosen
   int32_t split;        // clusters that share the tiles of the last, partial wave along K; 0: none, -1: chosen
   int32_t parts;        // teams of blocks in a cluster, which divide K of the last tiles among themselves; 1: none, 0: chosen
+  int32_t abreast;      // teams of blocks in a cluster, which share W and multiply tiles of adjacent tokens: 2; 1: none, 0: chosen
   // Whether slidejax_hopper_before_lift was called, and the launch before this one on the stream is the lift's, which clears the
   // counters and lets this kernel begin early: it loads weights then, and waits for the activations.
   bool after_lift;

@@ -122,6 +122,41 @@ def test_int8_equals_the_reference_for_few_rows(on_hopper, rows, columns, out):
     np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
 
 
+# --- clusters of four that share the weights, and pairs beside them ------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns", "out"), [(1024, 3584, 9216), (4096, 18944, 3584), (2500, 1000, 5003), (6000, 3584, 3584)])
+@pytest.mark.parametrize("dense", [False, True], ids=["6:8", "dense"])
+def test_int8_equals_the_reference_for_many_rows(on_hopper, rows, columns, out, dense):
+    """Whole tiles, and tiles cut along K."""
+    implementation, columns = ("dense", columns // 32 * 32) if dense else ("hopper", columns)
+    w = sj.prepare(sj.pack(jax.random.normal(jax.random.key(0), (columns, out)), "6:8", dtype="int8"), implementation)
+    x = jax.random.normal(jax.random.key(1), (rows, columns), jnp.bfloat16)
+    got = jax.jit(lambda x, w: sj.linear(x, w, implementation=implementation, out_dtype=jnp.float32))(x, w)
+    want = jax.jit(lambda x, w: sj.linear(x, w, implementation="reference", out_dtype=jnp.float32))(x, w)
+    np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
+
+
+@pytest.mark.gpu
+def test_what_follows_waits_for_both_launches(on_hopper):
+    """Each product reads what both launches of the one before have written, and writes over what the one before that read."""
+    w = sj.prepare(sj.pack(jax.random.normal(jax.random.key(0), (3584, 3584)), "6:8", dtype="int8"), "hopper")
+    x = jax.random.normal(jax.random.key(1), (4096, 3584), jnp.bfloat16)
+
+    def chain(implementation):
+        def step(x, _):
+            y = sj.linear(x, w, implementation=implementation, out_dtype=jnp.bfloat16)
+            return y / 64, None
+
+        return jax.jit(lambda x: jax.lax.scan(step, x, None, length=20)[0])
+
+    run = chain("hopper")
+    want = chain("reference")(x)
+    for _ in range(5):
+        np.testing.assert_array_equal(formulas.bits(run(x)), formulas.bits(want))
+
+
 # --- dense weights ----------------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("lifted", "scale_x", "values", "zeros", "meta", "scale_w", "bias", "y", "workspace")),
         ("workspace_bytes", ctypes.c_size_t),
-        *((name, ctypes.c_int32) for name in ("M", "out", "groups", "group", "input", "output", "config", "token_group", "split", "parts")),
+        *((name, ctypes.c_int32) for name in ("M", "out", "groups", "group", "input", "output", "config", "token_group", "split", "parts", "abreast")),
         ("after_lift", ctypes.c_bool),
     )
 
@@ -87,6 +87,7 @@ def emulated(tmp_path_factory):
     library.slidejax_hopper_workspace.argtypes = [ctypes.POINTER(Arguments), ctypes.c_int]
     library.slidejax_hopper_tile.restype = Tile
     library.slidejax_hopper_before_lift.argtypes = [ctypes.POINTER(Arguments), ctypes.c_void_p, ctypes.POINTER(Counters)]
+    library.slidejax_hopper_plan.argtypes = [ctypes.POINTER(Arguments), ctypes.c_int]
     library.emulator_lift.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     library.slidejax_hopper_sparse_matmul.argtypes = [ctypes.POINTER(Arguments), ctypes.c_void_p]
     library.slidejax_hopper_expand_metadata.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int] * 3 + [ctypes.c_void_p]
@@ -129,10 +130,10 @@ def random_problem(M, out, groups, group, dtype, bias, seed):
     return arrays, formulas.accumulate(arrays["lifted"], formulas.lifted_weight(arrays["values"], arrays["zeros"]))
 
 
-def run(emulated, M, out, groups, group=8, dtype=np.int8, y_dtype=OUTPUT[0], bias=True, config=-1, split=-1, parts=0, token_group=0, prepared=True, after_lift=False, seed=0, resident=MULTIPROCESSORS, chance=50):
+def run(emulated, M, out, groups, group=8, dtype=np.int8, y_dtype=OUTPUT[0], bias=True, config=-1, split=-1, parts=0, abreast=0, token_group=0, prepared=True, after_lift=False, seed=0, resident=MULTIPROCESSORS, chance=50):
     """Runs the kernel with a sparse weight and compares: int8 bit for bit."""
     arrays, acc = random_problem(M, out, groups, group, dtype, bias, seed)
-    arguments = Arguments(groups=groups, group=group, config=config, split=split, parts=parts, token_group=token_group, after_lift=after_lift)
+    arguments = Arguments(groups=groups, group=group, config=config, split=split, parts=parts, abreast=abreast, token_group=token_group, after_lift=after_lift)
     metadata = buffer(emulated.slidejax_hopper_metadata_bytes(out, groups, group))
     if prepared:
         zeros = copied(arrays["zeros"])
@@ -142,7 +143,7 @@ def run(emulated, M, out, groups, group=8, dtype=np.int8, y_dtype=OUTPUT[0], bia
     compare(emulated, arguments, arrays, acc, dtype, y_dtype, seed, resident, chance)
 
 
-def run_dense(emulated, M, out, K, dtype=np.int8, y_dtype=OUTPUT[0], bias=True, config=-1, split=-1, parts=0, after_lift=False, seed=0, resident=MULTIPROCESSORS, chance=50):
+def run_dense(emulated, M, out, K, dtype=np.int8, y_dtype=OUTPUT[0], bias=True, config=-1, split=-1, parts=0, abreast=0, after_lift=False, seed=0, resident=MULTIPROCESSORS, chance=50):
     """The same with a dense weight `[out, K]`."""
     arrays, _ = random_problem(M, out, 8, 8, dtype, bias, seed)
     del arrays["zeros"]
@@ -151,7 +152,7 @@ def run_dense(emulated, M, out, K, dtype=np.int8, y_dtype=OUTPUT[0], bias=True, 
         codes = rng.integers(-127, 128, (rows, K)) if dtype == np.int8 else (8 * rng.standard_normal((rows, K))).astype(np.float32)
         arrays[name] = codes.astype(dtype)
     acc = formulas.accumulate(arrays["lifted"], arrays["values"])
-    compare(emulated, Arguments(groups=K, group=0, config=config, split=split, parts=parts, after_lift=after_lift), arrays, acc, dtype, y_dtype, seed, resident, chance)
+    compare(emulated, Arguments(groups=K, group=0, config=config, split=split, parts=parts, abreast=abreast, after_lift=after_lift), arrays, acc, dtype, y_dtype, seed, resident, chance)
 
 
 def compare(emulated, arguments, arrays, acc, dtype, y_dtype, seed, resident, chance):
@@ -228,6 +229,7 @@ def test_every_tile_of_dense_weights(emulated, config, dtype):
     bias=st.booleans(),
     split=st.sampled_from([-1, 0, 2, 3]),
     parts=st.sampled_from([0, 0, 1, 2, 3, 8]),
+    abreast=st.sampled_from([0, 1, 2]),
     after_lift=st.booleans(),
     resident=st.sampled_from([2, MULTIPROCESSORS]),
     seed=st.integers(0, 1000),
@@ -281,6 +283,34 @@ def test_teams_of_a_cluster_divide_k(emulated, tile, parts, dtype):
         run(emulated, tokens, (teams + 1) * rows * cluster - 24, 24, **how, bias=False)
 
 
+@pytest.mark.parametrize("resident", [MULTIPROCESSORS, 4])
+@pytest.mark.parametrize("dtype", INPUT, ids=("e4m3", "int8"))
+@pytest.mark.parametrize("tile", [name for name in TILES if name in ("256x192", "128x256", "256x160", "256x128", "128x128")])
+def test_two_teams_share_the_weights(emulated, tile, dtype, resident):
+    """In clusters of four, and the rest of the teams in pairs; whole tiles, then tiles cut along K, of which a last one is not there."""
+    shape = emulated.slidejax_hopper_tile(TILES.index(tile))
+    rows, tokens = shape.rows, shape.tokens
+    how = {"dtype": dtype, "config": TILES.index(tile), "abreast": 2, "resident": resident}
+    run(emulated, tokens + 9, 7 * rows + 8, 16, **how, split=0)
+    run(emulated, 3 * tokens - 3, 3 * rows + 40, 48, **how, split=-1, bias=False, chance=20, token_group=2)
+    run(emulated, 2 * tokens, 2 * rows, 48, **how, split=3, y_dtype=np.float32, seed=1)
+
+
+@pytest.mark.parametrize("dtype", INPUT, ids=("e4m3", "int8"))
+@pytest.mark.parametrize("tile", DENSE[:3])
+def test_two_teams_share_dense_weights(emulated, tile, dtype):
+    rows, tokens = (int(n) for n in tile.removeprefix("dense ").split("x"))
+    run_dense(emulated, 3 * tokens - 3, 3 * rows + 40, 592, dtype=dtype, config=len(TILES) + DENSE.index(tile), abreast=2)
+
+
+@pytest.mark.parametrize(("want", "rows"), [(2, 1024), (1, 1023)])
+def test_teams_share_weights_where_there_are_many_rows(emulated, want, rows):
+    """A tile for every team either way: what decides is that sharing saves energy."""
+    arguments = Arguments(M=rows, out=38400, groups=448, group=8, input=1, meta=16, config=-1, split=-1)
+    emulated.slidejax_hopper_plan(arguments, 132)
+    assert arguments.abreast == want
+
+
 @pytest.mark.parametrize("dtype", INPUT, ids=("e4m3", "int8"))
 @pytest.mark.parametrize("parts", [2, 3, 8])
 def test_teams_divide_k_of_a_dense_weight(emulated, parts, dtype):
@@ -309,6 +339,7 @@ def test_int32_results_are_of_int8_operands(emulated):
     config=st.integers(-1, len(TILES) - 1),
     split=st.sampled_from([-1, 0, 2, 3]),
     parts=st.sampled_from([0, 0, 1, 2, 3, 8]),
+    abreast=st.sampled_from([0, 1, 2]),
     after_lift=st.booleans(),
     token_group=st.integers(0, 2),
     prepared=st.booleans(),

@@ -252,7 +252,8 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
   return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
 }
 cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t* config) {
-  *count = static_cast<int>(emulator::multiprocessors / config->attrs[0].val.clusterDim.x);
+  const int size = config->attrs[0].val.clusterDim.x;  // larger clusters do not fill a device
+  *count = emulator::multiprocessors / size - (size > 2);
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {

@@ -95,8 +95,9 @@ inline void cluster_sync() {
   emulator::wait_until("cluster", [&cluster, generation] { return cluster.all.generation != generation; });
 }
 inline void grid_wait() {
-  emulator::wait_until("the lift", [] { return emulator::lift_has_ended; });
+  emulator::wait_until("the launch before", [] { return emulator::lift_has_ended; });
 }
+inline void grid_release() {}
 inline void named_arrive(int id, int threads) { emulator::current().block->named[id].arrive(threads); }
 inline void named_sync(int id, int threads) {
   auto& meeting = emulator::current().block->named[id];
@@ -133,6 +134,9 @@ inline void tma_load_2d_multicast(uint32_t dst, const CUtensorMap* map, int x, i
 }
 inline void tma_load_3d(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint64_t) {
   load_tensor(dst, map, x, y, z, barrier, 1 << cluster_rank());
+}
+inline void tma_load_3d_multicast(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint16_t ranks, uint64_t) {
+  load_tensor(dst, map, x, y, z, barrier, ranks);
 }
 inline void tma_store_2d(const CUtensorMap* map, uint32_t src, int x, int y, uint64_t) {
   const auto tensor = reinterpret_cast<const emulator::Tensor&>(*map);
