@@ -9,6 +9,7 @@ Barriers order the applications, so that XLA can neither merge products that sha
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import statistics
 import time
@@ -58,8 +59,25 @@ def _nbytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def _program(contender: Contender, xs: Sequence[jax.Array], loops: int | None = None) -> tuple[Callable[[], Any], int]:
-    """A compiled program that applies the contender to every input, `loops` times (None: as often as it wants to), and how often it does."""
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A compiled program that applies a contender `applications` times. Its results are room for those of the next call: to clear room
+    each time would cost a layer with many outputs a tenth of its time."""
+
+    compiled: Callable[[Any, Any, Any], Any]
+    operands: tuple[Any, Any]
+    results: Any  # their shapes
+    applications: int
+
+    def room(self) -> Any:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.results)
+
+    def __call__(self, room: Any) -> Any:
+        return self.compiled(*self.operands, room)
+
+
+def _program(contender: Contender, xs: Sequence[jax.Array], loops: int | None = None) -> _Program:
+    """Applies the contender to every input, `loops` times (None: as often as it wants to)."""
     size = _nbytes(contender.weights)
     gpu = jax.default_backend() == "gpu"
     copies = min(16, -(-_OUTSIDE_CACHE // size)) if gpu and size else 1
@@ -68,34 +86,32 @@ def _program(contender: Contender, xs: Sequence[jax.Array], loops: int | None = 
     if loops is None:
         loops = min(64, -(-_BUSY // (repeats * (size + xs[0].nbytes + 1)))) if gpu else 1
 
-    @jax.jit
-    def program(xs: Any, weights: Any) -> Any:
+    @functools.partial(jax.jit, donate_argnums=2)
+    def program(xs: Any, weights: Any, results: Any) -> Any:
         def body(_: Any, results: list[Any]) -> list[Any]:
             for i in range(repeats):  # every result is kept: XLA drops what nobody reads, barrier or not
                 x, results[i - 1] = jax.lax.optimization_barrier((xs[i % len(xs)], results[i - 1]))
                 results[i] = contender.apply(x, weights[i % len(weights)])
             return results
 
-        shape = jax.eval_shape(contender.apply, xs[0], weights[0])
-        return jax.lax.fori_loop(0, loops, body, [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape) for _ in range(repeats)])
+        return jax.lax.fori_loop(0, loops, body, results)
 
-    compiled = program.lower(xs, weights).compile()
-    return lambda: compiled(xs, weights), repeats * loops
+    results = [jax.eval_shape(contender.apply, xs[0], weights[0])] * repeats
+    return _Program(program.lower(xs, weights, results).compile(), (xs, weights), results, repeats * loops)
 
 
-def _run_for(run: Callable[[], Any], seconds: float) -> tuple[float, int]:
-    """Runs for at least that long; seconds per call, and how many calls."""
-    jax.block_until_ready(run())
+def _run_for(program: _Program, seconds: float) -> float:
+    """Runs for at least that long; seconds of one application."""
+    result = jax.block_until_ready(program(program.room()))
     begin, calls, chunk = time.perf_counter(), 0, 1
     while True:
-        result = None
         for _ in range(chunk):
-            result = run()
+            result = program(result)
         jax.block_until_ready(result)
         calls += chunk
         passed = time.perf_counter() - begin
         if passed >= seconds:
-            return passed / calls, calls
+            return passed / calls / program.applications
         # wait for the device seldom, but do not queue for much longer than asked
         chunk = max(1, min(200, int(calls * max(0.1, (seconds - passed) / max(passed, 1e-9)) / 2)))
 
@@ -114,20 +130,19 @@ def time_all(
     Returns:
       Microseconds of one application by name, the median over the rounds; None where it could not run.
     """
-    programs: dict[str, tuple[Callable[[], Any], int]] = {}
+    programs: dict[str, _Program] = {}
     found: dict[str, list[float]] = {c.name: [] for c in contenders}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # compiling is most of the time, and XLA does it side by side
         built = {c.name: pool.submit(_program, c, xs) for c in contenders}
     for contender in contenders:
         try:
-            programs[contender.name] = built[contender.name].result()
-            jax.block_until_ready(programs[contender.name][0]())
+            program = built[contender.name].result()
+            jax.block_until_ready(program(program.room()))
+            programs[contender.name] = program
         except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
-            programs.pop(contender.name, None)
             note(f"{contender.name} does not run: {str(error).strip().splitlines()[0]}")
     for _ in range(clock.rounds):
-        for name, (run, repeats) in programs.items():
-            _run_for(run, clock.warmup)
-            seconds, _ = _run_for(run, clock.seconds)
-            found[name].append(1e6 * seconds / repeats)
+        for name, program in programs.items():
+            _run_for(program, clock.warmup)
+            found[name].append(1e6 * _run_for(program, clock.seconds))
     return {name: statistics.median(times) if times else None for name, times in found.items()}
