@@ -83,9 +83,11 @@ int steps_of(const HopperArgs& a) { return std::max(2, ceil_div(columns_of(a), 2
 // Bytes of W and its metadata.
 float weight_bytes(const HopperArgs& a) { return static_cast<float>(a.out) * columns_of(a) * (is_sparse(a) ? 0.625f : 1.0f); }
 
-// Two teams that share W as well as X save energy, and so time where power binds: 2 % of a layer. Not fewer tokens than these.
+// Two teams that share W as well as X save energy, and so time where power binds: 2 % of a layer. Not with fewer tokens than these, nor with
+// shorter stages, whose clocks do not hide what four blocks have to tell each other (128x128: 8 % slower).
 constexpr float kAbreastTime = 0.98f;
 constexpr int kAbreastTokens = 1024;
+constexpr float kAbreastStageClocks = 500;
 
 // How the tiles of a configuration fall on teams. Abreast, two teams multiply the same rows with tokens of adjacent tiles: then `shared` are pairs
 // of tiles, and `clusters` pairs of teams.
@@ -158,7 +160,7 @@ Split split_tiles(const Entry& e, const HopperArgs& a, int multiprocessors, int 
     best = cut_in_memory(e, a, clusters, 1, a.parts > 0 ? 0 : want);
     if (want <= 0) best = divide_in_clusters(e, a, multiprocessors, best);
   }
-  if (can && (a.abreast == 2 || (a.abreast == 0 && a.M >= kAbreastTokens))) {
+  if (can && (a.abreast == 2 || (a.abreast == 0 && a.M >= kAbreastTokens && e.stage_clocks >= kAbreastStageClocks))) {
     Split abreast = cut_in_memory(e, a, clusters / 2, 2, a.parts > 0 ? 0 : want);
     abreast.clocks *= kAbreastTime;
     if (a.abreast == 2 || abreast.clocks < best.clocks) best = abreast;
