@@ -18,7 +18,9 @@ constexpr int kMaxDevices = 64;
 constexpr int kEarlyTokens = 512;
 
 // A tile's kernel for both inputs. stage_clocks: measured clocks of one stage (128 columns) in the full pipeline;
-// tile_clocks: what a tile costs beyond its stages. docs/hopper-kernel.md has the measurements.
+// tile_clocks: what a tile costs beyond its stages; abreast: the time with two teams that share W as well as X, as a part of that without:
+// it takes less energy, which is what binds, but the clocks of a short stage do not hide what four blocks have to tell each other.
+// docs/hopper-kernel.md has the measurements.
 struct Entry {
   HopperTile tile;
   const void* kernel[2];
@@ -26,7 +28,7 @@ struct Entry {
   int halves;
   uint32_t divides;  // bit n: K can be divided into n parts
   bool sparse;
-  float stage_clocks, tile_clocks;
+  float stage_clocks, tile_clocks, abreast;
 };
 
 template <class T>
@@ -40,7 +42,7 @@ constexpr uint32_t divisions() {
 }
 
 template <int kWarpGroups, int kBlocks, int kTokens, int kCluster, int kStages, bool kSparse = true>
-Entry make_entry(const char* name, float stage_clocks, float tile_clocks) {
+Entry make_entry(const char* name, float stage_clocks, float tile_clocks, float abreast = 1) {
   using T = Tile<true, kWarpGroups, kBlocks, kTokens, kCluster, kStages, kSparse>;
   using S = Tile<false, kWarpGroups, kBlocks, kTokens, kCluster, kStages, kSparse>;
   return {{name, T::kRows, kTokens, kCluster, kWarpGroups, kStages},
@@ -53,22 +55,23 @@ Entry make_entry(const char* name, float stage_clocks, float tile_clocks) {
           divisions<T>(),
           kSparse,
           stage_clocks,
-          tile_clocks};
+          tile_clocks,
+          abreast};
 }
 
 const Entry kEntries[] = {
-    make_entry<2, 2, 192, 2, 4>("256x192", 977, 3000),
-    make_entry<2, 1, 256, 2, 4>("128x256", 665, 2500),
-    make_entry<2, 2, 160, 2, 4>("256x160", 843, 2600),
-    make_entry<2, 2, 128, 2, 5>("256x128", 710, 2000),
-    make_entry<2, 1, 128, 2, 7>("128x128", 400, 1500),
+    make_entry<2, 2, 192, 2, 4>("256x192", 977, 3000, 0.96),
+    make_entry<2, 1, 256, 2, 4>("128x256", 665, 2500, 0.98),
+    make_entry<2, 2, 160, 2, 4>("256x160", 843, 2600, 0.95),
+    make_entry<2, 2, 128, 2, 5>("256x128", 710, 2000, 0.96),
+    make_entry<2, 1, 128, 2, 7>("128x128", 400, 1500, 1.08),
     make_entry<2, 1, 128, 4, 7>("128x128 in fours", 385, 1500),
     make_entry<2, 1, 64, 1, 5>("128x64", 300, 1000),
     make_entry<2, 1, 32, 1, 7>("128x32", 250, 800),
     make_entry<2, 1, 16, 1, 8>("128x16", 240, 800),
-    make_entry<2, 2, 192, 2, 3, false>("dense 256x192", 1520, 2900),
-    make_entry<2, 1, 256, 2, 4, false>("dense 128x256", 1040, 2500),
-    make_entry<2, 1, 128, 2, 6, false>("dense 128x128", 560, 1500),
+    make_entry<2, 2, 192, 2, 3, false>("dense 256x192", 1520, 2900, 0.97),
+    make_entry<2, 1, 256, 2, 4, false>("dense 128x256", 1040, 2500, 0.96),
+    make_entry<2, 1, 128, 2, 6, false>("dense 128x128", 560, 1500, 0.97),
     make_entry<2, 1, 64, 1, 7, false>("dense 128x64", 450, 1000),
     make_entry<2, 1, 16, 1, 10, false>("dense 128x16", 400, 800),
 };
@@ -83,11 +86,7 @@ int steps_of(const HopperArgs& a) { return std::max(2, ceil_div(columns_of(a), 2
 // Bytes of W and its metadata.
 float weight_bytes(const HopperArgs& a) { return static_cast<float>(a.out) * columns_of(a) * (is_sparse(a) ? 0.625f : 1.0f); }
 
-// Two teams that share W as well as X save energy, and so time where power binds: 2 % of a layer. Not with fewer tokens than these, nor with
-// shorter stages, whose clocks do not hide what four blocks have to tell each other (128x128: 8 % slower).
-constexpr float kAbreastTime = 0.98f;
-constexpr int kAbreastTokens = 1024;
-constexpr float kAbreastStageClocks = 500;
+constexpr int kAbreastTokens = 1024;  // with fewer, power does not bind
 
 // How the tiles of a configuration fall on teams. Abreast, two teams multiply the same rows with tokens of adjacent tiles: then `shared` are pairs
 // of tiles, and `clusters` pairs of teams.
@@ -121,8 +120,9 @@ Split cut_in_memory(const Entry& e, const HopperArgs& a, int clusters, int teams
     if (sharers <= rest || sharers > clusters || sharers > rest * steps) return;
     const float parts = 1 + static_cast<float>(rest) / sharers;
     const float move = 2 * parts * (e.partial / e.tile.cluster) / kBytesPerClock;
-    // Equal parts run through K side by side; unequal ones each read their own W and X from memory.
-    const float apart = sharers % rest ? rest * (e.tile.rows * e.tile.cluster * weight_bytes(a) / a.out + teams * e.tile.tokens * 256.0f * steps) / 2900 : 0;
+    // Equal parts run through K side by side; unequal ones each read their own W and X from memory, teams abreast at half of its rate.
+    const float bytes = rest * (e.tile.rows * e.tile.cluster * weight_bytes(a) / a.out + teams * e.tile.tokens * 256.0f * steps);
+    const float apart = sharers % rest ? teams * bytes / 2900 : 0;
     const float shared = std::max(ceil_div(rest * steps, sharers) * step, apart);
     const float clocks = waves * tile + shared + e.tile_clocks + move + kLatency;
     if (want > 0 || clocks < best.clocks) best = {waves * clusters * teams, rest, sharers, 1, 0, clocks, teams > 1};
@@ -160,9 +160,9 @@ Split split_tiles(const Entry& e, const HopperArgs& a, int multiprocessors, int 
     best = cut_in_memory(e, a, clusters, 1, a.parts > 0 ? 0 : want);
     if (want <= 0) best = divide_in_clusters(e, a, multiprocessors, best);
   }
-  if (can && (a.abreast == 2 || (a.abreast == 0 && a.M >= kAbreastTokens && e.stage_clocks >= kAbreastStageClocks))) {
+  if (can && (a.abreast == 2 || (a.abreast == 0 && a.M >= kAbreastTokens))) {
     Split abreast = cut_in_memory(e, a, clusters / 2, 2, a.parts > 0 ? 0 : want);
-    abreast.clocks *= kAbreastTime;
+    abreast.clocks *= e.abreast;
     if (a.abreast == 2 || abreast.clocks < best.clocks) best = abreast;
   }
   return best;
