@@ -106,11 +106,14 @@ int planned_teams(const Entry& e, int multiprocessors, int parts) {
   return parts == 1 ? std::max(1, fit) : fit / parts * parts;
 }
 
+// Tiles of a team along the outputs and, of `teams` abreast, along the tokens.
+int row_tiles(const Entry& e, const HopperArgs& a) { return ceil_div(a.out, e.tile.rows * e.tile.cluster); }
+int token_tiles(const Entry& e, const HopperArgs& a, int teams) { return ceil_div(a.M, teams * e.tile.tokens); }
 float tile_clocks(const Entry& e, int steps) { return steps * 2 * e.stage_clocks + e.tile_clocks; }
 
 // Whole waves first; the rest either as one more wave, or cut along K by way of memory. clusters: of `teams` teams, each with its tile.
 Split cut_in_memory(const Entry& e, const HopperArgs& a, int clusters, int teams, int want) {
-  const int tiles = ceil_div(a.out, e.tile.rows * e.tile.cluster) * ceil_div(a.M, teams * e.tile.tokens), steps = steps_of(a);
+  const int tiles = row_tiles(e, a) * token_tiles(e, a, teams), steps = steps_of(a);
   const int rest = tiles % clusters, waves = tiles / clusters;
   const float step = 2 * e.stage_clocks, tile = tile_clocks(e, steps);
   Split best{tiles * teams, 0, 0, 1, 0, (waves + (rest > 0)) * tile, teams > 1};
@@ -138,7 +141,7 @@ Split cut_in_memory(const Entry& e, const HopperArgs& a, int clusters, int teams
 
 // The last, partial wave divided along K within clusters of several teams, on as many as fit. Not better than `best`: that.
 Split divide_in_clusters(const Entry& e, const HopperArgs& a, int multiprocessors, Split best) {
-  const int tiles = ceil_div(a.out, e.tile.rows * e.tile.cluster) * ceil_div(a.M, e.tile.tokens), steps = steps_of(a);
+  const int tiles = row_tiles(e, a) * token_tiles(e, a, 1), steps = steps_of(a);
   const float meeting = 1500 + 40.0f * e.tile.tokens * e.tile.rows / 128;  // of a cluster, and sending sums around
   for (int parts : kParts) {
     if (!(e.divides >> parts & 1) || parts > steps || (a.parts > 0 && parts != a.parts)) continue;
@@ -189,7 +192,7 @@ Plan make_plan(const HopperArgs& a, int multiprocessors) {
   }
   const Entry& e = kEntries[best.config];
   const int fit = static_cast<int>((16 << 20) / (static_cast<int64_t>(e.tile.tokens) * columns_of(a)));
-  best.token_group = a.token_group > 0 ? a.token_group : std::max(1, std::min(fit, ceil_div(a.M, e.tile.tokens)));
+  best.token_group = a.token_group > 0 ? a.token_group : std::max(1, std::min(fit, token_tiles(e, a, 1)));
   return best;
 }
 
@@ -429,9 +432,9 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
   p.M = a.M;
   p.out = a.out;
   p.steps = steps_of(a);
-  p.row_tiles = ceil_div(a.out, e.tile.rows * e.tile.cluster);
-  p.token_tiles = ceil_div(a.M, split.teams_of_cluster() * e.tile.tokens);
-  const int groups = std::min(p.token_tiles, ceil_div(ceil_div(a.M, e.tile.tokens), plan.token_group));
+  p.row_tiles = row_tiles(e, a);
+  p.token_tiles = token_tiles(e, a, split.teams_of_cluster());
+  const int groups = std::min(p.token_tiles, ceil_div(token_tiles(e, a, 1), plan.token_group));
   p.group_tokens = p.token_tiles / groups;
   p.wide_groups = p.token_tiles % groups;
   p.pairs = split.abreast;
