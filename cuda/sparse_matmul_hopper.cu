@@ -329,7 +329,9 @@ cudaError_t make_ready(const HopperArgs& args, Ready* ready) {
   plan = make_plan(a, device->multiprocessors);
   const Entry& e = kEntries[plan.config];
   const int planned = planned_teams(e, device->multiprocessors, 1), clusters = std::min(planned, device->teams(plan.config, 1));
-  const bool fits = plan.split.abreast ? clusters == planned && device->fours[plan.config] > 0 : plan.split.parts == 1 ? clusters == planned : plan.split.clusters <= device->teams(plan.config, plan.split.parts);
+  bool fits = clusters == planned;
+  if (plan.split.abreast) fits = fits && device->fours[plan.config] > 0;
+  if (plan.split.parts > 1) fits = plan.split.clusters <= device->teams(plan.config, plan.split.parts);
   if (!fits || a.workspace_bytes - meta_bytes < partial_bytes(plan)) {  // fewer fit than planned for, or no room
     a.config = plan.config, a.parts = 1, a.abreast = fits && plan.split.abreast ? 2 : 1;
     plan.split = split_tiles(e, a, device->multiprocessors, clusters, 0);
