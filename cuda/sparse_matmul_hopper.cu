@@ -158,13 +158,14 @@ Split divide_in_clusters(const Entry& e, const HopperArgs& a, int multiprocessor
 // The best way for the tiles of a configuration to fall on `clusters` teams. want: HopperArgs::split.
 Split split_tiles(const Entry& e, const HopperArgs& a, int multiprocessors, int clusters, int want) {
   const bool can = e.tile.cluster == 2 && clusters > 1 && a.parts <= 1;
+  const int cut = a.parts > 0 ? 0 : want;
   Split best{};
   if (a.abreast != 2 || !can) {
-    best = cut_in_memory(e, a, clusters, 1, a.parts > 0 ? 0 : want);
+    best = cut_in_memory(e, a, clusters, 1, cut);
     if (want <= 0) best = divide_in_clusters(e, a, multiprocessors, best);
   }
   if (can && (a.abreast == 2 || (a.abreast == 0 && a.M >= kAbreastTokens))) {
-    Split abreast = cut_in_memory(e, a, clusters / 2, 2, a.parts > 0 ? 0 : want);
+    Split abreast = cut_in_memory(e, a, clusters / 2, 2, cut);
     abreast.clocks *= e.abreast;
     if (a.abreast == 2 || abreast.clocks < best.clocks) best = abreast;
   }
@@ -205,8 +206,7 @@ size_t partial_bytes(const Plan& plan) {
 struct Device {
   std::once_flag once;
   cudaError_t status = cudaErrorInitializationError;
-  int clusters[kEntryCount][9] = {};  // of so many teams, that run side by side
-  int fours[kEntryCount] = {};        // clusters of two teams that share W
+  int clusters[kEntryCount][9] = {};  // of so many teams, that run side by side; of numbers that can divide K, and of two that can share W
   int multiprocessors = 0;
 
   int teams(int config, int parts) const { return clusters[config][parts] * parts; }
@@ -215,6 +215,21 @@ struct Device {
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 EncodeTiled encode_tiled = nullptr;
 Device devices[kMaxDevices];
+
+// A launch of so many blocks in clusters of `size`, which is written into `attribute`.
+cudaLaunchConfig_t in_clusters(const Entry& e, unsigned blocks, unsigned size, cudaLaunchAttribute& attribute) {
+  attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = size;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = e.threads;
+  config.dynamicSmemBytes = e.shared;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return config;
+}
 
 cudaError_t ready_device(int id, Device& device) {
   int major = 0;
@@ -231,23 +246,11 @@ cudaError_t ready_device(int id, Device& device) {
     for (const void* kernel : e.kernel)
       if (auto s = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, e.shared)) return s;
     for (int parts = 1; parts <= 8; ++parts) {
-      const bool abreast = parts == 2 && e.tile.cluster == 2;
-      if (parts > 1 && !abreast && !(e.divides >> parts & 1)) continue;
+      if (parts > 1 && !(e.divides >> parts & 1) && !(parts == 2 && e.tile.cluster == 2)) continue;
       const unsigned size = e.tile.cluster * parts;
-      cudaLaunchAttribute attribute = {};
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = size;
-      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-      cudaLaunchConfig_t config = {};
-      config.gridDim = std::max(1u, device.multiprocessors / size) * size;
-      config.blockDim = e.threads;
-      config.dynamicSmemBytes = e.shared;
-      config.attrs = &attribute;
-      config.numAttrs = 1;
-      int fit = 0;
-      if (auto s = cudaOccupancyMaxActiveClusters(&fit, e.kernel[0], &config)) return s;
-      if (parts == 1 || e.divides >> parts & 1) device.clusters[c][parts] = fit;
-      if (abreast) device.fours[c] = fit;
+      cudaLaunchAttribute attribute;
+      const cudaLaunchConfig_t config = in_clusters(e, std::max(1u, device.multiprocessors / size) * size, size, attribute);
+      if (auto s = cudaOccupancyMaxActiveClusters(&device.clusters[c][parts], e.kernel[0], &config)) return s;
     }
     if (device.clusters[c][1] < 1) return cudaErrorNotSupported;
   }
@@ -272,16 +275,22 @@ bool make_map(CUtensorMap* map, CUtensorMapDataType type, int rank, const void* 
 
 bool aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
 
-// sharers: blocks that copy W together.
-bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta, int sharers) {
-  const cuuint64_t columns = columns_of(a), stages = metadata_stages(a.groups, a.group);
-  const cuuint32_t tokens = e.tile.tokens / e.tile.cluster, rows = e.tile.rows / sharers;
-  const cuuint64_t x_size[] = {columns, static_cast<cuuint64_t>(a.M)}, x_stride[] = {columns};
-  const cuuint64_t w_columns = e.sparse ? columns / 2 : columns;
-  const cuuint64_t w_size[] = {w_columns, static_cast<cuuint64_t>(a.out)}, w_stride[] = {w_columns};
+// W and its metadata, which so many blocks copy together.
+bool make_weight_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta, int sharers) {
+  const cuuint64_t columns = e.sparse ? columns_of(a) / 2 : columns_of(a), stages = metadata_stages(a.groups, a.group);
+  const cuuint32_t rows = e.tile.rows / sharers;
+  const cuuint64_t w_size[] = {columns, static_cast<cuuint64_t>(a.out)}, w_stride[] = {columns};
   const cuuint64_t e_size[] = {256, stages, static_cast<cuuint64_t>(ceil_div(a.out, 64))}, e_stride[] = {1024, 1024 * stages};
-  const cuuint32_t x_box[] = {128, tokens}, w_box[] = {e.sparse ? 64u * e.halves : 128u, rows};
-  const cuuint32_t e_box[] = {256, static_cast<cuuint32_t>(e.halves), rows / 64};
+  const cuuint32_t w_box[] = {e.sparse ? 64u * e.halves : 128u, rows}, e_box[] = {256, static_cast<cuuint32_t>(e.halves), rows / 64};
+  return make_map(&p.map_w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.values, w_size, w_stride, w_box,
+                  w_box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B) &&
+         (!e.sparse || make_map(&p.map_e, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, meta, e_size, e_stride, e_box, CU_TENSOR_MAP_SWIZZLE_NONE));
+}
+
+bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta) {
+  const cuuint64_t columns = columns_of(a);
+  const cuuint64_t x_size[] = {columns, static_cast<cuuint64_t>(a.M)}, x_stride[] = {columns};
+  const cuuint32_t x_box[] = {128, static_cast<cuuint32_t>(e.tile.tokens / e.tile.cluster)};
   // bfloat16 by bulk copies where a tensor map can describe y: 64 outputs, a line, of up to 32 tokens at a time.
   p.vector_stores = aligned(a.y, 16) && a.out % 8 == 0;
   p.bulk_stores = p.vector_stores && a.output == HopperOutput::kBF16;
@@ -291,9 +300,7 @@ bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta,
     if (!make_map(&p.map_y, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, y_size, y_stride, y_box, CU_TENSOR_MAP_SWIZZLE_128B)) return false;
   }
   return make_map(&p.map_x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted, x_size, x_stride, x_box, CU_TENSOR_MAP_SWIZZLE_128B) &&
-         make_map(&p.map_w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.values, w_size, w_stride, w_box,
-                  w_box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B) &&
-         (!e.sparse || make_map(&p.map_e, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, meta, e_size, e_stride, e_box, CU_TENSOR_MAP_SWIZZLE_NONE));
+         make_weight_maps(p, a, e, meta, 1);
 }
 
 // A call's plan on the current device, and what is where in its workspace.
@@ -330,7 +337,7 @@ cudaError_t make_ready(const HopperArgs& args, Ready* ready) {
   const Entry& e = kEntries[plan.config];
   const int planned = planned_teams(e, device->multiprocessors, 1), clusters = std::min(planned, device->teams(plan.config, 1));
   bool fits = clusters == planned;
-  if (plan.split.abreast) fits = fits && device->fours[plan.config] > 0;
+  if (plan.split.abreast) fits = fits && device->clusters[plan.config][2] > 0;
   if (plan.split.parts > 1) fits = plan.split.clusters <= device->teams(plan.config, plan.split.parts);
   if (!fits || a.workspace_bytes - meta_bytes < partial_bytes(plan)) {  // fewer fit than planned for, or no room
     a.config = plan.config, a.parts = 1, a.abreast = fits && plan.split.abreast ? 2 : 1;
@@ -339,7 +346,7 @@ cudaError_t make_ready(const HopperArgs& args, Ready* ready) {
   const Split& s = plan.split;
   // In whole clusters, as many teams as there is work for.
   ready->teams = s.parts > 1 ? s.clusters : std::min(s.abreast ? clusters & ~1 : clusters, std::max(s.whole, s.clusters * s.teams_of_cluster()));
-  ready->fours = s.abreast ? std::min(ready->teams / 2, device->fours[plan.config]) : 0;
+  ready->fours = s.abreast ? std::min(ready->teams / 2, device->clusters[plan.config][2]) : 0;
   static_assert(132 * 2 * 4 * sizeof(*HopperCounters::first) <= kCounterBytes);
   if (ready->counters().count * sizeof(*HopperCounters::first) > kCounterBytes) return cudaErrorInvalidValue;
   return cudaSuccess;
@@ -423,7 +430,7 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
   }
 
   Params p = {};
-  if (!make_maps(p, a, e, ready.meta, 1)) return cudaErrorInvalidValue;
+  if (!make_maps(p, a, e, ready.meta)) return cudaErrorInvalidValue;
   const Split& split = plan.split;
   p.scale_x = a.scale_x;
   p.scale_w = a.scale_w;
@@ -449,29 +456,24 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
   p.dependent = a.after_lift && a.M <= kEarlyTokens && !split.abreast;
   p.output = static_cast<int>(a.output);
 
-  // `teams` from p.first_team on in clusters of `size` blocks.
-  auto launch = [&](Params& p, int teams, int size, bool early) {
+  // `teams` from params.first_team on in clusters of `size` blocks.
+  auto launch = [&](Params& params, int teams, int size, bool early) {
     cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = size;
-    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = teams * e.tile.cluster;
-    config.blockDim = e.threads;
-    config.dynamicSmemBytes = e.shared;
+    cudaLaunchConfig_t config = in_clusters(e, teams * e.tile.cluster, size, attributes[0]);
     config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = early ? 2 : 1;
-    void* parameters[] = {&p};
-    return cudaLaunchKernelExC(&config, e.kernel[static_cast<int>(a.input)], parameters);
+    if (early) {
+      attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[1].val.programmaticStreamSerializationAllowed = 1;
+      config.numAttrs = 2;
+    }
+    void* arguments[] = {&params};
+    return cudaLaunchKernelExC(&config, e.kernel[static_cast<int>(a.input)], arguments);
   };
   p.writers = e.tile.cluster;
   if (!split.abreast) return launch(p, ready.teams, e.tile.cluster * p.parts, p.dependent);
 
   Params four = p;
-  if (!make_maps(four, a, e, ready.meta, 2)) return cudaErrorInvalidValue;
+  if (!make_weight_maps(four, a, e, ready.meta, 2)) return cudaErrorInvalidValue;
   const int left = ready.teams - 2 * ready.fours;
   four.writers = e.tile.cluster + 1;
   four.companion = kFirst;

@@ -110,16 +110,20 @@ def test_one_call_with_a_prologue_equals_two(on_hopper, rows, kind, pattern):
     np.testing.assert_array_equal(formulas.bits(one), formulas.bits(two))
 
 
+def assert_equals_the_reference(rows, columns, out, implementation):
+    w = sj.prepare(sj.pack(jax.random.normal(jax.random.key(0), (columns, out)), "6:8", dtype="int8"), implementation)
+    x = jax.random.normal(jax.random.key(1), (rows, columns), jnp.bfloat16)
+    got = jax.jit(lambda x, w: sj.linear(x, w, implementation=implementation, out_dtype=jnp.float32))(x, w)
+    want = jax.jit(lambda x, w: sj.linear(x, w, implementation="reference", out_dtype=jnp.float32))(x, w)
+    np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 4, 40, 128, 256, 512])
 @pytest.mark.parametrize(("columns", "out"), [(3584, 3584), (18944, 3584), (3584, 4608), (1536, 576)])
 def test_int8_equals_the_reference_for_few_rows(on_hopper, rows, columns, out):
     """The shapes for which teams of a cluster divide K."""
-    w = sj.prepare(sj.pack(jax.random.normal(jax.random.key(0), (columns, out)), "6:8", dtype="int8"), "hopper")
-    x = jax.random.normal(jax.random.key(1), (rows, columns), jnp.bfloat16)
-    got = jax.jit(lambda x, w: sj.linear(x, w, implementation="hopper", out_dtype=jnp.float32))(x, w)
-    want = jax.jit(lambda x, w: sj.linear(x, w, implementation="reference", out_dtype=jnp.float32))(x, w)
-    np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
+    assert_equals_the_reference(rows, columns, out, "hopper")
 
 
 # --- clusters of four that share the weights, and pairs beside them ------------------------------------------------------
@@ -130,12 +134,7 @@ def test_int8_equals_the_reference_for_few_rows(on_hopper, rows, columns, out):
 @pytest.mark.parametrize("dense", [False, True], ids=["6:8", "dense"])
 def test_int8_equals_the_reference_for_many_rows(on_hopper, rows, columns, out, dense):
     """Whole tiles, and tiles cut along K."""
-    implementation, columns = ("dense", columns // 32 * 32) if dense else ("hopper", columns)
-    w = sj.prepare(sj.pack(jax.random.normal(jax.random.key(0), (columns, out)), "6:8", dtype="int8"), implementation)
-    x = jax.random.normal(jax.random.key(1), (rows, columns), jnp.bfloat16)
-    got = jax.jit(lambda x, w: sj.linear(x, w, implementation=implementation, out_dtype=jnp.float32))(x, w)
-    want = jax.jit(lambda x, w: sj.linear(x, w, implementation="reference", out_dtype=jnp.float32))(x, w)
-    np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
+    assert_equals_the_reference(rows, columns // 32 * 32 if dense else columns, out, "dense" if dense else "hopper")
 
 
 @pytest.mark.gpu

@@ -285,7 +285,7 @@ def test_teams_of_a_cluster_divide_k(emulated, tile, parts, dtype):
 
 @pytest.mark.parametrize("resident", [MULTIPROCESSORS, 4])
 @pytest.mark.parametrize("dtype", INPUT, ids=("e4m3", "int8"))
-@pytest.mark.parametrize("tile", [name for name in TILES if name in ("256x192", "128x256", "256x160", "256x128", "128x128")])
+@pytest.mark.parametrize("tile", TILES[:5])
 def test_two_teams_share_the_weights(emulated, tile, dtype, resident):
     """In clusters of four, and the rest of the teams in pairs; whole tiles, then tiles cut along K, of which a last one is not there."""
     shape = emulated.slidejax_hopper_tile(TILES.index(tile))
