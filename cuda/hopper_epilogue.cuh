@@ -32,14 +32,14 @@ SJ_DEVICE uint32_t pack(float low, float high) {
   }
 }
 
-// Shared memory behind the stages: a warp's slots, 1 KB aligned, and a warp group's scales, of which there are two sets.
+// Shared memory behind the rings: a warp's slots, 1 KB aligned, and a warp group's scales, of which there are two sets.
 template <class T>
 SJ_DEVICE uint32_t slots(const Shared& shared, int warp) {
-  return shared.stages + T::kStages * T::kBytes + warp * T::kSlotBytes;
+  return shared.slots + warp * T::kSlotBytes;
 }
 template <class T>
 SJ_DEVICE uint32_t scales(const Shared& shared, int group, int set) {
-  return shared.stages + T::kStages * T::kBytes + T::kWarpGroups * 4 * T::kSlotBytes + (group * 2 + set) * T::kScaleBytes;
+  return shared.slots + T::kWarpGroups * 4 * T::kSlotBytes + (group * 2 + set) * T::kScaleBytes;
 }
 
 // Starts copying a tile's scale_x [tokens], scale_w and bias [outputs of the warp group]; all of its threads take part.
@@ -213,7 +213,7 @@ struct Sharer {
 };
 template <class T>
 SJ_DEVICE Sharer sharer(const Params& p, int team, uint32_t rank) {
-  return {team >> p.pairs, (team & p.pairs) * T::kCluster + static_cast<int>(rank)};
+  return {team >> p.pairs(), (team & p.pairs()) * T::kCluster + static_cast<int>(rank)};
 }
 
 // [split_clusters + split_tiles][seats][warps][quads][lane]: part `cluster` + tile of a tile's owners, 16 bytes a lane.
@@ -221,12 +221,12 @@ template <class T>
 SJ_DEVICE uint4* part_of(const Params& p, int cluster, int tile, int seat, int warp) {
   constexpr int kWarps = T::kWarpGroups * 4, kUnit = T::kBlocks * (T::kTokens / 8) * 32;
   static_assert(kUnit * 4 * kWarps == T::kPartial);
-  const size_t slot = (static_cast<size_t>(cluster + tile) * (T::kCluster << p.pairs) + seat) * kWarps + warp;
+  const size_t slot = (static_cast<size_t>(cluster + tile) * (T::kCluster << p.pairs()) + seat) * kWarps + warp;
   return reinterpret_cast<uint4*>(p.partials) + slot * kUnit + (fresh_thread() & 31);
 }
 template <class T>
 SJ_DEVICE unsigned long long* counter_of(const Params& p, int tile, int seat, int warp) {
-  return p.counters + (tile * (T::kCluster << p.pairs) + seat) * (T::kWarpGroups * 4) + warp;
+  return p.counters + (tile * (T::kCluster << p.pairs()) + seat) * (T::kWarpGroups * 4) + warp;
 }
 
 SJ_DEVICE int part_count(const Params& p, int tile) {
@@ -266,7 +266,7 @@ SJ_DEVICE void sum_job(const Params& p, const Shared& shared, int seat, int tile
   const int lane = fresh_thread() & 31, block = job / kCount, slab = job % kCount;
   const int first = owner(p, tile * p.steps), last = owner(p, (tile + 1) * p.steps - 1);
   Work work;
-  locate(p, p.whole_tiles + (tile << p.pairs) + seat / T::kCluster, work);
+  locate(p, p.whole_tiles + (tile << p.pairs()) + seat / T::kCluster, work);
   __threadfence();
   const int group_row = ((work.row_tile * T::kCluster + seat % T::kCluster) * T::kWarpGroups + (warp >> 2)) * T::kBlocks * 64;
   const int row = group_row + block * 64 + (warp & 3) * 16, token = work.token_tile * T::kTokens + slab * T::kJobTokens;
@@ -341,10 +341,10 @@ SJ_DEVICE void sum_parts(const Params& p, const Shared& shared, const Sharer& me
 // ---- Tiles whose K the teams of a cluster divide among themselves: their sums meet in shared memory. The jobs of all warps are dealt out to
 // the teams; each team sends its part of a job to the job's owner, and when all have, the same warp there adds up in the order of K.
 
-// Where part `part` of a job arrives in its owner's shared memory: in place of the stages, which no team needs any more by then.
+// Where part `part` of a job arrives in its owner's shared memory: in place of the rings, which no team needs any more by then.
 template <class T>
 SJ_DEVICE uint32_t inbox(const Shared& shared, int parts, int job, int part) {
-  return shared.stages + (job / parts * parts + part) * T::kPartBytes + (fresh_thread() & 31) * 16;
+  return shared.x.data + (job / parts * parts + part) * T::kPartBytes + (fresh_thread() & 31) * 16;
 }
 
 template <class T, class A>

@@ -9,7 +9,7 @@
 namespace slidejax::hopper {
 
 #define SJ_DEVICE __device__ __forceinline__
-#define SJ_DYNAMIC_SHARED(name) extern __shared__ uint8_t name[]
+#define SJ_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
 
 SJ_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 

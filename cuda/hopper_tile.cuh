@@ -21,7 +21,7 @@ constexpr int kParts[] = {2, 3, 4, 6, 8};
 enum Companion { kAlone, kFirst, kSecond };
 
 struct Params {
-  CUtensorMap map_x, map_w, map_e, map_y;
+  CUtensorMap map_x, map_x_end, map_w, map_e, map_y;  // end: of the tokens with which M ends within a block's share
   const float* scale_x;
   const float* scale_w;
   const float* bias;
@@ -30,25 +30,25 @@ struct Params {
   // [split_tiles][cluster][warps], zero at the start: how many parts are in memory, and from bit 32 on the jobs that were left.
   unsigned long long* counters;
   int M, out, steps;    // steps: pairs of stages along K
-  int row_tiles, token_tiles;  // of all teams; with `pairs` a token tile is that of a pair
+  int row_tiles, token_tiles;  // of all teams; with pairs() a token tile is that of a pair
   int group_tokens;     // token tiles of a group: L2 can hold their X
   int wide_groups;      // so many groups, the first, have one more
   int whole_tiles;      // the first tiles, one cluster each
-  int split_tiles;      // the others, which split_clusters clusters share; with `pairs` a pair of tiles each
+  int split_tiles;      // the others, which split_clusters clusters share; with pairs() a pair of tiles each
   int split_clusters;
   int parts;            // teams of a launched cluster; with more than one, there are no split_tiles
   int divided_tiles;    // the tiles after whole_tiles, of which the teams of a cluster each take a part of K, a tile a cluster
-  int writers;          // blocks that copy into a stage: those of the team, and one more where two teams of a cluster share W
-  int pairs;            // 1: teams 2 n and 2 n + 1 multiply the same rows with tokens of adjacent tiles; else 0
   int first_team, teams;  // this launch's first, and all of the call's
   int companion;        // Companion
-  int dependent;        // launched to begin before the kernel that writes the lifted activations has ended
   int output;           // HopperOutput
   int vector_stores;    // rows of y are 16-byte aligned
   int bulk_stores;      // y has a tensor map: bfloat16 and such rows
+
+  // 1: teams 2 n and 2 n + 1 multiply the same rows with tokens of adjacent tiles; else 0.
+  SJ_DEVICE int pairs() const { return companion != kAlone; }
 };
 
-template <bool kFp8_, int kWarpGroups_, int kBlocks_, int kTokens_, int kCluster_, int kStages_, bool kSparse_ = true>
+template <bool kFp8_, int kWarpGroups_, int kBlocks_, int kTokens_, int kCluster_, int kStages_, int kCopies_, bool kSparse_ = true>
 struct Tile {
   static constexpr bool kFp8 = kFp8_;
   static constexpr bool kSparse = kSparse_;         // W is 2:4 and has metadata; else all of its columns are there
@@ -56,39 +56,42 @@ struct Tile {
   static constexpr int kBlocks = kBlocks_;          // 64-row blocks of each
   static constexpr int kTokens = kTokens_;
   static constexpr int kCluster = kCluster_;
-  static constexpr int kStages = kStages_;
+  static constexpr int kStages = kStages_;          // of X
+  static constexpr int kCopies = kCopies_;          // of W
   static constexpr int kRows = kWarpGroups * kBlocks * 64;
   static constexpr int kThreads = (kWarpGroups + 1) * 128;
   // Of a thread, in the course of the kernel: no more than a block is launched with, or it waits for them for ever.
-  // The largest tile leaves the producer no more than its loop needs, so it begins to copy only when the activations are there.
-  static constexpr bool kEarly = kBlocks * kTokens <= 320;
-  static constexpr int kConsumerRegisters = kEarly ? 232 : 240, kProducerRegisters = kEarly ? 40 : 24;
+  static constexpr bool kLarge = kBlocks * kTokens > 320;
+  static constexpr int kConsumerRegisters = kLarge ? 240 : 232, kProducerRegisters = kLarge ? 24 : 40;
   static_assert(kWarpGroups * kConsumerRegisters + kProducerRegisters <= 65536 / kThreads / 8 * 8 * (kWarpGroups + 1));
   static constexpr bool kAbreast = kCluster == 2;  // two teams can share W
   static constexpr int kShareX = kTokens / kCluster;  // tokens that a block copies for its cluster
-  // A stage has 128 columns, or twice 128 where tiles are small: copies of 64 bytes of a row of W take as long as copies of 128.
-  static constexpr int kHalves = kSparse && kBlocks == 1 && kTokens <= 64 ? 2 : 1;
-  static constexpr int kStagesOfStep = 2 / kHalves;
-  static constexpr int kBytesX = kHalves * kTokens * 128;
-  static constexpr int kColumnsW = kSparse ? 64 * kHalves : 128;  // bytes of a row of W in a stage
-  static constexpr int kBytesW = kRows * kColumnsW;
-  static constexpr int kBytesE = kSparse ? kHalves * kRows * 16 : 0;
-  static constexpr int kBytes = kBytesX + kBytesW + kBytesE;
+  // How many times 128 columns of the product a stage of X and a copy of W have. What is copied is a row of 128 bytes, whatever it holds: a row of
+  // sparse W has them for 256 columns. A stage of X has as many where tiles are small.
+  static constexpr int kWidthX = kSparse && kBlocks == 1 && kTokens <= 64 ? 2 : 1, kWidthW = kSparse ? 2 : 1;
+  static constexpr int kBytesX = kWidthX * kTokens * 128;
+  static constexpr int kBytesW = kRows * 128;
+  static constexpr int kBytesE = kSparse ? kWidthW * kRows * 16 : 0;
+  static constexpr int kBytesCopy = kBytesW + kBytesE;
+  static constexpr int kBytesRings = kStages * kBytesX + kCopies * kBytesCopy;
+  // The rings turn together: consumers keep one place for both.
+  static constexpr bool kTied = kStages * kWidthX == kCopies * kWidthW;
   // Of a warp group: slots for slabs of tokens of 64 outputs on their way to y; and twice scale_x, scale_w and bias.
   static constexpr int kSlabTokens = std::min(kTokens, 32);
   static constexpr int kSlabBytes = kSlabTokens * 128;
-  static constexpr int kSlots = largest_divisor(kBlocks * kTokens / kSlabTokens, (!kSparse ? 8192 : kTokens == 160 ? 5 * 4096 : 16384) / kSlabBytes);
+  static constexpr int kSlots = largest_divisor(kBlocks * kTokens / kSlabTokens, (!kSparse || kTokens == 160 ? 8192 : 16384) / kSlabBytes);
   static constexpr int kSlotBytes = std::max(kSlots * kSlabBytes / 4, 2048);  // of a warp
   static constexpr int kScaleBytes = kTokens * 4 + kBlocks * 512;
-  static constexpr int kShared = 1024 + kStages * kBytes + kWarpGroups * (4 * kSlotBytes + 2 * kScaleBytes);  // 1024: alignment
+  static constexpr int kBarrierBytes = 16 * (kStages + kCopies);
+  static constexpr int kShared = kBytesRings + kWarpGroups * (4 * kSlotBytes + 2 * kScaleBytes) + kBarrierBytes + 16 * kStages;
   // What a warp stores, or adds up, alone at a time: a job. Sums of jobs from other teams arrive where the stages were, 16 bytes a lane.
   static constexpr int kJobTokens = std::min(kTokens, 32);
   static constexpr int kJobs = kWarpGroups * 4 * kBlocks * (kTokens / kJobTokens);
   static constexpr int kPartBytes = kJobTokens * 64;
-  static constexpr int kMostJobs = kStages * kBytes / kPartBytes;
+  static constexpr int kMostJobs = kBytesRings / kPartBytes;
   static constexpr bool kDivides = kCluster <= 4 && (kJobs + 1) / 2 * 2 <= kMostJobs;  // into two parts
   static constexpr int kPartial = kRows * kTokens;                                        // words
-  static_assert(kBytes % 1024 == 0 && kShared + 32 * kStages <= 227 * 1024);
+  static_assert(kBytesX % 1024 == 0 && kBytesCopy % 1024 == 0 && kSlotBytes % 1024 == 0 && kScaleBytes % 16 == 0 && kShared <= 227 * 1024);
 };
 
 // The blocks that share tokens are a team. As a rule they are a cluster; a cluster can also be launched of several teams.
@@ -107,15 +110,15 @@ SJ_DEVICE int owner(const Params& p, int step) { return ((step + 1) * p.split_cl
 // Tokens in groups of nearly the same size that L2 can hold, all rows past each group: a last group of few tokens would read all of W
 // for them (4 % for one of 2 tiles behind seven of 12).
 SJ_DEVICE void locate(const Params& p, int tile, Work& work) {
-  const int member = tile & p.pairs;
-  tile >>= p.pairs;
+  const int member = tile & p.pairs();
+  tile >>= p.pairs();
   const int wide = p.wide_groups * (p.group_tokens + 1), in_wide = wide * p.row_tiles;
   const bool is_wide = tile < in_wide;
   const int width = p.group_tokens + is_wide, per_group = width * p.row_tiles, from = is_wide ? 0 : wide;
   tile -= is_wide ? 0 : in_wide;
   const int group = tile / per_group, rest = tile - group * per_group;
   work.row_tile = rest / width;
-  work.token_tile = ((from + group * width + rest - work.row_tile * width) << p.pairs) + member;
+  work.token_tile = ((from + group * width + rest - work.row_tile * width) << p.pairs()) + member;
 }
 
 SJ_DEVICE Work find_work(const Params& p, int team, int teams, int i) {
@@ -131,12 +134,12 @@ SJ_DEVICE Work find_work(const Params& p, int team, int teams, int i) {
     work.end = (part + 1) * p.steps / p.parts;
     work.split = kDivided;
   } else {
-    const int cluster = team >> p.pairs;
+    const int cluster = team >> p.pairs();
     if (cluster >= p.split_clusters) return work;
     const int begin = share(p, cluster), end = share(p, cluster + 1);
     i -= p.whole_tiles / teams;  // a multiple of teams whenever there are shared tiles
     work.split = begin / p.steps + i;
-    tile = p.whole_tiles + (work.split << p.pairs) + (team & p.pairs);
+    tile = p.whole_tiles + (work.split << p.pairs()) + (team & p.pairs());
     work.begin = max(begin - work.split * p.steps, 0);
     work.end = max(min(end - work.split * p.steps, p.steps), work.begin);
     if (work.end - work.begin == p.steps) work.split = kWhole;
@@ -145,10 +148,37 @@ SJ_DEVICE Work find_work(const Params& p, int team, int teams, int i) {
   return work;
 }
 
-// The shared memory of a block, as addresses.
-struct Shared {
-  uint32_t stages, full, empty;  // full[s]: stage s has arrived; empty[s]: it has been read, in all blocks that share X
-  uint32_t notes;                // [stage]: first row, first token, steps and split of the work that begins there
+// A ring of buffers in shared memory, and where one is in it.
+struct Ring {
+  uint32_t data, full, empty;  // full[i]: buffer i has arrived; empty[i]: it has been read, in all blocks that have it in common
 };
+template <int kSize>
+struct Position {
+  int at = 0;
+  uint32_t parity;
+
+  SJ_DEVICE void advance() {
+    if (++at == kSize) {
+      at = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The shared memory of a block, as addresses: the rings, slots and scales (hopper_epilogue.cuh), barriers, notes.
+struct Shared {
+  Ring x, w;       // [stage]: X [width][tokens][128 bytes]; [copy]: W [rows][128 bytes], metadata [rows / 64][width][1 KB]
+  uint32_t slots;
+  uint32_t notes;  // [stage]: first row, first token, steps and split of the work that begins there
+};
+template <class T>
+SJ_DEVICE Shared make_shared(uint32_t base) {
+  const uint32_t slots = base + T::kBytesRings, barriers = slots + T::kWarpGroups * (4 * T::kSlotBytes + 2 * T::kScaleBytes);
+  const uint32_t of_w = barriers + 16 * T::kStages;
+  return {{base, barriers, barriers + 8 * T::kStages},
+          {base + T::kStages * T::kBytesX, of_w, of_w + 8 * T::kCopies},
+          slots,
+          barriers + T::kBarrierBytes};
+}
 
 }  // namespace slidejax::hopper

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kLanes * kStreamingWarps) StreamKernel(const R
   char* const stage = shared + kReductionBytes + warp * StageBytes(p.n, p.steps, sizeof(Out));
   const int64_t row_index = blockIdx.x;
   const GlobalRow<In> row(p, row_index);
-  const auto load = [&](int tile, int step) { return row.Load((tile * p.steps + step) * kLanes * kChunk + lane * kChunk); };
+  const auto load = [&](int tile, int index) { return row.Load((tile * p.steps * kLanes + index) * kChunk); };
 
   AbsMax<In> absmax;
   if constexpr (kQuantised<Out>) {
@@ -73,19 +73,19 @@ __global__ void __launch_bounds__(kLanes * kStreamingWarps) StreamKernel(const R
       bits = __float_as_uint(absmax_of_rows[row_index]) & 0x7fffffffu;
     } else {
       for (int tile = warp; tile < p.tiles; tile += warps) {
-        for (int step = 0; step < p.steps; ++step) absmax.Add(load(tile, step));
+        for (int step = 0; step < p.steps; ++step) absmax.Add(load(tile, step * kLanes + lane));
       }
       bits = BlockMax(absmax.Bits(), maxima);
     }
     const RowScale s = ScaleOf<Out>(bits);
     if (threadIdx.x == 0) p.scale[row_index] = s.scale;
     for (int tile = warp; tile < p.tiles; tile += warps) {
-      EmitTile<0, 0, true, In, Out>(p, row_index, tile, stage, s.factor, [&](int step) { return load(tile, step); });
+      EmitTile<0, 0, true, In, Out>(p, row_index, tile, stage, s.factor, [&](int index) { return load(tile, index); });
     }
   } else {
     for (int tile = warp; tile < p.tiles; tile += warps) {  // absmax only to find inf and nan
-      EmitTile<0, 0, false, In, Out>(p, row_index, tile, stage, 1.0f, [&](int step) {
-        const Chunk<In> chunk = load(tile, step);
+      EmitTile<0, 0, false, In, Out>(p, row_index, tile, stage, 1.0f, [&](int index) {
+        const Chunk<In> chunk = load(tile, index);
         absmax.Add(chunk);
         return chunk;
       });

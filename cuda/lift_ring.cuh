@@ -6,8 +6,8 @@
 //   1. waits for its tiles of the row (asynchronous copies, which a lane waits for and reads itself: no barrier),
 //   2. applies the prologue, if there is one, and finds absmax,
 //   3. agrees on it with the block's other warps: the one barrier of a row (two for norms),
-//   4. converts, lifts and stores its tiles, and as soon as a tile is read, asks for the same tile of the row that comes `stages`
-//      turns later. Reading thus goes on under the conversion and the stores.
+//   4. converts, lifts and stores its tiles, and as soon as a tile is read, asks for the one that comes `depth` tiles later, of this
+//      row's successors. Reading thus goes on under the conversion and the stores.
 // Rows that start at any address arrive as the 16-byte granules that cover them and are shifted into place in step 2.
 #ifndef SLIDEJAX_LIFT_RING_CUH_
 #define SLIDEJAX_LIFT_RING_CUH_
@@ -31,8 +31,8 @@ struct RingParams {
   int n;              // N of 2N-2:2N; 1: no lifting
   int steps;          // chunks of a lane in a tile
   int tiles;          // of a row, padding included
-  int stages;         // rows in the ring
-  int slots;          // tiles of a row that a warp has
+  int slots;          // tiles of a row that a warp has, at most
+  int depth;          // tiles in a warp's part of the ring: at least as many
   bool x_aligned;     // every row starts at a multiple of 16 bytes and ends with a whole chunk
   bool out_aligned;   // n = 1: the same for the result
   PrologueParams prologue;
@@ -54,15 +54,15 @@ __host__ __device__ constexpr int StepsOf(int n) { return TileSteps(n) == 1 ? 4 
 // ---- Shared memory ------------------------------------------------------------------------------------------------------------
 
 constexpr int kMaxWarps = 32;
-constexpr int kMaxStages = 3;  // rows in the ring; at most kMaxPending + 1
+constexpr int kMaxStages = 3;  // rows in the ring
 constexpr int kReductionBytes = 4 * kMaxWarps * 4;  // two of maxima, in turn, and two sums
 
 // A tile of x in the ring; one granule more where rows start anywhere.
 __host__ __device__ constexpr int SlotBytes(int steps, int in_bytes) { return kLanes * kChunk * steps * in_bytes + kGranule; }
 __host__ __device__ constexpr int StageBytes(int n, int steps, int out_bytes) { return TileBytes(n, steps, out_bytes) + kGranule; }
 
-inline int BlockBytes(const RingParams& p, int warps, int sources, int in_bytes, int out_bytes, int stages) {
-  const int of_warp = stages * p.slots * sources * SlotBytes(p.steps, in_bytes) + StageBytes(p.n, p.steps, out_bytes);
+inline int BlockBytes(const RingParams& p, int warps, int sources, int in_bytes, int out_bytes, int depth) {
+  const int of_warp = depth * sources * SlotBytes(p.steps, in_bytes) + StageBytes(p.n, p.steps, out_bytes);
   return kReductionBytes + warps * of_warp;
 }
 
@@ -99,27 +99,43 @@ __device__ inline void BlockSum(float (&sums)[kSums], float* words) {
 
 // ---- Ring kernel --------------------------------------------------------------------------------------------------------------
 
-// Writes one tile of results. `chunk(step)` gives the lane's columns, `stage` is the warp's own shared memory.
+// Writes one tile of results. `chunk(index)` gives the tile's chunk of that number, `stage` is the warp's own shared memory.
+// kN: N where it is known, and 8-bit results; 1 for no lifting; 0 for p.n.
 template <int kN, int kSteps, bool kClip, typename In, typename Out, typename ChunkOf>
 __device__ inline void EmitTile(const RingParams& p, int64_t row, int tile, char* stage, float factor, const ChunkOf& chunk) {
   const int n = kN ? kN : p.n, steps = kSteps ? kSteps : p.steps;
   const int lane = threadIdx.x % kLanes;
+  const auto at = [&](int step) { return chunk(step * kLanes + lane); };
   Out* const out = static_cast<Out*>(p.lifted) + row * p.lifted_columns;
   if (n == 1 && (sizeof(Out) > 1 || p.out_aligned)) {
 #pragma unroll
     for (int step = 0; step < steps; ++step) {
       const int column = (tile * steps + step) * kLanes * kChunk + lane * kChunk;
-      StoreChunk(out, column, Convert<In, Out, kClip>(chunk(step), factor), p.lifted_columns, p.out_aligned);
+      StoreChunk(out, column, Convert<In, Out, kClip>(at(step), factor), p.lifted_columns, p.out_aligned);
     }
     return;
   }
   __syncwarp();  // the tile before has left shared memory
-  Chunk<Out> next = Convert<In, Out, kClip>(chunk(0), factor);
+  if constexpr (kN > 1) {
+    constexpr int kChunks = LaneChunks(kN);
 #pragma unroll
-  for (int step = 0; step < steps; ++step) {
-    const Chunk<Out> codes = next;
-    if (step + 1 < steps) next = Convert<In, Out, kClip>(chunk(step + 1), factor);
-    StageLifted<kN>(stage, step * kLanes + lane, codes, next, n);
+    for (int part = 0; part < kSteps / kChunks; ++part) {
+      uint32_t codes[2 * kChunks];
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        const Chunk<Out> eight = Convert<In, Out, kClip>(chunk((part * kLanes + lane) * kChunks + i), factor);
+        codes[2 * i] = eight.word[0], codes[2 * i + 1] = eight.word[1];
+      }
+      StageGroups<kN>(stage, part * kLanes + lane, codes);
+    }
+  } else {
+    Chunk<Out> next = Convert<In, Out, kClip>(at(0), factor);
+#pragma unroll
+    for (int step = 0; step < steps; ++step) {
+      const Chunk<Out> codes = next;
+      if (step + 1 < steps) next = Convert<In, Out, kClip>(at(step + 1), factor);
+      StageLifted(stage, step * kLanes + lane, codes, next, n);
+    }
   }
   __syncwarp();
   const int bytes = TileBytes(n, steps, sizeof(Out));
@@ -138,7 +154,8 @@ __global__ void __launch_bounds__(kLanes * kMaxWarps) RingKernel(const RingParam
   static_assert(kQuantised<Out>);
   constexpr int kSources = Prologue::kSources;
   constexpr int kChunkBytes = kChunk * sizeof(In);
-  constexpr bool kOwnCopies = kChunkBytes == kGranule;  // a lane's chunks are what it copied itself
+  constexpr bool kOthersChunks = kN > 1 && LaneChunks(kN) > 1;                  // a lane converts chunks that another one has looked at
+  constexpr bool kOwnCopies = kChunkBytes == kGranule && !kOthersChunks;        // it reads nothing but what it copied itself
   const int steps = kSteps ? kSteps : p.steps;
   const int warps = blockDim.x / kLanes, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int count = warp < p.tiles ? (p.tiles - warp - 1) / warps + 1 : 0;  // of this warp's tiles: warp, warp + warps, ...
@@ -148,37 +165,40 @@ __global__ void __launch_bounds__(kLanes * kMaxWarps) RingKernel(const RingParam
   Begin(p);
   uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared);
   float* const sum_words = reinterpret_cast<float*>(shared) + 2 * kMaxWarps;
-  char* const ring = shared + kReductionBytes + warp * p.stages * p.slots * kSources * slot_bytes;
+  char* const ring = shared + kReductionBytes + warp * p.depth * kSources * slot_bytes;
   char* const stage_tile =
-      shared + kReductionBytes + warps * p.stages * p.slots * kSources * slot_bytes + warp * StageBytes(kN ? kN : p.n, steps, sizeof(Out));
+      shared + kReductionBytes + warps * p.depth * kSources * slot_bytes + warp * StageBytes(kN ? kN : p.n, steps, sizeof(Out));
 
-  // Asks for this warp's tile number `i` of a row.
-  const auto fill = [&](int stage, int i, int64_t row) {
+  // Asks for this warp's tile number `i` of a row, if there is such a row. A group of copies in any case.
+  const auto fill = [&](int slot, int i, int64_t row) {
+    if (row < p.rows) {
 #pragma unroll
-    for (int source = 0; source < kSources; ++source) {
-      const char* const x = static_cast<const char*>(source == 0 ? p.x : p.prologue.second) + row * row_bytes;
-      const int shift = p.x_aligned ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(x) & (kGranule - 1));
-      const int end = static_cast<int>(row_bytes) + shift;  // granules that begin before it hold a byte of the row
-      const int begin = (warp + i * warps) * tile_bytes;
-      char* const to = ring + ((stage * p.slots + i) * kSources + source) * slot_bytes;
+      for (int source = 0; source < kSources; ++source) {
+        const char* const x = static_cast<const char*>(source == 0 ? p.x : p.prologue.second) + row * row_bytes;
+        const int shift = p.x_aligned ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(x) & (kGranule - 1));
+        const int end = static_cast<int>(row_bytes) + shift;  // granules that begin before it hold a byte of the row
+        const int begin = (warp + i * warps) * tile_bytes;
+        char* const to = ring + (slot * kSources + source) * slot_bytes;
 #pragma unroll
-      for (int step = 0; step < steps; ++step) {
+        for (int step = 0; step < steps; ++step) {
 #pragma unroll
-        for (int part = 0; part < kChunkBytes; part += kGranule) {
-          const int offset = step * kLanes * kChunkBytes + part * kLanes + lane * kGranule;
-          const bool wanted = begin + offset < end;
-          CopyGranule(to + offset, x - shift + (wanted ? begin + offset : 0), wanted);
+          for (int part = 0; part < kChunkBytes; part += kGranule) {
+            const int offset = step * kLanes * kChunkBytes + part * kLanes + lane * kGranule;
+            const bool wanted = begin + offset < end;
+            CopyGranule(to + offset, x - shift + (wanted ? begin + offset : 0), wanted);
+          }
+        }
+        if (!p.x_aligned && lane == 0) {
+          const bool wanted = begin + tile_bytes < end;
+          CopyGranule(to + tile_bytes, x - shift + (wanted ? begin + tile_bytes : 0), wanted);
         }
       }
-      if (!p.x_aligned && lane == 0) {
-        const bool wanted = begin + tile_bytes < end;
-        CopyGranule(to + tile_bytes, x - shift + (wanted ? begin + tile_bytes : 0), wanted);
-      }
     }
+    CommitCopies();
   };
-  const auto chunk_at = [&](int stage, int i, int source, int step) {
-    return reinterpret_cast<uint4*>(ring + ((stage * p.slots + i) * kSources + source) * slot_bytes +
-                                    (step * kLanes + lane) * kChunkBytes);
+  // The granules of chunk number `index` of the tile in a slot.
+  const auto chunk_at = [&](int slot, int source, int index) {
+    return reinterpret_cast<uint4*>(ring + (slot * kSources + source) * slot_bytes + index * kChunkBytes);
   };
   const auto read = [](const uint4* from) {
     Chunk<In> chunk;
@@ -195,73 +215,77 @@ __global__ void __launch_bounds__(kLanes * kMaxWarps) RingKernel(const RingParam
       to[i] = {chunk.word[4 * i], chunk.word[4 * i + 1], chunk.word[4 * i + 2], chunk.word[4 * i + 3]};
     }
   };
-  const auto column_of = [&](int i, int step) { return ((warp + i * warps) * steps + step) * kLanes * kChunk + lane * kChunk; };
+  const auto column_of = [&](int i, int index) { return ((warp + i * warps) * steps * kLanes + index) * kChunk; };
 
   const int64_t stride = gridDim.x;
-  for (int stage = 0; stage < p.stages; ++stage) {
-    const int64_t row = blockIdx.x + stage * stride;
-    if (row < p.rows) {
-      for (int i = 0; i < count; ++i) fill(stage, i, row);
-    }
-    CommitCopies();
-  }
-  int stage = 0, turn = 0;
+  int next = 0;  // what is to be asked for: this tile of this row
+  int64_t next_row = blockIdx.x;
+  const auto refill = [&](int slot) {
+    fill(slot, next, next_row);
+    if (++next == count) next = 0, next_row += stride;
+  };
+  for (int slot = 0; slot < p.depth; ++slot) refill(slot);
+  const auto after = [&](int slot) { return slot + 1 == p.depth ? 0 : slot + 1; };
+  int first = 0, turn = 0;  // slot of the row's first tile
   for (int64_t row = blockIdx.x; row < p.rows; row += stride) {
-    WaitForCopies(p.stages - 1);
-    if (!kOwnCopies || !p.x_aligned) __syncwarp();  // a chunk's second granule is another lane's copy
+    WaitForCopies(min(p.depth - count, kMaxPending));
+    if (!kOwnCopies || !p.x_aligned) __syncwarp();
     const int shift = static_cast<int>((reinterpret_cast<uintptr_t>(p.x) + row * row_bytes) & (kGranule - 1));
-    // The lane's chunk as x has it.
-    const auto raw = [&](int i, int source, int step) {
-      const uint4* const at = chunk_at(stage, i, source, step);
+    // A chunk of the row's i-th tile as x has it.
+    const auto raw = [&](int slot, int i, int source, int index) {
+      const uint4* const at = chunk_at(slot, source, index);
       if (p.x_aligned) return read(at);
-      return Masked(Shifted<In>(shift, [&](int granule) { return at[granule]; }), p.columns - column_of(i, step));
+      return Masked(Shifted<In>(shift, [&](int granule) { return at[granule]; }), p.columns - column_of(i, index));
     };
-    // Puts a chunk where `raw` read it, from now on in place.
-    const auto put = [&](int i, int step, const Chunk<In>& chunk) {
+    // Puts the lane's chunk where `raw` read it, from now on in place.
+    const auto put = [&](int slot, int index, const Chunk<In>& chunk) {
       if (!p.x_aligned) __syncwarp();
-      write(chunk_at(stage, i, 0, step), chunk);
+      write(chunk_at(slot, 0, index), chunk);
     };
 
     Prologue prologue;
+    int slot = first;
     if constexpr (Prologue::kSums > 0) {
       float sums[Prologue::kSums] = {};
-      for (int i = 0; i < count; ++i) {
+      for (int i = 0; i < count; ++i, slot = after(slot)) {
 #pragma unroll
         for (int step = 0; step < steps; ++step) {
-          const Chunk<In> x = raw(i, 0, step);
+          const int index = step * kLanes + lane;
+          const Chunk<In> x = raw(slot, i, 0, index);
           prologue.Sum(x, sums);
-          if (!p.x_aligned) put(i, step, x);
+          if (!p.x_aligned) put(slot, index, x);
         }
       }
       BlockSum(sums, sum_words);
       prologue.Finish(sums, p.prologue);
+      slot = first;
     }
     AbsMax<In> absmax;
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < count; ++i, slot = after(slot)) {
 #pragma unroll
       for (int step = 0; step < steps; ++step) {
-        Chunk<In> x = Prologue::kSums > 0 ? read(chunk_at(stage, i, 0, step)) : raw(i, 0, step);
+        const int index = step * kLanes + lane;
+        Chunk<In> x = Prologue::kSums > 0 ? read(chunk_at(slot, 0, index)) : raw(slot, i, 0, index);
         if constexpr (kChanges) {
           Chunk<In> second = {};
-          if constexpr (kSources > 1) second = raw(i, 1, step);
-          x = prologue.Apply(x, second, column_of(i, step), p.prologue);
+          if constexpr (kSources > 1) second = raw(slot, i, 1, index);
+          x = prologue.Apply(x, second, column_of(i, index), p.prologue);
         }
         absmax.Add(x);
-        if (kChanges || !p.x_aligned) put(i, step, x);
+        if (kChanges || !p.x_aligned) put(slot, index, x);
       }
     }
+    if (kOthersChunks) __syncwarp();
     const RowScale s = ScaleOf<Out>(BlockMax(absmax.Bits(), maxima + turn * kMaxWarps));
     if (threadIdx.x == 0) p.scale[row] = s.scale;
 
-    const int64_t next = row + p.stages * stride;
-    for (int i = 0; i < count; ++i) {
-      EmitTile<kN, kSteps, false, In, Out>(p, row, warp + i * warps, stage_tile, s.factor,
-                                           [&](int step) { return read(chunk_at(stage, i, 0, step)); });
+    slot = first;
+    for (int i = 0; i < count; ++i, slot = after(slot)) {
+      EmitTile<kN, kSteps, false, In, Out>(p, row, warp + i * warps, stage_tile, s.factor, [&](int index) { return read(chunk_at(slot, 0, index)); });
       if (!kOwnCopies) __syncwarp();
-      if (next < p.rows) fill(stage, i, next);
+      refill(slot);
     }
-    CommitCopies();
-    stage = stage + 1 == p.stages ? 0 : stage + 1;
+    first = slot;
     turn ^= 1;
   }
 }
@@ -292,7 +316,7 @@ inline cudaError_t CurrentDevice(RingDevice* device) {
   return cudaSuccess;
 }
 
-// Warps of a block, and blocks of a multiprocessor. Fills p.stages and p.slots; returns 0 warps if a row does not fit.
+// Warps of a block, and blocks of a multiprocessor. Fills p.slots and p.depth; returns 0 warps if a row does not fit.
 struct RingGeometry {
   int warps;
   int blocks;
@@ -322,12 +346,22 @@ inline RingGeometry ChooseGeometry(RingParams& p, int sources, int in_bytes, int
   // Four blocks on a multiprocessor hide each other's copies; fewer, or rows that are shifted or gated first, want the next row on its way.
   int most = blocks >= 4 && sources == 1 && p.x_aligned ? 1 : kMaxStages;
   most = static_cast<int>(std::min<int64_t>(most, (p.rows + device.multiprocessors * blocks - 1) / (device.multiprocessors * blocks)));
-  for (p.stages = most; p.stages > 1; --p.stages) {
-    const int needed = bytes(warps, p.stages);
-    if (needed <= device.shared_of_block && blocks * (needed + kReserved) <= device.shared_of_multiprocessor) break;
+  const auto deepest = [&] {
+    const auto fits = [&](int needed) {
+      return needed <= device.shared_of_block && blocks * (needed + kReserved) <= device.shared_of_multiprocessor;
+    };
+    bytes(warps, 1);  // p.slots
+    for (p.depth = std::min(most * p.slots, p.slots + kMaxPending); p.depth > p.slots && !fits(bytes(warps, p.depth)); --p.depth) {
+    }
+  };
+  deepest();
+  // Where a row leaves room for no more, fewer staged tiles.
+  while (warps > kFewestWarps &&
+         (bytes(warps, p.depth) > device.shared_of_block || (p.depth == p.slots && most > 1 && warps > 2 * kFewestWarps))) {
+    warps = even(warps / 2);
+    deepest();
   }
-  while (bytes(warps, p.stages) > device.shared_of_block && warps > kFewestWarps) warps = even(warps / 2);  // fewer staged tiles
-  const int needed = bytes(warps, p.stages);
+  const int needed = bytes(warps, p.depth);
   if (needed > device.shared_of_block) return {0, 0, 0};
   return {warps, std::max(1, std::min(blocks, device.shared_of_multiprocessor / (needed + kReserved))), needed};
 }

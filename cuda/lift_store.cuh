@@ -22,7 +22,7 @@ __host__ __device__ constexpr int TileBytes(int n, int steps, int out_bytes) {
 
 // Writes chunk number `index` of a tile, lifted, to the tile's shared memory. Called by whole warps; `next`: what lane 0 has at the
 // next index of lane 31 (anything after the last chunk of a tile, whose last pair begins no window).
-template <int kN, typename Out>
+template <typename Out>
 __device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c, const Chunk<Out>& next, int n) {
   if (n <= 2) {  // for 2:4 lifting is the identity
     if constexpr (sizeof(Out) == 1) reinterpret_cast<uint2*>(tile)[index] = {c.word[0], c.word[1]};
@@ -39,19 +39,14 @@ __device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c, c
   if constexpr (sizeof(Out) == 1) {
     const uint32_t straddling = __byte_perm(c.word[0], c.word[1], 0x5432);
     uint32_t* window = reinterpret_cast<uint32_t*>(tile) + first - group;
-    if constexpr (kN == 4) {  // a chunk is a group; stride of 3 words: no bank conflicts
-      window[0] = c.word[0];
-      window[1] = straddling;
-      window[2] = c.word[1];
-    } else {  // a window is a word, and begins with every pair but a group's last; the other half of the last is the next lane's
-      const int lane = index % kLanes;
-      const uint32_t after = __shfl_sync(kFullMask, lane == 0 ? next.word[0] : c.word[0], (lane + 1) % kLanes);
-      const uint32_t words[4] = {c.word[0], straddling, c.word[1], __byte_perm(c.word[1], after, 0x5432)};
+    // A window is a word, and begins with every pair but a group's last; the other half of the last is the next lane's.
+    const int lane = index % kLanes;
+    const uint32_t after = __shfl_sync(kFullMask, lane == 0 ? next.word[0] : c.word[0], (lane + 1) % kLanes);
+    const uint32_t words[4] = {c.word[0], straddling, c.word[1], __byte_perm(c.word[1], after, 0x5432)};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (place < n - 1) *window++ = words[i];
-        if (++place == n) place = 0;
-      }
+    for (int i = 0; i < 4; ++i) {
+      if (place < n - 1) *window++ = words[i];
+      if (++place == n) place = 0;
     }
   } else {
     using Pair = std::conditional_t<sizeof(Out) == 2, uint32_t, uint2>;
@@ -66,6 +61,30 @@ __device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c, c
       slot += 2;
       if (++place == n) place = 0, slot -= 2;
     }
+  }
+}
+
+// Chunks of a lane that are whole groups: it makes their windows by itself.
+__host__ __device__ constexpr int LaneChunks(int n) { return n % 4 == 0 ? n / 4 : n % 2 == 0 ? n / 2 : n; }
+
+// Writes the windows of LaneChunks(kN) chunks of codes to a tile's shared memory; `index`: their number in the tile.
+template <int kN>
+__device__ inline void StageGroups(char* tile, int index, const uint32_t (&codes)[2 * LaneChunks(kN)]) {
+  constexpr int kGroups = 4 * LaneChunks(kN) / kN, kWords = kGroups * (kN - 1);
+  uint32_t windows[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int pair = i / (kN - 1) * kN + i % (kN - 1);
+    windows[i] = pair % 2 == 0 ? codes[pair / 2] : __byte_perm(codes[pair / 2], codes[pair / 2 + 1], 0x5432);
+  }
+  constexpr int kBytes = kWords % 4 == 0 ? 16 : kWords % 2 == 0 ? 8 : 4;
+  using Unit = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
+  Unit* const to = reinterpret_cast<Unit*>(tile + index * kWords * 4);
+#pragma unroll
+  for (int i = 0; i < kWords * 4 / kBytes; ++i) {
+    if constexpr (kBytes == 16) to[i] = {windows[4 * i], windows[4 * i + 1], windows[4 * i + 2], windows[4 * i + 3]};
+    else if constexpr (kBytes == 8) to[i] = {windows[2 * i], windows[2 * i + 1]};
+    else to[i] = windows[i];
   }
 }
 

@@ -25,7 +25,7 @@ struct Entry {
   HopperTile tile;
   const void* kernel[2];
   int threads, shared, partial, slab_tokens;
-  int halves;
+  int width;  // times 128 columns in a copy of W
   uint32_t divides;  // bit n: K can be divided into n parts
   bool sparse;
   float stage_clocks, tile_clocks, abreast;
@@ -41,17 +41,17 @@ constexpr uint32_t divisions() {
   return all;
 }
 
-template <int kWarpGroups, int kBlocks, int kTokens, int kCluster, int kStages, bool kSparse = true>
+template <int kWarpGroups, int kBlocks, int kTokens, int kCluster, int kStages, int kCopies, bool kSparse = true>
 Entry make_entry(const char* name, float stage_clocks, float tile_clocks, float abreast = 1) {
-  using T = Tile<true, kWarpGroups, kBlocks, kTokens, kCluster, kStages, kSparse>;
-  using S = Tile<false, kWarpGroups, kBlocks, kTokens, kCluster, kStages, kSparse>;
+  using T = Tile<true, kWarpGroups, kBlocks, kTokens, kCluster, kStages, kCopies, kSparse>;
+  using S = Tile<false, kWarpGroups, kBlocks, kTokens, kCluster, kStages, kCopies, kSparse>;
   return {{name, T::kRows, kTokens, kCluster, kWarpGroups, kStages},
           {reinterpret_cast<const void*>(sparse_matmul_kernel<T>), reinterpret_cast<const void*>(sparse_matmul_kernel<S>)},
           T::kThreads,
           T::kShared,
           T::kPartial * kCluster * 4,
           T::kSlabTokens,
-          T::kHalves,
+          T::kWidthW,
           divisions<T>(),
           kSparse,
           stage_clocks,
@@ -60,20 +60,20 @@ Entry make_entry(const char* name, float stage_clocks, float tile_clocks, float 
 }
 
 const Entry kEntries[] = {
-    make_entry<2, 2, 192, 2, 4>("256x192", 977, 3000, 0.96),
-    make_entry<2, 1, 256, 2, 4>("128x256", 665, 2500, 0.98),
-    make_entry<2, 2, 160, 2, 4>("256x160", 843, 2600, 0.95),
-    make_entry<2, 2, 128, 2, 5>("256x128", 710, 2000, 0.96),
-    make_entry<2, 1, 128, 2, 7>("128x128", 400, 1500, 1.08),
-    make_entry<2, 1, 128, 4, 7>("128x128 in fours", 385, 1500),
-    make_entry<2, 1, 64, 1, 5>("128x64", 300, 1000),
-    make_entry<2, 1, 32, 1, 7>("128x32", 250, 800),
-    make_entry<2, 1, 16, 1, 8>("128x16", 240, 800),
-    make_entry<2, 2, 192, 2, 3, false>("dense 256x192", 1520, 2900, 0.97),
-    make_entry<2, 1, 256, 2, 4, false>("dense 128x256", 1040, 2500, 0.96),
-    make_entry<2, 1, 128, 2, 6, false>("dense 128x128", 560, 1500, 0.97),
-    make_entry<2, 1, 64, 1, 7, false>("dense 128x64", 450, 1000),
-    make_entry<2, 1, 16, 1, 10, false>("dense 128x16", 400, 800),
+    make_entry<2, 2, 192, 2, 4, 2>("256x192", 977, 3000, 0.96),
+    make_entry<2, 1, 256, 2, 4, 3>("128x256", 665, 2500, 0.98),
+    make_entry<2, 2, 160, 2, 4, 3>("256x160", 843, 2600, 0.95),
+    make_entry<2, 2, 128, 2, 4, 3>("256x128", 710, 2000, 0.96),
+    make_entry<2, 1, 128, 2, 6, 4>("128x128", 400, 1500, 1.08),
+    make_entry<2, 1, 128, 4, 6, 4>("128x128 in fours", 385, 1500),
+    make_entry<2, 1, 64, 1, 5, 6>("128x64", 300, 1000),
+    make_entry<2, 1, 32, 1, 7, 7>("128x32", 250, 800),
+    make_entry<2, 1, 16, 1, 8, 8>("128x16", 240, 800),
+    make_entry<2, 2, 192, 2, 3, 3, false>("dense 256x192", 1520, 2900, 0.97),
+    make_entry<2, 1, 256, 2, 4, 4, false>("dense 128x256", 1040, 2500, 0.96),
+    make_entry<2, 1, 128, 2, 6, 6, false>("dense 128x128", 560, 1500, 0.97),
+    make_entry<2, 1, 64, 1, 7, 7, false>("dense 128x64", 450, 1000),
+    make_entry<2, 1, 16, 1, 10, 10, false>("dense 128x16", 400, 800),
 };
 constexpr int kEntryCount = sizeof(kEntries) / sizeof(kEntries[0]);
 
@@ -281,16 +281,15 @@ bool make_weight_maps(Params& p, const HopperArgs& a, const Entry& e, const void
   const cuuint32_t rows = e.tile.rows / sharers;
   const cuuint64_t w_size[] = {columns, static_cast<cuuint64_t>(a.out)}, w_stride[] = {columns};
   const cuuint64_t e_size[] = {256, stages, static_cast<cuuint64_t>(ceil_div(a.out, 64))}, e_stride[] = {1024, 1024 * stages};
-  const cuuint32_t w_box[] = {e.sparse ? 64u * e.halves : 128u, rows}, e_box[] = {256, static_cast<cuuint32_t>(e.halves), rows / 64};
-  return make_map(&p.map_w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.values, w_size, w_stride, w_box,
-                  w_box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B) &&
+  const cuuint32_t w_box[] = {128, rows}, e_box[] = {256, static_cast<cuuint32_t>(e.width), rows / 64};
+  return make_map(&p.map_w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.values, w_size, w_stride, w_box, CU_TENSOR_MAP_SWIZZLE_128B) &&
          (!e.sparse || make_map(&p.map_e, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, meta, e_size, e_stride, e_box, CU_TENSOR_MAP_SWIZZLE_NONE));
 }
 
 bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta) {
   const cuuint64_t columns = columns_of(a);
   const cuuint64_t x_size[] = {columns, static_cast<cuuint64_t>(a.M)}, x_stride[] = {columns};
-  const cuuint32_t x_box[] = {128, static_cast<cuuint32_t>(e.tile.tokens / e.tile.cluster)};
+  const cuuint32_t x_box[] = {128, static_cast<cuuint32_t>(e.tile.tokens / e.tile.cluster)}, x_end[] = {128, a.M % x_box[1]};
   // bfloat16 by bulk copies where a tensor map can describe y: 64 outputs, a line, of up to 32 tokens at a time.
   p.vector_stores = aligned(a.y, 16) && a.out % 8 == 0;
   p.bulk_stores = p.vector_stores && a.output == HopperOutput::kBF16;
@@ -300,6 +299,7 @@ bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta)
     if (!make_map(&p.map_y, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, y_size, y_stride, y_box, CU_TENSOR_MAP_SWIZZLE_128B)) return false;
   }
   return make_map(&p.map_x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted, x_size, x_stride, x_box, CU_TENSOR_MAP_SWIZZLE_128B) &&
+         (x_end[1] == 0 || make_map(&p.map_x_end, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted, x_size, x_stride, x_end, CU_TENSOR_MAP_SWIZZLE_128B)) &&
          make_weight_maps(p, a, e, meta, 1);
 }
 
@@ -446,14 +446,12 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
   const int groups = std::min(p.token_tiles, ceil_div(token_tiles(e, a, 1), plan.token_group));
   p.group_tokens = p.token_tiles / groups;
   p.wide_groups = p.token_tiles % groups;
-  p.pairs = split.abreast;
   p.whole_tiles = split.whole;
   p.split_tiles = split.shared;
   p.split_clusters = p.split_tiles > 0 ? split.clusters : 0;
   p.parts = split.parts;
   p.divided_tiles = split.divided;
   p.teams = ready.teams;
-  p.dependent = a.after_lift && a.M <= kEarlyTokens && !split.abreast;
   p.output = static_cast<int>(a.output);
 
   // `teams` from params.first_team on in clusters of `size` blocks.
@@ -469,13 +467,11 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
     void* arguments[] = {&params};
     return cudaLaunchKernelExC(&config, e.kernel[static_cast<int>(a.input)], arguments);
   };
-  p.writers = e.tile.cluster;
-  if (!split.abreast) return launch(p, ready.teams, e.tile.cluster * p.parts, p.dependent);
+  if (!split.abreast) return launch(p, ready.teams, e.tile.cluster * p.parts, a.after_lift && a.M <= kEarlyTokens);
 
   Params four = p;
   if (!make_weight_maps(four, a, e, ready.meta, 2)) return cudaErrorInvalidValue;
   const int left = ready.teams - 2 * ready.fours;
-  four.writers = e.tile.cluster + 1;
   four.companion = kFirst;
   if (auto s = launch(four, 2 * ready.fours, 2 * e.tile.cluster, false)) return s;
   p.first_team = 2 * ready.fours;

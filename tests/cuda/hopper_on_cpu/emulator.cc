@@ -152,7 +152,7 @@ void wait_until(const char* what, std::function<bool()> ready) {
 }
 void later(std::function<void()> job) { jobs.push_back(std::move(job)); }
 uint32_t shared_offset(const void* variable) {
-  if (variable == nullptr) return 0x1830;  // not even aligned
+  if (variable == nullptr) return 0x400;  // as it is for kernels without static variables
   static std::map<const void*, uint32_t> offsets;  // of variables of up to 256 bytes, of all kernels
   const auto [found, fresh] = offsets.try_emplace(variable, 0x400 + 256 * static_cast<uint32_t>(offsets.size() % 16));
   return found->second;
