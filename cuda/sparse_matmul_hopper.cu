@@ -119,6 +119,7 @@ Split cut_in_memory(const Entry& e, const HopperArgs& a, int clusters, int teams
   Split best{tiles * teams, 0, 0, 1, 0, (waves + (rest > 0)) * tile, teams > 1};
   if (rest == 0 || want == 0) return best;
   const float kBytesPerClock = 24, kLatency = 6500;  // of a multiprocessor, partial sums both ways; clearing the counters and waiting
+  const float late = a.M < kAbreastTokens ? 2 : 1;    // measured with 80 to 896 tokens, docs/hopper-kernel.md
   auto consider = [&](int sharers) {
     if (sharers <= rest || sharers > clusters || sharers > rest * steps) return;
     const float parts = 1 + static_cast<float>(rest) / sharers;
@@ -127,7 +128,7 @@ Split cut_in_memory(const Entry& e, const HopperArgs& a, int clusters, int teams
     const float bytes = rest * (e.tile.rows * e.tile.cluster * weight_bytes(a) / a.out + teams * e.tile.tokens * 256.0f * steps);
     const float apart = sharers % rest ? teams * bytes / 2900 : 0;
     const float shared = std::max(ceil_div(rest * steps, sharers) * step, apart);
-    const float clocks = waves * tile + shared + e.tile_clocks + move + kLatency;
+    const float clocks = waves * tile + late * (shared + e.tile_clocks + move + kLatency);
     if (want > 0 || clocks < best.clocks) best = {waves * clusters * teams, rest, sharers, 1, 0, clocks, teams > 1};
   };
   if (want > 0) {
