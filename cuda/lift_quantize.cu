@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kLanes * kStreamingWarps) StreamKernel(const R
   Begin(p);
   uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared);
   const int warps = blockDim.x / kLanes, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  char* const stage = shared + kReductionBytes + warp * StageBytes(p.n, p.steps, sizeof(Out));
+  char* const stage = shared + kReductionBytes + warp * StageBytes(p, p.n, p.steps, sizeof(Out));
   const int64_t row_index = blockIdx.x;
   const GlobalRow<In> row(p, row_index);
   const auto load = [&](int tile, int index) { return row.Load((tile * p.steps * kLanes + index) * kChunk); };
@@ -101,7 +101,7 @@ namespace {
 template <typename In, typename Out>
 cudaError_t LaunchStream(RingParams p, const float* absmax, cudaStream_t stream) {
   const int warps = std::min(p.tiles, kStreamingWarps);
-  const int bytes = kReductionBytes + warps * StageBytes(p.n, p.steps, sizeof(Out));
+  const int bytes = kReductionBytes + warps * StageBytes(p, p.n, p.steps, sizeof(Out));
   const auto kernel = StreamKernel<In, Out>;
   if (bytes > 48 * 1024) {
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

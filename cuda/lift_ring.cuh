@@ -8,7 +8,8 @@
 //   3. agrees on it with the block's other warps: the one barrier of a row (two for norms),
 //   4. converts, lifts and stores its tiles, and as soon as a tile is read, asks for the one that comes `depth` tiles later, of this
 //      row's successors. Reading thus goes on under the conversion and the stores.
-// Rows that start at any address arrive as the 16-byte granules that cover them and are shifted into place in step 2.
+// Rows that start at any address arrive as the 16-byte granules that cover them, from the beginning of a line on so that each copy of
+// a warp is whole lines, and are shifted into place in step 2.
 #ifndef SLIDEJAX_LIFT_RING_CUH_
 #define SLIDEJAX_LIFT_RING_CUH_
 
@@ -31,8 +32,8 @@ struct RingParams {
   int n;              // N of 2N-2:2N; 1: no lifting
   int steps;          // chunks of a lane in a tile
   int tiles;          // of a row, padding included
-  int slots;          // tiles of a row that a warp has, at most
-  int depth;          // tiles in a warp's part of the ring: at least as many
+  int depth;          // tiles in a warp's part of the ring: at least as many as it has of a row
+  int pad;            // bytes between tiles in the ring
   bool x_aligned;     // every row starts at a multiple of 16 bytes and ends with a whole chunk
   bool out_aligned;   // n = 1: the same for the result
   PrologueParams prologue;
@@ -57,12 +58,18 @@ constexpr int kMaxWarps = 32;
 constexpr int kMaxStages = 3;  // rows in the ring
 constexpr int kReductionBytes = 4 * kMaxWarps * 4;  // two of maxima, in turn, and two sums
 
-// A tile of x in the ring; one granule more where rows start anywhere.
-__host__ __device__ constexpr int SlotBytes(int steps, int in_bytes) { return kLanes * kChunk * steps * in_bytes + kGranule; }
-__host__ __device__ constexpr int StageBytes(int n, int steps, int out_bytes) { return TileBytes(n, steps, out_bytes) + kGranule; }
+// A tile of x in the ring, and one of results: whole lines, which warps copy and read the fastest. One more where they are shifted.
+constexpr int kLine = 128;
+__host__ __device__ inline int SlotBytes(const RingParams& p, int steps, int in_bytes) {
+  return kLanes * kChunk * steps * in_bytes + p.pad;
+}
+__host__ __device__ inline int StageBytes(const RingParams& p, int n, int steps, int out_bytes) {
+  if (n == 1 && (out_bytes > 1 || p.out_aligned)) return 0;  // not staged
+  return TileBytes(n, steps, out_bytes) + (n == 1 ? kLine : 0);
+}
 
 inline int BlockBytes(const RingParams& p, int warps, int sources, int in_bytes, int out_bytes, int depth) {
-  const int of_warp = depth * sources * SlotBytes(p.steps, in_bytes) + StageBytes(p.n, p.steps, out_bytes);
+  const int of_warp = depth * sources * SlotBytes(p, p.steps, in_bytes) + StageBytes(p, p.n, p.steps, out_bytes);
   return kReductionBytes + warps * of_warp;
 }
 
@@ -159,7 +166,7 @@ __global__ void __launch_bounds__(kLanes * kMaxWarps) RingKernel(const RingParam
   const int steps = kSteps ? kSteps : p.steps;
   const int warps = blockDim.x / kLanes, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int count = warp < p.tiles ? (p.tiles - warp - 1) / warps + 1 : 0;  // of this warp's tiles: warp, warp + warps, ...
-  const int slot_bytes = SlotBytes(steps, sizeof(In)), tile_bytes = slot_bytes - kGranule;
+  const int slot_bytes = SlotBytes(p, steps, sizeof(In)), tile_bytes = kLanes * kChunkBytes * steps;
   const int64_t row_bytes = static_cast<int64_t>(p.columns) * sizeof(In);
 
   Begin(p);
@@ -167,31 +174,31 @@ __global__ void __launch_bounds__(kLanes * kMaxWarps) RingKernel(const RingParam
   float* const sum_words = reinterpret_cast<float*>(shared) + 2 * kMaxWarps;
   char* const ring = shared + kReductionBytes + warp * p.depth * kSources * slot_bytes;
   char* const stage_tile =
-      shared + kReductionBytes + warps * p.depth * kSources * slot_bytes + warp * StageBytes(kN ? kN : p.n, steps, sizeof(Out));
+      shared + kReductionBytes + warps * p.depth * kSources * slot_bytes + warp * StageBytes(p, kN ? kN : p.n, steps, sizeof(Out));
 
+  // Where a row begins, in its first line.
+  const auto row_of = [&](int source, int64_t row) { return static_cast<const char*>(source == 0 ? p.x : p.prologue.second) + row * row_bytes; };
+  const auto shift_of = [](const char* x) { return static_cast<int>(reinterpret_cast<uintptr_t>(x) % kLine); };
   // Asks for this warp's tile number `i` of a row, if there is such a row. A group of copies in any case.
   const auto fill = [&](int slot, int i, int64_t row) {
     if (row < p.rows) {
 #pragma unroll
       for (int source = 0; source < kSources; ++source) {
-        const char* const x = static_cast<const char*>(source == 0 ? p.x : p.prologue.second) + row * row_bytes;
-        const int shift = p.x_aligned ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(x) & (kGranule - 1));
-        const int end = static_cast<int>(row_bytes) + shift;  // granules that begin before it hold a byte of the row
+        const char* const x = row_of(source, row);
+        const int shift = p.x_aligned ? 0 : shift_of(x);
+        const int first = shift / kGranule * kGranule, end = shift + static_cast<int>(row_bytes);  // these granules hold a byte of the row
         const int begin = (warp + i * warps) * tile_bytes;
         char* const to = ring + (slot * kSources + source) * slot_bytes;
+        const auto copy = [&](int offset) {
+          const bool wanted = static_cast<unsigned>(begin + offset - first) < static_cast<unsigned>(end - first);
+          CopyGranule(to + offset, x - shift + (wanted ? begin + offset : first), wanted);
+        };
 #pragma unroll
         for (int step = 0; step < steps; ++step) {
 #pragma unroll
-          for (int part = 0; part < kChunkBytes; part += kGranule) {
-            const int offset = step * kLanes * kChunkBytes + part * kLanes + lane * kGranule;
-            const bool wanted = begin + offset < end;
-            CopyGranule(to + offset, x - shift + (wanted ? begin + offset : 0), wanted);
-          }
+          for (int part = 0; part < kChunkBytes; part += kGranule) copy(step * kLanes * kChunkBytes + part * kLanes + lane * kGranule);
         }
-        if (!p.x_aligned && lane == 0) {
-          const bool wanted = begin + tile_bytes < end;
-          CopyGranule(to + tile_bytes, x - shift + (wanted ? begin + tile_bytes : 0), wanted);
-        }
+        if (!p.x_aligned && lane < kLine / kGranule) copy(tile_bytes + lane * kGranule);
       }
     }
     CommitCopies();
@@ -230,12 +237,13 @@ __global__ void __launch_bounds__(kLanes * kMaxWarps) RingKernel(const RingParam
   for (int64_t row = blockIdx.x; row < p.rows; row += stride) {
     WaitForCopies(min(p.depth - count, kMaxPending));
     if (!kOwnCopies || !p.x_aligned) __syncwarp();
-    const int shift = static_cast<int>((reinterpret_cast<uintptr_t>(p.x) + row * row_bytes) & (kGranule - 1));
     // A chunk of the row's i-th tile as x has it.
     const auto raw = [&](int slot, int i, int source, int index) {
-      const uint4* const at = chunk_at(slot, source, index);
+      const uint4* at = chunk_at(slot, source, index);
       if (p.x_aligned) return read(at);
-      return Masked(Shifted<In>(shift, [&](int granule) { return at[granule]; }), p.columns - column_of(i, index));
+      const int shift = shift_of(row_of(source, row));
+      at += shift / kGranule;
+      return Masked(Shifted<In>(shift % kGranule, [&](int granule) { return at[granule]; }), p.columns - column_of(i, index));
     };
     // Puts the lane's chunk where `raw` read it, from now on in place.
     const auto put = [&](int slot, int index, const Chunk<In>& chunk) {
@@ -316,54 +324,81 @@ inline cudaError_t CurrentDevice(RingDevice* device) {
   return cudaSuccess;
 }
 
-// Warps of a block, and blocks of a multiprocessor. Fills p.slots and p.depth; returns 0 warps if a row does not fit.
+// Warps of a block, and blocks of a multiprocessor. Fills p.depth; returns 0 warps if a row does not fit.
 struct RingGeometry {
   int warps;
   int blocks;
   int bytes;
 };
 
+// Measured, docs/measurements.md. All want enough bytes on their way; what is asked for further ahead only comes between the stores.
 inline RingGeometry ChooseGeometry(RingParams& p, int sources, int in_bytes, int out_bytes, const RingDevice& device) {
   constexpr int kReserved = 1024;  // of shared memory, for each block
   constexpr int kWarpsOfMultiprocessor = 32;
   constexpr int kFewestWarps = 4;
-  const auto bytes = [&](int warps, int stages) {
-    p.slots = (p.tiles + warps - 1) / warps;
-    return BlockBytes(p, warps, sources, in_bytes, out_bytes, stages);
+  constexpr int kManyRows = 16;  // of a multiprocessor
+  const auto slots = [&](int warps) { return (p.tiles + warps - 1) / warps; };  // tiles of a row that a warp has, at most
+  const auto even = [&](int warps) {                                           // no more warps than share the tiles evenly
+    return slots(slots(std::max(1, std::min(warps, p.tiles))));
   };
-  const auto even = [&](int warps) {  // no more warps than share the tiles evenly
-    const int slots = (p.tiles + warps - 1) / warps;
-    return (p.tiles + slots - 1) / slots;
-  };
-  // As many blocks as leave each two rows, at most one for each warp.
-  const int64_t row_bytes = static_cast<int64_t>(p.tiles) * sources * SlotBytes(p.steps, in_bytes);
-  int blocks = 1;
-  while (blocks < kWarpsOfMultiprocessor && 2 * (2 * blocks) * row_bytes <= device.shared_of_multiprocessor) blocks *= 2;
-  int warps = kWarpsOfMultiprocessor / blocks;
+  const auto bytes = [&](int warps, int depth) { return BlockBytes(p, warps, sources, in_bytes, out_bytes, depth); };
+  const int64_t tile_bytes = sources * SlotBytes(p, p.steps, in_bytes), row_bytes = p.tiles * tile_bytes;
   const int64_t fewest_rows = p.rows / device.multiprocessors;  // of a multiprocessor
-  if (fewest_rows < blocks) warps = static_cast<int>(kWarpsOfMultiprocessor / std::max<int64_t>(1, fewest_rows));
-  warps = even(std::max(1, std::min(warps, p.tiles)));
-  // Four blocks on a multiprocessor hide each other's copies; fewer, or rows that are shifted or gated first, want the next row on its way.
-  int most = blocks >= 4 && sources == 1 && p.x_aligned ? 1 : kMaxStages;
-  most = static_cast<int>(std::min<int64_t>(most, (p.rows + device.multiprocessors * blocks - 1) / (device.multiprocessors * blocks)));
-  const auto deepest = [&] {
-    const auto fits = [&](int needed) {
-      return needed <= device.shared_of_block && blocks * (needed + kReserved) <= device.shared_of_multiprocessor;
-    };
-    bytes(warps, 1);  // p.slots
-    for (p.depth = std::min(most * p.slots, p.slots + kMaxPending); p.depth > p.slots && !fits(bytes(warps, p.depth)); --p.depth) {
+  const bool normed = p.prologue.weight != nullptr, busy = normed || sources > 1 || !p.x_aligned;
+  int blocks = 1, warps, most = kMaxStages;
+  int64_t ahead = device.shared_of_multiprocessor;  // bytes asked for, of a multiprocessor, its rows' own included
+  if (busy) {
+    // Rows are shifted, gated or normed before they are converted: all warps work, on a row for each block.
+    warps = even(std::min(p.tiles > 7 * sources ? (p.tiles + 1) / 2 : p.tiles, kWarpsOfMultiprocessor));
+    blocks = kWarpsOfMultiprocessor / warps;
+    if (normed && p.x_aligned) most = 1;
+  } else if (fewest_rows >= kManyRows) {
+    // One block of rows that are long, three of shorter ones, else as many as hold 64 KB.
+    const bool even_chunks = p.n % 4 == 0;  // N: it decides how a warp's chunks fall on its lanes
+    ahead = 88 << 10;
+    if (row_bytes >= (even_chunks ? 21 : 32) << 10) {
+      warps = even(kWarpsOfMultiprocessor / 2);
+      if (row_bytes <= ahead && 2 * row_bytes > ahead) warps = even(kWarpsOfMultiprocessor / 3), ahead = 104 << 10;
+    } else if (row_bytes >= (even_chunks ? 16 : 20) << 10) {
+      blocks = 3;
+      warps = even((p.tiles + 1) / 2);
+    } else {
+      blocks = static_cast<int>(std::min<int64_t>(((64 << 10) + row_bytes / 2) / row_bytes, kWarpsOfMultiprocessor));
+      warps = even(kWarpsOfMultiprocessor / blocks);
+      most = 1;
     }
+  } else {
+    // As many blocks as leave each two rows. Four hide each other's copies.
+    while (blocks < kWarpsOfMultiprocessor && 4 * blocks * row_bytes <= device.shared_of_multiprocessor) blocks *= 2;
+    warps = even(kWarpsOfMultiprocessor / blocks);
+    if (blocks >= 4) most = 1;
+  }
+  if (fewest_rows < blocks) warps = even(static_cast<int>(kWarpsOfMultiprocessor / std::max<int64_t>(1, fewest_rows)));
+  const auto fits = [&](int needed) {
+    return needed <= device.shared_of_block && blocks * (needed + kReserved) <= device.shared_of_multiprocessor;
+  };
+  int rows_ahead;  // of a block, its own row included
+  const auto deepest = [&] {
+    const int own = slots(warps);
+    while (!fits(bytes(warps, own)) && blocks > 1) --blocks;
+    const int64_t waves = (p.rows + device.multiprocessors * blocks - 1) / (device.multiprocessors * blocks);
+    rows_ahead = static_cast<int>(std::min<int64_t>(most, waves));
+    p.depth = std::min(rows_ahead * own, own + kMaxPending);
+    const auto too_deep = [&] {
+      return !fits(bytes(warps, p.depth)) || ((blocks > 1 || p.depth > own + 1) && blocks * warps * p.depth * tile_bytes > ahead);
+    };
+    while (p.depth > own && too_deep()) --p.depth;
   };
   deepest();
   // Where a row leaves room for no more, fewer staged tiles.
-  while (warps > kFewestWarps &&
-         (bytes(warps, p.depth) > device.shared_of_block || (p.depth == p.slots && most > 1 && warps > 2 * kFewestWarps))) {
-    warps = even(warps / 2);
-    deepest();
+  const auto halved = [&] { return even(warps / 2); };
+  while (warps > 1 && !fits(bytes(warps, p.depth))) warps = halved(), deepest();
+  while (blocks == 1 && p.depth == slots(warps) && rows_ahead > 1 && warps > 2 * kFewestWarps && fits(bytes(halved(), slots(halved())))) {
+    warps = halved(), deepest();
   }
   const int needed = bytes(warps, p.depth);
   if (needed > device.shared_of_block) return {0, 0, 0};
-  return {warps, std::max(1, std::min(blocks, device.shared_of_multiprocessor / (needed + kReserved))), needed};
+  return {warps, blocks, needed};
 }
 
 template <typename In, typename Out, int kN, typename Prologue>
@@ -430,6 +465,7 @@ inline RingParams RingParamsOf(const LiftArgs& a) {
   p.tiles = static_cast<int>(std::max<int64_t>(1, (padded + tile_columns - 1) / tile_columns));
   const auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % kGranule == 0; };
   p.x_aligned = a.columns % kChunk == 0 && aligned(a.x) && aligned(a.up);  // up is nullptr where there is none
+  p.pad = p.x_aligned ? 0 : kLine;
   p.out_aligned = a.lifted_columns % kChunk == 0 && aligned(a.lifted);
   p.prologue = {a.up, a.weight, a.bias, a.eps, 1.0f / static_cast<float>(a.columns), p.columns, a.activation};
   p.counters = a.counters, p.counter_count = a.counter_count;

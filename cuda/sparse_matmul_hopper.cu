@@ -65,14 +65,14 @@ const Entry kEntries[] = {
     make_entry<2, 2, 160, 2, 4, 3>("256x160", 843, 2600, 0.95),
     make_entry<2, 2, 128, 2, 4, 3>("256x128", 710, 2000, 0.96),
     make_entry<2, 1, 128, 2, 6, 4>("128x128", 400, 1500, 1.08),
-    make_entry<2, 1, 128, 4, 6, 4>("128x128 in fours", 385, 1500),
-    make_entry<2, 1, 64, 1, 5, 6>("128x64", 300, 1000),
-    make_entry<2, 1, 32, 1, 7, 7>("128x32", 250, 800),
-    make_entry<2, 1, 16, 1, 8, 8>("128x16", 240, 800),
+    make_entry<2, 1, 128, 4, 6, 4>("128x128 in fours", 395, 1500),
+    make_entry<2, 1, 64, 1, 5, 6>("128x64", 255, 1000),
+    make_entry<2, 1, 32, 1, 7, 7>("128x32", 240, 800),
+    make_entry<2, 1, 16, 1, 8, 8>("128x16", 200, 800),
     make_entry<2, 2, 192, 2, 3, 3, false>("dense 256x192", 1520, 2900, 0.97),
     make_entry<2, 1, 256, 2, 4, 4, false>("dense 128x256", 1040, 2500, 0.96),
     make_entry<2, 1, 128, 2, 6, 6, false>("dense 128x128", 560, 1500, 0.97),
-    make_entry<2, 1, 64, 1, 7, 7, false>("dense 128x64", 450, 1000),
+    make_entry<2, 1, 64, 1, 7, 7, false>("dense 128x64", 340, 1000),
     make_entry<2, 1, 16, 1, 10, 10, false>("dense 128x16", 400, 800),
 };
 constexpr int kEntryCount = sizeof(kEntries) / sizeof(kEntries[0]);
@@ -87,6 +87,7 @@ int steps_of(const HopperArgs& a) { return std::max(2, ceil_div(columns_of(a), 2
 float weight_bytes(const HopperArgs& a) { return static_cast<float>(a.out) * columns_of(a) * (is_sparse(a) ? 0.625f : 1.0f); }
 
 constexpr int kAbreastTokens = 1024;  // with fewer, power does not bind
+constexpr int kFewTokens = 64;        // up to here no larger tile was ever faster
 
 // How the tiles of a configuration fall on teams. Abreast, two teams multiply the same rows with tokens of adjacent tiles: then `shared` are pairs
 // of tiles, and `clusters` pairs of teams.
@@ -109,13 +110,22 @@ int planned_teams(const Entry& e, int multiprocessors, int parts) {
 // Tiles of a team along the outputs and, of `teams` abreast, along the tokens.
 int row_tiles(const Entry& e, const HopperArgs& a) { return ceil_div(a.out, e.tile.rows * e.tile.cluster); }
 int token_tiles(const Entry& e, const HopperArgs& a, int teams) { return ceil_div(a.M, teams * e.tile.tokens); }
-float tile_clocks(const Entry& e, int steps) { return steps * 2 * e.stage_clocks + e.tile_clocks; }
+
+// A step of two stages, with so many blocks side by side, of teams of which `teams` share W: no faster than L2 gives all of them what each reads of it.
+float step_clocks(const Entry& e, const HopperArgs& a, int blocks, int teams) {
+  const float kBytesPerClock = 5500;
+  const float x = 128.0f * e.tile.tokens / e.tile.cluster, w = (e.sparse ? 72.0f : 128.0f) * e.tile.rows / teams;
+  // Where power does not bind, the tile with the longest stages hides the least of what each wave waits for.
+  const float exposed = a.M < kAbreastTokens && e.tile.rows * e.tile.tokens >= 256 * 192 ? 1.1f : 1;
+  return 2 * std::max(e.stage_clocks * exposed, (x + w) * blocks / kBytesPerClock);
+}
 
 // Whole waves first; the rest either as one more wave, or cut along K by way of memory. clusters: of `teams` teams, each with its tile.
 Split cut_in_memory(const Entry& e, const HopperArgs& a, int clusters, int teams, int want) {
   const int tiles = row_tiles(e, a) * token_tiles(e, a, teams), steps = steps_of(a);
-  const int rest = tiles % clusters, waves = tiles / clusters;
-  const float step = 2 * e.stage_clocks, tile = tile_clocks(e, steps);
+  const int rest = tiles % clusters, waves = tiles / clusters, blocks = e.tile.cluster * teams;
+  auto step_of = [&](int side_by_side) { return step_clocks(e, a, side_by_side * blocks, teams); };
+  const float tile = steps * step_of(std::min(tiles, clusters)) + e.tile_clocks;
   Split best{tiles * teams, 0, 0, 1, 0, (waves + (rest > 0)) * tile, teams > 1};
   if (rest == 0 || want == 0) return best;
   const float kBytesPerClock = 24, kLatency = 6500;  // of a multiprocessor, partial sums both ways; clearing the counters and waiting
@@ -127,7 +137,7 @@ Split cut_in_memory(const Entry& e, const HopperArgs& a, int clusters, int teams
     // Equal parts run through K side by side; unequal ones each read their own W and X from memory, teams abreast at half of its rate.
     const float bytes = rest * (e.tile.rows * e.tile.cluster * weight_bytes(a) / a.out + teams * e.tile.tokens * 256.0f * steps);
     const float apart = sharers % rest ? teams * bytes / 2900 : 0;
-    const float shared = std::max(ceil_div(rest * steps, sharers) * step, apart);
+    const float shared = std::max(ceil_div(rest * steps, sharers) * step_of(sharers), apart);
     const float clocks = waves * tile + late * (shared + e.tile_clocks + move + kLatency);
     if (want > 0 || clocks < best.clocks) best = {waves * clusters * teams, rest, sharers, 1, 0, clocks, teams > 1};
   };
@@ -150,7 +160,8 @@ Split divide_in_clusters(const Entry& e, const HopperArgs& a, int multiprocessor
     if (teams == 0) continue;
     const int full = tiles / teams, divided = tiles % teams;
     if (divided == 0 || divided > teams / parts) continue;
-    const float clocks = full * tile_clocks(e, steps) + ceil_div(steps, parts) * 2 * e.stage_clocks + e.tile_clocks + meeting;
+    const float step = step_clocks(e, a, (full > 0 ? teams : divided * parts) * e.tile.cluster, 1);
+    const float clocks = full * (steps * step + e.tile_clocks) + ceil_div(steps, parts) * step + e.tile_clocks + meeting;
     if (a.parts > 0 || clocks < best.clocks) best = {full * teams, 0, full > 0 ? teams : divided * parts, parts, divided, clocks};
   }
   return best;
@@ -184,6 +195,7 @@ Plan make_plan(const HopperArgs& a, int multiprocessors) {
   for (int c = 0; c < kEntryCount; ++c) {
     const Entry& e = kEntries[c];
     if (e.sparse != is_sparse(a) || (a.config >= 0 && a.config != c)) continue;
+    if (a.config < 0 && a.M <= kFewTokens && e.tile.tokens > kFewTokens) continue;
     const Split split = split_tiles(e, a, multiprocessors, planned_teams(e, multiprocessors, 1), a.split);
     // Weights once for every token tile that does not fit beside the others; at 1.4 GHz a clock moves about 2.9 KB.
     const float time = std::max(split.clocks, weight_bytes(a) / 2900.0f) + 0.1f * split.clocks;
