@@ -35,22 +35,25 @@ def library(tmp_path_factory):
     return ctypes.CDLL(str(target))
 
 
-def in_memory(array, around=0xCD):
-    """The array's bytes at an aligned address with something else around them: (all of it, the bytes)."""
-    whole = np.full(array.nbytes + 128, around, np.uint8)
-    begin = 32 + -whole.ctypes.data % 32
+LINE = 128
+
+
+def in_memory(array, at=32, around=0xCD):
+    """The array's bytes, from byte `at` of a line of memory on, with something else around them: (all of it, the bytes)."""
+    whole = np.full(array.nbytes + 3 * LINE, around, np.uint8)
+    begin = LINE + (at - whole.ctypes.data) % LINE
     part = whole[begin : begin + array.nbytes]
     part[:] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
     return whole, part
 
 
 def run(library, x, group, dtype, absmax=None, *, prologue=None, activation="silu", up=None, weight=None, bias=None, eps=1e-6,
-        width=None, multiprocessors=1, shared=H100, seed=0):  # fmt: skip
-    """Codes and scales; the seed also says when copies arrive."""
+        width=None, multiprocessors=1, shared=H100, seed=0, at=(32, 32)):  # fmt: skip
+    """Codes and scales; the seed also says when copies arrive. at: where in a line of memory x and up begin."""
     (rows, columns), dtype = x.shape, np.dtype(dtype)
     if width is None:
         width = formulas.lift(np.zeros((1, columns), np.int8), group).shape[1]
-    kept = [in_memory(a) if a is not None else None for a in (x, absmax, up, weight, bias)]
+    kept = [in_memory(a, begin) if a is not None else None for a, begin in ((x, at[0]), (absmax, 32), (up, at[1]), (weight, 32), (bias, 32))]
     pointers = [ctypes.c_void_p(k[1].ctypes.data) if k is not None else None for k in kept]
     whole, lifted = in_memory(np.full(rows * width * dtype.itemsize, 0xCD, np.uint8))
     scale = np.full(rows, -7, np.float32)
@@ -113,6 +116,25 @@ def test_many_rows_of_several_warps(library, columns):
     x = formulas.values(40, columns, BF16)
     for seed in range(4):
         check(library, x, 8, np.int8, seed=seed)
+
+
+@pytest.mark.parametrize("columns", [1024, 5120, 8192, 8200, 11008, 23000, 28672])
+def test_many_rows_of_every_length(library, columns):
+    """Of as many as keep a multiprocessor busy: blocks, warps and depth are chosen by a row's bytes."""
+    x = formulas.values(18, columns, BF16)
+    for seed, group in enumerate((0, 6, 8)):
+        check(library, x, group, np.int8, seed=seed)
+
+
+@pytest.mark.parametrize("at", [(0, 0), (16, 112), (112, 0), (48, 64)])
+def test_rows_begin_anywhere_in_a_line_of_memory(library, at):
+    rng = np.random.default_rng(0)
+    for seed, columns in enumerate((512, 515, 3583)):
+        x, up = (rng.standard_normal((5, columns)).astype(BF16) for _ in range(2))
+        for group in (0, 8):
+            check(library, x, group, np.int8, seed=seed, at=at)
+            for prologue, arguments in (("glu", {"up": up}), ("rms_norm", {"weight": np.ones(columns, np.float32)})):
+                check_prologue(library, prologue, x, group, np.int8, launch={"seed": seed, "at": at}, **arguments)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, E4M3, BF16], ids=lambda d: np.dtype(d).name)
