@@ -68,8 +68,8 @@ __host__ __device__ inline int StageBytes(const RingParams& p, int n, int steps,
   return TileBytes(n, steps, out_bytes) + (n == 1 ? kLine : 0);
 }
 
-inline int BlockBytes(const RingParams& p, int warps, int sources, int in_bytes, int out_bytes, int depth) {
-  const int of_warp = depth * sources * SlotBytes(p, p.steps, in_bytes) + StageBytes(p, p.n, p.steps, out_bytes);
+inline int64_t BlockBytes(const RingParams& p, int warps, int sources, int in_bytes, int out_bytes, int depth) {
+  const int64_t of_warp = static_cast<int64_t>(depth) * sources * SlotBytes(p, p.steps, in_bytes) + StageBytes(p, p.n, p.steps, out_bytes);
   return kReductionBytes + warps * of_warp;
 }
 
@@ -324,6 +324,57 @@ inline cudaError_t CurrentDevice(RingDevice* device) {
   return cudaSuccess;
 }
 
+// Tiles of a row that a warp has, at most; and no more warps than share them evenly.
+inline int TilesOfWarp(const RingParams& p, int warps) { return (p.tiles + warps - 1) / warps; }
+inline int EvenWarps(const RingParams& p, int warps) { return TilesOfWarp(p, TilesOfWarp(p, std::max(1, std::min(warps, p.tiles)))); }
+
+// What a multiprocessor works best with if all of it fits: measured, docs/measurements.md. It wants enough bytes on their way, and
+// what is asked for further ahead only comes between the stores.
+struct RingWish {
+  int blocks;
+  int warps;      // of a block
+  int rows;       // of a block that are in the ring at once, at most
+  int64_t ahead;  // bytes of the rings of all blocks, at most
+};
+
+inline RingWish WishFor(const RingParams& p, int sources, int64_t row_bytes, const RingDevice& device) {
+  constexpr int kWarps = 32;
+  constexpr int kManyRows = 16;
+  const int64_t all = device.shared_of_multiprocessor, fewest_rows = p.rows / device.multiprocessors;
+  const auto even = [&](int warps) { return EvenWarps(p, warps); };
+  RingWish wish = {1, 1, kMaxStages, all};
+  const bool normed = p.prologue.weight != nullptr;
+  if (normed || sources > 1 || !p.x_aligned) {
+    // Rows are shifted, gated or normed before they are converted: all warps work, on a row for each block.
+    wish.warps = even(std::min(p.tiles > 7 * sources ? (p.tiles + 1) / 2 : p.tiles, kWarps));
+    wish.blocks = kWarps / wish.warps;
+    if (normed && p.x_aligned) wish.rows = 1;
+  } else if (fewest_rows >= kManyRows) {
+    // One block of rows that are long, three of shorter ones, else as many as hold 64 KB.
+    const bool fours = p.n % 4 == 0;  // N: it decides how a warp's chunks fall on its lanes
+    wish.ahead = 88 << 10;
+    if (row_bytes >= (fours ? 21 : 32) << 10) {
+      const bool two_are_too_many = row_bytes <= wish.ahead && 2 * row_bytes > wish.ahead;
+      wish.warps = even(two_are_too_many ? kWarps / 3 : kWarps / 2);
+      if (two_are_too_many) wish.ahead = 104 << 10;
+    } else if (row_bytes >= (fours ? 16 : 20) << 10) {
+      wish.blocks = 3;
+      wish.warps = even((p.tiles + 1) / 2);
+    } else {
+      wish.blocks = static_cast<int>(std::min<int64_t>(((64 << 10) + row_bytes / 2) / row_bytes, kWarps));
+      wish.warps = even(kWarps / wish.blocks);
+      wish.rows = 1;
+    }
+  } else {
+    // As many blocks as leave each two rows. Four hide each other's copies.
+    while (wish.blocks < kWarps && 4 * wish.blocks * row_bytes <= all) wish.blocks *= 2;
+    wish.warps = even(kWarps / wish.blocks);
+    if (wish.blocks >= 4) wish.rows = 1;
+  }
+  if (fewest_rows < wish.blocks) wish.warps = even(static_cast<int>(kWarps / std::max<int64_t>(1, fewest_rows)));
+  return wish;
+}
+
 // Warps of a block, and blocks of a multiprocessor. Fills p.depth; returns 0 warps if a row does not fit.
 struct RingGeometry {
   int warps;
@@ -331,74 +382,37 @@ struct RingGeometry {
   int bytes;
 };
 
-// Measured, docs/measurements.md. All want enough bytes on their way; what is asked for further ahead only comes between the stores.
 inline RingGeometry ChooseGeometry(RingParams& p, int sources, int in_bytes, int out_bytes, const RingDevice& device) {
   constexpr int kReserved = 1024;  // of shared memory, for each block
-  constexpr int kWarpsOfMultiprocessor = 32;
-  constexpr int kFewestWarps = 4;
-  constexpr int kManyRows = 16;  // of a multiprocessor
-  const auto slots = [&](int warps) { return (p.tiles + warps - 1) / warps; };  // tiles of a row that a warp has, at most
-  const auto even = [&](int warps) {                                           // no more warps than share the tiles evenly
-    return slots(slots(std::max(1, std::min(warps, p.tiles))));
-  };
+  constexpr int kFewWarps = 8;
+  const int64_t tile_bytes = sources * SlotBytes(p, p.steps, in_bytes);
+  const RingWish wish = WishFor(p, sources, p.tiles * tile_bytes, device);
+  int blocks = wish.blocks, warps = wish.warps, rows;  // rows: of a block, in the ring at once
   const auto bytes = [&](int warps, int depth) { return BlockBytes(p, warps, sources, in_bytes, out_bytes, depth); };
-  const int64_t tile_bytes = sources * SlotBytes(p, p.steps, in_bytes), row_bytes = p.tiles * tile_bytes;
-  const int64_t fewest_rows = p.rows / device.multiprocessors;  // of a multiprocessor
-  const bool normed = p.prologue.weight != nullptr, busy = normed || sources > 1 || !p.x_aligned;
-  int blocks = 1, warps, most = kMaxStages;
-  int64_t ahead = device.shared_of_multiprocessor;  // bytes asked for, of a multiprocessor, its rows' own included
-  if (busy) {
-    // Rows are shifted, gated or normed before they are converted: all warps work, on a row for each block.
-    warps = even(std::min(p.tiles > 7 * sources ? (p.tiles + 1) / 2 : p.tiles, kWarpsOfMultiprocessor));
-    blocks = kWarpsOfMultiprocessor / warps;
-    if (normed && p.x_aligned) most = 1;
-  } else if (fewest_rows >= kManyRows) {
-    // One block of rows that are long, three of shorter ones, else as many as hold 64 KB.
-    const bool even_chunks = p.n % 4 == 0;  // N: it decides how a warp's chunks fall on its lanes
-    ahead = 88 << 10;
-    if (row_bytes >= (even_chunks ? 21 : 32) << 10) {
-      warps = even(kWarpsOfMultiprocessor / 2);
-      if (row_bytes <= ahead && 2 * row_bytes > ahead) warps = even(kWarpsOfMultiprocessor / 3), ahead = 104 << 10;
-    } else if (row_bytes >= (even_chunks ? 16 : 20) << 10) {
-      blocks = 3;
-      warps = even((p.tiles + 1) / 2);
-    } else {
-      blocks = static_cast<int>(std::min<int64_t>(((64 << 10) + row_bytes / 2) / row_bytes, kWarpsOfMultiprocessor));
-      warps = even(kWarpsOfMultiprocessor / blocks);
-      most = 1;
-    }
-  } else {
-    // As many blocks as leave each two rows. Four hide each other's copies.
-    while (blocks < kWarpsOfMultiprocessor && 4 * blocks * row_bytes <= device.shared_of_multiprocessor) blocks *= 2;
-    warps = even(kWarpsOfMultiprocessor / blocks);
-    if (blocks >= 4) most = 1;
-  }
-  if (fewest_rows < blocks) warps = even(static_cast<int>(kWarpsOfMultiprocessor / std::max<int64_t>(1, fewest_rows)));
-  const auto fits = [&](int needed) {
+  const auto fits = [&](int64_t needed) {
     return needed <= device.shared_of_block && blocks * (needed + kReserved) <= device.shared_of_multiprocessor;
   };
-  int rows_ahead;  // of a block, its own row included
   const auto deepest = [&] {
-    const int own = slots(warps);
+    const int own = TilesOfWarp(p, warps);
     while (!fits(bytes(warps, own)) && blocks > 1) --blocks;
     const int64_t waves = (p.rows + device.multiprocessors * blocks - 1) / (device.multiprocessors * blocks);
-    rows_ahead = static_cast<int>(std::min<int64_t>(most, waves));
-    p.depth = std::min(rows_ahead * own, own + kMaxPending);
+    rows = static_cast<int>(std::min<int64_t>(wish.rows, waves));
+    p.depth = std::min(rows * own, own + kMaxPending);
     const auto too_deep = [&] {
-      return !fits(bytes(warps, p.depth)) || ((blocks > 1 || p.depth > own + 1) && blocks * warps * p.depth * tile_bytes > ahead);
+      const bool nothing_ahead = blocks == 1 && p.depth <= own + 1;  // if it were less
+      return !fits(bytes(warps, p.depth)) || (!nothing_ahead && blocks * warps * p.depth * tile_bytes > wish.ahead);
     };
     while (p.depth > own && too_deep()) --p.depth;
   };
+  const auto halve = [&] { warps = EvenWarps(p, warps / 2), deepest(); };
   deepest();
   // Where a row leaves room for no more, fewer staged tiles.
-  const auto halved = [&] { return even(warps / 2); };
-  while (warps > 1 && !fits(bytes(warps, p.depth))) warps = halved(), deepest();
-  while (blocks == 1 && p.depth == slots(warps) && rows_ahead > 1 && warps > 2 * kFewestWarps && fits(bytes(halved(), slots(halved())))) {
-    warps = halved(), deepest();
-  }
-  const int needed = bytes(warps, p.depth);
+  while (warps > 1 && !fits(bytes(warps, p.depth))) halve();
+  const auto halved_fits = [&] { return fits(bytes(EvenWarps(p, warps / 2), TilesOfWarp(p, EvenWarps(p, warps / 2)))); };
+  while (blocks == 1 && warps > kFewWarps && rows > 1 && p.depth == TilesOfWarp(p, warps) && halved_fits()) halve();
+  const int64_t needed = bytes(warps, p.depth);
   if (needed > device.shared_of_block) return {0, 0, 0};
-  return {warps, blocks, needed};
+  return {warps, blocks, static_cast<int>(needed)};
 }
 
 template <typename In, typename Out, int kN, typename Prologue>
