@@ -84,7 +84,7 @@ struct Tile {
   static constexpr int kScaleBytes = kTokens * 4 + kBlocks * 512;
   static constexpr int kBarrierBytes = 16 * (kStages + kCopies);
   static constexpr int kShared = kBytesRings + kWarpGroups * (4 * kSlotBytes + 2 * kScaleBytes) + kBarrierBytes + 16 * kStages;
-  // What a warp stores, or adds up, alone at a time: a job. Sums of jobs from other teams arrive where the stages were, 16 bytes a lane.
+  // What a warp stores, or adds up, alone at a time: a job. Sums of jobs from other teams arrive where the rings were, 16 bytes a lane.
   static constexpr int kJobTokens = std::min(kTokens, 32);
   static constexpr int kJobs = kWarpGroups * 4 * kBlocks * (kTokens / kJobTokens);
   static constexpr int kPartBytes = kJobTokens * 64;

@@ -8,7 +8,8 @@
 
 namespace slidejax {
 
-constexpr int kGranule = 16;  // bytes of one asynchronous copy
+constexpr int kGranule = 16;    // bytes of one asynchronous copy
+constexpr int kMaxPending = 7;  // groups of copies that a wait can leave under way
 
 #ifdef __CUDACC__  // else tests/cuda/lift_on_cpu brings its own
 
@@ -28,7 +29,6 @@ __device__ inline void LetNextBegin() {
 __device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits for all of the thread's groups of copies but the latest `pending`, at most kMaxPending.
-constexpr int kMaxPending = 7;
 __device__ inline void WaitForCopies(int pending) {
   switch (pending) {
     case 0: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;

@@ -33,7 +33,6 @@ struct RingParams {
   int steps;          // chunks of a lane in a tile
   int tiles;          // of a row, padding included
   int depth;          // tiles in a warp's part of the ring: at least as many as it has of a row
-  int pad;            // bytes between tiles in the ring
   bool x_aligned;     // every row starts at a multiple of 16 bytes and ends with a whole chunk
   bool out_aligned;   // n = 1: the same for the result
   PrologueParams prologue;
@@ -61,7 +60,7 @@ constexpr int kReductionBytes = 4 * kMaxWarps * 4;  // two of maxima, in turn, a
 // A tile of x in the ring, and one of results: whole lines, which warps copy and read the fastest. One more where they are shifted.
 constexpr int kLine = 128;
 __host__ __device__ inline int SlotBytes(const RingParams& p, int steps, int in_bytes) {
-  return kLanes * kChunk * steps * in_bytes + p.pad;
+  return kLanes * kChunk * steps * in_bytes + (p.x_aligned ? 0 : kLine);
 }
 __host__ __device__ inline int StageBytes(const RingParams& p, int n, int steps, int out_bytes) {
   if (n == 1 && (out_bytes > 1 || p.out_aligned)) return 0;  // not staged
@@ -404,11 +403,12 @@ inline RingGeometry ChooseGeometry(RingParams& p, int sources, int in_bytes, int
     };
     while (p.depth > own && too_deep()) --p.depth;
   };
-  const auto halve = [&] { warps = EvenWarps(p, warps / 2), deepest(); };
+  const auto half = [&] { return EvenWarps(p, warps / 2); };
+  const auto halve = [&] { warps = half(), deepest(); };
   deepest();
   // Where a row leaves room for no more, fewer staged tiles.
   while (warps > 1 && !fits(bytes(warps, p.depth))) halve();
-  const auto halved_fits = [&] { return fits(bytes(EvenWarps(p, warps / 2), TilesOfWarp(p, EvenWarps(p, warps / 2)))); };
+  const auto halved_fits = [&] { return fits(bytes(half(), TilesOfWarp(p, half()))); };
   while (blocks == 1 && warps > kFewWarps && rows > 1 && p.depth == TilesOfWarp(p, warps) && halved_fits()) halve();
   const int64_t needed = bytes(warps, p.depth);
   if (needed > device.shared_of_block) return {0, 0, 0};
@@ -479,7 +479,6 @@ inline RingParams RingParamsOf(const LiftArgs& a) {
   p.tiles = static_cast<int>(std::max<int64_t>(1, (padded + tile_columns - 1) / tile_columns));
   const auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % kGranule == 0; };
   p.x_aligned = a.columns % kChunk == 0 && aligned(a.x) && aligned(a.up);  // up is nullptr where there is none
-  p.pad = p.x_aligned ? 0 : kLine;
   p.out_aligned = a.lifted_columns % kChunk == 0 && aligned(a.lifted);
   p.prologue = {a.up, a.weight, a.bias, a.eps, 1.0f / static_cast<float>(a.columns), p.columns, a.activation};
   p.counters = a.counters, p.counter_count = a.counter_count;

@@ -113,7 +113,7 @@ int token_tiles(const Entry& e, const HopperArgs& a, int teams) { return ceil_di
 
 // A step of two stages, with so many blocks side by side, of teams of which `teams` share W: no faster than L2 gives all of them what each reads of it.
 float step_clocks(const Entry& e, const HopperArgs& a, int blocks, int teams) {
-  const float kBytesPerClock = 5500;
+  const float kBytesPerClock = 5500;  // fitted together with the 72 bytes of a row below; W and its metadata have 80 (weight_bytes)
   const float x = 128.0f * e.tile.tokens / e.tile.cluster, w = (e.sparse ? 72.0f : 128.0f) * e.tile.rows / teams;
   // Where power does not bind, the tile with the longest stages hides the least of what each wave waits for.
   const float exposed = a.M < kAbreastTokens && e.tile.rows * e.tile.tokens >= 256 * 192 ? 1.1f : 1;

@@ -130,7 +130,6 @@ inline void CopyGranule(void* to, const void* from, bool wanted) { emulated::Cop
 inline void LetNextBegin() {}
 inline void CommitCopies() { emulated::CommitCopies(); }
 inline void WaitForCopies(int pending) { emulated::WaitForCopies(pending); }
-constexpr int kMaxPending = 7;
 }  // namespace slidejax
 
 #endif  // SLIDEJAX_EMULATED_CUDA_H_
