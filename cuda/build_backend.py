@@ -41,7 +41,12 @@ def find_nvcc() -> str | None:
     """The CUDA compiler: $CUDACXX, on PATH, or in the toolkit's usual places."""
     if named := os.environ.get("CUDACXX"):
         return shutil.which(named)
-    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda", "/opt/cuda"]
+    roots = [
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        "/usr/local/cuda",
+        "/opt/cuda",
+    ]
     inside = (shutil.which("nvcc", path=str(Path(root) / "bin")) for root in roots if root)
     return shutil.which("nvcc") or next(filter(None, inside), None)
 
@@ -72,7 +77,10 @@ def cuda_compiler() -> str | None:
         return nvcc
     if wanted == "1":
         raise SystemExit(f"SLIDEJAX_CUDA=1, but there is {missing}")
-    print(f"slidejax: {missing}: installing the pure JAX library, without the CUDA one", file=sys.stderr)
+    print(
+        f"slidejax: {missing}: installing the pure JAX library, without the CUDA one",
+        file=sys.stderr,
+    )
     return None
 
 
@@ -89,24 +97,38 @@ def _requires(config_settings: Settings) -> list[str]:
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    return [*_base.get_requires_for_build_wheel(_settings(config_settings)), *_requires(config_settings)]
+    return [
+        *_base.get_requires_for_build_wheel(_settings(config_settings)),
+        *_requires(config_settings),
+    ]
 
 
 def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
-    return [*_base.get_requires_for_build_editable(_settings(config_settings)), *_requires(config_settings)]
+    return [
+        *_base.get_requires_for_build_editable(_settings(config_settings)),
+        *_requires(config_settings),
+    ]
 
 
-def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: Settings = None) -> str:
+def prepare_metadata_for_build_wheel(
+    metadata_directory: str, config_settings: Settings = None
+) -> str:
     return _base.prepare_metadata_for_build_wheel(metadata_directory, _settings(config_settings))
 
 
-def prepare_metadata_for_build_editable(metadata_directory: str, config_settings: Settings = None) -> str:
+def prepare_metadata_for_build_editable(
+    metadata_directory: str, config_settings: Settings = None
+) -> str:
     return _base.prepare_metadata_for_build_editable(metadata_directory, _settings(config_settings))
 
 
-def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
+def build_wheel(
+    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> str:
     return _base.build_wheel(wheel_directory, _settings(config_settings), metadata_directory)
 
 
-def build_editable(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
+def build_editable(
+    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> str:
     return _base.build_editable(wheel_directory, _settings(config_settings), metadata_directory)

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-done = subprocess.run(sys.argv[2:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+done = subprocess.run(
+    sys.argv[2:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+)
 Path(sys.argv[1]).write_text(done.stdout)
 if done.returncode:
     sys.stderr.write(done.stdout)

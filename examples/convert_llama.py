@@ -19,14 +19,22 @@ config = LlamaConfig(
 )
 model = FlaxLlamaForCausalLM(config)
 sparse = sj.huggingface.convert(model, "6:8")  # all linear layers but the head, int8
-print(type(sparse).__name__, sparse.params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"].pattern)
+print(
+    type(sparse).__name__, sparse.params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"].pattern
+)
 
-generate = jax.jit(lambda params, ids: sparse.generate(ids, params=params, max_new_tokens=8, pad_token_id=0).sequences)
+generate = jax.jit(
+    lambda params, ids: (
+        sparse.generate(ids, params=params, max_new_tokens=8, pad_token_id=0).sequences
+    )
+)
 tokens = generate(sparse.params, jax.numpy.array([[1, 2, 3]]))
 print("generated", tokens.shape)
 
 with tempfile.TemporaryDirectory() as folder:
-    sparse.save_pretrained(folder + "/out")  # also what `slidejax convert` writes, and every command reads
+    sparse.save_pretrained(
+        folder + "/out"
+    )  # also what `slidejax convert` writes, and every command reads
     again = load_model(folder + "/out").model
     same = Generator(again, 8)([1, 2, 3]).tokens == Generator(sparse, 8)([1, 2, 3]).tokens
     print("the same tokens after loading", same)

@@ -25,6 +25,14 @@ def loop(params, x):
 
 
 kernel = params["params"]["SlideDense_0"]["kernel"]
-print("pattern", kernel.pattern, "values", kernel.values.shape, kernel.values.dtype, "zeros", kernel.zeros.shape)
+print(
+    "pattern",
+    kernel.pattern,
+    "values",
+    kernel.values.shape,
+    kernel.values.dtype,
+    "zeros",
+    kernel.zeros.shape,
+)
 print("bytes", kernel.nbytes, "instead of", 4 * 64 * 256, "in float32")
 print("output", loop(params, x).shape, "finite", bool(jnp.isfinite(loop(params, x)).all()))

@@ -10,7 +10,9 @@ import slidejax as sj
 class Block(nnx.Module):
     def __init__(self, width, *, rngs):
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(num_heads=4, in_features=width, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            num_heads=4, in_features=width, decode=False, rngs=rngs
+        )
         self.up = nnx.Linear(width, 4 * width, rngs=rngs)
         self.down = nnx.Linear(4 * width, width, rngs=rngs)
 
@@ -26,6 +28,15 @@ sparse = sj.nnx.convert(model, [(".*attention.*", "14:16"), (".*", "6:8")], repo
 
 x = jax.random.normal(jax.random.key(1), (2, 16, 64))
 dense_y, y = nnx.jit(lambda m, x: m(x))(model, x), nnx.jit(lambda m, x: m(x))(sparse, x)
-print("up is a", type(sparse.up).__name__, "with values", sparse.up.kernel.values.shape, sparse.up.kernel.dtype)
+print(
+    "up is a",
+    type(sparse.up).__name__,
+    "with values",
+    sparse.up.kernel.values.shape,
+    sparse.up.kernel.dtype,
+)
 print("layers converted", len(report.converted), "left dense", len(report.dense))
-print("correlation with the dense model above 0.9", bool(jnp.corrcoef(dense_y.ravel(), y.ravel())[0, 1] > 0.9))
+print(
+    "correlation with the dense model above 0.9",
+    bool(jnp.corrcoef(dense_y.ravel(), y.ravel())[0, 1] > 0.9),
+)

@@ -27,10 +27,21 @@ def mlp(x):
 def fused(x):
     """The same with prologues: nothing between two linear layers has to be written out and read again."""
     rms = sj.RMSNorm(norm, eps=1e-6)
-    return sj.linear(sj.linear(x, gate, prologue=rms), down, prologue=sj.GLU(sj.linear(x, up, prologue=rms), "silu"))
+    return sj.linear(
+        sj.linear(x, gate, prologue=rms),
+        down,
+        prologue=sj.GLU(sj.linear(x, up, prologue=rms), "silu"),
+    )
 
 
 a, b = (y.astype(jnp.float32) for y in (mlp(x), fused(x)))
-print("result", b.shape, "relative difference below 1%", bool(jnp.linalg.norm(a - b) < 0.01 * jnp.linalg.norm(a)))
-grads = jax.grad(lambda scale: (sj.linear(x, gate, prologue=sj.RMSNorm(scale)).astype(jnp.float32) ** 2).mean())(norm)
+print(
+    "result",
+    b.shape,
+    "relative difference below 1%",
+    bool(jnp.linalg.norm(a - b) < 0.01 * jnp.linalg.norm(a)),
+)
+grads = jax.grad(
+    lambda scale: (sj.linear(x, gate, prologue=sj.RMSNorm(scale)).astype(jnp.float32) ** 2).mean()
+)(norm)
 print("gradient of the norm's weight", grads.shape, "finite", bool(jnp.isfinite(grads).all()))

@@ -27,11 +27,23 @@ prompts = np.arange(96)[:, None]  # one token each
 text = sample(dense, prompts, 48, batch=96, seed=0)
 train, held_out = text[:80], text[80:].ravel()
 
-recovered, fitted = sj.recover(sparse, dense, train, steps=60, batch=16, window=48, learning_rate=3e-3, hidden=1.0)
+recovered, fitted = sj.recover(
+    sparse, dense, train, steps=60, batch=16, window=48, learning_rate=3e-3, hidden=1.0
+)
 
-before, after = (evaluate(model, held_out, window=48, reference=dense).agreement for model in (sparse, recovered))
+before, after = (
+    evaluate(model, held_out, window=48, reference=dense).agreement for model in (sparse, recovered)
+)
 print(f"KL divergence from the dense model: {before.kl:.1f} nats pruned, {after.kl:.1f} recovered")
 print(f"the same first choice: {before.top1:.1f} of the tokens pruned, {after.top1:.1f} recovered")
-kernel, start = (m.params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"] for m in (recovered, sparse))
-print("still", kernel.pattern, kernel.dtype, "on the same mask:", bool((kernel.zeros == start.zeros).all()))
+kernel, start = (
+    m.params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"] for m in (recovered, sparse)
+)
+print(
+    "still",
+    kernel.pattern,
+    kernel.dtype,
+    "on the same mask:",
+    bool((kernel.zeros == start.zeros).all()),
+)
 print("steps", fitted.steps, "with the loss of each:", fitted.losses.shape)

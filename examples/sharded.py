@@ -3,7 +3,9 @@
 import os
 
 # eight CPU devices stand in for eight GPUs
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 import jax
 import numpy as np
@@ -18,7 +20,9 @@ w = sj.pack(jax.random.normal(jax.random.key(1), (256, 128)), "6:8", dtype="int8
 
 
 def put(tree, specs):
-    return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs)
+    return jax.tree.map(
+        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs
+    )
 
 
 # K is cut between whole blocks of groups; the specs of the packed leaves follow from the names of the axes

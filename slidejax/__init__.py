@@ -1,7 +1,7 @@
 """slidejax: (2N-2):2N sparse weights on 2:4 sparse tensor cores, for JAX and Flax.
 
-    w = slidejax.pack(kernel, "6:8", dtype="int8")
-    y = slidejax.linear(x, w)
+w = slidejax.pack(kernel, "6:8", dtype="int8")
+y = slidejax.linear(x, w)
 """
 
 import importlib

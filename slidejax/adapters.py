@@ -73,14 +73,20 @@ class AdaptedWeight(WrappedWeight):
         self.base.check(name)
         *batch, inputs, outputs = self.base.shape
         rank = jnp.shape(self.lora_a)[-1]
-        if jnp.shape(self.lora_a) != (*batch, inputs, rank) or jnp.shape(self.lora_b) != (*batch, rank, outputs):
+        if jnp.shape(self.lora_a) != (*batch, inputs, rank) or jnp.shape(self.lora_b) != (
+            *batch,
+            rank,
+            outputs,
+        ):
             raise ValueError(
                 f"{name}: factors of a weight of shape {self.base.shape} must be [..., in, rank] and [..., rank, out], got "
                 f"{jnp.shape(self.lora_a)} and {jnp.shape(self.lora_b)}"
             )
         return self
 
-    def linear(self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None) -> jax.Array:
+    def linear(
+        self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None
+    ) -> jax.Array:
         if reduce_axis is not None or self.is_k_shard:
             raise NotImplementedError("an adapted weight needs the whole of K: merge it first")
         self.check()
@@ -96,7 +102,11 @@ class AdaptedWeight(WrappedWeight):
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
-        children = ((key("base"), self.base), (key("lora_a"), self.lora_a), (key("lora_b"), self.lora_b))
+        children = (
+            (key("base"), self.base),
+            (key("lora_a"), self.lora_a),
+            (key("lora_b"), self.lora_b),
+        )
         return children, (self.scaling, self.masked)
 
     @classmethod
@@ -107,11 +117,20 @@ class AdaptedWeight(WrappedWeight):
 def _kept(kernel: jax.Array, w: SlideWeight) -> SlideWeight:
     """The entries of a kernel `[..., in, out]` that a weight keeps, packed as it is."""
     values = kept_values(to_groups(kernel, w.pattern), w.zeros)
-    return SlideWeight(values, w.zeros, jnp.ones(values.shape[:-2], jnp.float32), w.pattern, w.in_features)
+    return SlideWeight(
+        values, w.zeros, jnp.ones(values.shape[:-2], jnp.float32), w.pattern, w.in_features
+    )
 
 
 def add(
-    tree: Any, rank: int = 8, *, alpha: float | None = None, masked: bool = False, adapted: Selection = None, dtype: Any = jnp.float32, seed: int = 0
+    tree: Any,
+    rank: int = 8,
+    *,
+    alpha: float | None = None,
+    masked: bool = False,
+    adapted: Selection = None,
+    dtype: Any = jnp.float32,
+    seed: int = 0,
 ) -> Any:
     """Puts an `AdaptedWeight` in the place of packed weights; at first it computes what they did.
 
@@ -142,7 +161,9 @@ def add(
         key = jax.random.fold_in(jax.random.key(seed), found)
         found += 1
         a = jax.random.normal(key, (*batch, inputs, rank), jnp.float32) / math.sqrt(inputs)
-        return AdaptedWeight(w, a.astype(dtype), jnp.zeros((*batch, rank, outputs), dtype), scaling, masked)
+        return AdaptedWeight(
+            w, a.astype(dtype), jnp.zeros((*batch, rank, outputs), dtype), scaling, masked
+        )
 
     result = jax.tree_util.tree_map_with_path(adapt, tree, is_leaf=is_packed)
     if not found:
@@ -158,14 +179,23 @@ def merge(tree: Any) -> Any:
     Returns:
       The tree with `SlideWeight`s; prepared forms are dropped.
     """
-    return jax.tree.map(lambda w: _merge(w) if isinstance(w, AdaptedWeight) else w, tree, is_leaf=is_packed)
+    return jax.tree.map(
+        lambda w: _merge(w) if isinstance(w, AdaptedWeight) else w, tree, is_leaf=is_packed
+    )
 
 
 @jax.jit
 def _merge(w: AdaptedWeight) -> SlideWeight:
     base = w.base.check()
-    product = jnp.matmul(w.lora_a.astype(jnp.float32), w.lora_b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    values = base.values.astype(jnp.float32) * base.scale[..., None, None] + _kept(product, base).values * w.scaling
+    product = jnp.matmul(
+        w.lora_a.astype(jnp.float32),
+        w.lora_b.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    values = (
+        base.values.astype(jnp.float32) * base.scale[..., None, None]
+        + _kept(product, base).values * w.scaling
+    )
     merged = base.replace(values=values, scale=jnp.ones_like(base.scale), prepared={})
     if numerics.is_quantized(base.dtype):
         return quantize(merged, base.dtype)
@@ -179,4 +209,3 @@ def extract(tree: Any) -> dict[str, dict[str, jax.Array]]:
         for keys, w in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_packed)
         if isinstance(w, AdaptedWeight)
     }
-

@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone: nobody is left to be told
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 1
+        )  # the reader has gone: nobody is left to be told
     except KeyboardInterrupt:
         return 130
     except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as e:
@@ -47,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _note(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+def _note(
+    message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
     print(f"note: {message}", file=sys.stderr)
 
 
@@ -58,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     from slidejax.bench import arguments
     from slidejax.train import arguments as training
 
-    parser = argparse.ArgumentParser(prog="slidejax", description="(2N-2):2N sparse weights for JAX and Flax.")
+    parser = argparse.ArgumentParser(
+        prog="slidejax", description="(2N-2):2N sparse weights for JAX and Flax."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -67,12 +73,24 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     p = command(
-        "demo", _demo, "Convert a model to every pattern and compare: perplexity, accuracy, bytes, speed, text."
+        "demo",
+        _demo,
+        "Convert a model to every pattern and compare: perplexity, accuracy, bytes, speed, text.",
     )
     p.add_argument("model", nargs="?", default="smollm2", help=_MODEL_HELP)
-    p.add_argument("--patterns", type=_list, default=["14:16", "6:8", "4:6", "2:4"], metavar="6:8,2:4")
-    p.add_argument("--dtypes", type=_list, default=["int8", "none"], metavar="int8,none", help="none: not quantised")
-    p.add_argument("--tokens", type=_positive, default=4096, help="tokens to predict (default 4096)")
+    p.add_argument(
+        "--patterns", type=_list, default=["14:16", "6:8", "4:6", "2:4"], metavar="6:8,2:4"
+    )
+    p.add_argument(
+        "--dtypes",
+        type=_list,
+        default=["int8", "none"],
+        metavar="int8,none",
+        help="none: not quantised",
+    )
+    p.add_argument(
+        "--tokens", type=_positive, default=4096, help="tokens to predict (default 4096)"
+    )
     _add_text(p)
     _add_method(p, "wanda", 8)
     p.add_argument("--prompt", default=_PROMPT)
@@ -80,16 +98,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_compute(p)
     _add_json(p)
 
-    p = command("convert", _convert, "Prune, quantise and pack a model; write it, its tokenizer and its configuration to OUT.")
+    p = command(
+        "convert",
+        _convert,
+        "Prune, quantise and pack a model; write it, its tokenizer and its configuration to OUT.",
+    )
     p.add_argument("model", help=_MODEL_HELP)
     p.add_argument("out", help="the directory to write; it appears when it is complete")
-    p.add_argument("--pattern", required=True, help="such as 6:8; dense prunes nothing and quantises only")
+    p.add_argument(
+        "--pattern", required=True, help="such as 6:8; dense prunes nothing and quantises only"
+    )
     p.add_argument(
         "--mixed", type=_list, default=[], metavar="14:16,6:8,4:6",
         help="one of these patterns for each layer, by how much the loss depends on it, for as many multiplications as --pattern for all",
     )  # fmt: skip
     p.add_argument(
-        "--dtype", default="int8", help="of the packed values: int8 (default), float8_e4m3fn, none to keep the model's"
+        "--dtype",
+        default="int8",
+        help="of the packed values: int8 (default), float8_e4m3fn, none to keep the model's",
     )
     p.add_argument(
         "--dense",
@@ -99,50 +125,98 @@ def _parser() -> argparse.ArgumentParser:
         help="leave the layers whose whole path matches as they are, not quantised either; may be repeated",
     )
     _add_method(p, "magnitude", 64)
-    p.add_argument("--work", metavar="DIR", help="keep finished layers here, so that a conversion that was stopped goes on")
+    p.add_argument(
+        "--work",
+        metavar="DIR",
+        help="keep finished layers here, so that a conversion that was stopped goes on",
+    )
     _add_compute(p)
 
-    p = command("recover", _recover, "Train a converted model until it predicts as the dense one does; write it to OUT.")
+    p = command(
+        "recover",
+        _recover,
+        "Train a converted model until it predicts as the dense one does; write it to OUT.",
+    )
     p.add_argument("model", help="a directory written by 'slidejax convert'")
     p.add_argument("out", help="the directory to write; it appears when it is complete")
     training.add(p, _positive)
     _add_compute(p)
 
-    p = command("eval", _eval, "Perplexity and next-token accuracy on a text; agreement with another model.")
-    p.add_argument("models", nargs="+", metavar="MODEL", help=_MODEL_HELP + "; several are compared with the first")
+    p = command(
+        "eval", _eval, "Perplexity and next-token accuracy on a text; agreement with another model."
+    )
+    p.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help=_MODEL_HELP + "; several are compared with the first",
+    )
     _add_text(p)
     p.add_argument(
-        "--tokens", type=_positive, help="tokens to predict at most (default: 4096 of the default text, all of a file)"
+        "--tokens",
+        type=_positive,
+        help="tokens to predict at most (default: 4096 of the default text, all of a file)",
     )
-    p.add_argument("--window", type=_positive, default=512, help="predictions in one sequence (default 512)")
+    p.add_argument(
+        "--window", type=_positive, default=512, help="predictions in one sequence (default 512)"
+    )
     p.add_argument("--batch", type=_positive, help="sequences at a time")
-    p.add_argument("--against", metavar="MODEL", help="measure agreement with this model: top-1 and KL divergence")
-    p.add_argument("--plot", metavar="FILE", help="draw where the models lose, and on how many tokens (.png, .svg, .pdf)")
+    p.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="measure agreement with this model: top-1 and KL divergence",
+    )
+    p.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw where the models lose, and on how many tokens (.png, .svg, .pdf)",
+    )
     p.add_argument("--prompt", help="show how each model continues this, side by side")
-    p.add_argument("--max-new-tokens", type=_positive, default=40, help="of the continuation, at most (default 40)")
+    p.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        default=40,
+        help="of the continuation, at most (default 40)",
+    )
     _add_compute(p)
     _add_json(p)
 
     p = command("generate", _generate, "Continue a prompt, as one jitted program.")
     p.add_argument("model", help=_MODEL_HELP)
     p.add_argument("--prompt", default=_PROMPT)
-    p.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    p.add_argument(
+        "--chat", action="store_true", help="put the prompt into the model's chat template"
+    )
     p.add_argument("--max-new-tokens", type=_positive, default=64)
-    p.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token each time")
+    p.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default): the likeliest token each time"
+    )
     p.add_argument("--top-k", type=int, default=0)
     p.add_argument("--seed", type=int, default=0)
     _add_compute(p)
     _add_json(p)
 
-    p = command("bench", _bench, "Time linear layers: dense bf16, JAX int8 and fp8 as users write them, and slidejax.")
+    p = command(
+        "bench",
+        _bench,
+        "Time linear layers: dense bf16, JAX int8 and fp8 as users write them, and slidejax.",
+    )
     arguments.add(p)
     _add_json(p)
 
-    p = command("tune", _tune, "Measure the implementations on this machine's GPU and keep the result for the choice.")
+    p = command(
+        "tune",
+        _tune,
+        "Measure the implementations on this machine's GPU and keep the result for the choice.",
+    )
     arguments.add_tune(p)
     _add_json(p)
 
-    p = command("info", _info, "Versions, devices, the CUDA library, and which implementations can run here.")
+    p = command(
+        "info",
+        _info,
+        "Versions, devices, the CUDA library, and which implementations can run here.",
+    )
     _add_json(p)
     return parser
 
@@ -160,27 +234,50 @@ def _positive(text: str) -> int:
 
 def _add_json(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="the figures as JSON, to FILE or instead of the table"
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="the figures as JSON, to FILE or instead of the table",
     )
 
 
 def _add_text(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--text", metavar="FILE", help="text file to evaluate on (default: part of Python's own documentation)"
+        "--text",
+        metavar="FILE",
+        help="text file to evaluate on (default: part of Python's own documentation)",
     )
 
 
 def _add_method(p: argparse.ArgumentParser, default: str, sequences: int) -> None:
-    p.add_argument("--method", default=default, help=f"how to prune: magnitude, wanda or sparsegpt (default {default})")
-    p.add_argument("--calibration", metavar="FILE", help="text file for wanda and sparsegpt (default: other parts of Python's documentation)")
     p.add_argument(
-        "--sequences", type=_positive, default=sequences, help=f"sequences of 512 tokens to calibrate on (default {sequences})"
+        "--method",
+        default=default,
+        help=f"how to prune: magnitude, wanda or sparsegpt (default {default})",
     )
-    p.add_argument("--seed", type=int, help="draw the sequences from all of the text (default: its beginning)")
+    p.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="text file for wanda and sparsegpt (default: other parts of Python's documentation)",
+    )
+    p.add_argument(
+        "--sequences",
+        type=_positive,
+        default=sequences,
+        help=f"sequences of 512 tokens to calibrate on (default {sequences})",
+    )
+    p.add_argument(
+        "--seed", type=int, help="draw the sequences from all of the text (default: its beginning)"
+    )
 
 
 def _add_compute(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--compute", metavar="DTYPE", help="dtype of activations (default: bfloat16 on a GPU, else float32)")
+    p.add_argument(
+        "--compute",
+        metavar="DTYPE",
+        help="dtype of activations (default: bfloat16 on a GPU, else float32)",
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
@@ -202,7 +299,9 @@ def _tokens(loaded: Any, file: str | None, limit: int | None) -> tuple[Any, str]
 
     from slidejax import texts
 
-    text, source = (texts.evaluation(), texts.source()) if file is None else (terminal.read_text(file), file)
+    text, source = (
+        (texts.evaluation(), texts.source()) if file is None else (terminal.read_text(file), file)
+    )
     ids = np.asarray(loaded.encode(text), np.int32)
     if limit is not None:
         ids = ids[: limit + 1]
@@ -215,7 +314,11 @@ def _calibration(loaded: Any, args: argparse.Namespace) -> Any:
     """Token ids [sequences, 512] to calibrate on, or None where the method uses none."""
     from slidejax.prune.calibration import CALIBRATED
 
-    return None if args.calibration is None and args.method not in CALIBRATED else _calibration_ids(loaded, args)
+    return (
+        None
+        if args.calibration is None and args.method not in CALIBRATED
+        else _calibration_ids(loaded, args)
+    )
 
 
 def _calibration_ids(loaded: Any, args: argparse.Namespace) -> Any:
@@ -261,11 +364,20 @@ def _demo(args: argparse.Namespace) -> None:
         def show(what: str, share: float) -> None:
             bar.update(task, description=what, completed=len(done) + share)
 
-        options = {"patterns": args.patterns, "dtypes": [_dtype(d) for d in args.dtypes], "method": args.method}
-        for row, model in demo.rows(loaded, ids, pool, calibration=calibration, progress=show, **options):
+        options = {
+            "patterns": args.patterns,
+            "dtypes": [_dtype(d) for d in args.dtypes],
+            "method": args.method,
+        }
+        for row, model in demo.rows(
+            loaded, ids, pool, calibration=calibration, progress=show, **options
+        ):
             done.append(row)
             speed = f"{row.tokens_per_second:.1f} tokens/s"
-            bar.console.print(f"{row.pattern} {row.dtype}: perplexity {row.perplexity:.2f}, {speed}", highlight=False)
+            bar.console.print(
+                f"{row.pattern} {row.dtype}: perplexity {row.perplexity:.2f}, {speed}",
+                highlight=False,
+            )
             # of the converted models one is kept, for the sample beside the dense one, which comes first
             if len(done) == 1 or (row.pattern == _sampled(args.patterns) and len(samples) < 2):
                 sample = demo.Sample(model, loaded, args.prompt, args.max_new_tokens, pool)
@@ -276,7 +388,10 @@ def _demo(args: argparse.Namespace) -> None:
     if args.json == "-":
         return
     device = jax.devices()[0]
-    out.print(f"{loaded.name} on {device.device_kind}, {done[0].tokens} tokens of: {source}", highlight=False)
+    out.print(
+        f"{loaded.name} on {device.device_kind}, {done[0].tokens} tokens of: {source}",
+        highlight=False,
+    )
     out.print(_demo_table(done))
     prepared = max(row.prepared_bytes for row in done)
     if prepared:
@@ -335,7 +450,10 @@ def _convert(args: argparse.Namespace) -> None:
 
     # What can be known to be wrong is said before the model is read.
     rule = Rule(Pattern.parse(args.pattern), qdtype=_dtype(args.dtype))
-    rules: list[tuple[str, Rule | None]] = [*((regex, None) for regex in args.dense), (HIDDEN_LAYERS, rule)]
+    rules: list[tuple[str, Rule | None]] = [
+        *((regex, None) for regex in args.dense),
+        (HIDDEN_LAYERS, rule),
+    ]
     patterns = [Pattern.parse(pattern) for pattern in args.mixed]
     if patterns and args.dense:
         raise ValueError("--mixed chooses for all layers: it does not go with --dense")
@@ -372,7 +490,11 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _choice(rule: Any, patterns: Sequence[Any]) -> str:
-    return f"{', '.join(map(str, patterns))} for the multiplications of {rule}" if patterns else str(rule)
+    return (
+        f"{', '.join(map(str, patterns))} for the multiplications of {rule}"
+        if patterns
+        else str(rule)
+    )
 
 
 def _recover(args: argparse.Namespace) -> None:
@@ -388,11 +510,18 @@ def _recover(args: argparse.Namespace) -> None:
         loaded = _load(args.model, args)
         teacher = _load(training.teacher_name(args, loaded), args)
         if weights_of(teacher.model.params):
-            raise ValueError(f"{teacher.name!r} is converted too; --against must name the dense model")
+            raise ValueError(
+                f"{teacher.name!r} is converted too; --against must name the dense model"
+            )
         ids, source = training.tokens(args, loaded)
 
         def show(step: int, total: int | None, loss: float) -> None:
-            bar.update(task, description=f"step {step} of {total or '?'}: {loss:.4f}", completed=step, total=total)
+            bar.update(
+                task,
+                description=f"step {step} of {total or '?'}: {loss:.4f}",
+                completed=step,
+                total=total,
+            )
 
         bar.update(task, description="gathering text")
         rows = training.rows(args, teacher, ids)
@@ -404,7 +533,9 @@ def _recover(args: argparse.Namespace) -> None:
         }  # fmt: skip
         write_pretrained(args.out, model, loaded.tokenizer, {**loaded.about, "recovery": how})
     tail = fitted.losses[-max(1, len(fitted.losses) // 10) :].mean()
-    print(f"{args.out}: {fitted.steps} steps in {fitted.seconds:.0f} s, loss {fitted.losses[0]:.4f} to {tail:.4f} (mean of the last tenth)")
+    print(
+        f"{args.out}: {fitted.steps} steps in {fitted.seconds:.0f} s, loss {fitted.losses[0]:.4f} to {tail:.4f} (mean of the last tenth)"
+    )
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -418,14 +549,24 @@ def _eval(args: argparse.Namespace) -> None:
         ids, source = _tokens(loaded[0][1], args.text, limit)
         for name, model in loaded[1:]:
             if not (_tokens(model, args.text, limit)[0].tolist() == ids.tolist()):
-                raise ValueError(f"{name!r} has another tokenizer than {args.models[0]!r}: perplexities cannot be compared")
+                raise ValueError(
+                    f"{name!r} has another tokenizer than {args.models[0]!r}: perplexities cannot be compared"
+                )
 
         def show(name: str, done: int, total: int) -> None:
             bar.update(task, description=f"{name}: predicting", completed=done, total=total)
 
         bar.update(task, description="compiling")
         asked = {"prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
-        rows = comparison.compare(loaded, ids, window=args.window, batch=args.batch, reference=reference, progress=show, **asked)
+        rows = comparison.compare(
+            loaded,
+            ids,
+            window=args.window,
+            batch=args.batch,
+            reference=reference,
+            progress=show,
+            **asked,
+        )
     if args.plot:
         comparison.plot(rows, args.plot, args.window)
     figures = [row.figures(source, args.against) for row in rows]
@@ -449,12 +590,16 @@ def _generate(args: argparse.Namespace) -> None:
         if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
             raise ValueError(f"{args.model!r} has no chat template")
         message = [{"role": "user", "content": args.prompt}]
-        prompt = loaded.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True)
+        prompt = loaded.tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, tokenize=True
+        )
         prompt = list(getattr(prompt, "input_ids", prompt))
     else:
         prompt = loaded.encode(args.prompt)
     options = {"temperature": args.temperature, "top_k": args.top_k}
-    written = Generator(demo.ready(loaded.model), args.max_new_tokens, **options)(prompt, seed=args.seed)
+    written = Generator(demo.ready(loaded.model), args.max_new_tokens, **options)(
+        prompt, seed=args.seed
+    )
     assert loaded.tokenizer is not None  # encode has raised otherwise
     text = loaded.tokenizer.decode(written.tokens)
     terminal.emit(

@@ -57,7 +57,11 @@ class Compared:
             "tokens": self.result.tokens,
         }
         if self.result.agreement is not None:
-            value |= {"reference": reference, "top1_agreement": self.result.agreement.top1, "kl": self.result.agreement.kl}
+            value |= {
+                "reference": reference,
+                "top1_agreement": self.result.agreement.top1,
+                "kl": self.result.agreement.kl,
+            }
         if self.text is not None:
             value |= {"prompt": self.prompt, "written": self.text}
         return value
@@ -102,7 +106,9 @@ def compare(
         for name, loaded in models:
             model = demo.ready(loaded.model)
             # what writes compiles while the text is predicted
-            sample = None if prompt is None else demo.Sample(model, loaded, prompt, max_new_tokens, pool)
+            sample = (
+                None if prompt is None else demo.Sample(model, loaded, prompt, max_new_tokens, pool)
+            )
             result = evaluate(
                 model,
                 tokens,
@@ -135,13 +141,19 @@ def table(rows: Sequence[Compared], reference: str | None) -> Any:
         r = row.result
         cells = [f"{r.perplexity:.3f}", f"{100 * r.next_token_accuracy:.2f} %"]
         if len(rows) > 1:
-            kept = r.next_token_accuracy / first.next_token_accuracy if first.next_token_accuracy else float("nan")
+            kept = (
+                r.next_token_accuracy / first.next_token_accuracy
+                if first.next_token_accuracy
+                else float("nan")
+            )
             cells += [f"{r.perplexity / first.perplexity:.4f}", f"{100 * kept:.2f} %"]
         if r.agreement is not None:
             cells += [f"{100 * r.agreement.top1:.2f} %", f"{r.agreement.kl:.4f}"]
         lines.append(cells)
     for i, title in enumerate(titles):
-        made.add_column(title, justify="right", min_width=max(len(cells[i]) for cells in lines))  # figures stay in one line
+        made.add_column(
+            title, justify="right", min_width=max(len(cells[i]) for cells in lines)
+        )  # figures stay in one line
     for row, cells in zip(rows, lines, strict=True):
         made.add_row(row.name, row.weights, *cells)
     return made
@@ -180,13 +192,22 @@ def plot(rows: Sequence[Compared], path: str | os.PathLike[str], window: int) ->
         label = f"{_short(row.name)} ({row.weights}): {row.result.perplexity:.2f}"
         left.plot(*_by_position(lost, window), marker="o", label=label)
         right.plot(np.sort(lost)[::-1], 100 * np.arange(1, len(lost) + 1) / len(lost), label=label)
-    left.set(xlabel="position in the window", ylabel=f"mean loss, {more}", title="loss by length of the context", xscale="log")
+    left.set(
+        xlabel="position in the window",
+        ylabel=f"mean loss, {more}",
+        title="loss by length of the context",
+        xscale="log",
+    )
     right.set(xlabel=more, ylabel="tokens above, %", title="loss of a token")
     if not alone:
         left.axhline(0, color="0.7", linewidth=1)
         right.axvline(0, color="0.7", linewidth=1)
         right.set_xlim(-2, 2)
-    right.legend(title="perplexity" if alone else f"perplexity ({_short(rows[0].name)}: {rows[0].result.perplexity:.2f})")
+    right.legend(
+        title="perplexity"
+        if alone
+        else f"perplexity ({_short(rows[0].name)}: {rows[0].result.perplexity:.2f})"
+    )
     for axes in (left, right):
         axes.grid(color="0.9")
     figure.savefig(path, dpi=150)
@@ -199,7 +220,9 @@ def _short(name: str) -> str:
 def _by_position(losses: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions and mean losses, the positions in bins whose width doubles no slower than the context grows."""
     position = np.arange(len(losses)) % window
-    edges = np.unique(np.geomspace(1, min(window, len(losses)) + 1, _BINS + 1).round().astype(int)) - 1
+    edges = (
+        np.unique(np.geomspace(1, min(window, len(losses)) + 1, _BINS + 1).round().astype(int)) - 1
+    )
     centres, means = [], []
     for low, high in itertools.pairwise(edges):
         here = (position >= low) & (position < high)

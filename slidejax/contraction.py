@@ -21,7 +21,16 @@ from slidejax.prepared import DenseWeight
 from slidejax.rules import LeftDense
 from slidejax.weight import SlideWeight, WrappedWeight
 
-__all__ = ["Axes", "Contraction", "axis_names", "contract", "from_matrix", "promote_packed", "stacked_axes", "to_matrix"]
+__all__ = [
+    "Axes",
+    "Contraction",
+    "axis_names",
+    "contract",
+    "from_matrix",
+    "promote_packed",
+    "stacked_axes",
+    "to_matrix",
+]
 
 # the batch, input and output axes of a kernel inside its layer
 Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -50,7 +59,9 @@ class Contraction:
         return cls((), (0,), (1,), (), (x_ndim - 1,))
 
     @classmethod
-    def general(cls, x_ndim: int, axis: tuple[int, ...], batch: tuple[int, ...], features: int) -> Contraction:
+    def general(
+        cls, x_ndim: int, axis: tuple[int, ...], batch: tuple[int, ...], features: int
+    ) -> Contraction:
         """Flax's DenseGeneral and LinearGeneral: a kernel `[*batch, *inputs, *features]`; axes may be negative.
 
         `features` is the number of output axes.
@@ -61,7 +72,11 @@ class Contraction:
 
         n_batch, n_in = len(batch), len(axis)
         last = n_batch + n_in
-        kernel = tuple(range(n_batch)), tuple(range(n_batch, last)), tuple(range(last, last + features))
+        kernel = (
+            tuple(range(n_batch)),
+            tuple(range(n_batch, last)),
+            tuple(range(last, last + features)),
+        )
         return cls(*kernel, normalized(batch), normalized(axis))
 
     @classmethod
@@ -75,7 +90,12 @@ class Contraction:
         batch = [c for c in kernel if c in x and c in result]
         inputs = [c for c in kernel if c in x and c not in result]
         outputs = [c for c in kernel if c not in x and c in result]
-        if not inputs or not outputs or len(batch) + len(inputs) + len(outputs) != len(kernel) or not set(x) - set(inputs) <= set(result):
+        if (
+            not inputs
+            or not outputs
+            or len(batch) + len(inputs) + len(outputs) != len(kernel)
+            or not set(x) - set(inputs) <= set(result)
+        ):
             raise LeftDense(f"its einsum {equation!r} is not a product of matrices")
         order = batch + [c for c in x if c not in batch and c not in inputs] + outputs
 
@@ -137,13 +157,17 @@ def to_matrix(kernel: jax.Array, axes: Axes) -> jax.Array:
     kernel = jnp.transpose(kernel, (*range(lead), *batch, *inputs, *outputs))
     front = kernel.shape[: lead + len(batch)]
     split = len(front) + len(inputs)
-    return kernel.reshape(*front, math.prod(kernel.shape[len(front) : split]), math.prod(kernel.shape[split:]))
+    return kernel.reshape(
+        *front, math.prod(kernel.shape[len(front) : split]), math.prod(kernel.shape[split:])
+    )
 
 
 def from_matrix(matrix: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
     """The inverse of `to_matrix` for a kernel without leading and batch axes: `[in, out]` to the kernel's own `shape`."""
     order = axes[1] + axes[2]
-    return jnp.transpose(matrix.reshape([shape[a] for a in order]), sorted(range(len(order)), key=order.__getitem__))
+    return jnp.transpose(
+        matrix.reshape([shape[a] for a in order]), sorted(range(len(order)), key=order.__getitem__)
+    )
 
 
 def stacked_axes(shape: tuple[int, ...], layer_shape: tuple[int, ...], path: str) -> int:
@@ -165,11 +189,17 @@ def stacked_axes(shape: tuple[int, ...], layer_shape: tuple[int, ...], path: str
         if tuple(size for axis, size in enumerate(shape) if axis not in removed) == layer_shape
     ]
     if hidden < 0 or not ways:
-        raise ValueError(f"{path} has shape {shape}, but in its layer the model makes it {layer_shape}")
+        raise ValueError(
+            f"{path} has shape {shape}, but in its layer the model makes it {layer_shape}"
+        )
     if ways[0] != tuple(range(hidden)):
-        raise LeftDense(f"its layers are stacked along axis {ways[0][0]} of the kernel, not along the first")
+        raise LeftDense(
+            f"its layers are stacked along axis {ways[0][0]} of the kernel, not along the first"
+        )
     if len(ways) > 1:
-        raise LeftDense(f"the axis along which its layers are stacked cannot be told from the others: shape {shape}")
+        raise LeftDense(
+            f"the axis along which its layers are stacked cannot be told from the others: shape {shape}"
+        )
     return hidden
 
 
@@ -199,10 +229,18 @@ def promote_packed(promote: Callable[..., Any], x, w: SlideWeight | WrappedWeigh
       promote: `(x, values, bias) -> (x, values, bias)`, where values may be None.
       x, w, bias: the operands of the layer.
     """
-    values = w.values if isinstance(w, (SlideWeight, DenseWeight)) and not numerics.is_quantized(w.dtype) else None
+    values = (
+        w.values
+        if isinstance(w, (SlideWeight, DenseWeight)) and not numerics.is_quantized(w.dtype)
+        else None
+    )
     x, values, bias = promote(x, values, bias)
     if isinstance(w, (SlideWeight, DenseWeight)) and values is not None and values.dtype != w.dtype:
-        w = w.replace(values=values, prepared={}) if isinstance(w, SlideWeight) else w.replace(values=values)
+        w = (
+            w.replace(values=values, prepared={})
+            if isinstance(w, SlideWeight)
+            else w.replace(values=values)
+        )
     return x, w, bias
 
 
@@ -228,7 +266,9 @@ def contract(
       ValueError: if the shapes do not fit each other.
     """
     if len(w.shape) - 2 != len(axes.kernel_batch) or w.out_features != math.prod(features):
-        raise ValueError(f"a packed kernel of shape {w.shape} does not fit a layer with output axes {features}")
+        raise ValueError(
+            f"a packed kernel of shape {w.shape} does not fit a layer with output axes {features}"
+        )
     batch = tuple(x.shape[a] for a in axes.x_batch)
     free = tuple(a for a in range(x.ndim) if a not in axes.x_batch + axes.x_in)
     free_shape = tuple(x.shape[a] for a in free)

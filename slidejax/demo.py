@@ -94,7 +94,9 @@ def _is_dense_form(node: Any) -> bool:
     return isinstance(node, DenseWeight)
 
 
-def convert(model: Any, rule: Rule | list, method: Any, calibration: Any) -> tuple[Any, Report, float]:
+def convert(
+    model: Any, rule: Rule | list, method: Any, calibration: Any
+) -> tuple[Any, Report, float]:
     """`slidejax.huggingface.convert`, with its report and the seconds until the weights are there."""
     from slidejax import huggingface
 
@@ -148,7 +150,9 @@ def rows(
     from slidejax import huggingface
     from slidejax.prune.calibration import CALIBRATED
 
-    rules = [Rule(Pattern.parse(p), qdtype=d) for p in patterns for d in dtypes]  # what is wrong with them is said first
+    rules = [
+        Rule(Pattern.parse(p), qdtype=d) for p in patterns for d in dtypes
+    ]  # what is wrong with them is said first
     model, found = loaded.model, summary(loaded.model.params)
     meter = _Meter(huggingface.with_params(model, model.params), tokens, pool, window, progress)
     if found.bytes:
@@ -160,10 +164,15 @@ def rows(
     yield meter(dense, model, None), model
     if method in CALIBRATED and rules:  # once for all rows
         tell = lambda done, total: progress(f"calibrating: {done} of {total} sequences", 0.0)  # noqa: E731
-        method, calibration = huggingface.calibrated(model, method, calibration, progress=tell), None
+        method, calibration = (
+            huggingface.calibrated(model, method, calibration, progress=tell),
+            None,
+        )
     for pattern in patterns:
         progress(f"{pattern}: converting", 0.0)
-        packed, _, shared = convert(model, Rule(pattern, qdtype=None), method, calibration)  # once for all dtypes
+        packed, _, shared = convert(
+            model, Rule(pattern, qdtype=None), method, calibration
+        )  # once for all dtypes
         for dtype in dtypes:
             sparse, seconds = _in_dtype(packed, dtype)
             served = ready(sparse)
@@ -179,7 +188,11 @@ def _in_dtype(model: Any, dtype: str | None) -> tuple[Any, float]:
     resolved, begin = numerics.check_dtype(dtype), time.perf_counter()
 
     def turn(w: SlideWeight) -> SlideWeight:
-        return quantize(w, resolved) if numerics.is_quantized(resolved) else w.replace(values=w.values.astype(resolved), prepared={})
+        return (
+            quantize(w, resolved)
+            if numerics.is_quantized(resolved)
+            else w.replace(values=w.values.astype(resolved), prepared={})
+        )
 
     params = jax.block_until_ready(map_weights(turn, model.params))
     return huggingface.with_params(model, params), time.perf_counter() - begin
@@ -188,7 +201,14 @@ def _in_dtype(model: Any, dtype: str | None) -> tuple[Any, float]:
 class _Meter:
     """Measures a model with one set of parameters after another; what was compiled for one serves the next if it can."""
 
-    def __init__(self, model: Any, tokens: np.ndarray, pool: Executor, window: int, progress: Callable[[str, float], None]):
+    def __init__(
+        self,
+        model: Any,
+        tokens: np.ndarray,
+        pool: Executor,
+        window: int,
+        progress: Callable[[str, float], None],
+    ):
         positions = getattr(model.config, "max_position_embeddings", window)
         self._evaluator = Evaluator(model, window=min(window, positions), batch=default_batch())
         self._generator = Generator(model, min(_TIMED_TOKENS, positions - 1), stop=False)
@@ -199,7 +219,10 @@ class _Meter:
         name, params, progress = f"{found.pattern} {found.dtype}", served.params, self._progress
         progress(f"{name}: compiling", 0.1)
         compiled = self._pool.submit(self._generator.compile, 1, params=params)
-        tell = lambda done, total: progress(f"{name}: {done} of {total} tokens", 0.2 + 0.4 * done / total)  # noqa: E731
+
+        def tell(done, total):
+            return progress(f"{name}: {done} of {total} tokens", 0.2 + 0.4 * done / total)
+
         quality = self._evaluator(self._tokens, params, progress=tell)
         progress(f"{name}: generating", 0.6)
         compiled.result()
@@ -234,7 +257,9 @@ class Sample:
       ValueError: there is no tokenizer, or the prompt does not fit.
     """
 
-    def __init__(self, model: Any, loaded: LoadedModel, prompt: str, max_new_tokens: int, pool: Executor):
+    def __init__(
+        self, model: Any, loaded: LoadedModel, prompt: str, max_new_tokens: int, pool: Executor
+    ):
         self._prompt, self._loaded = loaded.encode(prompt), loaded
         self._generator = Generator(model, max_new_tokens)
         self._generator.check(self._prompt)

@@ -16,7 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Agreement", "Evaluation", "Evaluator", "default_batch", "evaluate", "fitting", "windows"]
+__all__ = [
+    "Agreement",
+    "Evaluation",
+    "Evaluator",
+    "default_batch",
+    "evaluate",
+    "fitting",
+    "windows",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +56,9 @@ class Evaluation:
     next_token_accuracy: float
     tokens: int
     agreement: Agreement | None = None
-    losses: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32), repr=False, compare=False)
+    losses: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.zeros(0, np.float32), repr=False, compare=False
+    )
 
 
 def windows(tokens: Sequence[int] | np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -89,7 +99,9 @@ def default_batch() -> int:
 
 def fitting(window: int, *models: Any) -> int:
     """The window, or the fewest positions that one of the models has, where these are fewer."""
-    return min(window, *(getattr(model.config, "max_position_embeddings", window) for model in models))
+    return min(
+        window, *(getattr(model.config, "max_position_embeddings", window) for model in models)
+    )
 
 
 class Evaluator:
@@ -108,7 +120,9 @@ class Evaluator:
     def __init__(self, model: Any, *, window: int = 512, batch: int = 4, reference: Any = None):
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions is not None and window > positions:
-            raise ValueError(f"window must be at most the model's {positions} positions, got {window}")
+            raise ValueError(
+                f"window must be at most the model's {positions} positions, got {window}"
+            )
         self._window, self._batch = window, batch
         self._vocab_size = model.config.vocab_size
         self._params = model.params
@@ -116,7 +130,11 @@ class Evaluator:
         self._step = jax.jit(functools.partial(_step, model, reference))
 
     def __call__(
-        self, tokens: Sequence[int] | np.ndarray, params: Any = None, *, progress: Callable[[int, int], None] | None = None
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        params: Any = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Evaluation:
         """Perplexity and next-token accuracy on a text.
 
@@ -131,7 +149,9 @@ class Evaluator:
         window, params = self._window, self._params if params is None else params
         ids, counts = windows(tokens, window)
         if ids.min() < 0 or ids.max() >= self._vocab_size:
-            raise ValueError(f"tokens must be in 0..{self._vocab_size - 1}, got {ids.min()}..{ids.max()}")
+            raise ValueError(
+                f"tokens must be in 0..{self._vocab_size - 1}, got {ids.min()}..{ids.max()}"
+            )
         batch = min(self._batch, len(ids))
         short = -len(ids) % batch
         ids = np.concatenate([ids, np.zeros((short, window + 1), np.int32)])
@@ -139,14 +159,22 @@ class Evaluator:
 
         losses = np.zeros(counts.shape, np.float32)
         total = int(counts.sum())
-        sums = np.zeros(2 if self._reference_params is None else 4)  # float64: a long text must not lose its last tokens to rounding
+        sums = np.zeros(
+            2 if self._reference_params is None else 4
+        )  # float64: a long text must not lose its last tokens to rounding
         for i in range(0, len(ids), batch):
-            part, losses[i : i + batch] = self._step(params, self._reference_params, ids[i : i + batch], counts[i : i + batch])
+            part, losses[i : i + batch] = self._step(
+                params, self._reference_params, ids[i : i + batch], counts[i : i + batch]
+            )
             sums += np.asarray(part, np.float64)
             if progress is not None:
                 progress(int(counts[: i + batch].sum()), total)
         mean = sums / total
-        agreement = None if self._reference_params is None else Agreement(top1=float(mean[2]), kl=float(mean[3]))
+        agreement = (
+            None
+            if self._reference_params is None
+            else Agreement(top1=float(mean[2]), kl=float(mean[3]))
+        )
         loss = float(mean[0])
         # exp of a large mean overflows; of nan it is nan, which a ruined model should show
         perplexity = math.exp(loss) if not loss > 700 else math.inf
@@ -154,7 +182,12 @@ class Evaluator:
 
 
 def _step(
-    model: Any, reference: Any, params: Any, reference_params: Any, ids: jax.Array, counts: jax.Array
+    model: Any,
+    reference: Any,
+    params: Any,
+    reference_params: Any,
+    ids: jax.Array,
+    counts: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums over a batch of windows, and the loss of each prediction."""
     logits = model(ids[:, :-1], params=params).logits.astype(jnp.float32)
@@ -195,4 +228,6 @@ def evaluate(
     Raises:
       ValueError: too few tokens, a token outside the vocabulary, or a window longer than the model's positions.
     """
-    return Evaluator(model, window=window, batch=batch, reference=reference)(tokens, params, progress=progress)
+    return Evaluator(model, window=window, batch=batch, reference=reference)(
+        tokens, params, progress=progress
+    )

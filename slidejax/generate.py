@@ -50,7 +50,13 @@ class Generator:
     """
 
     def __init__(
-        self, model: Any, max_new_tokens: int = 64, *, temperature: float = 0.0, top_k: int = 0, stop: bool = True
+        self,
+        model: Any,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        stop: bool = True,
     ):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
@@ -59,7 +65,9 @@ class Generator:
         if top_k < 0:
             raise ValueError(f"top_k must be at least 0, got {top_k}")
         if not model.can_generate():
-            raise TypeError(f"{type(model).__name__} has no language model head: it cannot generate")
+            raise TypeError(
+                f"{type(model).__name__} has no language model head: it cannot generate"
+            )
         self._max_new_tokens = max_new_tokens
         self._positions = getattr(model.config, "max_position_embeddings", None)
         self._vocab_size = model.config.vocab_size
@@ -105,10 +113,18 @@ class Generator:
         self._program(self._args(np.zeros(prompt_tokens, np.int32), params, 0))
 
     def _args(self, ids: np.ndarray, params: Any, seed: int) -> tuple[Any, jax.Array, jax.Array]:
-        return self._params if params is None else params, jnp.asarray(ids)[None], jax.random.PRNGKey(seed)
+        return (
+            self._params if params is None else params,
+            jnp.asarray(ids)[None],
+            jax.random.PRNGKey(seed),
+        )
 
     def _program(self, args: tuple[Any, jax.Array, jax.Array]) -> Any:
-        signature = (args[1].size, jax.tree.structure(args[0]), *(x.dtype for x in jax.tree.leaves(args[0])))
+        signature = (
+            args[1].size,
+            jax.tree.structure(args[0]),
+            *(x.dtype for x in jax.tree.leaves(args[0])),
+        )
         if signature not in self._compiled:
             self._compiled[signature] = self._run.lower(*args).compile()
         return self._compiled[signature]

@@ -92,7 +92,10 @@ def functional(
     def pack(params, rules, **options):
         if isinstance(rules, (str, Pattern, Rule)):
             rules = [(HIDDEN_LAYERS, rules)]
-        return with_params(flax_model, linen.convert(params, rules, flax_model.module, *args, rngs=rngs, **options, **kwargs))
+        return with_params(
+            flax_model,
+            linen.convert(params, rules, flax_model.module, *args, rngs=rngs, **options, **kwargs),
+        )
 
     return _runner(flax_model), _params_of(flax_model) if params is None else params, pack
 
@@ -100,7 +103,10 @@ def functional(
 def planned(flax_model: FlaxPreTrainedModel, rules) -> Report:
     """What `convert` would report; nothing is computed."""
     report = Report()
-    jax.eval_shape(lambda params: convert(flax_model, rules, params=params, report=report).params, flax_model.params)
+    jax.eval_shape(
+        lambda params: convert(flax_model, rules, params=params, report=report).params,
+        flax_model.params,
+    )
     return report
 
 
@@ -155,7 +161,9 @@ def _check_model(flax_model) -> None:
 
 def _params_of(flax_model) -> Mapping:
     if not flax_model._is_initialized:
-        raise ValueError(f"this {type(flax_model).__name__} was made with _do_init=False and holds no parameters: give params=")
+        raise ValueError(
+            f"this {type(flax_model).__name__} was made with _do_init=False and holds no parameters: give params="
+        )
     return flax_model.params
 
 
@@ -163,11 +171,15 @@ def _check_method(method, calibration) -> None:
     from slidejax.prune.calibration import CALIBRATED
 
     if not callable(method) and method not in ("magnitude", *CALIBRATED):
-        raise ValueError(f"method must be a function or one of magnitude, {', '.join(CALIBRATED)}, got {method!r}")
+        raise ValueError(
+            f"method must be a function or one of magnitude, {', '.join(CALIBRATED)}, got {method!r}"
+        )
     if (callable(method) or method == "magnitude") and calibration is not None:
         raise ValueError(f"method {method!r} uses no calibration")
     if not callable(method) and method in CALIBRATED and calibration is None:
-        raise ValueError(f"method {method!r} needs calibration: token ids [sequences, length] or a slidejax.prune.Calibration")
+        raise ValueError(
+            f"method {method!r} needs calibration: token ids [sequences, length] or a slidejax.prune.Calibration"
+        )
 
 
 def _runner(flax_model) -> Callable[[Any, Any], Any]:
@@ -175,7 +187,11 @@ def _runner(flax_model) -> Callable[[Any, Any], Any]:
 
 
 def calibrated(
-    flax_model: FlaxPreTrainedModel, method: str, tokens: Any, *, params: Mapping | None = None,
+    flax_model: FlaxPreTrainedModel,
+    method: str,
+    tokens: Any,
+    *,
+    params: Mapping | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prune:
     """Runs a dense model over calibration tokens, once for any number of conversions: every layer is pruned with the
@@ -201,15 +217,32 @@ def calibrated(
     params = _params_of(flax_model) if params is None else params
     batches = Calibration(tokens).as_batches()
     tell = None if progress is None else lambda done: progress(done * len(batches[0]), len(tokens))
-    return pruner(method, collect(_runner(flax_model), params, batches, tell, diagonal=method == "wanda"))
+    return pruner(
+        method, collect(_runner(flax_model), params, batches, tell, diagonal=method == "wanda")
+    )
 
 
 def _with_methods(module: nn.Module, **namespace) -> nn.Module:
     """The same module as an instance of a subclass with other methods; the class keeps its name."""
     base = type(module)
-    namespace = {name: nn.nowrap(value) if callable(value) else value for name, value in namespace.items()}
-    subclass = type(base.__name__, (base,), {**namespace, "__module__": base.__module__, "__doc__": base.__doc__, "_slidejax_base": base})
-    fields = [field.name for field in dataclasses.fields(module) if field.init and field.name not in ("parent", "name")]
+    namespace = {
+        name: nn.nowrap(value) if callable(value) else value for name, value in namespace.items()
+    }
+    subclass = type(
+        base.__name__,
+        (base,),
+        {
+            **namespace,
+            "__module__": base.__module__,
+            "__doc__": base.__doc__,
+            "_slidejax_base": base,
+        },
+    )
+    fields = [
+        field.name
+        for field in dataclasses.fields(module)
+        if field.init and field.name not in ("parent", "name")
+    ]
     return subclass(**{name: getattr(module, name) for name in fields})
 
 
@@ -235,13 +268,17 @@ def _init_arguments(flax_model) -> tuple[Any, tuple, dict]:
     except _Called as call:
         rngs, args, kwargs = call.args
         return rngs, args, kwargs
-    raise ValueError(f"{type(flax_model).__name__}.init_weights does not call module.init: its layers cannot be traced")
+    raise ValueError(
+        f"{type(flax_model).__name__}.init_weights does not call module.init: its layers cannot be traced"
+    )
 
 
 def _save_pretrained(self, save_directory, params=None, **kwargs) -> None:
     """Writes the model, packed weights and all, as `slidejax convert` does (`slidejax.checkpoint`)."""
     if kwargs:
-        raise ValueError(f"save_pretrained of a sparse model takes no {', '.join(kwargs)}: see slidejax.checkpoint.save")
+        raise ValueError(
+            f"save_pretrained of a sparse model takes no {', '.join(kwargs)}: see slidejax.checkpoint.save"
+        )
     from slidejax.checkpoint.huggingface import write_pretrained
 
     write_pretrained(save_directory, self if params is None else with_params(self, params))

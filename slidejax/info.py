@@ -32,7 +32,10 @@ def collect() -> dict[str, Any]:
     >>> sorted(facts["implementations"])
     ['cusparselt', 'dense', 'hopper', 'reference']
     """
-    weights = {dtype: pack(jnp.ones((512, 512), jnp.bfloat16), "6:8", dtype=dtype) for dtype in ("int8", "float8_e4m3fn", "bfloat16")}
+    weights = {
+        dtype: pack(jnp.ones((512, 512), jnp.bfloat16), "6:8", dtype=dtype)
+        for dtype in ("int8", "float8_e4m3fn", "bfloat16")
+    }
     refused = {dtype: registry.refusals(problem_of(w, 16)) for dtype, w in weights.items()}
     cusparselt = ffi.cusparselt_version()
     return {
@@ -46,7 +49,10 @@ def collect() -> dict[str, Any]:
             "missing": {part: ffi.missing(part) for part in ("library", "cusparselt", "hopper")},
             "cusparselt_version": None if cusparselt is None else ".".join(map(str, cusparselt)),
         },
-        "implementations": {name: {dtype: refused[dtype].get(name) for dtype in weights} for name in registry.implementations()},
+        "implementations": {
+            name: {dtype: refused[dtype].get(name) for dtype in weights}
+            for name in registry.implementations()
+        },
         "choice": {dtype: str(registry.choose(problem_of(w, 16))) for dtype, w in weights.items()},
     }
 
@@ -54,8 +60,15 @@ def collect() -> dict[str, Any]:
 def text(facts: dict[str, Any]) -> str:
     """The same for people."""
     library = facts["cuda_library"]
-    lines = [f"python {facts['python']}", *(f"{name} {v or 'not installed'}" for name, v in facts["versions"].items())]
-    lines += [f"platform {facts['platform']}; devices {', '.join(facts['devices'])}", "", "CUDA library:"]
+    lines = [
+        f"python {facts['python']}",
+        *(f"{name} {v or 'not installed'}" for name, v in facts["versions"].items()),
+    ]
+    lines += [
+        f"platform {facts['platform']}; devices {', '.join(facts['devices'])}",
+        "",
+        "CUDA library:",
+    ]
     lines += [f"  {part}: {reason or 'usable'}" for part, reason in library["missing"].items()]
     if library["build"]:
         lines += [f"  built with {', '.join(f'{k} {v}' for k, v in library['build'].items())}"]

@@ -22,7 +22,14 @@ from flax.core import FrozenDict, freeze, unfreeze
 from jax import lax
 
 from slidejax import numerics
-from slidejax.contraction import Contraction, axis_names, contract, promote_packed, stacked_axes, to_matrix
+from slidejax.contraction import (
+    Contraction,
+    axis_names,
+    contract,
+    promote_packed,
+    stacked_axes,
+    to_matrix,
+)
 from slidejax.ops.linear import linear
 from slidejax.ops.prologue import GLU
 from slidejax.pattern import Pattern
@@ -56,14 +63,19 @@ def _dense(module, x) -> tuple[Contraction, tuple[int, ...]]:
 
 def _dense_general(module, x) -> tuple[Contraction, tuple[int, ...]]:
     _standard_dot(module)
-    axis, batch, features = (tuple(a) if isinstance(a, Sequence) else (a,) for a in (module.axis, module.batch_dims, module.features))
+    axis, batch, features = (
+        tuple(a) if isinstance(a, Sequence) else (a,)
+        for a in (module.axis, module.batch_dims, module.features)
+    )
     return Contraction.general(jnp.ndim(x), axis, batch, len(features)), features
 
 
 def _einsum(module, x, einsum_str=None) -> tuple[Contraction, tuple[int, ...]]:
     if module.preferred_element_type is not None:
         raise LeftDense("it has a preferred_element_type")
-    axes = Contraction.einsum(nn.merge_param("einsum_str", module.einsum_str, einsum_str), jnp.ndim(x))
+    axes = Contraction.einsum(
+        nn.merge_param("einsum_str", module.einsum_str, einsum_str), jnp.ndim(x)
+    )
     return axes, tuple(module.shape[a] for a in axes.kernel_out)
 
 
@@ -86,7 +98,8 @@ _LAYERS: dict[str, Callable[..., tuple[Contraction, tuple[int, ...]]]] = {
 }
 # Blocks `down(up(x) * act(gate(x)))` whose product is computed where the rows of `down` are quantised, by their bodies' names.
 _GATED = tuple(
-    f"transformers.models.{name}.modeling_flax_{name}.Flax{name.capitalize()}MLP.__call__" for name in ("llama", "mistral", "gemma")
+    f"transformers.models.{name}.modeling_flax_{name}.Flax{name.capitalize()}MLP.__call__"
+    for name in ("llama", "mistral", "gemma")
 )
 # Wrappers that compute a layer's kernel from its parameter.
 _TRANSFORMS = (nn.SpectralNorm, nn.WeightNorm)
@@ -121,11 +134,26 @@ def _bias(module) -> jax.Array | None:
     return bias
 
 
-def _run(module, w: SlideWeight | WrappedWeight, axes: Contraction, features, x, implementation: str | None = None) -> jax.Array:
+def _run(
+    module,
+    w: SlideWeight | WrappedWeight,
+    axes: Contraction,
+    features,
+    x,
+    implementation: str | None = None,
+) -> jax.Array:
     return _product(module, w, axes, features, x, _bias(module), implementation)
 
 
-def _product(module, w: SlideWeight | WrappedWeight, axes: Contraction, features, x, bias, implementation: str | None = None) -> jax.Array:
+def _product(
+    module,
+    w: SlideWeight | WrappedWeight,
+    axes: Contraction,
+    features,
+    x,
+    bias,
+    implementation: str | None = None,
+) -> jax.Array:
     """The layer's result; dtypes are promoted as the layer does it, except that 8-bit values take no part."""
     promote = getattr(module, "promote_dtype", nn.dtypes.promote_dtype)
     x, w, bias = promote_packed(lambda *arrays: promote(*arrays, dtype=module.dtype), x, w, bias)
@@ -133,20 +161,26 @@ def _product(module, w: SlideWeight | WrappedWeight, axes: Contraction, features
 
 
 # The latest product of each fused weight, by the scope of the module whose layers share it: it ends with the call of the model.
-_products: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, Any, jax.Array]]] = weakref.WeakKeyDictionary()
+_products: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, Any, jax.Array]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _run_fused(module, w: FusedWeight | FusedPart, axes: Contraction, features, x) -> jax.Array:
     """The result of a layer whose kernel is in a `FusedWeight`: its part of the product of all, which the first of them to be called with x computes."""
     siblings = module.parent.variables["params"]
     holder = w.holder if isinstance(w, FusedPart) else module.name
-    held: FusedWeight = siblings[holder]["kernel"].check("/".join((*module.parent.path, holder, "kernel")))
+    held: FusedWeight = siblings[holder]["kernel"].check(
+        "/".join((*module.parent.path, holder, "kernel"))
+    )
     if axes != Contraction.dense(jnp.ndim(x)):
         return _run(module, held.part(module.name), axes, features, x)
     products = _products.setdefault(module.parent.scope, {})
     how = (module.dtype, getattr(module, "promote_dtype", None))
     if holder not in products or products[holder][0] is not x or products[holder][1] != how:
-        y = _product(module, held.fused, axes, (held.fused.out_features,), x, _biases(siblings, held))
+        y = _product(
+            module, held.fused, axes, (held.fused.out_features,), x, _biases(siblings, held)
+        )
         products[holder] = x, how, y
     begin, end = held.bounds(module.name)
     return products[holder][2][..., begin:end]
@@ -158,7 +192,12 @@ def _biases(modules: Mapping, w: FusedWeight) -> jax.Array | None:
     if all(bias is None for bias in found):
         return None
     dtype = jnp.result_type(*(bias for bias in found if bias is not None))
-    return jnp.concatenate([jnp.zeros(size, dtype) if b is None else b.astype(dtype) for b, size in zip(found, w.sizes, strict=True)])
+    return jnp.concatenate(
+        [
+            jnp.zeros(size, dtype) if b is None else b.astype(dtype)
+            for b, size in zip(found, w.sizes, strict=True)
+        ]
+    )
 
 
 def _activation(function: Callable) -> str | None:
@@ -167,7 +206,12 @@ def _activation(function: Callable) -> str | None:
         return "silu"
     if function is nn.relu:
         return "relu"
-    if isinstance(function, functools.partial) and function.func is nn.gelu and not function.args and set(function.keywords) == {"approximate"}:
+    if (
+        isinstance(function, functools.partial)
+        and function.func is nn.gelu
+        and not function.args
+        and set(function.keywords) == {"approximate"}
+    ):
         return "gelu_tanh" if function.keywords["approximate"] else "gelu"
     return None
 
@@ -178,13 +222,20 @@ def _gated(module, x) -> jax.Array | None:
     where they are, the lift would need copies."""
     down, activation = module.down_proj, _activation(module.act)
     w = own_kernel(down)
-    if activation is None or not isinstance(w, SlideWeight) or not numerics.is_quantized(w.dtype) or down.use_bias:
+    if (
+        activation is None
+        or not isinstance(w, SlideWeight)
+        or not numerics.is_quantized(w.dtype)
+        or down.use_bias
+    ):
         return None
     if isinstance(own_kernel(module.gate_proj), _FUSED):
         return None
     w.check("/".join((*down.path, "kernel")))
     up, gate = module.up_proj(x), module.gate_proj(x)
-    gate, w, _ = promote_packed(lambda *arrays: down.promote_dtype(*arrays, dtype=down.dtype), gate, w, None)
+    gate, w, _ = promote_packed(
+        lambda *arrays: down.promote_dtype(*arrays, dtype=down.dtype), gate, w, None
+    )
     return linear(gate, w, prologue=GLU(up.astype(gate.dtype), activation))
 
 
@@ -197,7 +248,12 @@ def interceptor(next_fun, args, kwargs, context):
         with nn.intercept_methods(sj.linen.interceptor):
             logits = state.apply_fn(state.params, tokens)
     """
-    if len(args) == 1 and not kwargs and _body(context) in _GATED and (y := _gated(context.module, *args)) is not None:
+    if (
+        len(args) == 1
+        and not kwargs
+        and _body(context) in _GATED
+        and (y := _gated(context.module, *args)) is not None
+    ):
         return y
     layer = layer_of(context)
     w = own_kernel(context.module) if layer is not None else None
@@ -290,20 +346,44 @@ class SlideDense(nn.Module):
         if w is not None:
             path = "/".join((*self.path, "kernel"))
             if not isinstance(w, _PACKED):
-                raise ValueError(f"{path} is a dense array of shape {jnp.shape(w)}; SlideDense takes a SlideWeight (slidejax.linen.convert)")
+                raise ValueError(
+                    f"{path} is a dense array of shape {jnp.shape(w)}; SlideDense takes a SlideWeight (slidejax.linen.convert)"
+                )
             w.check(path)
             pattern = w.weight.pattern if isinstance(w, WrappedWeight) else w.pattern
-            if pattern != rule.pattern or w.out_features != self.features or not (w.is_k_shard or w.shape[-2:] == shape):
-                raise ValueError(f"{path} is a {pattern} weight of shape {w.shape}; expected {rule.pattern} of shape {shape}")
+            if (
+                pattern != rule.pattern
+                or w.out_features != self.features
+                or not (w.is_k_shard or w.shape[-2:] == shape)
+            ):
+                raise ValueError(
+                    f"{path} is a {pattern} weight of shape {w.shape}; expected {rule.pattern} of shape {shape}"
+                )
         if w is None or not w.is_k_shard:
-            w = self.param("kernel", functools.partial(_init_kernel, self.kernel_init, rule), shape, self.param_dtype)
+            w = self.param(
+                "kernel",
+                functools.partial(_init_kernel, self.kernel_init, rule),
+                shape,
+                self.param_dtype,
+            )
         if self.use_bias:
             self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        return _run(self, w, Contraction.dense(jnp.ndim(inputs)), (self.features,), inputs, self.implementation)
+        return _run(
+            self,
+            w,
+            Contraction.dense(jnp.ndim(inputs)),
+            (self.features,),
+            inputs,
+            self.implementation,
+        )
 
 
 def _init_kernel(init: Callable, rule: Rule, key, shape, dtype) -> SlideWeight:
-    return _boxed(init(key, shape, dtype), _DENSE_AXES, lambda kernel: pack(kernel, rule.pattern, dtype=rule.qdtype))
+    return _boxed(
+        init(key, shape, dtype),
+        _DENSE_AXES,
+        lambda kernel: pack(kernel, rule.pattern, dtype=rule.qdtype),
+    )
 
 
 def _boxed(kernel, axes, make: Callable[[jax.Array], SlideWeight]) -> SlideWeight:
@@ -311,10 +391,14 @@ def _boxed(kernel, axes, make: Callable[[jax.Array], SlideWeight]) -> SlideWeigh
     if not isinstance(kernel, nn.meta.AxisMetadata):
         return make(kernel)
     if not isinstance(kernel, nn.Partitioned):
-        raise LeftDense(f"its kernel is boxed in {type(kernel).__name__}, whose axis names are not known")
+        raise LeftDense(
+            f"its kernel is boxed in {type(kernel).__name__}, whose axis names are not known"
+        )
     w = make(kernel.value)
     leaf_names = axis_names(w, kernel.names, kernel.value.ndim, axes)
-    return jax.tree.map(lambda leaf, spec: kernel.replace(value=leaf, names=tuple(spec)), w, leaf_names)
+    return jax.tree.map(
+        lambda leaf, spec: kernel.replace(value=leaf, names=tuple(spec)), w, leaf_names
+    )
 
 
 # --- converting -------------------------------------------------------------------------------------------------------
@@ -358,7 +442,14 @@ def _owners(model: nn.Module, rngs, args, kwargs) -> tuple[dict[tuple[str, ...],
         if wrapper is not None:
             note(module, _Owner(None, shape, f"its kernel is computed by {wrapper}"))
         elif layer is None:
-            note(module, _Owner(None, shape, f"{type(module).__name__} is not a linear layer that slidejax knows"))
+            note(
+                module,
+                _Owner(
+                    None,
+                    shape,
+                    f"{type(module).__name__} is not a linear layer that slidejax knows",
+                ),
+            )
         else:
             x, args, kwargs = split_input(args, kwargs)
             try:
@@ -376,10 +467,16 @@ def _owners(model: nn.Module, rngs, args, kwargs) -> tuple[dict[tuple[str, ...],
 def _eval_shape(fn: Callable, *args, **kwargs):
     """`jax.eval_shape`, with the arguments that are no arrays (flags, strings) as they are."""
     leaves, tree = jax.tree.flatten((args, kwargs))
-    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
+    arrays = {
+        i: leaf
+        for i, leaf in enumerate(leaves)
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    }
 
     def traced(arrays):
-        args, kwargs = jax.tree.unflatten(tree, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+        args, kwargs = jax.tree.unflatten(
+            tree, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        )
         return fn(*args, **kwargs)
 
     return jax.eval_shape(traced, arrays)
@@ -389,7 +486,9 @@ def _check_runs(model: nn.Module, variables, rngs, args, kwargs) -> None:
     """Traces the converted model, so that what would fail later fails now."""
     rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}
     try:
-        _eval_shape(functools.partial(apply, model, rngs=rngs, mutable=True), variables, *args, **kwargs)
+        _eval_shape(
+            functools.partial(apply, model, rngs=rngs, mutable=True), variables, *args, **kwargs
+        )
     except Exception as error:
         raise ValueError(
             f"the converted model does not run: {type(error).__name__}: {error}. A kernel that other code than its layer "
@@ -397,7 +496,9 @@ def _check_runs(model: nn.Module, variables, rngs, args, kwargs) -> None:
         ) from error
 
 
-def _axes_of(owner: _Owner | None, shape: tuple[int, ...], path: str) -> tuple[tuple[int, ...], ...]:
+def _axes_of(
+    owner: _Owner | None, shape: tuple[int, ...], path: str
+) -> tuple[tuple[int, ...], ...]:
     """The kernel's axes inside its layer, the axes of scan and vmap before them.
 
     Raises:
@@ -412,7 +513,9 @@ def _axes_of(owner: _Owner | None, shape: tuple[int, ...], path: str) -> tuple[t
     return owner.axes
 
 
-def _convert_kernel(leaf, rule: Rule, axes, path: str, prune: Prune | None) -> tuple[SlideWeight, Converted]:
+def _convert_kernel(
+    leaf, rule: Rule, axes, path: str, prune: Prune | None
+) -> tuple[SlideWeight, Converted]:
     """One kernel; LeftDense with the reason if it stays dense."""
     shape: list[int] = []
 
@@ -470,21 +573,29 @@ def convert(
     (1, {})
     """
     if not isinstance(variables, Mapping):
-        raise TypeError(f"variables must be the dict that model.init returns or its 'params', got {type(variables).__name__}")
+        raise TypeError(
+            f"variables must be the dict that model.init returns or its 'params', got {type(variables).__name__}"
+        )
     if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a flax.linen Module, got {type(model).__name__} (see slidejax.nnx and slidejax.huggingface)")
+        raise TypeError(
+            f"model must be a flax.linen Module, got {type(model).__name__} (see slidejax.nnx and slidejax.huggingface)"
+        )
     rules, report = RuleSet(rules), Report() if report is None else report
     whole = isinstance(variables.get("params"), Mapping)
     tree = unfreeze(variables) if isinstance(variables, FrozenDict) else variables
     flat = traverse_util.flatten_dict(tree["params"] if whole else tree, keep_empty_nodes=True)
     rngs = jax.random.key(0) if rngs is None else rngs
-    owners, abstract = _owners(model, rngs, example_args, example_kwargs) if model is not None else ({}, {})
+    owners, abstract = (
+        _owners(model, rngs, example_args, example_kwargs) if model is not None else ({}, {})
+    )
 
     def axes_of(key, path, shape):
         if model is not None:
             return _axes_of(owners.get(key), shape, path)
         if len(shape) != 2:
-            raise LeftDense(f"{len(shape)}-D kernels need the model, which knows the axes of its inputs")
+            raise LeftDense(
+                f"{len(shape)}-D kernels need the model, which knows the axes of its inputs"
+            )
         return _DENSE_AXES
 
     packed: dict[Any, tuple[SlideWeight, Converted]] = {}
@@ -510,7 +621,13 @@ def convert(
         report.converted.append(dataclasses.replace(line, path=path))
     params = traverse_util.unflatten_dict(flat)
     if model is not None and packed:
-        _check_runs(model, {**abstract, **(tree if whole else {}), "params": params}, rngs, example_args, example_kwargs)
+        _check_runs(
+            model,
+            {**abstract, **(tree if whole else {}), "params": params},
+            rngs,
+            example_args,
+            example_kwargs,
+        )
     rules.finish(report)
     converted = {**tree, "params": params} if whole else params
     return freeze(converted) if isinstance(variables, FrozenDict) else converted

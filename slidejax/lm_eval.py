@@ -55,7 +55,13 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
     """
 
     def __init__(
-        self, model: Any, batch_size: int | str = 8, max_length: int | None = None, max_gen_toks: int = 256, dtype: Any = None, **ignored: Any
+        self,
+        model: Any,
+        batch_size: int | str = 8,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        dtype: Any = None,
+        **ignored: Any,
     ):
         from slidejax import demo
         from slidejax.models import LoadedModel, default_dtype, load_model
@@ -69,7 +75,9 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         positions = getattr(self._model.config, "max_position_embeddings", 2048)
         self.max_length = min(positions, 2048) if max_length is None else int(max_length)
         if not 2 <= self.max_length <= positions:
-            raise ValueError(f"max_length must be in 2..{positions}, the model's positions, got {max_length}")
+            raise ValueError(
+                f"max_length must be in 2..{positions}, the model's positions, got {max_length}"
+            )
         self.max_gen_toks = int(max_gen_toks)
         self.batch_size = 8 if batch_size == "auto" else int(batch_size)
         self._score_rows = jax.jit(functools.partial(_score_rows, self._model))
@@ -77,11 +85,15 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
 
     # ------------------------------------------------------------------------------------------------ what tasks ask
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """For each `(context, continuation)` the log-likelihood of the continuation, and whether it is the greedy one."""
         return self._score([self._encode_pair(*request.args) for request in requests])
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
         """For each `(text,)` its log-likelihood, every token predicted once, with as much context as fits."""
         parts = [list(self._rolling(self.tok_encode(request.args[0]))) for request in requests]
         scores = iter(self._score([pair for part in parts for pair in part]))
@@ -97,8 +109,12 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         for (length, how), members in groups.items():
             for at in range(0, len(members), self.batch_size):
                 part = members[at : at + self.batch_size]
-                for i, new in zip(part, self._write([asked[i][0] for i in part], length, how), strict=True):
-                    answers[i] = _cut(self.tokenizer.decode(new, skip_special_tokens=True), asked[i][1])
+                for i, new in zip(
+                    part, self._write([asked[i][0] for i in part], length, how), strict=True
+                ):
+                    answers[i] = _cut(
+                        self.tokenizer.decode(new, skip_special_tokens=True), asked[i][1]
+                    )
         return answers
 
     # ------------------------------------------------------------------------------------------- what the harness asks
@@ -122,12 +138,21 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The tokenizer's template, None where none is asked for."""
-        return None if not chat_template else self.tokenizer.get_chat_template(None if chat_template is True else chat_template)
+        return (
+            None
+            if not chat_template
+            else self.tokenizer.get_chat_template(None if chat_template is True else chat_template)
+        )
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """A conversation as one prompt."""
         return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
 
     def tok_encode(self, string: str, **kwargs: Any) -> list[int]:
@@ -160,8 +185,15 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         groups: dict[int, list[int]] = {}
         for i, (context, continuation) in enumerate(pairs):
             if len(continuation) > self.max_length:
-                raise ValueError(f"a continuation of {len(continuation)} tokens does not fit max_length {self.max_length}")
-            groups.setdefault(_padded(min(len(context) + len(continuation) - 1, self.max_length), self.max_length), []).append(i)
+                raise ValueError(
+                    f"a continuation of {len(continuation)} tokens does not fit max_length {self.max_length}"
+                )
+            groups.setdefault(
+                _padded(
+                    min(len(context) + len(continuation) - 1, self.max_length), self.max_length
+                ),
+                [],
+            ).append(i)
         for length, members in groups.items():
             for at in range(0, len(members), self.batch_size):
                 part = members[at : at + self.batch_size]
@@ -171,14 +203,18 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
                     whole = (pairs[i][0] + pairs[i][1])[-(self.max_length + 1) :]
                     ids[row, : len(whole)] = whole
                     counts[row, len(whole) - 1 - len(pairs[i][1]) : len(whole) - 1] = True
-                scores, greedy = (np.asarray(a) for a in self._score_rows(self._model.params, ids, counts))
+                scores, greedy = (
+                    np.asarray(a) for a in self._score_rows(self._model.params, ids, counts)
+                )
                 for row, i in enumerate(part):
                     results[i] = float(scores[row]), bool(greedy[row])
         return results
 
     # ------------------------------------------------------------------------------------------------------ generating
 
-    def _generation(self, context: str, options: dict[str, Any] | None = None) -> tuple[list[int], list[str], tuple]:
+    def _generation(
+        self, context: str, options: dict[str, Any] | None = None
+    ) -> tuple[list[int], list[str], tuple]:
         """The prompt's tokens, the stops, and how to write."""
         options = dict(options or {})
         stops = options.pop("until", None) or []
@@ -193,28 +229,45 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
     def _write(self, prompts: list[list[int]], length: int, how: tuple) -> list[list[int]]:
         count, temperature = how
         if (length, how) not in self._writers:
-            options = {"max_new_tokens": count, "do_sample": temperature > 0, "eos_token_id": self.eot_token_id, "pad_token_id": self.eot_token_id}
+            options = {
+                "max_new_tokens": count,
+                "do_sample": temperature > 0,
+                "eos_token_id": self.eot_token_id,
+                "pad_token_id": self.eot_token_id,
+            }
             if temperature > 0:
                 options.update(temperature=temperature, top_k=0)
 
             def run(params, ids, mask, key):
-                return self._model.generate(ids, attention_mask=mask, params=params, prng_key=key, **options).sequences[:, length:]
+                return self._model.generate(
+                    ids, attention_mask=mask, params=params, prng_key=key, **options
+                ).sequences[:, length:]
 
             self._writers[length, how] = jax.jit(run)
         ids = np.full((self.batch_size, length), self.eot_token_id, np.int32)
         mask = np.zeros((self.batch_size, length), np.int32)
         mask[:, -1] = 1  # rows that fill up the batch
-        for row, prompt in enumerate(prompts):  # padded on the left: the text goes on at the right end
+        for row, prompt in enumerate(
+            prompts
+        ):  # padded on the left: the text goes on at the right end
             ids[row, length - len(prompt) :] = prompt
             mask[row, length - len(prompt) :] = 1
-        new = np.asarray(self._writers[length, how](self._model.params, ids, mask, jax.random.PRNGKey(0)))[: len(prompts)].tolist()
-        return [row[: row.index(self.eot_token_id)] if self.eot_token_id in row else row for row in new]
+        new = np.asarray(
+            self._writers[length, how](self._model.params, ids, mask, jax.random.PRNGKey(0))
+        )[: len(prompts)].tolist()
+        return [
+            row[: row.index(self.eot_token_id)] if self.eot_token_id in row else row for row in new
+        ]
 
 
-def _score_rows(model: Any, params: Any, ids: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _score_rows(
+    model: Any, params: Any, ids: jax.Array, counts: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     logits = model(ids[:, :-1], params=params).logits.astype(jnp.float32)
     target = ids[:, 1:, None]
-    chosen = jnp.take_along_axis(logits, target, axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, target, axis=-1)[..., 0] - jax.nn.logsumexp(
+        logits, axis=-1
+    )
     greedy = jnp.argmax(logits, axis=-1) == target[..., 0]
     return jnp.sum(jnp.where(counts, chosen, 0), axis=-1), jnp.all(greedy | ~counts, axis=-1)
 

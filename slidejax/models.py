@@ -89,7 +89,9 @@ def load_model(model: str | os.PathLike[str], dtype: Any = None) -> LoadedModel:
     if path.is_file():
         return _load_gguf(path, path.name, dtype)
     if not path.is_dir():
-        raise ValueError(f"no model {name!r}: not a file, not a directory, and not one of {', '.join(NAMED)}")
+        raise ValueError(
+            f"no model {name!r}: not a file, not a directory, and not one of {', '.join(NAMED)}"
+        )
     from slidejax.checkpoint import huggingface
 
     flax_model, tokenizer, about = huggingface.read_pretrained(path, dtype)

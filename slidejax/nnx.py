@@ -19,7 +19,14 @@ from jax import lax
 
 from slidejax import numerics
 from slidejax.adapters import AdaptedWeight
-from slidejax.contraction import Contraction, axis_names, contract, promote_packed, stacked_axes, to_matrix
+from slidejax.contraction import (
+    Contraction,
+    axis_names,
+    contract,
+    promote_packed,
+    stacked_axes,
+    to_matrix,
+)
 from slidejax.pattern import Pattern
 from slidejax.prepared import prepare
 from slidejax.prune.inputs import see_input, see_output
@@ -57,9 +64,15 @@ class _SlideLayer(nnx.Module):
     def _hold(self, w: SlideWeight, kernel: nnx.Variable, axes) -> None:
         """Takes `w` in place of the Variable `kernel`, whose axis names go over to the leaves."""
         metadata = kernel.get_metadata()
-        kept = {name: metadata[name] for name in ("mesh", "sharding_rules", "eager_sharding") if name in metadata}
+        kept = {
+            name: metadata[name]
+            for name in ("mesh", "sharding_rules", "eager_sharding")
+            if name in metadata
+        }
         names = metadata.get("out_sharding")
-        specs = None if names is None else axis_names(w, tuple(names), kernel.get_value().ndim, axes)
+        specs = (
+            None if names is None else axis_names(w, tuple(names), kernel.get_value().ndim, axes)
+        )
 
         def variable(kind, leaf):
             named = {} if specs is None else {"out_sharding": tuple(getattr(specs, leaf))}
@@ -76,7 +89,11 @@ class _SlideLayer(nnx.Module):
         packed = w.weight if isinstance(w, WrappedWeight) else w
         self.master = w.qdtype if isinstance(w, MasterWeight) else None
         for name in ("values", "zeros", "scale"):
-            kind = nnx.Param if name == "values" and not numerics.is_quantized(packed.dtype) else Packed
+            kind = (
+                nnx.Param
+                if name == "values" and not numerics.is_quantized(packed.dtype)
+                else Packed
+            )
             setattr(self, name, kind(getattr(packed, name), **getattr(self, name).get_metadata()))
         self.prepared = nnx.data(Packed(dict(packed.prepared)) if packed.prepared else None)
         adapted = w if isinstance(w, AdaptedWeight) else None
@@ -88,7 +105,9 @@ class _SlideLayer(nnx.Module):
     def kernel(self) -> SlideWeight | WrappedWeight:
         """The packed weight, and what is around it, from the layer's Variables."""
         prepared = {} if self.prepared is None else dict(self.prepared.get_value())
-        values, zeros, scale = (variable.get_value() for variable in (self.values, self.zeros, self.scale))
+        values, zeros, scale = (
+            variable.get_value() for variable in (self.values, self.zeros, self.scale)
+        )
         w = SlideWeight(values, zeros, scale, self.pattern, self.kernel_features, prepared)
         if self.master is not None:
             return MasterWeight(values, zeros, self.pattern, self.kernel_features, self.master)
@@ -97,8 +116,13 @@ class _SlideLayer(nnx.Module):
         return w
 
     def _run(self, x, axes: Contraction, features: tuple[int, ...], out_sharding) -> jax.Array:
-        w, bias = self.kernel.check(f"kernel of {type(self).__name__}"), None if self.bias is None else self.bias.get_value()
-        x, w, bias = promote_packed(lambda *arrays: self.promote_dtype(arrays, dtype=self.dtype), x, w, bias)
+        w, bias = (
+            self.kernel.check(f"kernel of {type(self).__name__}"),
+            None if self.bias is None else self.bias.get_value(),
+        )
+        x, w, bias = promote_packed(
+            lambda *arrays: self.promote_dtype(arrays, dtype=self.dtype), x, w, bias
+        )
         y = contract(x, w, axes, features, bias, self.implementation)
         return y if out_sharding is None else lax.with_sharding_constraint(y, out_sharding)
 
@@ -151,9 +175,19 @@ class SlideLinear(_SlideLayer):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         rule = Rule(pattern, qdtype)
-        kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype), **kernel_metadata)
-        self._hold(pack(kernel.get_value(), rule.pattern, dtype=rule.qdtype), kernel, Contraction.dense(1).kernel)
-        bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata) if use_bias else None
+        kernel = nnx.Param(
+            kernel_init(rngs.params(), (in_features, out_features), param_dtype), **kernel_metadata
+        )
+        self._hold(
+            pack(kernel.get_value(), rule.pattern, dtype=rule.qdtype),
+            kernel,
+            Contraction.dense(1).kernel,
+        )
+        bias = (
+            nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata)
+            if use_bias
+            else None
+        )
         self.bias = nnx.data(bias)
         self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
         self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
@@ -174,11 +208,19 @@ class SlideLinearGeneral(_SlideLayer):
 class SlideEinsum(_SlideLayer):
     """What `convert` makes of an `nnx.Einsum` that is a product of matrices."""
 
-    def __call__(self, inputs: jax.Array, einsum_str: str | None = None, out_sharding=None) -> jax.Array:
-        axes = Contraction.einsum(self.einsum_str if einsum_str is None else einsum_str, inputs.ndim)
+    def __call__(
+        self, inputs: jax.Array, einsum_str: str | None = None, out_sharding=None
+    ) -> jax.Array:
+        axes = Contraction.einsum(
+            self.einsum_str if einsum_str is None else einsum_str, inputs.ndim
+        )
         if axes.kernel != Contraction.einsum(self.einsum_str, inputs.ndim).kernel:
-            raise ValueError(f"the kernel is packed for {self.einsum_str!r}, and cannot run {einsum_str!r}")
-        return self._run(inputs, axes, tuple(self.kernel_shape[a] for a in axes.kernel_out), out_sharding)
+            raise ValueError(
+                f"the kernel is packed for {self.einsum_str!r}, and cannot run {einsum_str!r}"
+            )
+        return self._run(
+            inputs, axes, tuple(self.kernel_shape[a] for a in axes.kernel_out), out_sharding
+        )
 
 
 # --- converting -------------------------------------------------------------------------------------------------------
@@ -211,7 +253,11 @@ def _einsum(layer):
     _own_product(layer, "einsum_op")
     operand = layer.einsum_str.replace(" ", "").partition(",")[0]
     x_ndim = len(operand.replace("...", "")) + operand.count("...")
-    return SlideEinsum, Contraction.einsum(layer.einsum_str, x_ndim).kernel, tuple(layer.kernel_shape)
+    return (
+        SlideEinsum,
+        Contraction.einsum(layer.einsum_str, x_ndim).kernel,
+        tuple(layer.kernel_shape),
+    )
 
 
 class _Seen(nnx.Module):
@@ -225,12 +271,16 @@ class _Seen(nnx.Module):
         elif isinstance(self, nnx.LinearGeneral):
             axes = _general(self, inputs.ndim)
         else:
-            axes = Contraction.einsum(args[0] if args else kwargs.get("einsum_str") or self.einsum_str, inputs.ndim)  # type: ignore[attr-defined]
+            axes = Contraction.einsum(
+                args[0] if args else kwargs.get("einsum_str") or self.einsum_str, inputs.ndim
+            )  # type: ignore[attr-defined]
         y = super().__call__(see_input(self.seen_path, inputs, axes), *args, **kwargs)
         return see_output(self.seen_path, y)
 
 
-_SEEN = {cls: type(cls.__name__, (_Seen, cls), {}) for cls in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)}
+_SEEN = {
+    cls: type(cls.__name__, (_Seen, cls), {}) for cls in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+}
 
 
 def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict, Callable[[dict], nnx.Module]]:
@@ -253,13 +303,23 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict, Callable[[d
         nnx.replace_by_pure_dict(fresh, params)
         return nnx.merge(graph, fresh)
 
-    return lambda params, *args: merged(seen_graph, params)(*args), nnx.to_pure_dict(state), lambda params: merged(graph, params)
+    return (
+        lambda params, *args: merged(seen_graph, params)(*args),
+        nnx.to_pure_dict(state),
+        lambda params: merged(graph, params),
+    )
 
 
-_LAYERS: dict[type, Callable] = {nnx.Linear: _linear, nnx.LinearGeneral: _linear_general, nnx.Einsum: _einsum}
+_LAYERS: dict[type, Callable] = {
+    nnx.Linear: _linear,
+    nnx.LinearGeneral: _linear_general,
+    nnx.Einsum: _einsum,
+}
 
 
-def convert(model: nnx.Module, rules, *, report: Report | None = None, prune: Prune | None = None) -> nnx.Module:
+def convert(
+    model: nnx.Module, rules, *, report: Report | None = None, prune: Prune | None = None
+) -> nnx.Module:
     """A model whose linear layers, as the rules choose, hold packed weights.
 
     `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` (where it is a product of matrices) convert, also when `nnx.vmap` or
@@ -288,11 +348,17 @@ def convert(model: nnx.Module, rules, *, report: Report | None = None, prune: Pr
     ('SlideLinear', (2, 4))
     """
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"model must be a flax.nnx Module, got {type(model).__name__} (slidejax.linen.convert takes parameters)")
+        raise TypeError(
+            f"model must be a flax.nnx Module, got {type(model).__name__} (slidejax.linen.convert takes parameters)"
+        )
     rules, report = RuleSet(rules), Report() if report is None else report
     model = nnx.clone(model)
     layers = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
-    wrappers = [(path, type(node).__name__) for path, node in layers if isinstance(node, (nnx.WeightNorm, nnx.SpectralNorm))]
+    wrappers = [
+        (path, type(node).__name__)
+        for path, node in layers
+        if isinstance(node, (nnx.WeightNorm, nnx.SpectralNorm))
+    ]
     packed: dict[int, tuple] = {}
     for path, layer in layers:
         kernel = vars(layer).get("kernel")
@@ -303,7 +369,9 @@ def convert(model: nnx.Module, rules, *, report: Report | None = None, prune: Pr
             for outer, kind in wrappers:
                 if path[: len(outer)] == outer:
                     raise LeftDense(f"its kernel is computed by {kind}")
-            report.converted.append(_convert_layer(layer, kernel, rules.match(name), name, prune, packed))
+            report.converted.append(
+                _convert_layer(layer, kernel, rules.match(name), name, prune, packed)
+            )
         except LeftDense as reason:
             report.dense[name] = str(reason)
     rules.finish(report)
@@ -312,7 +380,18 @@ def convert(model: nnx.Module, rules, *, report: Report | None = None, prune: Pr
 
 def _share(layer, first) -> None:
     """Gives a layer the Variables of another, and what is static about its weight."""
-    for name in ("values", "zeros", "scale", "prepared", "pattern", "kernel_features", "master", "lora", "lora_a", "lora_b"):
+    for name in (
+        "values",
+        "zeros",
+        "scale",
+        "prepared",
+        "pattern",
+        "kernel_features",
+        "master",
+        "lora",
+        "lora_a",
+        "lora_b",
+    ):
         value = getattr(first, name)
         variable = name in ("prepared", "lora_a", "lora_b")
         setattr(layer, name, nnx.data(None) if value is None and variable else value)
@@ -335,7 +414,11 @@ def map_weights(model: nnx.Module, fn: Callable[[dict[str, Any]], dict[str, Any]
       A new model. Layers that shared a weight share it.
     """
     model = nnx.clone(model)
-    layers = [("/".join(map(str, path)), node) for path, node in nnx.iter_graph(model) if isinstance(node, _SlideLayer)]
+    layers = [
+        ("/".join(map(str, path)), node)
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, _SlideLayer)
+    ]
     owners: dict[int, tuple[str, Any]] = {}
     for path, layer in layers:
         owners.setdefault(id(layer.values), (path, layer))
@@ -349,7 +432,9 @@ def map_weights(model: nnx.Module, fn: Callable[[dict[str, Any]], dict[str, Any]
     return model
 
 
-def _convert_layer(layer, kernel: nnx.Variable, rule: Rule, path: str, prune: Prune | None, packed: dict) -> Converted:
+def _convert_layer(
+    layer, kernel: nnx.Variable, rule: Rule, path: str, prune: Prune | None, packed: dict
+) -> Converted:
     """Makes one layer sparse, in place: so every place of the model that holds it has the sparse one."""
     if type(layer) not in _LAYERS:
         raise LeftDense(f"{type(layer).__name__} is not a linear layer that slidejax knows")
@@ -368,11 +453,22 @@ def _convert_layer(layer, kernel: nnx.Variable, rule: Rule, path: str, prune: Pr
         return dataclasses.replace(line, path=path)
     matrix = to_matrix(jnp.asarray(array), axes)
     w = pack_by_rule(matrix, rule, path, prune)
-    if jax.default_backend() == "gpu" and numerics.is_quantized(w.dtype) and not isinstance(array, jax.core.Tracer):
+    if (
+        jax.default_backend() == "gpu"
+        and numerics.is_quantized(w.dtype)
+        and not isinstance(array, jax.core.Tracer)
+    ):
         w = prepare(w)
     del layer.kernel
     layer.__class__ = cls
     layer._hold(w, kernel, axes)
     line = Converted(path, rule, w.dtype, matrix.shape, nbytes(array), nbytes(w))
-    packed[id(kernel)] = kernel, layer, cls, axes, rule, line  # the kernel is held, so that its id stays its own
+    packed[id(kernel)] = (
+        kernel,
+        layer,
+        cls,
+        axes,
+        rule,
+        line,
+    )  # the kernel is held, so that its id stays its own
     return line

@@ -32,7 +32,9 @@ def check_dtype(dtype, name: str = "dtype") -> np.dtype:
     except TypeError as error:
         raise ValueError(f"{name} must be a dtype, got {dtype!r}") from error
     if resolved not in _VALUE_DTYPES:
-        raise ValueError(f"{name} must be one of {', '.join(d.name for d in _VALUE_DTYPES)}, got {resolved.name}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(d.name for d in _VALUE_DTYPES)}, got {resolved.name}"
+        )
     return resolved
 
 
@@ -80,5 +82,7 @@ def _round_e4m3(x: jax.Array) -> jax.Array:
     The cast alone is not enough: XLA's goes through float16 on some platforms and rounds twice.
     """
     normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
-    subnormal = jnp.round(x * np.float32(512)) * np.float32(1 / 512)  # below 2**-6 the spacing is 2**-9
+    subnormal = jnp.round(x * np.float32(512)) * np.float32(
+        1 / 512
+    )  # below 2**-6 the spacing is 2**-9
     return jnp.where(jnp.abs(x) < np.float32(2**-6), subnormal, normal)

@@ -62,12 +62,16 @@ class Pattern:
         if isinstance(text, Pattern):
             return text
         if not isinstance(text, str):
-            raise TypeError(f"pattern must be a string such as '6:8' or a Pattern, got {type(text).__name__}")
+            raise TypeError(
+                f"pattern must be a string such as '6:8' or a Pattern, got {type(text).__name__}"
+            )
         if text.strip() == "dense":
             return cls(4, 4)
         match = _TEXT.fullmatch(text)
         if match is None:
-            raise ValueError(f"pattern must be 'kept:group' such as '6:8', or 'dense', got {text!r}")
+            raise ValueError(
+                f"pattern must be 'kept:group' such as '6:8', or 'dense', got {text!r}"
+            )
         return cls(int(match[1]), int(match[2]))
 
     @property

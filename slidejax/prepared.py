@@ -35,7 +35,9 @@ __all__ = ["DenseWeight", "drop_prepared", "map_weights", "prepare", "serving", 
 
 def map_weights(fn: Callable[[SlideWeight], Any], tree: Any) -> Any:
     """Applies `fn` to every `SlideWeight` of a tree; other leaves stay."""
-    return jax.tree.map(lambda node: fn(node) if _is_weight(node) else node, tree, is_leaf=_is_weight)
+    return jax.tree.map(
+        lambda node: fn(node) if _is_weight(node) else node, tree, is_leaf=_is_weight
+    )
 
 
 def weights_of(tree: Any) -> list[SlideWeight]:
@@ -139,7 +141,9 @@ class DenseWeight(WrappedWeight):
 
     @property
     def weight(self) -> SlideWeight:
-        raise ValueError("this weight was made to serve (slidejax.prepared.serving) and holds no packed form: use what it was made from")
+        raise ValueError(
+            "this weight was made to serve (slidejax.prepared.serving) and holds no packed form: use what it was made from"
+        )
 
     @property
     def dtype(self) -> np.dtype:
@@ -173,17 +177,25 @@ class DenseWeight(WrappedWeight):
             )
         return self
 
-    def linear(self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None) -> jax.Array:
+    def linear(
+        self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None
+    ) -> jax.Array:
         self.check()
         if implementation not in (None, "dense") or reduce_axis is not None:
-            raise NotImplementedError(f"a weight made to serve runs dense on one device, not implementation={implementation!r}, {reduce_axis=}")
+            raise NotImplementedError(
+                f"a weight made to serve runs dense on one device, not implementation={implementation!r}, {reduce_axis=}"
+            )
         x = check_input(x)
         out, k = self.values.shape
         if x.shape[-1] != k:
-            raise ValueError(f"x must be [..., {k}] for a weight with in_features {k}, got shape {x.shape}")
+            raise ValueError(
+                f"x must be [..., {k}] for a weight with in_features {k}, got shape {x.shape}"
+            )
         bias, out_dtype = check_result(out, bias, x.dtype if out_dtype is None else out_dtype)
         rows = x.reshape(math.prod(x.shape[:-1]), k)
-        return _product_of(out_dtype, rows, self.values, self.scale, bias).reshape(*x.shape[:-1], out)
+        return _product_of(out_dtype, rows, self.values, self.scale, bias).reshape(
+            *x.shape[:-1], out
+        )
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
@@ -194,7 +206,9 @@ class DenseWeight(WrappedWeight):
         return cls(*children)
 
 
-@functools.partial(jax.jit, static_argnums=0)  # traced once for each shape, however many layers have it
+@functools.partial(
+    jax.jit, static_argnums=0
+)  # traced once for each shape, however many layers have it
 def _product_of(out_dtype, x, values, scale, bias) -> jax.Array:
     return _dense_product(out_dtype, x, values, scale, bias)
 

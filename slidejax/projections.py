@@ -28,7 +28,9 @@ __all__ = ["GROUPS", "FusedPart", "FusedWeight", "fuse", "unfuse", "unfuse_modul
 # Names of layers in one module that are called with the same array, in the models of transformers and of Flax.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 
-_INSTEAD = "run the model with slidejax.linen.apply, or take it apart (slidejax.linen.unfuse_projections)"
+_INSTEAD = (
+    "run the model with slidejax.linen.apply, or take it apart (slidejax.linen.unfuse_projections)"
+)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -60,9 +62,16 @@ class FusedWeight(WrappedWeight):
         """The kernel of one layer, without prepared forms."""
         begin, end = self.bounds(layer)
         w = self.fused
-        return w.replace(values=w.values[begin:end], zeros=w.zeros[begin:end], scale=w.scale[begin:end], prepared={})
+        return w.replace(
+            values=w.values[begin:end],
+            zeros=w.zeros[begin:end],
+            scale=w.scale[begin:end],
+            prepared={},
+        )
 
-    def linear(self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None) -> jax.Array:
+    def linear(
+        self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None
+    ) -> jax.Array:
         raise ValueError(f"this kernel holds those of {', '.join(self.layers)}: {_INSTEAD}")
 
     def trained(self) -> FusedWeight:
@@ -91,7 +100,9 @@ class FusedPart(WrappedWeight):
     def weight(self) -> SlideWeight:
         raise ValueError(f"this kernel is in the one of {self.holder}: {_INSTEAD}")
 
-    def linear(self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None) -> jax.Array:
+    def linear(
+        self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None
+    ) -> jax.Array:
         return self.weight  # type: ignore[return-value]  # raises
 
     def check(self, name: str = "w") -> FusedPart:
@@ -148,25 +159,41 @@ def _kernel(module: Mapping, layer: Any) -> Any:
 
 
 def _with_kernels(module: Mapping, kernels: Mapping[str, Any]) -> dict:
-    return {**module, **{layer: {**module[layer], "kernel": kernel} for layer, kernel in kernels.items()}}
+    return {
+        **module,
+        **{layer: {**module[layer], "kernel": kernel} for layer, kernel in kernels.items()},
+    }
 
 
 def _fuse_module(module: dict, groups: Sequence[Sequence[str]]) -> dict:
     for group in groups:
         kernels = [_kernel(module, layer) for layer in group]
-        if not all(isinstance(w, SlideWeight) and w.values.ndim == 3 and not w.is_k_shard for w in kernels):
+        if not all(
+            isinstance(w, SlideWeight) and w.values.ndim == 3 and not w.is_k_shard for w in kernels
+        ):
             continue
         first = kernels[0]
-        if any((w.in_features, w.pattern, w.dtype) != (first.in_features, first.pattern, first.dtype) for w in kernels):
+        if any(
+            (w.in_features, w.pattern, w.dtype) != (first.in_features, first.pattern, first.dtype)
+            for w in kernels
+        ):
             continue
-        if not all(isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) for leaf in jax.tree.leaves(kernels)):
+        if not all(
+            isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+            for leaf in jax.tree.leaves(kernels)
+        ):
             continue  # boxed with the names of mesh axes
-        one_above_the_other = {name: jnp.concatenate([getattr(w, name) for w in kernels]) for name in ("values", "zeros", "scale")}
+        one_above_the_other = {
+            name: jnp.concatenate([getattr(w, name) for w in kernels])
+            for name in ("values", "zeros", "scale")
+        }
         fused = first.replace(prepared={}, **one_above_the_other)
         for form in first.prepared:
             fused = prepare(fused, form)
         holder = FusedWeight(fused, tuple(group), tuple(w.out_features for w in kernels))
-        module = _with_kernels(module, {group[0]: holder, **{layer: FusedPart(group[0]) for layer in group[1:]}})
+        module = _with_kernels(
+            module, {group[0]: holder, **{layer: FusedPart(group[0]) for layer in group[1:]}}
+        )
     return module
 
 

@@ -56,7 +56,9 @@ class Rule:
 
     def __init__(self, pattern: str | Pattern, qdtype: Any = "int8"):
         object.__setattr__(self, "pattern", Pattern.parse(pattern))
-        object.__setattr__(self, "qdtype", None if qdtype is None else numerics.check_dtype(qdtype, "qdtype"))
+        object.__setattr__(
+            self, "qdtype", None if qdtype is None else numerics.check_dtype(qdtype, "qdtype")
+        )
 
     def __str__(self) -> str:
         return f"{self.pattern} {'unquantised' if self.qdtype is None else self.qdtype.name}"
@@ -102,7 +104,9 @@ class Report:
 
     def __str__(self) -> str:
         width = max((len(layer.path) for layer in self.converted), default=0)
-        lines = [f"{len(self.converted)} layers converted, {_mib(self.bytes_before)} to {_mib(self.bytes_after)}; {len(self.dense)} left dense"]
+        lines = [
+            f"{len(self.converted)} layers converted, {_mib(self.bytes_before)} to {_mib(self.bytes_after)}; {len(self.dense)} left dense"
+        ]
         lines += [
             f"  {layer.path:<{width}}  {layer.rule.pattern!s:>5} {layer.dtype.name:<13} {'x'.join(map(str, layer.shape))}  "
             f"{_mib(layer.bytes_before)} to {_mib(layer.bytes_after)}"
@@ -134,7 +138,9 @@ class RuleSet:
         if isinstance(rules, (str, Pattern, Rule)):
             rules = [(".*", rules)]
         if isinstance(rules, dict) or not isinstance(rules, Iterable):
-            raise ValueError(f'rules must be an ordered list such as [(".*/mlp/.*", "6:8")], got {type(rules).__name__}')
+            raise ValueError(
+                f'rules must be an ordered list such as [(".*/mlp/.*", "6:8")], got {type(rules).__name__}'
+            )
         self._rules = [_parse(index, entry) for index, entry in enumerate(rules)]
         self._decided = [0] * len(self._rules)
         self._shadowed = [0] * len(self._rules)
@@ -145,7 +151,11 @@ class RuleSet:
         Raises:
           LeftDense: with the reason, if the layer is to stay dense.
         """
-        matching = [i for i, (regex, _) in enumerate(self._rules) if regex.fullmatch(path) or regex.fullmatch(path.removesuffix("/kernel"))]
+        matching = [
+            i
+            for i, (regex, _) in enumerate(self._rules)
+            if regex.fullmatch(path) or regex.fullmatch(path.removesuffix("/kernel"))
+        ]
         if not matching:
             raise LeftDense("no rule matches")
         self._decided[matching[0]] += 1
@@ -161,7 +171,11 @@ class RuleSet:
         lines = []
         for i, (regex, _) in enumerate(self._rules):
             if not self._decided[i]:
-                why = f"earlier rules took its {self._shadowed[i]} layers" if self._shadowed[i] else "it matched no linear layer"
+                why = (
+                    f"earlier rules took its {self._shadowed[i]} layers"
+                    if self._shadowed[i]
+                    else "it matched no linear layer"
+                )
                 lines.append(f"rules[{i}] ({regex.pattern!r}) decided nothing: {why}")
         return lines
 
@@ -176,8 +190,14 @@ class RuleSet:
 
 
 def _parse(index: int, entry) -> tuple[re.Pattern, Rule | None]:
-    if not isinstance(entry, (tuple, list)) or len(entry) != 2 or not isinstance(entry[0], (str, re.Pattern)):
-        raise ValueError(f'rules[{index}] must be a pair (regex, "6:8" | Rule | None), got {entry!r}')
+    if (
+        not isinstance(entry, (tuple, list))
+        or len(entry) != 2
+        or not isinstance(entry[0], (str, re.Pattern))
+    ):
+        raise ValueError(
+            f'rules[{index}] must be a pair (regex, "6:8" | Rule | None), got {entry!r}'
+        )
     regex, what = entry
     try:
         regex = re.compile(regex)
@@ -186,7 +206,9 @@ def _parse(index: int, entry) -> tuple[re.Pattern, Rule | None]:
     if what is None or isinstance(what, Rule):
         return regex, what
     if not isinstance(what, (str, Pattern)):
-        raise ValueError(f'rules[{index}] must say "6:8", a Rule or None, got {type(what).__name__}')
+        raise ValueError(
+            f'rules[{index}] must say "6:8", a Rule or None, got {type(what).__name__}'
+        )
     try:
         return regex, Rule(what)
     except ValueError as error:
@@ -195,14 +217,22 @@ def _parse(index: int, entry) -> tuple[re.Pattern, Rule | None]:
 
 def nbytes(tree) -> int:
     """Bytes of the arrays of a tree, traced or not."""
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    return sum(
+        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+    )
 
 
-def pack_by_rule(kernel: jax.Array, rule: Rule, path: str, prune: Prune | None = None) -> SlideWeight:
+def pack_by_rule(
+    kernel: jax.Array, rule: Rule, path: str, prune: Prune | None = None
+) -> SlideWeight:
     """Prunes and packs a kernel `[..., in, out]` as a rule says; errors name the path."""
     try:
-        result = magnitude(kernel, rule.pattern) if prune is None else prune(kernel, rule.pattern, path)
-        mask, kernel, scale = (*result, None)[:3] if isinstance(result, tuple) else (result, kernel, None)
+        result = (
+            magnitude(kernel, rule.pattern) if prune is None else prune(kernel, rule.pattern, path)
+        )
+        mask, kernel, scale = (
+            (*result, None)[:3] if isinstance(result, tuple) else (result, kernel, None)
+        )
         return pack(kernel, rule.pattern, dtype=rule.qdtype, mask=mask, scale=scale)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

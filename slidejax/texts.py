@@ -19,7 +19,16 @@ __all__ = ["calibration", "evaluation", "overlaps", "source", "training"]
 # A paragraph with so many words in a row of the evaluation text is not trained on.
 _RUN = 8
 # Parts of the standard library whose docstrings are hardly prose, and its largest part by far.
-_NO_PROSE = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "site-packages", "dist-packages"}
+_NO_PROSE = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "encodings",
+    "site-packages",
+    "dist-packages",
+}
 
 
 def source() -> str:
@@ -102,7 +111,9 @@ def _docstrings() -> Iterator[str]:
             todo: list[ast.AST] = [tree]
             while todo:
                 node = todo.pop()
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                if isinstance(
+                    node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+                ):
                     found = ast.get_docstring(node)
                     if found:
                         yield found
@@ -113,7 +124,9 @@ def _parts() -> tuple[list[str], list[str]]:
     try:
         from pydoc_data.topics import topics
     except ImportError as e:
-        raise ValueError("this Python lacks pydoc_data, the default text: name a text file instead") from e
+        raise ValueError(
+            "this Python lacks pydoc_data, the default text: name a text file instead"
+        ) from e
     # By a hash of the name, so that a topic keeps its side when others come or go. Topics quote each other at length:
     # a paragraph counts once, where it first appears, and what was evaluated on is never calibrated on.
     held_out = sorted(name for name in topics if zlib.crc32(name.encode()) % 4 == 0)

@@ -84,7 +84,9 @@ def combine(train: Any, rest: Any) -> Any:
 
     def pick(a, b):
         if a is not None and b is not None:
-            raise ValueError("train and rest both hold a leaf: pass the two parts that partition returned")
+            raise ValueError(
+                "train and rest both hold a leaf: pass the two parts that partition returned"
+            )
         return b if a is None else a
 
     return jax.tree.map(pick, train, rest, is_leaf=lambda node: node is None)
@@ -99,7 +101,9 @@ def selector(trained: Selection) -> Callable[[str], bool]:
     try:
         regex = re.compile(trained)
     except (re.error, TypeError) as error:
-        raise ValueError(f"trained must be a regular expression, a function of a path or None, got {trained!r}") from error
+        raise ValueError(
+            f"trained must be a regular expression, a function of a path or None, got {trained!r}"
+        ) from error
     return lambda path: regex.fullmatch(path) is not None
 
 
@@ -171,14 +175,20 @@ class MasterWeight(WrappedWeight):
     def trained(self) -> MasterWeight:
         return jax.tree.unflatten(jax.tree.structure(self), [True, False])
 
-    def linear(self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None) -> jax.Array:
+    def linear(
+        self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None
+    ) -> jax.Array:
         if reduce_axis is not None or self.is_k_shard:
-            raise NotImplementedError("a master weight needs the whole of K: its scale is that of a whole row")
+            raise NotImplementedError(
+                "a master weight needs the whole of K: its scale is that of a whole row"
+            )
         x = jnp.asarray(x)
         out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
         how = _How(self.pattern, self.in_features, self.qdtype, implementation, out_dtype)
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        return _straight_through(how, rows, self.values, self.zeros, bias).reshape(*x.shape[:-1], -1)
+        return _straight_through(how, rows, self.values, self.zeros, bias).reshape(
+            *x.shape[:-1], -1
+        )
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
@@ -202,7 +212,9 @@ class _How:
 
     def deployed(self, values, zeros) -> SlideWeight:
         scale = jnp.ones(values.shape[:-2], jnp.float32)
-        return quantize(SlideWeight(values, zeros, scale, self.pattern, self.in_features), self.qdtype)
+        return quantize(
+            SlideWeight(values, zeros, scale, self.pattern, self.in_features), self.qdtype
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -220,12 +232,17 @@ def _backward(how: _How, saved, dy):
     out, columns = w.out_features, w.groups * w.pattern.group
     codes_x, scale_x = quantize_rows(x, how.qdtype)
     # codes are whole in bfloat16 (int8: 8 bits, e4m3: 4); scales go on the side that is rounded anyway
-    codes_w = scatter_values(w.values.astype(x.dtype), w.zeros).reshape(out, columns)[:, : x.shape[1]]
+    codes_w = scatter_values(w.values.astype(x.dtype), w.zeros).reshape(out, columns)[
+        :, : x.shape[1]
+    ]
     codes_x = codes_x.astype(x.dtype)
     dy = dy.astype(jnp.float32)
     dx = _product((dy * w.scale).astype(x.dtype), codes_w).astype(x.dtype)
     d_kernel = _product((dy * scale_x).astype(x.dtype).T, codes_x)
-    d_values = values_gradient(jnp.pad(d_kernel, ((0, 0), (0, columns - x.shape[1]))), w.replace(values=w.values.astype(jnp.float32)))
+    d_values = values_gradient(
+        jnp.pad(d_kernel, ((0, 0), (0, columns - x.shape[1]))),
+        w.replace(values=w.values.astype(jnp.float32)),
+    )
     d_bias = None if bias is None else dy.sum(0).astype(bias.dtype)
     return dx, d_values, None, d_bias
 
@@ -267,9 +284,13 @@ def masters(tree: Any, qdtype: Any = None) -> Any:
         if not numerics.is_quantized(w.dtype):
             if qdtype is None:
                 return w.replace(prepared={})
-            return MasterWeight(w.values.astype(jnp.float32), w.zeros, w.pattern, w.in_features, qdtype)
+            return MasterWeight(
+                w.values.astype(jnp.float32), w.zeros, w.pattern, w.in_features, qdtype
+            )
         if qdtype not in (None, w.dtype):
-            raise ValueError(f"a weight is quantised to {w.dtype.name} already, not to {qdtype.name}")
+            raise ValueError(
+                f"a weight is quantised to {w.dtype.name} already, not to {qdtype.name}"
+            )
         values = w.values.astype(jnp.float32) * w.scale[..., None, None]
         return MasterWeight(values, w.zeros, w.pattern, w.in_features, w.dtype)
 
@@ -281,4 +302,6 @@ def deploy(tree: Any) -> Any:
 
     The result computes what the masters computed: the same codes, scales and accumulators bit for bit.
     """
-    return map_wrapped(lambda w: quantize(w.weight, w.qdtype) if isinstance(w, MasterWeight) else w, tree)
+    return map_wrapped(
+        lambda w: quantize(w.weight, w.qdtype) if isinstance(w, MasterWeight) else w, tree
+    )

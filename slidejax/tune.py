@@ -65,8 +65,14 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return []
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a tuning table: {error}") from error
-    if not isinstance(table, dict) or table.get("format") != _FORMAT or not isinstance(table.get("entries"), list):
-        raise ValueError(f"{path} is not a tuning table of format {_FORMAT}; delete it and run slidejax tune")
+    if (
+        not isinstance(table, dict)
+        or table.get("format") != _FORMAT
+        or not isinstance(table.get("entries"), list)
+    ):
+        raise ValueError(
+            f"{path} is not a tuning table of format {_FORMAT}; delete it and run slidejax tune"
+        )
     return table["entries"]
 
 
@@ -96,8 +102,19 @@ def entries(device: str) -> tuple[dict[str, Any], ...]:
 def record(device: str, measured: Iterable[dict[str, Any]]) -> Path:
     """Adds measurements to this machine's table; the file is replaced as a whole."""
     path = table_path(device)
-    merged = {tuple(e[name] for name in ("in", "out", "pattern", "dtype", "rows")): e for e in (*_read(path), *measured)}
-    write_json(path, {"format": _FORMAT, "device": device, "jax": jax.__version__, "entries": list(merged.values())})
+    merged = {
+        tuple(e[name] for name in ("in", "out", "pattern", "dtype", "rows")): e
+        for e in (*_read(path), *measured)
+    }
+    write_json(
+        path,
+        {
+            "format": _FORMAT,
+            "device": device,
+            "jax": jax.__version__,
+            "entries": list(merged.values()),
+        },
+    )
     return path
 
 
@@ -121,7 +138,9 @@ def _nearest(problem: Problem) -> dict[str, Any] | None:
     def far(entry: dict[str, Any]) -> float:
         return _distance(entry, problem.rows, problem.in_features, problem.out_features)
 
-    return min((e for e in _alike(problem.device, problem) if far(e) <= _REACH), key=far, default=None)
+    return min(
+        (e for e in _alike(problem.device, problem) if far(e) <= _REACH), key=far, default=None
+    )
 
 
 def lookup(problem: Problem, candidates: list[str]) -> tuple[str, str] | None:
@@ -137,21 +156,33 @@ def lookup(problem: Problem, candidates: list[str]) -> tuple[str, str] | None:
     if not times:
         return None
     best = min(times, key=times.__getitem__)
-    figures = ", ".join(f"{name} {us:.0f} us" for name, us in sorted(times.items(), key=lambda item: item[1]))
-    where = f"M={entry['rows']} K={entry['in']} N={entry['out']}" + (f" {entry['dtype']}" if entry["dtype"] != problem.dtype.name else "")
+    figures = ", ".join(
+        f"{name} {us:.0f} us" for name, us in sorted(times.items(), key=lambda item: item[1])
+    )
+    where = f"M={entry['rows']} K={entry['in']} N={entry['out']}" + (
+        f" {entry['dtype']}" if entry["dtype"] != problem.dtype.name else ""
+    )
     return best, f"measured at {where}: {figures}"
 
 
-def time_of(device: str, rows: int, shape: tuple[int, int], pattern: Pattern, dtype: np.dtype) -> float | None:
+def time_of(
+    device: str, rows: int, shape: tuple[int, int], pattern: Pattern, dtype: np.dtype
+) -> float | None:
     """Microseconds of one linear of shape `(in, out)` with the fastest implementation, by the nearest measurement and in proportion to
     the products; None where nothing near is known. With the pattern "dense" it is the time of dense products, whatever pattern they were measured with."""
     times: list[tuple[float, float]] = []  # how far the entry is, and the time
     for e in entries(device):
         if e["dtype"] != dtype.name or (pattern.prunes and e["pattern"] != str(pattern)):
             continue
-        us = [time for name, time in e["us"].items() if pattern.prunes or name.removesuffix("+prepared") == "dense"]
+        us = [
+            time
+            for name, time in e["us"].items()
+            if pattern.prunes or name.removesuffix("+prepared") == "dense"
+        ]
         if us and (far := _distance(e, rows, *shape)) <= _REACH:
-            times.append((far, min(us) * rows * math.prod(shape) / (e["rows"] * e["in"] * e["out"])))
+            times.append(
+                (far, min(us) * rows * math.prod(shape) / (e["rows"] * e["in"] * e["out"]))
+            )
     return min(times, key=lambda one: one[0])[1] if times else None
 
 
@@ -173,10 +204,16 @@ def forms(w: SlideWeight) -> tuple[str, ...]:
         return min(possible, default=math.inf) / min(us.values())
 
     def cost(held: tuple[str, ...]) -> float:
-        return sum(math.log(times_best(us, held)) for us in near) / len(near) + ("dense" in held) * math.log(_LARGE_GAINS)
+        return sum(math.log(times_best(us, held)) for us in near) / len(near) + (
+            "dense" in held
+        ) * math.log(_LARGE_GAINS)
 
     for count in range(len(names)):
-        enough = [held for held in itertools.combinations(names, count) if all(times_best(us, held) <= _NEARLY for us in near)]
+        enough = [
+            held
+            for held in itertools.combinations(names, count)
+            if all(times_best(us, held) <= _NEARLY for us in near)
+        ]
         if enough:
             return min(enough, key=cost)
     return tuple(names)

@@ -22,7 +22,18 @@ from slidejax import numerics
 from slidejax.pattern import Pattern
 from slidejax.prune.magnitude import magnitude
 
-__all__ = ["SlideWeight", "WrappedWeight", "check_kernel", "from_groups", "kept_values", "pack", "quantize", "scatter_values", "to_groups", "unpack"]
+__all__ = [
+    "SlideWeight",
+    "WrappedWeight",
+    "check_kernel",
+    "from_groups",
+    "kept_values",
+    "pack",
+    "quantize",
+    "scatter_values",
+    "to_groups",
+    "unpack",
+]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -116,13 +127,23 @@ class SlideWeight:
                 f"(pattern {self.pattern}), so K cannot be split over a mesh"
             )
         if self.prepared:
-            raise ValueError(f"prepared forms {sorted(self.prepared)} cannot be split over a mesh: drop them first")
+            raise ValueError(
+                f"prepared forms {sorted(self.prepared)} cannot be split over a mesh: drop them first"
+            )
         zeros = PartitionSpec(*batch, out, k if self.pattern.prunes else None)
-        return self.replace(values=PartitionSpec(*batch, out, k, None), zeros=zeros, scale=PartitionSpec(*batch, out))
+        return self.replace(
+            values=PartitionSpec(*batch, out, k, None),
+            zeros=zeros,
+            scale=PartitionSpec(*batch, out),
+        )
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
-        children = ((key("values"), self.values), (key("zeros"), self.zeros), (key("scale"), self.scale))
+        children = (
+            (key("values"), self.values),
+            (key("zeros"), self.zeros),
+            (key("scale"), self.scale),
+        )
         names = tuple(sorted(self.prepared))
         prepared = tuple((key(f"prepared_{name}"), self.prepared[name]) for name in names)
         return children + prepared, (self.pattern, self.in_features, names)
@@ -131,7 +152,9 @@ class SlideWeight:
     def tree_unflatten(cls, static, children):
         pattern, in_features, names = static
         values, zeros, scale, *prepared = children
-        return cls(values, zeros, scale, pattern, in_features, dict(zip(names, prepared, strict=True)))
+        return cls(
+            values, zeros, scale, pattern, in_features, dict(zip(names, prepared, strict=True))
+        )
 
     def check(self, name: str = "w") -> SlideWeight:
         """Returns self if the leaves are what `pack` makes.
@@ -139,7 +162,9 @@ class SlideWeight:
         Raises:
           ValueError: naming the leaf, its dtype or shape and what was expected.
         """
-        expected = "values int8, float8_e4m3fn, bfloat16, float16 or float32, zeros uint8, scale float32"
+        expected = (
+            "values int8, float8_e4m3fn, bfloat16, float16 or float32, zeros uint8, scale float32"
+        )
         if self.values.ndim < 3 or self.values.shape[-1] != self.pattern.kept:
             raise ValueError(
                 f"{name}.values must be [..., out, groups, {self.pattern.kept}] for pattern {self.pattern}, "
@@ -178,7 +203,13 @@ class WrappedWeight:
         raise NotImplementedError
 
     def linear(
-        self, x: jax.Array, bias: jax.Array | None, *, implementation: str | None = None, out_dtype: Any = None, reduce_axis: Any = None
+        self,
+        x: jax.Array,
+        bias: jax.Array | None,
+        *,
+        implementation: str | None = None,
+        out_dtype: Any = None,
+        reduce_axis: Any = None,
     ) -> jax.Array:
         """The product; arguments and result are those of `slidejax.linear`."""
         raise NotImplementedError
@@ -241,7 +272,11 @@ def kept_values(groups: jax.Array, zeros: jax.Array) -> jax.Array:
     z1, z2 = split_zeros(zeros)
     kept = groups.shape[-1] - 2
     j = jnp.arange(kept)
-    return jnp.where(j < z1, groups[..., :kept], jnp.where(j < z2 - 1, groups[..., 1 : kept + 1], groups[..., 2:]))
+    return jnp.where(
+        j < z1,
+        groups[..., :kept],
+        jnp.where(j < z2 - 1, groups[..., 1 : kept + 1], groups[..., 2:]),
+    )
 
 
 def scatter_values(values: jax.Array, zeros: jax.Array) -> jax.Array:
@@ -259,7 +294,11 @@ def scatter_values(values: jax.Array, zeros: jax.Array) -> jax.Array:
 
 
 def pack(
-    kernel: jax.Array, pattern: str | Pattern, dtype=None, mask: jax.Array | None = None, scale: jax.Array | None = None
+    kernel: jax.Array,
+    pattern: str | Pattern,
+    dtype=None,
+    mask: jax.Array | None = None,
+    scale: jax.Array | None = None,
 ) -> SlideWeight:
     """Prunes (unless masked) and packs a kernel.
 
@@ -285,7 +324,9 @@ def pack(
     """
     pattern = Pattern.parse(pattern)
     kernel = check_kernel(kernel)
-    dtype = numerics.check_dtype(kernel.dtype if dtype is None else dtype, "kernel's dtype" if dtype is None else "dtype")
+    dtype = numerics.check_dtype(
+        kernel.dtype if dtype is None else dtype, "kernel's dtype" if dtype is None else "dtype"
+    )
     if mask is None:
         mask = magnitude(kernel, pattern)
     else:
@@ -325,7 +366,11 @@ def _pack(kernel, mask, given_scale, pattern: Pattern, dtype) -> tuple[SlideWeig
     values = kept_values(groups, zeros)
     bad_row = jnp.any(crowded, axis=-1)
     scale = jnp.ones(bad_row.shape, jnp.float32)
-    if numerics.is_quantized(dtype) and jnp.issubdtype(kernel.dtype, jnp.floating) and not numerics.is_quantized(kernel.dtype):
+    if (
+        numerics.is_quantized(dtype)
+        and jnp.issubdtype(kernel.dtype, jnp.floating)
+        and not numerics.is_quantized(kernel.dtype)
+    ):
         values, scale = _quantize_values(values, dtype, given_scale)
     else:
         values = values.astype(dtype)
@@ -345,9 +390,15 @@ def _zeros_of(nonzero: jax.Array) -> jax.Array:
     return (z1 | z2 << 4).astype(jnp.uint8)
 
 
-def _quantize_values(values: jax.Array, dtype, scale: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    if scale is not None:  # of a value that is code * scale, whatever the last bit of the scale, the code comes back
-        codes, _ = numerics.encode(values, scale[..., None, None] * numerics.QMAX[np.dtype(dtype)], dtype)
+def _quantize_values(
+    values: jax.Array, dtype, scale: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    if (
+        scale is not None
+    ):  # of a value that is code * scale, whatever the last bit of the scale, the code comes back
+        codes, _ = numerics.encode(
+            values, scale[..., None, None] * numerics.QMAX[np.dtype(dtype)], dtype
+        )
         return codes, scale
     codes, scale = numerics.encode(values, numerics.absmax(values, (-2, -1)), dtype)
     return codes, scale[..., 0, 0]
@@ -368,7 +419,9 @@ def quantize(w: SlideWeight, dtype) -> SlideWeight:
     if not numerics.is_quantized(dtype):
         raise ValueError(f"dtype must be int8 or float8_e4m3fn, got {dtype.name}")
     if numerics.is_quantized(w.dtype):
-        raise ValueError(f"w is quantised already (values {w.dtype.name}); quantize takes float-packed weights")
+        raise ValueError(
+            f"w is quantised already (values {w.dtype.name}); quantize takes float-packed weights"
+        )
     values, scale = jax.jit(_quantize_values, static_argnums=1)(w.values, dtype)
     return w.replace(values=values, scale=scale, prepared={})
 
@@ -381,7 +434,9 @@ def unpack(w: SlideWeight) -> jax.Array:
     """
     check_weight(w)
     if w.is_k_shard:
-        raise ValueError(f"w holds {w.groups} of {w.pattern.groups(w.in_features)} groups: a shard of K cannot be unpacked")
+        raise ValueError(
+            f"w holds {w.groups} of {w.pattern.groups(w.in_features)} groups: a shard of K cannot be unpacked"
+        )
     return _unpack(w.replace(prepared={}))
 
 

@@ -3,13 +3,17 @@
 from slidejax import cli
 from slidejax.checkpoint.huggingface import write_pretrained
 
-SENTENCES = "The moon is the only natural satellite of the Earth. It turns once while it goes round. "
+SENTENCES = (
+    "The moon is the only natural satellite of the Earth. It turns once while it goes round. "
+)
 
 
 def write_files(folder, llama, tokenizer, pattern, text):
     """A dense model, one converted to a pattern, and a text: `dense`, `out` and `text.txt` in the folder, which is returned."""
     write_pretrained(folder / "dense", llama, tokenizer)
-    assert cli.main(["convert", str(folder / "dense"), str(folder / "out"), "--pattern", pattern]) == 0
+    assert (
+        cli.main(["convert", str(folder / "dense"), str(folder / "out"), "--pattern", pattern]) == 0
+    )
     (folder / "text.txt").write_text(text)
     return folder
 

@@ -11,7 +11,9 @@ def values(rows, columns, dtype, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((rows, columns)) * np.exp2(rng.integers(-6, 7, (rows, 1)))
     x[rng.random(x.shape) < 0.02] = 0
-    x[rows // 2, :] = rng.integers(-254, 255, columns) / 2  # ties at scale 1, where 127 is the largest
+    x[rows // 2, :] = (
+        rng.integers(-254, 255, columns) / 2
+    )  # ties at scale 1, where 127 is the largest
     x[rows // 2, 0] = 127
     return x.astype(dtype)
 
@@ -35,7 +37,9 @@ def quantize(x, dtype, absmax=None):
         v = np.where(silent[:, None], np.float32(0), x * inverse[:, None])
     v = np.clip(v, -qmax, qmax)
     codes = np.rint(v).astype(dtype) if dtype == np.int8 else v.astype(dtype)
-    return codes, np.where(finite, np.where(silent, np.float32(1), scale), np.float32(np.nan)).astype(np.float32)
+    return codes, np.where(
+        finite, np.where(silent, np.float32(1), scale), np.float32(np.nan)
+    ).astype(np.float32)
 
 
 def lift(codes, group):
@@ -47,7 +51,9 @@ def lift(codes, group):
     x = np.zeros((codes.shape[0], padded), codes.dtype)
     x[:, : codes.shape[1]] = codes
     x = x.reshape(codes.shape[0], -1, group)
-    return np.concatenate([x[..., 2 * w : 2 * w + 4] for w in range(group // 2 - 1)], -1).reshape(codes.shape[0], -1)
+    return np.concatenate([x[..., 2 * w : 2 * w + 4] for w in range(group // 2 - 1)], -1).reshape(
+        codes.shape[0], -1
+    )
 
 
 def lifted_weight(values, zeros):

@@ -18,7 +18,11 @@ X = jnp.asarray(np.random.default_rng(1).standard_normal((5, 40)), jnp.float32)
 
 
 def weight(dtype="int8", pattern="6:8"):
-    return sj.pack(jnp.asarray(np.random.default_rng(0).standard_normal((40, 6)), jnp.float32), pattern, dtype=dtype)
+    return sj.pack(
+        jnp.asarray(np.random.default_rng(0).standard_normal((40, 6)), jnp.float32),
+        pattern,
+        dtype=dtype,
+    )
 
 
 def moved(tree, size=0.1):
@@ -44,7 +48,12 @@ def test_the_formula(dtype, masked):
     update = 2.0 * a.lora_a @ a.lora_b
     if masked:
         update *= np.asarray(sj.unpack(weight("float32")) != 0)
-    np.testing.assert_allclose(sj.linear(X, a, jnp.ones(6)), sj.linear(X, w, jnp.ones(6)) + X @ update, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        sj.linear(X, a, jnp.ones(6)),
+        sj.linear(X, w, jnp.ones(6)) + X @ update,
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float32"])
@@ -55,12 +64,16 @@ def test_a_merged_masked_adapter_computes_what_it_did(dtype):
     np.testing.assert_array_equal(merged.zeros, weight().zeros)
     before, after = sj.linear(X, tree["kernel"]), sj.linear(X, merged)
     # 8 bit: the update is rounded too, by half a step of each of the 40 products at most
-    tolerance = 1e-5 if dtype == "float32" else float(jnp.abs(X).max() * merged.scale.max()) * 40 / 2
+    tolerance = (
+        1e-5 if dtype == "float32" else float(jnp.abs(X).max() * merged.scale.max()) * 40 / 2
+    )
     np.testing.assert_allclose(before, after, atol=tolerance)
     quantised = sj.quantize(merged, "int8") if dtype == "float32" else merged
     kernel = sj.unpack(weight(dtype)) + np.asarray(tree["kernel"].lora_a @ tree["kernel"].lora_b)
     mask = np.asarray(sj.unpack(weight("float32")) != 0)
-    expected = sj.quantize(sj.pack(jnp.where(mask, kernel, 0), "6:8", mask=jnp.asarray(mask)), "int8")
+    expected = sj.quantize(
+        sj.pack(jnp.where(mask, kernel, 0), "6:8", mask=jnp.asarray(mask)), "int8"
+    )
     assert np.abs(quantised.values.astype(np.int32) - expected.values.astype(np.int32)).max() <= 1
 
 
@@ -68,7 +81,12 @@ def test_a_merged_masked_adapter_computes_what_it_did(dtype):
 def test_an_adapter_on_the_pattern_dense_is_merged_whole(masked):
     tree = moved(adapters.add({"kernel": weight("float32", "dense")}, rank=3, masked=masked))
     merged, kernel = adapters.merge(tree)["kernel"], tree["kernel"]
-    np.testing.assert_allclose(sj.unpack(merged), sj.unpack(kernel.base) + kernel.lora_a @ kernel.lora_b, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        sj.unpack(merged),
+        sj.unpack(kernel.base) + kernel.lora_a @ kernel.lora_b,
+        rtol=1e-5,
+        atol=1e-5,
+    )
     np.testing.assert_allclose(sj.linear(X, merged), sj.linear(X, kernel), rtol=1e-4, atol=1e-4)
 
 
@@ -89,7 +107,9 @@ def test_only_the_factors_are_trained():
         updates, state = optimiser.update(step(train)[1], state)
         train = optax.apply_updates(train, updates)
     assert float(loss(train)) < 0.2 * start
-    np.testing.assert_array_equal(sj.combine(train, rest)["a"]["kernel"].base.values, weight().values)
+    np.testing.assert_array_equal(
+        sj.combine(train, rest)["a"]["kernel"].base.values, weight().values
+    )
 
 
 def test_factors_are_saved_beside_the_model(tmp_path):
@@ -105,7 +125,9 @@ def test_linen_models_run_them():
     variables = sj.linen.convert(model.init(jax.random.key(0), X), "6:8", model, X)
     tree = adapters.add(variables, rank=2, adapted=".*layers_2/kernel")
     assert isinstance(tree["params"]["layers_0"]["kernel"], sj.SlideWeight)
-    np.testing.assert_array_equal(sj.linen.apply(model, tree, X), sj.linen.apply(model, variables, X))
+    np.testing.assert_array_equal(
+        sj.linen.apply(model, tree, X), sj.linen.apply(model, variables, X)
+    )
     tree = moved(tree)
     hidden = nn.relu(sj.linen.apply(nn.Dense(24), {"params": variables["params"]["layers_0"]}, X))
     w = tree["params"]["layers_2"]["kernel"]
@@ -141,8 +163,16 @@ def test_nnx_layers_run_them(qdtype):
     graph, factors, rest = nnx.split(adapted, nnx.LoRAParam, ...)
     assert len(jax.tree.leaves(factors)) == 4  # the shared layer once
     gradient = jax.grad(lambda f: (nnx.merge(graph, f, rest)(X) ** 2).sum())(factors)
-    assert all(bool(jnp.abs(leaf).max() > 0) for path, leaf in jax.tree_util.tree_leaves_with_path(gradient) if "lora_b" in str(path))
-    step = jax.tree.map(lambda p, g: p - 1e-3 * g / jnp.abs(g).max() if jnp.abs(g).max() > 0 else p, factors, gradient)
+    assert all(
+        bool(jnp.abs(leaf).max() > 0)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)
+        if "lora_b" in str(path)
+    )
+    step = jax.tree.map(
+        lambda p, g: p - 1e-3 * g / jnp.abs(g).max() if jnp.abs(g).max() > 0 else p,
+        factors,
+        gradient,
+    )
     trained = nnx.merge(graph, step, rest)
     merged = sj.nnx.map_weights(trained, adapters.merge)
     assert isinstance(merged.up.kernel, sj.SlideWeight)
@@ -158,7 +188,9 @@ def test_nnx_masters():
     gradient = nnx.grad(lambda m: (m(X) ** 2).sum())(masters)
     shared = gradient["again"]  # the first of its two paths
     masters.up.values.set_value(masters.up.values.get_value() - 1e-3 * shared["values"].get_value())
-    np.testing.assert_allclose(sj.nnx.map_weights(masters, sj.trainable.deploy)(X), masters(X), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        sj.nnx.map_weights(masters, sj.trainable.deploy)(X), masters(X), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_bad_input():
@@ -166,6 +198,8 @@ def test_bad_input():
         adapters.add({"kernel": weight()}, rank=0)
     with pytest.raises(ValueError, match="selects no packed weight"):
         adapters.add({"kernel": weight()}, adapted="other")
-    broken = dataclasses.replace(adapters.add({"kernel": weight()}, rank=2)["kernel"], lora_b=jnp.zeros((3, 6)))
+    broken = dataclasses.replace(
+        adapters.add({"kernel": weight()}, rank=2)["kernel"], lora_b=jnp.zeros((3, 6))
+    )
     with pytest.raises(ValueError, match="factors"):
         sj.linear(X, broken)

@@ -20,7 +20,9 @@ from slidejax.models import load_model
 from slidejax.rules import Rule
 from slidejax.weight import SlideWeight
 
-TEXT = "The moon is the only natural satellite of the Earth. It turns once while it goes round. " * 2
+TEXT = (
+    "The moon is the only natural satellite of the Earth. It turns once while it goes round. " * 2
+)
 
 
 @pytest.fixture
@@ -71,7 +73,8 @@ def packed(params):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"), [("int8", "int8"), ("float8_e4m3fn", "float8_e4m3fn"), ("none", "float32")]
+    ("dtype", "expected"),
+    [("int8", "int8"), ("float8_e4m3fn", "float8_e4m3fn"), ("none", "float32")],
 )
 def test_convert_writes_what_convert_makes(capsys, tmp_path, model, dtype, expected):
     from slidejax import huggingface
@@ -97,31 +100,113 @@ def test_convert_writes_what_convert_makes(capsys, tmp_path, model, dtype, expec
 def test_a_model_is_quantised_only(capsys, tmp_path, model, text):
     """The pattern dense goes through every command, and is not taken for a model that was never converted."""
     path, calibration = str(tmp_path / "out"), ["--calibration", text, "--sequences", "2"]
-    said = run(capsys, "convert", model, path, "--pattern", "dense", "--method", "sparsegpt", "--dtype", "float8_e4m3fn", *calibration)
-    assert "14 layers converted" in said and "dense float8_e4m3fn, sparsegpt" in said and "left dense: lm_head/kernel" in said
+    said = run(
+        capsys,
+        "convert",
+        model,
+        path,
+        "--pattern",
+        "dense",
+        "--method",
+        "sparsegpt",
+        "--dtype",
+        "float8_e4m3fn",
+        *calibration,
+    )
+    assert (
+        "14 layers converted" in said
+        and "dense float8_e4m3fn, sparsegpt" in said
+        and "left dense: lm_head/kernel" in said
+    )
     loaded = load_model(path)
-    assert loaded.about["pattern"] == "dense" and {str(w.pattern) for w in packed(loaded.model.params)} == {"dense"}
-    before, after = json.loads(run(capsys, "eval", model, path, "--text", text, "--window", "64", "--json"))
-    assert [(row["pattern"], row["dtype"]) for row in (before, after)] == [("dense", "float32"), ("dense", "float8_e4m3fn")]
-    assert before["perplexity"] != after["perplexity"] == pytest.approx(before["perplexity"], rel=0.5)
-    [row] = json.loads(run(capsys, "demo", path, "--text", text, "--tokens", "40", "--max-new-tokens", "2", "--json"))
+    assert loaded.about["pattern"] == "dense" and {
+        str(w.pattern) for w in packed(loaded.model.params)
+    } == {"dense"}
+    before, after = json.loads(
+        run(capsys, "eval", model, path, "--text", text, "--window", "64", "--json")
+    )
+    assert [(row["pattern"], row["dtype"]) for row in (before, after)] == [
+        ("dense", "float32"),
+        ("dense", "float8_e4m3fn"),
+    ]
+    assert (
+        before["perplexity"] != after["perplexity"] == pytest.approx(before["perplexity"], rel=0.5)
+    )
+    [row] = json.loads(
+        run(
+            capsys,
+            "demo",
+            path,
+            "--text",
+            text,
+            "--tokens",
+            "40",
+            "--max-new-tokens",
+            "2",
+            "--json",
+        )
+    )
     assert (row["pattern"], row["dtype"]) == ("dense", "float8_e4m3fn")
     assert row["bytes"] == sum(packed_bytes("dense", 1, i, o) for i, o in layers())
-    assert "converted already" in error(capsys, "convert", path, str(tmp_path / "x"), "--pattern", "6:8")
-    run(capsys, "recover", path, str(tmp_path / "new"), "--against", model, "--text", text, "--window", "32", "--batch", "2", "--steps", "1")
-    assert {str(w.pattern) for w in packed(load_model(str(tmp_path / "new")).model.params)} == {"dense"}
+    assert "converted already" in error(
+        capsys, "convert", path, str(tmp_path / "x"), "--pattern", "6:8"
+    )
+    run(
+        capsys,
+        "recover",
+        path,
+        str(tmp_path / "new"),
+        "--against",
+        model,
+        "--text",
+        text,
+        "--window",
+        "32",
+        "--batch",
+        "2",
+        "--steps",
+        "1",
+    )
+    assert {str(w.pattern) for w in packed(load_model(str(tmp_path / "new")).model.params)} == {
+        "dense"
+    }
 
 
 def test_convert_chooses_a_pattern_for_each_layer(capsys, tmp_path, model):
     path = str(tmp_path / "mixed")
-    said = run(capsys, "convert", model, path, "--pattern", "6:8", "--mixed", "14:16,6:8,4:6", "--sequences", "2")
-    assert "14 layers converted" in said and "14:16, 6:8, 4:6 for the multiplications of 6:8 int8, magnitude" in said
+    said = run(
+        capsys,
+        "convert",
+        model,
+        path,
+        "--pattern",
+        "6:8",
+        "--mixed",
+        "14:16,6:8,4:6",
+        "--sequences",
+        "2",
+    )
+    assert (
+        "14 layers converted" in said
+        and "14:16, 6:8, 4:6 for the multiplications of 6:8 int8, magnitude" in said
+    )
     weights = packed(load_model(path).model.params)
     chosen = {str(w.pattern) for w in weights}
     assert chosen <= {"14:16", "6:8", "4:6"} and len(chosen) > 1
     cost = sum(math.prod(w.shape) * w.pattern.expansion / 2 for w in weights)
     assert cost <= sum(math.prod(w.shape) for w in weights) * 0.75
-    assert "--dense" in error(capsys, "convert", model, str(tmp_path / "x"), "--pattern", "6:8", "--mixed", "2:4", "--dense", "a")
+    assert "--dense" in error(
+        capsys,
+        "convert",
+        model,
+        str(tmp_path / "x"),
+        "--pattern",
+        "6:8",
+        "--mixed",
+        "2:4",
+        "--dense",
+        "a",
+    )
 
 
 def test_layers_can_be_left_dense(capsys, tmp_path, model):
@@ -129,12 +214,16 @@ def test_layers_can_be_left_dense(capsys, tmp_path, model):
     run(capsys, "convert", model, path, "--pattern", "6:8", "--dense", ".*/self_attn/.*")
     params = load_model(path).model.params
     assert len(packed(params)) == 6
-    assert not isinstance(params["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"], SlideWeight)
+    assert not isinstance(
+        params["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"], SlideWeight
+    )
 
 
 def test_eval_prints_one_object(capsys, text, model, out):
     dense = json.loads(run(capsys, "eval", model, "--text", text, "--window", "64", "--json"))
-    sparse = json.loads(run(capsys, "eval", out, "--text", text, "--window", "64", "--against", model, "--json"))
+    sparse = json.loads(
+        run(capsys, "eval", out, "--text", text, "--window", "64", "--against", model, "--json")
+    )
     loaded = load_model(model)
     expected = evaluate(loaded.model, loaded.encode(TEXT), window=64)
     assert dense["tokens"] == sparse["tokens"] == len(loaded.encode(TEXT)) - 1
@@ -150,34 +239,60 @@ def test_eval_prints_one_object(capsys, text, model, out):
 
 def test_generate_takes_every_kind_of_model(capsys, model, out):
     for path in (model, out):
-        got = json.loads(run(capsys, "generate", path, "--prompt", "abc", "--max-new-tokens", "4", "--json"))
+        got = json.loads(
+            run(capsys, "generate", path, "--prompt", "abc", "--max-new-tokens", "4", "--json")
+        )
         assert got["prompt"] == "abc" and 1 <= got["tokens"] <= 4 and got["tokens_per_second"] > 0
-    assert run(capsys, "generate", model, "--prompt", "abc", "--max-new-tokens", "4").startswith("abc")
-    again = json.loads(run(capsys, "generate", out, "--prompt", "abc", "--max-new-tokens", "4", "--json"))
+    assert run(capsys, "generate", model, "--prompt", "abc", "--max-new-tokens", "4").startswith(
+        "abc"
+    )
+    again = json.loads(
+        run(capsys, "generate", out, "--prompt", "abc", "--max-new-tokens", "4", "--json")
+    )
     assert again["text"] == got["text"]
 
 
 def test_demo_measures_every_row_on_the_same_tokens(capsys, tmp_path, model, text):
     file = tmp_path / "rows.json"
-    options = ["--patterns", "6:8,dense", "--dtypes", "int8", "--tokens", "60", "--text", text, "--max-new-tokens", "4", "--prompt", "ab"]
+    options = [
+        "--patterns",
+        "6:8,dense",
+        "--dtypes",
+        "int8",
+        "--tokens",
+        "60",
+        "--text",
+        text,
+        "--max-new-tokens",
+        "4",
+        "--prompt",
+        "ab",
+    ]
     said = run(capsys, "demo", model, *options, "--json", str(file))
     rows = json.loads(file.read_text())
     names = [(row["pattern"], row["dtype"]) for row in rows]
     sparse = [(p, "int8") for p in ("6:8", "dense")]
     assert names == [("dense", "float32"), *sparse]
     assert {row["tokens"] for row in rows} == {60}
-    assert all(row["tokens_per_second"] > 0 and 0 <= row["next_token_accuracy"] <= 1 for row in rows)
+    assert all(
+        row["tokens_per_second"] > 0 and 0 <= row["next_token_accuracy"] <= 1 for row in rows
+    )
     # the linear layers of two blocks: q and o, k and v, gate, up and down
     weights = 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 104)
     by_name = dict(zip(names, rows, strict=True))
     assert by_name["dense", "float32"]["bytes"] == 4 * weights
     for name, row in by_name.items():
         if name[1] == "int8":
-            assert row["bytes"] == sum(packed_bytes(name[0], 1, i, o) for i, o in layers()) and row["convert_seconds"] > 0
+            assert (
+                row["bytes"] == sum(packed_bytes(name[0], 1, i, o) for i, o in layers())
+                and row["convert_seconds"] > 0
+            )
     assert "dense float32: ab" in said and "6:8" in said and "60 tokens of" in said
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a GPU each pattern has its own kernel")
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="on a GPU each pattern has its own kernel"
+)
 def test_demo_rows_share_programs(monkeypatch, model):
     loaded, compiled, lower = load_model(model), [], demo.Generator.compile
 
@@ -190,7 +305,9 @@ def test_demo_rows_share_programs(monkeypatch, model):
     ids = np.asarray(loaded.encode(TEXT), np.int32)[:61]
     with ThreadPoolExecutor(1) as pool:
         rows = [row for row, _ in demo.rows(loaded, ids, pool, window=30)]
-    assert [row.pattern for row in rows[1:]] == [p for p in ("14:16", "6:8", "4:6", "2:4") for _ in range(2)]
+    assert [row.pattern for row in rows[1:]] == [
+        p for p in ("14:16", "6:8", "4:6", "2:4") for _ in range(2)
+    ]
     assert len(compiled) == 3  # dense, int8, float32
     for row in rows[3:5]:  # what `evaluate` finds with the packed form, converted alone
         alone = huggingface.convert(loaded.model, Rule("6:8", row.dtype))
@@ -200,7 +317,11 @@ def test_demo_rows_share_programs(monkeypatch, model):
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16", None])
 def test_one_conversion_serves_every_dtype(tiny_llama, dtype):
     got, seconds = demo._in_dtype(huggingface.convert(tiny_llama, Rule("6:8", None)), dtype)
-    jax.tree.map(np.testing.assert_array_equal, got.params, huggingface.convert(tiny_llama, Rule("6:8", dtype)).params)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        got.params,
+        huggingface.convert(tiny_llama, Rule("6:8", dtype)).params,
+    )
     assert seconds > 0 or dtype is None
 
 
@@ -218,7 +339,11 @@ def packed_bytes(pattern, size, inputs, outputs):
 
 
 def test_demo_of_a_converted_model_is_one_row(capsys, out, text):
-    rows = json.loads(run(capsys, "demo", out, "--text", text, "--tokens", "40", "--max-new-tokens", "2", "--json"))
+    rows = json.loads(
+        run(
+            capsys, "demo", out, "--text", text, "--tokens", "40", "--max-new-tokens", "2", "--json"
+        )
+    )
     assert [(row["pattern"], row["dtype"]) for row in rows] == [("6:8", "int8")]
 
 
@@ -226,15 +351,30 @@ def test_demo_of_a_converted_model_is_one_row(capsys, out, text):
 
 
 def test_bench_on_a_cpu(capsys):
-    options = ["--shape", "64,96", "-M", "2,4", "--patterns", "6:8,dense", "--dtypes", "int8", "--seconds", "0.01"]
+    options = [
+        "--shape",
+        "64,96",
+        "-M",
+        "2,4",
+        "--patterns",
+        "6:8,dense",
+        "--dtypes",
+        "int8",
+        "--seconds",
+        "0.01",
+    ]
     got = json.loads(run(capsys, "bench", *options, "--warmup", "0.001", "--json"))
     found = [(e["out"], e["in"], e["rows"], e["pattern"]) for e in got["linear"]]
     assert found == [(64, 96, m, p) for m in (2, 4) for p in ("6:8", "dense")]
     for entry in got["linear"]:
         assert {"jax bf16", "jax int8", "jax fp8"} <= entry["us"].keys()
         assert all(us is None or us > 0 for us in entry["us"].values())
-        assert ("CUDA" if entry["pattern"] == "6:8" else "no zeros to skip") in entry["refused"]["hopper"]
-    assert [(s["rows"], s["pattern"]) for s in got["sums"]] == [(m, p) for m in (2, 4) for p in ("6:8", "dense")]
+        assert ("CUDA" if entry["pattern"] == "6:8" else "no zeros to skip") in entry["refused"][
+            "hopper"
+        ]
+    assert [(s["rows"], s["pattern"]) for s in got["sums"]] == [
+        (m, p) for m in (2, 4) for p in ("6:8", "dense")
+    ]
     assert all(e["gb_per_s"] > 0 and e["copy_gb_per_s"] > 0 for e in got["lift"])
 
 
@@ -250,10 +390,18 @@ def test_info(capsys):
 
 def test_errors_are_one_line(capsys, tmp_path, model, out, text):
     assert "not one of smollm2" in error(capsys, "eval", str(tmp_path / "nowhere"))
-    assert "pattern must be" in error(capsys, "convert", model, str(tmp_path / "x"), "--pattern", "5:8")
-    assert "dtype" in error(capsys, "convert", model, str(tmp_path / "x"), "--pattern", "6:8", "--dtype", "int3")
-    assert "converted already" in error(capsys, "convert", out, str(tmp_path / "x"), "--pattern", "6:8")
-    assert "method" in error(capsys, "convert", model, str(tmp_path / "x"), "--pattern", "6:8", "--method", "guess")
+    assert "pattern must be" in error(
+        capsys, "convert", model, str(tmp_path / "x"), "--pattern", "5:8"
+    )
+    assert "dtype" in error(
+        capsys, "convert", model, str(tmp_path / "x"), "--pattern", "6:8", "--dtype", "int3"
+    )
+    assert "converted already" in error(
+        capsys, "convert", out, str(tmp_path / "x"), "--pattern", "6:8"
+    )
+    assert "method" in error(
+        capsys, "convert", model, str(tmp_path / "x"), "--pattern", "6:8", "--method", "guess"
+    )
     assert "is a file" in error(capsys, "convert", model, text, "--pattern", "6:8")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     assert "UTF-8" in error(capsys, "eval", model, "--text", str(tmp_path / "binary"))
@@ -269,7 +417,9 @@ def test_a_damaged_model_is_one_line(capsys, tmp_path, out):
     assert "slidejax.safetensors" in error(capsys, "generate", out)
 
 
-@pytest.mark.parametrize("args", [[], ["fly"], ["convert", "a", "b"], ["eval", "m", "--tokens", "0"]])
+@pytest.mark.parametrize(
+    "args", [[], ["fly"], ["convert", "a", "b"], ["eval", "m", "--tokens", "0"]]
+)
 def test_bad_usage(capsys, args):
     with pytest.raises(SystemExit) as e:
         cli.main(args)
@@ -277,8 +427,16 @@ def test_bad_usage(capsys, args):
 
 
 def test_help_loads_no_extras():
-    done = subprocess.run([sys.executable, "-m", "slidejax", "--help"], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "slidejax", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     assert "usage: slidejax" in done.stdout
     code = "import sys, slidejax.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nprint('transformers' in sys.modules, 'rich' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.splitlines()[-1] == "False False" and "demo" in done.stdout

@@ -19,7 +19,9 @@ from slidejax.rules import LeftDense
 ])  # fmt: skip
 def test_einsum(equation, x_shape, kernel_shape):
     random = np.random.default_rng(0)
-    x, kernel = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in (x_shape, kernel_shape))
+    x, kernel = (
+        jnp.asarray(random.normal(size=shape), jnp.float32) for shape in (x_shape, kernel_shape)
+    )
     axes = Contraction.einsum(equation, x.ndim)
     order = sum(axes.kernel, ())
     w = sj.pack(to_matrix(kernel, axes.kernel), "6:8")

@@ -33,7 +33,9 @@ def distributions(model, tokens, window):
     run = jax.jit(lambda p, i: model(i, params=p).logits)
     rows = []
     for start in range(0, len(tokens) - 1, window):
-        context = np.zeros((1, window), np.int32)  # padded on the right, which a causal model cannot see
+        context = np.zeros(
+            (1, window), np.int32
+        )  # padded on the right, which a causal model cannot see
         part = tokens[start : min(start + window, len(tokens) - 1)]
         context[0, : len(part)] = part
         rows.append(np.asarray(run(model.params, context), np.float64)[0, : len(part)])
@@ -47,7 +49,14 @@ def test_against_numpy(tiny_config, tiny_params, tiny_llama, batch):
 
     other = build(tiny_config, jax.tree.map(lambda p: p * 1.1, tiny_params))
     seen = []
-    got = evaluate(tiny_llama, TOKENS, window=20, batch=batch, reference=other, progress=lambda *a: seen.append(a))
+    got = evaluate(
+        tiny_llama,
+        TOKENS,
+        window=20,
+        batch=batch,
+        reference=other,
+        progress=lambda *a: seen.append(a),
+    )
     log_p, log_q = distributions(tiny_llama, TOKENS, 20), distributions(other, TOKENS, 20)
     target = TOKENS[1:]
     assert got.tokens == 74
@@ -55,7 +64,9 @@ def test_against_numpy(tiny_config, tiny_params, tiny_llama, batch):
     assert got.next_token_accuracy == pytest.approx((log_p.argmax(-1) == target).mean())
     np.testing.assert_allclose(got.losses, -log_p[np.arange(74), target], rtol=1e-4, atol=1e-5)
     assert got.agreement.top1 == pytest.approx((log_p.argmax(-1) == log_q.argmax(-1)).mean())
-    assert got.agreement.kl == pytest.approx((np.exp(log_q) * (log_q - log_p)).sum(-1).mean(), rel=1e-4)
+    assert got.agreement.kl == pytest.approx(
+        (np.exp(log_q) * (log_q - log_p)).sum(-1).mean(), rel=1e-4
+    )
     assert seen[-1] == (74, 74) and [s[0] for s in seen] == sorted(s[0] for s in seen)
 
 
@@ -67,7 +78,9 @@ def test_a_model_agrees_with_itself(tiny_llama):
 def test_parameters_can_be_given(tiny_llama):
     zeros = jax.tree.map(np.zeros_like, tiny_llama.params)
     got = evaluate(tiny_llama, TOKENS, zeros, window=30)
-    assert got.perplexity == pytest.approx(tiny_llama.config.vocab_size, rel=1e-5)  # the uniform distribution
+    assert got.perplexity == pytest.approx(
+        tiny_llama.config.vocab_size, rel=1e-5
+    )  # the uniform distribution
 
 
 def test_parameters_of_one_structure_share_a_program(tiny_llama, monkeypatch):
@@ -75,7 +88,10 @@ def test_parameters_of_one_structure_share_a_program(tiny_llama, monkeypatch):
     first = evaluator(TOKENS)
     monkeypatch.setattr(type(tiny_llama), "__call__", lambda *a, **k: pytest.fail("traced again"))
     assert evaluator(TOKENS) == first
-    assert evaluator(TOKENS, jax.tree.map(np.zeros_like, tiny_llama.params)).perplexity != first.perplexity
+    assert (
+        evaluator(TOKENS, jax.tree.map(np.zeros_like, tiny_llama.params)).perplexity
+        != first.perplexity
+    )
 
 
 def test_a_ruined_model_shows(tiny_llama):
@@ -87,7 +103,12 @@ def test_a_ruined_model_shows(tiny_llama):
 
 @pytest.mark.parametrize(
     ("tokens", "window", "message"),
-    [([5], 8, "at least two"), ([1, 259], 8, "0..258"), ([1, -1], 8, "-1"), ([1, 2], 129, "128 positions")],
+    [
+        ([5], 8, "at least two"),
+        ([1, 259], 8, "0..258"),
+        ([1, -1], 8, "-1"),
+        ([1, 2], 129, "128 positions"),
+    ],
 )
 def test_bad_input(tiny_llama, tokens, window, message):
     with pytest.raises(ValueError, match=message):

@@ -19,10 +19,22 @@ def test_example(path):
     if "transformers" in path.read_text():
         pytest.importorskip("transformers")
     # one process each: examples are read as scripts and must not depend on what another one imported
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error", "XLA_FLAGS": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(path.parent.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "XLA_FLAGS": "",
+    }
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(path.parent.parent), os.environ.get("PYTHONPATH", "")]
+    )
     done = subprocess.run(
-        [sys.executable, path], capture_output=True, text=True, timeout=300, env=environment, check=False
+        [sys.executable, path],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == path.with_suffix(".txt").read_text()

@@ -12,7 +12,9 @@ PROMPT = [5, 17, 3, 200]
 def test_the_same_tokens_as_transformers(tiny_llama):
     got = Generator(tiny_llama, 5, stop=False)(PROMPT)
     options = {"max_new_tokens": 5, "eos_token_id": 259, "pad_token_id": 0}
-    expected = jax.jit(lambda ids: tiny_llama.generate(ids, **options).sequences)(np.array([PROMPT]))
+    expected = jax.jit(lambda ids: tiny_llama.generate(ids, **options).sequences)(
+        np.array([PROMPT])
+    )
     assert got.tokens == list(expected[0, 4:]) and got.steps == 5
     assert got.tokens_per_second == pytest.approx(5 / got.seconds)
 
@@ -32,7 +34,10 @@ def test_it_compiles_once_for_a_prompt_length(tiny_llama, monkeypatch):
     generator(PROMPT)
     monkeypatch.setattr(type(tiny_llama), "generate", lambda *a, **k: pytest.fail("traced again"))
     generator(PROMPT[::-1])
-    doubled = {**tiny_llama.params, "lm_head": {"kernel": tiny_llama.params["lm_head"]["kernel"] * 2}}
+    doubled = {
+        **tiny_llama.params,
+        "lm_head": {"kernel": tiny_llama.params["lm_head"]["kernel"] * 2},
+    }
     generator(PROMPT, params=doubled)
 
 
@@ -46,7 +51,12 @@ def test_sampling_follows_the_seed(tiny_llama):
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [([], "at least one"), ([259], "0..258"), ([1] * 127, "128 positions"), ([[1]], "at least one")],
+    [
+        ([], "at least one"),
+        ([259], "0..258"),
+        ([1] * 127, "128 positions"),
+        ([[1]], "at least one"),
+    ],
 )
 def test_bad_prompts(tiny_llama, prompt, message):
     with pytest.raises(ValueError, match=message):

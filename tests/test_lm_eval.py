@@ -31,7 +31,9 @@ def ask(method, *args):
 def loaded(tiny_config, tiny_params, tiny_tokenizer):
     from slidejax.checkpoint.huggingface import build
 
-    return LoadedModel(huggingface.convert(build(tiny_config, tiny_params), "6:8"), tiny_tokenizer, "tiny")
+    return LoadedModel(
+        huggingface.convert(build(tiny_config, tiny_params), "6:8"), tiny_tokenizer, "tiny"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,9 @@ def program(model):
 
 def log_probs(loaded, ids):
     """log p [position, vocabulary] of the tokens after each position, one row, with the packed form."""
-    row = np.zeros((1, 128), np.int32)  # one length, one program: what follows a position does not reach it
+    row = np.zeros(
+        (1, 128), np.int32
+    )  # one length, one program: what follows a position does not reach it
     row[0, : len(ids)] = ids
     logits = np.asarray(program(loaded.model)(loaded.model.params, row), np.float64)[: len(ids)]
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -70,14 +74,24 @@ def test_continuations(lm, loaded):
         target = np.asarray(ids[len(ids) - count :], int)
         assert score == pytest.approx(rows[np.arange(count), target].sum(), rel=1e-4, abs=1e-4)
         assert greedy == bool((rows.argmax(-1) == target).all())
-    likeliest = {c: int(log_probs(loaded, loaded.encode(c))[-1].argmax()) for c in "abcdefghijklmnop"}
-    letter = {i: c for c, i in loaded.tokenizer.get_vocab().items() if c.isascii() and c.isprintable() and len(c) == 1}
+    likeliest = {
+        c: int(log_probs(loaded, loaded.encode(c))[-1].argmax()) for c in "abcdefghijklmnop"
+    }
+    letter = {
+        i: c
+        for c, i in loaded.tokenizer.get_vocab().items()
+        if c.isascii() and c.isprintable() and len(c) == 1
+    }
     context, best = next((c, letter[i]) for c, i in likeliest.items() if i in letter)
-    assert ask(lm.loglikelihood, (context, best)) == [(pytest.approx(log_probs(loaded, loaded.encode(context))[-1].max(), rel=1e-4), True)]
+    assert ask(lm.loglikelihood, (context, best)) == [
+        (pytest.approx(log_probs(loaded, loaded.encode(context))[-1].max(), rel=1e-4), True)
+    ]
 
 
 def test_rolling_predicts_each_token_once(lm, loaded):
-    text = "The moon turns once while it goes round the Earth. " * 2  # 102 tokens: windows of 40, 40 and 22
+    text = (
+        "The moon turns once while it goes round the Earth. " * 2
+    )  # 102 tokens: windows of 40, 40 and 22
     (got,) = ask(lm.loglikelihood_rolling, (text,))
     ids = [lm.prefix_token_id, *loaded.encode(text)]
     expected, at = 0.0, 1
@@ -111,7 +125,12 @@ def test_generation_stops_where_it_should(lm, loaded):
 
 
 def test_what_the_harness_wants_to_know(lm):
-    assert (lm.eot_token_id, lm.prefix_token_id, lm.max_length, lm.tokenizer_name) == (257, 256, 40, "tiny")
+    assert (lm.eot_token_id, lm.prefix_token_id, lm.max_length, lm.tokenizer_name) == (
+        257,
+        256,
+        40,
+        "tiny",
+    )
     assert lm.chat_template(False) is None
 
 
@@ -126,7 +145,9 @@ def test_bad_input(lm, loaded):
 
 def test_it_imports_without_the_harness():
     code = "import sys; sys.modules['lm_eval'] = None; import slidejax.lm_eval as m; print(m.SlideLM.__mro__[1].__name__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
     assert done.stdout.strip() == "object"
 
 
@@ -156,5 +177,9 @@ def test_with_the_harness(lm, tmp_path, monkeypatch):
         "target_delimiter": "",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    results = simple_evaluate(lm, tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0)
-    assert results["results"]["tiny_choice"]["acc,none"] == 0.5  # the same choice each time, right every second time
+    results = simple_evaluate(
+        lm, tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
+    )
+    assert (
+        results["results"]["tiny_choice"]["acc,none"] == 0.5
+    )  # the same choice each time, right every second time

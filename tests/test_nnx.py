@@ -28,14 +28,26 @@ def densify(layer, w):
     (None, jnp.float32, jnp.float32), (jnp.bfloat16, jnp.float32, jnp.float32), (None, jnp.float32, jnp.bfloat16),
 ])  # fmt: skip
 def test_slide_linear_is_linear_with_the_unpacked_kernel(use_bias, dtype, param_dtype, x_dtype):
-    options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "bias_init": nnx.initializers.normal()}
+    options = {
+        "use_bias": use_bias,
+        "dtype": dtype,
+        "param_dtype": param_dtype,
+        "bias_init": nnx.initializers.normal(),
+    }
     x = data(3, 40, dtype=x_dtype)
     layer = sj.nnx.SlideLinear(40, 24, pattern="6:8", qdtype=None, rngs=nnx.Rngs(0), **options)
     dense = nnx.Linear(40, 24, rngs=nnx.Rngs(0), **options)
-    np.testing.assert_array_equal(sj.unpack(layer.kernel), jnp.where(sj.prune.magnitude(dense.kernel[...], "6:8"), dense.kernel[...], 0))
+    np.testing.assert_array_equal(
+        sj.unpack(layer.kernel),
+        jnp.where(sj.prune.magnitude(dense.kernel[...], "6:8"), dense.kernel[...], 0),
+    )
     got, want = layer(x), densify(dense, layer.kernel)(x)
     assert got.dtype == want.dtype
-    np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=0.05 if got.dtype == jnp.bfloat16 else 1e-5)
+    np.testing.assert_allclose(
+        got.astype(jnp.float32),
+        want.astype(jnp.float32),
+        atol=0.05 if got.dtype == jnp.bfloat16 else 1e-5,
+    )
 
 
 def test_8_bit_slide_linear():
@@ -77,7 +89,9 @@ def test_float_packed_values_train():
 
 class Model(nnx.Module):
     def __init__(self, rngs):
-        self.attention = nnx.MultiHeadAttention(num_heads=3, in_features=24, qkv_features=24, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            num_heads=3, in_features=24, qkv_features=24, decode=False, rngs=rngs
+        )
         self.blocks = nnx.List([nnx.Linear(24, 24, rngs=rngs) for _ in range(2)])
         self.blocks.append(self.blocks[0])
         self.einsum = nnx.Einsum("btd,dhk->bthk", (24, 2, 5), (2, 5), rngs=rngs)
@@ -101,13 +115,26 @@ def test_convert_a_model():
         "attention/key/kernel", "attention/query/kernel", "attention/value/kernel", "blocks/0/kernel", "blocks/1/kernel", "einsum/kernel",
     ]  # fmt: skip
     assert report.dense.keys() == {"attention/out/kernel", "conv/kernel"}
-    assert report.dense["attention/out/kernel"] == "a rule says so" and "Conv is not" in report.dense["conv/kernel"]
+    assert (
+        report.dense["attention/out/kernel"] == "a rule says so"
+        and "Conv is not" in report.dense["conv/kernel"]
+    )
     assert sparse.blocks[2] is sparse.blocks[0] and type(sparse.blocks[0]) is sj.nnx.SlideLinear
     assert sparse.conv.kernel[...] is model.conv.kernel[...]
-    for path in ("attention/key", "attention/query", "attention/value", "blocks/0", "blocks/1", "einsum"):
+    for path in (
+        "attention/key",
+        "attention/query",
+        "attention/value",
+        "blocks/0",
+        "blocks/1",
+        "einsum",
+    ):
         dense, packed = model, sparse
         for name in path.split("/"):
-            dense, packed = (node[int(name)] if name.isdigit() else getattr(node, name) for node in (dense, packed))
+            dense, packed = (
+                node[int(name)] if name.isdigit() else getattr(node, name)
+                for node in (dense, packed)
+            )
         densify(dense, packed.kernel)
     np.testing.assert_allclose(sparse(x), model(x), atol=2e-5)
     np.testing.assert_allclose(nnx.jit(lambda model, x: model(x))(sparse, x), model(x), atol=2e-5)
@@ -129,7 +156,11 @@ def test_stacked_layers_and_axis_names():
     def stack(rngs):
         return nnx.Linear(64, 64, kernel_init=NAMES, rngs=rngs)
 
-    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    @nnx.scan(
+        in_axes=(0, nnx.Carry),
+        out_axes=nnx.Carry,
+        transform_metadata={nnx.PARTITION_NAME: "layers"},
+    )
     def run(layer, x):
         return layer(x)
 
@@ -141,7 +172,10 @@ def test_stacked_layers_and_axis_names():
         x = data(2, 64)
         np.testing.assert_allclose(run(sparse, x), run(densify(dense, sparse.kernel), x), atol=2e-5)
         layer = sj.nnx.SlideLinear(40, 8, kernel_init=NAMES, rngs=nnx.Rngs(0))
-    assert layer.zeros.get_metadata()["out_sharding"] == ("mlp", None)  # 40 inputs are not whole blocks
+    assert layer.zeros.get_metadata()["out_sharding"] == (
+        "mlp",
+        None,
+    )  # 40 inputs are not whole blocks
 
 
 def test_tied_kernels_stay_tied():
@@ -157,8 +191,12 @@ def test_tied_kernels_stay_tied():
     model, x, report = Tied(nnx.Rngs(0)), data(2, 16), sj.Report()
     sparse = sj.nnx.convert(model, [("c", "2:4"), (".*", FLOAT)], report=report)
     assert sparse.b.values is sparse.a.values and sparse.b.zeros is sparse.a.zeros
-    assert report.dense == {"c/kernel": "it shares its kernel with a/kernel, which uses it in another way"}
-    np.testing.assert_allclose(sparse(x), model.c(x @ sj.unpack(sparse.a.kernel) @ sj.unpack(sparse.b.kernel)), atol=1e-5)
+    assert report.dense == {
+        "c/kernel": "it shares its kernel with a/kernel, which uses it in another way"
+    }
+    np.testing.assert_allclose(
+        sparse(x), model.c(x @ sj.unpack(sparse.a.kernel) @ sj.unpack(sparse.b.kernel)), atol=1e-5
+    )
 
 
 def test_layers_that_stay_dense_say_why():
@@ -177,7 +215,11 @@ def test_layers_that_stay_dense_say_why():
     with pytest.warns(UserWarning, match=r"rules\[0\] \('nothing'\) decided nothing"):
         sj.nnx.convert(model, [("nothing", None), (".*", "6:8")], report=report)
     reasons = {path.removesuffix("/kernel"): reason for path, reason in report.dense.items()}
-    assert not report.converted and "Own is not" in reasons["own"] and "dot_general of its own" in reasons["dot"]
+    assert (
+        not report.converted
+        and "Own is not" in reasons["own"]
+        and "dot_general of its own" in reasons["dot"]
+    )
     assert "float8_e5m2" in reasons["half"] and "diagonal" in reasons["diagonal"]
 
 
@@ -218,7 +260,9 @@ class Mlp(nnx.Module):
 @pytest.mark.parametrize("qdtype", [None, "int8", "float8_e4m3fn", "bfloat16"])
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_layer_is_the_dense_one_with_its_weights(qdtype, use_bias):
-    layer = sj.nnx.SlideLinear(24, 8, pattern="4:6", qdtype=qdtype, use_bias=use_bias, rngs=nnx.Rngs(0))
+    layer = sj.nnx.SlideLinear(
+        24, 8, pattern="4:6", qdtype=qdtype, use_bias=use_bias, rngs=nnx.Rngs(0)
+    )
     x = data(3, 24)
     want = x @ sj.unpack(layer.kernel).astype(jnp.float32)
     tolerance = {"int8": 0.02, "float8_e4m3fn": 0.06, "bfloat16": 0.02}.get(qdtype, 1e-5)

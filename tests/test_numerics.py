@@ -17,14 +17,18 @@ def oracle(x, dtype, qmax):
     scale = absmax * np.float32(1 / qmax)
     scaled = x.astype(np.float32) * (np.float32(1) / scale)
     codes = np.clip(scaled, -qmax, qmax)
-    return (np.rint(codes).astype(np.int8) if dtype == "int8" else codes.astype(ml_dtypes.float8_e4m3fn)), scale
+    return (
+        np.rint(codes).astype(np.int8) if dtype == "int8" else codes.astype(ml_dtypes.float8_e4m3fn)
+    ), scale
 
 
 @pytest.mark.parametrize(("dtype", "qmax"), DTYPES)
 @given(seed=st.integers(0, 2**32 - 1), spread=st.floats(0, 8))
 def test_matches_numpy_bit_for_bit(dtype, qmax, seed, spread):
     rng = np.random.default_rng(seed)
-    x = (rng.standard_normal((7, 65)) * np.exp(rng.standard_normal((7, 1)) * spread)).astype(np.float32)
+    x = (rng.standard_normal((7, 65)) * np.exp(rng.standard_normal((7, 1)) * spread)).astype(
+        np.float32
+    )
     codes, scale = jax.jit(lambda x: numerics.encode(x, numerics.absmax(x, -1), dtype))(x)
     expected, expected_scale = oracle(x, dtype, qmax)
     np.testing.assert_array_equal(np.asarray(scale), expected_scale)
@@ -34,14 +38,26 @@ def test_matches_numpy_bit_for_bit(dtype, qmax, seed, spread):
 @pytest.mark.parametrize(("dtype", "qmax"), DTYPES)
 def test_every_e4m3_tie_and_neighbour(dtype, qmax):
     """All midpoints between codes, and the floats just beside them, round as the type's own cast does."""
-    grid = np.arange(-qmax, qmax + 1) if dtype == "int8" else np.unique(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    grid = (
+        np.arange(-qmax, qmax + 1)
+        if dtype == "int8"
+        else np.unique(
+            np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        )
+    )
     grid = grid[np.isfinite(grid)].astype(np.float32)
     ties = (grid[1:] + grid[:-1]) / 2
-    x = np.concatenate([grid, ties, np.nextafter(ties, np.float32(1e9)), np.nextafter(ties, np.float32(-1e9))])[None]
+    x = np.concatenate(
+        [grid, ties, np.nextafter(ties, np.float32(1e9)), np.nextafter(ties, np.float32(-1e9))]
+    )[None]
     codes, scale = numerics.encode(x, jnp.full((1, 1), qmax, jnp.float32), dtype)
     inverse = np.float32(1) / np.asarray(scale)
     expected = np.clip(x * inverse, -qmax, qmax)
-    expected = np.rint(expected).astype(np.int8) if dtype == "int8" else expected.astype(ml_dtypes.float8_e4m3fn)
+    expected = (
+        np.rint(expected).astype(np.int8)
+        if dtype == "int8"
+        else expected.astype(ml_dtypes.float8_e4m3fn)
+    )
     np.testing.assert_array_equal(np.asarray(codes).astype(np.float32), expected.astype(np.float32))
 
 

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def backend():
     pytest.importorskip("scikit_build_core")
-    spec = importlib.util.spec_from_file_location("build_backend", ROOT / "cuda" / "build_backend.py")
+    spec = importlib.util.spec_from_file_location(
+        "build_backend", ROOT / "cuda" / "build_backend.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -27,7 +29,13 @@ def wheel(tmp_path_factory):
     pytest.importorskip("build")
     out = tmp_path_factory.mktemp("dist")
     # as on a machine with neither CUDA nor a C++ compiler: all that is on PATH is Python
-    environment = {**os.environ, "SLIDEJAX_CUDA": "0", "PATH": str(Path(sys.executable).parent), "CXX": "", "CC": ""}
+    environment = {
+        **os.environ,
+        "SLIDEJAX_CUDA": "0",
+        "PATH": str(Path(sys.executable).parent),
+        "CXX": "",
+        "CC": "",
+    }
     command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -45,7 +53,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 
 def test_the_wheel_works_elsewhere(wheel, tmp_path):
     target = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(target)  # all that installing a pure wheel does, but for the scripts
+    zipfile.ZipFile(wheel).extractall(
+        target
+    )  # all that installing a pure wheel does, but for the scripts
     # a source tree that is installed for development would come first otherwise
     code = (
         f"import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; sys.path.insert(0, {str(target)!r})\n"
@@ -57,7 +67,12 @@ def test_the_wheel_works_elsewhere(wheel, tmp_path):
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": ""}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     first, rest = done.stdout.split("\n", 1)
@@ -78,7 +93,10 @@ def test_asking_for_cuda_without_nvcc_fails_clearly(backend, monkeypatch):
 def test_without_nvcc_the_wheel_is_pure(backend, monkeypatch, capsys):
     monkeypatch.delenv("SLIDEJAX_CUDA", raising=False)
     monkeypatch.setattr(backend, "find_nvcc", lambda: None)
-    assert backend.cuda_compiler() is None and "installing the pure JAX library" in capsys.readouterr().err
+    assert (
+        backend.cuda_compiler() is None
+        and "installing the pure JAX library" in capsys.readouterr().err
+    )
     monkeypatch.setattr(backend, "find_nvcc", lambda: "/opt/cuda/bin/nvcc")
     monkeypatch.setattr(backend, "find_cxx", lambda: None)
     assert backend.cuda_compiler() is None and "no C++ compiler" in capsys.readouterr().err

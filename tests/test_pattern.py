@@ -18,7 +18,9 @@ def test_parse_round_trips(text):
 
 def test_dense_is_one_window_kept_whole():
     p = Pattern.parse("dense")
-    assert p == Pattern(4, 4) == Pattern.parse("4:4") == Pattern.parse(" dense ") and str(p) == "dense"
+    assert (
+        p == Pattern(4, 4) == Pattern.parse("4:4") == Pattern.parse(" dense ") and str(p) == "dense"
+    )
     assert (p.windows, p.expansion, p.density, p.block) == (1, 1, 1, 32)
     assert p.padded(33) == p.lifted(33) == 64
 

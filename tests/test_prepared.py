@@ -11,7 +11,11 @@ on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what a CPU
 
 
 def weight(dtype="int8", shape=(50, 6), pattern="6:8"):
-    return sj.pack(jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32), pattern, dtype=dtype)
+    return sj.pack(
+        jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32),
+        pattern,
+        dtype=dtype,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16", "float32"])
@@ -19,10 +23,13 @@ def test_dense_form_changes_nothing_but_time(dtype):
     w = weight(dtype)
     prepared = sj.prepare(w, "dense")
     x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 50)), jnp.float32)
-    np.testing.assert_array_equal(sj.linear(x, prepared, implementation="dense"), sj.linear(x, w, implementation="dense"))
+    np.testing.assert_array_equal(
+        sj.linear(x, prepared, implementation="dense"), sj.linear(x, w, implementation="dense")
+    )
     lifted = sj.lift_quantize(x, "6:8", dtype)
     np.testing.assert_array_equal(
-        sj.sparse_matmul(*lifted, prepared, implementation="dense"), sj.sparse_matmul(*lifted, w, implementation="dense")
+        sj.sparse_matmul(*lifted, prepared, implementation="dense"),
+        sj.sparse_matmul(*lifted, w, implementation="dense"),
     )
     assert prepared.nbytes == w.nbytes + prepared.prepared["dense"].nbytes
     jax.tree.map(np.testing.assert_array_equal, sj.drop_prepared(prepared), w)
@@ -69,10 +76,18 @@ def test_default_on_a_cpu_is_dense():
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16", "float32"])
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
 def test_what_serves_is_the_dense_implementation_bit_for_bit(pattern, dtype, x_dtype):
-    w = weight(dtype, (1100, 6), pattern)  # more columns than one exact float32 sum of int8 products takes
+    w = weight(
+        dtype, (1100, 6), pattern
+    )  # more columns than one exact float32 sum of int8 products takes
     served = serving({"kernel": w, "other": jnp.ones(3)})["kernel"]
     assert isinstance(served, DenseWeight) and served.shape == w.shape and served.dtype == w.dtype
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 1100)), x_dtype).at[0, 0, 7].set(jnp.nan).at[1, 0].set(0)
+    x = (
+        jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 1100)), x_dtype)
+        .at[0, 0, 7]
+        .set(jnp.nan)
+        .at[1, 0]
+        .set(0)
+    )
     bias = jnp.arange(6.0)
     for b in (None, bias):
         got = jax.jit(sj.linear)(x, served, b)
@@ -80,8 +95,13 @@ def test_what_serves_is_the_dense_implementation_bit_for_bit(pattern, dtype, x_d
         np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
         assert got.dtype == x.dtype and got.shape == (2, 3, 6)
         if dtype == "int8":
-            np.testing.assert_array_equal(got.astype(jnp.float32), sj.linear(x, w, b, "reference").astype(jnp.float32))
-    np.testing.assert_array_equal(sj.linear(x, served, out_dtype="float32"), sj.linear(x, w, implementation="dense", out_dtype="float32"))
+            np.testing.assert_array_equal(
+                got.astype(jnp.float32), sj.linear(x, w, b, "reference").astype(jnp.float32)
+            )
+    np.testing.assert_array_equal(
+        sj.linear(x, served, out_dtype="float32"),
+        sj.linear(x, w, implementation="dense", out_dtype="float32"),
+    )
 
 
 @on_a_cpu
@@ -102,7 +122,11 @@ def test_patterns_share_a_program():
 @on_a_cpu
 @pytest.mark.parametrize("dtype", ["int8", "float32"])
 def test_gradients_of_what_serves(dtype):
-    w, x, bias = weight(dtype), jnp.asarray(np.random.default_rng(1).standard_normal((4, 50)), jnp.float32), jnp.ones(6)
+    w, x, bias = (
+        weight(dtype),
+        jnp.asarray(np.random.default_rng(1).standard_normal((4, 50)), jnp.float32),
+        jnp.ones(6),
+    )
 
     def loss(x, bias, w):
         return jnp.sum(jnp.sin(sj.linear(x, w, bias)))
@@ -113,10 +137,15 @@ def test_gradients_of_what_serves(dtype):
 
 @on_a_cpu
 def test_what_serves_under_vmap_and_scan():
-    w, x = weight(shape=(3, 50, 6)), jnp.asarray(np.random.default_rng(1).standard_normal((3, 2, 50)), jnp.float32)
+    w, x = (
+        weight(shape=(3, 50, 6)),
+        jnp.asarray(np.random.default_rng(1).standard_normal((3, 2, 50)), jnp.float32),
+    )
     want = jax.vmap(sj.linear)(x, w)
     np.testing.assert_array_equal(jax.vmap(sj.linear)(x, serving(w)), want)
-    np.testing.assert_array_equal(jax.lax.scan(lambda c, xw: (c, sj.linear(*xw)), 0, (x, serving(w)))[1], want)
+    np.testing.assert_array_equal(
+        jax.lax.scan(lambda c, xw: (c, sj.linear(*xw)), 0, (x, serving(w)))[1], want
+    )
 
 
 @on_a_cpu
@@ -126,9 +155,17 @@ def test_dtypes_are_promoted_as_for_the_packed_weight(dtype):
     for target in (None, jnp.bfloat16):
 
         def promote(*arrays, target=target):
-            return [a if a is None else a.astype(target or jnp.result_type(*[b for b in arrays if b is not None])) for a in arrays]
+            return [
+                a
+                if a is None
+                else a.astype(target or jnp.result_type(*[b for b in arrays if b is not None]))
+                for a in arrays
+            ]
 
-        (x1, w1, _), (x2, w2, _) = promote_packed(promote, x, w, None), promote_packed(promote, x, serving(w), None)
+        (x1, w1, _), (x2, w2, _) = (
+            promote_packed(promote, x, w, None),
+            promote_packed(promote, x, serving(w), None),
+        )
         assert x1.dtype == x2.dtype and w1.dtype == w2.dtype
         np.testing.assert_array_equal(sj.linear(x1, w1, implementation="dense"), sj.linear(x2, w2))
 

@@ -18,11 +18,17 @@ class Attention(nn.Module):
     late: bool = False  # whether k and v read something else than q
 
     def setup(self):
-        self.q_proj, self.k_proj, self.v_proj = (nn.Dense(n, use_bias=self.bias) for n in (48, 16, 24))
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Dense(n, use_bias=self.bias) for n in (48, 16, 24)
+        )
 
     def __call__(self, x):
         other = x + 1 if self.late else x
-        v, q, k = self.v_proj(other), self.q_proj(x), self.k_proj(other)  # not in the order of the names
+        v, q, k = (
+            self.v_proj(other),
+            self.q_proj(x),
+            self.k_proj(other),
+        )  # not in the order of the names
         return jnp.concatenate([q * 2, k, v], -1)
 
 
@@ -42,7 +48,9 @@ class Block(nn.Module):
 def converted(model, x, rules=RULES, seed=0):
     variables = model.init(jax.random.key(seed), x)
     noise = iter(jax.random.split(jax.random.key(seed + 1), 99))
-    variables = jax.tree.map(lambda leaf: leaf + jax.random.normal(next(noise), leaf.shape) * 0.1, variables)
+    variables = jax.tree.map(
+        lambda leaf: leaf + jax.random.normal(next(noise), leaf.shape) * 0.1, variables
+    )
     return sj.linen.convert(variables, rules, model, x)
 
 
@@ -72,16 +80,26 @@ def test_a_layer_with_another_input_computes_for_itself(x):
     model = Block(late=True)
     variables = converted(model, x)
     fused = sj.linen.fuse_projections(variables)
-    np.testing.assert_array_equal(sj.linen.apply(model, fused, x), sj.linen.apply(model, variables, x))
-    assert products(lambda v, x: sj.linen.apply(model, v, x), fused, x).count(88) == 3  # v; q, which reads x; k
+    np.testing.assert_array_equal(
+        sj.linen.apply(model, fused, x), sj.linen.apply(model, variables, x)
+    )
+    assert (
+        products(lambda v, x: sj.linen.apply(model, v, x), fused, x).count(88) == 3
+    )  # v; q, which reads x; k
 
 
 def test_calls_do_not_see_each_others_products(x):
     model = Block()
     variables = converted(model, x)
-    fused, other = sj.linen.fuse_projections(variables), sj.linen.fuse_projections(converted(model, x, seed=5))
+    fused, other = (
+        sj.linen.fuse_projections(variables),
+        sj.linen.fuse_projections(converted(model, x, seed=5)),
+    )
     for params in (fused, other, fused):
-        np.testing.assert_array_equal(sj.linen.apply(model, params, x), sj.linen.apply(model, sj.linen.unfuse_projections(params), x))
+        np.testing.assert_array_equal(
+            sj.linen.apply(model, params, x),
+            sj.linen.apply(model, sj.linen.unfuse_projections(params), x),
+        )
     from slidejax.linen import _products
 
     assert not _products  # and nothing is kept alive
@@ -97,7 +115,9 @@ def test_under_vmap_grad_and_remat(x):
     variables = converted(model, x)
     fused = sj.linen.fuse_projections(variables)
     run = lambda v, x: sj.linen.apply(model, v, x)  # noqa: E731
-    np.testing.assert_array_equal(jax.vmap(run, (None, 0))(fused, x), jax.vmap(run, (None, 0))(variables, x))
+    np.testing.assert_array_equal(
+        jax.vmap(run, (None, 0))(fused, x), jax.vmap(run, (None, 0))(variables, x)
+    )
     slope = lambda v: jax.grad(lambda x: run(v, x).sum())(x)  # noqa: E731
     np.testing.assert_allclose(slope(fused), slope(variables), rtol=1e-3, atol=1e-4)
 
@@ -115,9 +135,13 @@ def test_what_is_fused(x):
     fused = sj.linen.fuse_projections(freeze(variables))
     assert isinstance(fused, FrozenDict)
     attention = fused["params"]["attention"]
-    assert isinstance(attention["q_proj"]["kernel"], FusedWeight) and attention["v_proj"]["kernel"] == FusedPart("q_proj")
+    assert isinstance(attention["q_proj"]["kernel"], FusedWeight) and attention["v_proj"][
+        "kernel"
+    ] == FusedPart("q_proj")
     assert set(attention["v_proj"]) == {"kernel", "bias"}
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(fused)) == sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(fused)) == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(variables)
+    )
     again = sj.linen.unfuse_projections(fused)
     jax.tree.map(np.testing.assert_array_equal, again.unfreeze(), variables)
 
@@ -133,7 +157,10 @@ def test_what_is_fused(x):
 )
 def test_what_does_not_fit_stays(x, rules):
     fused = sj.linen.fuse_projections(converted(Attention(), x, rules))
-    assert not any(isinstance(leaf, FusedWeight) for leaf in jax.tree.leaves(fused, is_leaf=lambda n: isinstance(n, FusedWeight)))
+    assert not any(
+        isinstance(leaf, FusedWeight)
+        for leaf in jax.tree.leaves(fused, is_leaf=lambda n: isinstance(n, FusedWeight))
+    )
 
 
 def test_groups_and_errors(x):
@@ -154,7 +181,10 @@ def test_prepared_forms_are_made_anew(x):
     variables = sj.prepare(converted(Block(), x))
     w = sj.linen.fuse_projections(variables)["params"]["gate_proj"]["kernel"].fused
     assert w.prepared["dense"].shape == (80, 64)
-    np.testing.assert_array_equal(sj.linen.apply(Block(), sj.linen.fuse_projections(variables), x), sj.linen.apply(Block(), variables, x))
+    np.testing.assert_array_equal(
+        sj.linen.apply(Block(), sj.linen.fuse_projections(variables), x),
+        sj.linen.apply(Block(), variables, x),
+    )
 
 
 def test_a_checkpoint_holds_the_layers_of_their_own(x, tmp_path):
@@ -164,7 +194,9 @@ def test_a_checkpoint_holds_the_layers_of_their_own(x, tmp_path):
 
 
 def test_nothing_of_it_is_trained(x):
-    fused = sj.linen.fuse_projections(converted(Block(), x, [(r".*_proj/kernel", sj.Rule("6:8", None))]))
+    fused = sj.linen.fuse_projections(
+        converted(Block(), x, [(r".*_proj/kernel", sj.Rule("6:8", None))])
+    )
     train, rest = sj.partition(fused)
     trained = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(train)}
     assert trained and not any("fused" in path for path in trained)

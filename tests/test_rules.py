@@ -14,7 +14,14 @@ from slidejax.rules import LeftDense, RuleSet, pack_by_rule
 
 
 def test_first_match_wins_and_kernel_may_be_left_out():
-    rules = RuleSet([(".*/up", "4:6"), (".*/up/kernel", "2:4"), ("head/kernel", None), (re.compile(".*"), sj.Rule("14:16", None))])
+    rules = RuleSet(
+        [
+            (".*/up", "4:6"),
+            (".*/up/kernel", "2:4"),
+            ("head/kernel", None),
+            (re.compile(".*"), sj.Rule("14:16", None)),
+        ]
+    )
     assert rules.match("m/up/kernel") == sj.Rule("4:6")
     assert rules.match("down/kernel") == sj.Rule("14:16", qdtype=None)
     with pytest.raises(LeftDense, match="a rule says so"):
@@ -28,11 +35,18 @@ def test_the_whole_path_must_match():
         RuleSet([("up", "6:8")]).match("m/up/kernel")
 
 
-@given(st.lists(st.sampled_from(["a/.*", "b/.*", ".*", "c"]), max_size=5), st.sampled_from(["a/x/kernel", "b/kernel", "c/kernel"]))
+@given(
+    st.lists(st.sampled_from(["a/.*", "b/.*", ".*", "c"]), max_size=5),
+    st.sampled_from(["a/x/kernel", "b/kernel", "c/kernel"]),
+)
 def test_match_is_the_first_fullmatch(regexes, path):
     patterns = ["2:4", "4:6", "6:8", "8:10", "10:12"]
     rules = RuleSet(list(zip(regexes, patterns, strict=False)))
-    want = [p for r, p in zip(regexes, patterns, strict=False) if re.fullmatch(r, path) or re.fullmatch(r, path[: -len("/kernel")])]
+    want = [
+        p
+        for r, p in zip(regexes, patterns, strict=False)
+        if re.fullmatch(r, path) or re.fullmatch(r, path[: -len("/kernel")])
+    ]
     if want:
         assert str(rules.match(path).pattern) == want[0]
     else:
@@ -63,10 +77,17 @@ def test_report_prints_and_warns():
     rules, report = RuleSet([("a", "6:8"), ("nothing.*", "6:8")]), sj.Report()
     report.dense["b/kernel"] = "no rule matches"
     rules.match("a/kernel")
-    with pytest.warns(UserWarning, match=r"rules\[1\] \('nothing\.\*'\) decided nothing.*paths look like 'b/kernel'"):
+    with pytest.warns(
+        UserWarning,
+        match=r"rules\[1\] \('nothing\.\*'\) decided nothing.*paths look like 'b/kernel'",
+    ):
         rules.finish(report)
     text = str(report)
-    assert "0 layers converted" in text and "dense: b/kernel: no rule matches" in text and "nothing" in text
+    assert (
+        "0 layers converted" in text
+        and "dense: b/kernel: no rule matches" in text
+        and "nothing" in text
+    )
 
 
 def test_no_warning_when_all_rules_are_used():

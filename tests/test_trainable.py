@@ -12,7 +12,11 @@ from slidejax.weight import kept_values, to_groups
 
 def params(dtype=None, pattern="6:8"):
     kernel = jnp.asarray(np.random.default_rng(0).standard_normal((40, 6)), jnp.float32)
-    return {"a": {"kernel": sj.pack(kernel, pattern, dtype=dtype), "bias": jnp.zeros(6)}, "step": jnp.int32(0), "name": None}
+    return {
+        "a": {"kernel": sj.pack(kernel, pattern, dtype=dtype), "bias": jnp.zeros(6)},
+        "step": jnp.int32(0),
+        "name": None,
+    }
 
 
 @pytest.mark.parametrize(("dtype", "trained"), [(None, 2), ("int8", 1), ("float8_e4m3fn", 1)])
@@ -48,7 +52,10 @@ def test_training_with_optax_keeps_the_mask():
         train, state, value = step(train, state)
         losses.append(float(value))
     assert losses[-1] < 0.5 * losses[0]
-    before, after = sj.unpack(tree["a"]["kernel"]), sj.unpack(sj.combine(train, rest)["a"]["kernel"])
+    before, after = (
+        sj.unpack(tree["a"]["kernel"]),
+        sj.unpack(sj.combine(train, rest)["a"]["kernel"]),
+    )
     assert not np.asarray(after)[np.asarray(before) == 0].any(), "what was pruned stays pruned"
     assert (np.asarray(after) != np.asarray(before)).any()
 
@@ -76,14 +83,18 @@ def test_only_what_is_selected_is_trained():
 # --- master weights ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("pattern", "qdtype"), [("6:8", "int8"), ("6:8", "float8_e4m3fn"), ("dense", "int8")])
+@pytest.mark.parametrize(
+    ("pattern", "qdtype"), [("6:8", "int8"), ("6:8", "float8_e4m3fn"), ("dense", "int8")]
+)
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
 def test_a_master_computes_what_its_deployed_form_computes(pattern, qdtype, x_dtype):
     w = params(qdtype, pattern)["a"]["kernel"]
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 40)), x_dtype)
     master = trainable.masters(w)
     deployed = trainable.deploy(master)
-    np.testing.assert_array_equal(deployed.values, w.values)  # as it started: the same codes on the same mask
+    np.testing.assert_array_equal(
+        deployed.values, w.values
+    )  # as it started: the same codes on the same mask
     np.testing.assert_array_equal(deployed.zeros, w.zeros)
     run = jax.jit(sj.linear)
     np.testing.assert_array_equal(run(x, master, jnp.ones(6)), run(x, deployed, jnp.ones(6)))
@@ -91,19 +102,27 @@ def test_a_master_computes_what_its_deployed_form_computes(pattern, qdtype, x_dt
     moved = trainable.masters(unquantised)["a"]["kernel"]
     assert isinstance(moved, sj.SlideWeight)  # without a dtype it stays unquantised
     moved = trainable.masters(unquantised, qdtype)["a"]["kernel"]
-    np.testing.assert_array_equal(run(x, moved), run(x, sj.quantize(unquantised["a"]["kernel"], qdtype)))
+    np.testing.assert_array_equal(
+        run(x, moved), run(x, sj.quantize(unquantised["a"]["kernel"], qdtype))
+    )
 
 
-@pytest.mark.parametrize(("pattern", "qdtype"), [("6:8", "int8"), ("6:8", "float8_e4m3fn"), ("dense", "int8")])
+@pytest.mark.parametrize(
+    ("pattern", "qdtype"), [("6:8", "int8"), ("6:8", "float8_e4m3fn"), ("dense", "int8")]
+)
 def test_the_gradient_of_a_master_is_straight_through(pattern, qdtype):
     master = trainable.masters(params(pattern=pattern), qdtype)["a"]["kernel"]
     x = jnp.asarray(np.random.default_rng(1).standard_normal((7, 40)), jnp.float32)
     bias = jnp.ones(6)
     train, rest = sj.partition(master)
-    got = jax.grad(lambda t, x, b: (sj.linear(x, sj.combine(t, rest), b) ** 2).sum(), (0, 1, 2))(train, x, bias)
+    got = jax.grad(lambda t, x, b: (sj.linear(x, sj.combine(t, rest), b) ** 2).sum(), (0, 1, 2))(
+        train, x, bias
+    )
     codes, scale = quantize_rows(x, np.dtype(qdtype))
     kernel = sj.unpack(trainable.deploy(master))
-    expected = jax.grad(lambda k, x, b: ((x @ k + b) ** 2).sum(), (0, 1, 2))(kernel, codes.astype(jnp.float32) * scale, bias)
+    expected = jax.grad(lambda k, x, b: ((x @ k + b) ** 2).sum(), (0, 1, 2))(
+        kernel, codes.astype(jnp.float32) * scale, bias
+    )
     kept = kept_values(to_groups(expected[0], master.pattern), master.zeros)
     np.testing.assert_allclose(got[0].values, kept, rtol=1e-5, atol=1e-5 * np.abs(kept).max())
     np.testing.assert_allclose(got[1], expected[1], rtol=1e-5, atol=1e-4)
@@ -116,4 +135,6 @@ def test_masters_refuse():
     with pytest.raises(ValueError, match="qdtype must be int8 or"):
         trainable.masters(params(), "float32")
     with pytest.raises(NotImplementedError, match="whole of K"):
-        sj.linear(jnp.ones((1, 40)), trainable.masters(params("int8")["a"]["kernel"]), reduce_axis="k")
+        sj.linear(
+            jnp.ones((1, 40)), trainable.masters(params("int8")["a"]["kernel"]), reduce_axis="k"
+        )

@@ -43,8 +43,12 @@ def test_lossless(pattern, rows, seed, dtype):
 @given(patterns, row_counts, seeds, st.floats(0, 1))
 def test_lossless_for_any_mask_that_fits(pattern, rows, seed, density):
     kernel = random_kernel(seed, (rows, 3))
-    mask = sj.prune.magnitude(kernel, pattern) & (jnp.asarray(np.random.default_rng(seed).random((rows, 3))) < density)
-    np.testing.assert_array_equal(bits(sj.unpack(sj.pack(kernel, pattern, mask=mask))), bits(jnp.where(mask, kernel, 0)))
+    mask = sj.prune.magnitude(kernel, pattern) & (
+        jnp.asarray(np.random.default_rng(seed).random((rows, 3))) < density
+    )
+    np.testing.assert_array_equal(
+        bits(sj.unpack(sj.pack(kernel, pattern, mask=mask))), bits(jnp.where(mask, kernel, 0))
+    )
 
 
 @pytest.mark.parametrize("pattern", SPARSE)
@@ -97,7 +101,9 @@ def test_quantised_per_output(pattern, seed, dtype):
     qmax = {"int8": 127, "float8_e4m3fn": 448}[dtype]
     np.testing.assert_array_equal(w.scale, np.abs(kept).max(0) * np.float32(1 / qmax))
     error = np.abs(np.asarray(sj.unpack(w) - kept))
-    step = np.asarray(w.scale) * (0.5 if dtype == "int8" else 0) + np.abs(kept) * (0 if dtype == "int8" else 2**-4)
+    step = np.asarray(w.scale) * (0.5 if dtype == "int8" else 0) + np.abs(kept) * (
+        0 if dtype == "int8" else 2**-4
+    )
     assert (error <= step * 1.0001 + np.asarray(w.scale) * 2**-9).all()
     later = sj.quantize(sj.pack(kernel, pattern), dtype)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), later, w)
@@ -122,9 +128,17 @@ def test_too_full_mask_names_row_and_group():
 @pytest.mark.parametrize("dtype", ["float32", "int8", "bfloat16"])
 def test_too_full_rows_are_nan_under_tracing(dtype):
     mask = sj.prune.magnitude(jnp.ones((32, 5)), "6:8").at[8:16, 3].set(True)
-    dense = sj.unpack(jax.jit(lambda k: sj.pack(k, "6:8", dtype=dtype, mask=mask))(jnp.ones((32, 5))))
-    assert np.isnan(np.asarray(dense, np.float32)[:, 3]).any() and not np.isnan(np.asarray(dense, np.float32)[:, :3]).any()
-    y = sj.linear(jnp.ones((1, 32)), jax.jit(lambda k: sj.pack(k, "6:8", dtype=dtype, mask=mask))(jnp.ones((32, 5))))
+    dense = sj.unpack(
+        jax.jit(lambda k: sj.pack(k, "6:8", dtype=dtype, mask=mask))(jnp.ones((32, 5)))
+    )
+    assert (
+        np.isnan(np.asarray(dense, np.float32)[:, 3]).any()
+        and not np.isnan(np.asarray(dense, np.float32)[:, :3]).any()
+    )
+    y = sj.linear(
+        jnp.ones((1, 32)),
+        jax.jit(lambda k: sj.pack(k, "6:8", dtype=dtype, mask=mask))(jnp.ones((32, 5))),
+    )
     assert np.isnan(y[0, 3]) and not np.isnan(np.delete(np.asarray(y), 3, axis=1)).any()
 
 
@@ -142,8 +156,12 @@ def test_batch_axes(pattern, groups):
     assert w.values.shape == (2, 3, 6, groups, 4) and w.shape == (2, 3, 40, 6)
     one = jax.vmap(jax.vmap(lambda k: sj.pack(k, pattern, dtype="int8")))(kernel)
     jax.tree.map(np.testing.assert_array_equal, w, one)
-    np.testing.assert_array_equal(sj.unpack(w)[1, 2], sj.unpack(sj.pack(kernel[1, 2], pattern, dtype="int8")))
-    doubled = jax.lax.scan(lambda c, w: (c, sj.unpack(w)), 0, jax.tree.map(lambda leaf: leaf[0], w))[1]
+    np.testing.assert_array_equal(
+        sj.unpack(w)[1, 2], sj.unpack(sj.pack(kernel[1, 2], pattern, dtype="int8"))
+    )
+    doubled = jax.lax.scan(
+        lambda c, w: (c, sj.unpack(w)), 0, jax.tree.map(lambda leaf: leaf[0], w)
+    )[1]
     np.testing.assert_array_equal(doubled, sj.unpack(w)[0])
 
 
@@ -168,7 +186,9 @@ def test_bad_arguments():
 
 
 def test_a_cast_of_the_tree_is_noticed():
-    w = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), sj.pack(jnp.ones((16, 4)), "6:8", dtype="int8"))
+    w = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), sj.pack(jnp.ones((16, 4)), "6:8", dtype="int8")
+    )
     for use in (lambda: sj.linear(jnp.ones((1, 16)), w), lambda: sj.unpack(w), w.check):
         with pytest.raises(ValueError, match="astype"):
             use()
@@ -177,11 +197,17 @@ def test_a_cast_of_the_tree_is_noticed():
 def test_partition_spec():
     w = sj.pack(jnp.ones((128, 4)), "6:8")
     spec = w.partition_spec(out="o", k=("a", "b"), batch=(None,))
-    assert spec.values == P(None, "o", ("a", "b"), None) and spec.zeros == P(None, "o", ("a", "b")) and spec.scale == P(None, "o")
+    assert (
+        spec.values == P(None, "o", ("a", "b"), None)
+        and spec.zeros == P(None, "o", ("a", "b"))
+        and spec.scale == P(None, "o")
+    )
     with pytest.raises(ValueError, match="whole number of blocks"):
         sj.pack(jnp.ones((100, 4)), "6:8").partition_spec(k="k")
     spec = sj.pack(jnp.ones((64, 4)), "dense").partition_spec(out="o", k="k")
-    assert spec.values == P("o", "k", None) and spec.zeros == P("o", None)  # there are no groups to cut
+    assert spec.values == P("o", "k", None) and spec.zeros == P(
+        "o", None
+    )  # there are no groups to cut
 
 
 def test_reported_bytes_are_those_of_the_leaves():
@@ -201,10 +227,14 @@ def test_scatter_is_the_inverse_of_keeping(pattern, seed):
 def test_codes_chosen_elsewhere_are_stored_as_they_are(dtype):
     rng = np.random.default_rng(0)
     scale = jnp.asarray(np.exp(rng.standard_normal(5)), jnp.float32)
-    codes = jnp.asarray(np.clip(rng.standard_normal((16, 5)) * 40, -127, 127), dtype).astype(jnp.float32)
+    codes = jnp.asarray(np.clip(rng.standard_normal((16, 5)) * 40, -127, 127), dtype).astype(
+        jnp.float32
+    )
     mask = sj.prune.magnitude(codes, "6:8")
     w = sj.pack(jnp.where(mask, codes * scale, 0), "6:8", dtype, mask=mask, scale=scale)
-    np.testing.assert_array_equal(sj.unpack(w.replace(scale=jnp.ones(5))), jnp.where(mask, codes, 0))
+    np.testing.assert_array_equal(
+        sj.unpack(w.replace(scale=jnp.ones(5))), jnp.where(mask, codes, 0)
+    )
     np.testing.assert_array_equal(w.scale, scale)
 
 

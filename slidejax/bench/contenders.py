@@ -41,7 +41,9 @@ def _bf16(x: jax.Array, w: Any) -> jax.Array:
     return jax.lax.dot_general(x, w, _LAST)
 
 
-def _quantise(x: jax.Array, qmax: float, dtype: Any, axis: int | None) -> tuple[jax.Array, jax.Array]:
+def _quantise(
+    x: jax.Array, qmax: float, dtype: Any, axis: int | None
+) -> tuple[jax.Array, jax.Array]:
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=axis, keepdims=True), 1e-12) / qmax
     codes = jnp.clip(x / scale, -qmax, qmax)
@@ -52,7 +54,9 @@ def _per_row(x: jax.Array, weights: Any) -> jax.Array:
     """Dynamic, per token and per output channel."""
     w, scale_w = weights
     codes, scale_x = _quantise(x, numerics.QMAX[np.dtype(w.dtype)], w.dtype, axis=1)
-    acc = jax.lax.dot_general(codes, w, _LAST, preferred_element_type=jnp.int32 if w.dtype == jnp.int8 else jnp.float32)
+    acc = jax.lax.dot_general(
+        codes, w, _LAST, preferred_element_type=jnp.int32 if w.dtype == jnp.int8 else jnp.float32
+    )
     return (acc.astype(jnp.float32) * scale_x * scale_w).astype(x.dtype)
 
 
@@ -66,7 +70,9 @@ def _per_tensor(x: jax.Array, weights: Any) -> jax.Array:
 def _unscaled(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Codes by slidejax's kernel and their product: int32 for int8, bfloat16 for FP8, with XLA's default (fast) accumulation."""
     codes, scale = lift_rows([x], None, w.dtype)
-    return jax.lax.dot_general(codes, w, _LAST, preferred_element_type=jnp.int32 if w.dtype == jnp.int8 else x.dtype), scale
+    return jax.lax.dot_general(
+        codes, w, _LAST, preferred_element_type=jnp.int32 if w.dtype == jnp.int8 else x.dtype
+    ), scale
 
 
 def best_dense(us: dict[str, float | None]) -> float | None:
@@ -89,7 +95,10 @@ def baselines(kernel: jax.Array) -> list[Contender]:
         Contender("jax int8", _per_row, per_row(jnp.int8)),
         Contender("jax fp8", _per_row, per_row(_E4M3)),
         Contender("jax fp8 per tensor", _per_tensor, static),
-        *(Contender(name, _unscaled, per_row(dtype)[0]) for name, dtype in zip(_UNSCALED, (jnp.int8, _E4M3), strict=True)),
+        *(
+            Contender(name, _unscaled, per_row(dtype)[0])
+            for name, dtype in zip(_UNSCALED, (jnp.int8, _E4M3), strict=True)
+        ),
     ]
 
 
@@ -97,10 +106,23 @@ def problem_of(w: SlideWeight, rows: int, x_dtype: Any = jnp.bfloat16) -> Proble
     """What `linear` of that many rows with this weight is, on this machine."""
     platform = "cuda" if jax.default_backend() == "gpu" else "default"
     device, dtype = registry.device_kind(platform), np.dtype(x_dtype)
-    return Problem("linear", platform, device, rows, w.in_features, w.out_features, w.pattern, dtype, w.dtype, dtype)
+    return Problem(
+        "linear",
+        platform,
+        device,
+        rows,
+        w.in_features,
+        w.out_features,
+        w.pattern,
+        dtype,
+        w.dtype,
+        dtype,
+    )
 
 
-def sparse(w: SlideWeight, rows: int, *, both: bool = False) -> tuple[list[Contender], dict[str, str]]:
+def sparse(
+    w: SlideWeight, rows: int, *, both: bool = False
+) -> tuple[list[Contender], dict[str, str]]:
     """`linear` with every implementation that does not refuse, and why the others do; not the reference, which is slow by
     intent.
 
@@ -132,4 +154,3 @@ def sparse(w: SlideWeight, rows: int, *, both: bool = False) -> tuple[list[Conte
         if prepared.prepared:
             found.append(Contender(f"{name}+prepared", apply, prepared))
     return found, refused
-

@@ -34,10 +34,15 @@ def set_flags() -> None:
 
 def inputs_of(rows: int, columns: int, count: int = 4) -> list[jax.Array]:
     """Distinct bfloat16 inputs `[rows, columns]`."""
-    return [jax.random.normal(jax.random.key(100 + i), (rows, columns), jnp.bfloat16) for i in range(count)]
+    return [
+        jax.random.normal(jax.random.key(100 + i), (rows, columns), jnp.bfloat16)
+        for i in range(count)
+    ]
 
 
-def measure(args: argparse.Namespace, note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def measure(
+    args: argparse.Namespace, note: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
     """Measures what the arguments ask for.
 
     Args:
@@ -57,7 +62,10 @@ def measure(args: argparse.Namespace, note: Callable[[str], None] = lambda text:
     clock = Clock.of(args, gpu)
     shapes = arguments.shapes(args, gpu)
     patterns = [Pattern.parse(p) for p in args.patterns]
-    dtypes = [numerics.check_dtype(d, "dtypes") for d in args.dtypes or (("int8", "float8_e4m3fn") if gpu else ("int8",))]
+    dtypes = [
+        numerics.check_dtype(d, "dtypes")
+        for d in args.dtypes or (("int8", "float8_e4m3fn") if gpu else ("int8",))
+    ]
     rows = args.rows or ([16, 256, 1024, 4096, 16384] if gpu else [1, 16])
     lift, linear = [], []
     for k in sorted({k for _, k in shapes}):
@@ -81,10 +89,22 @@ def measure(args: argparse.Namespace, note: Callable[[str], None] = lambda text:
             common = {name: us[name] for name in contenders.BASELINES}
             for p, d in weights:
                 prefix = f"{p} {d.name} "
-                mine = {name.removeprefix(prefix): t for name, t in us.items() if name.startswith(prefix)}
+                mine = {
+                    name.removeprefix(prefix): t
+                    for name, t in us.items()
+                    if name.startswith(prefix)
+                }
                 linear.append(
-                    {"out": n, "in": k, "rows": m, "pattern": str(p), "dtype": d.name, "us": {**common, **mine}, "refused": refused[p, d],
-                     "cusparselt": algorithms[p, d]}
+                    {
+                        "out": n,
+                        "in": k,
+                        "rows": m,
+                        "pattern": str(p),
+                        "dtype": d.name,
+                        "us": {**common, **mine},
+                        "refused": refused[p, d],
+                        "cusparselt": algorithms[p, d],
+                    }
                 )
     return {
         "device": jax.devices()[0].device_kind,
@@ -108,7 +128,14 @@ def _version() -> str:
         return f"not installed ({os.path.dirname(slidejax.__file__)})"
 
 
-def _lift(m: int, k: int, patterns: Sequence[Pattern], dtypes: Sequence[Any], clock: Clock, note: Callable[[str], None]) -> list[dict]:
+def _lift(
+    m: int,
+    k: int,
+    patterns: Sequence[Pattern],
+    dtypes: Sequence[Any],
+    clock: Clock,
+    note: Callable[[str], None],
+) -> list[dict]:
     note(f"lift_quantize: M={m} K={k}")
     copies = max(2, min(4, _LIFT_BYTES // (2 * m * k)))
 
@@ -121,12 +148,23 @@ def _lift(m: int, k: int, patterns: Sequence[Pattern], dtypes: Sequence[Any], cl
     cases = {f"{p} {d.name}": (p, d) for p in patterns for d in dtypes}
     plain = {f"quantise {d.name}": d for d in dtypes}
     # by the driver where the library is; else as many bytes as a copy, and not elided
-    copy = Contender("copy", lambda x, _: ffi.memcpy_call(x) if jax.default_backend() == "gpu" and ffi.available()[0] else -x)
-    timed = [copy, *(Contender(name, quantise(d)) for name, d in plain.items()), *(Contender(name, lift(*c)) for name, c in cases.items())]
+    copy = Contender(
+        "copy",
+        lambda x, _: (
+            ffi.memcpy_call(x) if jax.default_backend() == "gpu" and ffi.available()[0] else -x
+        ),
+    )
+    timed = [
+        copy,
+        *(Contender(name, quantise(d)) for name, d in plain.items()),
+        *(Contender(name, lift(*c)) for name, c in cases.items()),
+    ]
     us = time_all(timed, inputs_of(m, k, copies), clock, note)
     size = {"copy": 4 * m * k}
     size |= {name: 2 * m * k + m * k * d.itemsize + 4 * m for name, d in plain.items()}
-    size |= {name: 2 * m * k + m * p.lifted(k) * d.itemsize + 4 * m for name, (p, d) in cases.items()}
+    size |= {
+        name: 2 * m * k + m * p.lifted(k) * d.itemsize + 4 * m for name, (p, d) in cases.items()
+    }
     speed = {name: None if t is None else size[name] / t / 1e3 for name, t in us.items()}
     return [
         {
@@ -157,7 +195,9 @@ def _sums(linear: list[dict], shapes: Sequence[tuple[int, int]]) -> list[dict]:
         us: dict[str, float | None] = {}
         for name in names:
             times = [(shapes.count((row["out"], row["in"])), row["us"].get(name)) for row in rows]
-            us[name] = None if any(t is None for _, t in times) else sum(count * t for count, t in times)
+            us[name] = (
+                None if any(t is None for _, t in times) else sum(count * t for count, t in times)
+            )
         sums.append({"pattern": p, "dtype": d, "rows": m, "us": us, "ratios": _ratios(us)})
     return sums
 
@@ -170,7 +210,10 @@ def _ratios(us: dict[str, float | None]) -> dict[str, dict[str, float | None]]:
     """For each of our contenders, how many times as fast as each baseline it is."""
 
     ours = [name for name in us if name not in contenders.BASELINES]
-    return {name: {base: _ratio(us.get(base), us[name]) for base in contenders.BASELINES} for name in ours}
+    return {
+        name: {base: _ratio(us.get(base), us[name]) for base in contenders.BASELINES}
+        for name in ours
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -186,12 +229,24 @@ def _times_as(value: float | None) -> str:
 
 def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in (head, *lines)]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in (head, *lines)
+    ]
 
 
 def _times(rows: Sequence[dict], keys: Sequence[str]) -> list[str]:
-    names = [*contenders.BASELINES, *dict.fromkeys(n for row in rows for n in row["us"] if n not in contenders.BASELINES)]
-    return _grid([*keys, *names], [[*(str(row[key]) for key in keys), *(_us(row["us"].get(n)) for n in names)] for row in rows])
+    names = [
+        *contenders.BASELINES,
+        *dict.fromkeys(n for row in rows for n in row["us"] if n not in contenders.BASELINES),
+    ]
+    return _grid(
+        [*keys, *names],
+        [
+            [*(str(row[key]) for key in keys), *(_us(row["us"].get(n)) for n in names)]
+            for row in rows
+        ],
+    )
 
 
 def table(results: dict[str, Any]) -> str:
@@ -206,7 +261,17 @@ def table(results: dict[str, Any]) -> str:
     keys = ("pattern", "dtype", "rows", "in")
     speeds = ("us", "gb_per_s", "quantise_us", "quantise_gb_per_s", "copy_us", "copy_gb_per_s")
     head = [*keys, "us", "GB/s", "quantise us", "GB/s", "copy us", "GB/s", "over quantise"]
-    lines += _grid(head, [[*(str(r[k]) for k in keys), *(_us(r[k]) for k in speeds), _times_as(r["over_quantise"])] for r in results["lift"]])
+    lines += _grid(
+        head,
+        [
+            [
+                *(str(r[k]) for k in keys),
+                *(_us(r[k]) for k in speeds),
+                _times_as(r["over_quantise"]),
+            ]
+            for r in results["lift"]
+        ],
+    )
     lines += ["", "linear", *_times(results["linear"], ("pattern", "dtype", "rows", "out", "in"))]
     shapes = ", ".join(f"{n}x{k}" for n, k in results["shapes"])
     lines += ["", f"sum over {shapes}", *_times(results["sums"], ("pattern", "dtype", "rows"))]
@@ -215,8 +280,22 @@ def table(results: dict[str, Any]) -> str:
         for row in results["sums"]
         for name, by in row["ratios"].items()
     ]
-    lines += ["", "sum, times as fast as", *_grid(["pattern", "dtype", "rows", "implementation", *contenders.BASELINES], ratios)]
-    algorithms = {f"{r['pattern']} {r['dtype']} M={r['rows']} {r['out']}x{r['in']}: {r['cusparselt']}" for r in results["linear"] if r["cusparselt"]}
+    lines += [
+        "",
+        "sum, times as fast as",
+        *_grid(["pattern", "dtype", "rows", "implementation", *contenders.BASELINES], ratios),
+    ]
+    algorithms = {
+        f"{r['pattern']} {r['dtype']} M={r['rows']} {r['out']}x{r['in']}: {r['cusparselt']}"
+        for r in results["linear"]
+        if r["cusparselt"]
+    }
     lines += ["", "cuSPARSELt's algorithm", *sorted(algorithms)] if algorithms else []
-    refused = {f"{row['dtype']} {name}: {why}" for row in results["linear"] for name, why in row["refused"].items()}
-    return "\n".join([*lines, *([""] if refused else []), *(f"not timed: {line}" for line in sorted(refused))])
+    refused = {
+        f"{row['dtype']} {name}: {why}"
+        for row in results["linear"]
+        for name, why in row["refused"].items()
+    }
+    return "\n".join(
+        [*lines, *([""] if refused else []), *(f"not timed: {line}" for line in sorted(refused))]
+    )

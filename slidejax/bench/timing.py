@@ -23,7 +23,9 @@ import jax.numpy as jnp
 __all__ = ["Clock", "Contender", "time_all"]
 
 _OUTSIDE_CACHE = 192 << 20  # bytes of weights that no cache holds
-_BUSY = 1200 << 20  # bytes that a program should at least read on a GPU, so that it runs longer than its dispatch
+_BUSY = (
+    1200 << 20
+)  # bytes that a program should at least read on a GPU, so that it runs longer than its dispatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,10 @@ def _program(contender: Contender, xs: Sequence[jax.Array], loops: int | None = 
     size = _nbytes(contender.weights)
     gpu = jax.default_backend() == "gpu"
     copies = min(16, -(-_OUTSIDE_CACHE // size)) if gpu and size else 1
-    weights = [contender.weights, *(jax.tree.map(jnp.copy, contender.weights) for _ in range(copies - 1))]
+    weights = [
+        contender.weights,
+        *(jax.tree.map(jnp.copy, contender.weights) for _ in range(copies - 1)),
+    ]
     repeats = max(2, len(xs), copies)  # in the loop's body; each waits for the one before it
     if loops is None:
         loops = min(64, -(-_BUSY // (repeats * (size + xs[0].nbytes + 1)))) if gpu else 1
@@ -89,7 +94,9 @@ def _program(contender: Contender, xs: Sequence[jax.Array], loops: int | None = 
     @functools.partial(jax.jit, donate_argnums=2)
     def program(xs: Any, weights: Any, results: Any) -> Any:
         def body(_: Any, results: list[Any]) -> list[Any]:
-            for i in range(repeats):  # every result is kept: XLA drops what nobody reads, barrier or not
+            for i in range(
+                repeats
+            ):  # every result is kept: XLA drops what nobody reads, barrier or not
                 x, results[i - 1] = jax.lax.optimization_barrier((xs[i % len(xs)], results[i - 1]))
                 results[i] = contender.apply(x, weights[i % len(weights)])
             return results
@@ -97,7 +104,9 @@ def _program(contender: Contender, xs: Sequence[jax.Array], loops: int | None = 
         return jax.lax.fori_loop(0, loops, body, results)
 
     results = [jax.eval_shape(contender.apply, xs[0], weights[0])] * repeats
-    return _Program(program.lower(xs, weights, results).compile(), (xs, weights), results, repeats * loops)
+    return _Program(
+        program.lower(xs, weights, results).compile(), (xs, weights), results, repeats * loops
+    )
 
 
 def _run_for(program: _Program, seconds: float) -> float:
@@ -117,7 +126,10 @@ def _run_for(program: _Program, seconds: float) -> float:
 
 
 def time_all(
-    contenders: Sequence[Contender], xs: Sequence[jax.Array], clock: Clock, note: Callable[[str], None] = lambda text: None
+    contenders: Sequence[Contender],
+    xs: Sequence[jax.Array],
+    clock: Clock,
+    note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float | None]:
     """Times contenders on the same inputs, in turns.
 
@@ -132,7 +144,9 @@ def time_all(
     """
     programs: dict[str, _Program] = {}
     found: dict[str, list[float]] = {c.name: [] for c in contenders}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # compiling is most of the time, and XLA does it side by side
+    with ThreadPoolExecutor(
+        os.cpu_count()
+    ) as pool:  # compiling is most of the time, and XLA does it side by side
         built = {c.name: pool.submit(_program, c, xs) for c in contenders}
     for contender in contenders:
         try:

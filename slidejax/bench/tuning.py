@@ -30,7 +30,9 @@ def _of_model(model: Any) -> tuple[list[tuple[int, int]], set[tuple[Pattern, Any
 
     weights = weights_of(model.params)
     if weights:
-        return sorted({(w.out_features, w.in_features) for w in weights}), {(w.pattern, w.dtype) for w in weights}
+        return sorted({(w.out_features, w.in_features) for w in weights}), {
+            (w.pattern, w.dtype) for w in weights
+        }
     converted = huggingface.planned(model, "2:4").converted
     return sorted({(layer.shape[-1], layer.shape[-2]) for layer in converted}), set()
 
@@ -44,7 +46,9 @@ def _search(w: SlideWeight, rows: int, note: Callable[[str], None]) -> None:
     except (NotImplementedError, RuntimeError) as error:
         note(f"cuSPARSELt's algorithms cannot be searched: {error}")
     else:
-        note(f"cuSPARSELt's fastest algorithm is {best['algorithm']}: {best['microseconds']:.1f} us")
+        note(
+            f"cuSPARSELt's fastest algorithm is {best['algorithm']}: {best['microseconds']:.1f} us"
+        )
 
 
 def measure(
@@ -67,7 +71,9 @@ def measure(
     gpu = jax.default_backend() == "gpu"
     clock = Clock.of(args, gpu)
     dtypes = [numerics.check_dtype(d, "dtypes") for d in args.dtypes or ("int8", "float8_e4m3fn")]
-    forms: list[tuple[Pattern, Any]] = [(Pattern.parse(p), d) for p in args.patterns for d in dtypes]
+    forms: list[tuple[Pattern, Any]] = [
+        (Pattern.parse(p), d) for p in args.patterns for d in dtypes
+    ]
     shapes = arguments.shapes(args, gpu)
     if loaded is not None:
         shapes, own = _of_model(loaded.model)
@@ -90,10 +96,21 @@ def measure(
                 note(f"N={n} K={k} {pattern} {dtype.name} M={m}")
                 if not args.dry_run:
                     _search(w, m, note)
-                timed = time_all(contenders.sparse(w, m, both=True)[0], inputs_of(m, k), clock, note)
+                timed = time_all(
+                    contenders.sparse(w, m, both=True)[0], inputs_of(m, k), clock, note
+                )
                 us = {name: round(t, 2) for name, t in timed.items() if t is not None}
                 if us:
-                    new.append({"in": k, "out": n, "pattern": str(pattern), "dtype": dtype.name, "rows": m, "us": us})
+                    new.append(
+                        {
+                            "in": k,
+                            "out": n,
+                            "pattern": str(pattern),
+                            "dtype": dtype.name,
+                            "rows": m,
+                            "us": us,
+                        }
+                    )
         if new and not args.dry_run:
             path = tune.record(device, new)
         entries += new
@@ -104,6 +121,8 @@ def table(entries: list[dict[str, Any]]) -> str:
     """The entries as text, the fastest first."""
     lines = []
     for e in entries:
-        times = ", ".join(f"{name} {us:.1f} us" for name, us in sorted(e["us"].items(), key=lambda item: item[1]))
+        times = ", ".join(
+            f"{name} {us:.1f} us" for name, us in sorted(e["us"].items(), key=lambda item: item[1])
+        )
         lines.append(f"N={e['out']} K={e['in']} {e['pattern']} {e['dtype']} M={e['rows']}: {times}")
     return "\n".join(lines)

@@ -34,7 +34,9 @@ def _deinterleave(weight: np.ndarray, heads: int) -> np.ndarray:
     array([0, 2, 1, 3])
     """
     rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    return (
+        weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    )
 
 
 class GGUFFile:
@@ -61,10 +63,14 @@ class GGUFFile:
         with open(path, "rb") as f:
             magic = f.read(4)
         if magic != b"GGUF":
-            raise ValueError(f"{self.path!r} is not a GGUF file: it starts with {magic!r}, expected b'GGUF'")
+            raise ValueError(
+                f"{self.path!r} is not a GGUF file: it starts with {magic!r}, expected b'GGUF'"
+            )
         try:
             reader = gguf.GGUFReader(path)
-        except Exception as e:  # it indexes into a memory map: a cut-off file surfaces as almost any exception
+        except (
+            Exception
+        ) as e:  # it indexes into a memory map: a cut-off file surfaces as almost any exception
             raise ValueError(f"{self.path!r} is damaged or cut short: {e}") from e
         self._fields = reader.fields
         self._tensors = {t.name: t for t in reader.tensors}
@@ -91,7 +97,9 @@ class GGUFFile:
 
         architecture = self._require("general.architecture")
         if architecture != "llama":
-            raise ValueError(f"{self.path!r} holds a model of architecture {architecture!r}; only 'llama' can be read")
+            raise ValueError(
+                f"{self.path!r} holds a model of architecture {architecture!r}; only 'llama' can be read"
+            )
         scaling = self._get("llama.rope.scaling.type", "none")
         if scaling != "none":
             raise NotImplementedError(
@@ -115,7 +123,9 @@ class GGUFFile:
             num_key_value_heads=int(self._get("llama.attention.head_count_kv", heads)),
             max_position_embeddings=int(self._require("llama.context_length")),
             # stored in float32; the shortest decimal that rounds to the same float32 is what the model card says (1e-05)
-            rms_norm_eps=float(str(np.float32(self._require("llama.attention.layer_norm_rms_epsilon")))),
+            rms_norm_eps=float(
+                str(np.float32(self._require("llama.attention.layer_norm_rms_epsilon")))
+            ),
             rope_theta=float(self._get("llama.rope.freq_base", 10000.0)),
             bos_token_id=self._get("tokenizer.ggml.bos_token_id"),
             eos_token_id=self._get("tokenizer.ggml.eos_token_id"),
@@ -134,9 +144,13 @@ class GGUFFile:
         try:
             array = gguf.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as e:
-            raise NotImplementedError(f"{self.path!r}: tensor {key!r} has type {tensor.tensor_type.name}: {e}") from e
+            raise NotImplementedError(
+                f"{self.path!r}: tensor {key!r} has type {tensor.tensor_type.name}: {e}"
+            ) from e
         if array.shape != shape:
-            raise ValueError(f"{self.path!r}: tensor {key!r} has shape {array.shape}, expected {shape}")
+            raise ValueError(
+                f"{self.path!r}: tensor {key!r} has shape {array.shape}, expected {shape}"
+            )
         return np.asarray(array, np.float32)
 
     def params(self) -> dict[str, Any]:
@@ -159,8 +173,12 @@ class GGUFFile:
                 "input_layernorm": {"weight": take(p + "attn_norm.weight", hidden)},
                 "post_attention_layernorm": {"weight": take(p + "ffn_norm.weight", hidden)},
                 "self_attn": {
-                    "q_proj": linear(_deinterleave(take(p + "attn_q.weight", hidden, hidden), heads)),
-                    "k_proj": linear(_deinterleave(take(p + "attn_k.weight", kv, hidden), kv_heads)),
+                    "q_proj": linear(
+                        _deinterleave(take(p + "attn_q.weight", hidden, hidden), heads)
+                    ),
+                    "k_proj": linear(
+                        _deinterleave(take(p + "attn_k.weight", kv, hidden), kv_heads)
+                    ),
                     "v_proj": linear(take(p + "attn_v.weight", kv, hidden)),
                     "o_proj": linear(take(p + "attn_output.weight", hidden, hidden)),
                 },
@@ -172,7 +190,11 @@ class GGUFFile:
             }
 
         embedding = take("token_embd.weight", config.vocab_size, hidden)
-        head = embedding if config.tie_word_embeddings else take("output.weight", config.vocab_size, hidden)
+        head = (
+            embedding
+            if config.tie_word_embeddings
+            else take("output.weight", config.vocab_size, hidden)
+        )
         return {
             "model": {
                 "embed_tokens": {"embedding": embedding},
@@ -194,7 +216,10 @@ class GGUFFile:
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        kind, pre = self._require("tokenizer.ggml.model"), self._get("tokenizer.ggml.pre", "default")
+        kind, pre = (
+            self._require("tokenizer.ggml.model"),
+            self._get("tokenizer.ggml.pre", "default"),
+        )
         if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
             raise ValueError(
                 f"{self.path!r} has a tokenizer of kind {kind!r}, pre-tokenizer {pre!r}; "
@@ -212,8 +237,20 @@ class GGUFFile:
             else byte_level
         )
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens([AddedToken(t, special=True) for t, k in zip(tokens, types, strict=False) if k == _CONTROL])
-        tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=False) if k == _USER_DEFINED])
+        tokenizer.add_special_tokens(
+            [
+                AddedToken(t, special=True)
+                for t, k in zip(tokens, types, strict=False)
+                if k == _CONTROL
+            ]
+        )
+        tokenizer.add_tokens(
+            [
+                AddedToken(t, normalized=False)
+                for t, k in zip(tokens, types, strict=False)
+                if k == _USER_DEFINED
+            ]
+        )
 
         ids = {
             "bos_token": self._get("tokenizer.ggml.bos_token_id"),

@@ -33,10 +33,18 @@ if TYPE_CHECKING:
 
 __all__ = ["build", "cast", "read_pretrained", "with_rope_theta", "write_pretrained"]
 
-_ROTARY = frozenset({"FlaxLlamaRotaryEmbedding", "FlaxMistralRotaryEmbedding", "FlaxGemmaRotaryEmbedding"})
+_ROTARY = frozenset(
+    {"FlaxLlamaRotaryEmbedding", "FlaxMistralRotaryEmbedding", "FlaxGemmaRotaryEmbedding"}
+)
 _FLAX_THETA = 10000.0  # written into transformers' Flax modules
 # Buffers that PyTorch checkpoints carry and Flax modules compute.
-_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_ids", "num_batches_tracked")
+_BUFFERS = (
+    "rotary_emb.inv_freq",
+    "attn.bias",
+    "attn.masked_bias",
+    "position_ids",
+    "num_batches_tracked",
+)
 
 
 # --------------------------------------------------------------------------------------------------------- building
@@ -63,7 +71,9 @@ def model_class(config: PretrainedConfig) -> type[FlaxPreTrainedModel]:
         ) from None
 
 
-def build(config: PretrainedConfig, params: Any, dtype: Any = jnp.float32, cls: type | None = None) -> Any:
+def build(
+    config: PretrainedConfig, params: Any, dtype: Any = jnp.float32, cls: type | None = None
+) -> Any:
     """A Hugging Face Flax model of a configuration with these parameters; nothing is initialised at random.
 
     Args:
@@ -89,22 +99,37 @@ def build(config: PretrainedConfig, params: Any, dtype: Any = jnp.float32, cls: 
             flat["lm_head/kernel"] = flat[embedding[0]].T
     missing = sorted(shapes.keys() - flat.keys())
     if missing:
-        raise ValueError(f"{len(missing)} parameters of {type(model).__name__} are missing: {_some(missing)}")
-    wrong = [f"{k}: {flat[k].shape} instead of {s.shape}" for k, s in shapes.items() if not _fits(flat[k], s.shape)]
+        raise ValueError(
+            f"{len(missing)} parameters of {type(model).__name__} are missing: {_some(missing)}"
+        )
+    wrong = [
+        f"{k}: {flat[k].shape} instead of {s.shape}"
+        for k, s in shapes.items()
+        if not _fits(flat[k], s.shape)
+    ]
     if wrong:
         raise ValueError(f"parameters of {type(model).__name__} have wrong shapes: {_some(wrong)}")
     extra = sorted(flat.keys() - shapes.keys())
     if extra:
-        warnings.warn(f"{len(extra)} parameters are not used by {type(model).__name__}: {_some(extra)}", stacklevel=2)
+        warnings.warn(
+            f"{len(extra)} parameters are not used by {type(model).__name__}: {_some(extra)}",
+            stacklevel=2,
+        )
     params = unflatten_dict({k: flat[k] for k in shapes}, sep="/")
-    model._is_initialized = True  # what init_weights would have set; without it `params` cannot be assigned
+    model._is_initialized = (
+        True  # what init_weights would have set; without it `params` cannot be assigned
+    )
     model.params = cast(params, dtype)
     return with_rope_theta(model)
 
 
 def _fits(value: Any, shape: tuple[int, ...]) -> bool:
     # A packed weight is [in, out] whatever axes its layer keeps the kernel in; the layer checks the rest when it runs.
-    return math.prod(value.shape) == math.prod(shape) if isinstance(value, SlideWeight) else value.shape == shape
+    return (
+        math.prod(value.shape) == math.prod(shape)
+        if isinstance(value, SlideWeight)
+        else value.shape == shape
+    )
 
 
 def _some(names: list[str]) -> str:
@@ -125,7 +150,9 @@ def _check_supported(config: PretrainedConfig) -> None:
             f"head_dim={head_dim} with {config.num_attention_heads} heads and hidden_size={config.hidden_size}"
         )
     if refused:
-        raise NotImplementedError(f"transformers' Flax {config.model_type} ignores {', '.join(refused)}")
+        raise NotImplementedError(
+            f"transformers' Flax {config.model_type} ignores {', '.join(refused)}"
+        )
 
 
 def cast(params: Any, dtype: Any) -> Any:
@@ -134,7 +161,11 @@ def cast(params: Any, dtype: Any) -> Any:
 
     def leaf(x: Any) -> Any:
         if isinstance(x, SlideWeight):
-            return x if x.dtype.itemsize == 1 else x.replace(values=x.values.astype(dtype), prepared={})
+            return (
+                x
+                if x.dtype.itemsize == 1
+                else x.replace(values=x.values.astype(dtype), prepared={})
+            )
         x = jnp.asarray(x)
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
@@ -156,7 +187,9 @@ def with_rope_theta(model: Any) -> Any:
             return _rotate(context.module, *args, **kwargs)
         return next_fun(*args, **kwargs)
 
-    def _rotate(rotary: Any, key: jax.Array, query: jax.Array, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _rotate(
+        rotary: Any, key: jax.Array, query: jax.Array, position_ids: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         half = key.shape[-1] // 2
         frequencies = (1.0 / theta ** (np.arange(half) / half)).astype(np.float32)
         angles = position_ids[..., None].astype(jnp.float32) * frequencies
@@ -164,7 +197,9 @@ def with_rope_theta(model: Any) -> Any:
 
         def turn(x: jax.Array) -> jax.Array:
             a, b = x[..., :half], x[..., half:]
-            return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(rotary.dtype)
+            return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(
+                rotary.dtype
+            )
 
         return turn(key), turn(query)
 
@@ -175,9 +210,16 @@ def with_rope_theta(model: Any) -> Any:
         with nn.intercept_methods(rotate):
             return base.apply(self, *args, **kwargs)
 
-    namespace = {"apply": apply, "_slidejax_rope_theta": theta, "__module__": __name__, "__doc__": base.__doc__}
+    namespace = {
+        "apply": apply,
+        "_slidejax_rope_theta": theta,
+        "__module__": __name__,
+        "__doc__": base.__doc__,
+    }
     subclass: Any = type(base.__name__, (base,), namespace)
-    fields = [f.name for f in dataclasses.fields(module) if f.init and f.name not in ("parent", "name")]
+    fields = [
+        f.name for f in dataclasses.fields(module) if f.init and f.name not in ("parent", "name")
+    ]
     model._module = subclass(**{name: getattr(module, name) for name in fields})
     return model
 
@@ -238,8 +280,13 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     return None
 
 
-def _read_params(folder: Path, config: PretrainedConfig, cls: type[FlaxPreTrainedModel]) -> dict[str, Any]:
-    for name, read in (("flax_model.msgpack", _read_msgpack), ("model.safetensors", _read_safetensors)):
+def _read_params(
+    folder: Path, config: PretrainedConfig, cls: type[FlaxPreTrainedModel]
+) -> dict[str, Any]:
+    for name, read in (
+        ("flax_model.msgpack", _read_msgpack),
+        ("model.safetensors", _read_safetensors),
+    ):
         if (folder / name).is_file():
             files = [folder / name]
         elif (folder / f"{name}.index.json").is_file():
@@ -258,12 +305,20 @@ def _shards(index: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{str(index)!r} is damaged: {e}") from e
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
-            raise ValueError(f"{str(index)!r} names the shard {name!r}, which is not in the directory")
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or not (index.parent / name).is_file()
+        ):
+            raise ValueError(
+                f"{str(index)!r} names the shard {name!r}, which is not in the directory"
+            )
     return [index.parent / name for name in names]
 
 
-def _read_msgpack(files: list[Path], config: PretrainedConfig, cls: type[FlaxPreTrainedModel]) -> dict[str, Any]:
+def _read_msgpack(
+    files: list[Path], config: PretrainedConfig, cls: type[FlaxPreTrainedModel]
+) -> dict[str, Any]:
     from flax.serialization import msgpack_restore
 
     flat: dict[str, Any] = {}
@@ -275,7 +330,9 @@ def _read_msgpack(files: list[Path], config: PretrainedConfig, cls: type[FlaxPre
     return _fit_prefix(flat, config, cls)
 
 
-def _read_safetensors(files: list[Path], config: PretrainedConfig, cls: type[FlaxPreTrainedModel]) -> dict[str, Any]:
+def _read_safetensors(
+    files: list[Path], config: PretrainedConfig, cls: type[FlaxPreTrainedModel]
+) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
     from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
 
@@ -291,14 +348,18 @@ def _read_safetensors(files: list[Path], config: PretrainedConfig, cls: type[Fla
     if layout == "flax":
         return _fit_prefix({k.replace(".", "/"): v for k, v in state.items()}, config, cls)
     if layout != "pt":
-        raise ValueError(f"{str(files[0])!r} is in the layout of {layout!r}; PyTorch's and Flax's can be read")
+        raise ValueError(
+            f"{str(files[0])!r} is in the layout of {layout!r}; PyTorch's and Flax's can be read"
+        )
     model = cls(config, _do_init=False)
     model._is_initialized = True
     model.params = model.params_shape_tree  # the converter looks at names and shapes only
     return convert_pytorch_state_dict_to_flax(state, model)
 
 
-def _fit_prefix(flat: dict[str, Any], config: PretrainedConfig, cls: type[FlaxPreTrainedModel]) -> dict[str, Any]:
+def _fit_prefix(
+    flat: dict[str, Any], config: PretrainedConfig, cls: type[FlaxPreTrainedModel]
+) -> dict[str, Any]:
     """A bare model's parameters under the prefix that the class with a head expects, or the other way round."""
     prefix = cls.base_model_prefix
     expected = cls(config, _do_init=False).params_shape_tree
@@ -306,7 +367,9 @@ def _fit_prefix(flat: dict[str, Any], config: PretrainedConfig, cls: type[FlaxPr
     if prefix in expected and not has:
         flat = {f"{prefix}/{k}": v for k, v in flat.items()}
     elif prefix not in expected and has:
-        flat = {k.removeprefix(prefix + "/"): v for k, v in flat.items() if k.startswith(prefix + "/")}
+        flat = {
+            k.removeprefix(prefix + "/"): v for k, v in flat.items() if k.startswith(prefix + "/")
+        }
     return unflatten_dict(flat, sep="/")
 
 
@@ -314,7 +377,10 @@ def _fit_prefix(flat: dict[str, Any], config: PretrainedConfig, cls: type[FlaxPr
 
 
 def write_pretrained(
-    path: str | os.PathLike[str], model: Any, tokenizer: Any = None, about: dict[str, Any] | None = None
+    path: str | os.PathLike[str],
+    model: Any,
+    tokenizer: Any = None,
+    about: dict[str, Any] | None = None,
 ) -> None:
     """Writes a model, packed weights and all, so that `read_pretrained` (and every ``slidejax`` command) reads it.
 
@@ -341,7 +407,9 @@ def write_pretrained(
         store.write_into(folder, content)
 
 
-def _read_converted(folder: Path, config: PretrainedConfig, dtype: Any) -> tuple[Any, dict[str, Any]]:
+def _read_converted(
+    folder: Path, config: PretrainedConfig, dtype: Any
+) -> tuple[Any, dict[str, Any]]:
     import transformers
 
     from slidejax.huggingface import with_params
@@ -351,7 +419,9 @@ def _read_converted(folder: Path, config: PretrainedConfig, dtype: Any) -> tuple
         name, saved = content["model"]["class"], content["model"]["dtype"]
         params, about = content["params"], content["about"]
     except (KeyError, TypeError) as e:
-        raise ValueError(f"{str(folder)!r} holds parameters but no model: key {e} is missing") from e
+        raise ValueError(
+            f"{str(folder)!r} holds parameters but no model: key {e} is missing"
+        ) from e
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.FlaxPreTrainedModel)):
         file = str(folder / store.METADATA)

@@ -50,7 +50,9 @@ def check_target(path: str | os.PathLike[str], marker: str) -> Path:
     if target.exists() and not target.is_dir():
         raise ValueError(f"path {str(target)!r} is a file; a directory is written")
     if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
-        raise ValueError(f"path {str(target)!r} is a directory with other things in it (no {marker}): not replaced")
+        raise ValueError(
+            f"path {str(target)!r} is a directory with other things in it (no {marker}): not replaced"
+        )
     return target
 
 

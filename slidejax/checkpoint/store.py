@@ -79,7 +79,9 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
       >>> again["Dense_0"]["kernel"].pattern, again["Dense_0"]["kernel"].values.dtype
       (Pattern(kept=6, group=8), dtype('int8'))
     """
-    arrays, metadata = _describe(params)  # before anything is written: a tree that cannot be saved leaves no trace
+    arrays, metadata = _describe(
+        params
+    )  # before anything is written: a tree that cannot be saved leaves no trace
     with staged(path, METADATA) as folder:
         _write(folder, arrays, metadata)
 
@@ -102,7 +104,12 @@ def _describe(params: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     arrays: dict[str, np.ndarray] = {}
     tree = _encode(params, (), arrays)
     version = getattr(slidejax, "__version__", "unknown")
-    return arrays, {"format": _FORMAT, "format_version": _FORMAT_VERSION, "library_version": version, "tree": tree}
+    return arrays, {
+        "format": _FORMAT,
+        "format_version": _FORMAT_VERSION,
+        "library_version": version,
+        "tree": tree,
+    }
 
 
 def _show(path: tuple[Any, ...]) -> str:
@@ -131,7 +138,11 @@ def _encode(node: Any, path: tuple[Any, ...], arrays: dict[str, np.ndarray]) -> 
     if isinstance(node, (jax.Array, np.ndarray, np.generic)):
         if isinstance(node, jax.Array) and jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
             data = _encode_array(jax.random.key_data(node), path, ".key", arrays)
-            return {"kind": "prng_key", "implementation": str(jax.random.key_impl(node)), "data": data}
+            return {
+                "kind": "prng_key",
+                "implementation": str(jax.random.key_impl(node)),
+                "data": data,
+            }
         return {"kind": "array", **_encode_array(node, path, "", arrays)}
     if type(node).__module__.startswith("flax.nnx"):
         from flax import nnx
@@ -143,7 +154,10 @@ def _encode(node: Any, path: tuple[Any, ...], arrays: dict[str, np.ndarray]) -> 
             if not isinstance(key, (str, int)) or isinstance(key, bool):
                 raise TypeError(f"params{[*path]}: key {key!r} must be a string or an integer")
         # A list of pairs keeps integer keys apart from strings.
-        return {"kind": "dict", "items": [[k, _encode(v, (*path, k), arrays)] for k, v in unfuse_module(node).items()]}
+        return {
+            "kind": "dict",
+            "items": [[k, _encode(v, (*path, k), arrays)] for k, v in unfuse_module(node).items()],
+        }
     if type(node) in (list, tuple):
         return {
             "kind": type(node).__name__,
@@ -155,19 +169,28 @@ def _encode(node: Any, path: tuple[Any, ...], arrays: dict[str, np.ndarray]) -> 
     )
 
 
-def _encode_array(array: Any, path: tuple[Any, ...], leaf: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+def _encode_array(
+    array: Any, path: tuple[Any, ...], leaf: str, arrays: dict[str, np.ndarray]
+) -> dict[str, Any]:
     if isinstance(array, jax.core.Tracer):
         raise TypeError(f"params at {_show(path)!r} is traced; save outside jit")
     host = np.asarray(array)
     if host.dtype.name not in _SAVABLE:
-        raise ValueError(f"params at {_show(path)!r} has dtype {host.dtype.name}, which safetensors cannot hold")
+        raise ValueError(
+            f"params at {_show(path)!r} has dtype {host.dtype.name}, which safetensors cannot hold"
+        )
     if host.dtype.byteorder == ">":
         host = host.astype(host.dtype.newbyteorder("<"))
     name = _name(path, leaf) or "(root)"
     while name in arrays:  # {1: a, "1": b}
         name += "'"
     arrays[name] = np.ascontiguousarray(host).reshape(host.shape)
-    return {"name": name, "dtype": host.dtype.name, "shape": list(host.shape), "crc32": _checksum(arrays[name])}
+    return {
+        "name": name,
+        "dtype": host.dtype.name,
+        "shape": list(host.shape),
+        "crc32": _checksum(arrays[name]),
+    }
 
 
 def _checksum(array: np.ndarray) -> int:
@@ -217,7 +240,9 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{str(file)!r} is damaged: {e}") from e
     if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
-        raise ValueError(f"{str(file)!r} is not a slidejax checkpoint: key 'format' is not {_FORMAT!r}")
+        raise ValueError(
+            f"{str(file)!r} is not a slidejax checkpoint: key 'format' is not {_FORMAT!r}"
+        )
     version = metadata.get("format_version")
     if version != _FORMAT_VERSION:
         raise ValueError(
@@ -269,7 +294,11 @@ class _ArrayFile:
         self._entries: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
         for name, entry in header.items():
             try:
-                dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+                dtype, shape, (begin, end) = (
+                    _DTYPES[entry["dtype"]],
+                    tuple(entry["shape"]),
+                    entry["data_offsets"],
+                )
             except (KeyError, TypeError, ValueError):
                 self._fail(f"header entry {name!r} is malformed or of an unknown dtype")
             numbers = (*shape, begin, end)
@@ -308,7 +337,9 @@ class _ArrayFile:
         """Raises if the file holds arrays that nothing refers to."""
         extra = sorted(self._entries.keys() - self.used)
         if extra:
-            raise ValueError(f"{str(self.path)!r} holds {extra[0]!r}, which {METADATA} does not know")
+            raise ValueError(
+                f"{str(self.path)!r} holds {extra[0]!r}, which {METADATA} does not know"
+            )
 
     def read(self, name: str) -> np.ndarray:
         dtype, shape, begin, end = self._entries[name]
@@ -319,7 +350,9 @@ class _ArrayFile:
         return array.view(jnp.dtype(dtype)).reshape(shape)
 
 
-def _decode(node: Any, path: tuple[Any, ...], arrays: _ArrayFile, place: Any, file: Path, check_only: bool) -> Any:
+def _decode(
+    node: Any, path: tuple[Any, ...], arrays: _ArrayFile, place: Any, file: Path, check_only: bool
+) -> Any:
     """The object that ``node`` describes; with ``check_only`` every claim is checked and nothing is read."""
 
     def fail(message: str) -> NoReturn:
@@ -336,10 +369,14 @@ def _decode(node: Any, path: tuple[Any, ...], arrays: _ArrayFile, place: Any, fi
             fail("an array's 'name', 'dtype' and 'shape' must be a string, a string and a list")
         if check_only:
             arrays.expect(name, dtype, tuple(shape))
-            return jax.ShapeDtypeStruct(tuple(shape), np.float32 if dtype in _WIDE else jnp.dtype(dtype))
+            return jax.ShapeDtypeStruct(
+                tuple(shape), np.float32 if dtype in _WIDE else jnp.dtype(dtype)
+            )
         host = arrays.read(name)
         if _checksum(host) != entry["crc32"]:
-            raise ValueError(f"{str(arrays.path)!r} is damaged: the bytes of {name!r} do not match their checksum")
+            raise ValueError(
+                f"{str(arrays.path)!r} is damaged: the bytes of {name!r} do not match their checksum"
+            )
         if dtype in _WIDE and not jax.config.read("jax_enable_x64"):
             return host
         return place(host)
@@ -347,20 +384,34 @@ def _decode(node: Any, path: tuple[Any, ...], arrays: _ArrayFile, place: Any, fi
     kind = node.get("kind") if isinstance(node, dict) else None
     if kind == "constant":
         value = node.get("value")
-        return value if value is None or isinstance(value, (bool, int, float, str)) else fail("bad constant")
+        return (
+            value
+            if value is None or isinstance(value, (bool, int, float, str))
+            else fail("bad constant")
+        )
     if kind == "array":
         return array(node)
     if kind == "prng_key":
         data = array(node.get("data"))
         try:
-            return data if check_only else jax.random.wrap_key_data(jnp.asarray(data), impl=node["implementation"])
+            return (
+                data
+                if check_only
+                else jax.random.wrap_key_data(jnp.asarray(data), impl=node["implementation"])
+            )
         except (KeyError, ValueError, TypeError) as e:
             fail(f"bad random key: {e}")
     if kind == "slide_weight":
         return _decode_weight(node, array, fail)
     items = node.get("items") if isinstance(node, dict) else None
-    if kind == "dict" and isinstance(items, list) and all(isinstance(i, list) and len(i) == 2 for i in items):
-        if not all(type(k) in (str, int) for k, _ in items) or len({(type(k), k) for k, _ in items}) != len(items):
+    if (
+        kind == "dict"
+        and isinstance(items, list)
+        and all(isinstance(i, list) and len(i) == 2 for i in items)
+    ):
+        if not all(type(k) in (str, int) for k, _ in items) or len(
+            {(type(k), k) for k, _ in items}
+        ) != len(items):
             fail("dict keys must be strings or integers, each once")
         return {k: child(k, v) for k, v in items}
     if kind in ("list", "tuple") and isinstance(items, list):
@@ -371,7 +422,9 @@ def _decode(node: Any, path: tuple[Any, ...], arrays: _ArrayFile, place: Any, fi
 _WIDE = frozenset({"int64", "uint64", "float64"})
 
 
-def _decode_weight(node: dict[str, Any], array: Any, fail: Callable[[str], NoReturn]) -> SlideWeight:
+def _decode_weight(
+    node: dict[str, Any], array: Any, fail: Callable[[str], NoReturn]
+) -> SlideWeight:
     try:
         pattern = Pattern.parse(str(node.get("pattern")))
     except (ValueError, TypeError) as e:
@@ -393,7 +446,9 @@ def _decode_weight(node: dict[str, Any], array: Any, fail: Callable[[str], NoRet
     # The claims of the two files agree by now, so this holds for what is read too. A shard of K is not a whole weight,
     # but it is what a process of several saves: fewer groups are allowed, more are not.
     if weight.groups > pattern.groups(in_features):
-        fail(f"{weight.groups} groups of {pattern} for {in_features} inputs, at most {pattern.groups(in_features)}")
+        fail(
+            f"{weight.groups} groups of {pattern} for {in_features} inputs, at most {pattern.groups(in_features)}"
+        )
     if node.get("dtype") != weight.dtype.name:
         fail(f"dtype is {node.get('dtype')!r}, the values are {weight.dtype.name}")
     return weight

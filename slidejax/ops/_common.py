@@ -18,7 +18,9 @@ from jax.sharding import PartitionSpec as P
 from slidejax.pattern import BLOCK_GROUPS, Pattern
 
 
-def make_primitive(name: str, shape_rule: Callable[..., list], lowering: Callable[..., Any]) -> Primitive:
+def make_primitive(
+    name: str, shape_rule: Callable[..., list], lowering: Callable[..., Any]
+) -> Primitive:
     """A primitive with several results, a shape rule and one lowering for each platform.
 
     Args:
@@ -32,7 +34,10 @@ def make_primitive(name: str, shape_rule: Callable[..., list], lowering: Callabl
 
     def abstract_eval(x, *avals, **params):
         # from x's own aval, so that it keeps the mesh axes over which x varies inside shard_map
-        return [x.update(shape=shape, dtype=np.dtype(dtype), weak_type=False) for shape, dtype in shape_rule(x, *avals, **params)]
+        return [
+            x.update(shape=shape, dtype=np.dtype(dtype), weak_type=False)
+            for shape, dtype in shape_rule(x, *avals, **params)
+        ]
 
     def lower_for(platform):
         def lower(*operands, **params):
@@ -43,8 +48,13 @@ def make_primitive(name: str, shape_rule: Callable[..., list], lowering: Callabl
     primitive.def_abstract_eval(abstract_eval)
     mlir.register_lowering(primitive, lower_for("default"))
     mlir.register_lowering(primitive, lower_for("cuda"), platform="cuda")
-    jitted = jax.jit(lambda *operands, params: primitive.bind(*operands, **dict(params)), static_argnames="params")
-    primitive.def_impl(lambda *operands, **params: jitted(*operands, params=tuple(sorted(params.items()))))
+    jitted = jax.jit(
+        lambda *operands, params: primitive.bind(*operands, **dict(params)),
+        static_argnames="params",
+    )
+    primitive.def_impl(
+        lambda *operands, **params: jitted(*operands, params=tuple(sorted(params.items())))
+    )
     return primitive
 
 
@@ -89,7 +99,8 @@ def map_batched(op, axis_size: int, in_batched, x_operands: int, operands):
     batched = list(jax.tree.leaves(in_batched))
     if not any(batched[x_operands:]):
         x_parts = [
-            a if b else jnp.broadcast_to(a, (axis_size, *a.shape)) for a, b in zip(operands[:x_operands], batched, strict=False)
+            a if b else jnp.broadcast_to(a, (axis_size, *a.shape))
+            for a, b in zip(operands[:x_operands], batched, strict=False)
         ]
         ys = op(*(a.reshape(-1, a.shape[-1]) for a in x_parts), *operands[x_operands:])
         ys = jax.tree.map(lambda y: y.reshape(axis_size, -1, y.shape[-1]), ys)
@@ -168,7 +179,9 @@ class Cut:
 
     def sharding(self, *entries: str | None) -> NamedSharding:
         """The sharding of an operand whose axes are named "rows", "out", "k" or None."""
-        return NamedSharding(self.mesh, P(*(None if e is None else spec_entry(getattr(self, e)) for e in entries)))
+        return NamedSharding(
+            self.mesh, P(*(None if e is None else spec_entry(getattr(self, e)) for e in entries))
+        )
 
     def check_k(self, op: str, pattern: Pattern, in_features: int) -> Cut:
         """Returns self; ValueError if K does not divide into whole blocks over the axes that split it."""

@@ -47,7 +47,9 @@ def compressed(w: SlideWeight) -> jax.Array:
     return ffi.cusparselt_compress_call(w.values, w.zeros, compressed_bytes=_compressed_bytes(w))
 
 
-def linear(lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: jax.Array | None, out_dtype) -> jax.Array:
+def linear(
+    lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: jax.Array | None, out_dtype
+) -> jax.Array:
     """`sparse_matmul` through cuSPARSELt: `lifted` `[M, K']`, `scale_x` `[M, 1]`; `out_dtype` None: raw accumulators.
 
     Raises:
@@ -56,7 +58,9 @@ def linear(lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: jax.Arra
     raw = out_dtype is None
     accumulator = ffi.accumulator(w.dtype)
     if raw and accumulator.itemsize < 4:
-        raise NotImplementedError(f"cuSPARSELt gives no float32 accumulators of {w.dtype.name} values")
+        raise NotImplementedError(
+            f"cuSPARSELt gives no float32 accumulators of {w.dtype.name} values"
+        )
     dtype = accumulator if raw else np.dtype(out_dtype)
     form = w.prepared["cusparselt"] if "cusparselt" in w.prepared else compressed(w)
     bias = jnp.zeros(0, jnp.float32) if bias is None or raw else bias.astype(jnp.float32)
@@ -71,7 +75,15 @@ def linear(lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: jax.Arra
     )
     workspace = ffi.ALIGN + sum(_round_up(part, ffi.ALIGN) for part in parts)
     return ffi.cusparselt_matmul_call(
-        lifted, scale_x[:, 0], form, w.scale, bias, dtype=dtype, workspace_bytes=workspace, raw=raw, **choice
+        lifted,
+        scale_x[:, 0],
+        form,
+        w.scale,
+        bias,
+        dtype=dtype,
+        workspace_bytes=workspace,
+        raw=raw,
+        **choice,
     )
 
 
@@ -109,7 +121,9 @@ def _search_key(dtype, result, out: int, columns: int) -> str:
     return f"{np.dtype(dtype).name}->{np.dtype(result).name} {out}x{columns}"
 
 
-def _nearest_search(dtype, result, out: int, rows: int, columns: int) -> tuple[str, dict[str, Any]] | None:
+def _nearest_search(
+    dtype, result, out: int, rows: int, columns: int
+) -> tuple[str, dict[str, Any]] | None:
     """The nearest search within reach: its rows, and the algorithm that was fastest."""
     if not ffi.on_gpu() or ffi.missing("cusparselt") is not None:
         return None
@@ -124,12 +138,18 @@ def _choice(dtype, result, out: int, rows: int, columns: int) -> dict[str, Any]:
     """The algorithm of the nearest search, else the library's default. The call falls back to the default by itself where
     the library refuses the algorithm for this number of rows."""
     found = _nearest_search(dtype, result, out, rows, columns)
-    return dict(_DEFAULT_CHOICE) if found is None else {name: int(found[1][name]) for name in _DEFAULT_CHOICE}
+    return (
+        dict(_DEFAULT_CHOICE)
+        if found is None
+        else {name: int(found[1][name]) for name in _DEFAULT_CHOICE}
+    )
 
 
 def algorithm(w: SlideWeight, rows: int) -> str:
     """Which of the library's algorithms `linear` of so many rows uses, in words."""
-    found = _nearest_search(w.dtype, ffi.accumulator(w.dtype), w.out_features, rows, ffi.lifted_columns(w))
+    found = _nearest_search(
+        w.dtype, ffi.accumulator(w.dtype), w.out_features, rows, ffi.lifted_columns(w)
+    )
     if found is None:
         return "the library's default; slidejax tune searches for the fastest"
     near, choice = found

@@ -73,7 +73,9 @@ def _runs_on(architectures: str, capability: str) -> bool:
             continue
         of = (int(match[1]), int(match[2]))
         same_major = of[0] == major and of[1] <= minor
-        if of == (major, minor) or (match[3] != "a" and (same_major or (match[4] != "-real" and of <= (major, minor)))):
+        if of == (major, minor) or (
+            match[3] != "a" and (same_major or (match[4] != "-real" and of <= (major, minor)))
+        ):
             return True
     return False
 
@@ -82,7 +84,10 @@ def _runs_on(architectures: str, capability: str) -> bool:
 def load() -> tuple[Any, str | None]:
     """The compiled module, its handlers registered; or None and the reason."""
     if importlib.util.find_spec("slidejax._cuda") is None:
-        return None, "slidejax was installed without its CUDA library: reinstall with nvcc on PATH and SLIDEJAX_CUDA=1"
+        return (
+            None,
+            "slidejax was installed without its CUDA library: reinstall with nvcc on PATH and SLIDEJAX_CUDA=1",
+        )
     try:
         from slidejax import _cuda
     except ImportError as error:
@@ -110,7 +115,10 @@ def _library_reason() -> str | None:
     module, reason = load()
     if module is None or jax.default_backend() not in ("gpu", "cuda"):
         return reason
-    architectures, capability = module.build_info()["architectures"], jax.devices()[0].compute_capability
+    architectures, capability = (
+        module.build_info()["architectures"],
+        jax.devices()[0].compute_capability,
+    )
     if not _runs_on(architectures, capability):
         return f"the CUDA library was built for architectures {architectures}, not for compute capability {capability}"
     return None
@@ -120,7 +128,11 @@ def _wheel_libraries() -> list[str]:
     """Paths of cuSPARSELt in NVIDIA's wheels, where these are installed."""
     spec = importlib.util.find_spec("nvidia")
     roots = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return sorted(path for root in roots for path in glob.glob(os.path.join(glob.escape(root), "*", "lib", "libcusparseLt.so*")))
+    return sorted(
+        path
+        for root in roots
+        for path in glob.glob(os.path.join(glob.escape(root), "*", "lib", "libcusparseLt.so*"))
+    )
 
 
 @functools.cache
@@ -136,7 +148,11 @@ def _cusparselt_reason() -> str | None:
 def _hopper_reason() -> str | None:
     if reason := _library_reason():
         return reason
-    return None if load()[0].build_info()["hopper"] else "the CUDA library was built without architecture 90a"
+    return (
+        None
+        if load()[0].build_info()["hopper"]
+        else "the CUDA library was built without architecture 90a"
+    )
 
 
 _REASONS = {"library": _library_reason, "cusparselt": _cusparselt_reason, "hopper": _hopper_reason}
@@ -227,7 +243,9 @@ def fused(x: jax.Array, dtype, prologue: Prologue | None) -> bool:
     return row <= _FUSED_ROW.get(capability, 64 << 10)
 
 
-def _prologue(x: jax.Array, prologue: Prologue | None) -> tuple[tuple[jax.Array, ...], dict[str, np.generic]]:
+def _prologue(
+    x: jax.Array, prologue: Prologue | None
+) -> tuple[tuple[jax.Array, ...], dict[str, np.generic]]:
     """The operands that follow x, `up`, `weight` and `bias` (`[0]` where there is none), and the attributes."""
     none = jnp.zeros(0, jnp.float32)
 
@@ -235,10 +253,18 @@ def _prologue(x: jax.Array, prologue: Prologue | None) -> tuple[tuple[jax.Array,
         value = getattr(prologue, name, None)
         return none if value is None else value.astype(jnp.float32)
 
-    operands = (getattr(prologue, "up", jnp.zeros(0, x.dtype)), parameter("weight"), parameter("bias"))
+    operands = (
+        getattr(prologue, "up", jnp.zeros(0, x.dtype)),
+        parameter("weight"),
+        parameter("bias"),
+    )
     kind = 0 if prologue is None else _PROLOGUES[type(prologue).__name__]
     activation = _ACTIVATIONS[getattr(prologue, "activation", "silu")]
-    return operands, {"prologue": np.int32(kind), "activation": np.int32(activation), "eps": np.float32(getattr(prologue, "eps", 0))}
+    return operands, {
+        "prologue": np.int32(kind),
+        "activation": np.int32(activation),
+        "eps": np.float32(getattr(prologue, "eps", 0)),
+    }
 
 
 def lift_quantize_fused_call(
@@ -251,7 +277,9 @@ def lift_quantize_fused_call(
         jax.ShapeDtypeStruct((rows,), jnp.float32),
     )
     operands, attributes = _prologue(x, prologue)
-    return _call("slidejax_lift_quantize_fused", out_types, x, *operands, group=np.int32(group), **attributes)
+    return _call(
+        "slidejax_lift_quantize_fused", out_types, x, *operands, group=np.int32(group), **attributes
+    )
 
 
 def memcpy_call(x: jax.Array) -> jax.Array:
@@ -259,9 +287,16 @@ def memcpy_call(x: jax.Array) -> jax.Array:
     return _call("slidejax_memcpy", jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
 
-def cusparselt_compress_call(values: jax.Array, zeros: jax.Array, *, compressed_bytes: int) -> jax.Array:
+def cusparselt_compress_call(
+    values: jax.Array, zeros: jax.Array, *, compressed_bytes: int
+) -> jax.Array:
     """`values` `[out, groups, kept]`, `zeros` uint8 `[out, groups]` -> uint8 `[compressed_bytes]`."""
-    return _call("slidejax_cusparselt_compress", jax.ShapeDtypeStruct((compressed_bytes,), jnp.uint8), values, zeros)
+    return _call(
+        "slidejax_cusparselt_compress",
+        jax.ShapeDtypeStruct((compressed_bytes,), jnp.uint8),
+        values,
+        zeros,
+    )
 
 
 def cusparselt_matmul_call(
@@ -357,6 +392,16 @@ def hopper_linear_call(
     )
     operands, attributes = _prologue(x, prologue)
     y, *_ = _call(
-        "slidejax_linear_hopper", out_types, x, *operands, values, zeros, scale_w, bias, metadata, group=np.int32(group), **attributes
+        "slidejax_linear_hopper",
+        out_types,
+        x,
+        *operands,
+        values,
+        zeros,
+        scale_w,
+        bias,
+        metadata,
+        group=np.int32(group),
+        **attributes,
     )
     return y

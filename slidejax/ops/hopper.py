@@ -30,16 +30,24 @@ def _metadata_bytes(w: SlideWeight) -> int:
 
 def metadata(w: SlideWeight) -> jax.Array:
     """The 2:4 metadata of a weight in the order in which the kernel's lanes read it, uint8; `sj.prepare` keeps it."""
-    return ffi.hopper_metadata_call(w.zeros, group=w.pattern.group, metadata_bytes=_metadata_bytes(w))
+    return ffi.hopper_metadata_call(
+        w.zeros, group=w.pattern.group, metadata_bytes=_metadata_bytes(w)
+    )
 
 
 def _workspace(rows: int, out: int, groups: int, group: int, dtype, metadata_bytes: int) -> int:
     """Of a weight with so many groups, or with `groups` columns if `group` is 0; `metadata_bytes`: of what is not prepared."""
     module, _ = ffi.load()
-    if module is None or not module.build_info()["hopper"]:  # ahead of time: enough for the metadata, K is not split
+    if (
+        module is None or not module.build_info()["hopper"]
+    ):  # ahead of time: enough for the metadata, K is not split
         return ffi.ALIGN + metadata_bytes
-    multiprocessors = jax.devices()[0].core_count if ffi.on_gpu() else _AHEAD_OF_TIME_MULTIPROCESSORS
-    return ffi.ALIGN + module.hopper_workspace_bytes(rows, out, groups, group, np.dtype(dtype).name, metadata_bytes == 0, multiprocessors)
+    multiprocessors = (
+        jax.devices()[0].core_count if ffi.on_gpu() else _AHEAD_OF_TIME_MULTIPROCESSORS
+    )
+    return ffi.ALIGN + module.hopper_workspace_bytes(
+        rows, out, groups, group, np.dtype(dtype).name, metadata_bytes == 0, multiprocessors
+    )
 
 
 def _weight(w: SlideWeight, bias: jax.Array | None, raw: bool = False) -> tuple[jax.Array, ...]:
@@ -59,12 +67,22 @@ def _weight_workspace(rows: int, w: SlideWeight) -> int:
     return _workspace(rows, w.out_features, w.groups, w.pattern.group, w.dtype, expanded)
 
 
-def _dense_weight(kernel: jax.Array, scale: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, ...]:
+def _dense_weight(
+    kernel: jax.Array, scale: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, ...]:
     none = jnp.zeros(0, jnp.uint8)
-    return kernel, none, scale, jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32), none
+    return (
+        kernel,
+        none,
+        scale,
+        jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32),
+        none,
+    )
 
 
-def matmul(lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: jax.Array | None, out_dtype) -> jax.Array:
+def matmul(
+    lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: jax.Array | None, out_dtype
+) -> jax.Array:
     """`sparse_matmul` through the Hopper kernel: `lifted` `[M, K']`, `scale_x` `[M, 1]`; `out_dtype` None: raw accumulators,
     int32 of int8 values and float32 of e4m3."""
     raw = out_dtype is None
@@ -76,17 +94,28 @@ def matmul(lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: jax.Arra
 
 
 def dense_matmul(
-    codes: jax.Array, scale_x: jax.Array, kernel: jax.Array, scale_w: jax.Array, bias: jax.Array | None, out_dtype
+    codes: jax.Array,
+    scale_x: jax.Array,
+    kernel: jax.Array,
+    scale_w: jax.Array,
+    bias: jax.Array | None,
+    out_dtype,
 ) -> jax.Array:
     """The product of 8-bit codes `[M, K]` and a dense kernel `[out, K]` with the scales `[M, 1]` and `[out]`, through the same kernel;
     K is a multiple of 16."""
     (rows, k), out = codes.shape, kernel.shape[0]
     return ffi.hopper_matmul_call(
-        codes, scale_x[:, 0], *_dense_weight(kernel, scale_w, bias), dtype=out_dtype, workspace_bytes=_workspace(rows, out, k, 0, kernel.dtype, 0)
+        codes,
+        scale_x[:, 0],
+        *_dense_weight(kernel, scale_w, bias),
+        dtype=out_dtype,
+        workspace_bytes=_workspace(rows, out, k, 0, kernel.dtype, 0),
     )
 
 
-def linear(x: jax.Array, prologue: Prologue | None, w: SlideWeight, bias: jax.Array | None, out_dtype) -> jax.Array:
+def linear(
+    x: jax.Array, prologue: Prologue | None, w: SlideWeight, bias: jax.Array | None, out_dtype
+) -> jax.Array:
     """`linear` of x `[M, K]` as it is, in one call: the product's kernel begins while the lift's still runs. `prologue`: one that
     the lift computes itself (`ffi.fused`)."""
     return ffi.hopper_linear_call(
@@ -96,7 +125,12 @@ def linear(x: jax.Array, prologue: Prologue | None, w: SlideWeight, bias: jax.Ar
 
 
 def dense_linear(
-    x: jax.Array, prologue: Prologue | None, kernel: jax.Array, scale_w: jax.Array, bias: jax.Array | None, out_dtype
+    x: jax.Array,
+    prologue: Prologue | None,
+    kernel: jax.Array,
+    scale_w: jax.Array,
+    bias: jax.Array | None,
+    out_dtype,
 ) -> jax.Array:
     """The same with a dense kernel `[out, K']` of 8-bit codes, K' at least K and a multiple of 16."""
     out, columns = kernel.shape

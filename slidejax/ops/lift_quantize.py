@@ -18,7 +18,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
+from jax.experimental.custom_partitioning import (
+    ArrayMapping,
+    CompoundFactor,
+    SdyShardingRule,
+    custom_partitioning,
+)
 
 from slidejax import numerics
 from slidejax.ops import registry
@@ -37,7 +42,16 @@ from slidejax.ops._common import (
 from slidejax.ops.prologue import PLAIN, Inputs, Prologue, inputs_of
 from slidejax.pattern import Pattern
 
-__all__ = ["lift", "lift_quantize", "lift_quantize_p", "lift_rows", "lift_shard", "quantize_rows", "row_absmax", "unlift"]
+__all__ = [
+    "lift",
+    "lift_quantize",
+    "lift_quantize_p",
+    "lift_rows",
+    "lift_shard",
+    "quantize_rows",
+    "row_absmax",
+    "unlift",
+]
 
 
 # --- reference --------------------------------------------------------------------------------------------------------
@@ -59,7 +73,9 @@ def unlift(lifted: jax.Array, pattern: Pattern) -> jax.Array:
     groups = lifted.shape[-1] // (4 * pattern.windows)
     windows = lifted.reshape(*lifted.shape[:-1], groups, pattern.windows, 4)
     head = windows[..., :2].reshape(*windows.shape[:-2], 2 * pattern.windows)
-    return jnp.concatenate([head, windows[..., -1, 2:]], axis=-1).reshape(*lifted.shape[:-1], groups * pattern.group)
+    return jnp.concatenate([head, windows[..., -1, 2:]], axis=-1).reshape(
+        *lifted.shape[:-1], groups * pattern.group
+    )
 
 
 def row_absmax(x: jax.Array) -> jax.Array:
@@ -67,7 +83,9 @@ def row_absmax(x: jax.Array) -> jax.Array:
     return numerics.absmax(x, -1)
 
 
-def quantize_rows(x: jax.Array, dtype, absmax: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def quantize_rows(
+    x: jax.Array, dtype, absmax: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Quantises each row of `x` without lifting: `(codes [..., K], scale float32 [..., 1])`; the plain-JAX formula.
 
     For 16- and 32-bit `dtype` the "codes" are x itself and the scale is 1 (nan for a row with inf or nan).
@@ -109,10 +127,14 @@ def _lowering(*operands, platform, pattern, dtype, inputs):
         group = 0 if pattern is None else pattern.group
         prologue = inputs.prologue(xs)
         if absmax is None and ffi.fused(x, dtype, prologue):
-            codes, scale = ffi.lift_quantize_fused_call(x, prologue, group=group, lifted_columns=columns, dtype=dtype)
+            codes, scale = ffi.lift_quantize_fused_call(
+                x, prologue, group=group, lifted_columns=columns, dtype=dtype
+            )
         else:
             largest = jnp.zeros(0, jnp.float32) if absmax is None else absmax[:, 0]
-            codes, scale = ffi.lift_quantize_call(inputs.apply(xs), largest, group=group, lifted_columns=columns, dtype=dtype)
+            codes, scale = ffi.lift_quantize_call(
+                inputs.apply(xs), largest, group=group, lifted_columns=columns, dtype=dtype
+            )
         return codes, scale[:, None]
     x = inputs.apply(xs)
     if pattern is None:
@@ -125,7 +147,11 @@ lift_quantize_p = make_primitive("slidejax_lift_quantize", _shapes, _lowering)
 
 
 def lift_rows(
-    xs: Sequence[jax.Array], pattern: Pattern | None, dtype, inputs: Inputs = PLAIN, absmax: jax.Array | None = None
+    xs: Sequence[jax.Array],
+    pattern: Pattern | None,
+    dtype,
+    inputs: Inputs = PLAIN,
+    absmax: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Binds the primitive on x `[M, K]` and its prologue's arrays; `absmax` `[M, 1]` replaces the rows' own (K split over a mesh)."""
     columns = xs[0].shape[1]
@@ -133,7 +159,9 @@ def lift_rows(
         pattern = None  # "dense" lifts nothing, and here it pads nothing
     operands = [*xs] if absmax is None else [*xs, absmax]
     operands = vary(varying_axes(*operands), *operands)
-    codes, scale = lift_quantize_p.bind(*operands, pattern=pattern, dtype=np.dtype(dtype), inputs=inputs)
+    codes, scale = lift_quantize_p.bind(
+        *operands, pattern=pattern, dtype=np.dtype(dtype), inputs=inputs
+    )
     return codes, scale
 
 
@@ -144,7 +172,9 @@ def lift_shard(
     x = inputs.apply(xs, axes)
     absmax = jax.lax.pmax(row_absmax(x), axes)
     codes, _ = lift_rows([x], pattern, dtype, absmax=absmax)
-    return codes, row_scale(absmax, dtype)  # from the reduced absmax, so that JAX knows it is the same on every shard
+    return codes, row_scale(
+        absmax, dtype
+    )  # from the reduced absmax, so that JAX knows it is the same on every shard
 
 
 # --- sharding ---------------------------------------------------------------------------------------------------------
@@ -167,7 +197,9 @@ def _partitioned(pattern: Pattern, dtype, inputs: Inputs):
                 c=pattern.group,
                 d=per_group,
             )
-        return SdyShardingRule(inputs.mappings("k"), (ArrayMapping("m", "l"), ArrayMapping("m", "one")))
+        return SdyShardingRule(
+            inputs.mappings("k"), (ArrayMapping("m", "l"), ArrayMapping("m", "one"))
+        )
 
     def partition(mesh, operands, results):
         (rows, k), (_, lifted_k) = spec_of(operands[0]), spec_of(results[0])
@@ -176,9 +208,18 @@ def _partitioned(pattern: Pattern, dtype, inputs: Inputs):
             cut.check_k("lift_quantize", pattern, operands[0].shape[1])
 
         def local(*xs):
-            return lift_shard(xs, pattern, dtype, inputs, cut.k) if cut.k else lift_rows(xs, pattern, dtype, inputs)
+            return (
+                lift_shard(xs, pattern, dtype, inputs, cut.k)
+                if cut.k
+                else lift_rows(xs, pattern, dtype, inputs)
+            )
 
-        return mesh, local, (cut.sharding("rows", "k"), cut.sharding("rows", None)), inputs.shardings(cut)
+        return (
+            mesh,
+            local,
+            (cut.sharding("rows", "k"), cut.sharding("rows", None)),
+            inputs.shardings(cut),
+        )
 
     op.def_partition(partition, sharding_rule=rule)
     return op
@@ -192,7 +233,9 @@ def _op(pattern: Pattern, dtype, inputs: Inputs, reduce_axis: tuple[str, ...]):
     partitioned = _partitioned(pattern, dtype, inputs)
 
     def primal(*xs):
-        return lift_shard(xs, pattern, dtype, inputs, reduce_axis) if reduce_axis else partitioned(*xs)
+        return (
+            lift_shard(xs, pattern, dtype, inputs, reduce_axis) if reduce_axis else partitioned(*xs)
+        )
 
     def vmap_rule(op, axis_size, in_batched, *xs):
         return map_batched(op, axis_size, in_batched, inputs.rows, xs)
@@ -206,7 +249,10 @@ def _op(pattern: Pattern, dtype, inputs: Inputs, reduce_axis: tuple[str, ...]):
         scale, xs = residuals
         d_lifted, _ = cotangents
         if not jnp.issubdtype(d_lifted.dtype, jnp.floating):
-            return (jnp.zeros((scale.shape[0], xs[0].shape[1]), xs[0].dtype), *map(jnp.zeros_like, xs[1:]))
+            return (
+                jnp.zeros((scale.shape[0], xs[0].shape[1]), xs[0].dtype),
+                *map(jnp.zeros_like, xs[1:]),
+            )
         # straight through: code ~ x / scale, a column of x feeds every window that holds it
         d_columns = _lift_transpose(d_lifted.astype(jnp.float32) / scale, pattern, xs[0].shape[1])
         return inputs.pull_back(xs, d_columns, reduce_axis)
@@ -257,5 +303,7 @@ def lift_quantize(
     dtype = numerics.check_dtype(dtype)
     x = check_input(x)
     inputs, xs = inputs_of(x, prologue)
-    lifted, scale = _op(pattern, dtype, inputs, axis_names(reduce_axis))(*vary(varying_axes(*xs), *xs))
+    lifted, scale = _op(pattern, dtype, inputs, axis_names(reduce_axis))(
+        *vary(varying_axes(*xs), *xs)
+    )
     return lifted.reshape(*x.shape[:-1], lifted.shape[-1]), scale.reshape(*x.shape[:-1], 1)

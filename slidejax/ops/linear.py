@@ -15,11 +15,23 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
+from jax.experimental.custom_partitioning import (
+    ArrayMapping,
+    CompoundFactor,
+    SdyShardingRule,
+    custom_partitioning,
+)
 
 from slidejax import numerics
 from slidejax.ops import registry, sparse_matmul
-from slidejax.ops._common import check_input, make_primitive, map_batched, vary, varying_axes, with_rules
+from slidejax.ops._common import (
+    check_input,
+    make_primitive,
+    map_batched,
+    vary,
+    varying_axes,
+    with_rules,
+)
 from slidejax.ops.lift_quantize import lift_rows, lift_shard
 from slidejax.ops.prologue import Prologue, inputs_of
 from slidejax.ops.sparse_matmul import Settings
@@ -58,7 +70,11 @@ def _lowering(*operands, platform, settings):
     codes, scale_x = lift_rows(xs, w.pattern if kernel is None else None, w.dtype, settings.inputs)
     if kernel is not None:
         kernel = kernel[:, : codes.shape[1]]  # without padding
-        return [sparse_matmul.dense_product(codes, kernel, scale_x, w.scale, bias, settings.out_dtype, platform)]
+        return [
+            sparse_matmul.dense_product(
+                codes, kernel, scale_x, w.scale, bias, settings.out_dtype, platform
+            )
+        ]
     return [sparse_matmul.run(name, codes, scale_x, w, bias, settings.out_dtype, platform)]
 
 
@@ -103,12 +119,19 @@ def _partitioned(settings: Settings):
         whole_blocks = settings.in_features == settings.pattern.padded(settings.in_features)
         if whole_blocks:
             xs = settings.inputs.mappings(CompoundFactor("g", "c"))
-            return SdyShardingRule((*xs, *weight), (ArrayMapping("m", "o"),), c=settings.pattern.group, reduction_factors=("g",))
+            return SdyShardingRule(
+                (*xs, *weight),
+                (ArrayMapping("m", "o"),),
+                c=settings.pattern.group,
+                reduction_factors=("g",),
+            )
         # K of x and the groups of W do not line up: `partition` refuses to cut either
         return SdyShardingRule((*settings.inputs.mappings("k"), *weight), (ArrayMapping("m", "o"),))
 
     def partition(mesh, operands, result):
-        cut = sparse_matmul.cut_of("linear", mesh, operands, result, settings, values_at=settings.inputs.count)
+        cut = sparse_matmul.cut_of(
+            "linear", mesh, operands, result, settings, values_at=settings.inputs.count
+        )
 
         def local(*operands):
             xs, w, bias = _split(operands, settings)
@@ -118,7 +141,10 @@ def _partitioned(settings: Settings):
                 return _split_k(xs, w, bias, settings, cut.k)
             return _bind(xs, w, bias, dataclasses.replace(settings, prepared=tuple(w.prepared)))
 
-        shardings = (*settings.inputs.shardings(cut), *sparse_matmul.weight_shardings(cut, settings))
+        shardings = (
+            *settings.inputs.shardings(cut),
+            *sparse_matmul.weight_shardings(cut, settings),
+        )
         return mesh, local, cut.sharding("rows", "out"), shardings
 
     op.def_partition(partition, sharding_rule=rule)
@@ -153,7 +179,14 @@ def _op(settings: Settings):
             columns = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, codes.shape[1] - x.shape[1])))
             d_values = sparse_matmul.values_gradient(dy.T @ columns, w)
         d_bias = (dy.sum(0).astype(bias.dtype),) if bias is not None else ()
-        return (*settings.inputs.pull_back(xs, dx, settings.reduce_axis), d_values, None, None, *d_bias, *([None] * len(settings.prepared)))
+        return (
+            *settings.inputs.pull_back(xs, dx, settings.reduce_axis),
+            d_values,
+            None,
+            None,
+            *d_bias,
+            *([None] * len(settings.prepared)),
+        )
 
     return with_rules(primal, vmap_rule, backward)
 
@@ -201,14 +234,22 @@ def linear(
     if isinstance(w, WrappedWeight):
         inputs, xs = inputs_of(check_input(x), prologue)
         x = inputs.apply(xs).reshape(jnp.shape(x)) if inputs.has_prologue else x
-        return w.linear(x, bias, implementation=implementation, out_dtype=out_dtype, reduce_axis=reduce_axis)
+        return w.linear(
+            x, bias, implementation=implementation, out_dtype=out_dtype, reduce_axis=reduce_axis
+        )
     check_weight(w)
     x = check_input(x)
     expected = w.groups * w.pattern.group if w.is_k_shard else w.in_features
     if x.shape[-1] != expected:
-        what = f"a shard of K with {w.groups} groups" if w.is_k_shard else f"a weight with in_features {w.in_features}"
+        what = (
+            f"a shard of K with {w.groups} groups"
+            if w.is_k_shard
+            else f"a weight with in_features {w.in_features}"
+        )
         raise ValueError(f"x must be [..., {expected}] for {what}, got shape {x.shape}")
-    settings, bias = sparse_matmul.product_settings(w, bias, x.dtype if out_dtype is None else out_dtype, implementation, reduce_axis)
+    settings, bias = sparse_matmul.product_settings(
+        w, bias, x.dtype if out_dtype is None else out_dtype, implementation, reduce_axis
+    )
     inputs, xs = inputs_of(x, prologue)
     settings = dataclasses.replace(settings, inputs=inputs)
     y = _op(settings)(*sparse_matmul.align(xs, [], w, bias, settings))

@@ -25,7 +25,17 @@ from jax.experimental.custom_partitioning import ArrayMapping
 
 from slidejax.ops._common import Cut
 
-__all__ = ["ACTIVATIONS", "GLU", "PLAIN", "Activation", "Inputs", "LayerNorm", "Prologue", "RMSNorm", "inputs_of"]
+__all__ = [
+    "ACTIVATIONS",
+    "GLU",
+    "PLAIN",
+    "Activation",
+    "Inputs",
+    "LayerNorm",
+    "Prologue",
+    "RMSNorm",
+    "inputs_of",
+]
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -54,11 +64,15 @@ class Prologue:
             expected = x.shape if self.ROWS else x.shape[-1:]
             what = f"{type(self).__name__}: {name}"
             if jnp.shape(leaf) != expected:
-                raise ValueError(f"{what} must have shape {expected} for x of shape {x.shape}, got {jnp.shape(leaf)}")
+                raise ValueError(
+                    f"{what} must have shape {expected} for x of shape {x.shape}, got {jnp.shape(leaf)}"
+                )
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
                 raise ValueError(f"{what} must be floating, got {jnp.result_type(leaf)}")
             if self.ROWS and jnp.result_type(leaf) != x.dtype:
-                raise ValueError(f"{what} must have x's dtype, {x.dtype}, got {jnp.result_type(leaf)}")
+                raise ValueError(
+                    f"{what} must have x's dtype, {x.dtype}, got {jnp.result_type(leaf)}"
+                )
 
 
 def _mean(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -99,7 +113,9 @@ class RMSNorm(Prologue):
 
     def apply(self, x, axes=()):
         v = x.astype(jnp.float32)
-        factor = jax.lax.rsqrt(_mean(v * v, axes) + np.float32(self.eps)) * self.weight.astype(jnp.float32)
+        factor = jax.lax.rsqrt(_mean(v * v, axes) + np.float32(self.eps)) * self.weight.astype(
+            jnp.float32
+        )
         return (v * factor).astype(x.dtype)
 
 
@@ -125,7 +141,9 @@ class LayerNorm(Prologue):
         v = x.astype(jnp.float32)
         mean = _mean(v, axes)
         variance = jnp.maximum(np.float32(0), _mean(v * v, axes) - mean * mean)
-        y = (v - mean) * (jax.lax.rsqrt(variance + np.float32(self.eps)) * self.weight.astype(jnp.float32))
+        y = (v - mean) * (
+            jax.lax.rsqrt(variance + np.float32(self.eps)) * self.weight.astype(jnp.float32)
+        )
         if self.bias is not None:
             y = y + self.bias.astype(jnp.float32)
         return y.astype(x.dtype)
@@ -201,11 +219,17 @@ class Inputs:
 
     def mappings(self, columns) -> tuple[ArrayMapping, ...]:
         """The Shardy factors of the operands: rows "m", and those of the columns."""
-        return tuple(ArrayMapping("m", columns) if i < self.rows else ArrayMapping(columns) for i in range(self.count))
+        return tuple(
+            ArrayMapping("m", columns) if i < self.rows else ArrayMapping(columns)
+            for i in range(self.count)
+        )
 
     def shardings(self, cut: Cut) -> tuple:
         """The operands' shardings in a cut."""
-        return tuple(cut.sharding("rows", "k") if i < self.rows else cut.sharding("k") for i in range(self.count))
+        return tuple(
+            cut.sharding("rows", "k") if i < self.rows else cut.sharding("k")
+            for i in range(self.count)
+        )
 
     def apply(self, xs: Sequence[jax.Array], axes: tuple[str, ...] = ()) -> jax.Array:
         """What is quantised: x, after the prologue if there is one. `axes`: as in `Prologue.apply`."""
@@ -216,7 +240,9 @@ class Inputs:
         """The prologue whose arrays follow x."""
         return jax.tree.unflatten(self.tree, xs[1:])
 
-    def pull_back(self, xs: Sequence[jax.Array], dy: jax.Array, axes: tuple[str, ...] = ()) -> tuple[jax.Array, ...]:
+    def pull_back(
+        self, xs: Sequence[jax.Array], dy: jax.Array, axes: tuple[str, ...] = ()
+    ) -> tuple[jax.Array, ...]:
         """The gradients of the operands from that of what is quantised."""
         if not self.has_prologue:
             return (dy.astype(xs[0].dtype),)
@@ -238,9 +264,14 @@ def inputs_of(x: jax.Array, prologue: Prologue | None) -> tuple[Inputs, list[jax
     if prologue is None:
         return PLAIN, [rows]
     if not isinstance(prologue, Prologue):
-        raise TypeError(f"prologue must be an RMSNorm, LayerNorm, Activation or GLU of slidejax, got {type(prologue).__name__}")
+        raise TypeError(
+            f"prologue must be an RMSNorm, LayerNorm, Activation or GLU of slidejax, got {type(prologue).__name__}"
+        )
     prologue.check(x)
     leaves, tree = jax.tree.flatten(prologue)
     if prologue.ROWS:
         leaves = [leaf.reshape(rows.shape) for leaf in leaves]
-    return Inputs(tree, 1 + (len(leaves) if prologue.ROWS else 0)), [rows, *map(jnp.asarray, leaves)]
+    return Inputs(tree, 1 + (len(leaves) if prologue.ROWS else 0)), [
+        rows,
+        *map(jnp.asarray, leaves),
+    ]

@@ -122,7 +122,11 @@ def _refuse_cuda_only(problem: Problem) -> str | None:
 
 def _nothing_to_skip(problem: Problem) -> str | None:
     """Why a sparse product does not take the pattern "dense", or None."""
-    return None if problem.pattern.prunes else f"the pattern {problem.pattern} prunes nothing, so there are no zeros to skip"
+    return (
+        None
+        if problem.pattern.prunes
+        else f"the pattern {problem.pattern} prunes nothing, so there are no zeros to skip"
+    )
 
 
 def _refuse_cusparselt(problem: Problem) -> str | None:
@@ -135,13 +139,19 @@ def _refuse_cusparselt(problem: Problem) -> str | None:
 
 
 def _refuse_hopper(problem: Problem) -> str | None:
-    return _nothing_to_skip(problem) or _refuse_cuda_only(problem) or _without_hopper(problem.device, problem.dtype)
+    return (
+        _nothing_to_skip(problem)
+        or _refuse_cuda_only(problem)
+        or _without_hopper(problem.device, problem.dtype)
+    )
 
 
 def _without_hopper(device: str, dtype: np.dtype) -> str | None:
     """Why the Hopper kernel does not run on a CUDA device with values of a dtype, or None."""
     reason = _missing("hopper")
-    if reason is None and not any(name in device for name in ("H100", "H200", "H800", "H20", "GH200")):
+    if reason is None and not any(
+        name in device for name in ("H100", "H200", "H800", "H20", "GH200")
+    ):
         reason = f"needs a Hopper GPU (compute capability 9.0), not {device}"
     if reason is None and not numerics.is_quantized(dtype):
         reason = f"values must be int8 or float8_e4m3fn, not {dtype.name}"
@@ -151,7 +161,10 @@ def _without_hopper(device: str, dtype: np.dtype) -> str | None:
 def fused_dense(x, kernel, platform: str) -> bool:
     """Whether a dense 8-bit product `[M, K] @ [out, K]^T` runs in the Hopper kernel, scales and bias included. Its bulk copies want rows
     of the kernel of whole 16 bytes; and one row times a small kernel is faster as XLA has it, without tensor cores."""
-    if platform != "cuda" or _without_hopper(device_kind(platform), np.dtype(kernel.dtype)) is not None:
+    if (
+        platform != "cuda"
+        or _without_hopper(device_kind(platform), np.dtype(kernel.dtype)) is not None
+    ):
         return False
     if x.shape[0] == 1 and kernel.shape[0] * kernel.shape[1] < _SMALL_KERNEL:
         return False
@@ -192,12 +205,18 @@ def implementations() -> tuple[str, ...]:
 
 def check_name(implementation: str | None) -> None:
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None or one of {', '.join(_IMPLEMENTATIONS)}, got {implementation!r}")
+        raise ValueError(
+            f"implementation must be None or one of {', '.join(_IMPLEMENTATIONS)}, got {implementation!r}"
+        )
 
 
 def refusals(problem: Problem) -> dict[str, str]:
     """Every implementation that refuses the problem, with its reason."""
-    return {name: reason for name, refuse in _IMPLEMENTATIONS.items() if (reason := refuse(problem)) is not None}
+    return {
+        name: reason
+        for name, refuse in _IMPLEMENTATIONS.items()
+        if (reason := refuse(problem)) is not None
+    }
 
 
 def choose(problem: Problem) -> Choice:
@@ -209,7 +228,9 @@ def choose(problem: Problem) -> Choice:
     refused = refusals(problem)
     if problem.requested is not None:
         if problem.requested in refused:
-            raise NotImplementedError(f"slidejax {problem.op}: implementation {problem.requested!r} refuses: {refused[problem.requested]}")
+            raise NotImplementedError(
+                f"slidejax {problem.op}: implementation {problem.requested!r} refuses: {refused[problem.requested]}"
+            )
         return Choice(problem.requested, "asked for")
     candidates = [name for name in _IMPLEMENTATIONS if name not in refused and name != "reference"]
     if problem.platform != "cuda":
@@ -222,13 +243,17 @@ def choose(problem: Problem) -> Choice:
     if measured is not None:
         return Choice(*measured, refused)
     # nothing measured near this shape: dense is never slower than what the user had
-    return Choice("dense", "no measurement for this device, shape and dtype: run slidejax tune", refused)
+    return Choice(
+        "dense", "no measurement for this device, shape and dtype: run slidejax tune", refused
+    )
 
 
 # --- explaining -------------------------------------------------------------------------------------------------------
 
 
-def explain(fn: Callable[..., Any], *args, platform: str | None = None, **kwargs) -> list[tuple[Problem, Choice]]:
+def explain(
+    fn: Callable[..., Any], *args, platform: str | None = None, **kwargs
+) -> list[tuple[Problem, Choice]]:
     """Which implementation each slidejax op of `fn(*args, **kwargs)` will run, and why. Nothing is computed.
 
     Args:
@@ -250,7 +275,11 @@ def explain(fn: Callable[..., Any], *args, platform: str | None = None, **kwargs
     if platform not in ("cuda", "cpu"):
         raise ValueError(f"platform must be 'cuda', 'cpu' or None, got {platform!r}")
     found: list[tuple[Problem, Choice]] = []
-    _walk(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, "cuda" if platform == "cuda" else "default", found)
+    _walk(
+        jax.make_jaxpr(fn)(*args, **kwargs).jaxpr,
+        "cuda" if platform == "cuda" else "default",
+        found,
+    )
     return found
 
 

@@ -15,7 +15,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
+from jax.experimental.custom_partitioning import (
+    ArrayMapping,
+    CompoundFactor,
+    SdyShardingRule,
+    custom_partitioning,
+)
 
 from slidejax import numerics
 from slidejax.ops import registry
@@ -35,7 +40,14 @@ from slidejax.ops.prologue import PLAIN, Inputs
 from slidejax.pattern import Pattern
 from slidejax.weight import SlideWeight, check_weight, kept_values, scatter_values, split_zeros
 
-__all__ = ["accumulate", "exact_int8_dot", "expand_lifted", "finish", "sparse_matmul", "sparse_matmul_p"]
+__all__ = [
+    "accumulate",
+    "exact_int8_dot",
+    "expand_lifted",
+    "finish",
+    "sparse_matmul",
+    "sparse_matmul_p",
+]
 
 # 127 * 127 * 1040 < 2**24: a float32 sum of so many products of int8 codes is exact.
 _EXACT_K = 1040
@@ -80,7 +92,13 @@ class Settings:
     def raw(self, in_features: int) -> Settings:
         """The same product without scales and bias, over a shard of K with so many inputs."""
         return dataclasses.replace(
-            self, in_features=in_features, out_dtype=None, has_bias=False, prepared=(), reduce_axis=(), inputs=PLAIN
+            self,
+            in_features=in_features,
+            out_dtype=None,
+            has_bias=False,
+            prepared=(),
+            reduce_axis=(),
+            inputs=PLAIN,
         )
 
 
@@ -108,11 +126,17 @@ def accumulate(codes: jax.Array, kernel: jax.Array, platform: str = "default") -
     if codes.dtype == jnp.int8:
         if platform == "default":
             return exact_int8_dot(codes, kernel)
-        return jax.lax.dot_general(codes, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        return jax.lax.dot_general(
+            codes, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+        )
     if platform == "default":  # XLA's CPU dot of narrow floats may accumulate in the narrow type
         codes, kernel = codes.astype(jnp.float32), kernel.astype(jnp.float32)
     return jax.lax.dot_general(
-        codes, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST
+        codes,
+        kernel,
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST,
     )
 
 
@@ -128,11 +152,21 @@ def exact_int8_dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
             (((1,), (1,)), ((), ())),
             precision=jax.lax.Precision.HIGHEST,
         )
-        total = product if total is None and codes.shape[1] <= _EXACT_K else product.astype(jnp.int32) + (0 if total is None else total)
-    return jnp.zeros((codes.shape[0], kernel.shape[0]), jnp.int32) if total is None else total.astype(jnp.int32)
+        total = (
+            product
+            if total is None and codes.shape[1] <= _EXACT_K
+            else product.astype(jnp.int32) + (0 if total is None else total)
+        )
+    return (
+        jnp.zeros((codes.shape[0], kernel.shape[0]), jnp.int32)
+        if total is None
+        else total.astype(jnp.int32)
+    )
 
 
-def finish(acc: jax.Array, scale_x: jax.Array, scale_w: jax.Array, bias: jax.Array | None, out_dtype) -> jax.Array:
+def finish(
+    acc: jax.Array, scale_x: jax.Array, scale_w: jax.Array, bias: jax.Array | None, out_dtype
+) -> jax.Array:
     """Scales, bias and the final rounding: `float32(acc) * scale_x * scale_w + bias`."""
     y = acc.astype(jnp.float32) * scale_x * scale_w
     if bias is not None:
@@ -162,7 +196,15 @@ def run(name: str, lifted, scale_x, w: SlideWeight, bias, out_dtype, platform: s
     if name in registry.CUSTOM_CALLS and math.prod(lifted.shape) and w.out_features:
         return registry.CUSTOM_CALLS[name](lifted, scale_x, w, bias, out_dtype)
     if name == "dense":  # each column once instead of once for every window that reads it
-        return dense_product(unlift(lifted, w.pattern), dense_codes(w, padded=True), scale_x, w.scale, bias, out_dtype, platform)
+        return dense_product(
+            unlift(lifted, w.pattern),
+            dense_codes(w, padded=True),
+            scale_x,
+            w.scale,
+            bias,
+            out_dtype,
+            platform,
+        )
     acc = accumulate(lifted, expand_lifted(w), platform)
     return acc if out_dtype is None else finish(acc, scale_x, w.scale, bias, out_dtype)
 
@@ -215,7 +257,9 @@ def weight_factors(settings: Settings) -> tuple:
 
 
 def weight_shardings(cut: Cut, settings: Settings) -> tuple:
-    prepared = tuple(cut.sharding(*([None] * (2 if name == "dense" else 1))) for name in settings.prepared)
+    prepared = tuple(
+        cut.sharding(*([None] * (2 if name == "dense" else 1))) for name in settings.prepared
+    )
     bias = (cut.sharding("out"),) if settings.has_bias else ()
     zeros = cut.sharding("out", "k" if settings.pattern.prunes else None)
     return (cut.sharding("out", "k", None), zeros, cut.sharding("out"), *bias, *prepared)
@@ -223,8 +267,14 @@ def weight_shardings(cut: Cut, settings: Settings) -> tuple:
 
 def cut_of(op: str, mesh, operands, result, settings: Settings, values_at: int) -> Cut:
     """How the partitioner wants to cut a product: read off the shardings of x (first), values and y."""
-    (x_rows, x_k), (w_out, w_k, _), (y_rows, y_out) = spec_of(operands[0]), spec_of(operands[values_at]), spec_of(result)
-    cut = Cut(mesh, rows=first_axes(y_rows, x_rows), out=first_axes(y_out, w_out), k=first_axes(x_k, w_k))
+    (x_rows, x_k), (w_out, w_k, _), (y_rows, y_out) = (
+        spec_of(operands[0]),
+        spec_of(operands[values_at]),
+        spec_of(result),
+    )
+    cut = Cut(
+        mesh, rows=first_axes(y_rows, x_rows), out=first_axes(y_out, w_out), k=first_axes(x_k, w_k)
+    )
     return cut.check_k(op, settings.pattern, settings.in_features) if cut.k else cut
 
 
@@ -236,7 +286,9 @@ def _partitioned(settings: Settings):
     def rule(mesh, operands, results):
         lifted = ArrayMapping("m", CompoundFactor("g", "l"))
         return SdyShardingRule(
-            (lifted, ArrayMapping("m", "one"), *weight_factors(settings)), (ArrayMapping("m", "o"),), l=settings.pattern.windows * 4,
+            (lifted, ArrayMapping("m", "one"), *weight_factors(settings)),
+            (ArrayMapping("m", "o"),),
+            l=settings.pattern.windows * 4,
             reduction_factors=("g",),
         )
 
@@ -249,16 +301,24 @@ def _partitioned(settings: Settings):
                 w = w.replace(prepared={})
             if cut.k:
                 return split_k(lifted, scale_x, w, bias, settings, cut.k)
-            return bind(lifted, scale_x, w, bias, dataclasses.replace(settings, prepared=tuple(w.prepared)))
+            return bind(
+                lifted, scale_x, w, bias, dataclasses.replace(settings, prepared=tuple(w.prepared))
+            )
 
-        shardings = (cut.sharding("rows", "k"), cut.sharding("rows", None), *weight_shardings(cut, settings))
+        shardings = (
+            cut.sharding("rows", "k"),
+            cut.sharding("rows", None),
+            *weight_shardings(cut, settings),
+        )
         return mesh, local, cut.sharding("rows", "out"), shardings
 
     op.def_partition(partition, sharding_rule=rule)
     return op
 
 
-def split_k(lifted, scale_x, w: SlideWeight, bias, settings: Settings, axes: tuple[str, ...]) -> jax.Array:
+def split_k(
+    lifted, scale_x, w: SlideWeight, bias, settings: Settings, axes: tuple[str, ...]
+) -> jax.Array:
     """One shard of a product whose K is split: raw accumulators summed over `axes`, then scales, then the bias once."""
     w = w.replace(prepared={}, in_features=w.groups * w.pattern.group)
     acc = jax.lax.psum(bind(lifted, scale_x, w, None, settings.raw(w.in_features)), axes)
@@ -280,7 +340,9 @@ def _op(settings: Settings):
 
     def primal(lifted, scale_x, *operands):
         if settings.reduce_axis:
-            return split_k(lifted, scale_x, *settings.weight(operands), settings, settings.reduce_axis)
+            return split_k(
+                lifted, scale_x, *settings.weight(operands), settings, settings.reduce_axis
+            )
         return partitioned(lifted, scale_x, *operands)
 
     def vmap_rule(op, axis_size, in_batched, *operands):
@@ -291,7 +353,11 @@ def _op(settings: Settings):
         w, bias = settings.weight(rest)
         kernel = expand_lifted(w).astype(jnp.float32)
         scaled = dy.astype(jnp.float32) * scale_x * w.scale
-        d_lifted = (scaled @ kernel).astype(lifted.dtype) if jnp.issubdtype(lifted.dtype, jnp.floating) else None
+        d_lifted = (
+            (scaled @ kernel).astype(lifted.dtype)
+            if jnp.issubdtype(lifted.dtype, jnp.floating)
+            else None
+        )
         d_scale_x = None
         d_values = None
         if not numerics.is_quantized(w.dtype):
@@ -299,16 +365,25 @@ def _op(settings: Settings):
             d_lifted_kernel = (dy.astype(jnp.float32) * scale_x).T @ lifted.astype(jnp.float32)
             d_values = _kept_lifted(d_lifted_kernel, w).astype(w.dtype)
         d_bias = (dy.astype(jnp.float32).sum(0).astype(bias.dtype),) if bias is not None else ()
-        return (d_lifted, d_scale_x, d_values, None, None, *d_bias, *([None] * len(settings.prepared)))
+        return (
+            d_lifted,
+            d_scale_x,
+            d_values,
+            None,
+            None,
+            *d_bias,
+            *([None] * len(settings.prepared)),
+        )
 
     return with_rules(primal, vmap_rule, backward)
 
 
 def _kept_lifted(lifted_kernel: jax.Array, w: SlideWeight) -> jax.Array:
     """The transpose of `expand_lifted`: the entries of `[out, K']` at the kept lanes, `[out, groups, kept]`."""
-    (values,) = jax.linear_transpose(lambda values: expand_lifted(w.replace(values=values)), jnp.zeros(w.values.shape, jnp.float32))(
-        lifted_kernel
-    )
+    (values,) = jax.linear_transpose(
+        lambda values: expand_lifted(w.replace(values=values)),
+        jnp.zeros(w.values.shape, jnp.float32),
+    )(lifted_kernel)
     return values
 
 
@@ -356,9 +431,13 @@ def sparse_matmul(
             f"got shape {lifted.shape}"
         )
     if lifted.dtype != w.dtype:
-        raise ValueError(f"lifted must have the dtype of the weight's values, {w.dtype.name}, got {lifted.dtype.name}")
+        raise ValueError(
+            f"lifted must have the dtype of the weight's values, {w.dtype.name}, got {lifted.dtype.name}"
+        )
     if scale.shape != (*lifted.shape[:-1], 1) or scale.dtype != jnp.float32:
-        raise ValueError(f"scale must be float32 {(*lifted.shape[:-1], 1)}, got {scale.dtype} {scale.shape}")
+        raise ValueError(
+            f"scale must be float32 {(*lifted.shape[:-1], 1)}, got {scale.dtype} {scale.shape}"
+        )
     if out_dtype is None:
         out_dtype = jnp.bfloat16 if numerics.is_quantized(w.dtype) else w.dtype
     settings, bias = product_settings(w, bias, out_dtype, implementation, reduce_axis)
@@ -379,7 +458,8 @@ def align(lifted: list, scales: list, w: SlideWeight, bias, settings: Settings) 
     whole = axes - set(settings.reduce_axis)
     lifted_end, values_at = len(lifted), len(lifted) + len(scales)
     return [
-        vary(axes if i < lifted_end or values_at <= i < values_at + 2 else whole, operand)[0] for i, operand in enumerate(operands)
+        vary(axes if i < lifted_end or values_at <= i < values_at + 2 else whole, operand)[0]
+        for i, operand in enumerate(operands)
     ]
 
 
@@ -398,10 +478,14 @@ def check_result(out_features: int, bias, out_dtype) -> tuple[jax.Array | None, 
     return bias, out_dtype
 
 
-def product_settings(w: SlideWeight, bias, out_dtype, implementation, reduce_axis) -> tuple[Settings, jax.Array | None]:
+def product_settings(
+    w: SlideWeight, bias, out_dtype, implementation, reduce_axis
+) -> tuple[Settings, jax.Array | None]:
     """Checks what `sparse_matmul` and `linear` have in common."""
     if w.values.ndim != 3:
-        raise ValueError(f"w must be one weight [out, groups, kept], got values of shape {w.values.shape}: vmap over the batch")
+        raise ValueError(
+            f"w must be one weight [out, groups, kept], got values of shape {w.values.shape}: vmap over the batch"
+        )
     bias, out_dtype = check_result(w.out_features, bias, out_dtype)
     registry.check_name(implementation)
     reduce_axes = axis_names(reduce_axis)
@@ -411,5 +495,7 @@ def product_settings(w: SlideWeight, bias, out_dtype, implementation, reduce_axi
             f"is split with reduce_axis="
         )
     prepared = tuple(sorted(w.prepared))
-    settings = Settings(w.pattern, w.in_features, out_dtype, implementation, bias is not None, prepared, reduce_axes)
+    settings = Settings(
+        w.pattern, w.in_features, out_dtype, implementation, bias is not None, prepared, reduce_axes
+    )
     return settings, bias

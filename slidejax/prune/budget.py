@@ -81,7 +81,9 @@ def measured_times(rows: int, qdtype: Any = "int8", device: str | None = None) -
     def cost(shape: tuple[int, int], pattern: Pattern) -> float:
         time = tune.time_of(kind, rows, shape, pattern, dtype)
         if time is None:
-            raise ValueError(f"nothing was measured near {rows} rows of a kernel {shape} with {pattern} {dtype.name} on {kind}: run slidejax tune")
+            raise ValueError(
+                f"nothing was measured near {rows} rows of a kernel {shape} with {pattern} {dtype.name} on {kind}: run slidejax tune"
+            )
         return time
 
     return cost
@@ -132,23 +134,34 @@ def mixed(
         raise ValueError("patterns must name at least one pattern")
     batches = how.as_batches()
     if hasattr(how.batches, "ndim"):
-        batches = list(np.asarray(how.batches)[:, None])  # sequence by sequence, so that a quarter of few can be held out
+        batches = list(
+            np.asarray(how.batches)[:, None]
+        )  # sequence by sequence, so that a quarter of few can be held out
     run, params, pack = as_function(model, params, batches[0])
     plan = planned(lambda params, **options: pack(params, rule, **options), params)
     fit, held_out = _parted(batches)
     grams = collect(run, params, fit)
     leaves, layers = named_leaves(params), contractions(run, params, batches[0])
-    kernels = {path: to_matrix(jnp.asarray(leaves[path]), layers[path].kernel) for path in plan if path in grams}
+    kernels = {
+        path: to_matrix(jnp.asarray(leaves[path]), layers[path].kernel)
+        for path in plan
+        if path in grams
+    }
 
     @functools.cache
     def change(path: str, pattern: Pattern) -> jax.Array:
-        return sparsegpt(kernels[path], pattern, grams[path], damping=how.damping, rounds=0)[1] - kernels[path]
+        return (
+            sparsegpt(kernels[path], pattern, grams[path], damping=how.damping, rounds=0)[1]
+            - kernels[path]
+        )
 
     usual = rule.pattern if rule.pattern.prunes else min(among, key=lambda p: p.density)
     sample = {path: [p for p in among if p != usual] for path in _sampled(list(kernels))}
     changes = {path: [change(path, p) for p in (usual, *sample.get(path, ()))] for path in kernels}
     of_output = drawn_loss if loss is None else loss
-    heard = sensitivities(lambda params, batch: of_output(run(params, batch), batch), params, held_out, changes)
+    heard = sensitivities(
+        lambda params, batch: of_output(run(params, batch), batch), params, held_out, changes
+    )
     shapes = {path: (kernel.shape[0], kernel.shape[1]) for path, kernel in kernels.items()}
     found = _estimated(heard, usual, sample, among, shapes)
     rules = choose(found, shapes, rule.pattern, groups=groups, cost=cost, qdtype=rule.qdtype)
@@ -157,9 +170,17 @@ def mixed(
         return rules
 
     def pruned(rules: Sequence[tuple[str, Rule]]) -> Any:
-        new = {path: kernels[path] + change(path, one.pattern) for path, (_, one) in zip(found, rules, strict=True)}
-        new = {path: from_matrix(kernel, leaves[path].shape, layers[path].kernel) for path, kernel in new.items()}
-        return jax.tree.unflatten(jax.tree.structure(params), [new.get(path, leaf) for path, leaf in leaves.items()])
+        new = {
+            path: kernels[path] + change(path, one.pattern)
+            for path, (_, one) in zip(found, rules, strict=True)
+        }
+        new = {
+            path: from_matrix(kernel, leaves[path].shape, layers[path].kernel)
+            for path, kernel in new.items()
+        }
+        return jax.tree.unflatten(
+            jax.tree.structure(params), [new.get(path, leaf) for path, leaf in leaves.items()]
+        )
 
     apart, together = divergences(run, params, [pruned(rules), pruned(uniform)], held_out)
     return rules if apart < together else uniform
@@ -178,7 +199,11 @@ def _sampled(paths: Sequence[str]) -> list[str]:
 
 
 def _estimated(
-    heard: Mapping[str, Sequence[Estimate]], usual: Pattern, sample: Mapping[str, Sequence[Pattern]], among: Sequence[Pattern], shapes: Mapping[str, tuple[int, int]]
+    heard: Mapping[str, Sequence[Estimate]],
+    usual: Pattern,
+    sample: Mapping[str, Sequence[Pattern]],
+    among: Sequence[Pattern],
+    shapes: Mapping[str, tuple[int, int]],
 ) -> dict[str, dict[Pattern, float]]:
     """Path -> pattern -> sensitivity.
 
@@ -193,7 +218,9 @@ def _estimated(
     for path, others in sample.items():
         for pattern, estimate in zip((usual, *others), heard[path], strict=True):
             totals[pattern] += estimate.value
-    silent = {path: 0.0 for path, (first, *_) in heard.items() if not first.value > 0}  # the loss does not depend on them
+    silent = {
+        path: 0.0 for path, (first, *_) in heard.items() if not first.value > 0
+    }  # the loss does not depend on them
     sizes = {path: math.prod(shapes[path]) for path in heard if path not in silent}
     found = shrunk({path: heard[path][0] for path in sizes}, sizes) | silent
     share = {p: totals[p] / totals[usual] if totals[usual] > 0 else 0.0 for p in among}
@@ -201,8 +228,13 @@ def _estimated(
 
 
 def choose(
-    sensitivity: Mapping[str, Mapping[Pattern, float]], shapes: Mapping[str, tuple[int, int]], budget: str | Pattern | float, *,
-    groups: Sequence[str] = (), cost: Cost = multiplications, qdtype: Any = "int8",
+    sensitivity: Mapping[str, Mapping[Pattern, float]],
+    shapes: Mapping[str, tuple[int, int]],
+    budget: str | Pattern | float,
+    *,
+    groups: Sequence[str] = (),
+    cost: Cost = multiplications,
+    qdtype: Any = "int8",
 ) -> list[tuple[str, Rule]]:
     """The patterns that are estimated to cost the loss least within a budget, as rules.
 
@@ -224,7 +256,11 @@ def choose(
     >>> [str(rule) for _, rule in choose(need, {"a": (8, 8), "b": (8, 8)}, 64 * 0.75 + 64 * 0.5)]
     ['6:8 int8', '2:4 int8']
     """
-    limit = float(budget) if isinstance(budget, (int, float)) else sum(cost(shape, Pattern.parse(budget)) for shape in shapes.values())
+    limit = (
+        float(budget)
+        if isinstance(budget, (int, float))
+        else sum(cost(shape, Pattern.parse(budget)) for shape in shapes.values())
+    )
     limit *= 1 + 1e-9  # sums of the same costs in another order fit as well
     members = _members(sensitivity, groups)
     of_layers, sensitivity = sensitivity, {}
@@ -232,19 +268,26 @@ def choose(
     for item, paths in members.items():
         common = [p for p in of_layers[paths[0]] if all(p in of_layers[path] for path in paths)]
         if not common:
-            raise ValueError(f"the layers {', '.join(paths)} of one group have no pattern in common")
+            raise ValueError(
+                f"the layers {', '.join(paths)} of one group have no pattern in common"
+            )
         sensitivity[item] = {p: sum(of_layers[path][p] for path in paths) for p in common}
         costs[item] = {p: sum(cost(shapes[path], p) for path in paths) for p in common}
 
     def at(price: float) -> dict[str, Pattern]:
-        return {path: min(of, key=lambda p: (of[p] + price * costs[path][p], costs[path][p])) for path, of in sensitivity.items()}
+        return {
+            path: min(of, key=lambda p: (of[p] + price * costs[path][p], costs[path][p]))
+            for path, of in sensitivity.items()
+        }
 
     def total(chosen: Mapping[str, Pattern]) -> float:
         return sum(costs[path][p] for path, p in chosen.items())
 
     cheapest = {path: min(of, key=lambda p: costs[path][p]) for path, of in sensitivity.items()}
     if total(cheapest) > limit:
-        raise ValueError(f"budget {limit:g} is less than what the cheapest patterns cost, {total(cheapest):g}")
+        raise ValueError(
+            f"budget {limit:g} is less than what the cheapest patterns cost, {total(cheapest):g}"
+        )
     low, high = -40.0, 40.0  # logarithms of the price
     for _ in range(80):
         middle = (low + high) / 2
@@ -252,15 +295,27 @@ def choose(
     chosen = at(math.exp(high)) if total(at(math.exp(high))) <= limit else cheapest
     # a price leaves some of the budget over: one pattern for all may use it better
     shared = set.intersection(*(set(of) for of in sensitivity.values())) if sensitivity else set()
-    uniform = [dict.fromkeys(sensitivity, p) for p in shared if total(dict.fromkeys(sensitivity, p)) <= limit]
-    chosen = min([chosen, *uniform], key=lambda one: sum(sensitivity[path][p] for path, p in one.items()))
+    uniform = [
+        dict.fromkeys(sensitivity, p)
+        for p in shared
+        if total(dict.fromkeys(sensitivity, p)) <= limit
+    ]
+    chosen = min(
+        [chosen, *uniform], key=lambda one: sum(sensitivity[path][p] for path, p in one.items())
+    )
     while True:  # what is left, where it does most
         left = limit - total(chosen)
         better = [
-            ((sensitivity[path][chosen[path]] - value) / (costs[path][p] - costs[path][chosen[path]]), path, p)
+            (
+                (sensitivity[path][chosen[path]] - value)
+                / (costs[path][p] - costs[path][chosen[path]]),
+                path,
+                p,
+            )
             for path, of in sensitivity.items()
             for p, value in of.items()
-            if value < sensitivity[path][chosen[path]] and 0 < costs[path][p] - costs[path][chosen[path]] <= left
+            if value < sensitivity[path][chosen[path]]
+            and 0 < costs[path][p] - costs[path][chosen[path]] <= left
         ]
         if not better:
             pattern_of = {path: chosen[item] for item, paths in members.items() for path in paths}
@@ -283,5 +338,7 @@ def _members(paths: Iterable[str], groups: Sequence[str]) -> dict[str, list[str]
             found[path] = [path]
     for i, regex in enumerate(groups):
         if i not in matched:
-            raise ValueError(f"groups[{i}] ({regex!r}) matches no layer, or earlier groups took them all (paths look like {next(iter(paths), '')!r})")
+            raise ValueError(
+                f"groups[{i}] ({regex!r}) matches no layer, or earlier groups took them all (paths look like {next(iter(paths), '')!r})"
+            )
     return {members[0]: members for members in found.values()}

@@ -26,7 +26,16 @@ from slidejax.prune.store import Store, fingerprint
 from slidejax.prune.wanda import wanda
 from slidejax.rules import Prune, Report, Rule
 
-__all__ = ["CALIBRATED", "Calibration", "calibrate", "collect", "convert", "cut", "lookup", "pruner"]
+__all__ = [
+    "CALIBRATED",
+    "Calibration",
+    "calibrate",
+    "collect",
+    "convert",
+    "cut",
+    "lookup",
+    "pruner",
+]
 
 # The methods that need calibration: (kernel, pattern, gram) -> mask, or (mask, kernel).
 CALIBRATED: dict[str, Callable[..., Any]] = {"wanda": wanda, "sparsegpt": sparsegpt}
@@ -71,15 +80,28 @@ class Calibration:
           ValueError: if there are none, or their shapes differ.
         """
         given = self.batches
-        if hasattr(given, "ndim") and np.issubdtype(given.dtype, np.integer) and given.ndim == 2 and given.size:
-            count = max(n for n in range(1, _BATCH + 1) if len(given) % n == 0)  # batches of one shape: one program
+        if (
+            hasattr(given, "ndim")
+            and np.issubdtype(given.dtype, np.integer)
+            and given.ndim == 2
+            and given.size
+        ):
+            count = max(
+                n for n in range(1, _BATCH + 1) if len(given) % n == 0
+            )  # batches of one shape: one program
             return np.split(np.asarray(given), len(given) // count)
         if hasattr(given, "ndim") or not isinstance(given, Sequence):
-            what = f"{given.dtype} {given.shape}" if hasattr(given, "ndim") else type(given).__name__
-            raise ValueError(f"calibration must be token ids [sequences, length] or a list of batches, got {what}")
+            what = (
+                f"{given.dtype} {given.shape}" if hasattr(given, "ndim") else type(given).__name__
+            )
+            raise ValueError(
+                f"calibration must be token ids [sequences, length] or a list of batches, got {what}"
+            )
         shapes = {str(jax.tree.map(jnp.shape, batch)) for batch in given}
         if len(shapes) != 1:
-            raise ValueError(f"calibration needs batches of one shape, got {', '.join(sorted(shapes)) or 'none'}")
+            raise ValueError(
+                f"calibration needs batches of one shape, got {', '.join(sorted(shapes)) or 'none'}"
+            )
         return list(given)
 
 
@@ -109,7 +131,13 @@ def cut(ids: Any, sequences: int, length: int, seed: int | None = None) -> np.nd
 
 
 def convert(
-    model: Any, rules: Any, calibration: Any, *, params: Any = None, method: str = "sparsegpt", report: Report | None = None
+    model: Any,
+    rules: Any,
+    calibration: Any,
+    *,
+    params: Any = None,
+    method: str = "sparsegpt",
+    report: Report | None = None,
 ) -> Any:
     """Prunes and packs a model, calibrated; one interface for Linen, NNX and transformers.
 
@@ -149,7 +177,9 @@ def check_method(method: str) -> None:
         raise ValueError(f"method must be one of {', '.join(CALIBRATED)}, got {method!r}")
 
 
-def as_function(model: Any, params: Any, batch: Any) -> tuple[Callable[[Any, Any], Any], Any, Callable[..., Any]]:
+def as_function(
+    model: Any, params: Any, batch: Any
+) -> tuple[Callable[[Any, Any], Any], Any, Callable[..., Any]]:
     """A model of any of the three families as a function of its parameters.
 
     Args:
@@ -170,7 +200,11 @@ def as_function(model: Any, params: Any, batch: Any) -> tuple[Callable[[Any, Any
         from slidejax import nnx as ours
 
         call, params, rebuild = ours.functional(model)
-        return lambda params, batch: call(params, *arguments(batch)), params, lambda params, rules, **options: ours.convert(rebuild(params), rules, **options)
+        return (
+            lambda params, batch: call(params, *arguments(batch)),
+            params,
+            lambda params, rules, **options: ours.convert(rebuild(params), rules, **options),
+        )
     if isinstance(model, nn.Module):
         from slidejax import linen
 
@@ -180,7 +214,9 @@ def as_function(model: Any, params: Any, batch: Any) -> tuple[Callable[[Any, Any
         return (
             lambda variables, batch: linen.apply(model, variables, *arguments(batch)),
             params,
-            lambda variables, rules, **options: linen.convert(variables, rules, model, *example, **options),
+            lambda variables, rules, **options: linen.convert(
+                variables, rules, model, *example, **options
+            ),
         )
     from slidejax import huggingface
 
@@ -201,7 +237,12 @@ def planned(pack: Callable[..., Any], params: Any) -> dict[str, Rule]:
 
 
 def calibrate(
-    run: Callable[[Any, Any], Any], params: Any, batches: Sequence[Any], plan: Mapping[str, Rule], method: str, how: Calibration,
+    run: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Sequence[Any],
+    plan: Mapping[str, Rule],
+    method: str,
+    how: Calibration,
     report: Report | None = None,
 ) -> tuple[Any, Prune]:
     """Prunes the kernels of a model that is a function of its parameters.
@@ -224,19 +265,36 @@ def calibrate(
             raise SeveralDepths("in_order=False")
         stages = Stages(run, params, batches[0], {path: rule.qdtype for path, rule in plan.items()})
     except SeveralDepths as reason:
-        notes.append(f"{method}, all layers with the inputs of the dense model, nothing smoothed ({reason})")
+        notes.append(
+            f"{method}, all layers with the inputs of the dense model, nothing smoothed ({reason})"
+        )
         progress = how.progress
-        grams = collect(run, params, batches, None if progress is None else lambda done: progress(done, len(batches)))
+        grams = collect(
+            run,
+            params,
+            batches,
+            None if progress is None else lambda done: progress(done, len(batches)),
+        )
 
         def prune(kernel, pattern, path):
             if path not in grams:
                 raise ValueError(_NOT_REACHED)
             exact = kernel.astype(jnp.float32)
-            return _for_pack(solver(method, plan[path])(exact, exact, grams[path], how.damping), kernel.dtype)
+            return _for_pack(
+                solver(method, plan[path])(exact, exact, grams[path], how.damping), kernel.dtype
+            )
 
         return params, prune
-    settings = (method, how.smooth, how.correct, how.damping, sorted((path, str(rule)) for path, rule in plan.items()))
-    store = None if how.work is None else Store(how.work, fingerprint(params, list(batches), *settings))
+    settings = (
+        method,
+        how.smooth,
+        how.correct,
+        how.damping,
+        sorted((path, str(rule)) for path, rule in plan.items()),
+    )
+    store = (
+        None if how.work is None else Store(how.work, fingerprint(params, list(batches), *settings))
+    )
     correct = how.correct if method == "sparsegpt" else 0.0
 
     def method_of(path: str) -> Solve:
@@ -246,9 +304,20 @@ def calibrate(
         begin(ahead, stages, params, method_of, correct=bool(correct), store=store)
         params, smoothed = smooth(stages, params, batches[:_SMOOTH_ON], how.smooth, ahead=ahead)
         done = prune_in_order(
-            stages, params, batches, method_of, correct=correct, damping=how.damping, progress=how.progress, store=store, offload=how.offload, ahead=ahead
+            stages,
+            params,
+            batches,
+            method_of,
+            correct=correct,
+            damping=how.damping,
+            progress=how.progress,
+            store=store,
+            offload=how.offload,
+            ahead=ahead,
         )
-    notes.append(f"{method}, layer by layer in {len(stages.taps)} stages; the inputs of {len(smoothed)} layers smoothed")
+    notes.append(
+        f"{method}, layer by layer in {len(stages.taps)} stages; the inputs of {len(smoothed)} layers smoothed"
+    )
     return params, lookup(done)
 
 
@@ -271,12 +340,18 @@ def _solve_sparsegpt(rule: Rule, kernel, target, gram, damping) -> Pruned:
 
 
 _SOLVE: dict[str, Callable[..., Pruned]] = {"wanda": _solve_wanda, "sparsegpt": _solve_sparsegpt}
-_NOT_REACHED = "no calibration inputs reached this layer: leave it dense with the rule (its path, None)"
+_NOT_REACHED = (
+    "no calibration inputs reached this layer: leave it dense with the rule (its path, None)"
+)
 
 
 def _for_pack(one: Pruned, dtype) -> tuple:
     """`(mask, kernel, scale)`; a kernel that is yet to be rounded in the dtype that it had."""
-    return jnp.asarray(one.mask), jnp.asarray(one.kernel, None if one.scale is not None else dtype), one.scale
+    return (
+        jnp.asarray(one.mask),
+        jnp.asarray(one.kernel, None if one.scale is not None else dtype),
+        one.scale,
+    )
 
 
 def lookup(done: Mapping[str, Pruned]) -> Prune:
@@ -294,7 +369,12 @@ def lookup(done: Mapping[str, Pruned]) -> Prune:
 
 
 def collect(
-    run: Callable[..., Any], params: Any, batches: Any, progress: Callable[[int], None] | None = None, *, diagonal: bool = False
+    run: Callable[..., Any],
+    params: Any,
+    batches: Any,
+    progress: Callable[[int], None] | None = None,
+    *,
+    diagonal: bool = False,
 ) -> dict[str, jax.Array]:
     """Runs a model over batches and adds up the Gram matrix of the inputs of each linear layer.
 
@@ -321,7 +401,11 @@ def collect(
         def see(path, x, axes):
             if not axes.kernel_batch:
                 rows = as_rows(x, axes)
-                gram = jnp.sum(rows * rows, 0) if diagonal else jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
+                gram = (
+                    jnp.sum(rows * rows, 0)
+                    if diagonal
+                    else jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
+                )
                 found[path] = gram + found[path] if path in found else gram
             return x
 
@@ -334,7 +418,9 @@ def collect(
         try:
             found = grams(params, batch)
         except jax.errors.UnexpectedTracerError as error:
-            raise NotImplementedError("calibration cannot look into layers inside nn.scan or a loop") from error
+            raise NotImplementedError(
+                "calibration cannot look into layers inside nn.scan or a loop"
+            ) from error
         total = found if total is None else jax.tree.map(jnp.add, total, found)
         if progress is not None:
             jax.block_until_ready(total)

@@ -17,13 +17,23 @@ from slidejax import linen, numerics
 from slidejax.contraction import Contraction
 from slidejax.rules import LeftDense
 
-__all__ = ["as_rows", "contractions", "rounded", "see_input", "see_output", "seeing_inputs", "seeing_layers"]
+__all__ = [
+    "as_rows",
+    "contractions",
+    "rounded",
+    "see_input",
+    "see_output",
+    "seeing_inputs",
+    "seeing_layers",
+]
 
 # (path of the kernel, input, contraction) -> the input to go on with
 See = Callable[[str, jax.Array, Contraction], jax.Array]
 # (path of the kernel, output) -> the output to go on with
 SeeOutput = Callable[[str, jax.Array], jax.Array]
-_SEE_OUTPUT: contextvars.ContextVar[SeeOutput | None] = contextvars.ContextVar("slidejax_see_output", default=None)
+_SEE_OUTPUT: contextvars.ContextVar[SeeOutput | None] = contextvars.ContextVar(
+    "slidejax_see_output", default=None
+)
 _SEE: contextvars.ContextVar[See | None] = contextvars.ContextVar("slidejax_see", default=None)
 
 

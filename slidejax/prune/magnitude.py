@@ -30,7 +30,9 @@ def magnitude(kernel: jax.Array, pattern: str | Pattern) -> jax.Array:
     >>> magnitude(jnp.array([[4.], [-3.], [2.], [1.]]), "2:4").ravel().tolist()
     [True, True, False, False]
     """
-    from slidejax.weight import check_kernel  # here: weight imports this module for its default mask
+    from slidejax.weight import (
+        check_kernel,
+    )  # here: weight imports this module for its default mask
 
     kernel = check_kernel(kernel)
     return _magnitude(kernel, Pattern.parse(pattern))
@@ -55,7 +57,9 @@ def keep_largest(score: jax.Array, pattern: Pattern) -> jax.Array:
 
     if not pattern.prunes:
         return jnp.ones(score.shape, bool)
-    groups = to_groups(jnp.where(jnp.isnan(score), jnp.inf, score), pattern, fill=-1.0)  # padding goes first
+    groups = to_groups(
+        jnp.where(jnp.isnan(score), jnp.inf, score), pattern, fill=-1.0
+    )  # padding goes first
     column = jnp.arange(pattern.group)
     first = column == jnp.argmin(groups, axis=-1, keepdims=True)
     second = column == jnp.argmin(jnp.where(first, jnp.inf, groups), axis=-1, keepdims=True)

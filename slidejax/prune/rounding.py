@@ -21,7 +21,10 @@ from slidejax.prune.sparsegpt import damped
 __all__ = ["clip_search", "round_kernel"]
 
 _EXACT = jax.lax.Precision.HIGHEST
-_SHARES = {np.dtype(jnp.int8): tuple(1 - 0.02 * i for i in range(13)), np.dtype(jnp.float8_e4m3fn): tuple(2.0 ** (-i / 12) for i in range(12))}
+_SHARES = {
+    np.dtype(jnp.int8): tuple(1 - 0.02 * i for i in range(13)),
+    np.dtype(jnp.float8_e4m3fn): tuple(2.0 ** (-i / 12) for i in range(12)),
+}
 _BLOCK = 64  # columns between two updates of the whole residual
 
 
@@ -56,7 +59,14 @@ def _clip_search(kernel, energy, dtype):
 
 
 def round_kernel(
-    kernel: jax.Array, mask: jax.Array, gram: jax.Array, start: jax.Array, dtype, *, damping: float = 0.01, sweeps: int = 3
+    kernel: jax.Array,
+    mask: jax.Array,
+    gram: jax.Array,
+    start: jax.Array,
+    dtype,
+    *,
+    damping: float = 0.01,
+    sweeps: int = 3,
 ) -> tuple[jax.Array, jax.Array]:
     """The 8-bit kernel of a mask that comes nearest to `kernel` on the layer objective.
 
@@ -117,7 +127,9 @@ def _round_kernel(kernel, mask, gram, start, dtype, sweeps):
         return jax.lax.dynamic_update_slice_in_dim(w, after, at, axis=0), r
 
     def sweep(_, w):
-        r = jnp.matmul(gram, kernel - w, precision=_EXACT)  # afresh, so that rounding errors do not add up
+        r = jnp.matmul(
+            gram, kernel - w, precision=_EXACT
+        )  # afresh, so that rounding errors do not add up
         return jax.lax.fori_loop(0, len(kernel) // _BLOCK, block, (w, r))[0]
 
     return jax.lax.fori_loop(0, sweeps, sweep, start)[:columns], scale

@@ -46,7 +46,10 @@ def drawn_loss(output: Any, batch: Any) -> jax.Array:
         raise ValueError("loss= is needed: the model's output has no logits")
     logits = output.logits.astype(jnp.float32)
     drawn = jax.random.categorical(jax.random.key(0), jax.lax.stop_gradient(logits))
-    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, drawn[..., None], axis=-1)[..., 0])
+    return jnp.sum(
+        jax.nn.logsumexp(logits, axis=-1)
+        - jnp.take_along_axis(logits, drawn[..., None], axis=-1)[..., 0]
+    )
 
 
 @jax.custom_vjp
@@ -65,7 +68,10 @@ def _listen(y, x, changes, sums):
 def _heard(residuals, g):
     """For each change the sums of `(g . x dW)^2 / 2` and of its square over the rows."""
     x, changes = residuals
-    each = [jnp.sum(g.astype(jnp.float32) * (x @ change.astype(jnp.float32)), axis=1) ** 2 / 2 for change in changes]
+    each = [
+        jnp.sum(g.astype(jnp.float32) * (x @ change.astype(jnp.float32)), axis=1) ** 2 / 2
+        for change in changes
+    ]
     return g, None, None, jnp.stack([jnp.stack([jnp.sum(q), jnp.sum(q * q)]) for q in each])
 
 
@@ -73,7 +79,10 @@ _listen.defvjp(lambda y, x, changes, sums: (y, (x, changes)), _heard)
 
 
 def sensitivities(
-    loss: Callable[[Any, Any], jax.Array], params: Any, batches: Sequence[Any], changes: Mapping[str, Sequence[jax.Array]]
+    loss: Callable[[Any, Any], jax.Array],
+    params: Any,
+    batches: Sequence[Any],
+    changes: Mapping[str, Sequence[jax.Array]],
 ) -> dict[str, list[Estimate]]:
     """What changes of kernels, each by itself, are estimated to cost.
 
@@ -120,12 +129,19 @@ def sensitivities(
 
     total = None
     for batch in batches:
-        found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), heard(params, batch, dict(changes)))
+        found = jax.tree.map(
+            lambda leaf: np.asarray(leaf, np.float64), heard(params, batch, dict(changes))
+        )
         total = found if total is None else jax.tree.map(np.add, total, found)
-    return {path: [Estimate(float(s), float(q / s**2) if s > 0 else 0.0) for s, q in sums] for path, sums in (total or {}).items()}
+    return {
+        path: [Estimate(float(s), float(q / s**2) if s > 0 else 0.0) for s, q in sums]
+        for path, sums in (total or {}).items()
+    }
 
 
-def divergences(run: Callable[[Any, Any], Any], params: Any, candidates: Sequence[Any], batches: Sequence[Any]) -> list[float]:
+def divergences(
+    run: Callable[[Any, Any], Any], params: Any, candidates: Sequence[Any], batches: Sequence[Any]
+) -> list[float]:
     """How far models with other parameters are from a model: the mean Kullback-Leibler divergence of their predictions.
 
     Args:
@@ -140,7 +156,9 @@ def divergences(run: Callable[[Any, Any], Any], params: Any, candidates: Sequenc
         ours = run(params, batch).logits
         return jnp.stack([kl_divergence(run(other, batch).logits, ours) for other in candidates])
 
-    mean = np.mean([np.asarray(of(params, list(candidates), batch), np.float64) for batch in batches], axis=0)
+    mean = np.mean(
+        [np.asarray(of(params, list(candidates), batch), np.float64) for batch in batches], axis=0
+    )
     return [float(one) for one in mean]
 
 

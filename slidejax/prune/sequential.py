@@ -78,7 +78,10 @@ class _Group:
 
     def kernels(self, leaves: Mapping[str, Any]) -> tuple[jax.Array, ...]:
         """Their kernels, `[in, out]` each."""
-        return tuple(to_matrix(jnp.asarray(leaves[tap.path]), tap.axes.kernel).astype(jnp.float32) for tap in self.taps)
+        return tuple(
+            to_matrix(jnp.asarray(leaves[tap.path]), tap.axes.kernel).astype(jnp.float32)
+            for tap in self.taps
+        )
 
 
 def prune_in_order(
@@ -117,7 +120,9 @@ def prune_in_order(
       ValueError: if the inputs of a layer are not finite.
     """
     leaves = named_leaves(params)
-    new: dict[str, Any] = {}  # the new kernels that are yet to be read, mostly those of the stage before
+    new: dict[
+        str, Any
+    ] = {}  # the new kernels that are yet to be read, mostly those of the stage before
     keep = jax.device_get if offload else lambda values: values
     states = [(stages.start(batch), stages.start(batch)) for batch in batches]
     done: dict[str, Pruned] = {}
@@ -129,7 +134,9 @@ def prune_in_order(
             xs: dict[int, Any] = {}
             if correct:
                 dense, xs = stages.advance(at, dense, leaves, ahead=ahead)
-            pruned, zs = stages.advance(at, pruned, {**leaves, **new}, round_inputs=True, ahead=ahead)
+            pruned, zs = stages.advance(
+                at, pruned, {**leaves, **new}, round_inputs=True, ahead=ahead
+            )
             states[i] = keep((dense, pruned))
             for g, group in enumerate(groups if found is None else ()):
                 lost = tuple(None if v is None else (dense[v], pruned[v]) for v in group.streams)
@@ -138,9 +145,17 @@ def prune_in_order(
         if found is None:
             found = {}
             for group, moments in zip(groups, sums, strict=True):
-                finite, results = ahead.call(group.solved, group.kernels(leaves), moments, np.float32(correct), np.float32(damping))
+                finite, results = ahead.call(
+                    group.solved,
+                    group.kernels(leaves),
+                    moments,
+                    np.float32(correct),
+                    np.float32(damping),
+                )
                 if not finite:
-                    raise ValueError(f"{group.taps[0].path}: the calibration inputs hold inf or nan")
+                    raise ValueError(
+                        f"{group.taps[0].path}: the calibration inputs hold inf or nan"
+                    )
                 found |= zip((tap.path for tap in group.taps), results, strict=True)
             if store is not None:
                 store.save(at, found)
@@ -156,14 +171,26 @@ def _leaf(kernel: jax.Array, leaf: Any, tap: Tap) -> jax.Array:
     return from_matrix(jnp.asarray(kernel), leaf.shape, tap.axes.kernel).astype(leaf.dtype)
 
 
-def begin(ahead: Ahead, stages: Stages, params: Any, solver: Callable[[str], Solve], *, correct: bool, store: Store | None = None) -> None:
+def begin(
+    ahead: Ahead,
+    stages: Stages,
+    params: Any,
+    solver: Callable[[str], Solve],
+    *,
+    correct: bool,
+    store: Store | None = None,
+) -> None:
     """Begins to compile what `prune_in_order` will run; arguments as there."""
     leaves = named_leaves(params)
     if correct:
         stages.begin(ahead)
     for at, taps in enumerate(stages.taps):
-        for group in _groups(stages, taps, solver, correct) if store is None or not store.has(at) else ():
-            kernels = jax.eval_shape(group.kernels, shapes_of({tap.path: leaves[tap.path] for tap in group.taps}))
+        for group in (
+            _groups(stages, taps, solver, correct) if store is None or not store.has(at) else ()
+        ):
+            kernels = jax.eval_shape(
+                group.kernels, shapes_of({tap.path: leaves[tap.path] for tap in group.taps})
+            )
             sums, x = shapes_of(_nothing(stages, group, leaves)), stages.shape(group.value)
             lost = tuple(None if v is None else (stages.shape(v),) * 2 for v in group.streams)
             ahead.begin(group.solved, kernels, sums, *shapes_of((np.float32(0), np.float32(0))))
@@ -171,7 +198,9 @@ def begin(ahead: Ahead, stages: Stages, params: Any, solver: Callable[[str], Sol
     stages.begin(ahead, round_inputs=True)
 
 
-def _groups(stages: Stages, taps: Sequence[Tap], solver: Callable[[str], Solve], correct: bool) -> list[_Group]:
+def _groups(
+    stages: Stages, taps: Sequence[Tap], solver: Callable[[str], Solve], correct: bool
+) -> list[_Group]:
     """The groups of a stage; equal ones share their jitted functions, so that they share what is compiled."""
     found: dict[Any, list[Tap]] = {}
     for tap in taps:
@@ -180,7 +209,15 @@ def _groups(stages: Stages, taps: Sequence[Tap], solver: Callable[[str], Solve],
     for (_, _, solve), members in found.items():
         streams = tuple(stages.streams[tap.path] if correct else None for tap in members)
         first = members[0]
-        groups.append(_Group(tuple(members), streams, correct, _moments_of(first.axes, stages.qdtypes[first.path]), _solved_by(solve)))
+        groups.append(
+            _Group(
+                tuple(members),
+                streams,
+                correct,
+                _moments_of(first.axes, stages.qdtypes[first.path]),
+                _solved_by(solve),
+            )
+        )
     return groups
 
 
@@ -195,7 +232,10 @@ def _nothing(stages: Stages, group: _Group, leaves: Mapping[str, Any]) -> Any:
     width = stages.width(group.taps[0])
     square = np.zeros((width, width), np.float32)
     outs = [leaves[tap.path].size // width for tap in group.taps]
-    wanted = [None if v is None else np.zeros((width, out), np.float32) for v, out in zip(group.streams, outs, strict=True)]
+    wanted = [
+        None if v is None else np.zeros((width, out), np.float32)
+        for v, out in zip(group.streams, outs, strict=True)
+    ]
     return square, square if group.correct and None in group.streams else None, wanted
 
 
@@ -204,7 +244,9 @@ def _moments_of(axes, dtype) -> Callable[..., Any]:
     """`_Group.moments` for an input that layers contract as `axes` say and round to `dtype`."""
 
     def moments(sums, x, z, kernels, lost):
-        z = as_rows(rounded(z, axes, dtype) if dtype is not None and dtype.itemsize == 1 else z, axes)
+        z = as_rows(
+            rounded(z, axes, dtype) if dtype is not None and dtype.itemsize == 1 else z, axes
+        )
         dot = functools.partial(jnp.matmul, precision=_EXACT)
         gram, cross, wanted = sums
         gram = gram + dot(z.T, z)
@@ -214,7 +256,9 @@ def _moments_of(axes, dtype) -> Callable[..., Any]:
         added = []
         for total, kernel, pair in zip(wanted, kernels, lost, strict=True):
             if pair is not None:
-                dense, pruned = (stream.reshape(len(x), kernel.shape[1]).astype(jnp.float32) for stream in pair)
+                dense, pruned = (
+                    stream.reshape(len(x), kernel.shape[1]).astype(jnp.float32) for stream in pair
+                )
                 total = total + dot(z.T, dot(x, kernel) + dense - pruned)
             added.append(total)
         return gram, None if cross is None else cross + dot(z.T, x), added
@@ -234,11 +278,19 @@ def _solved_by(solve: Solve) -> Callable[..., Any]:
         kernel = jnp.concatenate(kernels, axis=1)
         target = kernel
         if cross is not None or any(w is not None for w in wanted):
-            parts = [jnp.matmul(cross, k, precision=_EXACT) if w is None else w for k, w in zip(kernels, wanted, strict=True)]
-            target = kernel + correct * (_target(gram, jnp.concatenate(parts, axis=1), kernel, damping) - kernel)
+            parts = [
+                jnp.matmul(cross, k, precision=_EXACT) if w is None else w
+                for k, w in zip(kernels, wanted, strict=True)
+            ]
+            target = kernel + correct * (
+                _target(gram, jnp.concatenate(parts, axis=1), kernel, damping) - kernel
+            )
         result = solve(kernel, target, gram, damping)
         ends = np.cumsum([k.shape[1] for k in kernels])
-        parts = [jax.tree.map(lambda leaf, end=end, k=k: leaf[..., end - k.shape[1] : end], result) for end, k in zip(ends, kernels, strict=True)]
+        parts = [
+            jax.tree.map(lambda leaf, end=end, k=k: leaf[..., end - k.shape[1] : end], result)
+            for end, k in zip(ends, kernels, strict=True)
+        ]
         return jnp.isfinite(gram).all() & jnp.isfinite(target).all(), parts
 
     return jitted(solved)
@@ -249,4 +301,3 @@ def _target(gram, wanted, kernel, damping):
     full = damped(gram, damping)
     ridge = (jnp.diagonal(full) - jnp.diagonal(gram))[:, None]
     return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(full), wanted + ridge * kernel)
-

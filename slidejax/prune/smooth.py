@@ -45,7 +45,14 @@ class _Fold:
     columns: Tap | None = None
 
 
-def smooth(stages: Stages, params: Any, batches: Sequence[Any], strength: float = 0.7, *, ahead: Ahead | None = None) -> tuple[Any, list[str]]:
+def smooth(
+    stages: Stages,
+    params: Any,
+    batches: Sequence[Any],
+    strength: float = 0.7,
+    *,
+    ahead: Ahead | None = None,
+) -> tuple[Any, list[str]]:
     """Rescales the channels of the layers' inputs, where the factors can be folded into parameters before them.
 
     Args:
@@ -76,13 +83,19 @@ def smooth(stages: Stages, params: Any, batches: Sequence[Any], strength: float 
             [leaves[tap.path] for tap in members], [leaves[path] for path in fold.vectors], [leaves[tap.path] for tap in made_by],
             energy[members[0].value], np.float32(strength), tuple(tap.axes.kernel for tap in members), tuple(tap.axes.kernel for tap in made_by),
         )  # fmt: skip
-        leaves |= zip((*(tap.path for tap in members), *fold.vectors, *(tap.path for tap in made_by)), new, strict=True)
+        leaves |= zip(
+            (*(tap.path for tap in members), *fold.vectors, *(tap.path for tap in made_by)),
+            new,
+            strict=True,
+        )
     tree = jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
     return tree, [tap.path for members, _ in folds for tap in members]
 
 
 @functools.partial(jitted, static_argnums=(5, 6))
-def _rescaled(readers, vectors, makers, energy, strength, reader_axes, maker_axes) -> list[jax.Array]:
+def _rescaled(
+    readers, vectors, makers, energy, strength, reader_axes, maker_axes
+) -> list[jax.Array]:
     """The parameters around one input, its channels divided: kernels that read it, a norm's vectors, kernels that make it.
 
     Args:
@@ -92,17 +105,40 @@ def _rescaled(readers, vectors, makers, energy, strength, reader_axes, maker_axe
       reader_axes, maker_axes: of each kernel.
     """
     kernels = [to_matrix(leaf, axes) for leaf, axes in zip(readers, reader_axes, strict=True)]
-    rows = jnp.max(jnp.stack([jnp.mean(k.astype(jnp.float32) ** 2, axis=1) for k in kernels]), axis=0)
-    heard = (energy > 0) & (rows > 0)  # a channel or a row that is silent keeps the factor 1; their geometric mean is 1
-    log = jnp.where(heard, strength * jnp.log(jnp.where(heard, energy, 1)) - (1 - strength) * jnp.log(jnp.where(heard, rows, 1)), 0) / 2
+    rows = jnp.max(
+        jnp.stack([jnp.mean(k.astype(jnp.float32) ** 2, axis=1) for k in kernels]), axis=0
+    )
+    heard = (energy > 0) & (
+        rows > 0
+    )  # a channel or a row that is silent keeps the factor 1; their geometric mean is 1
+    log = (
+        jnp.where(
+            heard,
+            strength * jnp.log(jnp.where(heard, energy, 1))
+            - (1 - strength) * jnp.log(jnp.where(heard, rows, 1)),
+            0,
+        )
+        / 2
+    )
     factor = jnp.exp(jnp.where(heard, log - jnp.sum(log) / jnp.maximum(jnp.sum(heard), 1), 0))
-    new = [from_matrix(k * factor[:, None], leaf.shape, axes) for k, leaf, axes in zip(kernels, readers, reader_axes, strict=True)]
+    new = [
+        from_matrix(k * factor[:, None], leaf.shape, axes)
+        for k, leaf, axes in zip(kernels, readers, reader_axes, strict=True)
+    ]
     new += [vector / factor for vector in vectors]
-    new += [from_matrix(to_matrix(leaf, axes) / factor, leaf.shape, axes) for leaf, axes in zip(makers, maker_axes, strict=True)]
-    return [value.astype(leaf.dtype) for value, leaf in zip(new, (*readers, *vectors, *makers), strict=True)]
+    new += [
+        from_matrix(to_matrix(leaf, axes) / factor, leaf.shape, axes)
+        for leaf, axes in zip(makers, maker_axes, strict=True)
+    ]
+    return [
+        value.astype(leaf.dtype)
+        for value, leaf in zip(new, (*readers, *vectors, *makers), strict=True)
+    ]
 
 
-def _energies(stages: Stages, leaves: Mapping[str, Any], batches: Sequence[Any], ahead: Ahead | None) -> dict[int, jax.Array]:
+def _energies(
+    stages: Stages, leaves: Mapping[str, Any], batches: Sequence[Any], ahead: Ahead | None
+) -> dict[int, jax.Array]:
     """The sum of squares of each channel of each input."""
     total: dict[int, Any] = {}
     for batch in batches:
@@ -128,7 +164,9 @@ def _find(stages: Stages, members: list[Tap]) -> _Fold | None:
     for step in stages.steps:
         for v in step.inputs:
             users.setdefault(v, []).append(step)
-    if any(step.tap not in members for step in users[value]) or any(tap.axes.x_in != (len(stages.shape(tap.value).shape) - 1,) for tap in members):
+    if any(step.tap not in members for step in users[value]) or any(
+        tap.axes.x_in != (len(stages.shape(tap.value).shape) - 1,) for tap in members
+    ):
         return None
 
     def alone(v: int) -> bool:
@@ -136,9 +174,17 @@ def _find(stages: Stages, members: list[Tap]) -> _Fold | None:
 
     def vector(v: int) -> str | None:
         """The parameter `[width]` that a value repeats along its other axes, if it is used nowhere else."""
-        while v in makers and alone(v) and (makers[v].name in ("reshape", "broadcast_in_dim", *_SAME_CHANNELS)):
+        while (
+            v in makers
+            and alone(v)
+            and (makers[v].name in ("reshape", "broadcast_in_dim", *_SAME_CHANNELS))
+        ):
             step = makers[v]
-            if step.name == "broadcast_in_dim" and step.shape(0)[-1:] == (width,) and step.eqn.params["broadcast_dimensions"][-1] != len(step.eqn.params["shape"]) - 1:
+            if (
+                step.name == "broadcast_in_dim"
+                and step.shape(0)[-1:] == (width,)
+                and step.eqn.params["broadcast_dimensions"][-1] != len(step.eqn.params["shape"]) - 1
+            ):
                 return None
             v = step.inputs[0]
         path = stages.parameter(v)
@@ -152,10 +198,20 @@ def _find(stages: Stages, members: list[Tap]) -> _Fold | None:
         if step is None or step.name != "dot_general" or not alone(v):
             return None
         taps = [makers[u].tap for u in step.inputs if u in makers and makers[u].tap is not None]
-        if len(taps) != 1 or taps[0] is None or stages.leaf[taps[0].path] not in step.inputs or not alone(stages.leaf[taps[0].path]):
+        if (
+            len(taps) != 1
+            or taps[0] is None
+            or stages.leaf[taps[0].path] not in step.inputs
+            or not alone(stages.leaf[taps[0].path])
+        ):
             return None
         simple = len(taps[0].axes.kernel_out) == 1 and taps[0].axes.result is None
-        return taps[0] if simple and stages.shape(stages.leaf[taps[0].path]).shape[taps[0].axes.kernel_out[0]] == width else None
+        return (
+            taps[0]
+            if simple
+            and stages.shape(stages.leaf[taps[0].path]).shape[taps[0].axes.kernel_out[0]] == width
+            else None
+        )
 
     def search(v: int) -> _Fold | None:
         step = makers.get(v)

@@ -28,7 +28,13 @@ _SWEEPS = 2  # of `exchange` in a round
 
 
 def sparsegpt(
-    kernel: jax.Array, pattern: str | Pattern, gram: jax.Array, *, damping: float = 0.01, rounds: int = 1, refit_steps: int = 16
+    kernel: jax.Array,
+    pattern: str | Pattern,
+    gram: jax.Array,
+    *,
+    damping: float = 0.01,
+    rounds: int = 1,
+    refit_steps: int = 16,
 ) -> tuple[jax.Array, jax.Array]:
     """Prunes a kernel so that the layer's outputs on the calibration inputs change least.
 
@@ -57,7 +63,9 @@ def sparsegpt(
 
     kernel, gram = check_kernel(kernel), jnp.asarray(gram, jnp.float32)
     if kernel.ndim != 2 or gram.shape != (kernel.shape[0],) * 2:
-        raise ValueError(f"gram must be [in, in] for a kernel [in, out], got {gram.shape} for {kernel.shape}")
+        raise ValueError(
+            f"gram must be [in, in] for a kernel [in, out], got {gram.shape} for {kernel.shape}"
+        )
     if not isinstance(gram, jax.core.Tracer) and not bool(jnp.isfinite(gram).all()):
         raise ValueError("gram holds inf or nan: the calibration inputs are not finite")
     pattern = Pattern.parse(pattern)
@@ -72,7 +80,14 @@ def sparsegpt(
 
 
 def exchange(
-    kernel: jax.Array, mask: jax.Array, gram: jax.Array, start: jax.Array, pattern: str | Pattern, *, damping: float = 0.01, sweeps: int = 2
+    kernel: jax.Array,
+    mask: jax.Array,
+    gram: jax.Array,
+    start: jax.Array,
+    pattern: str | Pattern,
+    *,
+    damping: float = 0.01,
+    sweeps: int = 2,
 ) -> tuple[jax.Array, jax.Array]:
     """Improves a mask: group after group gets its best pair, with its best weights, while all other groups stay.
 
@@ -96,8 +111,12 @@ def exchange(
     """
     pattern, gram = Pattern.parse(pattern), damped(jnp.asarray(gram, jnp.float32), damping)
     if not pattern.prunes:
-        raise ValueError(f"pattern {pattern} has no pairs to exchange: refit changes the weights alone")
-    return _exchange(kernel.astype(jnp.float32), mask, gram, start.astype(jnp.float32), pattern, sweeps)
+        raise ValueError(
+            f"pattern {pattern} has no pairs to exchange: refit changes the weights alone"
+        )
+    return _exchange(
+        kernel.astype(jnp.float32), mask, gram, start.astype(jnp.float32), pattern, sweeps
+    )
 
 
 def _best_pair(w, s, first, second):
@@ -126,7 +145,9 @@ def _exchange(kernel, mask, gram, start, pattern: Pattern, sweeps):
     size, columns, width = pattern.group, kernel.shape[0], pattern.block
     target, weights, mask, gram = _padded(kernel, pattern, gram, jnp.where(mask, start, 0), mask)
     groups = len(gram) // size
-    inverses = _inverses(gram.reshape(groups, size, groups, size)[jnp.arange(groups), :, jnp.arange(groups)])
+    inverses = _inverses(
+        gram.reshape(groups, size, groups, size)[jnp.arange(groups), :, jnp.arange(groups)]
+    )
     first, second = _pairs(size)
 
     def block(b, state):
@@ -138,10 +159,14 @@ def _exchange(kernel, mask, gram, start, pattern: Pattern, sweeps):
             weights, mask, residual = state
             inverse = inverses[b * BLOCK_GROUPS + g]
             old = _columns(weights, g, size)
-            free = old + _dot(_columns(residual, g, size), inverse)  # the group's best weights without a mask
+            free = old + _dot(
+                _columns(residual, g, size), inverse
+            )  # the group's best weights without a mask
             coefficient, kept = _best_pair(free, inverse, first, second)
             new = jnp.where(kept, free - _dot(coefficient, inverse), 0)
-            residual = residual - _dot(new - old, jax.lax.dynamic_slice_in_dim(inner, g * size, size, axis=0))
+            residual = residual - _dot(
+                new - old, jax.lax.dynamic_slice_in_dim(inner, g * size, size, axis=0)
+            )
             return _put(weights, new, g), _put(mask, kept, g), residual
 
         before = _columns(weights, b, width)
@@ -226,14 +251,18 @@ def _sparsegpt(kernel, gram, pattern: Pattern):
     def block(b, state):
         """The groups of one block; the columns after it change once, by what all of them spread."""
         weights, mask = state
-        rows = jax.lax.dynamic_slice_in_dim(upper, b * width, width, axis=0)  # zero left of the block
+        rows = jax.lax.dynamic_slice_in_dim(
+            upper, b * width, width, axis=0
+        )  # zero left of the block
         inner = _columns(rows, b, width)
 
         def group(g, state):
             weights, mask, spread = state
             own = jax.lax.dynamic_slice_in_dim(inner, g * size, size, axis=0)
             corner = _columns(own, g, size)
-            s = _dot(corner.T, corner)  # of the columns that are still free, this group's part of the inverse
+            s = _dot(
+                corner.T, corner
+            )  # of the columns that are still free, this group's part of the inverse
             coefficient, kept = _best_pair(_columns(weights, g, size), s, first, second)
             through = _dot(coefficient, corner.T)
             weights = weights - _dot(through, own)
@@ -251,7 +280,13 @@ def _sparsegpt(kernel, gram, pattern: Pattern):
 
 
 def refit(
-    kernel: jax.Array, mask: jax.Array, gram: jax.Array, *, damping: float = 0.01, steps: int = 20, start: jax.Array | None = None
+    kernel: jax.Array,
+    mask: jax.Array,
+    gram: jax.Array,
+    *,
+    damping: float = 0.01,
+    steps: int = 20,
+    start: jax.Array | None = None,
 ) -> jax.Array:
     """The kept weights that minimise the layer objective for a given mask, by preconditioned conjugate gradients.
 
@@ -267,7 +302,9 @@ def refit(
       float32 `[in, out]`, zero where not kept.
     """
     start = kernel if start is None else start
-    return _refit(kernel.astype(jnp.float32), mask, damped(gram, damping), start.astype(jnp.float32), steps)
+    return _refit(
+        kernel.astype(jnp.float32), mask, damped(gram, damping), start.astype(jnp.float32), steps
+    )
 
 
 @functools.partial(jax.jit, static_argnums=4)

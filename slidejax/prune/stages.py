@@ -28,7 +28,16 @@ from slidejax.prune.inputs import rounded, seeing_inputs
 __all__ = ["SeveralDepths", "Stages", "Step", "Tap", "named_leaves"]
 
 # Calls whose body is a part of the program like any other; a loop's is not.
-_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+_CALLS = (
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "remat2",
+    "checkpoint",
+    "custom_jvp_call",
+    "custom_vjp_call",
+)
 # Steps that change a layer's result in form only.
 _LAYOUT = ("broadcast_in_dim", "convert_element_type", "reshape", "transpose")
 
@@ -49,7 +58,12 @@ def named_leaves(params: Any) -> dict[str, Any]:
     """
 
     def name(path) -> str:
-        parts = [str(next(getattr(key, field) for field in ("key", "name", "idx") if hasattr(key, field))) for key in path]
+        parts = [
+            str(
+                next(getattr(key, field) for field in ("key", "name", "idx") if hasattr(key, field))
+            )
+            for key in path
+        ]
         return "/".join(parts[1:] if parts[:1] == ["params"] else parts)
 
     return {name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
@@ -106,16 +120,31 @@ class Step:
 
     def key(self, number: Mapping[int, int]) -> tuple:
         """What it computes: equal for equal steps, values going by their numbers."""
-        literals = ((v.aval.shape, str(v.aval.dtype), v.aval.weak_type, np.asarray(v.val).tobytes()) for v in self.operands if not isinstance(v, int))
+        literals = (
+            (v.aval.shape, str(v.aval.dtype), v.aval.weak_type, np.asarray(v.val).tobytes())
+            for v in self.operands
+            if not isinstance(v, int)
+        )
         operands = tuple(number[v] if isinstance(v, int) else None for v in self.operands)
         params = tuple((name, _hashable(self.eqn.params[name])) for name in sorted(self.eqn.params))
         return self.name, operands, tuple(number[v] for v in self.outputs), tuple(literals), params
 
     def __call__(self, *arrays: jax.Array) -> list[jax.Array]:
         """Its outputs, from its `inputs`."""
-        var = {v: atom for v, atom in zip(self.operands, self.eqn.invars, strict=True) if isinstance(v, int)}
+        var = {
+            v: atom
+            for v, atom in zip(self.operands, self.eqn.invars, strict=True)
+            if isinstance(v, int)
+        }
         eqn = self.eqn.replace(invars=[var[v] if isinstance(v, int) else v for v in self.operands])
-        jaxpr = core.Jaxpr((), [var[v] for v in self.inputs], list(eqn.outvars), [eqn], eqn.effects, self.debug_info)
+        jaxpr = core.Jaxpr(
+            (),
+            [var[v] for v in self.inputs],
+            list(eqn.outvars),
+            [eqn],
+            eqn.effects,
+            self.debug_info,
+        )
         return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*arrays)
 
 
@@ -148,13 +177,19 @@ class Stages:
         one is called at several depths of the program.
     """
 
-    def __init__(self, run: Callable[[Any, Any], Any], params: Any, batch: Any, qdtypes: Mapping[str, Any]):
+    def __init__(
+        self, run: Callable[[Any, Any], Any], params: Any, batch: Any, qdtypes: Mapping[str, Any]
+    ):
         self.qdtypes = dict(qdtypes)
         leaves, tree = jax.tree.flatten(params)
         batch_leaves, batch_tree = jax.tree.flatten(batch)
 
         def see(path, x, axes):
-            return _tap.bind(x, path=path, axes=axes) if path in self.qdtypes and not axes.kernel_batch else x
+            return (
+                _tap.bind(x, path=path, axes=axes)
+                if path in self.qdtypes and not axes.kernel_batch
+                else x
+            )
 
         def program(leaves, batch_leaves):
             with seeing_inputs(see):
@@ -165,13 +200,17 @@ class Stages:
             closed = jax.make_jaxpr(program)(leaves, batch_leaves)
         except NotImplementedError as error:
             if _tap.name in str(error):
-                raise NotImplementedError("calibration cannot look into layers under vmap (nn.vmap)") from error
+                raise NotImplementedError(
+                    "calibration cannot look into layers under vmap (nn.vmap)"
+                ) from error
             raise
         self.steps: list[Step] = []
         self._shapes: list[jax.ShapeDtypeStruct] = []  # of each value
         self._constants: dict[int, Any] = {}
         inputs = [self._new(var.aval) for var in closed.jaxpr.invars]
-        self.leaf = dict(zip(named_leaves(params), inputs, strict=False))  # path of a parameter -> its value
+        self.leaf = dict(
+            zip(named_leaves(params), inputs, strict=False)
+        )  # path of a parameter -> its value
         self._paths = {v: path for path, v in self.leaf.items()}
         self._batch = inputs[len(leaves) :]
         self._inline(closed.jaxpr, closed.consts, inputs)
@@ -202,13 +241,19 @@ class Stages:
             body = _body_with_taps(eqn)
             if body is None:
                 outputs = tuple(self._new(var.aval) for var in eqn.outvars)
-                tap = Tap(eqn.params["path"], eqn.params["axes"], operands[0]) if eqn.primitive is _tap else None
+                tap = (
+                    Tap(eqn.params["path"], eqn.params["axes"], operands[0])
+                    if eqn.primitive is _tap
+                    else None
+                )
                 self.steps.append(Step(eqn, operands, outputs, jaxpr.debug_info, tap))
             elif eqn.primitive.name in _CALLS:
                 jaxpr_inside, consts_inside = body
                 outputs = tuple(self._inline(jaxpr_inside, consts_inside, operands))
             else:
-                raise NotImplementedError(f"calibration cannot look into layers inside {eqn.primitive.name} (nn.scan or a loop)")
+                raise NotImplementedError(
+                    f"calibration cannot look into layers inside {eqn.primitive.name} (nn.scan or a loop)"
+                )
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
@@ -218,7 +263,9 @@ class Stages:
         taps = [(step, step.tap) for step in self.steps if step.tap is not None]
         unknown = [tap.path for _, tap in taps if tap.path not in self.leaf]
         if unknown:
-            raise ValueError(f"layers whose kernels are not among the parameters: {', '.join(unknown[:3])}")
+            raise ValueError(
+                f"layers whose kernels are not among the parameters: {', '.join(unknown[:3])}"
+            )
         kernels: dict[int, int] = {}  # a kernel is known one stage after its layer's input
         while True:
             self.earliest = dict(kernels)  # value -> the first stage in which it can be known
@@ -228,7 +275,9 @@ class Stages:
                     step.stage += 1  # the tap's output belongs to the stage after its input's
                     first = kernels.setdefault(self.leaf[step.tap.path], step.stage)
                     if first != step.stage:
-                        raise SeveralDepths(f"{step.tap.path} is used at several depths of the model")
+                        raise SeveralDepths(
+                            f"{step.tap.path} is used at several depths of the model"
+                        )
                 self.earliest.update(dict.fromkeys(step.outputs, step.stage))
             if all(self.earliest.get(v) == at for v, at in kernels.items()):
                 break
@@ -242,7 +291,9 @@ class Stages:
         # backwards: what is not needed does not run, and what needs no layer (masks, positions) runs where it is needed
         needed: dict[int, int] = {}
         for at, members in enumerate(self.taps):
-            for v in [v for tap in members for v in (tap.value, self.streams[tap.path]) if v is not None]:
+            for v in [
+                v for tap in members for v in (tap.value, self.streams[tap.path]) if v is not None
+            ]:
                 needed.setdefault(v, at)
         for step in reversed(self.steps):
             uses = [needed[v] for v in step.outputs if v in needed]
@@ -276,7 +327,11 @@ class Stages:
             if product or bias or step.name in _LAYOUT:
                 ours |= set(step.outputs)
             elif adds and step.shape(0) == step.shape(1):
-                return others[0] if self.earliest.get(others[0], 0) < self.earliest[step.outputs[0]] else None
+                return (
+                    others[0]
+                    if self.earliest.get(others[0], 0) < self.earliest[step.outputs[0]]
+                    else None
+                )
             else:
                 return None
         return None
@@ -316,7 +371,13 @@ class Stages:
                 ahead.begin(program, *(self._shapes[v] for v in reads))
 
     def advance(
-        self, stage: int, values: dict[int, Any], leaves: Mapping[str, Any], *, round_inputs: bool = False, ahead: Ahead | None = None
+        self,
+        stage: int,
+        values: dict[int, Any],
+        leaves: Mapping[str, Any],
+        *,
+        round_inputs: bool = False,
+        ahead: Ahead | None = None,
     ) -> tuple[dict[int, Any], dict[int, Any]]:
         """Runs one stage on one batch.
 
@@ -335,13 +396,21 @@ class Stages:
 
         def given(v: int) -> jax.Array:
             path = self._paths.get(v)
-            return jnp.asarray(leaves[path] if path is not None else self._constants.get(v, values.get(v)))
+            return jnp.asarray(
+                leaves[path] if path is not None else self._constants.get(v, values.get(v))
+            )
 
         known = dict(values)
         if out:
             arrays = [given(v) for v in reads]
-            known |= zip(out, program(*arrays) if ahead is None else ahead.call(program, *arrays), strict=True)
-        inputs = {v: known[v] if v in known else given(v) for v in {tap.value for tap in self.taps[stage]}}
+            known |= zip(
+                out,
+                program(*arrays) if ahead is None else ahead.call(program, *arrays),
+                strict=True,
+            )
+        inputs = {
+            v: known[v] if v in known else given(v) for v in {tap.value for tap in self.taps[stage]}
+        }
         return {v: array for v, array in known.items() if self._last_use.get(v, -1) > stage}, inputs
 
     def _program(self, stage: int, round_inputs: bool) -> tuple[list[int], list[int], Any]:
@@ -350,18 +419,33 @@ class Stages:
             return self._programs[stage, round_inputs]
         steps = self._by_stage[stage]
         made = {v for step in steps for v in step.outputs}
-        reads = [v for v in dict.fromkeys(v for step in steps for v in step.inputs) if v not in made]
+        reads = [
+            v for v in dict.fromkeys(v for step in steps for v in step.inputs) if v not in made
+        ]
         wanted = {tap.value for tap in self.taps[stage]}
-        out = [v for step in steps for v in step.outputs if v in wanted or self._last_use.get(v, -1) > stage]
+        out = [
+            v
+            for step in steps
+            for v in step.outputs
+            if v in wanted or self._last_use.get(v, -1) > stage
+        ]
         # equal jaxprs are one program: values by the order in which they come, so that the same block has the same key
         number: dict[int, int] = {}
         for v in (*reads, *(v for step in steps for v in step.outputs)):
             number.setdefault(v, len(number))
-        dtypes = [self.qdtypes[step.tap.path] if step.tap is not None and round_inputs else None for step in steps]
+        dtypes = [
+            self.qdtypes[step.tap.path] if step.tap is not None and round_inputs else None
+            for step in steps
+        ]
         key = (
             tuple(_signature(self._shapes[v]) for v in reads),
             tuple(number[v] for v in out),
-            tuple(step.key(number) if step.tap is None else (number[step.tap.value], step.tap.axes, dtype) for step, dtype in zip(steps, dtypes, strict=True)),
+            tuple(
+                step.key(number)
+                if step.tap is None
+                else (number[step.tap.value], step.tap.axes, dtype)
+                for step, dtype in zip(steps, dtypes, strict=True)
+            ),
         )
 
         def program(*arrays):
@@ -371,7 +455,11 @@ class Stages:
                 if step.tap is None:
                     env.update(zip(step.outputs, step(*inputs), strict=True))
                 else:
-                    env[step.outputs[0]] = rounded(inputs[0], step.tap.axes, dtype) if dtype is not None and dtype.itemsize == 1 else inputs[0]
+                    env[step.outputs[0]] = (
+                        rounded(inputs[0], step.tap.axes, dtype)
+                        if dtype is not None and dtype.itemsize == 1
+                        else inputs[0]
+                    )
             return [env[v] for v in out]
 
         jitted = _jitted(_Program(key, program))
@@ -394,7 +482,13 @@ def _jitted(program: _Program) -> Any:
 
 
 def _signature(aval: Any) -> tuple:
-    return aval.shape, np.dtype(aval.dtype) if not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended) else aval.dtype, aval.weak_type
+    return (
+        aval.shape,
+        np.dtype(aval.dtype)
+        if not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
+        else aval.dtype,
+        aval.weak_type,
+    )
 
 
 def _body_with_taps(eqn):
@@ -403,6 +497,8 @@ def _body_with_taps(eqn):
         for body in value if isinstance(value, (tuple, list)) else (value,):
             consts = getattr(body, "consts", None) or ()
             jaxpr = getattr(body, "jaxpr", body)
-            if isinstance(jaxpr, core.Jaxpr) and any(e.primitive is _tap or _body_with_taps(e) for e in jaxpr.eqns):
+            if isinstance(jaxpr, core.Jaxpr) and any(
+                e.primitive is _tap or _body_with_taps(e) for e in jaxpr.eqns
+            ):
                 return jaxpr, consts
     return None

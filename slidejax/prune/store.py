@@ -53,7 +53,9 @@ class Store:
         self._folder = Path(folder)
         note = self._folder / "conversion"
         if note.is_file() and note.read_text() != key:
-            raise ValueError(f"{str(folder)!r} holds the stages of another conversion (other model, text or settings): remove it or name another folder")
+            raise ValueError(
+                f"{str(folder)!r} holds the stages of another conversion (other model, text or settings): remove it or name another folder"
+            )
         if not note.is_file():
             with replacing(note) as file:
                 file.write(key.encode())
@@ -65,7 +67,10 @@ class Store:
         """Writes what became of the kernels of a stage, by path."""
         arrays: dict[str, Any] = {}
         for path, one in pruned.items():
-            arrays |= {f"mask:{path}": np.packbits(np.asarray(one.mask), axis=0), f"kernel:{path}": np.asarray(one.kernel)}
+            arrays |= {
+                f"mask:{path}": np.packbits(np.asarray(one.mask), axis=0),
+                f"kernel:{path}": np.asarray(one.kernel),
+            }
             if one.scale is not None:
                 arrays[f"scale:{path}"] = np.asarray(one.scale)
         with replacing(self._file(stage)) as file:
@@ -86,7 +91,11 @@ class Store:
             def one(path: str) -> Pruned:
                 kernel, scale = file[f"kernel:{path}"], f"scale:{path}"
                 mask = np.unpackbits(file[f"mask:{path}"], axis=0, count=len(kernel)).astype(bool)
-                return Pruned(jnp.asarray(mask), jnp.asarray(kernel), jnp.asarray(file[scale]) if scale in file else None)
+                return Pruned(
+                    jnp.asarray(mask),
+                    jnp.asarray(kernel),
+                    jnp.asarray(file[scale]) if scale in file else None,
+                )
 
             return {path: one(path) for path in _paths(file.files)}
 

@@ -1,6 +1,6 @@
 """Wanda: magnitudes weighted by how strongly each input is driven (Sun et al., arXiv 2306.11695).
 
-    score[k, o] = |W[k, o]| * ||x[:, k]||_2         the two lowest of every group go
+score[k, o] = |W[k, o]| * ||x[:, k]||_2         the two lowest of every group go
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def wanda(kernel: jax.Array, pattern: str | Pattern, gram: jax.Array) -> jax.Arr
     kernel, gram = check_kernel(kernel), jnp.asarray(gram)
     energy = jnp.diagonal(gram) if gram.ndim == 2 else gram
     if kernel.ndim != 2 or energy.shape != kernel.shape[:1]:
-        raise ValueError(f"gram must be [in, in] or [in] for a kernel [in, out], got {gram.shape} for {kernel.shape}")
+        raise ValueError(
+            f"gram must be [in, in] or [in] for a kernel [in, out], got {gram.shape} for {kernel.shape}"
+        )
     return _wanda(kernel, energy, Pattern.parse(pattern))
 
 

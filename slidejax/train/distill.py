@@ -35,7 +35,9 @@ def kl_divergence(student: jax.Array, teacher: jax.Array, temperature: float = 1
     return temperature**2 * jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
 
-def distillation_loss(model: Any, teacher: Any, *, temperature: float = 1.0, hidden: float = 0.0) -> Callable[..., jax.Array]:
+def distillation_loss(
+    model: Any, teacher: Any, *, temperature: float = 1.0, hidden: float = 0.0
+) -> Callable[..., jax.Array]:
     """The loss of a Hugging Face Flax language model against its dense original, for `slidejax.train.fit`.
 
     Args:
@@ -78,7 +80,9 @@ def rows_of(tokens: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
     """
     ids = np.asarray(tokens)
     if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"tokens must be token ids [n] or [rows, length], got {ids.dtype} {ids.shape}")
+        raise ValueError(
+            f"tokens must be token ids [n] or [rows, length], got {ids.dtype} {ids.shape}"
+        )
     count = ids.shape[-1] // length if length > 0 else 0
     if count == 0 or ids.size == 0:
         raise ValueError(f"tokens fill no row of {length}: their shape is {ids.shape}")
@@ -86,7 +90,14 @@ def rows_of(tokens: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
 
 
 def sample(
-    model: Any, prompts: np.ndarray, length: int, *, params: Any = None, temperature: float = 1.0, batch: int = 64, seed: int = 0
+    model: Any,
+    prompts: np.ndarray,
+    length: int,
+    *,
+    params: Any = None,
+    temperature: float = 1.0,
+    batch: int = 64,
+    seed: int = 0,
 ) -> np.ndarray:
     """Text that a model writes itself, to distil it without other data (arXiv 2305.17888).
 
@@ -107,9 +118,18 @@ def sample(
     """
     prompts = np.asarray(prompts)
     if prompts.ndim != 2 or prompts.size == 0 or not prompts.shape[1] < length:
-        raise ValueError(f"prompts must be token ids [n, prompt] with prompt < {length}, got shape {prompts.shape}")
+        raise ValueError(
+            f"prompts must be token ids [n, prompt] with prompt < {length}, got shape {prompts.shape}"
+        )
     never = model.config.vocab_size  # no token: text goes on to the end of the row
-    options = {"do_sample": True, "temperature": temperature, "top_k": 0, "max_length": length, "eos_token_id": never, "pad_token_id": 0}
+    options = {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": 0,
+        "max_length": length,
+        "eos_token_id": never,
+        "pad_token_id": 0,
+    }
 
     @jax.jit
     def write(params, ids, key):
@@ -120,5 +140,8 @@ def sample(
     padded = np.concatenate([prompts, prompts[:1].repeat(short, 0)]).astype(np.int32)
     params = model.params if params is None else params
     keys = jax.random.split(jax.random.PRNGKey(seed), len(padded) // batch)
-    rows = [np.asarray(write(params, padded[i * batch : (i + 1) * batch], key)) for i, key in enumerate(keys)]
+    rows = [
+        np.asarray(write(params, padded[i * batch : (i + 1) * batch], key))
+        for i, key in enumerate(keys)
+    ]
     return np.concatenate(rows)[: len(prompts)]

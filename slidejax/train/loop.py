@@ -69,7 +69,9 @@ class Shuffled:
 
     def __post_init__(self):
         if not 1 <= self.size <= len(self.rows):
-            raise ValueError(f"size must be in 1..{len(self.rows)}, the number of rows, got {self.size}")
+            raise ValueError(
+                f"size must be in 1..{len(self.rows)}, the number of rows, got {self.size}"
+            )
 
     def __call__(self, step: int) -> np.ndarray:
         # rows that fill no batch wait for the next epoch, whose order is another
@@ -148,12 +150,24 @@ def fit(
     _check(steps, minutes, accumulate, warmup, learning_rate)
     train, rest = partition(masters(params, qdtype), trained)
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, train)
-    train = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), train)  # copies: the step gives their memory to the next
+    train = jax.tree.map(
+        lambda leaf: jnp.array(leaf, jnp.float32), train
+    )  # copies: the step gives their memory to the next
     transform = _optimizer(optimizer)
     state = _State(train, transform.init(train), 0, steps)
     run = {
-        "leaves": [[list(leaf.shape), np.dtype(dtype).name] for leaf, dtype in zip(jax.tree.leaves(train), jax.tree.leaves(dtypes), strict=True)],
-        "settings": [learning_rate, warmup, accumulate, steps, minutes, None if optimizer is None else "own"],
+        "leaves": [
+            [list(leaf.shape), np.dtype(dtype).name]
+            for leaf, dtype in zip(jax.tree.leaves(train), jax.tree.leaves(dtypes), strict=True)
+        ],
+        "settings": [
+            learning_rate,
+            warmup,
+            accumulate,
+            steps,
+            minutes,
+            None if optimizer is None else "own",
+        ],
     }
     store = None if checkpoint is None else _Checkpoint(Path(checkpoint), run)
     if store is not None:
@@ -175,7 +189,9 @@ def fit(
     while state.total is None or state.step < state.total:
         # before their number is known the steps are few and in the warm-up, which does not depend on it
         rate = np.float32(schedule(state.step, state.total or 10**9, learning_rate, warmup))
-        state.train, state.memory, loss = update(state.train, state.memory, rest, batches(state.step), args, rate)
+        state.train, state.memory, loss = update(
+            state.train, state.memory, rest, batches(state.step), args, rate
+        )
         losses.append(loss)
         state.step += 1
         if state.total is None and minutes is not None:
@@ -183,20 +199,29 @@ def fit(
         # the loss of the step before: waiting for this one would leave the device idle
         shown = float(losses[-2] if len(losses) > 1 else loss)
         if not math.isfinite(shown):
-            raise ValueError(f"the loss is {shown} at step {len(losses) - 1}: lower learning_rate ({learning_rate}), or look at the model")
+            raise ValueError(
+                f"the loss is {shown} at step {len(losses) - 1}: lower learning_rate ({learning_rate}), or look at the model"
+            )
         if progress is not None:
             progress(state.step, state.total, shown)
         if store is not None and (state.step % every == 0 or state.step == state.total):
             store.save(state, clock)
     trained_tree = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), state.train, dtypes)
     made = jax.block_until_ready(deploy(combine(trained_tree, rest)))
-    return Fitted(made, state.step, clock.seconds(), np.asarray([float(loss) for loss in losses], np.float32))
+    return Fitted(
+        made, state.step, clock.seconds(), np.asarray([float(loss) for loss in losses], np.float32)
+    )
 
 
 def _check(steps, minutes, accumulate, warmup, learning_rate) -> None:
     if (steps is None) == (minutes is None):
         raise ValueError(f"give either steps or minutes, got steps={steps} and minutes={minutes}")
-    for name, value in (("steps", steps), ("minutes", minutes), ("accumulate", accumulate), ("learning_rate", learning_rate)):
+    for name, value in (
+        ("steps", steps),
+        ("minutes", minutes),
+        ("accumulate", accumulate),
+        ("learning_rate", learning_rate),
+    ):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
     if warmup < 0:
@@ -208,7 +233,11 @@ def _optimizer(own: Any) -> Any:
         import optax
     except ImportError as e:
         raise ImportError("training needs the extra: pip install 'slidejax[train]'") from e
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.95)) if own is None else own
+    return (
+        optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.95))
+        if own is None
+        else own
+    )
 
 
 def _gradient(loss_of, train, rest, batch, args, parts: int):
@@ -253,7 +282,9 @@ class _Clock:
             self._compiled = self.seconds()
             self._first = done
         timed = done - self._first
-        if timed == 0 or (timed < _TIMED and self.seconds() < 30 * minutes):  # half of the time, so slow are they
+        if timed == 0 or (
+            timed < _TIMED and self.seconds() < 30 * minutes
+        ):  # half of the time, so slow are they
             return None
         jax.block_until_ready(loss)
         each = (self.seconds() - self._compiled) / timed
@@ -300,11 +331,21 @@ class _Checkpoint:
             return state
         saved = store.load(self._path)
         if not isinstance(saved, dict) or saved.get("run") != self._run:
-            raise ValueError(f"checkpoint {str(self._path)!r} is of a training with other parameters or settings: name another directory")
+            raise ValueError(
+                f"checkpoint {str(self._path)!r} is of a training with other parameters or settings: name another directory"
+            )
 
         def like(tree, leaves):
-            return jax.tree.unflatten(jax.tree.structure(tree), [jnp.asarray(leaf) for leaf in leaves])
+            return jax.tree.unflatten(
+                jax.tree.structure(tree), [jnp.asarray(leaf) for leaf in leaves]
+            )
 
         clock.resume(saved["seconds"])
         losses = list(np.asarray(saved["losses"]))
-        return _State(like(state.train, saved["train"]), like(state.memory, saved["memory"]), saved["step"], saved["total"], losses)
+        return _State(
+            like(state.train, saved["train"]),
+            like(state.memory, saved["memory"]),
+            saved["step"],
+            saved["total"],
+            losses,
+        )

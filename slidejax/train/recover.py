@@ -75,13 +75,17 @@ def recover(
     from slidejax import huggingface
 
     if model.config.vocab_size != teacher.config.vocab_size:
-        raise ValueError(f"teacher has a vocabulary of {teacher.config.vocab_size} tokens, the model one of {model.config.vocab_size}")
+        raise ValueError(
+            f"teacher has a vocabulary of {teacher.config.vocab_size} tokens, the model one of {model.config.vocab_size}"
+        )
     if not weights_of(model.params):
         raise ValueError("model is dense, so there is nothing to recover: convert it first")
     window = fitting(window, model)
     rows = rows_of(tokens, window)
     if rows.min() < 0 or rows.max() >= model.config.vocab_size:
-        raise ValueError(f"tokens must be in 0..{model.config.vocab_size - 1}, got {rows.min()}..{rows.max()}")
+        raise ValueError(
+            f"tokens must be in 0..{model.config.vocab_size - 1}, got {rows.min()}..{rows.max()}"
+        )
     if batch is None:
         batch = min(32 if jax.default_backend() == "gpu" else 8, len(rows))
     loss = distillation_loss(model, teacher, temperature=temperature, hidden=hidden)

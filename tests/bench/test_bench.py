@@ -22,7 +22,9 @@ def parse(add, *options):
 
 @pytest.fixture(scope="module")
 def results():
-    return run.measure(parse(arguments.add, "--shape", "64,96", "--shape", "32,96", "-M", "4", "--dtypes", "int8"))
+    return run.measure(
+        parse(arguments.add, "--shape", "64,96", "--shape", "32,96", "-M", "4", "--dtypes", "int8")
+    )
 
 
 def test_the_best_dense_product_is_taken_layer_by_layer(results):
@@ -30,10 +32,14 @@ def test_the_best_dense_product_is_taken_layer_by_layer(results):
     for row in results["linear"]:
         assert row["us"]["best dense 8 bit"] == min(row["us"][name] for name in unscaled)
     [total] = results["sums"]
-    assert total["us"]["best dense 8 bit"] == pytest.approx(sum(row["us"]["best dense 8 bit"] for row in results["linear"]))
+    assert total["us"]["best dense 8 bit"] == pytest.approx(
+        sum(row["us"]["best dense 8 bit"] for row in results["linear"])
+    )
     assert total["us"]["best dense 8 bit"] <= min(total["us"][name] for name in unscaled) + 1e-9
     [ours] = [name for name in total["us"] if name not in contenders.BASELINES]
-    assert total["ratios"][ours]["best dense 8 bit"] == pytest.approx(total["us"]["best dense 8 bit"] / total["us"][ours])
+    assert total["ratios"][ours]["best dense 8 bit"] == pytest.approx(
+        total["us"]["best dense 8 bit"] / total["us"][ours]
+    )
     assert contenders.best_dense({"dense int8 unscaled": None, "dense fp8 unscaled": 2.0}) == 2.0
     assert contenders.best_dense({}) is None
 
@@ -74,7 +80,9 @@ def test_the_bounds_of_a_dense_layer_are_the_layer_without_scales():
         c = by_name[name]
         acc, scale = c.apply(x, c.weights)
         assert acc.dtype == dtype and scale.shape == (8, 1)
-        _, scale_w = contenders._quantise(kernel.T, 127 if dtype == jnp.int32 else 448, c.weights.dtype, 1)
+        _, scale_w = contenders._quantise(
+            kernel.T, 127 if dtype == jnp.int32 else 448, c.weights.dtype, 1
+        )
         y = np.asarray(acc, np.float32) * np.asarray(scale) * np.asarray(scale_w)[:, 0]
         assert np.linalg.norm(y - exact) / np.linalg.norm(exact) < 0.05
 
@@ -82,7 +90,9 @@ def test_the_bounds_of_a_dense_layer_are_the_layer_without_scales():
 def test_lifting_is_compared_with_quantising_alone(results):
     [row] = results["lift"]
     assert row["over_quantise"] == pytest.approx(row["us"] / row["quantise_us"])
-    assert row["quantise_gb_per_s"] == pytest.approx((3 * 4 * 96 + 4 * 4) / row["quantise_us"] / 1e3)
+    assert row["quantise_gb_per_s"] == pytest.approx(
+        (3 * 4 * 96 + 4 * 4) / row["quantise_us"] / 1e3
+    )
 
 
 def test_the_table_shows_every_column(results):
@@ -90,13 +100,18 @@ def test_the_table_shows_every_column(results):
     for word in (*contenders.BASELINES, "over quantise", "64x96, 32x96", "not timed: int8 hopper"):
         assert word in text
     assert "cuSPARSELt's algorithm" not in text  # it does not run here
-    row = dict(results["linear"][0], cusparselt="3, the fastest of a search at M=4 (1.0 us for the product alone)")
+    row = dict(
+        results["linear"][0],
+        cusparselt="3, the fastest of a search at M=4 (1.0 us for the product alone)",
+    )
     assert "6:8 int8 M=4 64x96: 3, the fastest" in run.table({**results, "linear": [row]})
 
 
 def test_presets():
     assert {"qwen2.5-7b", "llama-3-8b", "square-8192"} <= set(arguments.PRESETS)
-    assert arguments.shapes(parse(arguments.add, "--preset", "square-8192"), gpu=True) == [(8192, 8192)]
+    assert arguments.shapes(parse(arguments.add, "--preset", "square-8192"), gpu=True) == [
+        (8192, 8192)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- cuSPARSELt's search
@@ -110,7 +125,13 @@ class Library:
 
     def cusparselt_tune(self, dtype, result, alpha_vector, out, rows, columns, workspace_limit):
         self.searched.append((dtype, result, out, rows, columns))
-        fast = {"algorithm": 7, "split_k": 1, "split_k_mode": 0, "microseconds": 12.5, "workspace_bytes": 1024}
+        fast = {
+            "algorithm": 7,
+            "split_k": 1,
+            "split_k_mode": 0,
+            "microseconds": 12.5,
+            "workspace_bytes": 1024,
+        }
         return [fast, {**fast, "algorithm": 0, "microseconds": 20.0}]
 
 
@@ -123,7 +144,9 @@ def library(monkeypatch, tmp_path):
     monkeypatch.setattr(ffi, "missing", lambda part: None)
     monkeypatch.setattr(ffi, "cusparselt_version", lambda: (0, 8, 0))
     monkeypatch.setattr(registry, "refusals", lambda problem: {"hopper": "not this time"})
-    monkeypatch.setattr(contenders, "sparse", lambda w, rows, both: ([], {}))  # a CPU cannot run the library
+    monkeypatch.setattr(
+        contenders, "sparse", lambda w, rows, both: ([], {})
+    )  # a CPU cannot run the library
     return module
 
 
@@ -131,15 +154,30 @@ def test_tune_searches_cusparselt_and_calls_use_what_it_found(library, tmp_path)
     w = sj.pack(contenders.kernel_of(64, 96), "6:8", dtype="int8")
     assert cusparselt.algorithm(w, 256).startswith("the library's default")
     notes = []
-    tuning.measure(parse(arguments.add_tune, "--shape", "64,96", "-M", "256,4096", "--dtypes", "int8"), note=notes.append)
+    tuning.measure(
+        parse(arguments.add_tune, "--shape", "64,96", "-M", "256,4096", "--dtypes", "int8"),
+        note=notes.append,
+    )
     columns = sj.Pattern.parse("6:8").lifted(96)
     assert library.searched == [("int8", "int32", 64, rows, columns) for rows in (256, 4096)]
     assert any("fastest algorithm is 7: 12.5 us" in note for note in notes)
-    assert cusparselt.algorithm(w, 256) == "7, the fastest of a search at M=256 (12.5 us for the product alone)"
+    assert (
+        cusparselt.algorithm(w, 256)
+        == "7, the fastest of a search at M=256 (12.5 us for the product alone)"
+    )
     assert "M=4096" in cusparselt.algorithm(w, 8192) and "default" in cusparselt.algorithm(w, 16)
-    assert cusparselt._choice(w.dtype, np.int32, 64, 256, columns) == {"algorithm": 7, "split_k": 1, "split_k_mode": 0, "workspace_bytes": 1024}
-    [saved] = tmp_path.rglob("*cusparselt-0.8.0.json")  # for this device and this release of the library
-    assert {int(rows) for entries in json.loads(saved.read_text()).values() for rows in entries} == {256, 4096}
+    assert cusparselt._choice(w.dtype, np.int32, 64, 256, columns) == {
+        "algorithm": 7,
+        "split_k": 1,
+        "split_k_mode": 0,
+        "workspace_bytes": 1024,
+    }
+    [saved] = tmp_path.rglob(
+        "*cusparselt-0.8.0.json"
+    )  # for this device and this release of the library
+    assert {
+        int(rows) for entries in json.loads(saved.read_text()).values() for rows in entries
+    } == {256, 4096}
 
 
 def test_the_pattern_dense_is_timed_and_not_tuned(library):
@@ -150,11 +188,15 @@ def test_the_pattern_dense_is_timed_and_not_tuned(library):
         tuning.measure(parse(arguments.add_tune, *options, "dense"))
     notes = []
     tuning.measure(parse(arguments.add_tune, *options, "dense,6:8"), note=notes.append)
-    assert "nothing to choose" in notes[0] and [note for note in notes if "M=16" in note] == ["N=64 K=96 6:8 int8 M=16"]
+    assert "nothing to choose" in notes[0] and [note for note in notes if "M=16" in note] == [
+        "N=64 K=96 6:8 int8 M=16"
+    ]
 
 
 def test_a_dry_run_searches_nothing(library, tmp_path):
-    tuning.measure(parse(arguments.add_tune, "--shape", "64,96", "-M", "16", "--dtypes", "int8", "--dry-run"))
+    tuning.measure(
+        parse(arguments.add_tune, "--shape", "64,96", "-M", "16", "--dtypes", "int8", "--dry-run")
+    )
     assert library.searched == [] and not list(tmp_path.rglob("*.json"))
 
 
@@ -164,5 +206,8 @@ def test_a_search_that_fails_leaves_the_default(library, monkeypatch):
 
     monkeypatch.setattr(library, "cusparselt_tune", fail)
     notes = []
-    tuning.measure(parse(arguments.add_tune, "--shape", "64,96", "-M", "16", "--dtypes", "int8"), note=notes.append)
+    tuning.measure(
+        parse(arguments.add_tune, "--shape", "64,96", "-M", "16", "--dtypes", "int8"),
+        note=notes.append,
+    )
     assert any("cannot be searched: cuSPARSELt has no algorithm" in note for note in notes)

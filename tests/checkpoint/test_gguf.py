@@ -15,7 +15,12 @@ from slidejax.models import load_model, packaged_file
 def interleave(weight, heads):
     """Hugging Face's row order to llama.cpp's, row by row: rows i and i + dim/2 of a head become neighbours."""
     dim = weight.shape[0] // heads
-    order = [h * dim + i + half * (dim // 2) for h in range(heads) for i in range(dim // 2) for half in (0, 1)]
+    order = [
+        h * dim + i + half * (dim // 2)
+        for h in range(heads)
+        for i in range(dim // 2)
+        for half in (0, 1)
+    ]
     return weight[order]
 
 
@@ -78,14 +83,19 @@ def test_a_gguf_file_gives_the_model_it_was_made_from(tmp_path, tiny_config, tin
     for name in ("vocab_size", "hidden_size", "rope_theta", "rms_norm_eps", "num_key_value_heads"):
         assert getattr(model.config, name) == getattr(tiny_config, name)
     head = tiny_params["model"]["embed_tokens"]["embedding"].T + (not tied)
-    jax.tree.map(np.testing.assert_array_equal, model.params, {**tiny_params, "lm_head": {"kernel": head}})
+    jax.tree.map(
+        np.testing.assert_array_equal, model.params, {**tiny_params, "lm_head": {"kernel": head}}
+    )
     assert model.config.tie_word_embeddings == tied
 
 
 def test_the_tokenizer_splits_digits_and_merges_letters(tmp_path, tiny_config, tiny_params):
     tokenizer = load_model(write(tmp_path / "tiny.gguf", tiny_config, tiny_params)).tokenizer
     assert tokenizer.tokenize("ab12 ab<end>") == ["ab", "1", "2", "Ġab", "<end>"]
-    assert tokenizer.eos_token == "<end>" and tokenizer.decode(tokenizer.encode("ab12 ab")) == "ab12 ab"
+    assert (
+        tokenizer.eos_token == "<end>"
+        and tokenizer.decode(tokenizer.encode("ab12 ab")) == "ab12 ab"
+    )
 
 
 def test_damaged_and_foreign_files(tmp_path, tiny_config, tiny_params):

@@ -29,7 +29,9 @@ def write_safetensors(folder, params, shards=1, layout="pt"):
     names = {}
     for key, value in flatten_dict(params, sep=".").items():
         kernel = key.endswith(".kernel")
-        name = key.removesuffix(".kernel").removesuffix(".embedding") + (".weight" if kernel or "embed" in key else "")
+        name = key.removesuffix(".kernel").removesuffix(".embedding") + (
+            ".weight" if kernel or "embed" in key else ""
+        )
         names[name] = np.ascontiguousarray(value.T if kernel else value)
     keys = sorted(names)
     files = (
@@ -38,7 +40,9 @@ def write_safetensors(folder, params, shards=1, layout="pt"):
         else [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     )
     for i, file in enumerate(files):
-        save_file({k: names[k] for k in keys[i::shards]}, folder / file, metadata={"format": layout})
+        save_file(
+            {k: names[k] for k in keys[i::shards]}, folder / file, metadata={"format": layout}
+        )
     if shards > 1:
         weight_map = {k: files[i % shards] for i, k in enumerate(keys)}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -80,7 +84,9 @@ def test_the_layout_is_what_transformers_itself_reads(folder, tiny_params):
 
 def test_a_tied_head_is_the_embedding(tiny_llama):
     params = tiny_llama.params
-    np.testing.assert_array_equal(params["lm_head"]["kernel"], params["model"]["embed_tokens"]["embedding"].T)
+    np.testing.assert_array_equal(
+        params["lm_head"]["kernel"], params["model"]["embed_tokens"]["embedding"].T
+    )
 
 
 def test_dtype(folder):
@@ -92,7 +98,9 @@ def test_dtype(folder):
 def test_bert_reads_too(tmp_path):
     from transformers import BertConfig, FlaxBertForMaskedLM
 
-    config = BertConfig(32, 16, 1, 2, 32, max_position_embeddings=16, architectures=["BertForMaskedLM"])
+    config = BertConfig(
+        32, 16, 1, 2, 32, max_position_embeddings=16, architectures=["BertForMaskedLM"]
+    )
     shapes = FlaxBertForMaskedLM(config, _do_init=False).params_shape_tree
     model = hf.build(config, jax.tree.map(lambda s: np.full(s.shape, 0.1, np.float32), shapes))
     model.save_pretrained(tmp_path)
@@ -129,7 +137,9 @@ def attention_reference(params, config, x):
     scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(dim)
     scores = np.where(np.tril(np.ones(scores.shape[1:], bool)), scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v).reshape(len(x), -1)
+    return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v).reshape(
+        len(x), -1
+    )
 
 
 def test_the_rope_base_of_the_configuration_is_used(tiny_config, tiny_llama):
@@ -146,7 +156,10 @@ def test_the_rope_base_of_the_configuration_is_used(tiny_config, tiny_llama):
             seen = []
 
             def record(next_fun, args, kwargs, context):
-                first = isinstance(context.module, FlaxLlamaAttention) or context.module.name == "o_proj"
+                first = (
+                    isinstance(context.module, FlaxLlamaAttention)
+                    or context.module.name == "o_proj"
+                )
                 if first and context.method_name == "__call__":
                     seen.append(args[0])
                 return next_fun(*args, **kwargs)
@@ -159,7 +172,9 @@ def test_the_rope_base_of_the_configuration_is_used(tiny_config, tiny_llama):
         return np.asarray(x, np.float64), np.asarray(out)
 
     x, ours = attention(tiny_llama)
-    expected = attention_reference(tiny_llama.params["model"]["layers"]["0"]["self_attn"], tiny_config, x)
+    expected = attention_reference(
+        tiny_llama.params["model"]["layers"]["0"]["self_attn"], tiny_config, x
+    )
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
     _, theirs = attention(FlaxLlamaForCausalLM(tiny_config, _do_init=False))
     assert np.abs(theirs - expected).max() > 0.05

@@ -33,7 +33,10 @@ def assert_same(a, b):
 
 def small_tree():
     return {
-        "layer/with~odd": {"kernel": sj.pack(kernel(), "6:8", dtype="int8"), "bias": jnp.arange(6, dtype=jnp.bfloat16)},
+        "layer/with~odd": {
+            "kernel": sj.pack(kernel(), "6:8", dtype="int8"),
+            "bias": jnp.arange(6, dtype=jnp.bfloat16),
+        },
         "norm": {"scale": np.linspace(0, 1, 5, dtype=np.float16)},
     }
 
@@ -49,12 +52,26 @@ def test_packed_weights_come_back_bit_for_bit(tmp_path, pattern, dtype):
 
 
 leaves = st.sampled_from(
-    [None, True, 3, 0.5, "text", np.zeros((0, 3), np.int8), np.float32(2.0), np.arange(4, dtype=np.uint32), np.eye(2)]
+    [
+        None,
+        True,
+        3,
+        0.5,
+        "text",
+        np.zeros((0, 3), np.int8),
+        np.float32(2.0),
+        np.arange(4, dtype=np.uint32),
+        np.eye(2),
+    ]
 )
 keys = st.text("ab/~.' ", min_size=0, max_size=3) | st.integers(-2, 3)
 trees = st.recursive(
     leaves,
-    lambda t: st.dictionaries(keys, t, max_size=3) | st.lists(t, max_size=3) | st.lists(t, max_size=2).map(tuple),
+    lambda t: (
+        st.dictionaries(keys, t, max_size=3)
+        | st.lists(t, max_size=3)
+        | st.lists(t, max_size=2).map(tuple)
+    ),
     max_leaves=8,
 )
 
@@ -68,7 +85,11 @@ def test_any_tree_comes_back(tree, tmp_path_factory):
 
     def same(a, b):
         if isinstance(a, dict):
-            assert isinstance(b, dict) and list(a) == list(b) and all(type(x) is type(y) for x, y in zip(a, b, strict=False))
+            assert (
+                isinstance(b, dict)
+                and list(a) == list(b)
+                and all(type(x) is type(y) for x, y in zip(a, b, strict=False))
+            )
             return all(same(a[k], b[k]) for k in a)
         if isinstance(a, (list, tuple)):
             return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))

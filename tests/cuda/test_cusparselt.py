@@ -24,11 +24,20 @@ def _library():
 def problem(rows, columns, out, pattern="6:8", dtype=jnp.int8, seed=0):
     rng = np.random.default_rng(seed)
     kernel = jnp.asarray(rng.standard_normal((columns, out)), jnp.float32)
-    w = sj.pack(kernel if np.dtype(dtype).itemsize == 1 else kernel.astype(dtype), pattern, dtype=dtype)
-    x = jnp.asarray(rng.standard_normal((rows, columns)) * 3, jnp.bfloat16 if dtype != jnp.float16 else jnp.float16)
+    w = sj.pack(
+        kernel if np.dtype(dtype).itemsize == 1 else kernel.astype(dtype), pattern, dtype=dtype
+    )
+    x = jnp.asarray(
+        rng.standard_normal((rows, columns)) * 3,
+        jnp.bfloat16 if dtype != jnp.float16 else jnp.float16,
+    )
     group = w.pattern.group
     lifted, scale = ffi.lift_quantize_call(
-        x, jnp.zeros(0, jnp.float32), group=group, lifted_columns=w.pattern.lifted(columns), dtype=w.dtype
+        x,
+        jnp.zeros(0, jnp.float32),
+        group=group,
+        lifted_columns=w.pattern.lifted(columns),
+        dtype=w.dtype,
     )
     return lifted, scale[:, None], w, jnp.asarray(rng.standard_normal(out), jnp.float32)
 
@@ -59,12 +68,17 @@ def test_every_pattern(pattern, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize(("rows", "columns", "out"), [(1, 64, 32), (7, 65, 33), (32, 512, 48), (100, 1000, 200), (257, 4096, 512)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "out"),
+    [(1, 64, 32), (7, 65, 33), (32, 512, 48), (100, 1000, 200), (257, 4096, 512)],
+)
 def test_any_shape(rows, columns, out, dtype):
     for with_bias in (False, True):
         lifted, scale, w, bias = problem(rows, columns, out, dtype=dtype)
         bias = bias if with_bias else None
-        check(linear(lifted, scale, w, bias, jnp.bfloat16), expected(lifted, scale, w, bias)[1], dtype)
+        check(
+            linear(lifted, scale, w, bias, jnp.bfloat16), expected(lifted, scale, w, bias)[1], dtype
+        )
 
 
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=ids)
@@ -96,11 +110,19 @@ def test_raw_float_accumulators():
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 def test_nan_stays_in_its_row(dtype):
     rng = np.random.default_rng(0)
-    w = sj.pack(jnp.asarray(rng.standard_normal((128, 64)), jnp.float32).astype(jnp.float32), "6:8", dtype=dtype)
+    w = sj.pack(
+        jnp.asarray(rng.standard_normal((128, 64)), jnp.float32).astype(jnp.float32),
+        "6:8",
+        dtype=dtype,
+    )
     x = rng.standard_normal((8, 128)).astype(jnp.bfloat16)
     x[2, 5], x[4, 7] = np.nan, np.inf
     lifted, scale = ffi.lift_quantize_call(
-        jnp.asarray(x), jnp.zeros(0, jnp.float32), group=8, lifted_columns=w.pattern.lifted(128), dtype=w.dtype
+        jnp.asarray(x),
+        jnp.zeros(0, jnp.float32),
+        group=8,
+        lifted_columns=w.pattern.lifted(128),
+        dtype=w.dtype,
     )
     y = np.asarray(linear(lifted, scale[:, None], w, None, jnp.bfloat16)).astype(np.float32)
     assert np.isnan(y[[2, 4]]).all() and np.isfinite(np.delete(y, [2, 4], 0)).all()
@@ -110,10 +132,19 @@ def test_scale_inside_the_product():
     lifted, scale, w, bias = problem(64, 1024, 96)
     compressed = cusparselt.compressed(w)
     y = ffi.cusparselt_matmul_call(
-        lifted, scale[:, 0], compressed, w.scale, bias, dtype=jnp.bfloat16, workspace_bytes=1 << 21, alpha_vector=True
+        lifted,
+        scale[:, 0],
+        compressed,
+        w.scale,
+        bias,
+        dtype=jnp.bfloat16,
+        workspace_bytes=1 << 21,
+        alpha_vector=True,
     )
     want = expected(lifted, scale, w, bias)[1]
-    np.testing.assert_allclose(np.asarray(y).astype(np.float32), want, rtol=2**-6, atol=2**-7 * np.abs(want).max())
+    np.testing.assert_allclose(
+        np.asarray(y).astype(np.float32), want, rtol=2**-6, atol=2**-7 * np.abs(want).max()
+    )
 
 
 def test_minus_zero_is_a_zero():
@@ -133,10 +164,17 @@ def test_search_is_remembered(tmp_path, monkeypatch):
     times = [t["microseconds"] for t in timings]
     assert times == sorted(times) and times[0] > 0
     choice = cusparselt._choice(w.dtype, ffi.accumulator(w.dtype), 512, 256, lifted.shape[1])
-    assert choice["algorithm"] == timings[0]["algorithm"] and len(list(tmp_path.rglob("*.json"))) == 1
-    after = jax.jit(cusparselt.linear, static_argnames="out_dtype")(lifted, scale, w, bias, jnp.bfloat16)
+    assert (
+        choice["algorithm"] == timings[0]["algorithm"] and len(list(tmp_path.rglob("*.json"))) == 1
+    )
+    after = jax.jit(cusparselt.linear, static_argnames="out_dtype")(
+        lifted, scale, w, bias, jnp.bfloat16
+    )
     np.testing.assert_array_equal(np.asarray(before), np.asarray(after))
-    assert cusparselt._choice(w.dtype, ffi.accumulator(w.dtype), 512, 16, lifted.shape[1])["algorithm"] == -1
+    assert (
+        cusparselt._choice(w.dtype, ffi.accumulator(w.dtype), 512, 16, lifted.shape[1])["algorithm"]
+        == -1
+    )
 
 
 def test_errors_say_what_was_asked():
@@ -144,5 +182,13 @@ def test_errors_say_what_was_asked():
     compressed = cusparselt.compressed(w)
     with pytest.raises(Exception, match=r"sparse_matmul_cusparselt.*workspace.*int8\[32,96\]"):
         jax.block_until_ready(
-            ffi.cusparselt_matmul_call(lifted, scale[:, 0], compressed, w.scale, bias, dtype=jnp.bfloat16, workspace_bytes=8)
+            ffi.cusparselt_matmul_call(
+                lifted,
+                scale[:, 0],
+                compressed,
+                w.scale,
+                bias,
+                dtype=jnp.bfloat16,
+                workspace_bytes=8,
+            )
         )

@@ -28,9 +28,15 @@ def need(implementation):
 
 def model(implementation, out=256, seed=0):
     rng = np.random.default_rng(seed)
-    w = sj.pack(jnp.asarray(rng.standard_normal((256, out)) / 16, jnp.float32), "6:8", dtype=jnp.int8)
+    w = sj.pack(
+        jnp.asarray(rng.standard_normal((256, out)) / 16, jnp.float32), "6:8", dtype=jnp.int8
+    )
     w = sj.prepare(w, implementation=implementation)
-    return w, jnp.asarray(rng.standard_normal((48, 256)), jnp.bfloat16), lambda x, w: sj.linear(x, w, implementation=implementation)
+    return (
+        w,
+        jnp.asarray(rng.standard_normal((48, 256)), jnp.bfloat16),
+        lambda x, w: sj.linear(x, w, implementation=implementation),
+    )
 
 
 def loop(implementation):
@@ -70,12 +76,24 @@ def test_a_loop_is_captured_in_a_cuda_graph(implementation, tmp_path):
     ]
     env = {**os.environ, "XLA_FLAGS": " ".join(flags), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     done = subprocess.run(
-        [sys.executable, "-c", _CAPTURED, implementation], env=env, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", _CAPTURED, implementation],
+        env=env,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     thunks = [path.read_text() for path in tmp_path.glob("*thunk_sequence*.txt")]
-    captured = [text for text in thunks if "slidejax" in text or "custom-call" in text or "ommandBuffer" in text]
-    assert any("ommandBuffer" in text for text in captured), sorted(path.name for path in tmp_path.iterdir())
+    captured = [
+        text
+        for text in thunks
+        if "slidejax" in text or "custom-call" in text or "ommandBuffer" in text
+    ]
+    assert any("ommandBuffer" in text for text in captured), sorted(
+        path.name for path in tmp_path.iterdir()
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -98,7 +116,10 @@ def test_threads_do_not_disturb_each_other(implementation):
                 failures.append(out)
 
     # the last two share one executable's shapes, not its values
-    threads = [threading.Thread(target=work, args=arguments) for arguments in ((256, 0), (96, 1), (512, 2), (512, 3))]
+    threads = [
+        threading.Thread(target=work, args=arguments)
+        for arguments in ((256, 0), (96, 1), (512, 2), (512, 3))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -120,5 +141,7 @@ def test_one_program_on_two_devices(implementation):
     both = (jax.device_put(x, rows), jax.device_put(w, everywhere))
     for _ in range(5):
         np.testing.assert_array_equal(np.asarray(compiled(*both)), want)
-    second = jax.jit(layer)(jax.device_put(x, jax.devices()[1]), jax.device_put(w, jax.devices()[1]))
+    second = jax.jit(layer)(
+        jax.device_put(x, jax.devices()[1]), jax.device_put(w, jax.devices()[1])
+    )
     np.testing.assert_array_equal(np.asarray(second), want)

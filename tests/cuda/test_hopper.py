@@ -15,7 +15,9 @@ DTYPES = (jnp.int8, jnp.float8_e4m3fn)
 def problem(rows, columns, out, pattern="6:8", dtype=jnp.int8, seed=0):
     rng = np.random.default_rng(seed)
     w = sj.pack(jnp.asarray(rng.standard_normal((columns, out)), jnp.float32), pattern, dtype=dtype)
-    lifted, scale = sj.lift_quantize(jnp.asarray(rng.standard_normal((rows, columns)), jnp.float32), pattern, dtype)
+    lifted, scale = sj.lift_quantize(
+        jnp.asarray(rng.standard_normal((rows, columns)), jnp.float32), pattern, dtype
+    )
     return lifted, scale, w, jnp.asarray(rng.standard_normal(out), jnp.float32)
 
 
@@ -23,7 +25,9 @@ def problem(rows, columns, out, pattern="6:8", dtype=jnp.int8, seed=0):
 def test_raw_accumulators_are_what_a_mesh_can_sum(dtype):
     """With K split over a mesh the call has int32 results of int8 operands, float32 ones of e4m3."""
     lifted, scale, w, _ = problem(16, 128, 64, dtype=dtype)
-    traced = jax.jit(lambda lifted, scale: hopper.matmul(lifted, scale, w, None, None)).trace(lifted, scale)
+    traced = jax.jit(lambda lifted, scale: hopper.matmul(lifted, scale, w, None, None)).trace(
+        lifted, scale
+    )
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     [call] = [line for line in text.splitlines() if "slidejax_sparse_matmul_hopper" in line]
     assert f"tensor<16x64x{'i32' if dtype == jnp.int8 else 'f32'}>" in call.rsplit("->", 1)[1]
@@ -40,12 +44,20 @@ def on_hopper():
 @pytest.mark.gpu
 @pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16"])
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float16, jnp.float32, None])
-@pytest.mark.parametrize(("rows", "columns", "out"), [(1, 96, 7), (77, 600, 520), (300, 3584, 1000)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "out"), [(1, 96, 7), (77, 600, 520), (300, 3584, 1000)]
+)
 def test_int8_equals_the_formulas_bit_for_bit(on_hopper, rows, columns, out, pattern, out_dtype):
     lifted, scale, w, bias = problem(rows, columns, out, pattern)
     got = jax.jit(hopper.matmul, static_argnums=4)(lifted, scale, w, bias, out_dtype)
-    acc = formulas.accumulate(np.asarray(lifted), formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros)))
-    want = acc if out_dtype is None else formulas.finish(acc, np.asarray(scale)[:, 0], np.asarray(w.scale), bias)
+    acc = formulas.accumulate(
+        np.asarray(lifted), formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros))
+    )
+    want = (
+        acc
+        if out_dtype is None
+        else formulas.finish(acc, np.asarray(scale)[:, 0], np.asarray(w.scale), bias)
+    )
     np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want.astype(got.dtype)))
 
 
@@ -53,9 +65,15 @@ def test_int8_equals_the_formulas_bit_for_bit(on_hopper, rows, columns, out, pat
 @pytest.mark.parametrize("rows", [1, 77, 1500])
 def test_e4m3_is_as_exact_as_its_sums(on_hopper, rows):
     lifted, scale, w, _ = problem(rows, 3584, 1000, dtype=jnp.float8_e4m3fn)
-    got = np.asarray(jax.jit(hopper.matmul, static_argnums=4)(lifted, scale, w, None, None), np.float64)
-    want = formulas.accumulate(np.asarray(lifted), formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros)))
-    assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)  # 13 bits of each step's sum are kept
+    got = np.asarray(
+        jax.jit(hopper.matmul, static_argnums=4)(lifted, scale, w, None, None), np.float64
+    )
+    want = formulas.accumulate(
+        np.asarray(lifted), formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros))
+    )
+    assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(
+        want
+    )  # 13 bits of each step's sum are kept
 
 
 # --- the lift and the product in one call -----------------------------------------------------------------------------
@@ -71,11 +89,23 @@ def in_two_calls(x, w, bias, out_dtype, prologue):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "columns", "out"),
-    [(1, 576, 1536), (16, 3584, 4608), (5, 18944, 3584), (64, 1000, 520), (256, 3584, 4608), (300, 4096, 37888), (512, 18944, 3584), (1500, 600, 7)],
+    [
+        (1, 576, 1536),
+        (16, 3584, 4608),
+        (5, 18944, 3584),
+        (64, 1000, 520),
+        (256, 3584, 4608),
+        (300, 4096, 37888),
+        (512, 18944, 3584),
+        (1500, 600, 7),
+    ],
 )
 def test_one_call_equals_two(on_hopper, rows, columns, out, dtype, prepared):
     """Often, with other weights in between: what begins before the lift has ended may use none of what the lift writes."""
-    ws = [sj.pack(jax.random.normal(jax.random.key(i), (columns, out)), "6:8", dtype=dtype) for i in range(2)]
+    ws = [
+        sj.pack(jax.random.normal(jax.random.key(i), (columns, out)), "6:8", dtype=dtype)
+        for i in range(2)
+    ]
     ws = [sj.prepare(w, "hopper") for w in ws] if prepared else ws
     xs = [jax.random.normal(jax.random.key(9 + i), (rows, columns), jnp.bfloat16) for i in range(2)]
     bias = jax.random.normal(jax.random.key(2), (out,))
@@ -84,7 +114,11 @@ def test_one_call_equals_two(on_hopper, rows, columns, out, dtype, prepared):
 
     @jax.jit
     def often(xs, ws):
-        return [[hopper.linear(x * 1, None, w, bias, jnp.bfloat16) for w in ws] for x in xs for _ in range(3)]
+        return [
+            [hopper.linear(x * 1, None, w, bias, jnp.bfloat16) for w in ws]
+            for x in xs
+            for _ in range(3)
+        ]
 
     for _ in range(4):
         got = often(xs, ws)
@@ -105,22 +139,35 @@ def test_one_call_with_a_prologue_equals_two(on_hopper, rows, kind, pattern):
         "glu": lambda: sj.GLU(up, "silu"),
     }[kind]()  # fmt: skip
     w = sj.pack(jax.random.normal(jax.random.key(3), (1136, 328)), pattern, dtype="int8")
-    two = jax.jit(lambda x, w, prologue: in_two_calls(x, w, None, jnp.float32, prologue))(x, w, prologue)
-    one = jax.jit(lambda x, w, prologue: hopper.linear(x, prologue, w, None, jnp.float32))(x, w, prologue)
+    two = jax.jit(lambda x, w, prologue: in_two_calls(x, w, None, jnp.float32, prologue))(
+        x, w, prologue
+    )
+    one = jax.jit(lambda x, w, prologue: hopper.linear(x, prologue, w, None, jnp.float32))(
+        x, w, prologue
+    )
     np.testing.assert_array_equal(formulas.bits(one), formulas.bits(two))
 
 
 def assert_equals_the_reference(rows, columns, out, implementation):
-    w = sj.prepare(sj.pack(jax.random.normal(jax.random.key(0), (columns, out)), "6:8", dtype="int8"), implementation)
+    w = sj.prepare(
+        sj.pack(jax.random.normal(jax.random.key(0), (columns, out)), "6:8", dtype="int8"),
+        implementation,
+    )
     x = jax.random.normal(jax.random.key(1), (rows, columns), jnp.bfloat16)
-    got = jax.jit(lambda x, w: sj.linear(x, w, implementation=implementation, out_dtype=jnp.float32))(x, w)
-    want = jax.jit(lambda x, w: sj.linear(x, w, implementation="reference", out_dtype=jnp.float32))(x, w)
+    got = jax.jit(
+        lambda x, w: sj.linear(x, w, implementation=implementation, out_dtype=jnp.float32)
+    )(x, w)
+    want = jax.jit(lambda x, w: sj.linear(x, w, implementation="reference", out_dtype=jnp.float32))(
+        x, w
+    )
     np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 4, 40, 128, 256, 512])
-@pytest.mark.parametrize(("columns", "out"), [(3584, 3584), (18944, 3584), (3584, 4608), (1536, 576)])
+@pytest.mark.parametrize(
+    ("columns", "out"), [(3584, 3584), (18944, 3584), (3584, 4608), (1536, 576)]
+)
 def test_int8_equals_the_reference_for_few_rows(on_hopper, rows, columns, out):
     """The shapes for which teams of a cluster divide K."""
     assert_equals_the_reference(rows, columns, out, "hopper")
@@ -130,17 +177,24 @@ def test_int8_equals_the_reference_for_few_rows(on_hopper, rows, columns, out):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rows", "columns", "out"), [(1024, 3584, 9216), (4096, 18944, 3584), (2500, 1000, 5003), (6000, 3584, 3584)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "out"),
+    [(1024, 3584, 9216), (4096, 18944, 3584), (2500, 1000, 5003), (6000, 3584, 3584)],
+)
 @pytest.mark.parametrize("dense", [False, True], ids=["6:8", "dense"])
 def test_int8_equals_the_reference_for_many_rows(on_hopper, rows, columns, out, dense):
     """Whole tiles, and tiles cut along K."""
-    assert_equals_the_reference(rows, columns // 32 * 32 if dense else columns, out, "dense" if dense else "hopper")
+    assert_equals_the_reference(
+        rows, columns // 32 * 32 if dense else columns, out, "dense" if dense else "hopper"
+    )
 
 
 @pytest.mark.gpu
 def test_what_follows_waits_for_both_launches(on_hopper):
     """Each product reads what both launches of the one before have written, and writes over what the one before that read."""
-    w = sj.prepare(sj.pack(jax.random.normal(jax.random.key(0), (3584, 3584)), "6:8", dtype="int8"), "hopper")
+    w = sj.prepare(
+        sj.pack(jax.random.normal(jax.random.key(0), (3584, 3584)), "6:8", dtype="int8"), "hopper"
+    )
     x = jax.random.normal(jax.random.key(1), (4096, 3584), jnp.bfloat16)
 
     def chain(implementation):
@@ -163,19 +217,32 @@ def dense_linear(x, w, bias=None):
     return sj.linear(x, w, bias, implementation="dense")
 
 
-@pytest.mark.parametrize(("columns", "dtype", "fused"), [(608, "int8", True), (608, "float8_e4m3fn", True), (600, "int8", False), (608, None, False)])
+@pytest.mark.parametrize(
+    ("columns", "dtype", "fused"),
+    [(608, "int8", True), (608, "float8_e4m3fn", True), (600, "int8", False), (608, None, False)],
+)
 def test_dense_products_of_8_bit_codes_are_lowered_to_the_kernel(columns, dtype, fused):
     """Its rows of K bytes must be whole 16 bytes; everything else is XLA's product."""
-    w = jax.eval_shape(lambda k: sj.pack(k, "6:8", dtype=dtype), jax.ShapeDtypeStruct((columns, 24), jnp.float32))
+    w = jax.eval_shape(
+        lambda k: sj.pack(k, "6:8", dtype=dtype), jax.ShapeDtypeStruct((columns, 24), jnp.float32)
+    )
     x = jax.ShapeDtypeStruct((5, columns), jnp.bfloat16)
     text = jax.jit(dense_linear).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
     assert ("slidejax_linear_hopper" in text) == fused
-    assert "slidejax_linear_hopper" not in jax.jit(dense_linear).trace(x, w).lower(lowering_platforms=("cpu",)).as_text()
+    assert (
+        "slidejax_linear_hopper"
+        not in jax.jit(dense_linear).trace(x, w).lower(lowering_platforms=("cpu",)).as_text()
+    )
 
 
-@pytest.mark.parametrize(("rows", "columns", "fused"), [(1, 2048, False), (2, 2048, True), (1, 8192, True)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "fused"), [(1, 2048, False), (2, 2048, True), (1, 8192, True)]
+)
 def test_one_row_times_a_small_dense_kernel_is_left_to_xla(rows, columns, fused):
-    w = jax.eval_shape(lambda k: sj.pack(k, "6:8", dtype="int8"), jax.ShapeDtypeStruct((columns, 1024), jnp.float32))
+    w = jax.eval_shape(
+        lambda k: sj.pack(k, "6:8", dtype="int8"),
+        jax.ShapeDtypeStruct((columns, 1024), jnp.float32),
+    )
     x = jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16)
     text = jax.jit(dense_linear).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
     assert ("slidejax_linear_hopper" in text) == fused != ("dot_general" in text)
@@ -184,20 +251,26 @@ def test_one_row_times_a_small_dense_kernel_is_left_to_xla(rows, columns, fused)
 @pytest.mark.gpu
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("rows", "columns", "out"), [(1, 96, 7), (77, 592, 520), (300, 3584, 1000), (1000, 18944, 136)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "out"), [(1, 96, 7), (77, 592, 520), (300, 3584, 1000), (1000, 18944, 136)]
+)
 def test_dense_int8_equals_the_formulas_bit_for_bit(on_hopper, rows, columns, out, bias, out_dtype):
     rng = np.random.default_rng(rows)
     codes, kernel = (rng.integers(-127, 128, (n, columns)).astype(np.int8) for n in (rows, out))
     scale_x, scale_w, b = (rng.random(n).astype(np.float32) for n in (rows, out, out))
     b = jnp.asarray(b) if bias else None
-    got = jax.jit(hopper.dense_matmul, static_argnums=5)(codes, jnp.asarray(scale_x)[:, None], kernel, jnp.asarray(scale_w), b, out_dtype)
+    got = jax.jit(hopper.dense_matmul, static_argnums=5)(
+        codes, jnp.asarray(scale_x)[:, None], kernel, jnp.asarray(scale_w), b, out_dtype
+    )
     want = formulas.finish(formulas.accumulate(codes, kernel), scale_x, scale_w, b)
     np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want.astype(got.dtype)))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("pattern", "prepared"), [("8:10", False), ("8:10", True), ("dense", False)])
+@pytest.mark.parametrize(
+    ("pattern", "prepared"), [("8:10", False), ("8:10", True), ("dense", False)]
+)
 def test_dense_linear_is_close_to_the_reference(on_hopper, dtype, pattern, prepared):
     x = jax.random.normal(jax.random.key(0), (130, 720), jnp.bfloat16)
     w = sj.pack(jax.random.normal(jax.random.key(1), (720, 264)), pattern, dtype=dtype)

@@ -14,12 +14,16 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "cuda").glob("*hopper*"))
 LOG = "sparse_matmul_hopper.log"
 ENTRY = re.compile(r"Compiling entry function '(\w+)'")
-TILE = re.compile(r"TileILb(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi\d+ELi\d+ELi\d+ELb(\d)E")  # fp8, warp groups, blocks, tokens, sparse
+TILE = re.compile(
+    r"TileILb(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi\d+ELi\d+ELi\d+ELb(\d)E"
+)  # fp8, warp groups, blocks, tokens, sparse
 
 
 def complaints(log):
     """What is wrong with the kernels of a ptxas report, a line each."""
-    found = [line.strip() for line in log.splitlines() if re.search(r"\(C75\d\d\)", line)]  # wgmma serialised, setmaxnreg ignored
+    found = [
+        line.strip() for line in log.splitlines() if re.search(r"\(C75\d\d\)", line)
+    ]  # wgmma serialised, setmaxnreg ignored
     name = None
     for line in log.splitlines():
         if entry := ENTRY.search(line):
@@ -41,8 +45,18 @@ def log(tmp_path_factory):
         return max(built, key=lambda path: path.stat().st_mtime).read_text()
     if nvcc() is None:
         pytest.skip("the kernels have not been built here, and there is no nvcc")
-    command = [nvcc(), "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
-    source, to = ROOT / "cuda/sparse_matmul_hopper.cu", tmp_path_factory.mktemp("compiled") / "hopper.cubin"
+    command = [
+        nvcc(),
+        "-std=c++17",
+        "-O3",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-Xptxas=-v",
+        "-cubin",
+    ]
+    source, to = (
+        ROOT / "cuda/sparse_matmul_hopper.cu",
+        tmp_path_factory.mktemp("compiled") / "hopper.cubin",
+    )
     done = subprocess.run([*command, "-o", to, source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:3000]
     return done.stdout + done.stderr
@@ -53,9 +67,16 @@ def test_no_kernel_spills_and_no_wgmma_is_serialised(log):
 
 
 def test_all_kernels_are_in_the_report(log):
-    kernels = [TILE.search(name).groups() for name in ENTRY.findall(log) if "sparse_matmul_kernel" in name]
-    tiles = re.findall(r"make_entry<(\d+), (\d+), (\d+), \d+, \d+, \d+(, false)?>\(", (ROOT / "cuda/sparse_matmul_hopper.cu").read_text())
-    assert sorted(kernels) == sorted((fp8, *tile, "0" if dense else "1") for *tile, dense in tiles for fp8 in "01")
+    kernels = [
+        TILE.search(name).groups() for name in ENTRY.findall(log) if "sparse_matmul_kernel" in name
+    ]
+    tiles = re.findall(
+        r"make_entry<(\d+), (\d+), (\d+), \d+, \d+, \d+(, false)?>\(",
+        (ROOT / "cuda/sparse_matmul_hopper.cu").read_text(),
+    )
+    assert sorted(kernels) == sorted(
+        (fp8, *tile, "0" if dense else "1") for *tile, dense in tiles for fp8 in "01"
+    )
 
 
 def test_complaints_are_found():
@@ -75,7 +96,11 @@ ptxas info    : Compiling entry function 'b' for 'sm_90a'
 
 def disassembler():
     beside = str(Path(nvcc()).resolve().parent) if nvcc() else None
-    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=beside) or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    return (
+        shutil.which("cuobjdump")
+        or shutil.which("cuobjdump", path=beside)
+        or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    )
 
 
 def registers(operands):
@@ -84,7 +109,11 @@ def registers(operands):
 
 def misuses(instructions):
     """Instructions that touch accumulators or metadata of a wgmma that may still run, or make the loop wait for memory."""
-    found, running, issued = [], [], []  # committed groups, and what is not committed: (accumulators, metadata)
+    found, running, issued = (
+        [],
+        [],
+        [],
+    )  # committed groups, and what is not committed: (accumulators, metadata)
     mma = [i for i, text in enumerate(instructions) if "GMMA" in text]
     for i, text in enumerate(instructions):
         if m := re.search(r"GMMA\S*?64x(\d+)x(?:64|32)\S* R(\d+), gdesc\[\w+\], \w+(.*)", text):
@@ -109,11 +138,19 @@ def misuses(instructions):
 def test_nothing_disturbs_running_instructions():
     if disassembler() is None:
         pytest.skip("no cuobjdump")
-    libraries = sorted(ROOT.glob("build/*/libslidejax_hopper.a"), key=lambda path: path.stat().st_mtime)
+    libraries = sorted(
+        ROOT.glob("build/*/libslidejax_hopper.a"), key=lambda path: path.stat().st_mtime
+    )
     if not libraries:
         pytest.skip("the library has not been built here")
-    sass = subprocess.run([disassembler(), "--dump-sass", libraries[-1]], capture_output=True, text=True, check=True).stdout
-    kernels = [part for part in sass.split("Function : ")[1:] if "sparse_matmul_kernel" in part.split("\n", 1)[0]]
+    sass = subprocess.run(
+        [disassembler(), "--dump-sass", libraries[-1]], capture_output=True, text=True, check=True
+    ).stdout
+    kernels = [
+        part
+        for part in sass.split("Function : ")[1:]
+        if "sparse_matmul_kernel" in part.split("\n", 1)[0]
+    ]
     assert kernels
     for kernel in kernels:
         instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?) ;", kernel)
@@ -125,4 +162,8 @@ def test_misuses_are_found():
     loop = ["IGMMA.SP.64x16x64.S8.S8 R24, gdesc[UR4], RZ, !UPT, R40, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x1", "FADD R1, R2, R31",
             "LDS.64 R40, [R2]", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "FADD R1, R2, R31", "LDS.64 R40, [R2]", "MEMBAR.ALL.GPU",
             "IGMMA.SP.64x16x64.S8.S8 R24, gdesc[UR4], R24, R40, gsb0"]  # fmt: skip
-    assert [text.split(":")[0] for text in misuses(loop)] == ["accumulators in use", "metadata in use", "in the loop"]
+    assert [text.split(":")[0] for text in misuses(loop)] == [
+        "accumulators in use",
+        "metadata in use",
+        "in the loop",
+    ]

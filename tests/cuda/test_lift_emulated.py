@@ -17,7 +17,13 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 DTYPES = {"int8": 0, "float8_e4m3fn": 1, "bfloat16": 2, "float16": 3, "float32": 4}  # cuda/dtype.h
-PROLOGUES = {None: 0, "rms_norm": 1, "layer_norm": 2, "activation": 3, "glu": 4}  # cuda/lift_quantize.h
+PROLOGUES = {
+    None: 0,
+    "rms_norm": 1,
+    "layer_norm": 2,
+    "activation": 3,
+    "glu": 4,
+}  # cuda/lift_quantize.h
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 H100, A100, SMALL = 232448, 166912, 101376  # shared memory that a block may have
 GROUPS = (0, 4, 6, 8, 10, 12, 14, 16)
@@ -29,9 +35,33 @@ def library(tmp_path_factory):
     if compiler is None:
         pytest.skip("needs g++")
     target = tmp_path_factory.mktemp("emulated") / "lift.so"
-    sources = [ROOT / "tests/cuda/lift_on_cpu/lift.cc", ROOT / "cuda/lift_quantize.cu", ROOT / "cuda/lift_quantize_fused.cu"]
-    flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
-    subprocess.run([compiler, *flags, f"-I{ROOT / 'tests/cuda/lift_on_cpu'}", "-x", "c++", *sources, "-o", target], check=True)
+    sources = [
+        ROOT / "tests/cuda/lift_on_cpu/lift.cc",
+        ROOT / "cuda/lift_quantize.cu",
+        ROOT / "cuda/lift_quantize_fused.cu",
+    ]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-w",
+        "-shared",
+        "-fPIC",
+        "-fno-strict-aliasing",
+        "-ffp-contract=off",
+    ]
+    subprocess.run(
+        [
+            compiler,
+            *flags,
+            f"-I{ROOT / 'tests/cuda/lift_on_cpu'}",
+            "-x",
+            "c++",
+            *sources,
+            "-o",
+            target,
+        ],
+        check=True,
+    )
     return ctypes.CDLL(str(target))
 
 
@@ -53,7 +83,10 @@ def run(library, x, group, dtype, absmax=None, *, prologue=None, activation="sil
     (rows, columns), dtype = x.shape, np.dtype(dtype)
     if width is None:
         width = formulas.lift(np.zeros((1, columns), np.int8), group).shape[1]
-    kept = [in_memory(a, begin) if a is not None else None for a, begin in ((x, at[0]), (absmax, 32), (up, at[1]), (weight, 32), (bias, 32))]
+    kept = [
+        in_memory(a, begin) if a is not None else None
+        for a, begin in ((x, at[0]), (absmax, 32), (up, at[1]), (weight, 32), (bias, 32))
+    ]
     pointers = [ctypes.c_void_p(k[1].ctypes.data) if k is not None else None for k in kept]
     whole, lifted = in_memory(np.full(rows * width * dtype.itemsize, 0xCD, np.uint8))
     scale = np.full(rows, -7, np.float32)
@@ -64,7 +97,9 @@ def run(library, x, group, dtype, absmax=None, *, prologue=None, activation="sil
     )  # fmt: skip
     assert status == 0, f"CUDA error {status}"
     inside = lifted.ctypes.data - whole.ctypes.data
-    assert (whole[:inside] == 0xCD).all() and (whole[inside + lifted.size :] == 0xCD).all(), "a write beyond the results"
+    assert (whole[:inside] == 0xCD).all() and (whole[inside + lifted.size :] == 0xCD).all(), (
+        "a write beyond the results"
+    )
     return lifted.view(dtype).reshape(rows, width), scale
 
 
@@ -72,8 +107,12 @@ def check(library, x, group, dtype, absmax=None, **options):
     codes, scale = run(library, x, group, dtype, absmax, **options)
     expected, expected_scale = formulas.quantize(x, dtype, absmax)
     np.testing.assert_array_equal(scale, expected_scale)
-    fine = np.isfinite(expected_scale) | (np.dtype(dtype).itemsize == 1)  # unquantised rows of nan: any nan will do
-    np.testing.assert_array_equal(codes[fine].astype(np.float32), formulas.lift(expected, group)[fine].astype(np.float32))
+    fine = np.isfinite(expected_scale) | (
+        np.dtype(dtype).itemsize == 1
+    )  # unquantised rows of nan: any nan will do
+    np.testing.assert_array_equal(
+        codes[fine].astype(np.float32), formulas.lift(expected, group)[fine].astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize("x_dtype", [BF16, np.float16, np.float32], ids=lambda d: np.dtype(d).name)
@@ -81,14 +120,28 @@ def check(library, x, group, dtype, absmax=None, **options):
 def test_codes_and_scales(library, group, x_dtype):
     for seed, dtype in enumerate((np.int8, E4M3, BF16, np.float32)):
         for rows, columns in ((5, 448), (3, 1001)):
-            check(library, formulas.values(rows, columns, x_dtype, seed=columns), group, dtype, seed=seed + group)
+            check(
+                library,
+                formulas.values(rows, columns, x_dtype, seed=columns),
+                group,
+                dtype,
+                seed=seed + group,
+            )
 
 
-@pytest.mark.parametrize("columns", [1, 2, 7, 8, 15, 33, 129, 255, 257, 1999, 3584, 5003, 18944, 18943])
+@pytest.mark.parametrize(
+    "columns", [1, 2, 7, 8, 15, 33, 129, 255, 257, 1999, 3584, 5003, 18944, 18943]
+)
 def test_any_number_of_columns(library, columns):
     for seed, group in enumerate((0, 6, 8, 14)):
         for x_dtype in (BF16, np.float32):
-            check(library, formulas.values(3, columns, x_dtype, seed=columns), group, np.int8, seed=seed)
+            check(
+                library,
+                formulas.values(3, columns, x_dtype, seed=columns),
+                group,
+                np.int8,
+                seed=seed,
+            )
 
 
 def test_rows_that_do_not_fit_in_shared_memory_and_other_gpus(library):
@@ -98,17 +151,33 @@ def test_rows_that_do_not_fit_in_shared_memory_and_other_gpus(library):
     for shared in (A100, SMALL):
         for columns in (3584, 18943, 28672, 49152):
             for group in (0, 8, 14):
-                check(library, formulas.values(3, columns, BF16), group, np.int8, shared=shared, seed=columns)
+                check(
+                    library,
+                    formulas.values(3, columns, BF16),
+                    group,
+                    np.int8,
+                    shared=shared,
+                    seed=columns,
+                )
 
 
 @pytest.mark.parametrize("x_dtype", [BF16, np.float32], ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize("rows", [1, 33, 70, 150])
 def test_any_number_of_rows(library, rows, x_dtype):
     """More rows than blocks: the ring turns."""
-    for seed, (columns, group, dtype) in enumerate(((96, 8, np.int8), (100, 8, E4M3), (512, 0, np.int8), (515, 0, np.int8))):
+    for seed, (columns, group, dtype) in enumerate(
+        ((96, 8, np.int8), (100, 8, E4M3), (512, 0, np.int8), (515, 0, np.int8))
+    ):
         for multiprocessors in (1, 3):
             for again in (0, 4):
-                check(library, formulas.values(rows, columns, x_dtype), group, dtype, multiprocessors=multiprocessors, seed=seed + rows + again)
+                check(
+                    library,
+                    formulas.values(rows, columns, x_dtype),
+                    group,
+                    dtype,
+                    multiprocessors=multiprocessors,
+                    seed=seed + rows + again,
+                )
 
 
 @pytest.mark.parametrize("columns", [3584, 3583])
@@ -133,8 +202,19 @@ def test_rows_begin_anywhere_in_a_line_of_memory(library, at):
         x, up = (rng.standard_normal((5, columns)).astype(BF16) for _ in range(2))
         for group in (0, 8):
             check(library, x, group, np.int8, seed=seed, at=at)
-            for prologue, arguments in (("glu", {"up": up}), ("rms_norm", {"weight": np.ones(columns, np.float32)})):
-                check_prologue(library, prologue, x, group, np.int8, launch={"seed": seed, "at": at}, **arguments)
+            for prologue, arguments in (
+                ("glu", {"up": up}),
+                ("rms_norm", {"weight": np.ones(columns, np.float32)}),
+            ):
+                check_prologue(
+                    library,
+                    prologue,
+                    x,
+                    group,
+                    np.int8,
+                    launch={"seed": seed, "at": at},
+                    **arguments,
+                )
 
 
 @pytest.mark.parametrize("dtype", [np.int8, E4M3, BF16], ids=lambda d: np.dtype(d).name)
@@ -177,7 +257,9 @@ def after(prologue, x, *, activation="silu", up=None, weight=None, bias=None, ep
     if prologue == "rms_norm":
         y = v / np.sqrt((v**2).mean(1, keepdims=True) + eps) * weight
     elif prologue == "layer_norm":
-        y = (v - v.mean(1, keepdims=True)) / np.sqrt(v.var(1, keepdims=True) + eps) * weight + (0 if bias is None else bias)
+        y = (v - v.mean(1, keepdims=True)) / np.sqrt(v.var(1, keepdims=True) + eps) * weight + (
+            0 if bias is None else bias
+        )
     else:
         y = activated(activation, v) * (1 if up is None else up.astype(np.float64))
     return y.astype(np.float32).astype(x.dtype)
@@ -217,12 +299,22 @@ def test_prologues(library, prologue, x_dtype):
         for group in (0, 4, 6, 8, 14):
             for dtype in (np.int8, E4M3):
                 launch = {"seed": seed + group, "multiprocessors": 1 + seed % 2}
-                check_prologue(library, prologue, x, group, dtype, launch=launch, **arguments_of(prologue, x, rng))
+                check_prologue(
+                    library,
+                    prologue,
+                    x,
+                    group,
+                    dtype,
+                    launch=launch,
+                    **arguments_of(prologue, x, rng),
+                )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(library, activation):
-    x = np.concatenate([np.linspace(-30, 30, 1000), [0.0, -0.0, 1e-6, -1e4, 1e4]]).astype(np.float32)[None]
+    x = np.concatenate([np.linspace(-30, 30, 1000), [0.0, -0.0, 1e-6, -1e4, 1e4]]).astype(
+        np.float32
+    )[None]
     check_prologue(library, "activation", x[:, :1000], 8, np.int8, activation=activation)
     check_prologue(library, "activation", x[:, :1000], 8, E4M3, activation=activation)
     _, scale = run(library, x, 8, np.int8, prologue="activation", activation=activation)
@@ -235,12 +327,16 @@ def test_broken_rows_stay_apart(library, prologue):
     for columns in (512, 515):
         x = rng.standard_normal((5, columns)).astype(BF16)
         x[1, 3], x[3, columns - 1] = np.nan, np.inf
-        codes, scale = run(library, x, 8, np.int8, prologue=prologue, **arguments_of(prologue, x, rng))
+        codes, scale = run(
+            library, x, 8, np.int8, prologue=prologue, **arguments_of(prologue, x, rng)
+        )
         assert np.isnan(scale).tolist() == [False, True, False, True, False]
         assert (codes[[1, 3]] == 0).all() and (codes[[0, 2, 4]] != 0).any()
 
 
-@pytest.mark.parametrize(("shared", "limit"), [(H100, 190 << 10), (A100, 130 << 10), (SMALL, 64 << 10)])
+@pytest.mark.parametrize(
+    ("shared", "limit"), [(H100, 190 << 10), (A100, 130 << 10), (SMALL, 64 << 10)]
+)
 def test_the_longest_rows_of_each_gpu(library, shared, limit):
     """`slidejax.ops.ffi` promises these."""
     rng = np.random.default_rng(0)
@@ -249,4 +345,13 @@ def test_the_longest_rows_of_each_gpu(library, shared, limit):
             columns = limit // np.dtype(x_dtype).itemsize // sources
             for seed, group in enumerate(GROUPS):
                 x = rng.standard_normal((2, columns - seed)).astype(x_dtype)
-                run(library, x, group, np.int8, prologue=prologue, shared=shared, seed=seed, **arguments_of(prologue, x, rng))
+                run(
+                    library,
+                    x,
+                    group,
+                    np.int8,
+                    prologue=prologue,
+                    shared=shared,
+                    seed=seed,
+                    **arguments_of(prologue, x, rng),
+                )

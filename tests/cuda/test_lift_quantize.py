@@ -24,7 +24,11 @@ def _library():
 
 
 def run(x, group, dtype, absmax=None, width=None):
-    columns = formulas.lift(np.zeros((1, x.shape[1]), np.int8), group).shape[1] if width is None else width
+    columns = (
+        formulas.lift(np.zeros((1, x.shape[1]), np.int8), group).shape[1]
+        if width is None
+        else width
+    )
     absmax = jnp.zeros(0, jnp.float32) if absmax is None else jnp.asarray(absmax)
 
     @jax.jit
@@ -38,7 +42,9 @@ def check(x, group, dtype, absmax=None):
     codes, scale = run(x, group, dtype, absmax)
     expected, expected_scale = formulas.quantize(x, dtype, absmax)
     np.testing.assert_array_equal(scale, expected_scale)
-    bad = ~np.isfinite(expected_scale) & (np.dtype(dtype).itemsize > 1)  # unquantised rows of nan: any nan will do
+    bad = ~np.isfinite(expected_scale) & (
+        np.dtype(dtype).itemsize > 1
+    )  # unquantised rows of nan: any nan will do
     got, want = codes[~bad], formulas.lift(expected, group)[~bad]
     assert got.shape == want.shape
     if np.dtype(dtype).itemsize == 1:  # codes of +0 and -0 are equal
@@ -54,7 +60,9 @@ def test_codes_and_scales(group, x_dtype, dtype):
         check(formulas.values(rows, columns, x_dtype, seed=columns), group, dtype)
 
 
-@pytest.mark.parametrize("columns", [1, 2, 7, 8, 15, 33, 129, 255, 257, 1999, 3584, 5003, 18944, 65536, 70001])
+@pytest.mark.parametrize(
+    "columns", [1, 2, 7, 8, 15, 33, 129, 255, 257, 1999, 3584, 5003, 18944, 65536, 70001]
+)
 @pytest.mark.parametrize("group", [0, 6, 8, 14])
 def test_any_number_of_columns(group, columns):
     for rows in (1, 3):
@@ -75,7 +83,9 @@ def test_rows_with_inf_nan_zero_and_subnormals(columns, dtype):
         x = formulas.values(8, columns, x_dtype)
         x[1, 3], x[2, columns - 1], x[3, 5], x[4] = np.inf, -np.inf, np.nan, 0
         x[5] = -0.0
-        x[6] = float(jnp.finfo(jnp.bfloat16).tiny) if x_dtype != jnp.float16 else 0  # its scale would be subnormal
+        x[6] = (
+            float(jnp.finfo(jnp.bfloat16).tiny) if x_dtype != jnp.float16 else 0
+        )  # its scale would be subnormal
         codes, scale = run(x, 8, dtype)
         assert np.isnan(scale[1:4]).all() and np.isfinite(np.delete(scale, [1, 2, 3])).all()
         if np.dtype(dtype).itemsize == 1:
@@ -87,7 +97,12 @@ def test_rows_with_inf_nan_zero_and_subnormals(columns, dtype):
 def test_given_absmax(dtype):
     x = formulas.values(6, 700, jnp.bfloat16)
     absmax = np.abs(x.astype(np.float32)).max(1) * np.float32(3)
-    absmax[1], absmax[2], absmax[3], absmax[4] = np.nan, np.inf, 0, absmax[4] / 7  # the last one clips
+    absmax[1], absmax[2], absmax[3], absmax[4] = (
+        np.nan,
+        np.inf,
+        0,
+        absmax[4] / 7,
+    )  # the last one clips
     check(x, 8, dtype, absmax)
 
 
@@ -103,7 +118,9 @@ def test_every_rounding_boundary_of_e4m3():
     """All midpoints between neighbouring codes, and the floats next to them."""
     codes = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     middle = (codes[1:] + codes[:-1]) / 2
-    row = np.concatenate([codes, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(1e9))])
+    row = np.concatenate(
+        [codes, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(1e9))]
+    )
     check(np.concatenate([row, -row])[None], 8, jnp.float8_e4m3fn)
 
 
@@ -115,15 +132,24 @@ def test_prologues_in_the_kernel(rows, columns, pattern, x_dtype, dtype):
     """Against the same computed by XLA first: a code in a few hundred may round the other way."""
     rng = np.random.default_rng(0)
     x, up = (jnp.asarray(rng.standard_normal((rows, columns)) + 0.3, x_dtype) for _ in range(2))
-    weight, bias = (jnp.asarray(1 + rng.standard_normal(columns) / 4, jnp.float32) for _ in range(2))
+    weight, bias = (
+        jnp.asarray(1 + rng.standard_normal(columns) / 4, jnp.float32) for _ in range(2)
+    )
     fused = jax.jit(lambda x, p: sj.lift_quantize(x, pattern, dtype, prologue=p))
     unfused = jax.jit(lambda x, p: sj.lift_quantize(p.apply(x), pattern, dtype))
-    for prologue in (sj.RMSNorm(weight, 1e-5), sj.LayerNorm(weight, bias), sj.Activation("gelu"), sj.GLU(up)):
+    for prologue in (
+        sj.RMSNorm(weight, 1e-5),
+        sj.LayerNorm(weight, bias),
+        sj.Activation("gelu"),
+        sj.GLU(up),
+    ):
         assert "slidejax_lift_quantize_fused" in fused.lower(x, prologue).as_text()
         (codes, scale), (expected, expected_scale) = fused(x, prologue), unfused(x, prologue)
         near = np.abs(np.asarray(scale / expected_scale) - 1)[:, 0]
         assert near.max() < 1e-2 and (near < 2e-5).mean() > 0.5
-        steps = np.abs(np.asarray(codes, np.float32) - np.asarray(expected, np.float32))[near < 2e-5]
+        steps = np.abs(np.asarray(codes, np.float32) - np.asarray(expected, np.float32))[
+            near < 2e-5
+        ]
         assert (steps > 0).mean() < 5e-3 and (dtype != jnp.int8 or steps.max() <= 1)
 
 

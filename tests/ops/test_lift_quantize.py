@@ -31,13 +31,20 @@ def test_lifted_order(pattern):
         np.testing.assert_array_equal(cube[:, g, w, lane], x[:, column] if column < columns else 0)
 
 
-@given(st.sampled_from(PATTERNS), st.sampled_from(["int8", "float8_e4m3fn"]), st.sampled_from([1, 7, 64, 200]), st.integers(0, 999))
+@given(
+    st.sampled_from(PATTERNS),
+    st.sampled_from(["int8", "float8_e4m3fn"]),
+    st.sampled_from([1, 7, 64, 200]),
+    st.integers(0, 999),
+)
 def test_lifting_and_quantising_commute(pattern, dtype, columns, seed):
     p = sj.Pattern.parse(pattern)
     x = random_x(seed, (4, columns))
     lifted, scale = sj.lift_quantize(x, pattern, dtype)
     codes, expected_scale = numerics.encode(x, numerics.absmax(x, -1), dtype)
-    np.testing.assert_array_equal(np.asarray(lifted, np.float32), np.asarray(lift(codes, p), np.float32))
+    np.testing.assert_array_equal(
+        np.asarray(lifted, np.float32), np.asarray(lift(codes, p), np.float32)
+    )
     np.testing.assert_array_equal(scale, expected_scale)
     back = np.asarray(unlift(lifted, p), np.float32)
     np.testing.assert_array_equal(back[:, :columns], np.asarray(codes, np.float32))
@@ -63,7 +70,10 @@ def test_leading_axes(shape):
 def test_transformations():
     x = random_x(0, (3, 4, 40))
     lifted, scale = sj.lift_quantize(x, "6:8", "int8")
-    for fn in (jax.vmap(lambda x: sj.lift_quantize(x, "6:8")), jax.vmap(jax.vmap(lambda x: sj.lift_quantize(x, "6:8")))):
+    for fn in (
+        jax.vmap(lambda x: sj.lift_quantize(x, "6:8")),
+        jax.vmap(jax.vmap(lambda x: sj.lift_quantize(x, "6:8"))),
+    ):
         for a, b in zip(fn(x), (lifted, scale), strict=True):
             np.testing.assert_array_equal(a, b)
     scanned = jax.lax.scan(lambda c, row: (c, sj.lift_quantize(row, "6:8")), 0, x)[1]
@@ -81,7 +91,12 @@ def test_gradient_adds_up_over_windows():
     codes, pullback = jax.vjp(lambda x: sj.lift_quantize(x, "6:8", "float8_e4m3fn")[0], x)
     assert codes.dtype == rounded.dtype
     scale = sj.lift_quantize(x, "6:8", "float8_e4m3fn")[1]
-    expected = jax.grad(lambda x: (lift(x, sj.Pattern.parse("6:8")) * rounded.astype(jnp.float32)).sum())(x) / scale
+    expected = (
+        jax.grad(lambda x: (lift(x, sj.Pattern.parse("6:8")) * rounded.astype(jnp.float32)).sum())(
+            x
+        )
+        / scale
+    )
     np.testing.assert_allclose(pullback(rounded)[0], expected, rtol=1e-5)
 
 

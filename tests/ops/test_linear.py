@@ -11,7 +11,13 @@ import slidejax as sj
 
 DTYPES = ["int8", "float8_e4m3fn", "bfloat16", "float16", "float32"]
 # what one rounding of a row and of the weights may cost, relative to the largest output
-TOLERANCE = {"int8": 0.03, "float8_e4m3fn": 0.08, "bfloat16": 0.01, "float16": 2e-3, "float32": 1e-5}
+TOLERANCE = {
+    "int8": 0.03,
+    "float8_e4m3fn": 0.08,
+    "bfloat16": 0.01,
+    "float16": 2e-3,
+    "float32": 1e-5,
+}
 
 
 def problem(seed, rows, columns, features, pattern, dtype, x_dtype=np.float32):
@@ -47,9 +53,17 @@ def test_equals_the_dense_layer(pattern, dtype, shape, with_bias, seed):
 def test_is_the_product_of_the_lifted(pattern, dtype, seed):
     x, w, bias = problem(seed, 4, 90, 12, pattern, dtype)
     whole = sj.linear(x, w, bias, implementation="reference")
-    parts = sj.sparse_matmul(*sj.lift_quantize(x, pattern, dtype), w, bias, out_dtype="float32", implementation="reference")
+    parts = sj.sparse_matmul(
+        *sj.lift_quantize(x, pattern, dtype),
+        w,
+        bias,
+        out_dtype="float32",
+        implementation="reference",
+    )
     np.testing.assert_array_equal(whole, parts)
-    dense = sj.sparse_matmul(*sj.lift_quantize(x, pattern, dtype), w, bias, out_dtype="float32", implementation="dense")
+    dense = sj.sparse_matmul(
+        *sj.lift_quantize(x, pattern, dtype), w, bias, out_dtype="float32", implementation="dense"
+    )
     if dtype == "int8":  # integers: the same sums in any order
         np.testing.assert_array_equal(whole, dense)
         np.testing.assert_array_equal(whole, sj.linear(x, w, bias, implementation="dense"))
@@ -65,7 +79,9 @@ def test_int8_accumulators_are_exact():
     exact = np.rint(np.asarray(x) * 127) @ np.rint(np.asarray(kernel) * 127)
     expected = exact.astype(np.float32) * np.float32(np.float32(1 / 127)) * np.float32(1 / 127)
     for implementation in ("dense", "reference"):
-        np.testing.assert_allclose(sj.linear(x, w, implementation=implementation), expected, rtol=2e-7)
+        np.testing.assert_allclose(
+            sj.linear(x, w, implementation=implementation), expected, rtol=2e-7
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,7 +91,11 @@ def test_dtypes(dtype, x_dtype):
     assert sj.linear(x, w, bias).dtype == x_dtype
     assert sj.linear(x, w, bias.astype(x_dtype), out_dtype="float16").dtype == jnp.float16
     desired = x.astype(jnp.float32) @ sj.unpack(w).astype(jnp.float32) + bias
-    close(sj.linear(x, w, bias, out_dtype=jnp.float32), desired, TOLERANCE[dtype] + (0.01 if x_dtype != "float32" else 0))
+    close(
+        sj.linear(x, w, bias, out_dtype=jnp.float32),
+        desired,
+        TOLERANCE[dtype] + (0.01 if x_dtype != "float32" else 0),
+    )
 
 
 @pytest.mark.parametrize("shape", [(40,), (0, 40), (1, 40), (2, 3, 40), (2, 0, 40)])
@@ -94,7 +114,10 @@ def test_a_broken_row_stays_alone(dtype):
     x = x.at[1, 7].set(jnp.inf).at[2, 0].set(jnp.nan)
     for implementation in ("dense", "reference"):
         y = np.asarray(sj.linear(x, w, bias, implementation=implementation))
-        assert np.isnan(y).all(1).tolist() == [False, True, True, False] and np.isfinite(y[[0, 3]]).all()
+        assert (
+            np.isnan(y).all(1).tolist() == [False, True, True, False]
+            and np.isfinite(y[[0, 3]]).all()
+        )
 
 
 def test_jit_vmap_scan():
@@ -102,28 +125,44 @@ def test_jit_vmap_scan():
     y = sj.linear(x, w, bias)
     np.testing.assert_array_equal(jax.jit(sj.linear)(x, w, bias), y)
     batch = x.reshape(3, 4, 40)
-    np.testing.assert_array_equal(jax.vmap(lambda x: sj.linear(x, w, bias))(batch).reshape(12, 8), y)
-    np.testing.assert_array_equal(jax.lax.map(lambda x: sj.linear(x, w, bias), batch).reshape(12, 8), y)
-    np.testing.assert_array_equal(jax.vmap(lambda x, b: sj.linear(x, w, b), (0, None))(batch, bias).reshape(12, 8), y)
+    np.testing.assert_array_equal(
+        jax.vmap(lambda x: sj.linear(x, w, bias))(batch).reshape(12, 8), y
+    )
+    np.testing.assert_array_equal(
+        jax.lax.map(lambda x: sj.linear(x, w, bias), batch).reshape(12, 8), y
+    )
+    np.testing.assert_array_equal(
+        jax.vmap(lambda x, b: sj.linear(x, w, b), (0, None))(batch, bias).reshape(12, 8), y
+    )
     columns = jax.vmap(sj.linear, in_axes=(1, None, None), out_axes=1)(batch, w, bias)
     np.testing.assert_array_equal(columns.reshape(12, 8), y)
 
 
 @pytest.mark.parametrize(
     ("in_axes", "pattern"),
-    [((None, 0, None), "6:8"), ((0, 0, None), "6:8"), ((0, 0, 0), "6:8"), ((None, None, 0), "6:8"), ((0, 0, None), "dense")],
+    [
+        ((None, 0, None), "6:8"),
+        ((0, 0, None), "6:8"),
+        ((0, 0, 0), "6:8"),
+        ((None, None, 0), "6:8"),
+        ((0, 0, None), "dense"),
+    ],
 )
 def test_a_batch_of_weights(in_axes, pattern):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, 5, 40) if in_axes[0] == 0 else (5, 40)), jnp.float32)
-    kernel = jnp.asarray(rng.standard_normal((2, 40, 8) if in_axes[1] == 0 else (40, 8)), jnp.float32)
+    kernel = jnp.asarray(
+        rng.standard_normal((2, 40, 8) if in_axes[1] == 0 else (40, 8)), jnp.float32
+    )
     bias = jnp.asarray(rng.standard_normal((2, 8) if in_axes[2] == 0 else (8,)), jnp.float32)
     w = sj.pack(kernel, pattern, dtype="int8")
     y = jax.jit(jax.vmap(sj.linear, in_axes=in_axes))(x, w, bias)
     for i in range(2):
         pick = lambda a, axis: a if axis is None else jax.tree.map(lambda leaf: leaf[i], a)  # noqa: B023, E731
         one = sj.linear(pick(x, in_axes[0]), pick(w, in_axes[1]), pick(bias, in_axes[2]))
-        close(y[i], one, 1e-6)  # equal but for the last bit: compiled as a loop, the bias may be added by an FMA
+        close(
+            y[i], one, 1e-6
+        )  # equal but for the last bit: compiled as a loop, the bias may be added by an FMA
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16", "dense"])
@@ -153,12 +192,21 @@ def test_gradients_of_lifted_products(pattern):
     x, w, bias = problem(0, 5, 50, 6, pattern, "float32")
 
     def parts(x, values, bias):
-        return (sj.sparse_matmul(*sj.lift_quantize(x, pattern, "float32"), w.replace(values=values), bias) ** 2).sum()
+        return (
+            sj.sparse_matmul(
+                *sj.lift_quantize(x, pattern, "float32"), w.replace(values=values), bias
+            )
+            ** 2
+        ).sum()
 
     def whole(x, values, bias):
         return (sj.linear(x, w.replace(values=values), bias) ** 2).sum()
 
-    for a, b in zip(jax.grad(parts, (0, 1, 2))(x, w.values, bias), jax.grad(whole, (0, 1, 2))(x, w.values, bias), strict=True):
+    for a, b in zip(
+        jax.grad(parts, (0, 1, 2))(x, w.values, bias),
+        jax.grad(whole, (0, 1, 2))(x, w.values, bias),
+        strict=True,
+    ):
         close(a, b, 1e-5)
 
 

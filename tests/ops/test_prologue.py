@@ -47,8 +47,15 @@ def test_the_formulas_are_those_of_flax():
     rms = nn.RMSNorm(epsilon=1e-5).apply({"params": {"scale": scale}}, x)
     np.testing.assert_allclose(sj.RMSNorm(scale, 1e-5).apply(x), rms, rtol=1e-6)
     layer = nn.LayerNorm(epsilon=1e-5).apply({"params": {"scale": scale, "bias": bias}}, x)
-    np.testing.assert_allclose(sj.LayerNorm(scale, bias, 1e-5).apply(x), layer, rtol=1e-5, atol=1e-5)
-    flax = {"silu": nn.silu, "gelu": lambda x: nn.gelu(x, approximate=False), "gelu_tanh": nn.gelu, "relu": nn.relu}
+    np.testing.assert_allclose(
+        sj.LayerNorm(scale, bias, 1e-5).apply(x), layer, rtol=1e-5, atol=1e-5
+    )
+    flax = {
+        "silu": nn.silu,
+        "gelu": lambda x: nn.gelu(x, approximate=False),
+        "gelu_tanh": nn.gelu,
+        "relu": nn.relu,
+    }
     assert set(flax) == set(ACTIVATIONS)
     for name, function in flax.items():
         np.testing.assert_allclose(sj.Activation(name).apply(x), function(x), rtol=1e-6)
@@ -64,24 +71,41 @@ def test_equals_computing_it_first(kind, dtype):
         prologue = prologue_of(kind, x)
         y = prologue.apply(x)
         assert y.dtype == x_dtype
-        got, expected = sj.lift_quantize(x, "6:8", dtype, prologue=prologue), sj.lift_quantize(y, "6:8", dtype)
+        got, expected = (
+            sj.lift_quantize(x, "6:8", dtype, prologue=prologue),
+            sj.lift_quantize(y, "6:8", dtype),
+        )
         np.testing.assert_allclose(got[1], expected[1], rtol=1e-6)
         steps = np.abs(np.asarray(got[0], np.float32) - np.asarray(expected[0], np.float32))
-        assert (steps > 0).mean() < 1e-2 and (dtype != "int8" or steps.max() <= 1)  # XLA may contract a product and a sum
+        assert (steps > 0).mean() < 1e-2 and (
+            dtype != "int8" or steps.max() <= 1
+        )  # XLA may contract a product and a sum
         w = weight(dtype)
         for implementation in (None, "reference") if dtype == "int8" else (None,):
-            a, b = sj.linear(x, w, prologue=prologue, implementation=implementation), sj.linear(y, w, implementation=implementation)
-            np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-2, atol=2e-2)
+            a, b = (
+                sj.linear(x, w, prologue=prologue, implementation=implementation),
+                sj.linear(y, w, implementation=implementation),
+            )
+            np.testing.assert_allclose(
+                np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-2, atol=2e-2
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_under_vmap(kind):
     x, w = random(0, (3, ROWS, COLUMNS)), weight()
-    for op in (lambda x, p: sj.linear(x, w, prologue=p), lambda x, p: sj.lift_quantize(x, "6:8", prologue=p)):
+    for op in (
+        lambda x, p: sj.linear(x, w, prologue=p),
+        lambda x, p: sj.lift_quantize(x, "6:8", prologue=p),
+    ):
         prologue = prologue_of(kind, x)
         every = jax.tree.map(lambda leaf: 0 if leaf.ndim == 3 else None, prologue)
         expected = op(x, prologue)
-        for a, b in zip(jax.tree.leaves(jax.vmap(op, (0, every))(x, prologue)), jax.tree.leaves(expected), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(jax.vmap(op, (0, every))(x, prologue)),
+            jax.tree.leaves(expected),
+            strict=True,
+        ):
             assert close(a, b)
         # one x, and a batch of prologues: norm weights run one after the other
         one = prologue_of(kind, x[0])
@@ -107,20 +131,30 @@ def test_gradients(kind, dtype):
         y = sj.linear(x, v, prologue=prologue) if fused else sj.linear(prologue.apply(x), v)
         return (y * target).sum()
 
-    got, expected = (jax.grad(loss, (1, 2, 3))(fused, x, prologue, values) for fused in (True, False))
+    got, expected = (
+        jax.grad(loss, (1, 2, 3))(fused, x, prologue, values) for fused in (True, False)
+    )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(got[1]))
-    lifted, pull = jax.vjp(lambda x, p: sj.lift_quantize(x, "6:8", "float32", prologue=p)[0], x, prologue)
-    _, expected_pull = jax.vjp(lambda x, p: sj.lift_quantize(p.apply(x), "6:8", "float32")[0], x, prologue)
+    lifted, pull = jax.vjp(
+        lambda x, p: sj.lift_quantize(x, "6:8", "float32", prologue=p)[0], x, prologue
+    )
+    _, expected_pull = jax.vjp(
+        lambda x, p: sj.lift_quantize(p.apply(x), "6:8", "float32")[0], x, prologue
+    )
     cotangent = random(8, lifted.shape)
-    for a, b in zip(jax.tree.leaves(pull(cotangent)), jax.tree.leaves(expected_pull(cotangent)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(pull(cotangent)), jax.tree.leaves(expected_pull(cotangent)), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_integer_codes_have_no_gradient():
     x, up = random(0, (2, 8)), random(1, (2, 8))
-    grads = jax.grad(lambda x, up: sj.lift_quantize(x, "6:8", "int8", prologue=sj.GLU(up))[1].sum(), (0, 1))(x, up)
+    grads = jax.grad(
+        lambda x, up: sj.lift_quantize(x, "6:8", "int8", prologue=sj.GLU(up))[1].sum(), (0, 1)
+    )(x, up)
     assert all(not leaf.any() for leaf in grads)
 
 
@@ -135,7 +169,12 @@ def specs(prologue, rows, k):
     return jax.tree.map(lambda leaf: P(rows, k) if leaf.ndim == 2 else P(k), prologue)
 
 
-CUTS = [*((kind, ("m", "k")) for kind in KINDS), ("rms_norm", ("m", None)), ("glu", ("m", None)), ("layer_norm", (None, "k"))]
+CUTS = [
+    *((kind, ("m", "k")) for kind in KINDS),
+    ("rms_norm", ("m", None)),
+    ("glu", ("m", None)),
+    ("layer_norm", (None, "k")),
+]
 
 
 @pytest.mark.parametrize(("kind", "cut"), CUTS, ids=str)
@@ -145,8 +184,15 @@ def test_sharded(mesh, kind, cut):
     x, w = random(0, (ROWS, COLUMNS)), weight()
     prologue = prologue_of(kind, x)
     expected = sj.linear(x, w, prologue=prologue)
-    place = lambda tree, specs: jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), tree, specs)  # noqa: E731
-    placed = place(x, P(rows, k)), place(w, w.partition_spec(k=k)), place(prologue, specs(prologue, rows, k))
+
+    def place(tree, specs):
+        return jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), tree, specs)
+
+    placed = (
+        place(x, P(rows, k)),
+        place(w, w.partition_spec(k=k)),
+        place(prologue, specs(prologue, rows, k)),
+    )
 
     def op(x, w, prologue):
         return sj.linear(x, w, prologue=prologue)
@@ -154,7 +200,9 @@ def test_sharded(mesh, kind, cut):
     compiled = jax.jit(op).lower(*placed).compile()
     assert "all-gather" not in compiled.as_text()
     np.testing.assert_allclose(compiled(*placed), expected, rtol=1e-4, atol=2e-2)
-    lifted, scale = jax.jit(lambda x, p: sj.lift_quantize(x, "6:8", prologue=p))(placed[0], placed[2])
+    lifted, scale = jax.jit(lambda x, p: sj.lift_quantize(x, "6:8", prologue=p))(
+        placed[0], placed[2]
+    )
     expected_lifted, expected_scale = sj.lift_quantize(x, "6:8", prologue=prologue)
     np.testing.assert_allclose(scale, expected_scale, rtol=1e-5)
     assert np.abs(np.asarray(lifted, np.int32) - expected_lifted).max() <= 1
@@ -174,16 +222,26 @@ def test_sharded(mesh, kind, cut):
 def test_lowers_for_cuda_and_is_explained():
     x, w = random(0, (64, COLUMNS), jnp.bfloat16), weight()
     prologue = sj.GLU(x)
-    lowered = jax.jit(lambda x, p: sj.linear(x, w, prologue=p, implementation="hopper")).trace(x, prologue).lower(lowering_platforms=("cuda",))
-    assert "slidejax_linear_hopper" in lowered.as_text() and "prologue = 4 : i32" in lowered.as_text()
-    [(problem, choice)] = sj.explain(lambda x, p: sj.linear(x, w, prologue=p), x, prologue, platform="cpu")
+    lowered = (
+        jax.jit(lambda x, p: sj.linear(x, w, prologue=p, implementation="hopper"))
+        .trace(x, prologue)
+        .lower(lowering_platforms=("cuda",))
+    )
+    assert (
+        "slidejax_linear_hopper" in lowered.as_text() and "prologue = 4 : i32" in lowered.as_text()
+    )
+    [(problem, choice)] = sj.explain(
+        lambda x, p: sj.linear(x, w, prologue=p), x, prologue, platform="cpu"
+    )
     assert (problem.rows, problem.in_features, choice.implementation) == (64, COLUMNS, "dense")
 
 
 def test_inside_a_wrapped_weight():
     x, w = random(0, (4, COLUMNS)), masters(weight())
     prologue = sj.RMSNorm(random(1, COLUMNS))
-    np.testing.assert_allclose(sj.linear(x, w, prologue=prologue), sj.linear(prologue.apply(x), w), rtol=1e-6)
+    np.testing.assert_allclose(
+        sj.linear(x, w, prologue=prologue), sj.linear(prologue.apply(x), w), rtol=1e-6
+    )
 
 
 def test_bad_arguments():
@@ -195,7 +253,11 @@ def test_bad_arguments():
         (ValueError, "eps must be", lambda: sj.RMSNorm(x[0], eps=-1.0)),
         (ValueError, "RMSNorm: weight must have shape \\(128,\\)", lambda: sj.RMSNorm(x)),
         (ValueError, "LayerNorm: bias must have shape", lambda: sj.LayerNorm(x[0], x[0, :3])),
-        (ValueError, "LayerNorm: weight must be floating", lambda: sj.LayerNorm(jnp.ones(COLUMNS, jnp.int32))),
+        (
+            ValueError,
+            "LayerNorm: weight must be floating",
+            lambda: sj.LayerNorm(jnp.ones(COLUMNS, jnp.int32)),
+        ),
         (ValueError, "GLU: up must have shape \\(2, 128\\)", lambda: sj.GLU(x[:1])),
         (ValueError, "GLU: up must have x's dtype", lambda: sj.GLU(x.astype(jnp.bfloat16))),
     ):

@@ -9,7 +9,9 @@ import slidejax as sj
 from slidejax import tune
 from slidejax.ops import registry
 
-cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="tests what a machine without a GPU does")
+cpu_only = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="tests what a machine without a GPU does"
+)
 
 
 def problem(dtype="int8", pattern="6:8"):
@@ -21,7 +23,10 @@ def cuda_text(fn, *args):
 
 
 @cpu_only
-@pytest.mark.parametrize(("implementation", "target"), [("cusparselt", "slidejax_sparse_matmul_cusparselt"), ("hopper", "slidejax_linear_hopper")])
+@pytest.mark.parametrize(
+    ("implementation", "target"),
+    [("cusparselt", "slidejax_sparse_matmul_cusparselt"), ("hopper", "slidejax_linear_hopper")],
+)
 def test_cuda_programs_are_lowered_ahead_of_time(implementation, target):
     x, w = problem()
     text = cuda_text(lambda x, w: sj.linear(x, w, implementation=implementation), x, w)
@@ -40,12 +45,18 @@ def test_the_pattern_dense_is_the_dense_product():
     x, w = problem(pattern="dense")
     [(_, choice)] = sj.explain(sj.linear, x, w, platform="cuda")
     assert choice.implementation == "dense" and choice.reason == "nothing is pruned"
-    assert "no zeros to skip" in choice.refused["hopper"] and choice.refused.keys() == {"hopper", "cusparselt"}
+    assert "no zeros to skip" in choice.refused["hopper"] and choice.refused.keys() == {
+        "hopper",
+        "cusparselt",
+    }
     for name in ("hopper", "cusparselt"):
         with pytest.raises(NotImplementedError, match="the pattern dense prunes nothing"):
             cuda_text(lambda x, w, name=name: sj.linear(x, w, implementation=name), x, w)
     # quantised without lifting, in one step and in two
-    for run, call in ((sj.linear, "linear"), (lambda x, w: sj.sparse_matmul(*sj.lift_quantize(x, "dense"), w), "sparse_matmul")):
+    for run, call in (
+        (sj.linear, "linear"),
+        (lambda x, w: sj.sparse_matmul(*sj.lift_quantize(x, "dense"), w), "sparse_matmul"),
+    ):
         text = cuda_text(run, x, w)
         assert f"slidejax_{call}_hopper" in text and "dot_general" not in text
         assert "group = 0 : i32" in text and "transpose" not in text and "concatenate" not in text
@@ -75,20 +86,31 @@ def test_explain_sees_through_transformations():
     x, w = problem()
 
     def model(x, w):
-        x = jax.jit(sj.linear)(x, w)[:, :128 // 2]
-        return jax.lax.scan(lambda c, _: (c + sj.linear(jnp.pad(c, ((0, 0), (0, 64))), w), None), x, None, length=2)[0]
+        x = jax.jit(sj.linear)(x, w)[:, : 128 // 2]
+        return jax.lax.scan(
+            lambda c, _: (c + sj.linear(jnp.pad(c, ((0, 0), (0, 64))), w), None), x, None, length=2
+        )[0]
 
     found = sj.explain(jax.checkpoint(model), x, w, platform="cpu")
     assert len(found) == 2 and all(choice.implementation == "dense" for _, choice in found)
     assert found[0][0].rows == 16 and "plain JAX" in str(found[0][1])
-    grad = sj.explain(jax.grad(lambda x: sj.linear(x, w).astype(jnp.float32).sum()), x, platform="cpu")
+    grad = sj.explain(
+        jax.grad(lambda x: sj.linear(x, w).astype(jnp.float32).sum()), x, platform="cpu"
+    )
     assert len(grad) == 1
     with pytest.raises(ValueError, match="platform"):
         sj.explain(model, x, w, platform="tpu")
 
 
 def entry(rows, us, **changes):
-    return {"in": 128, "out": 64, "pattern": "6:8", "dtype": "int8", "rows": rows, "us": us} | changes
+    return {
+        "in": 128,
+        "out": 64,
+        "pattern": "6:8",
+        "dtype": "int8",
+        "rows": rows,
+        "us": us,
+    } | changes
 
 
 @cpu_only
@@ -96,10 +118,15 @@ def test_the_choice_follows_the_table(tmp_path, monkeypatch):
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
     device = registry.device_kind("cuda")
     _x, w = problem()
-    tune.record(device, [entry(16, {"hopper": 2.0, "dense": 1.0}), entry(4096, {"hopper": 50.0, "dense": 60.0})])
+    tune.record(
+        device,
+        [entry(16, {"hopper": 2.0, "dense": 1.0}), entry(4096, {"hopper": 50.0, "dense": 60.0})],
+    )
 
     def choice(rows, w=w):
-        [(_, choice)] = sj.explain(sj.linear, jnp.ones((rows, 128), jnp.bfloat16), w, platform="cuda")
+        [(_, choice)] = sj.explain(
+            sj.linear, jnp.ones((rows, 128), jnp.bfloat16), w, platform="cuda"
+        )
         return choice
 
     assert choice(16).implementation == "dense" and choice(4096).implementation == "hopper"
@@ -131,4 +158,8 @@ def test_shipped_tables_are_sound():
     for path in sorted(tune._SHIPPED.glob("*.json")):
         for e in tune._read(path):
             sj.Pattern.parse(e["pattern"])
-            assert np.dtype(jnp.dtype(e["dtype"])) and e["rows"] > 0 and all(us > 0 for us in e["us"].values())
+            assert (
+                np.dtype(jnp.dtype(e["dtype"]))
+                and e["rows"] > 0
+                and all(us > 0 for us in e["us"].values())
+            )

@@ -13,7 +13,14 @@ from jax.sharding import PartitionSpec as P
 import slidejax as sj
 
 COLUMNS = 256  # four blocks of 6:8
-CUTS = [("m", None, None), (None, "o", None), ("m", "o", None), (None, None, "k"), ("m", "o", "k"), (("m", "o"), None, "k")]
+CUTS = [
+    ("m", None, None),
+    (None, "o", None),
+    ("m", "o", None),
+    (None, None, "k"),
+    ("m", "o", "k"),
+    (("m", "o"), None, "k"),
+]
 
 pytestmark = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 CPU devices")
 
@@ -31,21 +38,34 @@ def problem(dtype, pattern="6:8"):
 
 
 def place(mesh, tree, specs):
-    return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs)
+    return jax.tree.map(
+        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs
+    )
 
 
 def collectives(fn, *args):
     text = jax.jit(fn).lower(*args).compile().as_text()
-    return set(re.findall(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text))
+    return set(
+        re.findall(
+            r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
+            text,
+        )
+    )
 
 
-@pytest.mark.parametrize(("pattern", "dtype"), [("6:8", "int8"), ("6:8", "float32"), ("dense", "int8")])
+@pytest.mark.parametrize(
+    ("pattern", "dtype"), [("6:8", "int8"), ("6:8", "float32"), ("dense", "int8")]
+)
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_linear_under_jit(mesh, cut, pattern, dtype):
     rows, out, k = cut
     x, w, bias = problem(dtype, pattern)
     y = sj.linear(x, w, bias)
-    args = place(mesh, x, P(rows, k)), place(mesh, w, w.partition_spec(out=out, k=k)), place(mesh, bias, P(out))
+    args = (
+        place(mesh, x, P(rows, k)),
+        place(mesh, w, w.partition_spec(out=out, k=k)),
+        place(mesh, bias, P(out)),
+    )
     cut_y = jax.jit(sj.linear)(*args)
     np.testing.assert_allclose(cut_y, y, rtol=1e-5, atol=1e-5)
     if dtype == "int8":
@@ -54,7 +74,9 @@ def test_linear_under_jit(mesh, cut, pattern, dtype):
     assert cut_y.sharding.is_equivalent_to(NamedSharding(mesh, P(rows, out)), 2)
 
 
-@pytest.mark.parametrize(("cut", "pattern"), [*((cut, "6:8") for cut in CUTS), (CUTS[4], "dense")], ids=str)
+@pytest.mark.parametrize(
+    ("cut", "pattern"), [*((cut, "6:8") for cut in CUTS), (CUTS[4], "dense")], ids=str
+)
 def test_the_two_ops_under_jit(mesh, cut, pattern):
     rows, out, k = cut
     x, w, bias = problem("int8", pattern)
@@ -62,12 +84,18 @@ def test_the_two_ops_under_jit(mesh, cut, pattern):
     def run(x, w, bias):
         return sj.sparse_matmul(*sj.lift_quantize(x, pattern), w, bias, out_dtype="float32")
 
-    args = place(mesh, x, P(rows, k)), place(mesh, w, w.partition_spec(out=out, k=k)), place(mesh, bias, P(out))
+    args = (
+        place(mesh, x, P(rows, k)),
+        place(mesh, w, w.partition_spec(out=out, k=k)),
+        place(mesh, bias, P(out)),
+    )
     np.testing.assert_array_equal(jax.jit(run)(*args), run(x, w, bias))
     assert collectives(run, *args) == ({"all-reduce"} if k else set())
 
 
-@pytest.mark.parametrize(("pattern", "dtype"), [("6:8", "int8"), ("6:8", "float32"), ("dense", "int8")])
+@pytest.mark.parametrize(
+    ("pattern", "dtype"), [("6:8", "int8"), ("6:8", "float32"), ("dense", "int8")]
+)
 def test_shard_map(mesh, pattern, dtype):
     x, w, bias = problem(dtype, pattern)
     specs = P("m", "k"), w.partition_spec(out="o", k="k"), P("o")
@@ -82,7 +110,11 @@ def test_shard_map(mesh, pattern, dtype):
 
     def lifted(x, w, bias):
         return sj.sparse_matmul(
-            *sj.lift_quantize(x, pattern, dtype, reduce_axis="k"), w, bias, out_dtype="float32", reduce_axis="k"
+            *sj.lift_quantize(x, pattern, dtype, reduce_axis="k"),
+            w,
+            bias,
+            out_dtype="float32",
+            reduce_axis="k",
         )
 
     y = jax.jit(jax.shard_map(lifted, mesh=mesh, in_specs=specs, out_specs=P("m", "o")))(x, w, bias)
@@ -97,10 +129,17 @@ def test_gradients_over_a_mesh(mesh):
 
     want = jax.grad(loss, (0, 1, 2))(x, w.values, bias)
     body = functools.partial(sj.linear, reduce_axis="k")
-    cut = jax.shard_map(body, mesh=mesh, in_specs=(P("m", "k"), w.partition_spec("o", "k"), P("o")), out_specs=P("m", "o"))
+    cut = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(P("m", "k"), w.partition_spec("o", "k"), P("o")),
+        out_specs=P("m", "o"),
+    )
     mapped = jax.jit(jax.grad(functools.partial(loss, linear=cut), (0, 1, 2)))(x, w.values, bias)
     values = place(mesh, w.values, P("o", "k", None))
-    automatic = jax.jit(jax.grad(loss, (0, 1, 2)))(place(mesh, x, P("m", "k")), values, place(mesh, bias, P("o")))
+    automatic = jax.jit(jax.grad(loss, (0, 1, 2)))(
+        place(mesh, x, P("m", "k")), values, place(mesh, bias, P("o"))
+    )
     for got in (mapped, automatic):
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -117,7 +156,9 @@ def test_prepared_forms_stay_behind_on_shards(mesh):
 def test_k_that_does_not_divide_is_one_clear_error(mesh):
     x, _w, _bias = problem("int8")
     rng = np.random.default_rng(0)
-    ragged = sj.pack(jnp.asarray(rng.standard_normal((192, 32)), jnp.float32), "6:8", dtype="int8")  # three blocks, cut in two
+    ragged = sj.pack(
+        jnp.asarray(rng.standard_normal((192, 32)), jnp.float32), "6:8", dtype="int8"
+    )  # three blocks, cut in two
     x = place(mesh, jnp.ones((16, 192)), P(None, "k"))
     with pytest.raises(Exception, match="not a whole number of blocks"):
         jax.jit(sj.linear)(x, ragged)

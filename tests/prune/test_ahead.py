@@ -12,7 +12,9 @@ from slidejax.prune.ahead import Ahead
 def compiled():
     """The names of all events of compiling so far."""
     names: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, seconds, **_: names.append(name) if "backend_compile" in name else None)
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: names.append(name) if "backend_compile" in name else None
+    )
     return names
 
 

@@ -19,14 +19,24 @@ from slidejax.prune.sensitivity import sensitivities
 PATTERNS = [sj.Pattern.parse(p) for p in ("dense", "14:16", "6:8", "4:6", "2:4")]
 
 
-@given(st.lists(st.tuples(st.floats(0, 10), st.sampled_from([32, 64, 200])), min_size=1, max_size=8), st.sampled_from([multiplications, packed_bytes]))
+@given(
+    st.lists(st.tuples(st.floats(0, 10), st.sampled_from([32, 64, 200])), min_size=1, max_size=8),
+    st.sampled_from([multiplications, packed_bytes]),
+)
 def test_the_budget_is_kept_and_uniform_is_never_better(layers, cost):
     shapes = {str(i): (width, 16) for i, (_, width) in enumerate(layers)}
-    needs = {str(i): {p: weight * 2.0**-i for i, p in enumerate(reversed(PATTERNS))} for i, (weight, _) in enumerate(layers)}
+    needs = {
+        str(i): {p: weight * 2.0**-i for i, p in enumerate(reversed(PATTERNS))}
+        for i, (weight, _) in enumerate(layers)
+    }
     rules = dict(choose(needs, shapes, "6:8", cost=cost))
     uniform = sum(cost(shape, sj.Pattern(6, 8)) for shape in shapes.values())
-    assert sum(cost(shapes[path], rule.pattern) for path, rule in rules.items()) <= uniform * (1 + 1e-6)
-    assert sum(needs[path][rule.pattern] for path, rule in rules.items()) <= sum(of[sj.Pattern(6, 8)] for of in needs.values()) * (1 + 1e-9)
+    assert sum(cost(shapes[path], rule.pattern) for path, rule in rules.items()) <= uniform * (
+        1 + 1e-6
+    )
+    assert sum(needs[path][rule.pattern] for path, rule in rules.items()) <= sum(
+        of[sj.Pattern(6, 8)] for of in needs.values()
+    ) * (1 + 1e-9)
 
 
 def test_a_budget_that_is_too_small():
@@ -36,19 +46,29 @@ def test_a_budget_that_is_too_small():
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(0, 2)), min_size=3, max_size=9))
 def test_layers_of_a_group_choose_together(layers):
-    needs = {f"{group}/{i}": {p: weight * 2.0**-j for j, p in enumerate(reversed(PATTERNS))} for i, (weight, group) in enumerate(layers)}
+    needs = {
+        f"{group}/{i}": {p: weight * 2.0**-j for j, p in enumerate(reversed(PATTERNS))}
+        for i, (weight, group) in enumerate(layers)
+    }
     rules = choose(needs, dict.fromkeys(needs, (64, 16)), "6:8", groups=[r"(\d)/\d+"])
     chosen = dict(zip(needs, (rule.pattern for _, rule in rules), strict=True))
     assert all(re.fullmatch(regex, path) for (regex, _), path in zip(rules, needs, strict=True))
     for group in "012":
         assert len({p for path, p in chosen.items() if path.startswith(group)}) <= 1
     uniform = sj.Pattern(6, 8)
-    assert sum(multiplications((64, 16), p) for p in chosen.values()) <= len(needs) * multiplications((64, 16), uniform) * (1 + 1e-6)
-    assert sum(needs[path][p] for path, p in chosen.items()) <= sum(of[uniform] for of in needs.values()) * (1 + 1e-9)
+    assert sum(multiplications((64, 16), p) for p in chosen.values()) <= len(
+        needs
+    ) * multiplications((64, 16), uniform) * (1 + 1e-6)
+    assert sum(needs[path][p] for path, p in chosen.items()) <= sum(
+        of[uniform] for of in needs.values()
+    ) * (1 + 1e-9)
 
 
 def test_groups_that_are_wrong():
-    needs, shapes = {"a/q": {sj.Pattern(6, 8): 1.0}, "a/k": {sj.Pattern(4, 6): 1.0}}, dict.fromkeys(("a/q", "a/k"), (8, 8))
+    needs, shapes = (
+        {"a/q": {sj.Pattern(6, 8): 1.0}, "a/k": {sj.Pattern(4, 6): 1.0}},
+        dict.fromkeys(("a/q", "a/k"), (8, 8)),
+    )
     with pytest.raises(ValueError, match=r"groups\[1\].*matches no layer"):
         choose(needs, shapes, "14:16", groups=["a/q", "b/.*"])
     with pytest.raises(ValueError, match="no pattern in common"):
@@ -58,11 +78,28 @@ def test_groups_that_are_wrong():
 def test_time_as_a_cost(monkeypatch, tmp_path):
     """By the nearest entry of the pattern, in proportion; dense products whatever pattern they were measured with."""
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
-    measured = {("6:8", 16): {"hopper+prepared": 10.0, "dense+prepared": 12.0}, ("14:16", 16): {"hopper+prepared": 15.0, "dense": 13.0}, ("6:8", 4096): {"hopper": 99.0}}
-    sj.tune.record("A GPU", [{"in": 64, "out": 32, "pattern": p, "dtype": "int8", "rows": rows, "us": us} for (p, rows), us in measured.items()])
+    measured = {
+        ("6:8", 16): {"hopper+prepared": 10.0, "dense+prepared": 12.0},
+        ("14:16", 16): {"hopper+prepared": 15.0, "dense": 13.0},
+        ("6:8", 4096): {"hopper": 99.0},
+    }
+    sj.tune.record(
+        "A GPU",
+        [
+            {"in": 64, "out": 32, "pattern": p, "dtype": "int8", "rows": rows, "us": us}
+            for (p, rows), us in measured.items()
+        ],
+    )
     time = measured_times(16, device="A GPU")
-    assert [time((64, 32), sj.Pattern.parse(p)) for p in ("6:8", "14:16", "dense")] == [10.0, 13.0, 12.0]
-    assert time((64, 64), sj.Pattern(6, 8)) == 20.0 and measured_times(32, device="A GPU")((64, 32), sj.Pattern(6, 8)) == 20.0
+    assert [time((64, 32), sj.Pattern.parse(p)) for p in ("6:8", "14:16", "dense")] == [
+        10.0,
+        13.0,
+        12.0,
+    ]
+    assert (
+        time((64, 64), sj.Pattern(6, 8)) == 20.0
+        and measured_times(32, device="A GPU")((64, 32), sj.Pattern(6, 8)) == 20.0
+    )
     for what, far in ((sj.Pattern(2, 4), (64, 32)), (sj.Pattern(6, 8), (64, 1 << 20))):
         with pytest.raises(ValueError, match="nothing was measured near 16 rows"):
             time(far, what)
@@ -72,7 +109,11 @@ def test_time_as_a_cost(monkeypatch, tmp_path):
 
 class Two(nnx.Module):
     def __init__(self, rngs, heard=0.01):
-        self.loud, self.quiet, self.heard = nnx.Linear(32, 16, rngs=rngs), nnx.Linear(32, 16, rngs=rngs), heard
+        self.loud, self.quiet, self.heard = (
+            nnx.Linear(32, 16, rngs=rngs),
+            nnx.Linear(32, 16, rngs=rngs),
+            heard,
+        )
 
     def __call__(self, x):
         return jnp.concatenate([self.loud(x), self.heard * self.quiet(x)], axis=-1)
@@ -85,11 +126,19 @@ def squares(y, batch):
 @pytest.mark.parametrize("heard", [0.01, 0.0])
 @pytest.mark.parametrize("count", [1, 4])  # one batch serves for both; else the last is held out
 def test_a_layer_that_matters_more_keeps_more(count, heard):
-    model, batches = Two(nnx.Rngs(0), heard), list(jax.random.normal(jax.random.key(0), (count, 64, 32)))
+    model, batches = (
+        Two(nnx.Rngs(0), heard),
+        list(jax.random.normal(jax.random.key(0), (count, 64, 32))),
+    )
     rules = sj.prune.mixed(model, "6:8", batches, patterns=["14:16", "6:8", "2:4"], loss=squares)
-    assert [(path, str(rule)) for path, rule in rules] == [("loud/kernel", "14:16 int8"), ("quiet/kernel", "2:4 int8")]
+    assert [(path, str(rule)) for path, rule in rules] == [
+        ("loud/kernel", "14:16 int8"),
+        ("quiet/kernel", "2:4 int8"),
+    ]
     assert len(sj.prune.convert(model, rules, batches).loud.kernel.shape) == 2
-    assert rules == sj.prune.mixed(model, "6:8", batches, patterns=["14:16", "6:8", "2:4"], loss=squares)
+    assert rules == sj.prune.mixed(
+        model, "6:8", batches, patterns=["14:16", "6:8", "2:4"], loss=squares
+    )
 
 
 def test_what_mixed_cannot_do():
@@ -107,16 +156,26 @@ def test_what_mixed_cannot_do():
 def test_held_out_text_is_not_fitted_to(monkeypatch):
     """The kernels that are measured are pruned without it."""
     seen = []
-    monkeypatch.setattr("slidejax.prune.budget.collect", lambda run, params, batches: seen.extend(batches) or collect(run, params, batches))
+    monkeypatch.setattr(
+        "slidejax.prune.budget.collect",
+        lambda run, params, batches: seen.extend(batches) or collect(run, params, batches),
+    )
 
     def measured(loss, params, batches, changes):
         seen.extend([None, *batches])
         return sensitivities(loss, params, batches, changes)
 
     monkeypatch.setattr("slidejax.prune.budget.sensitivities", measured)
-    sj.prune.mixed(Two(nnx.Rngs(0)), "6:8", [jnp.full((4, 32), float(i)) + jnp.eye(4, 32) for i in range(8)], loss=squares)
+    sj.prune.mixed(
+        Two(nnx.Rngs(0)),
+        "6:8",
+        [jnp.full((4, 32), float(i)) + jnp.eye(4, 32) for i in range(8)],
+        loss=squares,
+    )
     at = seen.index(None)
-    assert [float(batch[-1, -1]) for batch in seen[:at]] == [0, 1, 2, 4, 5, 6] and [float(batch[-1, -1]) for batch in seen[at + 1 :]] == [3, 7]
+    assert [float(batch[-1, -1]) for batch in seen[:at]] == [0, 1, 2, 4, 5, 6] and [
+        float(batch[-1, -1]) for batch in seen[at + 1 :]
+    ] == [3, 7]
 
 
 class Output(NamedTuple):
@@ -140,16 +199,29 @@ def test_what_is_chosen_is_nearer_to_the_dense_model_than_uniform():
     assert str(rules["body/quiet/kernel"]) == "2:4 int8"
     new = [sj.prune.convert(model, how, ids) for how in (list(rules.items()), "6:8")]
     kernels = [layer.kernel for layer in (new[0].body.loud, new[0].body.quiet, new[0].head)]
-    assert sum(multiplications(w.shape, w.pattern) for w in kernels) <= 0.75 * (2 * 32 * 16 + 32 * 64)
+    assert sum(multiplications(w.shape, w.pattern) for w in kernels) <= 0.75 * (
+        2 * 32 * 16 + 32 * 64
+    )
     fresh = np.random.default_rng(1).integers(64, size=(8, 64))
     dense = jax.nn.log_softmax(model(fresh).logits)
-    mixed, uniform = (float(jnp.mean(jnp.exp(dense) * (dense - jax.nn.log_softmax(one(fresh).logits)))) for one in new)
+    mixed, uniform = (
+        float(jnp.mean(jnp.exp(dense) * (dense - jax.nn.log_softmax(one(fresh).logits))))
+        for one in new
+    )
     assert mixed < uniform
 
 
 def test_a_choice_that_is_no_nearer_is_not_taken(monkeypatch):
-    monkeypatch.setattr("slidejax.prune.budget.shrunk", lambda found, sizes: {path: 1 / one.value for path, one in found.items()})
-    rules = sj.prune.mixed(Language(), "6:8", np.random.default_rng(0).integers(64, size=(4, 64)), patterns=["14:16", "6:8", "2:4"])
+    monkeypatch.setattr(
+        "slidejax.prune.budget.shrunk",
+        lambda found, sizes: {path: 1 / one.value for path, one in found.items()},
+    )
+    rules = sj.prune.mixed(
+        Language(),
+        "6:8",
+        np.random.default_rng(0).integers(64, size=(4, 64)),
+        patterns=["14:16", "6:8", "2:4"],
+    )
     assert [str(rule) for _, rule in rules] == ["6:8 int8"] * 3
 
 
@@ -163,21 +235,35 @@ def test_layers_that_cannot_be_told_apart_share_the_pattern():
         def __call__(self, x):
             return jnp.concatenate([layer(x) for layer in self.layers], axis=-1)
 
-    rules = sj.prune.mixed(Equal(), "6:8", list(jax.random.normal(jax.random.key(0), (4, 6, 32))), loss=squares)
+    rules = sj.prune.mixed(
+        Equal(), "6:8", list(jax.random.normal(jax.random.key(0), (4, 6, 32))), loss=squares
+    )
     assert {str(rule) for _, rule in rules} == {"6:8 int8"}
 
 
 def test_a_layer_may_be_quantised_only():
-    """"dense" costs what dense 8-bit products do; None, put before, is for layers that are to stay as they are."""
+    """ "dense" costs what dense 8-bit products do; None, put before, is for layers that are to stay as they are."""
     dense, half = sj.Pattern.parse("dense"), sj.Pattern(2, 4)
     needs = {"a": {half: 9.0, dense: 0.0}, "b": {half: 1.0, dense: 0.0}}
     shapes = {"a": (64, 16), "b": (64, 16)}
-    for budget, chosen in ((1.5, ["dense int8", "2:4 int8"]), (2.0, ["dense int8"] * 2), (1.49, ["2:4 int8", "dense int8"][:1] * 2)):
+    for budget, chosen in (
+        (1.5, ["dense int8", "2:4 int8"]),
+        (2.0, ["dense int8"] * 2),
+        (1.49, ["2:4 int8", "dense int8"][:1] * 2),
+    ):
         assert [str(rule) for _, rule in choose(needs, shapes, budget * 64 * 16)] == chosen
-    model = nnx.Sequential(nnx.Linear(64, 16, rngs=nnx.Rngs(0)), nnx.Linear(16, 8, rngs=nnx.Rngs(1)), nnx.Linear(8, 4, rngs=nnx.Rngs(2)))
+    model = nnx.Sequential(
+        nnx.Linear(64, 16, rngs=nnx.Rngs(0)),
+        nnx.Linear(16, 8, rngs=nnx.Rngs(1)),
+        nnx.Linear(8, 4, rngs=nnx.Rngs(2)),
+    )
     report = sj.Report()
-    sj.nnx.convert(model, [(".*/2/kernel", None), (".*/1/kernel", "2:4"), (".*", "dense")], report=report)
-    assert [str(line.rule) for line in report.converted] == ["dense int8", "2:4 int8"] and list(report.dense.values()) == ["a rule says so"]
+    sj.nnx.convert(
+        model, [(".*/2/kernel", None), (".*/1/kernel", "2:4"), (".*", "dense")], report=report
+    )
+    assert [str(line.rule) for line in report.converted] == ["dense int8", "2:4 int8"] and list(
+        report.dense.values()
+    ) == ["a rule says so"]
 
 
 def test_kernels_are_read_as_their_layers_read_them():

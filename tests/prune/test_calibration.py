@@ -17,7 +17,9 @@ UNROUNDED = sj.Rule("4:6", qdtype=None)
 def inputs(rows=512, seed=0):
     """Inputs of a few strong channels."""
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((rows, WIDTH)) @ (np.eye(WIDTH) + rng.standard_normal((WIDTH, WIDTH)) / 4)
+    x = rng.standard_normal((rows, WIDTH)) @ (
+        np.eye(WIDTH) + rng.standard_normal((WIDTH, WIDTH)) / 4
+    )
     return jnp.asarray(x * np.exp(rng.standard_normal(WIDTH)), jnp.float32)
 
 
@@ -35,7 +37,10 @@ class Blocks(nn.Module):
     def __call__(self, x):
         for i in range(2):
             h = nn.RMSNorm(name=f"norm{i}")(x)
-            gate, up = nn.Dense(32, use_bias=False, name=f"gate{i}")(h), nn.Dense(32, use_bias=False, name=f"up{i}")(h)
+            gate, up = (
+                nn.Dense(32, use_bias=False, name=f"gate{i}")(h),
+                nn.Dense(32, use_bias=False, name=f"up{i}")(h),
+            )
             x = x + nn.Dense(WIDTH, name=f"down{i}")(nn.silu(gate) * up)
         return nn.Dense(8, name="head")(x)
 
@@ -61,7 +66,13 @@ def blocks():
 
 def converted(blocks, rules, method="sparsegpt", **settings):
     model, variables, x = blocks
-    return sj.prune.convert(model, rules, sj.prune.Calibration(jnp.split(x, 4), **settings), params=variables, method=method)
+    return sj.prune.convert(
+        model,
+        rules,
+        sj.prune.Calibration(jnp.split(x, 4), **settings),
+        params=variables,
+        method=method,
+    )
 
 
 def test_in_order_and_correcting_beat_the_dense_models_inputs(blocks):
@@ -70,7 +81,9 @@ def test_in_order_and_correcting_beat_the_dense_models_inputs(blocks):
     def error(method="sparsegpt", **settings):
         return model_error(model, variables, converted(blocks, UNROUNDED, method, **settings), x)
 
-    by_magnitude = model_error(model, variables, sj.linen.convert(variables, UNROUNDED, model, x), x)
+    by_magnitude = model_error(
+        model, variables, sj.linen.convert(variables, UNROUNDED, model, x), x
+    )
     at_once, in_order, corrected = error(in_order=False), error(correct=0.0), error(correct=1.0)
     assert corrected < in_order < at_once < error("wanda") < by_magnitude
 
@@ -80,7 +93,13 @@ def test_codes_chosen_together_beat_rounding_afterwards(blocks):
     rule = sj.Rule("6:8", "float8_e4m3fn")
     chosen = converted(blocks, rule)
     kernels = converted(blocks, sj.Rule("6:8", None), smooth=0)
-    rounded = sj.linen.convert(jax.tree.map(lambda w: w, variables), rule, model, x, prune=lambda k, p, path: _dense(kernels, path))
+    rounded = sj.linen.convert(
+        jax.tree.map(lambda w: w, variables),
+        rule,
+        model,
+        x,
+        prune=lambda k, p, path: _dense(kernels, path),
+    )
     assert model_error(model, variables, chosen, x) < model_error(model, variables, rounded, x)
 
 
@@ -92,7 +111,11 @@ def test_quantising_alone(blocks):
     chosen, smoothed = (converted(blocks, rule, method) for method in ("sparsegpt", "wanda"))
     errors = [model_error(model, variables, sparse, x) for sparse in (chosen, smoothed, plain)]
     assert errors[0] < errors[1] < errors[2]
-    assert {w.pattern for w in jax.tree.leaves(chosen, is_leaf=lambda n: isinstance(n, sj.SlideWeight)) if isinstance(w, sj.SlideWeight)} == {rule.pattern}
+    assert {
+        w.pattern
+        for w in jax.tree.leaves(chosen, is_leaf=lambda n: isinstance(n, sj.SlideWeight))
+        if isinstance(w, sj.SlideWeight)
+    } == {rule.pattern}
 
 
 def _dense(variables, path):
@@ -119,7 +142,9 @@ def test_a_stopped_conversion_goes_on(blocks, tmp_path, monkeypatch):
     assert counts == [(1, 5), (2, 5), (3, 5)]
     saved = []
     save = Store.save
-    monkeypatch.setattr(Store, "save", lambda self, stage, pruned: [saved.append(stage), save(self, stage, pruned)])
+    monkeypatch.setattr(
+        Store, "save", lambda self, stage, pruned: [saved.append(stage), save(self, stage, pruned)]
+    )
     resumed = converted(blocks, "6:8", work=tmp_path / "work")
     assert saved == [3, 4], "two stages were left"
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
@@ -140,13 +165,17 @@ def test_offloaded_values_give_the_same(blocks, monkeypatch):
     plain = converted(blocks, "6:8", smooth=0)
     assert {*map(tuple, kinds)} == {(False,)}
     kinds.clear()
-    jax.tree.map(np.testing.assert_array_equal, converted(blocks, "6:8", smooth=0, offload=True), plain)
+    jax.tree.map(
+        np.testing.assert_array_equal, converted(blocks, "6:8", smooth=0, offload=True), plain
+    )
     assert {*map(tuple, kinds)} == {(True,)}
 
 
 def test_inputs_that_are_not_finite_are_named(blocks):
     model, variables, x = blocks
-    with pytest.raises(ValueError, match=r"(gate|up)0/kernel: the calibration inputs hold inf or nan"):
+    with pytest.raises(
+        ValueError, match=r"(gate|up)0/kernel: the calibration inputs hold inf or nan"
+    ):
         sj.prune.convert(model, "6:8", [x.at[3, 3].set(jnp.nan)], params=variables)
 
 
@@ -171,7 +200,9 @@ def test_grams_add_up_over_calls_and_batches():
     first, second = state["intermediates"]["shared"]["__call__"]
     both = np.concatenate([x.reshape(20, 24), np.tanh(first)])
     np.testing.assert_allclose(grams["shared/kernel"], both.T @ both, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(grams["last/kernel"], np.tanh(second).T @ np.tanh(second), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        grams["last/kernel"], np.tanh(second).T @ np.tanh(second), rtol=1e-4, atol=1e-3
+    )
     diagonals = calibration.collect(model.apply, variables, list(x), diagonal=True)
     assert set(diagonals) == set(grams)
     for path, diagonal in diagonals.items():
@@ -180,7 +211,9 @@ def test_grams_add_up_over_calls_and_batches():
 
 def test_a_layer_at_two_depths_is_pruned_with_the_dense_models_inputs():
     model, x, report = Twice(), inputs(64), sj.Report()
-    sparse = sj.prune.convert(model, "6:8", [x], params=model.init(jax.random.key(1), x), report=report)
+    sparse = sj.prune.convert(
+        model, "6:8", [x], params=model.init(jax.random.key(1), x), report=report
+    )
     assert isinstance(sparse["params"]["shared"]["kernel"], sj.SlideWeight)
     assert "shared/kernel is used at several depths" in report.notes[0]
 
@@ -189,14 +222,21 @@ def test_scanned_layers_are_refused():
     class Scanned(nn.Module):
         @nn.compact
         def __call__(self, x):
-            body = nn.scan(lambda layer, x, _: (layer(x), None), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+            body = nn.scan(
+                lambda layer, x, _: (layer(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=2,
+            )
             return body(nn.Dense(8, name="dense"), x, None)[0]
 
     model, x = Scanned(), jnp.ones((3, 8))
     variables = model.init(jax.random.key(0), x)
     with pytest.raises(NotImplementedError, match="scan"):
         calibration.collect(model.apply, variables, [x])
-    with pytest.raises(ValueError, match="no calibration inputs"):  # its kernel is a stack, which is never calibrated
+    with pytest.raises(
+        ValueError, match="no calibration inputs"
+    ):  # its kernel is a stack, which is never calibrated
         sj.prune.convert(model, "6:8", [x], params=variables)
 
 
@@ -214,7 +254,9 @@ def test_bad_arguments(blocks):
         sj.prune.convert(model, "6:8", [x, x[:3]], params=variables)
     with pytest.raises(ValueError, match="token ids"):
         sj.prune.convert(model, "6:8", x, params=variables)
-    assert [batch.shape for batch in sj.prune.Calibration(np.zeros((9, 5), np.int32)).as_batches()] == 3 * [(3, 5)]
+    assert [
+        batch.shape for batch in sj.prune.Calibration(np.zeros((9, 5), np.int32)).as_batches()
+    ] == 3 * [(3, 5)]
     with pytest.raises(ValueError, match="too few"):
         sj.prune.cut([1], 2, 4)
 
@@ -222,17 +264,25 @@ def test_bad_arguments(blocks):
 def test_a_model_is_pruned_with_what_it_was_calibrated_on(tiny_llama):
     tokens = np.random.default_rng(0).integers(0, 256, (32, 32))
     dense = tiny_llama.params["model"]["layers"]["0"]["mlp"]["down_proj"]["kernel"]
-    grams = calibration.collect(lambda p, ids: tiny_llama(ids, params=p), tiny_llama.params, np.split(tokens, 2))
+    grams = calibration.collect(
+        lambda p, ids: tiny_llama(ids, params=p), tiny_llama.params, np.split(tokens, 2)
+    )
     gram = grams["model/layers/0/mlp/down_proj/kernel"]
     errors, distances = [], []
     for method in ("magnitude", "wanda", "sparsegpt"):
-        at_once = "magnitude" if method == "magnitude" else sj.huggingface.calibrated(tiny_llama, method, tokens)
+        at_once = (
+            "magnitude"
+            if method == "magnitude"
+            else sj.huggingface.calibrated(tiny_llama, method, tokens)
+        )
         model = sj.huggingface.convert(tiny_llama, UNROUNDED, at_once)
         packed = model.params["model"]["layers"]["0"]["mlp"]["down_proj"]["kernel"]
         errors.append(float(layer_error(dense, sj.unpack(packed), gram)))
         if method != "magnitude":
             model = sj.huggingface.convert(tiny_llama, UNROUNDED, method=method, calibration=tokens)
-        distances.append(float(jnp.mean((model(tokens[:8]).logits - tiny_llama(tokens[:8]).logits) ** 2)))
+        distances.append(
+            float(jnp.mean((model(tokens[:8]).logits - tiny_llama(tokens[:8]).logits) ** 2))
+        )
     assert errors[2] < errors[1] < errors[0]
     assert distances[2] < distances[1] < distances[0]
     with pytest.raises(ValueError, match="needs calibration"):

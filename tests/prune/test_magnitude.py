@@ -16,7 +16,9 @@ def test_keeps_the_largest(pattern, rows, seed):
     mask = np.asarray(sj.prune.magnitude(kernel, pattern))
     for start in range(0, rows, p.group):
         group, kept = np.abs(kernel[start : start + p.group]), mask[start : start + p.group]
-        dropped = max(0, p.group - p.kept - (p.group - len(group)))  # the missing columns are pruned first
+        dropped = max(
+            0, p.group - p.kept - (p.group - len(group))
+        )  # the missing columns are pruned first
         assert ((~kept).sum(0) == min(dropped, len(group))).all()
         for column in range(4):
             if dropped and (~kept[:, column]).any() and kept[:, column].any():
@@ -24,7 +26,9 @@ def test_keeps_the_largest(pattern, rows, seed):
 
 
 def test_ties_and_special_values():
-    assert sj.prune.magnitude(jnp.ones((8, 1)), "6:8").ravel().tolist() == [False, False] + [True] * 6
+    assert (
+        sj.prune.magnitude(jnp.ones((8, 1)), "6:8").ravel().tolist() == [False, False] + [True] * 6
+    )
     kernel = jnp.array([[1.0], [jnp.nan], [jnp.inf], [2.0]])
     assert sj.prune.magnitude(kernel, "2:4").ravel().tolist() == [False, True, True, False]
     everything_infinite = sj.prune.magnitude(jnp.full((8, 1), jnp.inf), "6:8")

@@ -14,17 +14,30 @@ DTYPES = ["int8", "float8_e4m3fn"]
 
 def problem(seed, columns=40, features=12):
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((200, columns)) @ (np.eye(columns) + rng.standard_normal((columns, columns)) / 2)
-    return jnp.asarray(rng.standard_normal((columns, features)), jnp.float32), jnp.asarray(x.T @ x, jnp.float32)
+    x = rng.standard_normal((200, columns)) @ (
+        np.eye(columns) + rng.standard_normal((columns, columns)) / 2
+    )
+    return jnp.asarray(rng.standard_normal((columns, features)), jnp.float32), jnp.asarray(
+        x.T @ x, jnp.float32
+    )
 
 
-@pytest.mark.parametrize(("pattern", "dtype"), [("6:8", "int8"), ("6:8", "float8_e4m3fn"), ("dense", "float8_e4m3fn")])
+@pytest.mark.parametrize(
+    ("pattern", "dtype"), [("6:8", "int8"), ("6:8", "float8_e4m3fn"), ("dense", "float8_e4m3fn")]
+)
 def test_codes_chosen_together_beat_nearest_ones(pattern, dtype):
     kernel, gram = problem(0)
     mask = magnitude(kernel, pattern)
     kept = jnp.where(mask, kernel, 0)
     nearest = sj.unpack(sj.pack(kernel, pattern, dtype, mask=mask))
-    errors = [float(layer_error(kept, round_kernel(kept, mask, gram, kept, dtype, damping=0, sweeps=n)[0], gram)) for n in (1, 2, 4)]
+    errors = [
+        float(
+            layer_error(
+                kept, round_kernel(kept, mask, gram, kept, dtype, damping=0, sweeps=n)[0], gram
+            )
+        )
+        for n in (1, 2, 4)
+    ]
     assert errors[2] <= errors[1] <= errors[0] < float(layer_error(kept, nearest, gram))
     new, scale = round_kernel(kept, mask, gram, kept, dtype)
     w = sj.pack(new, pattern, dtype, mask=mask, scale=scale)
@@ -36,7 +49,10 @@ def test_no_single_code_can_be_bettered():
     """Where sweeps have come to rest, every code is the best one given all others."""
     kernel, gram = problem(1, columns=16, features=3)
     mask = magnitude(kernel, "6:8")
-    new, scale = (np.asarray(a, np.float64) for a in round_kernel(kernel, mask, gram, kernel, "int8", damping=0, sweeps=60))
+    new, scale = (
+        np.asarray(a, np.float64)
+        for a in round_kernel(kernel, mask, gram, kernel, "int8", damping=0, sweeps=60)
+    )
     exact, gram = np.asarray(kernel, np.float64), np.asarray(gram, np.float64)
     for o, k in itertools.product(range(3), range(16)):
         if mask[k, o]:
@@ -49,7 +65,9 @@ def test_no_single_code_can_be_bettered():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_clip_search_beats_the_largest_magnitude(dtype):
-    kernel = jax.random.normal(jax.random.key(0), (4096, 8))  # many values, of which the largest may be clipped
+    kernel = jax.random.normal(
+        jax.random.key(0), (4096, 8)
+    )  # many values, of which the largest may be clipped
     energy = jnp.ones(4096)
     largest = clip_search(kernel, energy, dtype)
 

@@ -22,7 +22,10 @@ class Gated(nn.Module):
     @nn.compact
     def __call__(self, x):
         h = self.norm(name="norm")(x)
-        gate, up = nn.Dense(32, use_bias=False, name="gate")(h), nn.Dense(32, use_bias=False, name="up")(h)
+        gate, up = (
+            nn.Dense(32, use_bias=False, name="gate")(h),
+            nn.Dense(32, use_bias=False, name="up")(h),
+        )
         return x + nn.Dense(24, name="down")(nn.silu(gate) * up)
 
 
@@ -44,7 +47,9 @@ def strong(seed=0):
 def test_the_model_computes_the_same_and_rounds_better(norm):
     model, x = Gated(norm), strong()
     variables = model.init(jax.random.key(0), x)
-    loud = jnp.exp(2 * jax.random.normal(jax.random.key(1), (24,)))  # channels that a norm makes strong
+    loud = jnp.exp(
+        2 * jax.random.normal(jax.random.key(1), (24,))
+    )  # channels that a norm makes strong
     variables["params"]["norm"]["scale"] = loud
     if norm is nn.LayerNorm:
         variables["params"]["norm"]["bias"] = loud[::-1] / 9
@@ -88,14 +93,28 @@ def test_transformers(name, tiny_llama):
     if name == "llama":
         model = tiny_llama
     else:
-        config = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
+        config = transformers.GPT2Config(
+            vocab_size=97,
+            n_embd=32,
+            n_layer=1,
+            n_head=2,
+            n_positions=32,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
         model = transformers.FlaxGPT2LMHeadModel(config)
     ids = np.random.default_rng(0).integers(0, 97, (2, 16))
     paths = [p for p in named_leaves(model.params) if p.endswith("kernel") and "lm_head" not in p]
-    stages = Stages(lambda params, ids: model(ids, params=params), model.params, ids, dict.fromkeys(paths, INT8))
+    stages = Stages(
+        lambda params, ids: model(ids, params=params), model.params, ids, dict.fromkeys(paths, INT8)
+    )
     new, smoothed = smooth(stages, model.params, [ids])
     np.testing.assert_allclose(model(ids, params=new).logits, model(ids).logits, atol=1e-4)
-    want = ("c_attn", "c_fc") if name == "gpt2" else ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+    want = (
+        ("c_attn", "c_fc")
+        if name == "gpt2"
+        else ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+    )
     assert {path.split("/")[-2] for path in smoothed} == set(want)
     # every layer that writes to the residual stream is seen to
     writers = {path.split("/")[-2] for path, stream in stages.streams.items() if stream is not None}

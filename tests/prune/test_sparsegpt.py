@@ -14,7 +14,9 @@ from slidejax.prune import exchange, layer_error, magnitude, refit, sparsegpt, w
 def problem(seed, columns, features=12, rows=256):
     """Inputs that are correlated and of very different strength, as those of a model are."""
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((rows, columns)) @ (np.eye(columns) + rng.standard_normal((columns, columns)) / np.sqrt(columns))
+    x = rng.standard_normal((rows, columns)) @ (
+        np.eye(columns) + rng.standard_normal((columns, columns)) / np.sqrt(columns)
+    )
     x = (x * np.exp(rng.standard_normal(columns))).astype(np.float32)
     return jnp.asarray(rng.standard_normal((columns, features)), jnp.float32), jnp.asarray(x.T @ x)
 
@@ -65,7 +67,9 @@ def test_refit_solves_the_normal_equations():
     exact = np.asarray(gram, np.float64)
     for o in range(kernel.shape[1]):
         kept = np.flatnonzero(np.asarray(mask)[:, o])
-        want = np.linalg.solve(exact[np.ix_(kept, kept)], exact[kept] @ np.asarray(kernel, np.float64)[:, o])
+        want = np.linalg.solve(
+            exact[np.ix_(kept, kept)], exact[kept] @ np.asarray(kernel, np.float64)[:, o]
+        )
         np.testing.assert_allclose(fitted[kept, o], want, rtol=2e-2, atol=2e-2)
     assert not fitted[~np.asarray(mask)].any()
 
@@ -89,7 +93,11 @@ def test_the_pattern_dense_keeps_all():
     kernel, gram = problem(6, 20)
     mask, new = sparsegpt(kernel, "dense", gram)
     np.testing.assert_array_equal(new, kernel)
-    assert np.asarray(mask).all() and np.asarray(wanda(kernel, "dense", gram)).all() and np.asarray(magnitude(kernel, "dense")).all()
+    assert (
+        np.asarray(mask).all()
+        and np.asarray(wanda(kernel, "dense", gram)).all()
+        and np.asarray(magnitude(kernel, "dense")).all()
+    )
     with pytest.raises(ValueError, match="no pairs to exchange"):
         exchange(kernel, mask, gram, kernel, "dense")
 

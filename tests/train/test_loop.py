@@ -19,21 +19,37 @@ def loss(params, x):
 
 
 def params(dtype="int8", bias="float32"):
-    return {"kernel": sj.pack(jnp.asarray(TARGET + 0.5), "6:8", dtype=dtype), "bias": jnp.zeros(8, bias)}
+    return {
+        "kernel": sj.pack(jnp.asarray(TARGET + 0.5), "6:8", dtype=dtype),
+        "bias": jnp.zeros(8, bias),
+    }
 
 
 def run(steps=30, tree=None, **options):
-    return fit(loss, params() if tree is None else tree, Shuffled(ROWS, 16), steps=steps, learning_rate=2e-2, warmup=3, **options)
+    return fit(
+        loss,
+        params() if tree is None else tree,
+        Shuffled(ROWS, 16),
+        steps=steps,
+        learning_rate=2e-2,
+        warmup=3,
+        **options,
+    )
 
 
 def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize(("dtype", "qdtype"), [("int8", None), ("float8_e4m3fn", None), ("float32", "int8"), ("float32", None)])
+@pytest.mark.parametrize(
+    ("dtype", "qdtype"),
+    [("int8", None), ("float8_e4m3fn", None), ("float32", "int8"), ("float32", None)],
+)
 def test_it_learns_on_the_mask(dtype, qdtype):
     fitted = run(60, params(dtype), qdtype=qdtype)
-    assert fitted.losses.shape == (60,) and fitted.losses[-5:].mean() < 0.5 * fitted.losses[:5].mean()
+    assert (
+        fitted.losses.shape == (60,) and fitted.losses[-5:].mean() < 0.5 * fitted.losses[:5].mean()
+    )
     assert fitted.params["kernel"].dtype == (qdtype or dtype)
     np.testing.assert_array_equal(fitted.params["kernel"].zeros, params()["kernel"].zeros)
     assert (np.asarray(fitted.params["bias"]) != 0).any()
@@ -43,7 +59,9 @@ def test_what_is_returned_is_what_the_training_saw():
     """One more step would start from the loss that the returned 8-bit weight has."""
     whole, part = run(9, every=100), run(9, trained="kernel/values")
     batch = Shuffled(ROWS, 16)
-    seen = fit(loss, whole.params, batch, steps=1, learning_rate=1e-9, optimizer=optax.sgd(0.0)).losses[0]
+    seen = fit(
+        loss, whole.params, batch, steps=1, learning_rate=1e-9, optimizer=optax.sgd(0.0)
+    ).losses[0]
     assert seen == np.float32(jax.jit(loss)(whole.params, batch(0)))
     np.testing.assert_array_equal(part.params["bias"], 0)
 
@@ -72,7 +90,12 @@ def test_resumed_equals_uninterrupted(tmp_path, stop):
     with pytest.raises(Interrupted):
         run(12, checkpoint=tmp_path / "state", every=stop, progress=interrupt)
     seen = []
-    resumed = run(12, checkpoint=tmp_path / "state", every=stop, progress=lambda step, total, value: seen.append(step))
+    resumed = run(
+        12,
+        checkpoint=tmp_path / "state",
+        every=stop,
+        progress=lambda step, total, value: seen.append(step),
+    )
     assert seen == list(range(stop + 1, 13))
     whole = run(12)
     same(resumed.params, whole.params)
@@ -97,7 +120,13 @@ def test_an_optimizer_of_ones_own():
 
 def test_minutes_become_steps():
     totals = []
-    fitted = fit(loss, params(), Shuffled(ROWS, 16), minutes=0.01, progress=lambda step, total, value: totals.append(total))
+    fitted = fit(
+        loss,
+        params(),
+        Shuffled(ROWS, 16),
+        minutes=0.01,
+        progress=lambda step, total, value: totals.append(total),
+    )
     assert totals[0] is None and totals[-1] == fitted.steps == len(fitted.losses)
     assert fitted.seconds < 30
 

@@ -29,26 +29,48 @@ def test_recovery_lowers_the_divergence(written, qdtype, hidden):
     dense, rows, held_out = written
     sparse = sj.huggingface.convert(dense, sj.Rule("4:6", qdtype))
     before = jax.tree.map(np.array, sparse.params)
-    recovered, fitted = sj.recover(sparse, dense, rows, steps=40, batch=16, window=WINDOW, learning_rate=3e-3, warmup=5, hidden=hidden)
-    start, end = (evaluate(m, held_out, window=WINDOW, reference=dense).agreement.kl for m in (sparse, recovered))
+    recovered, fitted = sj.recover(
+        sparse,
+        dense,
+        rows,
+        steps=40,
+        batch=16,
+        window=WINDOW,
+        learning_rate=3e-3,
+        warmup=5,
+        hidden=hidden,
+    )
+    start, end = (
+        evaluate(m, held_out, window=WINDOW, reference=dense).agreement.kl
+        for m in (sparse, recovered)
+    )
     assert end < 0.85 * start and fitted.steps == 40
     jax.tree.map(np.testing.assert_array_equal, sparse.params, before)  # the input stays as it is
-    kernels = [m.params["model"]["layers"]["1"]["mlp"]["up_proj"]["kernel"] for m in (sparse, recovered)]
+    kernels = [
+        m.params["model"]["layers"]["1"]["mlp"]["up_proj"]["kernel"] for m in (sparse, recovered)
+    ]
     assert kernels[0].dtype == kernels[1].dtype and (kernels[0].zeros == kernels[1].zeros).all()
     assert not np.array_equal(kernels[0].values, kernels[1].values)
-    np.testing.assert_array_equal(recovered.params["model"]["embed_tokens"]["embedding"], dense.params["model"]["embed_tokens"]["embedding"])
+    np.testing.assert_array_equal(
+        recovered.params["model"]["embed_tokens"]["embedding"],
+        dense.params["model"]["embed_tokens"]["embedding"],
+    )
 
 
 def test_a_float_packed_model_comes_out_quantised(written):
     dense, rows, _ = written
     sparse = sj.huggingface.convert(dense, sj.Rule("6:8", None))
-    recovered, _ = sj.recover(sparse, dense, rows, steps=2, batch=4, window=WINDOW, qdtype="int8", hidden=0.0)
+    recovered, _ = sj.recover(
+        sparse, dense, rows, steps=2, batch=4, window=WINDOW, qdtype="int8", hidden=0.0
+    )
     kernel = recovered.params["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"]
     assert kernel.dtype == np.int8
     # what comes out is what the last step left: its loss on a batch is the one that training would go on from
     ids = rows[:4]
     loss = distill.kl_divergence(recovered(ids).logits, dense(ids).logits)
-    _, more = sj.recover(recovered, dense, ids, steps=1, batch=4, window=WINDOW, learning_rate=1e-12, hidden=0.0)
+    _, more = sj.recover(
+        recovered, dense, ids, steps=1, batch=4, window=WINDOW, learning_rate=1e-12, hidden=0.0
+    )
     assert more.losses[0] == pytest.approx(float(loss), rel=1e-4)
 
 
@@ -69,7 +91,9 @@ def test_sampled_text_is_the_models(written):
     np.testing.assert_array_equal(rows, distill.sample(dense, prompts, 12, batch=2, seed=1))
     assert not np.array_equal(rows, distill.sample(dense, prompts, 12, batch=2, seed=2))
     cold = distill.sample(dense, prompts, 12, temperature=1e-4)
-    greedy = dense.generate(prompts, max_length=12, do_sample=False, eos_token_id=259, pad_token_id=0).sequences
+    greedy = dense.generate(
+        prompts, max_length=12, do_sample=False, eos_token_id=259, pad_token_id=0
+    ).sequences
     np.testing.assert_array_equal(cold, greedy)
 
 
