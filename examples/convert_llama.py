@@ -6,8 +6,8 @@ import jax
 from transformers import FlaxLlamaForCausalLM, LlamaConfig
 
 import slidejax as sj
-from slidejax.generate import Generator
-from slidejax.models import load_model
+from slidejax.lm.generate import Generator
+from slidejax.lm.models import load_model
 
 config = LlamaConfig(
     vocab_size=128,

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import FlaxLlamaForCausalLM, LlamaConfig
 
 import slidejax as sj
-from slidejax.evaluate import evaluate
+from slidejax.lm.evaluate import evaluate
 from slidejax.train import sample
 
 config = LlamaConfig(

@@ -12,11 +12,11 @@ from slidejax.ops.linear import linear
 from slidejax.ops.prologue import GLU, Activation, LayerNorm, RMSNorm
 from slidejax.ops.registry import explain, implementations
 from slidejax.ops.sparse_matmul import sparse_matmul
-from slidejax.pattern import Pattern
-from slidejax.prepared import drop_prepared, prepare
 from slidejax.rules import Report, Rule
-from slidejax.trainable import combine, partition
-from slidejax.weight import SlideWeight, pack, quantize, unpack
+from slidejax.variants.prepared import drop_prepared, prepare
+from slidejax.variants.trainable import combine, partition
+from slidejax.weights.packed import SlideWeight, pack, quantize, unpack
+from slidejax.weights.pattern import Pattern
 
 __all__ = [
     "GLU",
@@ -43,7 +43,17 @@ __all__ = [
 ]
 
 # Parts that need Flax, files or an optional package are loaded when first used.
-_LAZY = ("adapters", "checkpoint", "huggingface", "linen", "nnx", "rules", "train", "tune")
+_LAZY = (
+    "adapters",
+    "checkpoint",
+    "huggingface",
+    "linen",
+    "nnx",
+    "rules",
+    "train",
+    "trainable",
+    "tune",
+)
 
 
 def __getattr__(name: str):

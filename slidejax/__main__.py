@@ -2,6 +2,6 @@
 
 import sys
 
-from slidejax.cli import main
+from slidejax.commands.main import main
 
 sys.exit(main())

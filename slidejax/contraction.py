@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from slidejax import numerics
 from slidejax.ops.linear import linear
-from slidejax.prepared import DenseWeight
 from slidejax.rules import LeftDense
-from slidejax.weight import SlideWeight, WrappedWeight
+from slidejax.variants.prepared import DenseWeight
+from slidejax.weights import numerics
+from slidejax.weights.packed import SlideWeight, WrappedWeight
 
 __all__ = [
     "Axes",

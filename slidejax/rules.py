@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from slidejax import numerics
-from slidejax.pattern import Pattern
-from slidejax.prune.magnitude import magnitude
-from slidejax.weight import SlideWeight, pack
+from slidejax.weights import numerics
+from slidejax.weights.magnitude import magnitude
+from slidejax.weights.packed import SlideWeight, pack
+from slidejax.weights.pattern import Pattern
 
 __all__ = ["Converted", "LeftDense", "Prune", "Report", "Rule", "RuleSet", "nbytes", "pack_by_rule"]
 

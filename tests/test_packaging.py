@@ -60,10 +60,10 @@ def test_the_wheel_works_elsewhere(wheel, tmp_path):
     code = (
         f"import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; sys.path.insert(0, {str(target)!r})\n"
         "import slidejax, jax.numpy as jnp\n"
-        "from slidejax import cli\n"
+        "from slidejax.commands.main import main\n"
         "w = slidejax.pack(jnp.ones((8, 4)), '6:8', dtype='int8')\n"
         "print(slidejax.__file__, slidejax.linear(jnp.ones((1, 8)), w).tolist(), flush=True)\n"
-        "cli.main(['info'])"
+        "main(['info'])"
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": ""}
     done = subprocess.run(

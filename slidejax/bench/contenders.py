@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax import numerics
 from slidejax.bench.timing import Contender
 from slidejax.ops import registry
 from slidejax.ops.lift_quantize import lift_rows
 from slidejax.ops.linear import linear
 from slidejax.ops.registry import Problem
-from slidejax.prepared import drop_prepared, prepare
-from slidejax.weight import SlideWeight
+from slidejax.variants.prepared import drop_prepared, prepare
+from slidejax.weights import numerics
+from slidejax.weights.packed import SlideWeight
 
 __all__ = ["BASELINES", "BEST_DENSE", "baselines", "best_dense", "kernel_of", "sparse"]
 

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 
 import slidejax
-from slidejax import numerics
-from slidejax.bench import arguments, contenders
+from slidejax.bench import contenders
 from slidejax.bench.timing import Clock, Contender, time_all
-from slidejax.ops import cusparselt, ffi
+from slidejax.commands import bench_arguments as arguments
+from slidejax.ops.cuda import calls as ffi
+from slidejax.ops.implementations import cusparselt
 from slidejax.ops.lift_quantize import lift_quantize, lift_rows
-from slidejax.pattern import Pattern
-from slidejax.weight import pack
+from slidejax.weights import numerics
+from slidejax.weights.packed import pack
+from slidejax.weights.pattern import Pattern
 
 __all__ = ["measure", "set_flags", "table"]
 

@@ -12,14 +12,17 @@ from typing import Any
 
 import jax
 
-from slidejax import numerics, tune
-from slidejax.bench import arguments, contenders
+from slidejax.bench import contenders
 from slidejax.bench.run import inputs_of
 from slidejax.bench.timing import Clock, time_all
-from slidejax.ops import cusparselt, registry
-from slidejax.pattern import Pattern
-from slidejax.prepared import weights_of
-from slidejax.weight import SlideWeight, pack
+from slidejax.commands import bench_arguments as arguments
+from slidejax.ops import registry
+from slidejax.ops import tuning as tune
+from slidejax.ops.implementations import cusparselt
+from slidejax.variants.prepared import weights_of
+from slidejax.weights import numerics
+from slidejax.weights.packed import SlideWeight, pack
+from slidejax.weights.pattern import Pattern
 
 __all__ = ["measure", "table"]
 

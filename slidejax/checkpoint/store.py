@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.checkpoint.staging import staged
-from slidejax.pattern import Pattern
-from slidejax.projections import unfuse_module
-from slidejax.weight import SlideWeight
+from slidejax.variants.projections import unfuse_module
+from slidejax.weights.packed import SlideWeight
+from slidejax.weights.pattern import Pattern
 
 __all__ = ["ARRAYS", "METADATA", "load", "read_into", "save", "write_into"]
 

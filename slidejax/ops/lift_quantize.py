@@ -25,9 +25,8 @@ from jax.experimental.custom_partitioning import (
     custom_partitioning,
 )
 
-from slidejax import numerics
 from slidejax.ops import registry
-from slidejax.ops._common import (
+from slidejax.ops.primitive import (
     Cut,
     axis_names,
     check_input,
@@ -40,7 +39,8 @@ from slidejax.ops._common import (
     with_rules,
 )
 from slidejax.ops.prologue import PLAIN, Inputs, Prologue, inputs_of
-from slidejax.pattern import Pattern
+from slidejax.weights import numerics
+from slidejax.weights.pattern import Pattern
 
 __all__ = [
     "lift",
@@ -121,7 +121,7 @@ def _lowering(*operands, platform, pattern, dtype, inputs):
     xs, given = operands[: inputs.count], operands[inputs.count :]
     x, absmax = xs[0], given[0] if given else None
     if platform == "cuda" and registry.cuda_calls() and math.prod(x.shape):
-        from slidejax.ops import ffi
+        from slidejax.ops.cuda import calls as ffi
 
         columns = x.shape[1] if pattern is None else pattern.lifted(x.shape[1])
         group = 0 if pattern is None else pattern.group

@@ -22,9 +22,9 @@ from jax.experimental.custom_partitioning import (
     custom_partitioning,
 )
 
-from slidejax import numerics
 from slidejax.ops import registry, sparse_matmul
-from slidejax.ops._common import (
+from slidejax.ops.lift_quantize import lift_rows, lift_shard
+from slidejax.ops.primitive import (
     check_input,
     make_primitive,
     map_batched,
@@ -32,10 +32,10 @@ from slidejax.ops._common import (
     varying_axes,
     with_rules,
 )
-from slidejax.ops.lift_quantize import lift_rows, lift_shard
 from slidejax.ops.prologue import Prologue, inputs_of
 from slidejax.ops.sparse_matmul import Settings
-from slidejax.weight import SlideWeight, WrappedWeight, check_weight, scatter_values
+from slidejax.weights import numerics
+from slidejax.weights.packed import SlideWeight, WrappedWeight, check_weight, scatter_values
 
 __all__ = ["linear", "linear_p"]
 
@@ -80,7 +80,8 @@ def _lowering(*operands, platform, settings):
 
 def _in_one_call(xs, kernel, w: SlideWeight, bias, settings: Settings) -> jax.Array:
     """The lift and the Hopper kernel; `kernel`: the dense one, if that is what runs."""
-    from slidejax.ops import ffi, hopper
+    from slidejax.ops.cuda import calls as ffi
+    from slidejax.ops.implementations import hopper
 
     x, prologue = xs[0], settings.inputs.prologue(xs)
     if prologue is not None and not ffi.fused(x, w.dtype, prologue):

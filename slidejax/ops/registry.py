@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax import numerics
-from slidejax.pattern import Pattern
-from slidejax.weight import SlideWeight
+from slidejax.weights import numerics
+from slidejax.weights.packed import SlideWeight
+from slidejax.weights.pattern import Pattern
 
 __all__ = ["Choice", "Problem", "choose", "cuda_calls", "explain", "implementations", "refusals"]
 
@@ -97,7 +97,7 @@ def _missing(part: str) -> str | None:
     """Why a part of the compiled library ("library", "cusparselt", "hopper") cannot be used on this machine's GPU."""
     if jax.default_backend() not in ("gpu", "cuda"):
         return None
-    from slidejax.ops import ffi
+    from slidejax.ops.cuda import calls as ffi
 
     return ffi.missing(part)
 
@@ -172,13 +172,13 @@ def fused_dense(x, kernel, platform: str) -> bool:
 
 
 def _cusparselt(lifted, scale_x, w: SlideWeight, bias, out_dtype):
-    from slidejax.ops import cusparselt
+    from slidejax.ops.implementations import cusparselt
 
     return cusparselt.linear(lifted, scale_x, w, bias, out_dtype)
 
 
 def _hopper(lifted, scale_x, w: SlideWeight, bias, out_dtype):
-    from slidejax.ops import hopper
+    from slidejax.ops.implementations import hopper
 
     return hopper.matmul(lifted, scale_x, w, bias, out_dtype)
 
@@ -237,7 +237,7 @@ def choose(problem: Problem) -> Choice:
         return Choice("dense", "plain JAX", refused)
     if not problem.pattern.prunes:
         return Choice("dense", "nothing is pruned", refused)
-    from slidejax import tune
+    from slidejax.ops import tuning as tune
 
     measured = tune.lookup(problem, candidates)
     if measured is not None:

@@ -22,9 +22,9 @@ from jax.experimental.custom_partitioning import (
     custom_partitioning,
 )
 
-from slidejax import numerics
 from slidejax.ops import registry
-from slidejax.ops._common import (
+from slidejax.ops.lift_quantize import unlift
+from slidejax.ops.primitive import (
     Cut,
     axis_names,
     first_axes,
@@ -35,10 +35,16 @@ from slidejax.ops._common import (
     varying_axes,
     with_rules,
 )
-from slidejax.ops.lift_quantize import unlift
 from slidejax.ops.prologue import PLAIN, Inputs
-from slidejax.pattern import Pattern
-from slidejax.weight import SlideWeight, check_weight, kept_values, scatter_values, split_zeros
+from slidejax.weights import numerics
+from slidejax.weights.packed import (
+    SlideWeight,
+    check_weight,
+    kept_values,
+    scatter_values,
+    split_zeros,
+)
+from slidejax.weights.pattern import Pattern
 
 __all__ = [
     "accumulate",
@@ -213,7 +219,7 @@ def dense_product(codes, kernel, scale_x, scale_w, bias, out_dtype, platform: st
     """`codes [M, K] @ kernel [out, K]^T` with scales `[M, 1]`, `[out]` and bias: in one kernel on a Hopper GPU, where XLA would write
     the accumulators to memory and read them again; `out_dtype` None gives the raw accumulators."""
     if out_dtype is not None and registry.fused_dense(codes, kernel, platform):
-        from slidejax.ops import hopper
+        from slidejax.ops.implementations import hopper
 
         return hopper.dense_matmul(codes, scale_x, kernel, scale_w, bias, out_dtype)
     acc = accumulate(codes, kernel, platform)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from slidejax.prune.magnitude import magnitude
 from slidejax.prune.sparsegpt import exchange, layer_error, refit, sparsegpt
 from slidejax.prune.wanda import wanda
+from slidejax.weights.magnitude import magnitude
 
 if TYPE_CHECKING:
-    from slidejax.prune.budget import measured_times, mixed
-    from slidejax.prune.calibration import Calibration, convert, cut
+    from slidejax.prune.model.budget import measured_times, mixed
+    from slidejax.prune.model.calibration import Calibration, convert, cut
     from slidejax.prune.rounding import clip_search, round_kernel
 
 __all__ = [
@@ -35,11 +35,11 @@ __all__ = [
 
 # What needs Flax is loaded when first used.
 _LAZY = {
-    "Calibration": "calibration",
-    "convert": "calibration",
-    "cut": "calibration",
-    "measured_times": "budget",
-    "mixed": "budget",
+    "Calibration": "model.calibration",
+    "convert": "model.calibration",
+    "cut": "model.calibration",
+    "measured_times": "model.budget",
+    "mixed": "model.budget",
     "clip_search": "rounding",
     "round_kernel": "rounding",
 }

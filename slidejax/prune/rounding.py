@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax import numerics
 from slidejax.prune.sparsegpt import damped
+from slidejax.weights import numerics
 
 __all__ = ["clip_search", "round_kernel"]
 

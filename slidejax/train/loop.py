@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.trainable import Selection, combine, deploy, masters, partition
+from slidejax.variants.trainable import Selection, combine, deploy, masters, partition
 
 __all__ = ["Fitted", "Shuffled", "fit"]
 

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from slidejax.evaluate import fitting
-from slidejax.prepared import drop_prepared, weights_of
+from slidejax.lm.evaluate import fitting
 from slidejax.train.distill import distillation_loss, rows_of
 from slidejax.train.loop import Fitted, Shuffled, fit
-from slidejax.trainable import Selection
+from slidejax.variants.prepared import drop_prepared, weights_of
+from slidejax.variants.trainable import Selection
 
 __all__ = ["HIDDEN", "recover"]
 

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.bench import arguments, contenders, run, timing, tuning
-from slidejax.ops import cusparselt, ffi, registry
+from slidejax.bench import contenders, run, timing, tuning
+from slidejax.commands import bench_arguments as arguments
+from slidejax.ops import registry
+from slidejax.ops.cuda import calls as ffi
+from slidejax.ops.implementations import cusparselt
 
 
 def parse(add, *options):

@@ -8,8 +8,8 @@ gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
 
 from slidejax.checkpoint.gguf import GGUFFile
-from slidejax.generate import Generator
-from slidejax.models import load_model, packaged_file
+from slidejax.lm.generate import Generator
+from slidejax.lm.models import load_model, packaged_file
 
 
 def interleave(weight, heads):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.ops import cusparselt, ffi
+from slidejax.ops.cuda import calls as ffi
+from slidejax.ops.implementations import cusparselt
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.ops import ffi, hopper
+from slidejax.ops.cuda import calls as ffi
+from slidejax.ops.implementations import hopper
 
 DTYPES = (jnp.int8, jnp.float8_e4m3fn)
 

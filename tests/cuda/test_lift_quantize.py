@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.ops import ffi
+from slidejax.ops.cuda import calls as ffi
 
 pytestmark = pytest.mark.gpu
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from patterns import PATTERNS
 
 import slidejax as sj
-from slidejax import numerics
 from slidejax.ops.lift_quantize import lift, unlift
+from slidejax.weights import numerics
 
 DTYPES = ["int8", "float8_e4m3fn", "bfloat16", "float16", "float32"]
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import slidejax as sj
 from slidejax.ops.prologue import ACTIVATIONS
-from slidejax.trainable import masters
+from slidejax.variants.trainable import masters
 
 COLUMNS, ROWS = 128, 8  # two blocks of 6:8
 KINDS = ["rms_norm", "layer_norm", "layer_norm without bias", "activation", "glu"]

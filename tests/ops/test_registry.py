@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax import tune
 from slidejax.ops import registry
+from slidejax.ops import tuning as tune
 
 cpu_only = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="tests what a machine without a GPU does"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax import numerics
 from slidejax.prune import clip_search, layer_error, magnitude, round_kernel
+from slidejax.weights import numerics
 
 DTYPES = ["int8", "float8_e4m3fn"]
 

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import slidejax as sj
-from slidejax.evaluate import evaluate
+from slidejax.lm.evaluate import evaluate
 from slidejax.train import distill
 
 WINDOW = 32
@@ -16,7 +16,7 @@ WINDOW = 32
 @pytest.fixture(scope="module")
 def written(tiny_config, tiny_params):
     """The dense model's own text, to train on and to evaluate on."""
-    from slidejax.checkpoint.huggingface import build
+    from slidejax.huggingface.files import build
 
     dense = build(tiny_config, tiny_params)
     prompts = np.random.default_rng(0).integers(0, 256, (104, 1))

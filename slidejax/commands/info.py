@@ -1,0 +1,84 @@
+"""`slidejax info`: versions, devices, the CUDA library, and which implementations can run here and why the others cannot."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slidejax.bench.contenders import problem_of
+from slidejax.ops import registry
+from slidejax.ops.cuda import calls as ffi
+from slidejax.weights.packed import pack
+
+__all__ = ["collect", "text"]
+
+_PACKAGES = ("slidejax", "jax", "jaxlib", "flax", "transformers", "nvidia-cusparselt-cu13")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def collect() -> dict[str, Any]:
+    """What there is to say, as a JSON object.
+
+    >>> facts = collect()
+    >>> sorted(facts["implementations"])
+    ['cusparselt', 'dense', 'hopper', 'reference']
+    """
+    weights = {
+        dtype: pack(jnp.ones((512, 512), jnp.bfloat16), "6:8", dtype=dtype)
+        for dtype in ("int8", "float8_e4m3fn", "bfloat16")
+    }
+    refused = {dtype: registry.refusals(problem_of(w, 16)) for dtype, w in weights.items()}
+    cusparselt = ffi.cusparselt_version()
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "platform": jax.default_backend(),
+        "devices": [f"{d.id}: {d.device_kind}" for d in jax.devices()],
+        "cuda_library": {
+            "usable": ffi.available()[0],
+            "build": ffi.build_info(),
+            "missing": {part: ffi.missing(part) for part in ("library", "cusparselt", "hopper")},
+            "cusparselt_version": None if cusparselt is None else ".".join(map(str, cusparselt)),
+        },
+        "implementations": {
+            name: {dtype: refused[dtype].get(name) for dtype in weights}
+            for name in registry.implementations()
+        },
+        "choice": {dtype: str(registry.choose(problem_of(w, 16))) for dtype, w in weights.items()},
+    }
+
+
+def text(facts: dict[str, Any]) -> str:
+    """The same for people."""
+    library = facts["cuda_library"]
+    lines = [
+        f"python {facts['python']}",
+        *(f"{name} {v or 'not installed'}" for name, v in facts["versions"].items()),
+    ]
+    lines += [
+        f"platform {facts['platform']}; devices {', '.join(facts['devices'])}",
+        "",
+        "CUDA library:",
+    ]
+    lines += [f"  {part}: {reason or 'usable'}" for part, reason in library["missing"].items()]
+    if library["build"]:
+        lines += [f"  built with {', '.join(f'{k} {v}' for k, v in library['build'].items())}"]
+    if library["cusparselt_version"]:
+        lines += [f"  cuSPARSELt {library['cusparselt_version']}"]
+    lines += ["", "implementations of linear (6:8, 512 x 512, 16 rows):"]
+    for name, by_dtype in facts["implementations"].items():
+        for reason in dict.fromkeys(by_dtype.values()):
+            dtypes = ", ".join(d for d, r in by_dtype.items() if r == reason)
+            lines.append(f"  {name}: {dtypes}: {reason or 'runs here'}")
+    lines += ["", "chosen:", *(f"  {dtype}: {why}" for dtype, why in facts["choice"].items())]
+    return "\n".join(lines)

@@ -1,0 +1,437 @@
+"""Reading and writing directories with a Hugging Face Flax model: ``config.json``, weights, ``tokenizer.json``.
+
+`read_pretrained` takes what Hugging Face writes (``flax_model.msgpack``, or safetensors in PyTorch's or Flax's layout,
+whole or in shards) and what `write_pretrained` writes (``slidejax convert``): the same directory with the parameters,
+packed weights among them, in slidejax's own two files. Nothing is downloaded, and pickled weights are refused.
+
+The Flax classes of transformers 4 rotate with a base of 10000 whatever ``config.rope_theta`` says;
+`with_rope_theta` mends that, so that SmolLM2 (100000) or Llama 3 (500000) compute what they were trained to compute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from slidejax.checkpoint import store
+from slidejax.checkpoint.staging import staged
+from slidejax.weights.packed import SlideWeight
+
+if TYPE_CHECKING:
+    from transformers import FlaxPreTrainedModel, PretrainedConfig, PreTrainedTokenizerFast
+
+__all__ = [
+    "build",
+    "cast",
+    "model_class",
+    "read_pretrained",
+    "with_rope_theta",
+    "write_pretrained",
+]
+
+_ROTARY = frozenset(
+    {"FlaxLlamaRotaryEmbedding", "FlaxMistralRotaryEmbedding", "FlaxGemmaRotaryEmbedding"}
+)
+_FLAX_THETA = 10000.0  # written into transformers' Flax modules
+# Buffers that PyTorch checkpoints carry and Flax modules compute.
+_BUFFERS = (
+    "rotary_emb.inv_freq",
+    "attn.bias",
+    "attn.masked_bias",
+    "position_ids",
+    "num_batches_tracked",
+)
+
+
+# --------------------------------------------------------------------------------------------------------- building
+
+
+def model_class(config: PretrainedConfig) -> type[FlaxPreTrainedModel]:
+    """The Flax class for a configuration: the first of its ``architectures`` that has one, else the causal LM.
+
+    Raises:
+      ValueError: transformers has no Flax class for this model.
+    """
+    import transformers
+
+    for name in config.architectures or ():
+        found = getattr(transformers, name if name.startswith("Flax") else "Flax" + name, None)
+        if found is not None:
+            return found
+    try:
+        return transformers.FLAX_MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        raise ValueError(
+            f"transformers {transformers.__version__} has no Flax class for {config.model_type!r} "
+            f"(architectures {config.architectures})"
+        ) from None
+
+
+def build(
+    config: PretrainedConfig, params: Any, dtype: Any = jnp.float32, cls: type | None = None
+) -> Any:
+    """A Hugging Face Flax model of a configuration with these parameters; nothing is initialised at random.
+
+    Args:
+      config: the configuration.
+      params: nested dicts of arrays (and `SlideWeight`s). A head tied to the embedding may be missing.
+      dtype: dtype of the computation and of floating parameters; 8-bit packed values and scales stay as they are.
+      cls: the class; None: `model_class`.
+
+    Returns:
+      The model, computing with ``config.rope_theta``.
+
+    Raises:
+      ValueError: parameters are missing or have other shapes than the configuration says (all named).
+      NotImplementedError: the configuration asks for what the Flax class would silently ignore.
+    """
+    _check_supported(config)
+    model = (cls or model_class(config))(config, dtype=jnp.dtype(dtype), _do_init=False)
+    shapes = flatten_dict(model.params_shape_tree, sep="/")
+    flat = flatten_dict(params, sep="/")
+    if "lm_head/kernel" in shapes and "lm_head/kernel" not in flat and config.tie_word_embeddings:
+        embedding = [k for k in flat if k.endswith("embed_tokens/embedding")]
+        if len(embedding) == 1:
+            flat["lm_head/kernel"] = flat[embedding[0]].T
+    missing = sorted(shapes.keys() - flat.keys())
+    if missing:
+        raise ValueError(
+            f"{len(missing)} parameters of {type(model).__name__} are missing: {_some(missing)}"
+        )
+    wrong = [
+        f"{k}: {flat[k].shape} instead of {s.shape}"
+        for k, s in shapes.items()
+        if not _fits(flat[k], s.shape)
+    ]
+    if wrong:
+        raise ValueError(f"parameters of {type(model).__name__} have wrong shapes: {_some(wrong)}")
+    extra = sorted(flat.keys() - shapes.keys())
+    if extra:
+        warnings.warn(
+            f"{len(extra)} parameters are not used by {type(model).__name__}: {_some(extra)}",
+            stacklevel=2,
+        )
+    params = unflatten_dict({k: flat[k] for k in shapes}, sep="/")
+    model._is_initialized = (
+        True  # what init_weights would have set; without it `params` cannot be assigned
+    )
+    model.params = cast(params, dtype)
+    return with_rope_theta(model)
+
+
+def _fits(value: Any, shape: tuple[int, ...]) -> bool:
+    # A packed weight is [in, out] whatever axes its layer keeps the kernel in; the layer checks the rest when it runs.
+    return (
+        math.prod(value.shape) == math.prod(shape)
+        if isinstance(value, SlideWeight)
+        else value.shape == shape
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _check_supported(config: PretrainedConfig) -> None:
+    if config.model_type not in ("llama", "mistral"):
+        return
+    refused = []
+    if getattr(config, "rope_scaling", None):
+        refused.append(f"rope_scaling={config.rope_scaling}")
+    if getattr(config, "mlp_bias", False):
+        refused.append("mlp_bias=True")
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim and head_dim * config.num_attention_heads != config.hidden_size:
+        refused.append(
+            f"head_dim={head_dim} with {config.num_attention_heads} heads and hidden_size={config.hidden_size}"
+        )
+    if refused:
+        raise NotImplementedError(
+            f"transformers' Flax {config.model_type} ignores {', '.join(refused)}"
+        )
+
+
+def cast(params: Any, dtype: Any) -> Any:
+    """Floating arrays and 16- or 32-bit packed values in ``dtype``; 8-bit values and all scales as they are."""
+    dtype = jnp.dtype(dtype)
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, SlideWeight):
+            return (
+                x
+                if x.dtype.itemsize == 1
+                else x.replace(values=x.values.astype(dtype), prepared={})
+            )
+        x = jnp.asarray(x)
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, SlideWeight))
+
+
+def with_rope_theta(model: Any) -> Any:
+    """Makes a Hugging Face Flax model rotate with ``config.rope_theta`` instead of 10000; returns the model.
+
+    The module is replaced by one of a subclass whose ``apply`` runs under an interceptor; the model's own class stays.
+    """
+    theta = getattr(model.config, "rope_theta", None)
+    module = model.module
+    if theta in (None, _FLAX_THETA) or getattr(module, "_slidejax_rope_theta", None) == theta:
+        return model
+
+    def rotate(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if type(context.module).__name__ in _ROTARY and context.method_name == "__call__":
+            return _rotate(context.module, *args, **kwargs)
+        return next_fun(*args, **kwargs)
+
+    def _rotate(
+        rotary: Any, key: jax.Array, query: jax.Array, position_ids: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        half = key.shape[-1] // 2
+        frequencies = (1.0 / theta ** (np.arange(half) / half)).astype(np.float32)
+        angles = position_ids[..., None].astype(jnp.float32) * frequencies
+        cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+
+        def turn(x: jax.Array) -> jax.Array:
+            a, b = x[..., :half], x[..., half:]
+            return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(
+                rotary.dtype
+            )
+
+        return turn(key), turn(query)
+
+    base = type(module)
+
+    @nn.nowrap
+    def apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with nn.intercept_methods(rotate):
+            return base.apply(self, *args, **kwargs)
+
+    namespace = {
+        "apply": apply,
+        "_slidejax_rope_theta": theta,
+        "__module__": __name__,
+        "__doc__": base.__doc__,
+    }
+    subclass: Any = type(base.__name__, (base,), namespace)
+    fields = [
+        f.name for f in dataclasses.fields(module) if f.init and f.name not in ("parent", "name")
+    ]
+    model._module = subclass(**{name: getattr(module, name) for name in fields})
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def read_pretrained(
+    path: str | os.PathLike[str], dtype: Any = None
+) -> tuple[FlaxPreTrainedModel, PreTrainedTokenizerFast | None, dict[str, Any]]:
+    """Reads a directory with a Hugging Face Flax model, dense or converted by slidejax.
+
+    Args:
+      path: the directory, with ``config.json`` and one of ``slidejax.json``, ``flax_model.msgpack``,
+        ``model.safetensors`` or their indices of shards.
+      dtype: of the computation and of floating parameters; None: as saved by slidejax, else float32.
+
+    Returns:
+      The model, its tokenizer (None if the directory holds none), and what `write_pretrained` noted about it (empty
+      for a directory that slidejax did not write).
+
+    Raises:
+      ValueError: a file is missing or damaged, parameters do not fit the configuration.
+      NotImplementedError: the model needs what transformers' Flax classes lack.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{str(folder)!r} has no config.json: not a Hugging Face model directory")
+    config = _read_config(folder)
+    if (folder / store.METADATA).is_file():
+        model, about = _read_converted(folder, config, dtype)
+    else:
+        cls, about = model_class(config), {}
+        model = build(config, _read_params(folder, config, cls), dtype or jnp.float32, cls)
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model, _read_tokenizer(folder), about
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as e:
+        raise ValueError(f"{str(folder / 'config.json')!r} cannot be read: {e}") from e
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if (folder / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    return None
+
+
+def _read_params(
+    folder: Path, config: PretrainedConfig, cls: type[FlaxPreTrainedModel]
+) -> dict[str, Any]:
+    for name, read in (
+        ("flax_model.msgpack", _read_msgpack),
+        ("model.safetensors", _read_safetensors),
+    ):
+        if (folder / name).is_file():
+            files = [folder / name]
+        elif (folder / f"{name}.index.json").is_file():
+            files = _shards(folder / f"{name}.index.json")
+        else:
+            continue
+        return read(files, config, cls)
+    found = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".h5"))
+    hint = f"; {found[0]} is pickled or of another framework and is not read" if found else ""
+    raise ValueError(f"{str(folder)!r} has no flax_model.msgpack and no model.safetensors{hint}")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{str(index)!r} is damaged: {e}") from e
+    for name in names:
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or not (index.parent / name).is_file()
+        ):
+            raise ValueError(
+                f"{str(index)!r} names the shard {name!r}, which is not in the directory"
+            )
+    return [index.parent / name for name in names]
+
+
+def _read_msgpack(
+    files: list[Path], config: PretrainedConfig, cls: type[FlaxPreTrainedModel]
+) -> dict[str, Any]:
+    from flax.serialization import msgpack_restore
+
+    flat: dict[str, Any] = {}
+    for file in files:
+        try:
+            flat.update(flatten_dict(msgpack_restore(file.read_bytes()), sep="/"))
+        except Exception as e:  # msgpack has its own zoo of exceptions
+            raise ValueError(f"{str(file)!r} is damaged: {type(e).__name__}: {e}") from e
+    return _fit_prefix(flat, config, cls)
+
+
+def _read_safetensors(
+    files: list[Path], config: PretrainedConfig, cls: type[FlaxPreTrainedModel]
+) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+    from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
+
+    state: dict[str, Any] = {}
+    layout = "pt"
+    for file in files:
+        try:
+            with safe_open(file, framework="flax") as f:
+                layout = (f.metadata() or {}).get("format", layout)
+                state.update({k: f.get_tensor(k) for k in f.keys() if not k.endswith(_BUFFERS)})  # noqa: SIM118
+        except SafetensorError as e:
+            raise ValueError(f"{str(file)!r} is damaged: {e}") from e
+    if layout == "flax":
+        return _fit_prefix({k.replace(".", "/"): v for k, v in state.items()}, config, cls)
+    if layout != "pt":
+        raise ValueError(
+            f"{str(files[0])!r} is in the layout of {layout!r}; PyTorch's and Flax's can be read"
+        )
+    model = cls(config, _do_init=False)
+    model._is_initialized = True
+    model.params = model.params_shape_tree  # the converter looks at names and shapes only
+    return convert_pytorch_state_dict_to_flax(state, model)
+
+
+def _fit_prefix(
+    flat: dict[str, Any], config: PretrainedConfig, cls: type[FlaxPreTrainedModel]
+) -> dict[str, Any]:
+    """A bare model's parameters under the prefix that the class with a head expects, or the other way round."""
+    prefix = cls.base_model_prefix
+    expected = cls(config, _do_init=False).params_shape_tree
+    has = any(k.startswith(prefix + "/") for k in flat)
+    if prefix in expected and not has:
+        flat = {f"{prefix}/{k}": v for k, v in flat.items()}
+    elif prefix not in expected and has:
+        flat = {
+            k.removeprefix(prefix + "/"): v for k, v in flat.items() if k.startswith(prefix + "/")
+        }
+    return unflatten_dict(flat, sep="/")
+
+
+# ------------------------------------------------------------------------------------------------ converted models
+
+
+def write_pretrained(
+    path: str | os.PathLike[str],
+    model: Any,
+    tokenizer: Any = None,
+    about: dict[str, Any] | None = None,
+) -> None:
+    """Writes a model, packed weights and all, so that `read_pretrained` (and every ``slidejax`` command) reads it.
+
+    Args:
+      path: the directory; it appears when it is complete, and replaces an earlier one only then.
+      model: a Hugging Face Flax model, dense or converted.
+      tokenizer: its tokenizer, or None.
+      about: what to note about where it comes from (plain JSON values).
+
+    Raises:
+      ValueError: ``path`` is a file or holds other things.
+    """
+    content = {
+        "model": {"class": type(model).__name__, "dtype": jnp.dtype(model.dtype).name},
+        "about": about or {},
+        "params": model.params,
+    }
+    with staged(path, store.METADATA) as folder:
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        store.write_into(folder, content)
+
+
+def _read_converted(
+    folder: Path, config: PretrainedConfig, dtype: Any
+) -> tuple[Any, dict[str, Any]]:
+    import transformers
+
+    from slidejax.huggingface.conversion import with_params
+
+    content = store.load(folder)
+    try:
+        name, saved = content["model"]["class"], content["model"]["dtype"]
+        params, about = content["params"], content["about"]
+    except (KeyError, TypeError) as e:
+        raise ValueError(
+            f"{str(folder)!r} holds parameters but no model: key {e} is missing"
+        ) from e
+    cls = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.FlaxPreTrainedModel)):
+        file = str(folder / store.METADATA)
+        raise ValueError(f"{file!r}: model class {name!r} is not a Flax class of transformers")
+    model = build(config, params, dtype or saved, cls)
+    return with_params(model, model.params), about

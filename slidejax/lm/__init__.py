@@ -1,0 +1,1 @@
+"""Language models: reading, serving and evaluating them."""

@@ -1,0 +1,153 @@
+"""Generating text with a Hugging Face Flax model, dense or converted, as one jitted program."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["Generated", "Generator"]
+
+
+class Generated(NamedTuple):
+    """Tokens that a model wrote.
+
+    Attributes:
+      tokens: the new token ids, up to and without the end-of-text token.
+      steps: how many tokens were computed.
+      seconds: the time they took, without compiling.
+    """
+
+    tokens: list[int]
+    steps: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.steps / self.seconds
+
+
+class Generator:
+    """A model's ``.generate`` under one `jax.jit`: prompt in, tokens out, nothing on the host in between.
+
+    It compiles once for each prompt length. Parameters are an argument of the compiled program, so the same generator
+    serves other parameters of the same kind.
+
+    Args:
+      model: a Hugging Face Flax causal language model, dense or converted.
+      max_new_tokens: how many tokens to write at most.
+      temperature: 0 takes the likeliest token each time; above 0 samples.
+      top_k: sample among the likeliest k only; 0: among all.
+      stop: end at the model's end-of-text token; False to always write ``max_new_tokens``, for timing.
+
+    Raises:
+      ValueError: an argument is out of range.
+      TypeError: the model cannot generate.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        stop: bool = True,
+    ):
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
+        if temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        if top_k < 0:
+            raise ValueError(f"top_k must be at least 0, got {top_k}")
+        if not model.can_generate():
+            raise TypeError(
+                f"{type(model).__name__} has no language model head: it cannot generate"
+            )
+        self._max_new_tokens = max_new_tokens
+        self._positions = getattr(model.config, "max_position_embeddings", None)
+        self._vocab_size = model.config.vocab_size
+        ends = model.generation_config.eos_token_id if stop else None
+        self._ends = set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
+        self._params = model.params
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": temperature > 0,
+            # An id that is never produced where generation must not stop; transformers wants some id, and one only.
+            "eos_token_id": min(self._ends) if self._ends else self._vocab_size,
+            "pad_token_id": model.generation_config.pad_token_id or 0,
+        }
+        if temperature > 0:
+            options.update(temperature=temperature, top_k=top_k)
+
+        def run(params: Any, ids: jax.Array, key: jax.Array) -> jax.Array:
+            return model.generate(ids, params=params, prng_key=key, **options).sequences
+
+        self._run = jax.jit(run)
+        self._compiled: dict[Any, Any] = {}
+
+    def check(self, prompt: Sequence[int]) -> np.ndarray:
+        """The prompt as an array.
+
+        Raises:
+          ValueError: it is empty, leaves the vocabulary, or does not fit the model's positions.
+        """
+        ids = np.asarray(prompt, np.int32)
+        if ids.ndim != 1 or ids.size == 0 or ids.min() < 0 or ids.max() >= self._vocab_size:
+            raise ValueError(
+                f"prompt must be at least one token id in 0..{self._vocab_size - 1}, got {list(prompt)[:8]}"
+            )
+        if self._positions is not None and ids.size + self._max_new_tokens > self._positions:
+            raise ValueError(
+                f"prompt of {ids.size} tokens and {self._max_new_tokens} new ones exceed the model's {self._positions} "
+                "positions"
+            )
+        return ids
+
+    def compile(self, prompt_tokens: int, *, params: Any = None) -> None:
+        """Compiles for prompts of so many tokens, so that no call has to; it may run in a thread beside other work."""
+        self._program(self._args(np.zeros(prompt_tokens, np.int32), params, 0))
+
+    def _args(self, ids: np.ndarray, params: Any, seed: int) -> tuple[Any, jax.Array, jax.Array]:
+        return (
+            self._params if params is None else params,
+            jnp.asarray(ids)[None],
+            jax.random.PRNGKey(seed),
+        )
+
+    def _program(self, args: tuple[Any, jax.Array, jax.Array]) -> Any:
+        signature = (
+            args[1].size,
+            jax.tree.structure(args[0]),
+            *(x.dtype for x in jax.tree.leaves(args[0])),
+        )
+        if signature not in self._compiled:
+            self._compiled[signature] = self._run.lower(*args).compile()
+        return self._compiled[signature]
+
+    def __call__(self, prompt: Sequence[int], *, params: Any = None, seed: int = 0) -> Generated:
+        """Continues a prompt.
+
+        Args:
+          prompt: token ids, at least one.
+          params: parameters to run with; None: the model's own.
+          seed: for sampling.
+
+        Raises:
+          ValueError: as `check`.
+        """
+        ids = self.check(prompt)
+        args = self._args(ids, params, seed)
+        run = self._program(args)
+        begin = time.perf_counter()
+        sequence = np.asarray(run(*args))[0]
+        seconds = time.perf_counter() - begin
+        new = sequence[ids.size :].tolist()
+        end = next((i for i, token in enumerate(new) if token in self._ends), None)
+        # the end-of-text token was computed too; what follows it is padding
+        steps = len(new) if end is None else end + 1
+        return Generated(new[:end], steps, seconds)

@@ -1,0 +1,283 @@
+"""A model for the Language Model Evaluation Harness (package `lm_eval`), dense or converted, as it will serve.
+
+    from lm_eval import simple_evaluate
+    from slidejax.lm.harness import SlideLM
+    results = simple_evaluate(SlideLM("out"), tasks=["lambada_openai"])
+
+With `lm_eval` installed the class derives from its `LM` and is registered as `slidejax`, so that after this module is
+imported `simple_evaluate(model="slidejax", model_args="model=out")` works. Without it the module imports just as well:
+nothing but the methods' names and the requests' `args` is the harness's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["SlideLM"]
+
+try:
+    from lm_eval.api import model as _harness
+    from lm_eval.api.registry import register_model as _register
+
+    _Base = _harness.LM
+except ImportError:
+    _Base = object
+
+    def _register(*names: str) -> Callable[[type], type]:
+        return lambda cls: cls
+
+
+# Rows are padded to one of few lengths, so that few programs are compiled.
+_SHORTEST = 32
+
+
+@_register("slidejax")
+class SlideLM(_Base):  # type: ignore[misc,valid-type]
+    """A causal language model that the harness can ask.
+
+    Args:
+      model: as on the command line: "smollm2", a GGUF file, a Hugging Face directory or one from `slidejax convert`; or a
+        `slidejax.models.LoadedModel`.
+      batch_size: rows run at a time.
+      max_length: tokens in a row; None: the model's positions, at most 2048.
+      max_gen_toks: tokens to generate where a request does not say.
+      dtype: of the computation; None: bfloat16 on a GPU, else as converted.
+      **ignored: what the harness passes to every model (`device`, `max_batch_size`).
+
+    Raises:
+      ValueError: there is no such model, or it came without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batch_size: int | str = 8,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        dtype: Any = None,
+        **ignored: Any,
+    ):
+        from slidejax.lm import demo
+        from slidejax.lm.models import LoadedModel, default_dtype, load_model
+
+        super().__init__()
+        if not isinstance(model, LoadedModel):
+            model = load_model(model, dtype or default_dtype())
+        if model.tokenizer is None:
+            raise ValueError(f"{model.name} came without a tokenizer (tokenizer.json)")
+        self._loaded, self.tokenizer, self._model = model, model.tokenizer, demo.ready(model.model)
+        positions = getattr(self._model.config, "max_position_embeddings", 2048)
+        self.max_length = min(positions, 2048) if max_length is None else int(max_length)
+        if not 2 <= self.max_length <= positions:
+            raise ValueError(
+                f"max_length must be in 2..{positions}, the model's positions, got {max_length}"
+            )
+        self.max_gen_toks = int(max_gen_toks)
+        self.batch_size = 8 if batch_size == "auto" else int(batch_size)
+        self._score_rows = jax.jit(functools.partial(_score_rows, self._model))
+        self._writers: dict[tuple, Any] = {}
+
+    # ------------------------------------------------------------------------------------------------ what tasks ask
+
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """For each `(context, continuation)` the log-likelihood of the continuation, and whether it is the greedy one."""
+        return self._score([self._encode_pair(*request.args) for request in requests])
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """For each `(text,)` its log-likelihood, every token predicted once, with as much context as fits."""
+        parts = [list(self._rolling(self.tok_encode(request.args[0]))) for request in requests]
+        scores = iter(self._score([pair for part in parts for pair in part]))
+        return [sum(next(scores)[0] for _ in part) for part in parts]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """For each `(context, {"until": [...], "max_gen_toks": n, ...})` what the model writes, up to the first stop."""
+        answers: list[str] = [""] * len(requests)
+        groups: dict[tuple, list[int]] = {}
+        asked = [self._generation(*request.args) for request in requests]
+        for i, (ids, _, how) in enumerate(asked):
+            groups.setdefault((_padded(len(ids), self.max_length), how), []).append(i)
+        for (length, how), members in groups.items():
+            for at in range(0, len(members), self.batch_size):
+                part = members[at : at + self.batch_size]
+                for i, new in zip(
+                    part, self._write([asked[i][0] for i in part], length, how), strict=True
+                ):
+                    answers[i] = _cut(
+                        self.tokenizer.decode(new, skip_special_tokens=True), asked[i][1]
+                    )
+        return answers
+
+    # ------------------------------------------------------------------------------------------- what the harness asks
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        end = self._model.generation_config.eos_token_id
+        end = self.tokenizer.eos_token_id if end is None else end
+        return int(end[0] if isinstance(end, list) else end)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What the first token of a text is predicted from: the start of a text, where the tokenizer has one."""
+        start = self.tokenizer.bos_token_id
+        return self.eot_token_id if start is None else int(start)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._loaded.name.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The tokenizer's template, None where none is asked for."""
+        return (
+            None
+            if not chat_template
+            else self.tokenizer.get_chat_template(None if chat_template is True else chat_template)
+        )
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as one prompt."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, **kwargs: Any) -> list[int]:
+        """Token ids, without special tokens around them."""
+        return self._loaded.encode(string)
+
+    # --------------------------------------------------------------------------------------------------------- scoring
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Both parts as tokens: those of the whole, cut where the context ends; its trailing spaces go with what follows."""
+        bare = context.rstrip()
+        context, continuation = bare, context[len(bare) :] + continuation
+        if not context:
+            return [self.prefix_token_id], self.tok_encode(continuation)
+        whole, start = self.tok_encode(context + continuation), self.tok_encode(context)
+        return whole[: len(start)], whole[len(start) :]
+
+    def _rolling(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """(context, continuation) pairs that predict each token once; the last one has a full context."""
+        size = self.max_length
+        if ids:
+            yield [self.prefix_token_id], ids[:size]
+        for at in range(size, len(ids), size):
+            end = min(at + size, len(ids))
+            yield ids[end - size - 1 : at], ids[at:end]
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether each of its tokens was the likeliest."""
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        groups: dict[int, list[int]] = {}
+        for i, (context, continuation) in enumerate(pairs):
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"a continuation of {len(continuation)} tokens does not fit max_length {self.max_length}"
+                )
+            groups.setdefault(
+                _padded(
+                    min(len(context) + len(continuation) - 1, self.max_length), self.max_length
+                ),
+                [],
+            ).append(i)
+        for length, members in groups.items():
+            for at in range(0, len(members), self.batch_size):
+                part = members[at : at + self.batch_size]
+                ids = np.zeros((self.batch_size, length + 1), np.int32)
+                counts = np.zeros((self.batch_size, length), bool)
+                for row, i in enumerate(part):
+                    whole = (pairs[i][0] + pairs[i][1])[-(self.max_length + 1) :]
+                    ids[row, : len(whole)] = whole
+                    counts[row, len(whole) - 1 - len(pairs[i][1]) : len(whole) - 1] = True
+                scores, greedy = (
+                    np.asarray(a) for a in self._score_rows(self._model.params, ids, counts)
+                )
+                for row, i in enumerate(part):
+                    results[i] = float(scores[row]), bool(greedy[row])
+        return results
+
+    # ------------------------------------------------------------------------------------------------------ generating
+
+    def _generation(
+        self, context: str, options: dict[str, Any] | None = None
+    ) -> tuple[list[int], list[str], tuple]:
+        """The prompt's tokens, the stops, and how to write."""
+        options = dict(options or {})
+        stops = options.pop("until", None) or []
+        stops = [stops] if isinstance(stops, str) else list(stops)
+        count = int(options.get("max_gen_toks", options.get("max_new_tokens", self.max_gen_toks)))
+        count = min(count, self.max_length - 1)
+        temperature = float(options.get("temperature") or 0.0)
+        sampled = bool(options.get("do_sample", temperature > 0)) and temperature > 0
+        ids = self.tok_encode(context)[-(self.max_length - count) :] or [self.prefix_token_id]
+        return ids, stops, (count, temperature if sampled else 0.0)
+
+    def _write(self, prompts: list[list[int]], length: int, how: tuple) -> list[list[int]]:
+        count, temperature = how
+        if (length, how) not in self._writers:
+            options = {
+                "max_new_tokens": count,
+                "do_sample": temperature > 0,
+                "eos_token_id": self.eot_token_id,
+                "pad_token_id": self.eot_token_id,
+            }
+            if temperature > 0:
+                options.update(temperature=temperature, top_k=0)
+
+            def run(params, ids, mask, key):
+                return self._model.generate(
+                    ids, attention_mask=mask, params=params, prng_key=key, **options
+                ).sequences[:, length:]
+
+            self._writers[length, how] = jax.jit(run)
+        ids = np.full((self.batch_size, length), self.eot_token_id, np.int32)
+        mask = np.zeros((self.batch_size, length), np.int32)
+        mask[:, -1] = 1  # rows that fill up the batch
+        for row, prompt in enumerate(
+            prompts
+        ):  # padded on the left: the text goes on at the right end
+            ids[row, length - len(prompt) :] = prompt
+            mask[row, length - len(prompt) :] = 1
+        new = np.asarray(
+            self._writers[length, how](self._model.params, ids, mask, jax.random.PRNGKey(0))
+        )[: len(prompts)].tolist()
+        return [
+            row[: row.index(self.eot_token_id)] if self.eot_token_id in row else row for row in new
+        ]
+
+
+def _score_rows(
+    model: Any, params: Any, ids: jax.Array, counts: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    logits = model(ids[:, :-1], params=params).logits.astype(jnp.float32)
+    target = ids[:, 1:, None]
+    chosen = jnp.take_along_axis(logits, target, axis=-1)[..., 0] - jax.nn.logsumexp(
+        logits, axis=-1
+    )
+    greedy = jnp.argmax(logits, axis=-1) == target[..., 0]
+    return jnp.sum(jnp.where(counts, chosen, 0), axis=-1), jnp.all(greedy | ~counts, axis=-1)
+
+
+def _padded(length: int, longest: int) -> int:
+    """The next power of two, within bounds."""
+    return min(max(_SHORTEST, 1 << max(length - 1, 0).bit_length()), longest)
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the stops."""
+    ends = [text.index(stop) for stop in stops if stop and stop in text]
+    return text[: min(ends)] if ends else text

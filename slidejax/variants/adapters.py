@@ -1,0 +1,211 @@
+"""Low-rank adapters on packed weights (LoRA, Hu et al., arXiv 2106.09685): the packed weight is frozen, what is trained is small.
+
+    y = linear(x, weight, bias) + (x @ a) @ b * scaling          a [in, rank], b [rank, out], scaling = alpha / rank
+
+The packed weight may be 8-bit: it runs as it will serve, and the adapter runs beside it in x's dtype. In a tree of
+parameters an `AdaptedWeight` takes the place of a `SlideWeight`, so Linen models, converted Hugging Face models and NNX
+layers run it unchanged:
+
+    params = sj.adapters.add(params, rank=8, seed=0)
+    train, rest = sj.partition(params, sj.adapters.FACTORS)       # nothing but the factors
+    ...
+    params = sj.adapters.merge(params)                            # SlideWeights again, on the same mask
+
+A product of two factors fills the whole kernel and the mask keeps a part of it, so merging changes the result unless the
+adapter was trained with `masked=True`: it then multiplies with the kept entries of `a @ b` only, at the price of making
+that kernel in each step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slidejax.ops.linear import linear
+from slidejax.variants.trainable import Selection, is_packed, path_of, selector
+from slidejax.weights import numerics
+from slidejax.weights.packed import SlideWeight, WrappedWeight, kept_values, quantize, to_groups
+
+__all__ = ["FACTORS", "AdaptedWeight", "add", "extract", "merge"]
+
+# What `slidejax.partition` is given to train the factors of adapters and nothing else.
+FACTORS = r".*lora_[ab]"
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class AdaptedWeight(WrappedWeight):
+    """A packed weight and a low-rank update of it.
+
+    Attributes:
+      base: the `SlideWeight`, of any dtype; it is not trained.
+      lora_a: `[..., in, rank]`, floating.
+      lora_b: `[..., rank, out]`, floating; zero at first, so that nothing is changed.
+      scaling: the factor of the update. Static.
+      masked: whether the update acts on the kept entries only, as it does once merged. Static.
+
+    >>> from slidejax import pack
+    >>> w = pack(jnp.ones((64, 4)), "6:8", dtype="int8")
+    >>> adapted = add({"kernel": w}, rank=2)["kernel"]
+    >>> bool((linear(jnp.ones((1, 64)), adapted) == linear(jnp.ones((1, 64)), w)).all())
+    True
+    """
+
+    base: SlideWeight
+    lora_a: jax.Array
+    lora_b: jax.Array
+    scaling: float
+    masked: bool = False
+
+    @property
+    def weight(self) -> SlideWeight:
+        return self.base
+
+    def trained(self) -> AdaptedWeight:
+        frozen = [False] * len(jax.tree.leaves(self.base))
+        return jax.tree.unflatten(jax.tree.structure(self), [*frozen, True, True])
+
+    def check(self, name: str = "w") -> AdaptedWeight:
+        self.base.check(name)
+        *batch, inputs, outputs = self.base.shape
+        rank = jnp.shape(self.lora_a)[-1]
+        if jnp.shape(self.lora_a) != (*batch, inputs, rank) or jnp.shape(self.lora_b) != (
+            *batch,
+            rank,
+            outputs,
+        ):
+            raise ValueError(
+                f"{name}: factors of a weight of shape {self.base.shape} must be [..., in, rank] and [..., rank, out], got "
+                f"{jnp.shape(self.lora_a)} and {jnp.shape(self.lora_b)}"
+            )
+        return self
+
+    def linear(
+        self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None
+    ) -> jax.Array:
+        if reduce_axis is not None or self.is_k_shard:
+            raise NotImplementedError("an adapted weight needs the whole of K: merge it first")
+        self.check()
+        x = jnp.asarray(x)
+        out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+        y = linear(x, self.base, bias, implementation, jnp.float32)
+        a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
+        if self.masked:
+            update = linear(x, _kept(a @ b, self.base), None, implementation, jnp.float32)
+        else:
+            update = jnp.matmul(x @ a, b, preferred_element_type=jnp.float32)
+        return (y + update * self.scaling).astype(out_dtype)
+
+    def tree_flatten_with_keys(self):
+        key = jax.tree_util.GetAttrKey
+        children = (
+            (key("base"), self.base),
+            (key("lora_a"), self.lora_a),
+            (key("lora_b"), self.lora_b),
+        )
+        return children, (self.scaling, self.masked)
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        return cls(*children, *static)
+
+
+def _kept(kernel: jax.Array, w: SlideWeight) -> SlideWeight:
+    """The entries of a kernel `[..., in, out]` that a weight keeps, packed as it is."""
+    values = kept_values(to_groups(kernel, w.pattern), w.zeros)
+    return SlideWeight(
+        values, w.zeros, jnp.ones(values.shape[:-2], jnp.float32), w.pattern, w.in_features
+    )
+
+
+def add(
+    tree: Any,
+    rank: int = 8,
+    *,
+    alpha: float | None = None,
+    masked: bool = False,
+    adapted: Selection = None,
+    dtype: Any = jnp.float32,
+    seed: int = 0,
+) -> Any:
+    """Puts an `AdaptedWeight` in the place of packed weights; at first it computes what they did.
+
+    Args:
+      tree: any pytree with `SlideWeight`s.
+      rank: of the updates.
+      alpha: the updates are multiplied by `alpha / rank`; None: 1.
+      masked: whether they act on the kept entries only, so that `merge` changes nothing but rounding.
+      adapted: which weights: a regular expression for their '/'-joined path, or a function of it; None: all.
+      dtype: of the factors.
+      seed: of `lora_a`, which is normal with variance `1 / in`; `lora_b` is zero.
+
+    Returns:
+      The tree; other leaves stay.
+
+    Raises:
+      ValueError: for a rank that is not positive, or if no weight is selected.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be positive, got {rank}")
+    selected, scaling, found = selector(adapted), 1.0 if alpha is None else alpha / rank, 0
+
+    def adapt(keys, w):
+        nonlocal found
+        if not isinstance(w, SlideWeight) or not selected(path_of(keys)):
+            return w
+        *batch, inputs, outputs = w.shape
+        key = jax.random.fold_in(jax.random.key(seed), found)
+        found += 1
+        a = jax.random.normal(key, (*batch, inputs, rank), jnp.float32) / math.sqrt(inputs)
+        return AdaptedWeight(
+            w, a.astype(dtype), jnp.zeros((*batch, rank, outputs), dtype), scaling, masked
+        )
+
+    result = jax.tree_util.tree_map_with_path(adapt, tree, is_leaf=is_packed)
+    if not found:
+        raise ValueError(f"adapted={adapted!r} selects no packed weight")
+    return result
+
+
+def merge(tree: Any) -> Any:
+    """Adds every update to the kept values of its weight; 8-bit weights are quantised again, with new scales.
+
+    The mask stays, so the entries of an update where the weight keeps nothing are lost (none, with `masked=True`).
+
+    Returns:
+      The tree with `SlideWeight`s; prepared forms are dropped.
+    """
+    return jax.tree.map(
+        lambda w: _merge(w) if isinstance(w, AdaptedWeight) else w, tree, is_leaf=is_packed
+    )
+
+
+@jax.jit
+def _merge(w: AdaptedWeight) -> SlideWeight:
+    base = w.base.check()
+    product = jnp.matmul(
+        w.lora_a.astype(jnp.float32),
+        w.lora_b.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    values = (
+        base.values.astype(jnp.float32) * base.scale[..., None, None]
+        + _kept(product, base).values * w.scaling
+    )
+    merged = base.replace(values=values, scale=jnp.ones_like(base.scale), prepared={})
+    if numerics.is_quantized(base.dtype):
+        return quantize(merged, base.dtype)
+    return merged.replace(values=values.astype(base.dtype))
+
+
+def extract(tree: Any) -> dict[str, dict[str, jax.Array]]:
+    """The factors of every adapter by the path of its weight, to save beside the model: `{path: {"lora_a", "lora_b"}}`."""
+    return {
+        path_of(keys): {"lora_a": w.lora_a, "lora_b": w.lora_b}
+        for keys, w in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_packed)
+        if isinstance(w, AdaptedWeight)
+    }

@@ -1,0 +1,307 @@
+"""What is trained: splitting a tree for `jax.grad` and optax, and master weights, which train what will run in 8 bit.
+
+`jax.grad` raises on integer leaves and optax crashes on their float0 gradients, so a loss is written over the first part:
+
+    train, rest = sj.partition(params)
+    grads = jax.grad(lambda train: loss(sj.combine(train, rest)))(train)
+
+8-bit values have no gradient. `masters` puts a `MasterWeight` in the place of each packed weight: it holds float32 values,
+and its forward pass is the deployed one, codes and all (quantisation-aware training). `deploy` turns it into the packed
+8-bit weight that the training saw:
+
+    params = sj.trainable.masters(params)       # 8-bit or float-packed weights -> float32 masters
+    ...                                         # partition, grad, optax
+    params = sj.trainable.deploy(params)        # -> 8-bit weights, as `slidejax.quantize` makes them
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slidejax.ops.lift_quantize import quantize_rows
+from slidejax.ops.linear import linear
+from slidejax.ops.sparse_matmul import values_gradient
+from slidejax.weights import numerics
+from slidejax.weights.packed import SlideWeight, WrappedWeight, quantize, scatter_values
+from slidejax.weights.pattern import Pattern
+
+__all__ = ["MasterWeight", "combine", "deploy", "map_wrapped", "masters", "partition"]
+
+Selection = str | re.Pattern | Callable[[str], bool] | None
+
+
+# --- partition and combine --------------------------------------------------------------------------------------------
+
+
+def partition(tree: Any, trained: Selection = None) -> tuple[Any, Any]:
+    """Splits a tree into `(train, rest)`, both of its structure with None where the other holds the leaf.
+
+    `train` holds floating arrays: biases, norms, dense kernels, the values of float-packed weights and of masters,
+    low-rank factors of adapters. `rest` holds what has no gradient: 8-bit values, zeros, scales, prepared forms, what an
+    adapter stands on, integers and other leaves.
+
+    Args:
+      tree: any pytree.
+      trained: which of the floating leaves to train: a regular expression that must match the whole '/'-joined path of a
+        leaf, such as `model/layers/0/mlp/up_proj/kernel/values`, or a function of that path; None: all.
+
+    Raises:
+      ValueError: `trained` is a bad regular expression, or selects nothing.
+
+    >>> from slidejax import pack
+    >>> train, rest = partition({"kernel": pack(jnp.ones((8, 2)), "6:8"), "bias": jnp.ones(2), "step": jnp.int32(3)})
+    >>> len(jax.tree.leaves(train)), len(jax.tree.leaves(rest))
+    (2, 3)
+    >>> len(jax.tree.leaves(partition({"kernel": pack(jnp.ones((8, 2)), "6:8"), "bias": jnp.ones(2)}, ".*bias")[0]))
+    1
+    """
+    selected = selector(trained)
+    can = jax.tree.map(_trained, tree, is_leaf=is_packed)
+    keep = jax.tree_util.tree_map_with_path(lambda path, yes: yes and selected(path_of(path)), can)
+    if trained is not None and not any(jax.tree.leaves(keep)):
+        some = [path_of(path) for path, yes in jax.tree_util.tree_leaves_with_path(can) if yes][:2]
+        raise ValueError(f"trained={trained!r} selects none of the floating leaves, such as {some}")
+    train = jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, keep)
+    rest = jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, keep)
+    return train, rest
+
+
+def combine(train: Any, rest: Any) -> Any:
+    """The inverse of `partition`.
+
+    Raises:
+      ValueError: if the two do not have the same structure, or both hold a leaf.
+    """
+
+    def pick(a, b):
+        if a is not None and b is not None:
+            raise ValueError(
+                "train and rest both hold a leaf: pass the two parts that partition returned"
+            )
+        return b if a is None else a
+
+    return jax.tree.map(pick, train, rest, is_leaf=lambda node: node is None)
+
+
+def selector(trained: Selection) -> Callable[[str], bool]:
+    """A selection as a function of a path."""
+    if trained is None:
+        return lambda path: True
+    if callable(trained):
+        return trained
+    try:
+        regex = re.compile(trained)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"trained must be a regular expression, a function of a path or None, got {trained!r}"
+        ) from error
+    return lambda path: regex.fullmatch(path) is not None
+
+
+def path_of(keys) -> str:
+    """The '/'-joined path of a leaf."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def is_packed(node) -> bool:
+    """Whether a node of a tree is a packed weight, with or without more around it."""
+    return isinstance(node, (SlideWeight, WrappedWeight))
+
+
+def _trained(node):
+    """For a leaf whether it can be trained; for a packed weight the same for each of its leaves."""
+    if isinstance(node, WrappedWeight):
+        return node.trained()
+    if isinstance(node, SlideWeight):
+        rest = jax.tree.map(lambda _: False, node)
+        return rest.replace(values=not numerics.is_quantized(node.dtype))
+    return hasattr(node, "dtype") and jnp.issubdtype(node.dtype, jnp.floating)
+
+
+# --- master weights ---------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class MasterWeight(WrappedWeight):
+    """Float32 kept values that run as their 8-bit form: quantisation-aware training with the mask kept.
+
+    `slidejax.linear(x, master)` computes `linear(x, quantize(master.weight, qdtype))`, the very op that will serve. Its
+    derivative is straight-through (Bengio et al., arXiv 1308.3432): rounding counts as the identity, so with the codes
+    `qx`, `qw` and their scales
+
+        dx = dy @ (qw * scale_w),    dvalues = the kept entries of dy^T @ (qx * scale_x)
+
+    Products of the derivative run in x's dtype and accumulate in float32.
+
+    Attributes:
+      values: float32 `[..., out, groups, kept]`.
+      zeros: uint8 `[..., out, groups]`, as in `SlideWeight`.
+      pattern: the `Pattern`. Static.
+      in_features: inputs of the whole kernel, without padding. Static.
+      qdtype: int8 or float8_e4m3fn. Static.
+
+    >>> from slidejax import pack
+    >>> w = pack(jax.random.normal(jax.random.key(0), (64, 4)), "6:8", dtype="int8")
+    >>> x = jax.random.normal(jax.random.key(1), (3, 64))
+    >>> bool((linear(x, masters(w)) == linear(x, deploy(masters(w)))).all())
+    True
+    """
+
+    values: jax.Array
+    zeros: jax.Array
+    pattern: Pattern
+    in_features: int
+    qdtype: Any
+
+    @property
+    def weight(self) -> SlideWeight:
+        scale = jnp.ones(jnp.shape(self.values)[:-2], jnp.float32)
+        return SlideWeight(self.values, self.zeros, scale, self.pattern, self.in_features)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.values.shape[:-3], self.in_features, self.values.shape[-3])
+
+    def trained(self) -> MasterWeight:
+        return jax.tree.unflatten(jax.tree.structure(self), [True, False])
+
+    def linear(
+        self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None
+    ) -> jax.Array:
+        if reduce_axis is not None or self.is_k_shard:
+            raise NotImplementedError(
+                "a master weight needs the whole of K: its scale is that of a whole row"
+            )
+        x = jnp.asarray(x)
+        out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+        how = _How(self.pattern, self.in_features, self.qdtype, implementation, out_dtype)
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        return _straight_through(how, rows, self.values, self.zeros, bias).reshape(
+            *x.shape[:-1], -1
+        )
+
+    def tree_flatten_with_keys(self):
+        key = jax.tree_util.GetAttrKey
+        children = ((key("values"), self.values), (key("zeros"), self.zeros))
+        return children, (self.pattern, self.in_features, self.qdtype)
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        return cls(*children, *static)
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What is static about a product with a master weight."""
+
+    pattern: Pattern
+    in_features: int
+    qdtype: np.dtype
+    implementation: str | None
+    out_dtype: np.dtype
+
+    def deployed(self, values, zeros) -> SlideWeight:
+        scale = jnp.ones(values.shape[:-2], jnp.float32)
+        return quantize(
+            SlideWeight(values, zeros, scale, self.pattern, self.in_features), self.qdtype
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _straight_through(how: _How, x, values, zeros, bias):
+    return linear(x, how.deployed(values, zeros), bias, how.implementation, how.out_dtype)
+
+
+def _forward(how: _How, x, values, zeros, bias):
+    w = how.deployed(values, zeros)
+    return linear(x, w, bias, how.implementation, how.out_dtype), (x, w, bias)
+
+
+def _backward(how: _How, saved, dy):
+    x, w, bias = saved
+    out, columns = w.out_features, w.groups * w.pattern.group
+    codes_x, scale_x = quantize_rows(x, how.qdtype)
+    # codes are whole in bfloat16 (int8: 8 bits, e4m3: 4); scales go on the side that is rounded anyway
+    codes_w = scatter_values(w.values.astype(x.dtype), w.zeros).reshape(out, columns)[
+        :, : x.shape[1]
+    ]
+    codes_x = codes_x.astype(x.dtype)
+    dy = dy.astype(jnp.float32)
+    dx = _product((dy * w.scale).astype(x.dtype), codes_w).astype(x.dtype)
+    d_kernel = _product((dy * scale_x).astype(x.dtype).T, codes_x)
+    d_values = values_gradient(
+        jnp.pad(d_kernel, ((0, 0), (0, columns - x.shape[1]))),
+        w.replace(values=w.values.astype(jnp.float32)),
+    )
+    d_bias = None if bias is None else dy.sum(0).astype(bias.dtype)
+    return dx, d_values, None, d_bias
+
+
+def _product(a, b) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+_straight_through.defvjp(_forward, _backward)
+
+
+def map_wrapped(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """Applies `fn` to every `SlideWeight` and `WrappedWeight` of a tree; other leaves stay."""
+    return jax.tree.map(lambda node: fn(node) if is_packed(node) else node, tree, is_leaf=is_packed)
+
+
+def masters(tree: Any, qdtype: Any = None) -> Any:
+    """Puts a `MasterWeight` in the place of packed weights.
+
+    Args:
+      tree: any pytree with `SlideWeight`s, such as the parameters of a converted model.
+      qdtype: for float-packed weights, what they will be quantised to: int8 or float8_e4m3fn; None leaves them as they
+        are, to be trained unquantised. 8-bit weights keep their dtype: the master starts as `values * scale`.
+
+    Returns:
+      The tree; prepared forms are dropped, wrapped weights and other leaves stay.
+
+    Raises:
+      ValueError: for a dtype that is not 8-bit, or weights that are quantised to another one.
+    """
+    if qdtype is not None:
+        qdtype = numerics.check_dtype(qdtype, "qdtype")
+        if not numerics.is_quantized(qdtype):
+            raise ValueError(f"qdtype must be int8 or float8_e4m3fn, got {qdtype.name}")
+
+    def master(w):
+        if isinstance(w, WrappedWeight):
+            return w
+        if not numerics.is_quantized(w.dtype):
+            if qdtype is None:
+                return w.replace(prepared={})
+            return MasterWeight(
+                w.values.astype(jnp.float32), w.zeros, w.pattern, w.in_features, qdtype
+            )
+        if qdtype not in (None, w.dtype):
+            raise ValueError(
+                f"a weight is quantised to {w.dtype.name} already, not to {qdtype.name}"
+            )
+        values = w.values.astype(jnp.float32) * w.scale[..., None, None]
+        return MasterWeight(values, w.zeros, w.pattern, w.in_features, w.dtype)
+
+    return map_wrapped(master, tree)
+
+
+def deploy(tree: Any) -> Any:
+    """Quantises every `MasterWeight` of a tree (`slidejax.quantize`); other leaves stay.
+
+    The result computes what the masters computed: the same codes, scales and accumulators bit for bit.
+    """
+    return map_wrapped(
+        lambda w: quantize(w.weight, w.qdtype) if isinstance(w, MasterWeight) else w, tree
+    )

@@ -1,0 +1,1 @@
+"""What a weight is: patterns, number formats, the packed form."""

@@ -1,0 +1,69 @@
+"""Magnitude pruning: of every group, the columns of smallest magnitude go."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from slidejax.weights.pattern import Pattern
+
+__all__ = ["magnitude"]
+
+
+def magnitude(kernel: jax.Array, pattern: str | Pattern) -> jax.Array:
+    """The mask that keeps the largest magnitudes of every group of inputs.
+
+    Args:
+      kernel: `[..., in, out]`, any float or integer dtype. A nan counts as the largest magnitude, so that it stays
+        visible.
+      pattern: such as `"6:8"`.
+
+    Returns:
+      bool `[..., in, out]`, True where a weight is kept. In a last partial group the missing columns count as pruned
+      first; of equal magnitudes the column that comes first goes.
+
+    Raises:
+      ValueError: if `kernel` has fewer than two axes, or for a bad pattern.
+
+    >>> magnitude(jnp.array([[4.], [-3.], [2.], [1.]]), "2:4").ravel().tolist()
+    [True, True, False, False]
+    """
+    from slidejax.weights.packed import (
+        check_kernel,
+    )  # here: weight imports this module for its default mask
+
+    kernel = check_kernel(kernel)
+    return _magnitude(kernel, Pattern.parse(pattern))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _magnitude(kernel: jax.Array, pattern: Pattern) -> jax.Array:
+    return keep_largest(jnp.abs(kernel.astype(jnp.float32)), pattern)
+
+
+def keep_largest(score: jax.Array, pattern: Pattern) -> jax.Array:
+    """The mask that drops the two columns of lowest score of every group, with the pattern "dense" none; the core of magnitude and Wanda
+    pruning.
+
+    Args:
+      score: float32 `[..., in, out]`, not negative; nan counts as infinite.
+
+    Returns:
+      bool `[..., in, out]`.
+    """
+    from slidejax.weights.packed import from_groups, to_groups
+
+    if not pattern.prunes:
+        return jnp.ones(score.shape, bool)
+    groups = to_groups(
+        jnp.where(jnp.isnan(score), jnp.inf, score), pattern, fill=-1.0
+    )  # padding goes first
+    column = jnp.arange(pattern.group)
+    first = column == jnp.argmin(groups, axis=-1, keepdims=True)
+    second = column == jnp.argmin(jnp.where(first, jnp.inf, groups), axis=-1, keepdims=True)
+    # with all others at inf the second argmin could fall on the first again: then the next column is as good
+    again = jnp.any(first & second, axis=-1, keepdims=True)
+    following = jnp.roll(first, 1, axis=-1)
+    return from_groups(~(first | jnp.where(again, following, second)), score.shape[-2])

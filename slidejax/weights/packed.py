@@ -1,0 +1,455 @@
+"""The packed weight and what makes it: `SlideWeight`, `pack`, `unpack`, `quantize`.
+
+Sort the kept columns of a group: pair number `w` always lies inside window `w`. So packing needs no search. With the
+two zeros of a group at `z1 < z2`, kept value `j` comes from column `j + (j >= z1) + (j >= z2 - 1)`, and packing and
+unpacking are three shifted copies and a selection between them. With the pattern "dense" a group has no zeros, and packing only
+pads, casts or quantises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from slidejax.weights import numerics
+from slidejax.weights.magnitude import magnitude
+from slidejax.weights.pattern import Pattern
+
+__all__ = [
+    "SlideWeight",
+    "WrappedWeight",
+    "check_kernel",
+    "from_groups",
+    "kept_values",
+    "pack",
+    "quantize",
+    "scatter_values",
+    "to_groups",
+    "unpack",
+]
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class SlideWeight:
+    """A pruned and packed weight, the pytree that takes the place of a kernel `[in, out]`.
+
+    Attributes:
+      values: `[..., out, groups, kept]`, int8, float8_e4m3fn, bfloat16, float16 or float32: the kept values in column
+        order. A row is the compressed operand of the 2:4 instruction as it is.
+      zeros: `[..., out, groups]`, uint8: where the two zeros of a group are, `z1 | z2 << 4` with `z1 < z2`. With the pattern
+        "dense" there are none: `[..., out, 0]`.
+      scale: `[..., out]`, float32: `kernel = values * scale`; ones when the values are not quantised.
+      pattern: the `Pattern`. Static.
+      in_features: inputs of the whole kernel, without padding. Static.
+      prepared: name -> array: what an implementation needs beyond the packed form, made by `slidejax.prepare`; never
+        saved.
+
+    Leading axes are a batch of weights (under `vmap`, `scan`).
+
+    >>> w = pack(jnp.ones((10, 4)), "6:8")
+    >>> w.values.shape, w.zeros.shape, w.scale.shape, w.in_features, w.out_features
+    ((4, 8, 6), (4, 8), (4,), 10, 4)
+    """
+
+    values: jax.Array
+    zeros: jax.Array
+    scale: jax.Array
+    pattern: Pattern
+    in_features: int
+    prepared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def out_features(self) -> int:
+        return self.values.shape[-3]
+
+    @property
+    def groups(self) -> int:
+        """Groups held here, padding included: fewer than the whole weight's inside a shard of K."""
+        return self.values.shape[-2]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the values."""
+        return np.dtype(self.values.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the kernel that this stands for, `[..., in, out]`."""
+        return (*self.values.shape[:-3], self.in_features, self.out_features)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves, padding and prepared forms included."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
+    def is_k_shard(self) -> bool:
+        """Whether this holds only some of the groups of K (inside `shard_map`)."""
+        return self.groups != self.pattern.groups(self.in_features)
+
+    def replace(self, **changes) -> SlideWeight:
+        return dataclasses.replace(self, **changes)
+
+    def partition_spec(self, out: Any = None, k: Any = None, batch: tuple = ()) -> SlideWeight:
+        """The tree of `PartitionSpec`s that cuts this weight over a mesh.
+
+        Args:
+          out: mesh axis (or axes) over which outputs are split.
+          k: mesh axis over which K is split, by whole blocks of 8 groups.
+          batch: mesh axes of leading batch axes, None where not split.
+
+        Returns:
+          A `SlideWeight` whose leaves are `PartitionSpec`s, for `NamedSharding` and `shard_map`.
+
+        Raises:
+          ValueError: if K is split and `in_features` is not a whole number of blocks, or prepared forms are present
+            (they belong to one device: `prepare` again after sharding).
+
+        >>> w = pack(jnp.ones((128, 4)), "6:8")
+        >>> tuple(w.partition_spec(out="o", k="k").values)
+        ('o', 'k', None)
+        """
+        if k is not None and self.in_features % self.pattern.block:
+            raise ValueError(
+                f"k={k!r}: in_features {self.in_features} is not a whole number of blocks of {self.pattern.block} columns "
+                f"(pattern {self.pattern}), so K cannot be split over a mesh"
+            )
+        if self.prepared:
+            raise ValueError(
+                f"prepared forms {sorted(self.prepared)} cannot be split over a mesh: drop them first"
+            )
+        zeros = PartitionSpec(*batch, out, k if self.pattern.prunes else None)
+        return self.replace(
+            values=PartitionSpec(*batch, out, k, None),
+            zeros=zeros,
+            scale=PartitionSpec(*batch, out),
+        )
+
+    def tree_flatten_with_keys(self):
+        key = jax.tree_util.GetAttrKey
+        children = (
+            (key("values"), self.values),
+            (key("zeros"), self.zeros),
+            (key("scale"), self.scale),
+        )
+        names = tuple(sorted(self.prepared))
+        prepared = tuple((key(f"prepared_{name}"), self.prepared[name]) for name in names)
+        return children + prepared, (self.pattern, self.in_features, names)
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        pattern, in_features, names = static
+        values, zeros, scale, *prepared = children
+        return cls(
+            values, zeros, scale, pattern, in_features, dict(zip(names, prepared, strict=True))
+        )
+
+    def check(self, name: str = "w") -> SlideWeight:
+        """Returns self if the leaves are what `pack` makes.
+
+        Raises:
+          ValueError: naming the leaf, its dtype or shape and what was expected.
+        """
+        expected = (
+            "values int8, float8_e4m3fn, bfloat16, float16 or float32, zeros uint8, scale float32"
+        )
+        if self.values.ndim < 3 or self.values.shape[-1] != self.pattern.kept:
+            raise ValueError(
+                f"{name}.values must be [..., out, groups, {self.pattern.kept}] for pattern {self.pattern}, "
+                f"got shape {self.values.shape}"
+            )
+        *rows, groups, _ = self.values.shape
+        zeros = (*rows, groups if self.pattern.prunes else 0)
+        if self.zeros.shape != zeros or self.scale.shape != tuple(rows):
+            raise ValueError(
+                f"{name}: zeros and scale must have shapes {zeros} and {tuple(rows)} "
+                f"for values {self.values.shape}, got {self.zeros.shape} and {self.scale.shape}"
+            )
+        dtypes = self.zeros.dtype, self.scale.dtype
+        try:
+            numerics.check_dtype(self.values.dtype)
+            good = dtypes == (jnp.uint8, jnp.float32)
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError(
+                f"{name} has leaves values {self.values.dtype}, zeros {dtypes[0]}, scale {dtypes[1]}; pack makes {expected}. "
+                f"A cast of the whole tree (tree.map(astype), to_bf16) ruins packed weights: cast before packing"
+            )
+        return self
+
+
+class WrappedWeight:
+    """A packed weight with more around it, which may stand wherever a `SlideWeight` may: `slidejax.linear` calls its `linear`.
+
+    Subclasses are pytrees: `slidejax.trainable.MasterWeight`, `slidejax.adapters.AdaptedWeight`.
+    """
+
+    @property
+    def weight(self) -> SlideWeight:
+        """The packed weight inside."""
+        raise NotImplementedError
+
+    def linear(
+        self,
+        x: jax.Array,
+        bias: jax.Array | None,
+        *,
+        implementation: str | None = None,
+        out_dtype: Any = None,
+        reduce_axis: Any = None,
+    ) -> jax.Array:
+        """The product; arguments and result are those of `slidejax.linear`."""
+        raise NotImplementedError
+
+    def trained(self) -> WrappedWeight:
+        """Itself with a bool in place of each leaf: whether `slidejax.partition` counts it as trained."""
+        raise NotImplementedError
+
+    def check(self, name: str = "w") -> WrappedWeight:
+        self.weight.check(name)
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.out_features
+
+    @property
+    def is_k_shard(self) -> bool:
+        return self.weight.is_k_shard
+
+
+def check_kernel(kernel, name: str = "kernel") -> jax.Array:
+    """`kernel` as an array `[..., in, out]`; ValueError when it cannot be one."""
+    if isinstance(kernel, SlideWeight):
+        raise TypeError(f"{name} is packed already; unpack it first")
+    kernel = jnp.asarray(kernel)
+    if kernel.ndim < 2:
+        raise ValueError(f"{name} must be [..., in, out], got shape {kernel.shape}")
+    return kernel
+
+
+def to_groups(kernel: jax.Array, pattern: Pattern, fill=0) -> jax.Array:
+    """`[..., in, out]` to `[..., out, groups, group]`, padded with `fill` to whole blocks."""
+    rows = jnp.swapaxes(kernel, -1, -2)
+    missing = pattern.padded(rows.shape[-1]) - rows.shape[-1]
+    rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)], constant_values=fill)
+    return rows.reshape(*rows.shape[:-1], -1, pattern.group)
+
+
+def from_groups(groups: jax.Array, in_features: int) -> jax.Array:
+    """The inverse of `to_groups`: `[..., out, groups, group]` to `[..., in, out]`, padding cut off."""
+    rows = groups.reshape(*groups.shape[:-2], -1)[..., :in_features]
+    return jnp.swapaxes(rows, -1, -2)
+
+
+def split_zeros(zeros: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`(z1, z2)` as int32 `[..., out, groups, 1]` from the packed byte."""
+    zeros = zeros.astype(jnp.int32)[..., None]
+    return zeros & 15, zeros >> 4
+
+
+def kept_values(groups: jax.Array, zeros: jax.Array) -> jax.Array:
+    """The values at the kept columns: `[..., out, groups, group]` to `[..., out, groups, group - 2]`; all, where there are no zeros."""
+    if zeros.shape[-1] < groups.shape[-2]:  # the pattern "dense"
+        return groups
+    z1, z2 = split_zeros(zeros)
+    kept = groups.shape[-1] - 2
+    j = jnp.arange(kept)
+    return jnp.where(
+        j < z1,
+        groups[..., :kept],
+        jnp.where(j < z2 - 1, groups[..., 1 : kept + 1], groups[..., 2:]),
+    )
+
+
+def scatter_values(values: jax.Array, zeros: jax.Array) -> jax.Array:
+    """The inverse of `kept_values`: `[..., out, groups, kept]` to `[..., out, groups, kept + 2]`, zero elsewhere."""
+    if zeros.shape[-1] < values.shape[-2]:
+        return values
+    z1, z2 = split_zeros(zeros)
+    c = jnp.arange(values.shape[-1] + 2)
+
+    def shifted(by):
+        return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(by, 2 - by)])
+
+    full = jnp.where(c < z1, shifted(0), jnp.where(c < z2, shifted(1), shifted(2)))
+    return jnp.where((c == z1) | (c == z2), jnp.zeros((), values.dtype), full)
+
+
+def pack(
+    kernel: jax.Array,
+    pattern: str | Pattern,
+    dtype=None,
+    mask: jax.Array | None = None,
+    scale: jax.Array | None = None,
+) -> SlideWeight:
+    """Prunes (unless masked) and packs a kernel.
+
+    Args:
+      kernel: `[..., in, out]`; leading axes are a batch of kernels.
+      pattern: such as `"6:8"`; "dense" prunes nothing.
+      dtype: of the values. None keeps the kernel's; int8 or float8_e4m3fn quantises a float kernel with one scale for
+        each output (`slidejax.numerics`).
+      mask: bool `[..., in, out]`, True = kept. None prunes by magnitude.
+      scale: `[..., out]`, positive: the scale of each output of 8-bit values, such as `slidejax.prune.round_kernel` finds
+        it; what is larger than the largest code is clipped. None: the smallest that clips nothing.
+
+    Returns:
+      The `SlideWeight`. Unquantised it is lossless: `unpack(w) == where(mask & (kernel != 0), kernel, +0)`.
+
+    Raises:
+      ValueError: for a bad shape, pattern or dtype; or if a group would keep more than `pattern.kept` non-zeros (the
+        row and group are named). Under tracing, where values are not known, such a row becomes nan instead.
+
+    >>> w = pack(jnp.arange(1., 9.).reshape(8, 1), "6:8")
+    >>> unpack(w).ravel().tolist()
+    [0.0, 0.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    """
+    pattern = Pattern.parse(pattern)
+    kernel = check_kernel(kernel)
+    dtype = numerics.check_dtype(
+        kernel.dtype if dtype is None else dtype, "kernel's dtype" if dtype is None else "dtype"
+    )
+    if mask is None:
+        mask = magnitude(kernel, pattern)
+    else:
+        mask = jnp.asarray(mask)
+        if mask.shape != kernel.shape or mask.dtype != jnp.bool_:
+            raise ValueError(
+                f"mask must be bool of the kernel's shape {kernel.shape}, got {mask.dtype} of shape {mask.shape}"
+            )
+    rounds = numerics.is_quantized(dtype) and not numerics.is_quantized(kernel.dtype)
+    if scale is not None:
+        scale = jnp.asarray(scale, jnp.float32)
+        if not rounds or scale.shape != (*kernel.shape[:-2], kernel.shape[-1]):
+            raise ValueError(
+                f"scale is for an 8-bit dtype and has the shape of the outputs, {(*kernel.shape[:-2], kernel.shape[-1])}; "
+                f"got shape {scale.shape} for {dtype.name} values of a {kernel.dtype.name} kernel"
+            )
+    w, crowded = _pack(kernel, mask, scale, pattern, dtype)
+    if not isinstance(crowded, jax.core.Tracer) and crowded.any():
+        *batch, row, group = (int(i) for i in np.argwhere(np.asarray(crowded))[0])
+        where = f"kernel {tuple(batch)}, " if batch else ""
+        raise ValueError(
+            f"mask keeps more than {pattern.kept} non-zeros in {where}output {row}, group {group} (inputs "
+            f"{group * pattern.group} to {group * pattern.group + pattern.group - 1}); pattern {pattern} allows "
+            f"{pattern.kept}. {int(crowded.sum())} group(s) are too full"
+        )
+    return w
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _pack(kernel, mask, given_scale, pattern: Pattern, dtype) -> tuple[SlideWeight, jax.Array]:
+    """Packs, and says which groups `[..., out, groups]` hold too many non-zeros."""
+    nonzero = to_groups(mask & (kernel != 0), pattern, fill=False)
+    # -0.0 counts as a non-zero for some 2:4 compressors: only +0 is stored for what is not kept
+    groups = jnp.where(nonzero, to_groups(kernel, pattern), jnp.zeros((), kernel.dtype))
+    crowded = jnp.sum(nonzero, axis=-1) > pattern.kept
+    zeros = _zeros_of(nonzero) if pattern.prunes else jnp.zeros((*nonzero.shape[:-2], 0), jnp.uint8)
+    values = kept_values(groups, zeros)
+    bad_row = jnp.any(crowded, axis=-1)
+    scale = jnp.ones(bad_row.shape, jnp.float32)
+    if (
+        numerics.is_quantized(dtype)
+        and jnp.issubdtype(kernel.dtype, jnp.floating)
+        and not numerics.is_quantized(kernel.dtype)
+    ):
+        values, scale = _quantize_values(values, dtype, given_scale)
+    else:
+        values = values.astype(dtype)
+    if numerics.is_quantized(dtype):
+        scale = jnp.where(bad_row, jnp.nan, scale)
+    else:
+        values = jnp.where(bad_row[..., None, None], jnp.asarray(jnp.nan, dtype), values)
+    return SlideWeight(values, zeros, scale, pattern, kernel.shape[-2]), crowded
+
+
+def _zeros_of(nonzero: jax.Array) -> jax.Array:
+    """The packed byte of each group `[..., out, groups, group]`: its two zeros with the largest index, so that the missing columns of a
+    last partial group count first."""
+    column = jnp.arange(nonzero.shape[-1])
+    z2 = jnp.max(jnp.where(nonzero, 1, column), axis=-1)
+    z1 = jnp.max(jnp.where(nonzero | (column >= z2[..., None]), 0, column), axis=-1)
+    return (z1 | z2 << 4).astype(jnp.uint8)
+
+
+def _quantize_values(
+    values: jax.Array, dtype, scale: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    if (
+        scale is not None
+    ):  # of a value that is code * scale, whatever the last bit of the scale, the code comes back
+        codes, _ = numerics.encode(
+            values, scale[..., None, None] * numerics.QMAX[np.dtype(dtype)], dtype
+        )
+        return codes, scale
+    codes, scale = numerics.encode(values, numerics.absmax(values, (-2, -1)), dtype)
+    return codes, scale[..., 0, 0]
+
+
+def quantize(w: SlideWeight, dtype) -> SlideWeight:
+    """Quantises float-packed values to 8 bit, one scale for each output; prepared forms are dropped.
+
+    Raises:
+      ValueError: if `dtype` is not int8 or float8_e4m3fn, or the values are quantised already.
+
+    >>> w = quantize(pack(jnp.eye(8), "6:8"), "int8")
+    >>> w.dtype.name, int(w.values.max())
+    ('int8', 127)
+    """
+    dtype = numerics.check_dtype(dtype)
+    check_weight(w)
+    if not numerics.is_quantized(dtype):
+        raise ValueError(f"dtype must be int8 or float8_e4m3fn, got {dtype.name}")
+    if numerics.is_quantized(w.dtype):
+        raise ValueError(
+            f"w is quantised already (values {w.dtype.name}); quantize takes float-packed weights"
+        )
+    values, scale = jax.jit(_quantize_values, static_argnums=1)(w.values, dtype)
+    return w.replace(values=values, scale=scale, prepared={})
+
+
+def unpack(w: SlideWeight) -> jax.Array:
+    """The dense kernel `[..., in, out]`: float32 for 8-bit values, else in the values' dtype.
+
+    Raises:
+      ValueError: if the leaves are not what `pack` makes, or hold only a shard of K.
+    """
+    check_weight(w)
+    if w.is_k_shard:
+        raise ValueError(
+            f"w holds {w.groups} of {w.pattern.groups(w.in_features)} groups: a shard of K cannot be unpacked"
+        )
+    return _unpack(w.replace(prepared={}))
+
+
+@jax.jit
+def _unpack(w: SlideWeight) -> jax.Array:
+    groups = scatter_values(w.values, w.zeros)
+    if numerics.is_quantized(w.dtype):
+        groups = groups.astype(jnp.float32) * w.scale[..., None, None]
+    return from_groups(groups, w.in_features)
+
+
+def check_weight(w, name: str = "w") -> SlideWeight:
+    """`w` if it is a sound `SlideWeight`; TypeError or ValueError otherwise."""
+    if not isinstance(w, SlideWeight):
+        raise TypeError(f"{name} must be a SlideWeight (see slidejax.pack), got {type(w).__name__}")
+    return w.check(name)

@@ -1,0 +1,117 @@
+"""`slidejax recover` on a tiny model, in process."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+
+from command_line import SENTENCES, run, write_files
+
+from slidejax.lm.models import load_model
+
+TEXT = SENTENCES * 8
+
+
+@pytest.fixture
+def files(tmp_path, tiny_llama, tiny_tokenizer):
+    return write_files(tmp_path, tiny_llama, tiny_tokenizer, "4:6", TEXT)
+
+
+def test_recover_writes_a_better_model(capsys, files):
+    text, dense, out, new = (files / name for name in ("text.txt", "dense", "out", "new"))
+    options = [
+        "--against",
+        dense,
+        "--text",
+        text,
+        "--window",
+        32,
+        "--batch",
+        8,
+        "--learning-rate",
+        3e-3,
+        "--warmup",
+        2,
+    ]
+    status, said, err = run(
+        capsys, "recover", out, new, *options, "--steps", 25, "--checkpoint", files / "state"
+    )
+    assert status == 0, err
+    assert "25 steps" in said
+    _, before, _ = run(
+        capsys, "eval", out, "--text", text, "--window", 32, "--against", dense, "--json"
+    )
+    _, after, _ = run(
+        capsys, "eval", new, "--text", text, "--window", 32, "--against", dense, "--json"
+    )
+    assert json.loads(after)["kl"] < 0.8 * json.loads(before)["kl"]
+    about = load_model(new).about
+    assert about["pattern"] == "4:6" and about["recovery"]["steps"] == 25
+    # the state holds the whole run: it is written once more without a step
+    status, said, _ = run(
+        capsys,
+        "recover",
+        out,
+        files / "again",
+        *options,
+        "--steps",
+        25,
+        "--checkpoint",
+        files / "state",
+    )
+    assert status == 0
+    kernels = [
+        load_model(f).model.params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"].values
+        for f in (new, files / "again")
+    ]
+    np.testing.assert_array_equal(*kernels)
+
+
+def test_the_dense_model_writes_some_of_the_text(capsys, files):
+    options = [
+        "--against",
+        files / "dense",
+        "--text",
+        files / "text.txt",
+        "--window",
+        200,
+        "--batch",
+        2,
+        "--steps",
+        1,
+    ]
+    for sampled, out in ((0, "none"), (3, "some")):
+        status, _, err = run(
+            capsys, "recover", files / "out", files / out, *options, "--sample", sampled
+        )
+        assert status == 0, err
+    without, with_some = (
+        load_model(files / name).about["recovery"]["rows"] for name in ("none", "some")
+    )
+    assert with_some == without + 3 > 3
+    status, _, err = run(capsys, "recover", files / "out", files / "x", *options, "--sample", -1)
+    assert status == 1 and "--sample must be 0 or more" in err
+
+
+def test_errors_are_one_line(capsys, files):
+    dense, out, text = files / "dense", files / "out", files / "text.txt"
+    (files / "short").write_text("moon")
+    for args, message in [
+        ((out, files / "x", "--text", text), "name it with --against"),
+        ((out, files / "x", "--against", out, "--text", text), "must name the dense model"),
+        (
+            (dense, files / "x", "--against", dense, "--text", text, "--steps", 1),
+            "nothing to recover",
+        ),
+        ((out, text, "--against", dense), "is a file"),
+        (
+            (out, files / "x", "--against", dense, "--text", files / "short", "--window", 64),
+            "fill no row",
+        ),
+    ]:
+        status, said, err = run(capsys, "recover", *args)
+        assert status == 1 and said == "" and message in err and "Traceback" not in err, (args, err)
+    assert not (files / "x").exists()

@@ -1,0 +1,274 @@
+"""Reading and writing Hugging Face directories; the rope base; damaged and unsupported models."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+pytest.importorskip("transformers")
+
+import slidejax.checkpoint.huggingface as hf
+from slidejax.lm.generate import Generator
+from slidejax.lm.models import load_model
+
+IDS = np.arange(40, dtype=np.int32).reshape(2, 20)
+
+
+def logits(model, ids=IDS):
+    return np.asarray(jax.jit(lambda p, i: model(i, params=p).logits)(model.params, ids))
+
+
+def write_safetensors(folder, params, shards=1, layout="pt"):
+    """A checkpoint as PyTorch's Llama writes it: [out, in], names with dots, no tied head."""
+    from safetensors.numpy import save_file
+
+    names = {}
+    for key, value in flatten_dict(params, sep=".").items():
+        kernel = key.endswith(".kernel")
+        name = key.removesuffix(".kernel").removesuffix(".embedding") + (
+            ".weight" if kernel or "embed" in key else ""
+        )
+        names[name] = np.ascontiguousarray(value.T if kernel else value)
+    keys = sorted(names)
+    files = (
+        ["model.safetensors"]
+        if shards == 1
+        else [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    )
+    for i, file in enumerate(files):
+        save_file(
+            {k: names[k] for k in keys[i::shards]}, folder / file, metadata={"format": layout}
+        )
+    if shards > 1:
+        weight_map = {k: files[i % shards] for i, k in enumerate(keys)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_config, tiny_params, tiny_tokenizer):
+    tiny_config.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    write_safetensors(tmp_path, tiny_params)
+    return tmp_path
+
+
+@pytest.mark.parametrize("layout", ["msgpack", "safetensors", "shards"])
+def test_every_layout_gives_the_same_model(folder, layout, tiny_llama, tiny_params):
+    if layout != "safetensors":
+        (folder / "model.safetensors").unlink()
+    if layout == "shards":
+        write_safetensors(folder, tiny_params, shards=3)
+    if layout == "msgpack":
+        tiny_llama.save_pretrained(folder)
+        assert (folder / "flax_model.msgpack").is_file()
+    loaded = load_model(folder)
+    assert type(loaded.model).__name__ == "FlaxLlamaForCausalLM" and loaded.about == {}
+    np.testing.assert_array_equal(logits(loaded.model), logits(tiny_llama))
+    assert loaded.tokenizer.decode(loaded.encode("Grüße, 42!")) == "Grüße, 42!"
+
+
+def test_the_layout_is_what_transformers_itself_reads(folder, tiny_params):
+    """Our reading of a safetensors directory against Hugging Face's own loader (which draws a tied head at random)."""
+    from transformers import FlaxLlamaForCausalLM
+
+    theirs = flatten_dict(FlaxLlamaForCausalLM.from_pretrained(folder).params["model"], sep="/")
+    ours = flatten_dict(load_model(folder).model.params["model"], sep="/")
+    assert theirs.keys() == ours.keys()
+    for key in theirs:
+        np.testing.assert_array_equal(theirs[key], ours[key])
+
+
+def test_a_tied_head_is_the_embedding(tiny_llama):
+    params = tiny_llama.params
+    np.testing.assert_array_equal(
+        params["lm_head"]["kernel"], params["model"]["embed_tokens"]["embedding"].T
+    )
+
+
+def test_dtype(folder):
+    model = load_model(folder, "bfloat16").model
+    assert {x.dtype for x in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}
+    assert logits(model).dtype == jnp.bfloat16
+
+
+def test_bert_reads_too(tmp_path):
+    from transformers import BertConfig, FlaxBertForMaskedLM
+
+    config = BertConfig(
+        32, 16, 1, 2, 32, max_position_embeddings=16, architectures=["BertForMaskedLM"]
+    )
+    shapes = FlaxBertForMaskedLM(config, _do_init=False).params_shape_tree
+    model = hf.build(config, jax.tree.map(lambda s: np.full(s.shape, 0.1, np.float32), shapes))
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert type(again.model) is FlaxBertForMaskedLM and again.tokenizer is None
+    ids = IDS[:, :8] % 32
+    np.testing.assert_array_equal(logits(model, ids), logits(again.model, ids))
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        again.encode("text")
+
+
+# ------------------------------------------------------------------------------------------------------- rope base
+
+
+def rope_reference(x, theta):
+    """Rotary positions written out in NumPy, [batch, position, head, dim] (Su et al., arXiv 2104.09864, eq. 15)."""
+    dim = x.shape[-1]
+    angle = np.arange(x.shape[1])[:, None] / theta ** (np.arange(0, dim, 2) / dim)
+    turned = (x[..., : dim // 2] + 1j * x[..., dim // 2 :]) * np.exp(1j * angle)[:, None, :]
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def attention_reference(params, config, x):
+    """The first layer's attention output (before o_proj) for float64 input x [position, hidden]."""
+    heads, kv, dim = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.hidden_size // config.num_attention_heads,
+    )
+    q, k, v = (x @ np.asarray(params[f"{n}_proj"]["kernel"], np.float64) for n in "qkv")
+    q = rope_reference(q.reshape(1, -1, heads, dim), config.rope_theta)[0]
+    k = rope_reference(k.reshape(1, -1, kv, dim), config.rope_theta)[0].repeat(heads // kv, 1)
+    v = v.reshape(-1, kv, dim).repeat(heads // kv, 1)
+    scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(dim)
+    scores = np.where(np.tril(np.ones(scores.shape[1:], bool)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v).reshape(
+        len(x), -1
+    )
+
+
+def test_the_rope_base_of_the_configuration_is_used(tiny_config, tiny_llama):
+    """Against attention written out in NumPy; transformers' own module, base 10000, is far from it."""
+    import flax.linen as nn
+    from transformers import FlaxLlamaForCausalLM
+    from transformers.models.llama.modeling_flax_llama import FlaxLlamaAttention
+
+    def attention(model):
+        """The input of the first layer's attention and what enters its o_proj."""
+
+        @jax.jit
+        def run(params):
+            seen = []
+
+            def record(next_fun, args, kwargs, context):
+                first = (
+                    isinstance(context.module, FlaxLlamaAttention)
+                    or context.module.name == "o_proj"
+                )
+                if first and context.method_name == "__call__":
+                    seen.append(args[0])
+                return next_fun(*args, **kwargs)
+
+            with nn.intercept_methods(record):
+                model(IDS, params=params)
+            return seen[0][0], seen[1][0]
+
+        x, out = run(tiny_llama.params)
+        return np.asarray(x, np.float64), np.asarray(out)
+
+    x, ours = attention(tiny_llama)
+    expected = attention_reference(
+        tiny_llama.params["model"]["layers"]["0"]["self_attn"], tiny_config, x
+    )
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+    _, theirs = attention(FlaxLlamaForCausalLM(tiny_config, _do_init=False))
+    assert np.abs(theirs - expected).max() > 0.05
+
+
+def test_generation_agrees_with_the_whole_sequence(tiny_llama):
+    """The cache holds keys rotated at their own positions: greedy tokens equal those of a full forward pass."""
+    ids = IDS[:1, :5]
+    out = Generator(tiny_llama, 6, stop=False)(ids[0]).tokens
+    whole = np.concatenate([ids[0], out])
+    assert len(out) == 6 and list(logits(tiny_llama, whole[None])[0, 4:-1].argmax(-1)) == out
+
+
+def test_a_base_of_10000_leaves_the_module_alone(tiny_config, tiny_params):
+    from transformers import FlaxLlamaForCausalLM
+
+    config = type(tiny_config)(**{**tiny_config.to_dict(), "rope_theta": 10000.0})
+    model = hf.build(config, tiny_params)
+    assert type(model.module) is type(FlaxLlamaForCausalLM(config, _do_init=False).module)
+
+
+# ------------------------------------------------------------------------------------------------ refusals, damage
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"mlp_bias": True},
+        {"head_dim": 16},
+    ],
+)
+def test_what_the_flax_class_would_ignore_is_refused(tiny_config, tiny_params, change):
+    config = type(tiny_config)(**{**tiny_config.to_dict(), **change})
+    with pytest.raises(NotImplementedError, match=next(iter(change))):
+        hf.build(config, tiny_params)
+
+
+def test_missing_and_misshapen_parameters_are_named(tiny_config, tiny_params):
+    params = jax.tree.map(lambda x: x, tiny_params)
+    del params["model"]["layers"]["1"]["mlp"]["up_proj"]
+    with pytest.raises(ValueError, match="missing: model/layers/1/mlp/up_proj/kernel"):
+        hf.build(tiny_config, params)
+    params["model"]["layers"]["1"]["mlp"]["up_proj"] = {"kernel": np.zeros((2, 3))}
+    with pytest.raises(ValueError, match=r"up_proj/kernel: \(2, 3\) instead of \(48, 104\)"):
+        hf.build(tiny_config, params)
+
+
+def test_damaged_directories(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors.*damaged"):
+        load_model(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickled"):
+        load_model(folder)
+    (folder / "flax_model.msgpack").write_bytes(b"\x81\xa1")
+    with pytest.raises(ValueError, match=r"flax_model\.msgpack.*damaged"):
+        load_model(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_model(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_model(folder)
+    with pytest.raises(ValueError, match="not a file, not a directory, and not one of smollm2"):
+        load_model(folder / "nowhere")
+
+
+def test_an_index_cannot_reach_outside_its_directory(folder):
+    shutil.move(folder / "model.safetensors", folder.parent / "outside.safetensors")
+    index = {"weight_map": {"x": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="not in the directory"):
+        load_model(folder)
+
+
+# ---------------------------------------------------------------------------------------------- written by slidejax
+
+
+def test_a_written_dense_model_comes_back(tmp_path, tiny_llama, tiny_tokenizer):
+    tiny_llama.generation_config.max_new_tokens = 7
+    hf.write_pretrained(tmp_path / "out", tiny_llama, tiny_tokenizer, {"note": [1, "a"]})
+    again = load_model(tmp_path / "out")
+    assert again.about == {"note": [1, "a"]} and again.name == "out"
+    assert again.model.generation_config.max_new_tokens == 7
+    np.testing.assert_array_equal(logits(again.model), logits(tiny_llama))
+    assert again.encode("abc") == tiny_tokenizer.encode("abc")
+
+
+def test_parameters_without_a_model_are_not_a_model(tmp_path, tiny_config, tiny_params):
+    from slidejax import checkpoint
+
+    checkpoint.save(tmp_path, tiny_params)
+    tiny_config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no model"):
+        load_model(tmp_path)

@@ -1,0 +1,319 @@
+"""Converted Hugging Face Flax models, against the same model with the unpacked kernels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import slidejax as sj
+from slidejax.variants.prepared import serving
+
+transformers = pytest.importorskip("transformers")
+if not hasattr(transformers, "FlaxPreTrainedModel"):
+    pytest.skip("this transformers has no Flax classes", allow_module_level=True)
+
+FLOAT = sj.Rule("6:8", qdtype=None)
+IDS = np.arange(3, 11).reshape(2, 4)
+
+
+def gpt2():
+    config = transformers.GPT2Config(
+        vocab_size=97,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        n_positions=32,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return transformers.FlaxGPT2LMHeadModel(config)
+
+
+def bert():
+    config = transformers.BertConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=40,
+    )
+    return transformers.FlaxBertForMaskedLM(config)
+
+
+def densified(sparse, model):
+    """The parameters with every packed kernel unpacked into the form of the original (GPT-2 keeps `[out, in]`)."""
+    like = flatten_dict(model.params)
+
+    def dense(key, leaf):
+        if not isinstance(leaf, sj.SlideWeight):
+            return leaf
+        matrix = sj.unpack(leaf)
+        return (
+            matrix.T
+            if type(model).__name__ == "FlaxGPT2LMHeadModel"
+            else matrix.reshape(like[key].shape)
+        )
+
+    return unflatten_dict(
+        {key: dense(key, leaf) for key, leaf in flatten_dict(sparse.params).items()}
+    )
+
+
+def test_llama(tiny_llama):
+    report, before = sj.Report(), flatten_dict(tiny_llama.params)
+    sparse = sj.huggingface.convert(tiny_llama, FLOAT, report=report)
+    assert type(sparse) is type(tiny_llama) and len(report.converted) == 14
+    assert report.dense == {"lm_head/kernel": "no rule matches"} and not report.unmatched
+    assert all(leaf is before[key] for key, leaf in flatten_dict(tiny_llama.params).items())
+    assert not any(isinstance(leaf, sj.SlideWeight) for leaf in before.values())
+
+    dense = densified(sparse, tiny_llama)
+    want = tiny_llama(IDS, params=dense).logits
+    np.testing.assert_allclose(sparse(IDS).logits, want, atol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(lambda params, ids: sparse(ids, params=params).logits)(sparse.params, IDS),
+        want,
+        atol=1e-4,
+    )
+    assert jnp.abs(want - tiny_llama(IDS).logits).max() > 0.01
+    sparse.generation_config.max_length = 7
+    assert tiny_llama.generation_config.max_length != 7
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 2}, {"do_sample": True, "prng_key": jax.random.PRNGKey(3)}],
+    ids=["greedy", "beam", "sample"],
+)
+def test_llama_generates(tiny_llama, options):
+    sparse = sj.huggingface.convert(tiny_llama, FLOAT)
+    dense = densified(sparse, tiny_llama)
+    want = tiny_llama.generate(
+        IDS, params=dense, max_length=9, pad_token_id=258, **options
+    ).sequences
+    generate = jax.jit(
+        lambda params: (
+            sparse.generate(IDS, params=params, max_length=9, pad_token_id=258, **options).sequences
+        )
+    )
+    np.testing.assert_array_equal(generate(sparse.params), want)
+    if not options:
+        np.testing.assert_array_equal(
+            sparse.generate(IDS, max_length=9, pad_token_id=258).sequences, want
+        )
+
+
+def test_8_bit_llama_is_near_its_dense_twin(tiny_llama):
+    sparse = sj.huggingface.convert(tiny_llama, "14:16")
+    assert sparse.params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"].dtype == jnp.int8
+    got, want = sparse(IDS).logits, tiny_llama(IDS, params=densified(sparse, tiny_llama)).logits
+    assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.99
+    prepared = sj.prepare(sparse.params)
+    np.testing.assert_allclose(sparse(IDS, params=prepared).logits, got, atol=1e-4)
+
+
+def test_quantised_only(tiny_llama):
+    """Codes and scales alone, in the form that is served too, are nearer to the dense model than any pattern."""
+    want, near = tiny_llama(IDS).logits, []
+    for pattern in ("dense", "14:16"):
+        model = sj.huggingface.convert(tiny_llama, pattern)
+        near.append(float(jnp.mean((model(IDS).logits - want) ** 2)))
+        served = sj.huggingface.with_params(model, serving(model.params))
+        np.testing.assert_allclose(served(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert near[0] < near[1] / 4
+    unquantised = sj.huggingface.convert(tiny_llama, sj.Rule("dense", None))
+    np.testing.assert_allclose(unquantised(IDS).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_gpt2_keeps_out_in():
+    model, report = gpt2(), sj.Report()
+    sparse = sj.huggingface.convert(model, FLOAT, report=report)
+    shapes = {line.path.split("/")[-2] + str(line.shape) for line in report.converted}
+    assert shapes == {"c_attn(32, 96)", "c_proj(32, 32)", "c_fc(32, 128)", "c_proj(128, 32)"}
+    dense = densified(sparse, model)
+    np.testing.assert_allclose(sparse(IDS).logits, model(IDS, params=dense).logits, atol=1e-5)
+    want = model.generate(IDS, params=dense, max_length=7).sequences
+    np.testing.assert_array_equal(
+        jax.jit(lambda params: sparse.generate(IDS, params=params, max_length=7).sequences)(
+            sparse.params
+        ),
+        want,
+    )
+
+
+def test_bert():
+    model, report = bert(), sj.Report()
+    sparse = sj.huggingface.convert(
+        model, [(".*/attention/.*", None), (".*", FLOAT)], report=report
+    )
+    assert len(report.dense) == 4 and all("/attention/" in path for path in report.dense)
+    assert len(report.converted) == 3
+    np.testing.assert_allclose(
+        sparse(IDS).logits, model(IDS, params=densified(sparse, model)).logits, atol=1e-5
+    )
+
+
+def test_a_model_without_parameters(tiny_llama):
+    empty = type(tiny_llama)(tiny_llama.config, _do_init=False)
+    with pytest.raises(ValueError, match=r"made with _do_init=False.*give params="):
+        sj.huggingface.convert(empty, "6:8")
+    sparse = sj.huggingface.convert(empty, "6:8", params=tiny_llama.params)
+    assert sparse(IDS).logits.shape == (2, 4, 259)
+
+
+def test_packed_parameters_run_in_a_dense_model(tiny_llama):
+    sparse = sj.huggingface.convert(tiny_llama, FLOAT)
+    again = sj.huggingface.with_params(tiny_llama, sparse.params)
+    np.testing.assert_array_equal(again(IDS).logits, sparse(IDS).logits)
+    with pytest.raises(ValueError, match="parameters are missing"):
+        sj.huggingface.with_params(tiny_llama, {"model": {}})
+
+
+def test_converting_twice_packs_what_is_left(tiny_llama):
+    first = sj.huggingface.convert(tiny_llama, [(".*/mlp/.*", FLOAT)])
+    report = sj.Report()
+    second = sj.huggingface.convert(first, FLOAT, report=report)
+    assert (
+        len(report.converted) == 8
+        and "packed already" in report.dense["model/layers/0/mlp/up_proj/kernel"]
+    )
+    np.testing.assert_allclose(
+        second(IDS).logits, sj.huggingface.convert(tiny_llama, FLOAT)(IDS).logits, atol=1e-6
+    )
+
+
+def test_save_pretrained(tiny_llama, tmp_path):
+    sparse = sj.huggingface.convert(tiny_llama, "6:8")
+    sparse.save_pretrained(tmp_path / "out")
+    from slidejax.lm.models import load_model
+
+    again = load_model(tmp_path / "out").model
+    jax.tree.map(np.testing.assert_array_equal, again.params, sparse.params)
+    np.testing.assert_array_equal(again(IDS).logits, sparse(IDS).logits)
+    with pytest.raises(ValueError, match=r"takes no push_to_hub.*slidejax.checkpoint.save"):
+        sparse.save_pretrained(tmp_path / "hub", push_to_hub=True)
+
+
+def test_a_cast_of_the_parameters_is_an_error(tiny_llama):
+    sparse = sj.huggingface.convert(tiny_llama, "6:8")
+    with pytest.raises(ValueError, match=r"q_proj/kernel has leaves.*ruins packed weights"):
+        sparse(IDS, params=sparse.to_bf16(sparse.params))
+
+
+def test_methods(tiny_llama):
+    seen = []
+
+    def keep_first(kernel, pattern, path):
+        seen.append(path)
+        return jnp.broadcast_to(
+            (jnp.arange(kernel.shape[0]) % pattern.group < pattern.kept)[:, None], kernel.shape
+        )
+
+    sparse = sj.huggingface.convert(tiny_llama, [(".*/0/mlp/up_proj", FLOAT)], method=keep_first)
+    assert seen == ["model/layers/0/mlp/up_proj/kernel"]
+    assert not sj.unpack(sparse.params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"])[
+        6:8
+    ].any()
+    with pytest.raises(ValueError, match="method must be a function or one of magnitude"):
+        sj.huggingface.convert(tiny_llama, "6:8", method="nothing")
+    with pytest.raises(ValueError, match="'magnitude' uses no calibration"):
+        sj.huggingface.convert(tiny_llama, "6:8", calibration=IDS)
+    with pytest.raises(TypeError, match="must be a Flax model of transformers, got dict"):
+        sj.huggingface.convert({}, "6:8")
+
+
+# --- gated MLPs -------------------------------------------------------------------------------------------------------
+
+
+def gated(family, activation):
+    """A tiny model of a family with gated MLPs."""
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    sizes["max_position_embeddings"] = 64  # Flax makes a mask of its square
+    name = {"llama": "Llama", "mistral": "Mistral", "gemma": "Gemma"}[family]
+    options = (
+        {"hidden_activation": activation, "head_dim": 16}
+        if family == "gemma"
+        else {"hidden_act": activation}
+    )
+    config = getattr(transformers, f"{name}Config")(**sizes, **options)
+    return getattr(transformers, f"Flax{name}ForCausalLM")(config, seed=0)
+
+
+def fused_products(model, ids):
+    """How many products of the model have the gate's product in their lift."""
+    jaxpr = jax.make_jaxpr(lambda params: model(ids, params=params).logits)(model.params)
+    return str(jaxpr).count("PyTreeDef(CustomNode(GLU")
+
+
+@pytest.mark.parametrize(
+    ("family", "activation"),
+    [("llama", "relu"), ("mistral", "silu"), ("gemma", "gelu"), ("gemma", None)],
+)
+def test_the_gate_goes_into_the_lift_of_an_8_bit_down_projection(family, activation, monkeypatch):
+    model, ids = (
+        sj.huggingface.convert(gated(family, activation), sj.Rule("6:8", qdtype="int8")),
+        jnp.arange(12).reshape(2, 6),
+    )
+    assert fused_products(model, ids) == 1
+    program = jax.jit(lambda params: model(ids, params=params).logits).trace(model.params)
+    assert (
+        "prologue = 4 : i32" in program.lower(lowering_platforms=("cuda",)).as_text()
+    )  # the gated product of slidejax/ops/ffi.py
+    together = model(ids).logits
+    monkeypatch.setattr(sj.linen, "_GATED", ())
+    assert fused_products(model, ids) == 0
+    np.testing.assert_allclose(together, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("activation", "rules"),
+    [
+        ("silu", FLOAT),
+        ("silu", [(".*down_proj.*", None), (".*", sj.Rule("6:8", qdtype="int8"))]),
+        ("tanh", sj.Rule("6:8", qdtype="int8")),
+    ],
+    ids=["float values", "down dense", "another activation"],
+)
+def test_other_gated_mlps_run_layer_by_layer(activation, rules):
+    model, ids = sj.huggingface.convert(gated("llama", activation), rules), jnp.arange(6)[None]
+    assert fused_products(model, ids) == 0
+    assert np.isfinite(np.asarray(model(ids).logits)).all()
+
+
+# --- q, k and v, gate and up as one product ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_fused_projections(family):
+    model, ids = (
+        sj.huggingface.convert(
+            gated(family, None if family == "gemma" else "silu"), sj.Rule("6:8", qdtype="int8")
+        ),
+        jnp.arange(12).reshape(2, 6),
+    )
+    fused = sj.huggingface.fuse_projections(model)
+
+    def products(model):
+        return sorted(
+            problem.out_features
+            for problem, _ in sj.explain(
+                lambda params: model(ids, params=params).logits, model.params
+            )
+        )
+
+    assert products(model) == [32, 32, 32, 32, 32, 48, 48] and products(fused) == [32, 32, 96, 96]
+    np.testing.assert_allclose(fused(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    if family == "llama":
+        options = {"max_new_tokens": 5, "eos_token_id": 64, "pad_token_id": 0}
+        np.testing.assert_array_equal(
+            fused.generate(ids, **options).sequences, model.generate(ids, **options).sequences
+        )

@@ -1,0 +1,245 @@
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+from patterns import PATTERNS, SPARSE
+
+import slidejax as sj
+from slidejax.ops.sparse_matmul import expand_lifted
+from slidejax.weights.packed import scatter_values
+
+patterns = st.sampled_from(PATTERNS)
+seeds = st.integers(0, 2**32 - 1)
+row_counts = st.sampled_from([1, 3, 10, 64, 70])  # few shapes: each one compiles
+
+
+def random_kernel(seed, shape, dtype=np.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def bits(array):
+    array = np.asarray(array)
+    return array.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
+
+
+@given(patterns, row_counts, seeds, st.sampled_from(["float32", "bfloat16", "float16"]))
+def test_lossless(pattern, rows, seed, dtype):
+    kernel = random_kernel(seed, (rows, 3), dtype)
+    kernel = kernel.at[0].set(-0.0)
+    mask = sj.prune.magnitude(kernel, pattern)
+    w = sj.pack(kernel, pattern, mask=mask)
+    expected = jnp.where(mask & (kernel != 0), kernel, jnp.zeros((), kernel.dtype))
+    np.testing.assert_array_equal(bits(sj.unpack(w)), bits(expected))
+    np.testing.assert_array_equal(bits(sj.unpack(sj.pack(kernel, pattern))), bits(expected))
+    assert w.check() is w and w.shape == (rows, 3) and w.dtype == dtype
+
+
+@given(patterns, row_counts, seeds, st.floats(0, 1))
+def test_lossless_for_any_mask_that_fits(pattern, rows, seed, density):
+    kernel = random_kernel(seed, (rows, 3))
+    mask = sj.prune.magnitude(kernel, pattern) & (
+        jnp.asarray(np.random.default_rng(seed).random((rows, 3))) < density
+    )
+    np.testing.assert_array_equal(
+        bits(sj.unpack(sj.pack(kernel, pattern, mask=mask))), bits(jnp.where(mask, kernel, 0))
+    )
+
+
+@pytest.mark.parametrize("pattern", SPARSE)
+def test_packed_layout(pattern):
+    """Kept values in column order, zeros as z1 | z2 << 4, for every position of the two zeros in a group."""
+    p = sj.Pattern.parse(pattern)
+    pairs = list(itertools.combinations(range(p.group), 2))
+    kernel = np.tile(np.arange(1.0, p.group + 1, dtype=np.float32), (len(pairs), 1))
+    for row, pair in enumerate(pairs):
+        kernel[row, list(pair)] = 0
+    w = sj.pack(kernel.T, pattern)
+    for row, (z1, z2) in enumerate(pairs):
+        assert w.zeros[row, 0] == z1 | z2 << 4
+        np.testing.assert_array_equal(w.values[row, 0], kernel[row][kernel[row] != 0])
+    # padding groups hold nothing
+    assert not np.asarray(w.values[:, 1:]).any()
+    # the lifted form holds kept values 2w and 2w + 1 in window w, each at the lane of its column
+    lifted = np.asarray(expand_lifted(w)).reshape(len(pairs), p.groups(p.group), p.windows, 4)[:, 0]
+    assert ((lifted != 0).sum(-1) == 2).all()
+    for row, col in itertools.product(range(len(pairs)), range(p.group)):
+        where = [(i, col - 2 * i) for i in range(p.windows) if 0 <= col - 2 * i < 4]
+        assert sum(lifted[row, i, lane] for i, lane in where) == kernel[row, col]
+
+
+def test_dense_holds_the_codes_in_rows():
+    """Values are the rows of the kernel, zero-padded; there are no zeros to name, and nothing is too full."""
+    kernel = random_kernel(0, (50, 3))
+    w = sj.pack(kernel, "dense", mask=jnp.ones((50, 3), bool))
+    assert w.values.shape == (3, 16, 4) and w.zeros.shape == (3, 0) and w.zeros.dtype == jnp.uint8
+    rows = np.asarray(w.values).reshape(3, -1)
+    np.testing.assert_array_equal(rows, np.pad(kernel.T, ((0, 0), (0, 14))))
+    np.testing.assert_array_equal(expand_lifted(w), rows)
+    w8 = sj.quantize(w, "int8")
+    assert w8.nbytes == 3 * 64 + 3 * 4
+    with pytest.raises(ValueError, match=r"must have shapes \(3, 0\)"):
+        w8.replace(zeros=jnp.zeros((3, 16), jnp.uint8)).check()
+
+
+def test_missing_columns_count_as_zeros_first():
+    w = sj.pack(jnp.array([[0.0], [2.0], [3.0]]), "2:4")  # column 3 is missing, column 0 is zero
+    assert int(w.zeros[0, 0]) == 0 | 3 << 4
+    np.testing.assert_array_equal(w.values[0, 0], [2, 3])
+
+
+@given(patterns, seeds, st.sampled_from(["int8", "float8_e4m3fn"]))
+def test_quantised_per_output(pattern, seed, dtype):
+    kernel = random_kernel(seed, (70, 6)) * jnp.exp(jnp.arange(6.0) * 3 - 9)
+    w = sj.pack(kernel, pattern, dtype=dtype)
+    kept = sj.unpack(sj.pack(kernel, pattern))
+    qmax = {"int8": 127, "float8_e4m3fn": 448}[dtype]
+    np.testing.assert_array_equal(w.scale, np.abs(kept).max(0) * np.float32(1 / qmax))
+    error = np.abs(np.asarray(sj.unpack(w) - kept))
+    step = np.asarray(w.scale) * (0.5 if dtype == "int8" else 0) + np.abs(kept) * (
+        0 if dtype == "int8" else 2**-4
+    )
+    assert (error <= step * 1.0001 + np.asarray(w.scale) * 2**-9).all()
+    later = sj.quantize(sj.pack(kernel, pattern), dtype)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), later, w)
+
+
+def test_integer_kernels_keep_their_codes():
+    codes = jnp.asarray(np.random.default_rng(0).integers(-127, 128, (16, 4)), jnp.int8)
+    w = sj.pack(codes, "6:8")
+    mask = sj.prune.magnitude(codes, "6:8")
+    assert w.dtype == jnp.int8 and (w.scale == 1).all()
+    np.testing.assert_array_equal(sj.unpack(w), jnp.where(mask, codes, 0).astype(jnp.float32))
+
+
+def test_too_full_mask_names_row_and_group():
+    mask = sj.prune.magnitude(jnp.ones((32, 5)), "6:8").at[8:16, 3].set(True)
+    with pytest.raises(ValueError, match=re.escape("output 3, group 1 (inputs 8 to 15)")):
+        sj.pack(jnp.ones((32, 5)), "6:8", mask=mask)
+    # zeros of the kernel itself do not count
+    sj.pack(jnp.ones((32, 5)).at[8:10].set(0), "6:8", mask=mask)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "bfloat16"])
+def test_too_full_rows_are_nan_under_tracing(dtype):
+    mask = sj.prune.magnitude(jnp.ones((32, 5)), "6:8").at[8:16, 3].set(True)
+    dense = sj.unpack(
+        jax.jit(lambda k: sj.pack(k, "6:8", dtype=dtype, mask=mask))(jnp.ones((32, 5)))
+    )
+    assert (
+        np.isnan(np.asarray(dense, np.float32)[:, 3]).any()
+        and not np.isnan(np.asarray(dense, np.float32)[:, :3]).any()
+    )
+    y = sj.linear(
+        jnp.ones((1, 32)),
+        jax.jit(lambda k: sj.pack(k, "6:8", dtype=dtype, mask=mask))(jnp.ones((32, 5))),
+    )
+    assert np.isnan(y[0, 3]) and not np.isnan(np.delete(np.asarray(y), 3, axis=1)).any()
+
+
+def test_nan_row_of_a_kernel_stays_visible():
+    kernel = jnp.ones((16, 3)).at[4, 1].set(jnp.nan)
+    for dtype in ("float32", "int8", "float8_e4m3fn"):
+        y = sj.linear(jnp.ones((2, 16)), sj.pack(kernel, "6:8", dtype=dtype))
+        assert np.isnan(y[:, 1]).all() and not np.isnan(y[:, [0, 2]]).any()
+
+
+@pytest.mark.parametrize(("pattern", "groups"), [("4:6", 8), ("dense", 16)])
+def test_batch_axes(pattern, groups):
+    kernel = random_kernel(1, (2, 3, 40, 6))
+    w = sj.pack(kernel, pattern, dtype="int8")
+    assert w.values.shape == (2, 3, 6, groups, 4) and w.shape == (2, 3, 40, 6)
+    one = jax.vmap(jax.vmap(lambda k: sj.pack(k, pattern, dtype="int8")))(kernel)
+    jax.tree.map(np.testing.assert_array_equal, w, one)
+    np.testing.assert_array_equal(
+        sj.unpack(w)[1, 2], sj.unpack(sj.pack(kernel[1, 2], pattern, dtype="int8"))
+    )
+    doubled = jax.lax.scan(
+        lambda c, w: (c, sj.unpack(w)), 0, jax.tree.map(lambda leaf: leaf[0], w)
+    )[1]
+    np.testing.assert_array_equal(doubled, sj.unpack(w)[0])
+
+
+def test_bad_arguments():
+    kernel = jnp.ones((16, 4))
+    with pytest.raises(ValueError, match=r"\[\.\.\., in, out\]"):
+        sj.pack(jnp.ones(16), "6:8")
+    with pytest.raises(ValueError, match="mask must be bool"):
+        sj.pack(kernel, "6:8", mask=jnp.ones((4, 16), bool))
+    with pytest.raises(ValueError, match="mask must be bool"):
+        sj.pack(kernel, "6:8", mask=jnp.ones((16, 4)))
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        sj.pack(kernel, "6:8", dtype="int4")
+    with pytest.raises(TypeError, match="packed already"):
+        sj.pack(sj.pack(kernel, "6:8"), "6:8")
+    with pytest.raises(TypeError, match="SlideWeight"):
+        sj.unpack(kernel)
+    with pytest.raises(ValueError, match="int8 or float8_e4m3fn"):
+        sj.quantize(sj.pack(kernel, "6:8"), "bfloat16")
+    with pytest.raises(ValueError, match="quantised already"):
+        sj.quantize(sj.pack(kernel, "6:8", dtype="int8"), "int8")
+
+
+def test_a_cast_of_the_tree_is_noticed():
+    w = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), sj.pack(jnp.ones((16, 4)), "6:8", dtype="int8")
+    )
+    for use in (lambda: sj.linear(jnp.ones((1, 16)), w), lambda: sj.unpack(w), w.check):
+        with pytest.raises(ValueError, match="astype"):
+            use()
+
+
+def test_partition_spec():
+    w = sj.pack(jnp.ones((128, 4)), "6:8")
+    spec = w.partition_spec(out="o", k=("a", "b"), batch=(None,))
+    assert (
+        spec.values == P(None, "o", ("a", "b"), None)
+        and spec.zeros == P(None, "o", ("a", "b"))
+        and spec.scale == P(None, "o")
+    )
+    with pytest.raises(ValueError, match="whole number of blocks"):
+        sj.pack(jnp.ones((100, 4)), "6:8").partition_spec(k="k")
+    spec = sj.pack(jnp.ones((64, 4)), "dense").partition_spec(out="o", k="k")
+    assert spec.values == P("o", "k", None) and spec.zeros == P(
+        "o", None
+    )  # there are no groups to cut
+
+
+def test_reported_bytes_are_those_of_the_leaves():
+    w = sj.pack(jnp.ones((64, 10)), "6:8", dtype="int8")
+    assert w.nbytes == 10 * 8 * 6 + 10 * 8 + 10 * 4
+    assert sj.prepare(w, "dense").nbytes == w.nbytes + 64 * 10
+
+
+@given(patterns, seeds)
+def test_scatter_is_the_inverse_of_keeping(pattern, seed):
+    w = sj.pack(random_kernel(seed, (64, 3)), pattern)
+    again = sj.pack(jnp.swapaxes(scatter_values(w.values, w.zeros).reshape(3, -1), 0, 1), pattern)
+    np.testing.assert_array_equal(again.values, w.values)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_codes_chosen_elsewhere_are_stored_as_they_are(dtype):
+    rng = np.random.default_rng(0)
+    scale = jnp.asarray(np.exp(rng.standard_normal(5)), jnp.float32)
+    codes = jnp.asarray(np.clip(rng.standard_normal((16, 5)) * 40, -127, 127), dtype).astype(
+        jnp.float32
+    )
+    mask = sj.prune.magnitude(codes, "6:8")
+    w = sj.pack(jnp.where(mask, codes * scale, 0), "6:8", dtype, mask=mask, scale=scale)
+    np.testing.assert_array_equal(
+        sj.unpack(w.replace(scale=jnp.ones(5))), jnp.where(mask, codes, 0)
+    )
+    np.testing.assert_array_equal(w.scale, scale)
+
+
+def test_a_scale_that_does_not_fit():
+    with pytest.raises(ValueError, match="scale is for an 8-bit dtype"):
+        sj.pack(jnp.ones((8, 4)), "6:8", scale=jnp.ones(4))
+    with pytest.raises(ValueError, match=r"shape of the outputs, \(4,\)"):
+        sj.pack(jnp.ones((8, 4)), "6:8", "int8", scale=jnp.ones(8))
