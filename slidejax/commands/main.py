@@ -346,7 +346,7 @@ def _demo(args: argparse.Namespace) -> None:
 
     import jax
 
-    from slidejax.lm import demo
+    from slidejax.lm import demo, serving
     from slidejax.variants.prepared import weights_of
 
     out = terminal.console()
@@ -359,7 +359,7 @@ def _demo(args: argparse.Namespace) -> None:
         total = 1 if converted else 1 + len(args.patterns) * len(args.dtypes)
         bar.update(task, total=total + 1, completed=0)
         done: list[demo.Row] = []
-        samples: list[tuple[str, demo.Sample]] = []
+        samples: list[tuple[str, serving.Sample]] = []
 
         def show(what: str, share: float) -> None:
             bar.update(task, description=what, completed=len(done) + share)
@@ -380,7 +380,7 @@ def _demo(args: argparse.Namespace) -> None:
             )
             # of the converted models one is kept, for the sample beside the dense one, which comes first
             if len(done) == 1 or (row.pattern == _sampled(args.patterns) and len(samples) < 2):
-                sample = demo.Sample(model, loaded, args.prompt, args.max_new_tokens, pool)
+                sample = serving.Sample(model, loaded, args.prompt, args.max_new_tokens, pool)
                 samples.append((f"{row.pattern} {row.dtype}", sample))
         show("writing", 0.5)
         written = [(name, sample.text()) for name, sample in samples]
@@ -442,7 +442,7 @@ def _convert(args: argparse.Namespace) -> None:
     from slidejax.checkpoint.store import METADATA
     from slidejax.huggingface.conversion import HIDDEN_LAYERS
     from slidejax.huggingface.files import write_pretrained
-    from slidejax.lm import demo
+    from slidejax.lm import serving
     from slidejax.prune import Calibration, mixed
     from slidejax.rules import Rule
     from slidejax.variants.prepared import weights_of
@@ -472,7 +472,7 @@ def _convert(args: argparse.Namespace) -> None:
         if calibration is not None:
             tell = lambda done, total: bar.update(task, completed=1 + done / total)  # noqa: E731
             how = Calibration(calibration, work=args.work, progress=tell)
-        model, report, seconds = demo.convert(loaded.model, rules, args.method, how)
+        model, report, seconds = serving.convert(loaded.model, rules, args.method, how)
         bar.update(task, description=f"writing {args.out}", completed=2)
         about = {
             "source": loaded.name,
@@ -582,7 +582,7 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from slidejax.lm import demo
+    from slidejax.lm import serving
     from slidejax.lm.generate import Generator
 
     loaded = _load(args.model, args)
@@ -597,7 +597,7 @@ def _generate(args: argparse.Namespace) -> None:
     else:
         prompt = loaded.encode(args.prompt)
     options = {"temperature": args.temperature, "top_k": args.top_k}
-    written = Generator(demo.ready(loaded.model), args.max_new_tokens, **options)(
+    written = Generator(serving.ready(loaded.model), args.max_new_tokens, **options)(
         prompt, seed=args.seed
     )
     assert loaded.tokenizer is not None  # encode has raised otherwise

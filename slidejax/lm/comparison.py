@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from slidejax.lm import serving
 from slidejax.lm.evaluate import Evaluation, default_batch, evaluate, fitting
 from slidejax.lm.models import LoadedModel
 
@@ -93,8 +94,6 @@ def compare(
     Raises:
       ValueError: the models differ in their vocabulary, or the prompt does not fit.
     """
-    from slidejax.lm import demo
-
     sizes = {name: loaded.model.config.vocab_size for name, loaded in models}
     if reference is not None:
         sizes[reference.name] = reference.model.config.vocab_size
@@ -104,10 +103,12 @@ def compare(
     rows = []
     with ThreadPoolExecutor(1) as pool:
         for name, loaded in models:
-            model = demo.ready(loaded.model)
+            model = serving.ready(loaded.model)
             # what writes compiles while the text is predicted
             sample = (
-                None if prompt is None else demo.Sample(model, loaded, prompt, max_new_tokens, pool)
+                None
+                if prompt is None
+                else serving.Sample(model, loaded, prompt, max_new_tokens, pool)
             )
             result = evaluate(
                 model,
@@ -118,7 +119,7 @@ def compare(
                 progress=functools.partial(progress, name),
             )
             text = None if sample is None else sample.text()
-            found = demo.summary(loaded.model.params)
+            found = serving.summary(loaded.model.params)
             dtype = found.dtype if found.bytes else np.dtype(loaded.model.dtype).name
             rows.append(Compared(name, found.pattern, dtype, result, prompt, text))
     return rows

@@ -20,13 +20,14 @@ import numpy as np
 from slidejax.lm.evaluate import Evaluator, default_batch
 from slidejax.lm.generate import Generator
 from slidejax.lm.models import LoadedModel
-from slidejax.rules import Report, Rule
-from slidejax.variants.prepared import DenseWeight, map_weights, serving, weights_of
+from slidejax.lm.serving import Summary, convert, ready, summary
+from slidejax.rules import Rule
+from slidejax.variants.prepared import DenseWeight, map_weights, weights_of
 from slidejax.weights import numerics
 from slidejax.weights.packed import SlideWeight, quantize
 from slidejax.weights.pattern import Pattern
 
-__all__ = ["Row", "Sample", "Summary", "convert", "rows", "summary"]
+__all__ = ["Row", "rows"]
 
 # Tokens timed in each row, twice; the prompt is one token, so that what is compiled and timed is the decoding loop alone.
 _TIMED_TOKENS = 24
@@ -58,31 +59,6 @@ class Row:
     convert_seconds: float | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """What the packed weights of a model are; `pattern` and `dtype` join several with "+", and `pattern` is "dense" too where there are none."""
-
-    pattern: str
-    dtype: str
-    bytes: int
-
-
-def summary(params: Any) -> Summary:
-    """Sums up the `SlideWeight`s of a tree.
-
-    >>> import slidejax as sj
-    >>> summary({"kernel": sj.pack(np.ones((64, 32), np.float32), "6:8", dtype="int8")})
-    Summary(pattern='6:8', dtype='int8', bytes=1920)
-    """
-    weights = weights_of(params)
-    patterns = sorted({w.pattern for w in weights}, key=lambda p: -p.density)
-    return Summary(
-        "+".join(map(str, patterns)) or "dense",
-        "+".join(sorted({w.dtype.name for w in weights})) or "dense",
-        sum(w.replace(prepared={}).nbytes for w in weights),
-    )
-
-
 def _prepared_bytes(params: Any) -> int:
     """Of the prepared forms in a tree that serves."""
     forms: list[Any] = [dict(w.prepared) for w in weights_of(params)]
@@ -92,28 +68,6 @@ def _prepared_bytes(params: Any) -> int:
 
 def _is_dense_form(node: Any) -> bool:
     return isinstance(node, DenseWeight)
-
-
-def convert(
-    model: Any, rule: Rule | list, method: Any, calibration: Any
-) -> tuple[Any, Report, float]:
-    """`slidejax.huggingface.convert`, with its report and the seconds until the weights are there."""
-    from slidejax import huggingface
-
-    report = Report()
-    begin = time.perf_counter()
-    sparse = huggingface.convert(model, rule, method=method, calibration=calibration, report=report)
-    jax.block_until_ready(sparse.params)
-    return sparse, report, time.perf_counter() - begin
-
-
-def ready(model: Any) -> Any:
-    """The model as it serves on this device: on a GPU with its projections fused, else as `slidejax.prepared.serving` makes it."""
-    from slidejax import huggingface
-
-    if jax.default_backend() == "gpu":
-        return huggingface.fuse_projections(model)
-    return huggingface.with_params(model, serving(model.params))
 
 
 def rows(
@@ -241,31 +195,3 @@ class _Meter:
             speed,
             seconds,
         )
-
-
-class Sample:
-    """What a model writes after a prompt, the likeliest token each time.
-
-    Args:
-      model: to generate with.
-      loaded: whose tokenizer to use.
-      prompt: text.
-      max_new_tokens: how many tokens to write at most.
-      pool: where to compile, from now on.
-
-    Raises:
-      ValueError: there is no tokenizer, or the prompt does not fit.
-    """
-
-    def __init__(
-        self, model: Any, loaded: LoadedModel, prompt: str, max_new_tokens: int, pool: Executor
-    ):
-        self._prompt, self._loaded = loaded.encode(prompt), loaded
-        self._generator = Generator(model, max_new_tokens)
-        self._generator.check(self._prompt)
-        self._compiled = pool.submit(self._generator.compile, len(self._prompt))
-
-    def text(self) -> str:
-        self._compiled.result()
-        assert self._loaded.tokenizer is not None  # encode has raised otherwise
-        return self._loaded.tokenizer.decode(self._generator(self._prompt).tokens)

@@ -63,7 +63,7 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         dtype: Any = None,
         **ignored: Any,
     ):
-        from slidejax.lm import demo
+        from slidejax.lm import serving
         from slidejax.lm.models import LoadedModel, default_dtype, load_model
 
         super().__init__()
@@ -71,7 +71,8 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
             model = load_model(model, dtype or default_dtype())
         if model.tokenizer is None:
             raise ValueError(f"{model.name} came without a tokenizer (tokenizer.json)")
-        self._loaded, self.tokenizer, self._model = model, model.tokenizer, demo.ready(model.model)
+        self._loaded, self.tokenizer = model, model.tokenizer
+        self._model = serving.ready(model.model)
         positions = getattr(self._model.config, "max_position_embeddings", 2048)
         self.max_length = min(positions, 2048) if max_length is None else int(max_length)
         if not 2 <= self.max_length <= positions:

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from slidejax.lm.evaluate import fitting
 from slidejax.train.distill import distillation_loss, rows_of
 from slidejax.train.loop import Fitted, Shuffled, fit
 from slidejax.variants.prepared import drop_prepared, weights_of
@@ -80,7 +79,7 @@ def recover(
         )
     if not weights_of(model.params):
         raise ValueError("model is dense, so there is nothing to recover: convert it first")
-    window = fitting(window, model)
+    window = min(window, getattr(model.config, "max_position_embeddings", window))
     rows = rows_of(tokens, window)
     if rows.min() < 0 or rows.max() >= model.config.vocab_size:
         raise ValueError(

@@ -437,7 +437,7 @@ def test_help_loads_no_extras():
         check=True,
     )
     assert "usage: slidejax" in done.stdout
-    code = "import sys, slidejax.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nprint('transformers' in sys.modules, 'rich' in sys.modules)"
+    code = "import sys, slidejax.commands.main as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nprint('transformers' in sys.modules, 'rich' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
