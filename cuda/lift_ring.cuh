@@ -327,7 +327,7 @@ inline cudaError_t CurrentDevice(RingDevice* device) {
 inline int TilesOfWarp(const RingParams& p, int warps) { return (p.tiles + warps - 1) / warps; }
 inline int EvenWarps(const RingParams& p, int warps) { return TilesOfWarp(p, TilesOfWarp(p, std::max(1, std::min(warps, p.tiles)))); }
 
-// What a multiprocessor works best with if all of it fits: measured, docs/measurements.md. It wants enough bytes on their way, and
+// What a multiprocessor works best with if all of it fits: measured, docs/journal/2026-11-24-lift.md. It wants enough bytes on their way, and
 // what is asked for further ahead only comes between the stores.
 struct RingWish {
   int blocks;

@@ -2,7 +2,7 @@
 
 What pruning costs is measured by `slidejax.prune.sensitivity`, on part of the calibration text; kernels are pruned, for this, with the rest of it.
 A layer pruned with little text loses twice as much on other text as on its own, and not all patterns and layers alike: measured on its own text the choice
-was worse than one pattern for all (docs/measurements.md). How much more or less a pattern costs than another is nearly the same in all layers, so it is measured in
+was worse than one pattern for all (docs/accuracy.md). How much more or less a pattern costs than another is nearly the same in all layers, so it is measured in
 some of them, and for all together.
 
 The choice itself is a knapsack with one item from each layer, or group of layers, solved by a price on the budget.

@@ -56,7 +56,7 @@ class Calibration:
         of the dense model.
       correct: how far layers make up for what those before them lost, 0 to 1 (`slidejax.prune.sequential`).
       damping: as in `slidejax.prune.sparsegpt`; more than for one kernel, since all layers together would follow the calibration text too
-        closely (docs/measurements.md).
+        closely (docs/accuracy.md).
       work: a folder for finished stages: a conversion that was stopped goes on from there. None: nothing is kept.
       progress: called with the numbers of stages done and of all.
       offload: keeps what the model has computed so far of each batch in the host's memory instead of the device's: of the
