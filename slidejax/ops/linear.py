@@ -35,7 +35,8 @@ from slidejax.ops.primitive import (
 from slidejax.ops.prologue import Prologue, inputs_of
 from slidejax.ops.sparse_matmul import Settings
 from slidejax.weights import numerics
-from slidejax.weights.packed import SlideWeight, WrappedWeight, check_weight, scatter_values
+from slidejax.weights.layout import scatter_values
+from slidejax.weights.packed import SlideWeight, WrappedWeight, check_weight
 
 __all__ = ["linear", "linear_p"]
 

@@ -37,13 +37,8 @@ from slidejax.ops.primitive import (
 )
 from slidejax.ops.prologue import PLAIN, Inputs
 from slidejax.weights import numerics
-from slidejax.weights.packed import (
-    SlideWeight,
-    check_weight,
-    kept_values,
-    scatter_values,
-    split_zeros,
-)
+from slidejax.weights.layout import kept_values, scatter_values, split_zeros
+from slidejax.weights.packed import SlideWeight, check_weight
 from slidejax.weights.pattern import Pattern
 
 __all__ = [

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.weights.layout import check_kernel
 from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
 
 __all__ = ["layer_error", "refit", "sparsegpt"]
@@ -59,8 +60,6 @@ def sparsegpt(
     >>> int(mask.sum()), bool(jnp.sum((x @ (new - kernel)) ** 2) < jnp.sum((x @ (mask * kernel - kernel)) ** 2))
     (18, True)
     """
-    from slidejax.weights.packed import check_kernel
-
     kernel, gram = check_kernel(kernel), jnp.asarray(gram, jnp.float32)
     if kernel.ndim != 2 or gram.shape != (kernel.shape[0],) * 2:
         raise ValueError(

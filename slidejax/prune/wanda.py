@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from slidejax.weights.layout import check_kernel
 from slidejax.weights.magnitude import keep_largest
 from slidejax.weights.pattern import Pattern
 
@@ -34,8 +35,6 @@ def wanda(kernel: jax.Array, pattern: str | Pattern, gram: jax.Array) -> jax.Arr
     >>> wanda(kernel, "2:4", jnp.array([100., 100., 1., 1.])).ravel().tolist()
     [True, True, False, False]
     """
-    from slidejax.weights.packed import check_kernel
-
     kernel, gram = check_kernel(kernel), jnp.asarray(gram)
     energy = jnp.diagonal(gram) if gram.ndim == 2 else gram
     if kernel.ndim != 2 or energy.shape != kernel.shape[:1]:

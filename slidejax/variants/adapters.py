@@ -28,7 +28,8 @@ import jax.numpy as jnp
 from slidejax.ops.linear import linear
 from slidejax.variants.trainable import Selection, is_packed, path_of, selector
 from slidejax.weights import numerics
-from slidejax.weights.packed import SlideWeight, WrappedWeight, kept_values, quantize, to_groups
+from slidejax.weights.layout import kept_values, to_groups
+from slidejax.weights.packed import SlideWeight, WrappedWeight, quantize
 
 __all__ = ["FACTORS", "AdaptedWeight", "add", "extract", "merge"]
 

@@ -31,7 +31,8 @@ from slidejax.ops.lift_quantize import quantize_rows
 from slidejax.ops.linear import linear
 from slidejax.ops.sparse_matmul import values_gradient
 from slidejax.weights import numerics
-from slidejax.weights.packed import SlideWeight, WrappedWeight, quantize, scatter_values
+from slidejax.weights.layout import scatter_values
+from slidejax.weights.packed import SlideWeight, WrappedWeight, quantize
 from slidejax.weights.pattern import Pattern
 
 __all__ = ["MasterWeight", "combine", "deploy", "map_wrapped", "masters", "partition"]

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from slidejax.weights.layout import check_kernel, from_groups, to_groups
 from slidejax.weights.pattern import Pattern
 
 __all__ = ["magnitude"]
@@ -30,10 +31,6 @@ def magnitude(kernel: jax.Array, pattern: str | Pattern) -> jax.Array:
     >>> magnitude(jnp.array([[4.], [-3.], [2.], [1.]]), "2:4").ravel().tolist()
     [True, True, False, False]
     """
-    from slidejax.weights.packed import (
-        check_kernel,
-    )  # here: weight imports this module for its default mask
-
     kernel = check_kernel(kernel)
     return _magnitude(kernel, Pattern.parse(pattern))
 
@@ -53,8 +50,6 @@ def keep_largest(score: jax.Array, pattern: Pattern) -> jax.Array:
     Returns:
       bool `[..., in, out]`.
     """
-    from slidejax.weights.packed import from_groups, to_groups
-
     if not pattern.prunes:
         return jnp.ones(score.shape, bool)
     groups = to_groups(

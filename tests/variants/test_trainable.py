@@ -7,7 +7,7 @@ import pytest
 import slidejax as sj
 from slidejax.ops.lift_quantize import quantize_rows
 from slidejax.variants import trainable
-from slidejax.weights.packed import kept_values, to_groups
+from slidejax.weights.layout import kept_values, to_groups
 
 
 def params(dtype=None, pattern="6:8"):

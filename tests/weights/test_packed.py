@@ -12,7 +12,6 @@ from patterns import PATTERNS, SPARSE
 
 import slidejax as sj
 from slidejax.ops.sparse_matmul import expand_lifted
-from slidejax.weights.packed import scatter_values
 
 patterns = st.sampled_from(PATTERNS)
 seeds = st.integers(0, 2**32 - 1)
@@ -214,13 +213,6 @@ def test_reported_bytes_are_those_of_the_leaves():
     w = sj.pack(jnp.ones((64, 10)), "6:8", dtype="int8")
     assert w.nbytes == 10 * 8 * 6 + 10 * 8 + 10 * 4
     assert sj.prepare(w, "dense").nbytes == w.nbytes + 64 * 10
-
-
-@given(patterns, seeds)
-def test_scatter_is_the_inverse_of_keeping(pattern, seed):
-    w = sj.pack(random_kernel(seed, (64, 3)), pattern)
-    again = sj.pack(jnp.swapaxes(scatter_values(w.values, w.zeros).reshape(3, -1), 0, 1), pattern)
-    np.testing.assert_array_equal(again.values, w.values)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])

@@ -1,0 +1,75 @@
+"""How a kernel lies in groups: the reshapes, gathers and scatters that packing, pruning and gradients share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from slidejax.weights.pattern import Pattern
+
+__all__ = [
+    "check_kernel",
+    "from_groups",
+    "kept_values",
+    "scatter_values",
+    "split_zeros",
+    "to_groups",
+]
+
+
+def check_kernel(kernel, name: str = "kernel") -> jax.Array:
+    """`kernel` as an array `[..., in, out]`; ValueError when it cannot be one."""
+    if hasattr(kernel, "out_features"):  # a weight, not an array
+        raise TypeError(f"{name} is packed already; unpack it first")
+    kernel = jnp.asarray(kernel)
+    if kernel.ndim < 2:
+        raise ValueError(f"{name} must be [..., in, out], got shape {kernel.shape}")
+    return kernel
+
+
+def to_groups(kernel: jax.Array, pattern: Pattern, fill=0) -> jax.Array:
+    """`[..., in, out]` to `[..., out, groups, group]`, padded with `fill` to whole blocks."""
+    rows = jnp.swapaxes(kernel, -1, -2)
+    missing = pattern.padded(rows.shape[-1]) - rows.shape[-1]
+    rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)], constant_values=fill)
+    return rows.reshape(*rows.shape[:-1], -1, pattern.group)
+
+
+def from_groups(groups: jax.Array, in_features: int) -> jax.Array:
+    """The inverse of `to_groups`: `[..., out, groups, group]` to `[..., in, out]`, padding cut off."""
+    rows = groups.reshape(*groups.shape[:-2], -1)[..., :in_features]
+    return jnp.swapaxes(rows, -1, -2)
+
+
+def split_zeros(zeros: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`(z1, z2)` as int32 `[..., out, groups, 1]` from the packed byte."""
+    zeros = zeros.astype(jnp.int32)[..., None]
+    return zeros & 15, zeros >> 4
+
+
+def kept_values(groups: jax.Array, zeros: jax.Array) -> jax.Array:
+    """The values at the kept columns: `[..., out, groups, group]` to `[..., out, groups, group - 2]`; all, where there are no zeros."""
+    if zeros.shape[-1] < groups.shape[-2]:  # the pattern "dense"
+        return groups
+    z1, z2 = split_zeros(zeros)
+    kept = groups.shape[-1] - 2
+    j = jnp.arange(kept)
+    return jnp.where(
+        j < z1,
+        groups[..., :kept],
+        jnp.where(j < z2 - 1, groups[..., 1 : kept + 1], groups[..., 2:]),
+    )
+
+
+def scatter_values(values: jax.Array, zeros: jax.Array) -> jax.Array:
+    """The inverse of `kept_values`: `[..., out, groups, kept]` to `[..., out, groups, kept + 2]`, zero elsewhere."""
+    if zeros.shape[-1] < values.shape[-2]:
+        return values
+    z1, z2 = split_zeros(zeros)
+    c = jnp.arange(values.shape[-1] + 2)
+
+    def shifted(by):
+        return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(by, 2 - by)])
+
+    full = jnp.where(c < z1, shifted(0), jnp.where(c < z2, shifted(1), shifted(2)))
+    return jnp.where((c == z1) | (c == z2), jnp.zeros((), values.dtype), full)
