@@ -10,7 +10,7 @@
 
 namespace slidejax {
 
-// What is computed on x before it is quantised; the numbers are those of the attributes in slidejax/ops/ffi.py.
+// What is computed on x before it is quantised; the numbers are those of the attributes in slidejax/ops/cuda/prologues.py.
 enum class PrologueKind : int { kNone = 0, kRmsNorm = 1, kLayerNorm = 2, kActivation = 3, kGlu = 4 };
 enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 

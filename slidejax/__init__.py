@@ -7,10 +7,11 @@ y = slidejax.linear(x, w)
 import importlib
 
 from slidejax import prune
+from slidejax.ops.explain import explain
 from slidejax.ops.lift_quantize import lift_quantize
 from slidejax.ops.linear import linear
 from slidejax.ops.prologue import GLU, Activation, LayerNorm, RMSNorm
-from slidejax.ops.registry import explain, implementations
+from slidejax.ops.registry import implementations
 from slidejax.ops.sparse_matmul import sparse_matmul
 from slidejax.rules import Report, Rule
 from slidejax.variants.prepared import drop_prepared, prepare

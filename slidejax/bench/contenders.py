@@ -17,7 +17,7 @@ from slidejax.bench.timing import Contender
 from slidejax.ops import registry
 from slidejax.ops.lift_quantize import lift_rows
 from slidejax.ops.linear import linear
-from slidejax.ops.registry import Problem
+from slidejax.ops.problem import Problem, device_kind
 from slidejax.variants.prepared import drop_prepared, prepare
 from slidejax.weights import numerics
 from slidejax.weights.packed import SlideWeight
@@ -105,7 +105,7 @@ def baselines(kernel: jax.Array) -> list[Contender]:
 def problem_of(w: SlideWeight, rows: int, x_dtype: Any = jnp.bfloat16) -> Problem:
     """What `linear` of that many rows with this weight is, on this machine."""
     platform = "cuda" if jax.default_backend() == "gpu" else "default"
-    device, dtype = registry.device_kind(platform), np.dtype(x_dtype)
+    device, dtype = device_kind(platform), np.dtype(x_dtype)
     return Problem(
         "linear",
         platform,

@@ -14,7 +14,7 @@ import slidejax
 from slidejax.bench import contenders
 from slidejax.bench.timing import Clock, Contender, time_all
 from slidejax.commands import bench_arguments as arguments
-from slidejax.ops.cuda import calls as ffi
+from slidejax.ops.cuda import calls, library
 from slidejax.ops.implementations import cusparselt
 from slidejax.ops.lift_quantize import lift_quantize, lift_rows
 from slidejax.weights import numerics
@@ -153,7 +153,9 @@ def _lift(
     copy = Contender(
         "copy",
         lambda x, _: (
-            ffi.memcpy_call(x) if jax.default_backend() == "gpu" and ffi.available()[0] else -x
+            calls.memcpy_call(x)
+            if jax.default_backend() == "gpu" and library.missing("library") is None
+            else -x
         ),
     )
     timed = [

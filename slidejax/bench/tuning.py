@@ -1,6 +1,6 @@
 """`slidejax tune`: times `linear` with every implementation and records the times, from which the choice is made.
 
-Before cuSPARSELt is timed, its algorithms are searched for the shape, and the fastest is remembered (`slidejax.ops.ffi`).
+Before cuSPARSELt is timed, its algorithms are searched for the shape, and the fastest is remembered (`slidejax.ops.implementations.cusparselt`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from slidejax.bench.run import inputs_of
 from slidejax.bench.timing import Clock, time_all
 from slidejax.commands import bench_arguments as arguments
 from slidejax.ops import registry
-from slidejax.ops import tuning as tune
 from slidejax.ops.implementations import cusparselt
+from slidejax.ops.tuning import record
 from slidejax.variants.prepared import weights_of
 from slidejax.weights import numerics
 from slidejax.weights.packed import SlideWeight, pack
@@ -115,7 +115,7 @@ def measure(
                         }
                     )
         if new and not args.dry_run:
-            path = tune.record(device, new)
+            path = record(device, new)
         entries += new
     return entries, path
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from slidejax.bench.contenders import problem_of
 from slidejax.ops import registry
-from slidejax.ops.cuda import calls as ffi
+from slidejax.ops.cuda import library
 from slidejax.weights.packed import pack
 
 __all__ = ["collect", "text"]
@@ -38,16 +38,18 @@ def collect() -> dict[str, Any]:
         for dtype in ("int8", "float8_e4m3fn", "bfloat16")
     }
     refused = {dtype: registry.refusals(problem_of(w, 16)) for dtype, w in weights.items()}
-    cusparselt = ffi.cusparselt_version()
+    cusparselt = library.cusparselt_version()
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "platform": jax.default_backend(),
         "devices": [f"{d.id}: {d.device_kind}" for d in jax.devices()],
         "cuda_library": {
-            "usable": ffi.available()[0],
-            "build": ffi.build_info(),
-            "missing": {part: ffi.missing(part) for part in ("library", "cusparselt", "hopper")},
+            "usable": library.missing("library") is None,
+            "build": library.build_info(),
+            "missing": {
+                part: library.missing(part) for part in ("library", "cusparselt", "hopper")
+            },
             "cusparselt_version": None if cusparselt is None else ".".join(map(str, cusparselt)),
         },
         "implementations": {

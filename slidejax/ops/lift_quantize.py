@@ -25,20 +25,10 @@ from jax.experimental.custom_partitioning import (
     custom_partitioning,
 )
 
-from slidejax.ops import registry
-from slidejax.ops.primitive import (
-    Cut,
-    axis_names,
-    check_input,
-    first_axes,
-    make_primitive,
-    map_batched,
-    spec_of,
-    vary,
-    varying_axes,
-    with_rules,
-)
+from slidejax.ops.cuda import calls, library, prologues
+from slidejax.ops.primitive import check_input, make_primitive, map_batched, with_rules
 from slidejax.ops.prologue import PLAIN, Inputs, Prologue, inputs_of
+from slidejax.ops.sharding import Cut, axis_names, first_axes, spec_of, vary, varying_axes
 from slidejax.weights import numerics
 from slidejax.weights.pattern import Pattern
 
@@ -120,19 +110,17 @@ def _shapes(x, *rest, pattern, dtype, inputs):
 def _lowering(*operands, platform, pattern, dtype, inputs):
     xs, given = operands[: inputs.count], operands[inputs.count :]
     x, absmax = xs[0], given[0] if given else None
-    if platform == "cuda" and registry.cuda_calls() and math.prod(x.shape):
-        from slidejax.ops.cuda import calls as ffi
-
+    if platform == "cuda" and library.unusable() is None and math.prod(x.shape):
         columns = x.shape[1] if pattern is None else pattern.lifted(x.shape[1])
         group = 0 if pattern is None else pattern.group
         prologue = inputs.prologue(xs)
-        if absmax is None and ffi.fused(x, dtype, prologue):
-            codes, scale = ffi.lift_quantize_fused_call(
+        if absmax is None and prologues.fused(x, dtype, prologue):
+            codes, scale = calls.lift_quantize_fused_call(
                 x, prologue, group=group, lifted_columns=columns, dtype=dtype
             )
         else:
             largest = jnp.zeros(0, jnp.float32) if absmax is None else absmax[:, 0]
-            codes, scale = ffi.lift_quantize_call(
+            codes, scale = calls.lift_quantize_call(
                 inputs.apply(xs), largest, group=group, lifted_columns=columns, dtype=dtype
             )
         return codes, scale[:, None]

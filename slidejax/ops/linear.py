@@ -23,16 +23,12 @@ from jax.experimental.custom_partitioning import (
 )
 
 from slidejax.ops import registry, sparse_matmul
+from slidejax.ops.cuda import prologues
 from slidejax.ops.lift_quantize import lift_rows, lift_shard
-from slidejax.ops.primitive import (
-    check_input,
-    make_primitive,
-    map_batched,
-    vary,
-    varying_axes,
-    with_rules,
-)
+from slidejax.ops.primitive import check_input, make_primitive, map_batched, with_rules
+from slidejax.ops.problem import Problem
 from slidejax.ops.prologue import Prologue, inputs_of
+from slidejax.ops.sharding import vary, varying_axes
 from slidejax.ops.sparse_matmul import Settings
 from slidejax.weights import numerics
 from slidejax.weights.layout import scatter_values
@@ -62,7 +58,7 @@ def _split(operands, settings: Settings) -> tuple[tuple, SlideWeight, jax.Array 
 
 def _lowering(*operands, platform, settings):
     xs, w, bias = _split(operands, settings)
-    problem = registry.Problem.of("linear", xs[0], w, settings, platform)
+    problem = Problem.of("linear", xs[0], w, settings, platform)
     name = registry.choose(problem).implementation
     kernel = sparse_matmul.dense_codes(w, padded=not w.pattern.prunes) if name == "dense" else None
     fused = name == "hopper" if kernel is None else registry.fused_dense(xs[0], kernel, platform)
@@ -81,11 +77,10 @@ def _lowering(*operands, platform, settings):
 
 def _in_one_call(xs, kernel, w: SlideWeight, bias, settings: Settings) -> jax.Array:
     """The lift and the Hopper kernel; `kernel`: the dense one, if that is what runs."""
-    from slidejax.ops.cuda import calls as ffi
     from slidejax.ops.implementations import hopper
 
     x, prologue = xs[0], settings.inputs.prologue(xs)
-    if prologue is not None and not ffi.fused(x, w.dtype, prologue):
+    if prologue is not None and not prologues.fused(x, w.dtype, prologue):
         x, prologue = settings.inputs.apply(xs), None
     if kernel is None:
         return hopper.linear(x, prologue, w, bias, settings.out_dtype)

@@ -1,9 +1,8 @@
-"""What the three ops share: making primitives, leading axes, manual mesh axes, the cut of K over a mesh."""
+"""What the ops share: making a primitive, its vmap and derivative, and the check of x."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,10 +11,8 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
+__all__ = ["check_input", "make_primitive", "map_batched", "with_rules"]
 
 
 def make_primitive(
@@ -122,85 +119,3 @@ def check_input(x, name: str = "x") -> jax.Array:
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"{name} must be bfloat16, float16 or float32, got {x.dtype}")
     return x
-
-
-def varying_axes(*arrays) -> frozenset:
-    """The manual mesh axes over which any of the arrays varies; empty outside `shard_map`."""
-    axes: frozenset = frozenset()
-    for array in arrays:
-        aval = jax.typeof(array)
-        manual = getattr(aval, "manual_axis_type", None)
-        axes |= manual.varying if manual is not None else getattr(aval, "vma", frozenset())
-    return axes
-
-
-def vary(axes: frozenset, *arrays) -> list:
-    """The arrays, made varying over all of `axes`: a primitive's operands must agree. Its transpose is a sum."""
-    out = []
-    for array in arrays:
-        missing = tuple(sorted(axes - varying_axes(array)))
-        out.append(jax.lax.pcast(array, missing, to="varying") if missing else array)
-    return out
-
-
-def axis_names(reduce_axis) -> tuple[str, ...]:
-    """`reduce_axis` as a tuple of mesh axis names."""
-    if reduce_axis is None:
-        return ()
-    names = (reduce_axis,) if isinstance(reduce_axis, str) else tuple(reduce_axis)
-    if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"reduce_axis must name one or more mesh axes, got {reduce_axis!r}")
-    return names
-
-
-# --- sharding ---------------------------------------------------------------------------------------------------------
-
-
-def spec_axes(entry) -> tuple[str, ...]:
-    """A PartitionSpec entry as a tuple of mesh axis names."""
-    if entry is None:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def spec_entry(axes: Sequence[str]):
-    """The inverse of `spec_axes`."""
-    return None if not axes else axes[0] if len(axes) == 1 else tuple(axes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """How an op is cut over a mesh: the axes that split rows, outputs and K."""
-
-    mesh: Any
-    rows: tuple[str, ...] = ()
-    out: tuple[str, ...] = ()
-    k: tuple[str, ...] = ()
-
-    def sharding(self, *entries: str | None) -> NamedSharding:
-        """The sharding of an operand whose axes are named "rows", "out", "k" or None."""
-        return NamedSharding(
-            self.mesh, P(*(None if e is None else spec_entry(getattr(self, e)) for e in entries))
-        )
-
-    def check_k(self, op: str, pattern: Pattern, in_features: int) -> Cut:
-        """Returns self; ValueError if K does not divide into whole blocks over the axes that split it."""
-        shards = int(np.prod([self.mesh.shape[axis] for axis in self.k], initial=1))
-        if in_features % (pattern.block * shards):
-            raise ValueError(
-                f"{op}: K is split {shards} ways over mesh axes {self.k}, but {in_features} inputs are not a whole number "
-                f"of blocks of {pattern.block} columns ({BLOCK_GROUPS} groups of pattern {pattern}) for each shard"
-            )
-        return self
-
-
-def first_axes(*entries) -> tuple[str, ...]:
-    """The first of several PartitionSpec entries that names an axis."""
-    return next((axes for axes in map(spec_axes, entries) if axes), ())
-
-
-def spec_of(shape_with_sharding) -> tuple:
-    """The PartitionSpec entries of a `custom_partitioning` argument, one for each axis."""
-    spec = getattr(shape_with_sharding.sharding, "spec", None)
-    entries = tuple(spec) if spec is not None else ()
-    return entries + (None,) * (len(shape_with_sharding.shape) - len(entries))

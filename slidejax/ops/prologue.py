@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import ArrayMapping
 
-from slidejax.ops.primitive import Cut
+from slidejax.ops.sharding import Cut
 
 __all__ = [
     "ACTIVATIONS",

@@ -7,62 +7,23 @@ made when an op is lowered for a platform, and is explained by `explain`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.ops import tuning
+from slidejax.ops.cuda import library
+from slidejax.ops.problem import Problem, device_kind
 from slidejax.weights import numerics
 from slidejax.weights.packed import SlideWeight
-from slidejax.weights.pattern import Pattern
 
-__all__ = ["Choice", "Problem", "choose", "cuda_calls", "explain", "implementations", "refusals"]
+__all__ = ["Choice", "choose", "implementations", "refusals"]
 
 # Bytes from which on the Hopper kernel multiplies a dense one with one row: 3584 x 3584 took as long either way; SmolLM2-135M, whose kernels have
 # a megabyte at most, wrote 857 tokens a second with XLA's products and 590 with the kernel's.
 _SMALL_KERNEL = 8 << 20
-
-# A program lowered for CUDA on a machine without a GPU is taken to run on this device.
-_AHEAD_OF_TIME_DEVICE = "NVIDIA H100 80GB HBM3"
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What the choice of an implementation depends on.
-
-    Attributes:
-      op: "linear" or "sparse_matmul".
-      platform: "cuda" or "default".
-      device: the device's kind, such as "NVIDIA H100 80GB HBM3"; "cpu" where it is not CUDA.
-      rows, in_features, out_features: the sizes M, K and N.
-      pattern: of the weight.
-      x_dtype, dtype, out_dtype: of the input, of the weight's values, and of the result (None: raw accumulators).
-      prepared: names of the prepared forms that the weight carries.
-      requested: the implementation that the caller named, or None.
-    """
-
-    op: str
-    platform: str
-    device: str
-    rows: int
-    in_features: int
-    out_features: int
-    pattern: Pattern
-    x_dtype: np.dtype
-    dtype: np.dtype
-    out_dtype: np.dtype | None
-    prepared: tuple[str, ...] = ()
-    requested: str | None = None
-
-    @classmethod
-    def of(cls, op: str, x, w: SlideWeight, settings, platform: str) -> Problem:
-        return cls(
-            op, platform, device_kind(platform), x.shape[0], w.in_features, w.out_features, w.pattern, np.dtype(x.dtype), w.dtype,
-            settings.out_dtype, settings.prepared, settings.implementation,
-        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,35 +39,6 @@ class Choice:
         return f"{self.implementation} ({self.reason}{refused})"
 
 
-@functools.cache
-def device_kind(platform: str) -> str:
-    """The kind of the devices that a program lowered for `platform` will run on."""
-    if platform != "cuda":
-        return "cpu"
-    if jax.default_backend() in ("gpu", "cuda"):
-        return jax.devices()[0].device_kind
-    return _AHEAD_OF_TIME_DEVICE
-
-
-def _library() -> str | None:
-    """Why custom calls cannot be used, or None. Ahead of time, on a machine without a GPU, they can."""
-    return _missing("library")
-
-
-def _missing(part: str) -> str | None:
-    """Why a part of the compiled library ("library", "cusparselt", "hopper") cannot be used on this machine's GPU."""
-    if jax.default_backend() not in ("gpu", "cuda"):
-        return None
-    from slidejax.ops.cuda import calls as ffi
-
-    return ffi.missing(part)
-
-
-def cuda_calls() -> bool:
-    """Whether a program lowered for CUDA here may call the compiled library."""
-    return _library() is None
-
-
 # --- implementations --------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +49,7 @@ def _refuse_none(problem: Problem) -> str | None:
 def _refuse_cuda_only(problem: Problem) -> str | None:
     if problem.platform != "cuda":
         return "runs on CUDA only"
-    return _library()
+    return library.unusable()
 
 
 def _nothing_to_skip(problem: Problem) -> str | None:
@@ -130,7 +62,9 @@ def _nothing_to_skip(problem: Problem) -> str | None:
 
 
 def _refuse_cusparselt(problem: Problem) -> str | None:
-    reason = _nothing_to_skip(problem) or _refuse_cuda_only(problem) or _missing("cusparselt")
+    reason = (
+        _nothing_to_skip(problem) or _refuse_cuda_only(problem) or library.unusable("cusparselt")
+    )
     if reason is None and problem.dtype == jnp.float32:
         reason = "float32 values are not supported"
     if reason is None and problem.out_dtype is None and not numerics.is_quantized(problem.dtype):
@@ -148,7 +82,7 @@ def _refuse_hopper(problem: Problem) -> str | None:
 
 def _without_hopper(device: str, dtype: np.dtype) -> str | None:
     """Why the Hopper kernel does not run on a CUDA device with values of a dtype, or None."""
-    reason = _missing("hopper")
+    reason = library.unusable("hopper")
     if reason is None and not any(
         name in device for name in ("H100", "H200", "H800", "H20", "GH200")
     ):
@@ -237,70 +171,10 @@ def choose(problem: Problem) -> Choice:
         return Choice("dense", "plain JAX", refused)
     if not problem.pattern.prunes:
         return Choice("dense", "nothing is pruned", refused)
-    from slidejax.ops import tuning as tune
-
-    measured = tune.lookup(problem, candidates)
+    measured = tuning.lookup(problem, candidates)
     if measured is not None:
         return Choice(*measured, refused)
     # nothing measured near this shape: dense is never slower than what the user had
     return Choice(
         "dense", "no measurement for this device, shape and dtype: run slidejax tune", refused
     )
-
-
-# --- explaining -------------------------------------------------------------------------------------------------------
-
-
-def explain(
-    fn: Callable[..., Any], *args, platform: str | None = None, **kwargs
-) -> list[tuple[Problem, Choice]]:
-    """Which implementation each slidejax op of `fn(*args, **kwargs)` will run, and why. Nothing is computed.
-
-    Args:
-      fn: any traceable function.
-      *args, **kwargs: its arguments; `jax.ShapeDtypeStruct`s will do.
-      platform: "cuda" or "cpu"; None for the platform of this process.
-
-    Returns:
-      A list of `(Problem, Choice)` in the order of the program.
-
-    >>> import slidejax as sj
-    >>> w = sj.pack(jnp.ones((64, 32)), "6:8", dtype="int8")
-    >>> [(problem, choice)] = sj.explain(sj.linear, jnp.ones((4, 64)), w, platform="cpu")
-    >>> choice.implementation, problem.rows
-    ('dense', 4)
-    """
-    if platform is None:
-        platform = "cuda" if jax.default_backend() in ("gpu", "cuda") else "cpu"
-    if platform not in ("cuda", "cpu"):
-        raise ValueError(f"platform must be 'cuda', 'cpu' or None, got {platform!r}")
-    found: list[tuple[Problem, Choice]] = []
-    _walk(
-        jax.make_jaxpr(fn)(*args, **kwargs).jaxpr,
-        "cuda" if platform == "cuda" else "default",
-        found,
-    )
-    return found
-
-
-def _walk(jaxpr, platform: str, found: list) -> None:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("slidejax_linear", "slidejax_sparse_matmul"):
-            settings = eqn.params["settings"]
-            op = eqn.primitive.name.removeprefix("slidejax_")
-            avals = [v.aval for v in eqn.invars]
-            w, _ = settings.weight(avals[settings.inputs.count if op == "linear" else 2 :])
-            problem = Problem.of(op, avals[0], w, settings, platform)
-            found.append((problem, choose(problem)))
-        for inner in _sub_jaxprs(eqn.params.values()):
-            _walk(inner, platform, found)
-
-
-def _sub_jaxprs(values):
-    for value in values:
-        if hasattr(value, "eqns"):
-            yield value
-        elif hasattr(value, "jaxpr"):
-            yield value.jaxpr
-        elif isinstance(value, (tuple, list)):
-            yield from _sub_jaxprs(value)

@@ -24,18 +24,10 @@ from jax.experimental.custom_partitioning import (
 
 from slidejax.ops import registry
 from slidejax.ops.lift_quantize import unlift
-from slidejax.ops.primitive import (
-    Cut,
-    axis_names,
-    first_axes,
-    make_primitive,
-    map_batched,
-    spec_of,
-    vary,
-    varying_axes,
-    with_rules,
-)
+from slidejax.ops.primitive import make_primitive, map_batched, with_rules
+from slidejax.ops.problem import Problem
 from slidejax.ops.prologue import PLAIN, Inputs
+from slidejax.ops.sharding import Cut, axis_names, first_axes, spec_of, vary, varying_axes
 from slidejax.weights import numerics
 from slidejax.weights.layout import kept_values, scatter_values, split_zeros
 from slidejax.weights.packed import SlideWeight, check_weight
@@ -187,7 +179,7 @@ def _shapes(lifted, scale_x, values, *rest, settings):
 
 def _lowering(lifted, scale_x, *operands, platform, settings):
     w, bias = settings.weight(operands)
-    problem = registry.Problem.of("sparse_matmul", lifted, w, settings, platform)
+    problem = Problem.of("sparse_matmul", lifted, w, settings, platform)
     name = registry.choose(problem).implementation
     return [run(name, lifted, scale_x, w, bias, settings.out_dtype, platform)]
 
@@ -425,7 +417,7 @@ def sparse_matmul(
     """
     check_weight(w)
     lifted, scale = jnp.asarray(lifted), jnp.asarray(scale)
-    columns = w.groups * w.pattern.windows * 4
+    columns = w.lifted_columns
     if lifted.ndim < 1 or lifted.shape[-1] != columns:
         raise ValueError(
             f"lifted must be [..., {columns}] for a weight with {w.in_features} inputs and pattern {w.pattern}, "

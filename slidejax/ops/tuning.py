@@ -18,18 +18,16 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from slidejax.files import write_json
+from slidejax.ops.problem import Problem, device_kind
 from slidejax.weights import numerics
-
-if TYPE_CHECKING:
-    from slidejax.ops.registry import Problem
-    from slidejax.weights.packed import SlideWeight
-    from slidejax.weights.pattern import Pattern
+from slidejax.weights.packed import SlideWeight
+from slidejax.weights.pattern import Pattern
 
 __all__ = ["entries", "forms", "lookup", "record", "table_path", "time_of"]
 
@@ -189,8 +187,6 @@ def time_of(
 def forms(w: SlideWeight) -> tuple[str, ...]:
     """The prepared forms for a weight of this shape: as few as let every number of rows that was measured run nearly as fast as with all;
     of as many, those that are faster on the whole. "dense" where nothing near was measured, as the choice then falls on it."""
-    from slidejax.ops.registry import device_kind
-
     near = [
         e["us"] for e in _alike(device_kind("cuda"), w)
         if _log_ratio(e["in"], w.in_features) + _log_ratio(e["out"], w.out_features) <= _REACH

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.ops import registry
+from slidejax.ops import registry, tuning
 from slidejax.ops.lift_quantize import quantize_rows
 from slidejax.ops.primitive import check_input
 from slidejax.ops.sparse_matmul import accumulate, check_result, dense_codes, finish
@@ -96,9 +96,7 @@ def _prepare(w: SlideWeight, implementation: str | None) -> SlideWeight:
 def _wanted(w: SlideWeight) -> tuple[str, ...]:
     if jax.default_backend() not in ("gpu", "cuda"):
         return ("dense",)
-    from slidejax.ops import tuning as tune
-
-    return tune.forms(w)
+    return tuning.forms(w)
 
 
 # --- the dense form alone ---------------------------------------------------------------------------------------------

@@ -79,6 +79,11 @@ class SlideWeight:
         return self.values.shape[-2]
 
     @property
+    def lifted_columns(self) -> int:
+        """K', the lifted columns of the groups held here, padding included."""
+        return self.groups * self.pattern.windows * 4
+
+    @property
     def dtype(self) -> np.dtype:
         """The dtype of the values."""
         return np.dtype(self.values.dtype)

@@ -13,7 +13,7 @@ import slidejax as sj
 from slidejax.bench import contenders, run, timing, tuning
 from slidejax.commands import bench_arguments as arguments
 from slidejax.ops import registry
-from slidejax.ops.cuda import calls as ffi
+from slidejax.ops.cuda import library as cuda_library
 from slidejax.ops.implementations import cusparselt
 
 
@@ -142,10 +142,10 @@ class Library:
 def library(monkeypatch, tmp_path):
     module = Library()
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(ffi, "load", lambda: (module, None))
-    monkeypatch.setattr(ffi, "on_gpu", lambda: True)
-    monkeypatch.setattr(ffi, "missing", lambda part: None)
-    monkeypatch.setattr(ffi, "cusparselt_version", lambda: (0, 8, 0))
+    monkeypatch.setattr(cuda_library, "load", lambda: (module, None))
+    monkeypatch.setattr(cuda_library, "on_gpu", lambda: True)
+    monkeypatch.setattr(cuda_library, "missing", lambda part: None)
+    monkeypatch.setattr(cuda_library, "cusparselt_version", lambda: (0, 8, 0))
     monkeypatch.setattr(registry, "refusals", lambda problem: {"hopper": "not this time"})
     monkeypatch.setattr(
         contenders, "sparse", lambda w, rows, both: ([], {})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.ops.cuda import calls as ffi
+from slidejax.ops.cuda import calls, library
 from slidejax.ops.implementations import cusparselt
 
 pytestmark = pytest.mark.gpu
@@ -18,7 +18,7 @@ ids = lambda d: np.dtype(d).name  # noqa: E731
 
 @pytest.fixture(autouse=True)
 def _library():
-    if reason := ffi.missing("cusparselt"):
+    if reason := library.missing("cusparselt"):
         pytest.skip(reason)
 
 
@@ -33,7 +33,7 @@ def problem(rows, columns, out, pattern="6:8", dtype=jnp.int8, seed=0):
         jnp.bfloat16 if dtype != jnp.float16 else jnp.float16,
     )
     group = w.pattern.group
-    lifted, scale = ffi.lift_quantize_call(
+    lifted, scale = calls.lift_quantize_call(
         x,
         jnp.zeros(0, jnp.float32),
         group=group,
@@ -118,7 +118,7 @@ def test_nan_stays_in_its_row(dtype):
     )
     x = rng.standard_normal((8, 128)).astype(jnp.bfloat16)
     x[2, 5], x[4, 7] = np.nan, np.inf
-    lifted, scale = ffi.lift_quantize_call(
+    lifted, scale = calls.lift_quantize_call(
         jnp.asarray(x),
         jnp.zeros(0, jnp.float32),
         group=8,
@@ -132,7 +132,7 @@ def test_nan_stays_in_its_row(dtype):
 def test_scale_inside_the_product():
     lifted, scale, w, bias = problem(64, 1024, 96)
     compressed = cusparselt.compressed(w)
-    y = ffi.cusparselt_matmul_call(
+    y = calls.cusparselt_matmul_call(
         lifted,
         scale[:, 0],
         compressed,
@@ -164,7 +164,7 @@ def test_search_is_remembered(tmp_path, monkeypatch):
     timings = cusparselt.search(w, 256)
     times = [t["microseconds"] for t in timings]
     assert times == sorted(times) and times[0] > 0
-    choice = cusparselt._choice(w.dtype, ffi.accumulator(w.dtype), 512, 256, lifted.shape[1])
+    choice = cusparselt._choice(w.dtype, calls.accumulator(w.dtype), 512, 256, lifted.shape[1])
     assert (
         choice["algorithm"] == timings[0]["algorithm"] and len(list(tmp_path.rglob("*.json"))) == 1
     )
@@ -173,7 +173,9 @@ def test_search_is_remembered(tmp_path, monkeypatch):
     )
     np.testing.assert_array_equal(np.asarray(before), np.asarray(after))
     assert (
-        cusparselt._choice(w.dtype, ffi.accumulator(w.dtype), 512, 16, lifted.shape[1])["algorithm"]
+        cusparselt._choice(w.dtype, calls.accumulator(w.dtype), 512, 16, lifted.shape[1])[
+            "algorithm"
+        ]
         == -1
     )
 
@@ -183,7 +185,7 @@ def test_errors_say_what_was_asked():
     compressed = cusparselt.compressed(w)
     with pytest.raises(Exception, match=r"sparse_matmul_cusparselt.*workspace.*int8\[32,96\]"):
         jax.block_until_ready(
-            ffi.cusparselt_matmul_call(
+            calls.cusparselt_matmul_call(
                 lifted,
                 scale[:, 0],
                 compressed,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.ops.cuda import calls as ffi
+from slidejax.ops.cuda import library
 from slidejax.ops.implementations import hopper
 
 DTYPES = (jnp.int8, jnp.float8_e4m3fn)
@@ -36,7 +36,7 @@ def test_raw_accumulators_are_what_a_mesh_can_sum(dtype):
 
 @pytest.fixture
 def on_hopper():
-    if reason := ffi.missing("hopper"):
+    if reason := library.missing("hopper"):
         pytest.skip(reason)
     if jax.devices()[0].compute_capability != "9.0":
         pytest.skip("needs a Hopper GPU")

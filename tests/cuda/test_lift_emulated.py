@@ -338,7 +338,7 @@ def test_broken_rows_stay_apart(library, prologue):
     ("shared", "limit"), [(H100, 190 << 10), (A100, 130 << 10), (SMALL, 64 << 10)]
 )
 def test_the_longest_rows_of_each_gpu(library, shared, limit):
-    """`slidejax.ops.ffi` promises these."""
+    """`slidejax.ops.cuda.prologues` promises these."""
     rng = np.random.default_rng(0)
     for prologue, sources in (("rms_norm", 1), ("glu", 2)):
         for x_dtype in (BF16, np.float32):

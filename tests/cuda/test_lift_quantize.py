@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.ops.cuda import calls as ffi
+from slidejax.ops.cuda import calls, library
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +19,7 @@ OUT = (jnp.int8, jnp.float8_e4m3fn, jnp.bfloat16, jnp.float16, jnp.float32)
 
 @pytest.fixture(autouse=True)
 def _library():
-    if reason := ffi.missing("library"):
+    if reason := library.missing("library"):
         pytest.fail(f"a GPU without the library: {reason}")
 
 
@@ -33,7 +33,7 @@ def run(x, group, dtype, absmax=None, width=None):
 
     @jax.jit
     def call(x, absmax):
-        return ffi.lift_quantize_call(x, absmax, group=group, lifted_columns=columns, dtype=dtype)
+        return calls.lift_quantize_call(x, absmax, group=group, lifted_columns=columns, dtype=dtype)
 
     return [np.asarray(part) for part in call(jnp.asarray(x), absmax)]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.ops import registry
-from slidejax.ops import tuning as tune
+from slidejax.ops import tuning
+from slidejax.ops.problem import device_kind
 
 cpu_only = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="tests what a machine without a GPU does"
@@ -116,9 +116,9 @@ def entry(rows, us, **changes):
 @cpu_only
 def test_the_choice_follows_the_table(tmp_path, monkeypatch):
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
-    device = registry.device_kind("cuda")
+    device = device_kind("cuda")
     _x, w = problem()
-    tune.record(
+    tuning.record(
         device,
         [entry(16, {"hopper": 2.0, "dense": 1.0}), entry(4096, {"hopper": 50.0, "dense": 60.0})],
     )
@@ -132,7 +132,7 @@ def test_the_choice_follows_the_table(tmp_path, monkeypatch):
     assert choice(16).implementation == "dense" and choice(4096).implementation == "hopper"
     assert "hopper 50 us, dense 60 us" in choice(4096).reason and "M=4096" in choice(4096).reason
     # what carries a prepared form is judged by the figure with it
-    tune.record(device, [entry(16, {"hopper": 2.0, "dense": 1.0, "hopper+prepared": 0.5})])
+    tuning.record(device, [entry(16, {"hopper": 2.0, "dense": 1.0, "hopper+prepared": 0.5})])
     assert choice(16).implementation == "dense"
     prepared = w.replace(prepared={"hopper": jnp.zeros(4, jnp.uint8)})
     assert choice(16, prepared).implementation == "hopper"
@@ -145,18 +145,18 @@ def test_the_choice_follows_the_table(tmp_path, monkeypatch):
 @cpu_only
 def test_tables_are_merged_and_damaged_ones_named(tmp_path, monkeypatch):
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
-    path = tune.record("Test GPU", [entry(1, {"dense": 3.0})])
-    tune.record("Test GPU", [entry(1, {"dense": 2.0}), entry(2, {"dense": 5.0})])
-    assert [e["us"]["dense"] for e in tune.entries("Test GPU")] == [2.0, 5.0]
+    path = tuning.record("Test GPU", [entry(1, {"dense": 3.0})])
+    tuning.record("Test GPU", [entry(1, {"dense": 2.0}), entry(2, {"dense": 5.0})])
+    assert [e["us"]["dense"] for e in tuning.entries("Test GPU")] == [2.0, 5.0]
     assert json.loads(path.read_text())["device"] == "Test GPU"
     path.write_text("{")
     with pytest.raises(ValueError, match=r"test-gpu\.json"):
-        tune.entries("Test GPU")
+        tuning.entries("Test GPU")
 
 
 def test_shipped_tables_are_sound():
-    for path in sorted(tune._SHIPPED.glob("*.json")):
-        for e in tune._read(path):
+    for path in sorted(tuning._SHIPPED.glob("*.json")):
+        for e in tuning._read(path):
             sj.Pattern.parse(e["pattern"])
             assert (
                 np.dtype(jnp.dtype(e["dtype"]))

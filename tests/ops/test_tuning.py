@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import slidejax as sj
-from slidejax.ops import registry
-from slidejax.ops import tuning as tune
+from slidejax.ops import tuning
 
 DEVICE = "A GPU of this test"
 
@@ -17,14 +16,14 @@ DEVICE = "A GPU of this test"
 def measured(monkeypatch, tmp_path):
     """`measured(*us)`: makes a table of one entry for each, at rows 1, 16, 256, ... of one shape; returns a weight of that shape."""
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(registry, "device_kind", lambda platform: DEVICE)
+    monkeypatch.setattr(tuning, "device_kind", lambda platform: DEVICE)
 
     def write(*times):
         entries = [
             {"in": 64, "out": 32, "pattern": "6:8", "dtype": "int8", "rows": 16**i, "us": us}
             for i, us in enumerate(times)
         ]
-        path = tune.table_path(DEVICE)
+        path = tuning.table_path(DEVICE)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"format": 1, "device": DEVICE, "jax": "", "entries": entries}))
         return sj.pack(jnp.ones((64, 32)), "6:8", dtype="int8")
@@ -78,27 +77,29 @@ def measured(monkeypatch, tmp_path):
     ],
 )
 def test_a_weight_carries_few_prepared_forms(measured, times, forms):
-    assert set(tune.forms(measured(*times))) == set(forms)
+    assert set(tuning.forms(measured(*times))) == set(forms)
 
 
 def test_what_ships_wants_one_form(monkeypatch, tmp_path):
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(registry, "device_kind", lambda platform: "NVIDIA H200")
+    monkeypatch.setattr(tuning, "device_kind", lambda platform: "NVIDIA H200")
     for inputs, out in ((3584, 4608), (3584, 3584), (3584, 37888), (18944, 3584)):
         kernel = jax.ShapeDtypeStruct((inputs, out), jnp.float32)
 
         def weight(pattern, dtype, kernel=kernel):
             return jax.eval_shape(lambda k: sj.pack(k, pattern, dtype=dtype), kernel)
 
-        assert tune.forms(weight("6:8", "int8")) == ("hopper",)
-        assert tune.forms(weight("4:6", "float8_e4m3fn")) == ("hopper",)  # measured with int8 only
-        assert tune.forms(weight("8:10", "int8")) == (
+        assert tuning.forms(weight("6:8", "int8")) == ("hopper",)
+        assert tuning.forms(weight("4:6", "float8_e4m3fn")) == (
+            "hopper",
+        )  # measured with int8 only
+        assert tuning.forms(weight("8:10", "int8")) == (
             "dense",
         )  # nothing to be gained by sparse products
 
 
 def test_a_dtype_that_was_not_measured_is_taken_for_its_twin(measured):
     measured({"hopper+prepared": 10.0, "dense+prepared": 15.0})
-    assert tune.forms(sj.pack(jnp.ones((64, 32)), "6:8", dtype="float8_e4m3fn")) == ("hopper",)
-    assert tune.forms(sj.pack(jnp.ones((64, 32)), "6:8")) == ("dense",)
-    assert tune.forms(sj.pack(jnp.ones((64, 32)), "4:6", dtype="int8")) == ("dense",)
+    assert tuning.forms(sj.pack(jnp.ones((64, 32)), "6:8", dtype="float8_e4m3fn")) == ("hopper",)
+    assert tuning.forms(sj.pack(jnp.ones((64, 32)), "6:8")) == ("dense",)
+    assert tuning.forms(sj.pack(jnp.ones((64, 32)), "4:6", dtype="int8")) == ("dense",)

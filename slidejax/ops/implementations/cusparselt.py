@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.files import write_json
-from slidejax.ops.cuda import calls as ffi
+from slidejax.ops.cuda import calls, library
+from slidejax.ops.tuning import table_path
 from slidejax.weights.numerics import is_quantized
 
 if TYPE_CHECKING:
@@ -35,16 +36,16 @@ def _multiple(dtype) -> int:
 
 
 def _compressed_bytes(w: SlideWeight) -> int:
-    out, columns = _round_up(w.out_features, _multiple(w.dtype)), ffi.lifted_columns(w)
-    if ffi.on_gpu() and ffi.missing("cusparselt") is None:
-        return ffi.load()[0].cusparselt_compressed_bytes(w.dtype.name, out, columns)
+    out, columns = _round_up(w.out_features, _multiple(w.dtype)), w.lifted_columns
+    if library.on_gpu() and library.missing("cusparselt") is None:
+        return library.load()[0].cusparselt_compressed_bytes(w.dtype.name, out, columns)
     # Ahead of time: half of the values, and a nibble for each window of whole 128 columns, as 0.8 has it. The call checks it.
     return out * columns // 2 * w.dtype.itemsize + out * _round_up(columns, 128) // 8
 
 
 def compressed(w: SlideWeight) -> jax.Array:
     """The library's own form of a weight, uint8; `sj.prepare` keeps it."""
-    return ffi.cusparselt_compress_call(w.values, w.zeros, compressed_bytes=_compressed_bytes(w))
+    return calls.cusparselt_compress_call(w.values, w.zeros, compressed_bytes=_compressed_bytes(w))
 
 
 def linear(
@@ -56,7 +57,7 @@ def linear(
       NotImplementedError: for raw accumulators of 16-bit values, which the library does not give.
     """
     raw = out_dtype is None
-    accumulator = ffi.accumulator(w.dtype)
+    accumulator = calls.accumulator(w.dtype)
     if raw and accumulator.itemsize < 4:
         raise NotImplementedError(
             f"cuSPARSELt gives no float32 accumulators of {w.dtype.name} values"
@@ -73,8 +74,8 @@ def linear(
         0 if tokens == rows else tokens * columns * w.dtype.itemsize,
         choice.pop("workspace_bytes"),
     )
-    workspace = ffi.ALIGN + sum(_round_up(part, ffi.ALIGN) for part in parts)
-    return ffi.cusparselt_matmul_call(
+    workspace = calls.ALIGN + sum(_round_up(part, calls.ALIGN) for part in parts)
+    return calls.cusparselt_matmul_call(
         lifted,
         scale_x[:, 0],
         form,
@@ -96,9 +97,7 @@ _REACH = 1.0
 
 def _search_path() -> Path:
     """The file of the searches made on this kind of device with this release: ids mean nothing to another one."""
-    from slidejax.ops.tuning import table_path
-
-    version = ffi.cusparselt_version() or (0, 0, 0)
+    version = library.cusparselt_version() or (0, 0, 0)
     table = table_path(jax.devices()[0].device_kind)
     return table.with_name(f"{table.stem}-cusparselt-{'.'.join(map(str, version))}.json")
 
@@ -125,7 +124,7 @@ def _nearest_search(
     dtype, result, out: int, rows: int, columns: int
 ) -> tuple[str, dict[str, Any]] | None:
     """The nearest search within reach: its rows, and the algorithm that was fastest."""
-    if not ffi.on_gpu() or ffi.missing("cusparselt") is not None:
+    if not library.on_gpu() or library.missing("cusparselt") is not None:
         return None
     found = _read_searches()[1].get(_search_key(dtype, result, out, columns), {})
     near = min(found, key=lambda r: abs(math.log2(int(r) / max(rows, 1))), default=None)
@@ -148,7 +147,7 @@ def _choice(dtype, result, out: int, rows: int, columns: int) -> dict[str, Any]:
 def algorithm(w: SlideWeight, rows: int) -> str:
     """Which of the library's algorithms `linear` of so many rows uses, in words."""
     found = _nearest_search(
-        w.dtype, ffi.accumulator(w.dtype), w.out_features, rows, ffi.lifted_columns(w)
+        w.dtype, calls.accumulator(w.dtype), w.out_features, rows, w.lifted_columns
     )
     if found is None:
         return "the library's default; slidejax tune searches for the fastest"
@@ -168,11 +167,11 @@ def search(w: SlideWeight, rows: int) -> list[dict[str, Any]]:
     Raises:
       NotImplementedError: without a GPU or the library, with the reason.
     """
-    reason = "there is no CUDA GPU" if not ffi.on_gpu() else ffi.missing("cusparselt")
+    reason = "there is no CUDA GPU" if not library.on_gpu() else library.missing("cusparselt")
     if reason is not None:
         raise NotImplementedError(f"cusparselt.search: {reason}")
-    result, columns = ffi.accumulator(w.dtype), ffi.lifted_columns(w)
-    timings = ffi.load()[0].cusparselt_tune(
+    result, columns = calls.accumulator(w.dtype), w.lifted_columns
+    timings = library.load()[0].cusparselt_tune(
         w.dtype.name, result.name, False, w.out_features, rows, columns, workspace_limit=_WORKSPACE
     )
     path, entries = _read_searches()

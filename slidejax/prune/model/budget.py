@@ -78,14 +78,14 @@ def measured_times(rows: int, qdtype: Any = "int8", device: str | None = None) -
     >>> time((3584, 18944), Pattern.parse("2:4")) < time((3584, 18944), Pattern.parse("6:8")) <= time((3584, 18944), Pattern.parse("dense"))
     True
     """
-    from slidejax.ops import tuning as tune
-    from slidejax.ops.registry import device_kind
+    from slidejax.ops import tuning
+    from slidejax.ops.problem import device_kind
 
     dtype = Rule("6:8", qdtype).qdtype
     kind = device_kind("cuda") if device is None else device
 
     def cost(shape: tuple[int, int], pattern: Pattern) -> float:
-        time = tune.time_of(kind, rows, shape, pattern, dtype)
+        time = tuning.time_of(kind, rows, shape, pattern, dtype)
         if time is None:
             raise ValueError(
                 f"nothing was measured near {rows} rows of a kernel {shape} with {pattern} {dtype.name} on {kind}: run slidejax tune"

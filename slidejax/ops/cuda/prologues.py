@@ -1,0 +1,52 @@
+"""A prologue as the lift kernel takes it: its operands and attributes, and which rows it can be computed on."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slidejax.ops.cuda.library import on_gpu
+from slidejax.ops.prologue import Prologue
+from slidejax.weights.numerics import is_quantized
+
+__all__ = ["fused", "operands_of"]
+
+# slidejax/ops/prologue.py's names, numbered as in cuda/lift_quantize.h
+_PROLOGUES = {"RMSNorm": 1, "LayerNorm": 2, "Activation": 3, "GLU": 4}
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+# Bytes of a row of x (and up) that fit beside the codes in the shared memory of a block, by the GPU's compute capability (lift_ring.cuh); 64 KB fit everywhere.
+_FUSED_ROW = {"8.0": 130 << 10, "9.0": 190 << 10, "10.0": 190 << 10, "10.3": 190 << 10}
+
+
+def fused(x: jax.Array, dtype, prologue: Prologue | None) -> bool:
+    """Whether the lift kernel computes this prologue itself: for 8-bit results, of rows that fit in shared memory."""
+    if prologue is None or not is_quantized(dtype):
+        return False
+    capability = jax.devices()[0].compute_capability if on_gpu() else "9.0"
+    row = x.shape[1] * x.dtype.itemsize * (2 if prologue.ROWS else 1)
+    return row <= _FUSED_ROW.get(capability, 64 << 10)
+
+
+def operands_of(
+    x: jax.Array, prologue: Prologue | None
+) -> tuple[tuple[jax.Array, ...], dict[str, np.generic]]:
+    """The operands that follow x, `up`, `weight` and `bias` (`[0]` where there is none), and the attributes."""
+    none = jnp.zeros(0, jnp.float32)
+
+    def parameter(name: str) -> jax.Array:
+        value = getattr(prologue, name, None)
+        return none if value is None else value.astype(jnp.float32)
+
+    operands = (
+        getattr(prologue, "up", jnp.zeros(0, x.dtype)),
+        parameter("weight"),
+        parameter("bias"),
+    )
+    kind = 0 if prologue is None else _PROLOGUES[type(prologue).__name__]
+    activation = _ACTIVATIONS[getattr(prologue, "activation", "silu")]
+    return operands, {
+        "prologue": np.int32(kind),
+        "activation": np.int32(activation),
+        "eps": np.float32(getattr(prologue, "eps", 0)),
+    }
