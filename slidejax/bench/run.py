@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 import slidejax
 from slidejax.bench import contenders
 from slidejax.bench.timing import Clock, Contender, time_all
-from slidejax.commands import bench_arguments as arguments
 from slidejax.ops.cuda import calls, library
 from slidejax.ops.implementations import cusparselt
 from slidejax.ops.lift_quantize import lift_quantize, lift_rows
@@ -43,12 +41,22 @@ def inputs_of(rows: int, columns: int, count: int = 4) -> list[jax.Array]:
 
 
 def measure(
-    args: argparse.Namespace, note: Callable[[str], None] = lambda text: None
+    shapes: Sequence[tuple[int, int]],
+    *,
+    patterns: Sequence[str] = ("6:8",),
+    dtypes: Sequence[str] | None = None,
+    rows: Sequence[int] | None = None,
+    clock: Clock | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measures what the arguments ask for.
+    """Measures the lift and whole linear layers.
 
     Args:
-      args: from `slidejax.bench.arguments.add`.
+      shapes: (out, in) of the layers (`slidejax.bench.shapes.PRESETS`); a shape counts in the sums as often as it is given.
+      patterns: of the weights.
+      dtypes: of the values; None: int8, on a GPU float8_e4m3fn too.
+      rows: numbers of rows of x; None: 16, 256, 1024, 4096 and 16384 on a GPU, else 1 and 16.
+      clock: how long to measure; None: `Clock.of_device()`.
       note: called with a line for each step, and for what could not run.
 
     Returns:
@@ -61,22 +69,21 @@ def measure(
       ValueError: a bad pattern or dtype, before anything is measured.
     """
     gpu = jax.default_backend() == "gpu"
-    clock = Clock.of(args, gpu)
-    shapes = arguments.shapes(args, gpu)
-    patterns = [Pattern.parse(p) for p in args.patterns]
-    dtypes = [
+    clock = clock or Clock.of_device()
+    parsed = [Pattern.parse(p) for p in patterns]
+    resolved = [
         numerics.check_dtype(d, "dtypes")
-        for d in args.dtypes or (("int8", "float8_e4m3fn") if gpu else ("int8",))
+        for d in dtypes or (("int8", "float8_e4m3fn") if gpu else ("int8",))
     ]
-    rows = args.rows or ([16, 256, 1024, 4096, 16384] if gpu else [1, 16])
+    rows = rows or ([16, 256, 1024, 4096, 16384] if gpu else [1, 16])
     lift, linear = [], []
     for k in sorted({k for _, k in shapes}):
         for m in rows:
-            lift += _lift(m, k, patterns, dtypes, clock, note)
+            lift += _lift(m, k, parsed, resolved, clock, note)
     for n, k in dict.fromkeys(shapes):
         kernel = contenders.kernel_of(n, k)
         baselines = contenders.baselines(kernel)
-        weights = {(p, d): pack(kernel, p, dtype=d) for p in patterns for d in dtypes}
+        weights = {(p, d): pack(kernel, p, dtype=d) for p in parsed for d in resolved}
         for m in rows:
             note(f"linear: N={n} K={k} M={m}")
             ours: list[Contender] = []

@@ -52,9 +52,12 @@ class Clock:
     rounds: int = 1
 
     @classmethod
-    def of(cls, args: Any, gpu: bool) -> Clock:
-        warmup, seconds = (0.3, 0.4) if gpu else (0.02, 0.05)
-        return cls(args.warmup or warmup, args.seconds or seconds, args.rounds)
+    def of_device(
+        cls, warmup: float | None = None, seconds: float | None = None, rounds: int = 1
+    ) -> Clock:
+        """What is not given follows from the device: 0.3 s and 0.4 s on a GPU, 0.02 s and 0.05 s elsewhere."""
+        usual = (0.3, 0.4) if jax.default_backend() == "gpu" else (0.02, 0.05)
+        return cls(warmup or usual[0], seconds or usual[1], rounds)
 
 
 def _nbytes(tree: Any) -> int:

@@ -5,8 +5,7 @@ Before cuSPARSELt is timed, its algorithms are searched for the shape, and the f
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import jax
 from slidejax.bench import contenders
 from slidejax.bench.run import inputs_of
 from slidejax.bench.timing import Clock, time_all
-from slidejax.commands import bench_arguments as arguments
 from slidejax.ops import registry
 from slidejax.ops.implementations import cusparselt
 from slidejax.ops.tuning import record
@@ -55,13 +53,26 @@ def _search(w: SlideWeight, rows: int, note: Callable[[str], None]) -> None:
 
 
 def measure(
-    args: argparse.Namespace, loaded: Any = None, note: Callable[[str], None] = lambda text: None
+    shapes: Sequence[tuple[int, int]],
+    *,
+    model: Any = None,
+    patterns: Sequence[str] = ("6:8",),
+    dtypes: Sequence[str] | None = None,
+    rows: Sequence[int] | None = None,
+    clock: Clock | None = None,
+    dry_run: bool = False,
+    note: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[dict[str, Any]], Path | None]:
-    """Measures every combination that the arguments ask for, and records it.
+    """Measures every combination, and records it.
 
     Args:
-      args: from `slidejax.bench.arguments.add_tune`.
-      loaded: the model whose layers to measure (`slidejax.models.load_model`); None: the shapes of the arguments.
+      shapes: (out, in) of the layers, where no model is given.
+      model: a Hugging Face Flax model, to measure its layers; a converted one also says which patterns and dtypes.
+      patterns: of the weights.
+      dtypes: of the values; None: int8 and float8_e4m3fn.
+      rows: numbers of rows of x; None: 1, 16, 64, 256, 1024, 4096 and 16384 on a GPU, else 1 and 16.
+      clock: how long to measure; None: `Clock.of_device()`.
+      dry_run: measure, and record nothing.
       note: called with a line for each step.
 
     Returns:
@@ -72,14 +83,11 @@ def measure(
       ValueError: a bad pattern or dtype, or nothing but the pattern "dense", before anything is measured.
     """
     gpu = jax.default_backend() == "gpu"
-    clock = Clock.of(args, gpu)
-    dtypes = [numerics.check_dtype(d, "dtypes") for d in args.dtypes or ("int8", "float8_e4m3fn")]
-    forms: list[tuple[Pattern, Any]] = [
-        (Pattern.parse(p), d) for p in args.patterns for d in dtypes
-    ]
-    shapes = arguments.shapes(args, gpu)
-    if loaded is not None:
-        shapes, own = _of_model(loaded.model)
+    clock = clock or Clock.of_device()
+    resolved = [numerics.check_dtype(d, "dtypes") for d in dtypes or ("int8", "float8_e4m3fn")]
+    forms: list[tuple[Pattern, Any]] = [(Pattern.parse(p), d) for p in patterns for d in resolved]
+    if model is not None:
+        shapes, own = _of_model(model)
         forms = sorted(own, key=str) or forms
     sparse = [(pattern, dtype) for pattern, dtype in forms if pattern.prunes]
     if len(sparse) < len(forms):
@@ -95,9 +103,9 @@ def measure(
         new = []
         for pattern, dtype in sparse:
             w = pack(kernel, pattern, dtype=dtype)
-            for m in args.rows or ([1, 16, 64, 256, 1024, 4096, 16384] if gpu else [1, 16]):
+            for m in rows or ([1, 16, 64, 256, 1024, 4096, 16384] if gpu else [1, 16]):
                 note(f"N={n} K={k} {pattern} {dtype.name} M={m}")
-                if not args.dry_run:
+                if not dry_run:
                     _search(w, m, note)
                 timed = time_all(
                     contenders.sparse(w, m, both=True)[0], inputs_of(m, k), clock, note
@@ -114,7 +122,7 @@ def measure(
                             "us": us,
                         }
                     )
-        if new and not args.dry_run:
+        if new and not dry_run:
             path = record(device, new)
         entries += new
     return entries, path

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-__all__ = ["PRESETS", "add", "add_tune", "shapes"]
+from slidejax.bench.shapes import PRESETS, default_preset
 
-# (out, in) of the linear layers of one decoder block; q, k, v and gate, up as one product each, where servers fuse them
-PRESETS: dict[str, tuple[tuple[int, int], ...]] = {
-    "qwen2.5-7b": ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),
-    "llama-3-8b": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
-    "square-8192": ((8192, 8192),),
-    "smollm2": ((960, 576), (576, 576), (3072, 576), (576, 1536)),
-}
+__all__ = ["add", "add_tune", "measured", "shapes"]
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -109,8 +104,14 @@ def add_tune(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dry-run", action="store_true", help="measure and show, record nothing")
 
 
-def shapes(args: argparse.Namespace, gpu: bool) -> list[tuple[int, int]]:
+def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
     """(out, in) of the layers that the arguments ask for, each once for every time it is in a block."""
-    if args.shape:
-        return list(args.shape)
-    return list(PRESETS[args.preset or ("qwen2.5-7b" if gpu else "smollm2")])
+    return list(args.shape or PRESETS[args.preset or default_preset()])
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """What `bench` and `tune` both measure, as their libraries take it."""
+    from slidejax.bench.timing import Clock
+
+    clock = Clock.of_device(args.warmup, args.seconds, args.rounds)
+    return {"patterns": args.patterns, "dtypes": args.dtypes, "rows": args.rows, "clock": clock}

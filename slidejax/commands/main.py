@@ -620,9 +620,11 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     from slidejax.bench import run
+    from slidejax.commands import bench_arguments as arguments
 
     run.set_flags()
-    results = run.measure(args, note=lambda text: print(text, file=sys.stderr))
+    note = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    results = run.measure(arguments.shapes(args), note=note, **arguments.measured(args))
     terminal.emit(args, results)
     if args.json != "-":
         print(run.table(results))
@@ -630,9 +632,12 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _tune(args: argparse.Namespace) -> None:
     from slidejax.bench import tuning
+    from slidejax.commands import bench_arguments as arguments
 
-    loaded = _load(args.model, args) if args.model else None
-    entries, path = tuning.measure(args, loaded, note=lambda text: print(text, file=sys.stderr))
+    model = _load(args.model, args).model if args.model else None
+    note = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    options = {"model": model, "dry_run": args.dry_run, "note": note}
+    entries, path = tuning.measure(arguments.shapes(args), **options, **arguments.measured(args))
     terminal.emit(args, entries)
     if args.json != "-":
         print(tuning.table(entries))

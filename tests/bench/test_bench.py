@@ -1,7 +1,6 @@
 """`slidejax bench` and `slidejax tune` where there is no GPU: what is measured and reported, and cuSPARSELt's search with a
 library that is made up."""
 
-import argparse
 import json
 
 import jax
@@ -10,24 +9,17 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.bench import contenders, run, timing, tuning
-from slidejax.commands import bench_arguments as arguments
+from slidejax.bench import contenders, run, shapes, timing, tuning
 from slidejax.ops import registry
 from slidejax.ops.cuda import library as cuda_library
 from slidejax.ops.implementations import cusparselt
 
-
-def parse(add, *options):
-    parser = argparse.ArgumentParser()
-    add(parser)
-    return parser.parse_args([*options, "--warmup", "0.001", "--seconds", "0.005"])
+QUICK = timing.Clock(warmup=0.001, seconds=0.005)
 
 
 @pytest.fixture(scope="module")
 def results():
-    return run.measure(
-        parse(arguments.add, "--shape", "64,96", "--shape", "32,96", "-M", "4", "--dtypes", "int8")
-    )
+    return run.measure([(64, 96), (32, 96)], rows=[4], dtypes=["int8"], clock=QUICK)
 
 
 def test_the_best_dense_product_is_taken_layer_by_layer(results):
@@ -111,10 +103,9 @@ def test_the_table_shows_every_column(results):
 
 
 def test_presets():
-    assert {"qwen2.5-7b", "llama-3-8b", "square-8192"} <= set(arguments.PRESETS)
-    assert arguments.shapes(parse(arguments.add, "--preset", "square-8192"), gpu=True) == [
-        (8192, 8192)
-    ]
+    assert {"qwen2.5-7b", "llama-3-8b", "square-8192"} <= set(shapes.PRESETS)
+    assert shapes.PRESETS["square-8192"] == ((8192, 8192),)
+    assert shapes.default_preset() in shapes.PRESETS
 
 
 # ---------------------------------------------------------------------------------------------- cuSPARSELt's search
@@ -157,10 +148,7 @@ def test_tune_searches_cusparselt_and_calls_use_what_it_found(library, tmp_path)
     w = sj.pack(contenders.kernel_of(64, 96), "6:8", dtype="int8")
     assert cusparselt.algorithm(w, 256).startswith("the library's default")
     notes = []
-    tuning.measure(
-        parse(arguments.add_tune, "--shape", "64,96", "-M", "256,4096", "--dtypes", "int8"),
-        note=notes.append,
-    )
+    tuning.measure([(64, 96)], rows=[256, 4096], dtypes=["int8"], clock=QUICK, note=notes.append)
     columns = sj.Pattern.parse("6:8").lifted(96)
     assert library.searched == [("int8", "int32", 64, rows, columns) for rows in (256, 4096)]
     assert any("fastest algorithm is 7: 12.5 us" in note for note in notes)
@@ -186,20 +174,18 @@ def test_tune_searches_cusparselt_and_calls_use_what_it_found(library, tmp_path)
 def test_the_pattern_dense_is_timed_and_not_tuned(library):
     w = sj.pack(contenders.kernel_of(64, 96), "dense", dtype="int8")
     assert registry.choose(contenders.problem_of(w, 16)).implementation == "dense"
-    options = ["--shape", "64,96", "-M", "16", "--dtypes", "int8", "--dry-run", "--patterns"]
+    options = {"rows": [16], "dtypes": ["int8"], "clock": QUICK, "dry_run": True}
     with pytest.raises(ValueError, match="nothing to choose"):
-        tuning.measure(parse(arguments.add_tune, *options, "dense"))
+        tuning.measure([(64, 96)], patterns=["dense"], **options)
     notes = []
-    tuning.measure(parse(arguments.add_tune, *options, "dense,6:8"), note=notes.append)
+    tuning.measure([(64, 96)], patterns=["dense", "6:8"], note=notes.append, **options)
     assert "nothing to choose" in notes[0] and [note for note in notes if "M=16" in note] == [
         "N=64 K=96 6:8 int8 M=16"
     ]
 
 
 def test_a_dry_run_searches_nothing(library, tmp_path):
-    tuning.measure(
-        parse(arguments.add_tune, "--shape", "64,96", "-M", "16", "--dtypes", "int8", "--dry-run")
-    )
+    tuning.measure([(64, 96)], rows=[16], dtypes=["int8"], clock=QUICK, dry_run=True)
     assert library.searched == [] and not list(tmp_path.rglob("*.json"))
 
 
@@ -209,8 +195,5 @@ def test_a_search_that_fails_leaves_the_default(library, monkeypatch):
 
     monkeypatch.setattr(library, "cusparselt_tune", fail)
     notes = []
-    tuning.measure(
-        parse(arguments.add_tune, "--shape", "64,96", "-M", "16", "--dtypes", "int8"),
-        note=notes.append,
-    )
+    tuning.measure([(64, 96)], rows=[16], dtypes=["int8"], clock=QUICK, note=notes.append)
     assert any("cannot be searched: cuSPARSELt has no algorithm" in note for note in notes)
