@@ -4,10 +4,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "cusparselt_plan.h"
+#include "cusparselt/plan.h"
 #include "handlers.h"
 #ifdef SLIDEJAX_HOPPER
-#include "sparse_matmul_hopper.h"
+#include "hopper/hopper.h"
 #endif
 
 namespace nb = nanobind;

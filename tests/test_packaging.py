@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 def backend():
     pytest.importorskip("scikit_build_core")
     spec = importlib.util.spec_from_file_location(
-        "build_backend", ROOT / "cuda" / "build_backend.py"
+        "build_backend", ROOT / "cuda" / "build" / "build_backend.py"
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

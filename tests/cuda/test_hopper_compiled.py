@@ -1,6 +1,6 @@
 """What ptxas made of the Hopper kernels: registers, spills, wgmma. Needs no GPU.
 
-The build keeps ptxas's report (cuda/compiler_log.py); only without one of these very sources is it made here.
+The build keeps ptxas's report (cuda/build/compiler_log.py); only without one of these very sources is it made here.
 """
 
 import re
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted((ROOT / "cuda").glob("*hopper*"))
-LOG = "sparse_matmul_hopper.log"
+SOURCES = sorted((ROOT / "cuda/hopper").iterdir())
+LOG = "hopper_ptxas.log"
 ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 TILE = re.compile(
     r"TileILb(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi\d+ELi\d+ELi\d+ELb(\d)E"
@@ -52,9 +52,10 @@ def log(tmp_path_factory):
         "-gencode=arch=compute_90a,code=sm_90a",
         "-Xptxas=-v",
         "-cubin",
+        f"-I{ROOT / 'cuda'}",
     ]
     source, to = (
-        ROOT / "cuda/sparse_matmul_hopper.cu",
+        ROOT / "cuda/hopper/launch.cu",
         tmp_path_factory.mktemp("compiled") / "hopper.cubin",
     )
     done = subprocess.run([*command, "-o", to, source], capture_output=True, text=True, check=False)
@@ -72,7 +73,7 @@ def test_all_kernels_are_in_the_report(log):
     ]
     tiles = re.findall(
         r"make_entry<(\d+), (\d+), (\d+), \d+, \d+, \d+(, false)?>\(",
-        (ROOT / "cuda/sparse_matmul_hopper.cu").read_text(),
+        (ROOT / "cuda/hopper/launch.cu").read_text(),
     )
     assert sorted(kernels) == sorted(
         (fp8, *tile, "0" if dense else "1") for *tile, dense in tiles for fp8 in "01"

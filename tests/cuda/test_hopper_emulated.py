@@ -1,6 +1,6 @@
 """The Hopper kernel run on the CPU, thread by thread, under random schedules: hopper_on_cpu/emulator.h says how.
 
-Its source is compiled as it is, but for hopper_ptx.cuh and hopper_wgmma.cuh, whose instructions the emulator has its own versions
+Its source is compiled as it is, but for hopper/ptx.cuh and hopper/wgmma.cuh, whose instructions the emulator has its own versions
 of. So layouts, edges, barriers and waits are tested here; what ptxas makes of the kernel, and speed, are not.
 """
 
@@ -105,11 +105,6 @@ def build(directory):
     ) as lock:  # one worker of pytest builds for all
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            copies = directory / "hopper_emulated"
-            shutil.copytree(EMULATOR, copies, dirs_exist_ok=True)
-            for source in [*SOURCES.glob("*hopper*.cuh"), *SOURCES.glob("sparse_matmul_hopper.*")]:
-                if not (EMULATOR / source.name).exists():
-                    shutil.copy(source, copies)
             command = [
                 "g++",
                 "-std=c++20",
@@ -117,12 +112,14 @@ def build(directory):
                 "-w",
                 "-fPIC",
                 "-shared",
+                f"-I{EMULATOR}",  # first: its headers take the place of those of the same name
+                f"-I{SOURCES}",
                 f"-I{include}",
                 "-o",
                 str(library),
             ]
             done = subprocess.run(
-                [*command, "-x", "c++", copies / "sparse_matmul_hopper.cu", copies / "emulator.cc"],
+                [*command, "-x", "c++", SOURCES / "hopper/launch.cu", EMULATOR / "emulator.cc"],
                 capture_output=True,
                 text=True,
                 check=False,

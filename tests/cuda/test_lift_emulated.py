@@ -16,14 +16,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
-DTYPES = {"int8": 0, "float8_e4m3fn": 1, "bfloat16": 2, "float16": 3, "float32": 4}  # cuda/dtype.h
+DTYPES = {
+    "int8": 0,
+    "float8_e4m3fn": 1,
+    "bfloat16": 2,
+    "float16": 3,
+    "float32": 4,
+}  # cuda/common/dtype.h
 PROLOGUES = {
     None: 0,
     "rms_norm": 1,
     "layer_norm": 2,
     "activation": 3,
     "glu": 4,
-}  # cuda/lift_quantize.h
+}  # cuda/lift/lift.h
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 H100, A100, SMALL = 232448, 166912, 101376  # shared memory that a block may have
 GROUPS = (0, 4, 6, 8, 10, 12, 14, 16)
@@ -37,8 +43,8 @@ def library(tmp_path_factory):
     target = tmp_path_factory.mktemp("emulated") / "lift.so"
     sources = [
         ROOT / "tests/cuda/lift_on_cpu/lift.cc",
-        ROOT / "cuda/lift_quantize.cu",
-        ROOT / "cuda/lift_quantize_fused.cu",
+        ROOT / "cuda/lift/lift.cu",
+        ROOT / "cuda/lift/fused.cu",
     ]
     flags = [
         "-std=c++17",
@@ -54,6 +60,7 @@ def library(tmp_path_factory):
             compiler,
             *flags,
             f"-I{ROOT / 'tests/cuda/lift_on_cpu'}",
+            f"-I{ROOT / 'cuda'}",
             "-x",
             "c++",
             *sources,

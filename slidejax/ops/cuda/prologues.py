@@ -12,10 +12,10 @@ from slidejax.weights.numerics import is_quantized
 
 __all__ = ["fused", "operands_of"]
 
-# slidejax/ops/prologue.py's names, numbered as in cuda/lift_quantize.h
+# slidejax/ops/prologue.py's names, numbered as in cuda/lift/lift.h
 _PROLOGUES = {"RMSNorm": 1, "LayerNorm": 2, "Activation": 3, "GLU": 4}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-# Bytes of a row of x (and up) that fit beside the codes in the shared memory of a block, by the GPU's compute capability (lift_ring.cuh); 64 KB fit everywhere.
+# Bytes of a row of x (and up) that fit beside the codes in the shared memory of a block, by the GPU's compute capability (lift/ring.cuh); 64 KB fit everywhere.
 _FUSED_ROW = {"8.0": 130 << 10, "9.0": 190 << 10, "10.0": 190 << 10, "10.3": 190 << 10}
 
 

@@ -8,7 +8,7 @@
 #include <random>
 #include <string>
 
-#include "hopper_tile.cuh"
+#include "hopper/tile.cuh"
 
 uint3 threadIdx, blockIdx;
 dim3 gridDim;
@@ -224,7 +224,7 @@ void run_instruction(Block& block, Instruction& i) { i.fp8 ? multiply<float>(blo
 
 }  // namespace emulator
 
-// ---- the CUDA runtime, as far as sparse_matmul_hopper.cu calls it
+// ---- the CUDA runtime, as far as hopper/launch.cu calls it
 
 extern "C" {
 

@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../../../cuda/lift_quantize.h"
+#include "lift/lift.h"
 #include "cuda_runtime_api.h"
 
 namespace slidejax {

@@ -8,8 +8,8 @@
 #ifndef SLIDEJAX_LIFT_PROLOGUE_CUH_
 #define SLIDEJAX_LIFT_PROLOGUE_CUH_
 
-#include "lift_chunk.cuh"
-#include "lift_quantize.h"
+#include "lift/chunk.cuh"
+#include "lift/lift.h"
 
 namespace slidejax {
 

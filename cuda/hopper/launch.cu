@@ -1,13 +1,13 @@
 // Host side of the Hopper GEMM: the tiles there are, the cost model that chooses one, tensor maps, the launch.
-#include "sparse_matmul_hopper.h"
+#include "hopper/hopper.h"
 
 #include <cuda.h>
 
 #include <algorithm>
 #include <mutex>
 
-#include "hopper_kernel.cuh"
-#include "hopper_metadata.cuh"
+#include "hopper/kernel.cuh"
+#include "hopper/metadata.cuh"
 
 namespace slidejax::hopper {
 namespace {

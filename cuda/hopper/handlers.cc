@@ -1,4 +1,4 @@
-// FFI targets of the Hopper implementation (sparse_matmul_hopper.h).
+// FFI targets of the Hopper implementation (hopper/hopper.h).
 //
 //   slidejax_hopper_metadata: zeros u8 [out, groups] -> metadata u8 [bytes]; attribute group
 //   slidejax_sparse_matmul_hopper: lifted [M, K'], scale_x f32 [M], WEIGHT -> y [M, out], workspace u8 [W];
@@ -10,10 +10,10 @@
 //
 // WEIGHT: values [out, groups, kept], zeros u8 [out, groups], scale_w f32 [out], bias f32 [out] or [0], metadata u8 [bytes] or [0].
 // A dense one has values [out, K'], and neither zeros nor metadata, [0].
-#include "ffi_util.h"
+#include "common/ffi_util.h"
 #include "handlers.h"
-#include "lift_arguments.h"
-#include "sparse_matmul_hopper.h"
+#include "lift/arguments.h"
+#include "hopper/hopper.h"
 
 #include <algorithm>
 

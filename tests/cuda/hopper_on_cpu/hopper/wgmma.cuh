@@ -1,9 +1,9 @@
-// The emulator's version of cuda/hopper_wgmma.cuh.
+// The emulator's version of cuda/hopper/wgmma.cuh.
 #pragma once
 
 #include <type_traits>
 
-#include "hopper_ptx.cuh"
+#include "hopper/ptx.cuh"
 
 namespace slidejax::hopper {
 

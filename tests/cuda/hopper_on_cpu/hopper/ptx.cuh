@@ -1,4 +1,4 @@
-// The emulator's version of cuda/hopper_ptx.cuh.
+// The emulator's version of cuda/hopper/ptx.cuh.
 #pragma once
 
 #include <cuda.h>

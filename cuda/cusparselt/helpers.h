@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "common/dtype.h"
 
 namespace slidejax {
 

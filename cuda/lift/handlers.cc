@@ -2,15 +2,15 @@
 //
 //   slidejax_lift_quantize: x [M, K], absmax f32 [M] or [0] -> lifted [M, K'], scale f32 [M]; attribute group
 //   slidejax_lift_quantize_fused: x [M, K], up [M, K] or [0], weight f32 [K] or [0], bias f32 [K] or [0]
-//       -> lifted [M, K'] in 8 bits, scale f32 [M]; attributes group, prologue, activation (lift_quantize.h's enums), eps
+//       -> lifted [M, K'] in 8 bits, scale f32 [M]; attributes group, prologue, activation (lift.h's enums), eps
 //   slidejax_memcpy: x -> a copy, by the driver; what `slidejax bench` holds the lift against
-#include "lift_quantize.h"
+#include "lift/lift.h"
 
 #include <algorithm>
 
-#include "ffi_util.h"
+#include "common/ffi_util.h"
 #include "handlers.h"
-#include "lift_arguments.h"
+#include "lift/arguments.h"
 
 namespace slidejax {
 namespace {

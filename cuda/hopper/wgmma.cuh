@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "hopper_ptx.cuh"
+#include "hopper/ptx.cuh"
 
 namespace slidejax::hopper {
 

@@ -3,16 +3,16 @@
 //   lifted[m, g, w, l] = code(x[m, 2N*g + 2*w + l]),  scale[m] = absmax[m] * float32(1/qmax),
 //   code(v) = round_half_even(v * (1/scale)) clipped to +-qmax.
 //
-// lift_ring.cuh holds the kernel for rows that fit in shared memory, lift_quantize_fused.cu its variants that compute what comes
+// ring.cuh holds the kernel for rows that fit in shared memory, fused.cu its variants that compute what comes
 // before the linear layer. Here are the dispatch, and the streaming kernel for all other rows: those that are too long are read
 // twice from global memory, the second time mostly out of the L2 cache; rows whose absmax is given, and casts without
 // quantisation, need one pass only.
-#include "lift_quantize.h"
-#include "lift_ring.cuh"
+#include "lift/lift.h"
+#include "lift/ring.cuh"
 
 namespace slidejax {
 
-cudaError_t LaunchFused(const LiftArgs& args, cudaStream_t stream);  // lift_quantize_fused.cu
+cudaError_t LaunchFused(const LiftArgs& args, cudaStream_t stream);  // fused.cu
 
 // A row of x in global memory.
 template <typename T>

@@ -7,7 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "hopper_tile.cuh"
+#include "hopper/tile.cuh"
 
 namespace slidejax::hopper {
 

@@ -1,4 +1,4 @@
-#include "sparse_matmul_kernels.h"
+#include "cusparselt/helpers.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "lift_chunk.cuh"
+#include "lift/chunk.cuh"
 
 namespace slidejax {
 

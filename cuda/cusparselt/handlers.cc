@@ -12,10 +12,10 @@
 #include <memory>
 #include <mutex>
 
-#include "cusparselt_plan.h"
-#include "ffi_util.h"
+#include "cusparselt/plan.h"
+#include "common/ffi_util.h"
 #include "handlers.h"
-#include "sparse_matmul_kernels.h"
+#include "cusparselt/helpers.h"
 
 namespace slidejax {
 namespace {

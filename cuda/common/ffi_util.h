@@ -7,7 +7,7 @@
 #include <optional>
 #include <string>
 
-#include "dtype.h"
+#include "common/dtype.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace slidejax {

@@ -1,6 +1,6 @@
-// The lift with a prologue (lift_prologue.cuh): a norm or an activation, and what it feeds, in one pass over x.
-#include "lift_quantize.h"
-#include "lift_ring.cuh"
+// The lift with a prologue (lift/prologue.cuh): a norm or an activation, and what it feeds, in one pass over x.
+#include "lift/lift.h"
+#include "lift/ring.cuh"
 
 namespace slidejax {
 namespace {

@@ -1,4 +1,4 @@
-#include "cusparselt_api.h"
+#include "cusparselt/api.h"
 
 #include <dlfcn.h>
 

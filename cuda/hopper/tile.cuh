@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "hopper_ptx.cuh"
+#include "hopper/ptx.cuh"
 
 namespace slidejax::hopper {
 
@@ -165,7 +165,7 @@ struct Position {
   }
 };
 
-// The shared memory of a block, as addresses: the rings, slots and scales (hopper_epilogue.cuh), barriers, notes.
+// The shared memory of a block, as addresses: the rings, slots and scales (epilogue.cuh), barriers, notes.
 struct Shared {
   Ring x, w;       // [stage]: X [width][tokens][128 bytes]; [copy]: W [rows][128 bytes], metadata [rows / 64][width][1 KB]
   uint32_t slots;

@@ -1,8 +1,8 @@
-// The kernel of lift_quantize.cu and lift_quantize_fused.cu: rows pass through a ring in shared memory, where a prologue is applied
+// The kernel of lift.cu and fused.cu: rows pass through a ring in shared memory, where a prologue is applied
 // in place.
 //
 // Everything is bytes moved, so x is read once and its memory never rests: thread blocks are persistent, take rows in turn, and
-// hold a ring of rows. A row's *tiles* (lift_store.cuh) are dealt out to the block's warps. For each row a warp
+// hold a ring of rows. A row's *tiles* (store.cuh) are dealt out to the block's warps. For each row a warp
 //   1. waits for its tiles of the row (asynchronous copies, which a lane waits for and reads itself: no barrier),
 //   2. applies the prologue, if there is one, and finds absmax,
 //   3. agrees on it with the block's other warps: the one barrier of a row (two for norms),
@@ -15,10 +15,10 @@
 
 #include <algorithm>
 
-#include "lift_prologue.cuh"
-#include "lift_ptx.cuh"
-#include "lift_quantize.h"
-#include "lift_store.cuh"
+#include "lift/prologue.cuh"
+#include "lift/ptx.cuh"
+#include "lift/lift.h"
+#include "lift/store.cuh"
 
 namespace slidejax {
 

@@ -13,8 +13,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cusparselt_api.h"
-#include "dtype.h"
+#include "cusparselt/api.h"
+#include "common/dtype.h"
 
 namespace slidejax::cusparselt {
 

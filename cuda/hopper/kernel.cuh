@@ -10,9 +10,9 @@
 
 #include <type_traits>
 
-#include "hopper_epilogue.cuh"
-#include "hopper_tile.cuh"
-#include "hopper_wgmma.cuh"
+#include "hopper/epilogue.cuh"
+#include "hopper/tile.cuh"
+#include "hopper/wgmma.cuh"
 
 namespace slidejax::hopper {
 

@@ -1,10 +1,10 @@
-#include "cusparselt_plan.h"
+#include "cusparselt/plan.h"
 
 #include <algorithm>
 #include <map>
 #include <mutex>
 
-#include "sparse_matmul_kernels.h"
+#include "cusparselt/helpers.h"
 
 namespace slidejax::cusparselt {
 namespace {
