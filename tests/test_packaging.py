@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import slidejax
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -49,6 +51,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert wheel.name.endswith("py3-none-any.whl") and sources <= names
     assert {"slidejax/py.typed", "slidejax/data/tuning/nvidia-h200.json"} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"slidejax"}
+    about = f"slidejax-{slidejax.__version__}.dist-info"
+    assert f"{about}/licenses/LICENSE" in names
+    metadata = zipfile.ZipFile(wheel).read(f"{about}/METADATA").decode()
+    assert (
+        "License-Expression: Apache-2.0" in metadata and "Author: slidejax developers" in metadata
+    )
 
 
 def test_the_wheel_works_elsewhere(wheel, tmp_path):
