@@ -1,0 +1,131 @@
+"""The documents are true: links resolve, lines are wrapped, and the README's code runs."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    page
+    for page in (
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "tests").rglob("*.md"),
+    )
+)
+WIDTH = 100
+
+
+def split_code(text):
+    """The lines of a page outside code blocks, with their numbers, and the Python blocks."""
+    prose, blocks, block, language = [], [], [], None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.startswith("```"):
+            if language == "python":
+                blocks.append("\n".join(block))
+            language, block = (line[3:] if language is None else None), []
+        elif language is None:
+            prose.append((number, line))
+        else:
+            block.append(line)
+    return prose, blocks
+
+
+def anchors(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    prose, _ = split_code(path.read_text())
+    headings = [re.sub(r"^#+ ", "", line) for _, line in prose if re.match(r"#+ ", line)]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_there_are_pages():
+    assert {"README.md", "CHANGELOG.md", "design.md", "api.md"} <= {page.name for page in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_resolve(page):
+    prose, _ = split_code(page.read_text())
+    text = "\n".join(line for _, line in prose)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            broken.append(target)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_are_wrapped(page):
+    prose, _ = split_code(page.read_text())
+    assert [n for n, line in prose if len(line) > WIDTH and not line.startswith("|")] == []
+
+
+# --- the README's code ------------------------------------------------------------------------------------------------
+
+
+def linen_model():
+    import flax.linen as nn
+
+    class MLP(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(32)(nn.relu(nn.Dense(64)(x)))
+
+    return MLP()
+
+
+def nnx_model():
+    from flax import nnx
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.attention = nnx.Linear(64, 64, rngs=rngs)
+            self.up = nnx.Linear(64, 128, rngs=rngs)
+            self.head = nnx.Linear(128, 16, rngs=rngs)
+
+    return Model(nnx.Rngs(0))
+
+
+def test_readme_code_runs(tmp_path, tiny_llama):
+    """Every Python block of the README runs, in order, with the names that a reader would have."""
+    pytest.importorskip("optax")
+    from flax import nnx
+
+    import slidejax as sj
+
+    kernel = jax.random.normal(jax.random.key(0), (64, 32))
+    x = jax.random.normal(jax.random.key(1), (4, 64))
+    linen = linen_model()
+    names = {
+        "kernel": kernel,
+        "x": x,
+        "bias": jnp.zeros(32),
+        "weight": jnp.ones(64),
+        "tokens": np.random.default_rng(0).integers(0, 256, (4, 128)),
+        "model": tiny_llama,
+        "original": tiny_llama,
+        "rngs": nnx.Rngs(0),
+        "linen_model": linen,
+        "variables": linen.init(jax.random.key(2), x),
+        "nnx_model": nnx_model(),
+        "original_nnx": nnx_model(),
+        "params": {"kernel": sj.pack(kernel, "6:8"), "bias": jnp.zeros(32)},
+        "path": tmp_path / "params",
+    }
+    _, blocks = split_code((ROOT / "README.md").read_text())
+    assert len(blocks) > 5
+    for block in blocks:
+        block = block.replace("minutes=5", "steps=2")  # the same call, in a test's time
+        exec(compile(block, "README.md", "exec"), names)
+
+    w = sj.pack(kernel, "6:8", dtype="int8")
+    assert (names["zeroed"] == sj.unpack(w)).all()
+    assert len(names["report"].converted) == 2
+    assert [choice.implementation for _, choice in sj.explain(sj.linear, x, w)] == ["dense"]
