@@ -1,4 +1,7 @@
-"""Low-rank adapters on a packed int8 layer: the packed weight is frozen, the adapter is trained and merged onto the mask."""
+"""Low-rank adapters on a packed int8 layer.
+
+The packed weight is frozen. The adapter is trained, and then merged onto the mask.
+"""
 
 import jax
 import jax.numpy as jnp

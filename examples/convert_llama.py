@@ -1,4 +1,8 @@
-"""A Hugging Face Flax Llama made sparse, saved, loaded and generating under jax.jit; random weights, so no download."""
+"""A Hugging Face Flax Llama is made sparse, generates under jax.jit, and is saved and loaded.
+
+Its weights are random, so nothing is downloaded and nothing is calibrated. For a real model, pass a
+method and tokens: `sj.huggingface.convert(model, "6:8", "sparsegpt", tokens)`.
+"""
 
 import tempfile
 
@@ -32,9 +36,7 @@ tokens = generate(sparse.params, jax.numpy.array([[1, 2, 3]]))
 print("generated", tokens.shape)
 
 with tempfile.TemporaryDirectory() as folder:
-    sparse.save_pretrained(
-        folder + "/out"
-    )  # also what `slidejax convert` writes, and every command reads
+    sparse.save_pretrained(folder + "/out")  # the form that every `slidejax` command reads
     again = load_model(folder + "/out").model
     same = Generator(again, 8)([1, 2, 3]).tokens == Generator(sparse, 8)([1, 2, 3]).tokens
     print("the same tokens after loading", same)

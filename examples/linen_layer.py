@@ -1,4 +1,7 @@
-"""A sparse layer in place of nn.Dense, in a jitted loop: two lines differ from the dense model."""
+"""A sparse layer in place of nn.Dense, in a jitted loop.
+
+Two lines differ from the original model.
+"""
 
 import flax.linen as nn
 import jax

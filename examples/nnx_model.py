@@ -1,4 +1,4 @@
-"""An NNX model that exists already: its linear layers are replaced, the rest of the code stays."""
+"""An NNX model that exists already. Its linear layers are replaced; the rest of its code stays."""
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,12 @@ class Block(nnx.Module):
 
 model = Block(64, rngs=nnx.Rngs(0))
 report = sj.Report()
-# the first rule that matches a layer's path counts: attention keeps 14 of 16 weights, the rest 6 of 8
+# The first rule that matches a layer's path counts.
+# Attention keeps 14 of 16 weights, the rest 6 of 8.
 sparse = sj.nnx.convert(model, [(".*attention.*", "14:16"), (".*", "6:8")], report=report)
 
 x = jax.random.normal(jax.random.key(1), (2, 16, 64))
-dense_y, y = nnx.jit(lambda m, x: m(x))(model, x), nnx.jit(lambda m, x: m(x))(sparse, x)
+original_y, y = nnx.jit(lambda m, x: m(x))(model, x), nnx.jit(lambda m, x: m(x))(sparse, x)
 print(
     "up is a",
     type(sparse.up).__name__,
@@ -37,6 +38,6 @@ print(
 )
 print("layers converted", len(report.converted), "left dense", len(report.dense))
 print(
-    "correlation with the dense model above 0.9",
-    bool(jnp.corrcoef(dense_y.ravel(), y.ravel())[0, 1] > 0.9),
+    "correlation with the original model above 0.9",
+    bool(jnp.corrcoef(original_y.ravel(), y.ravel())[0, 1] > 0.9),
 )

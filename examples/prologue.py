@@ -25,7 +25,7 @@ def mlp(x):
 
 @jax.jit
 def fused(x):
-    """The same with prologues: nothing between two linear layers has to be written out and read again."""
+    """The same with prologues: nothing between two layers is written out and read again."""
     rms = sj.RMSNorm(norm, eps=1e-6)
     return sj.linear(
         sj.linear(x, gate, prologue=rms),

@@ -1,7 +1,8 @@
-"""A pruned Hugging Face Llama learns from the dense one what pruning lost; random weights, so no download.
+"""A pruned Hugging Face Llama learns from its original what pruning lost.
 
-The dense model writes the text itself, so no data are needed; what is trained are the kept values, rounded to int8 in every
-step as they will be when the model serves.
+The original model writes the text itself, so no data are needed. Only the kept values are trained,
+rounded to int8 in every step, as they will be when the model serves. The weights are random, so
+nothing is downloaded.
 """
 
 import numpy as np
@@ -20,21 +21,24 @@ config = LlamaConfig(
     max_position_embeddings=64,
     initializer_range=0.2,
 )
-dense = FlaxLlamaForCausalLM(config)
-sparse = sj.huggingface.convert(dense, "4:6")
+original = FlaxLlamaForCausalLM(config)
+sparse = sj.huggingface.convert(original, "4:6")
 
 prompts = np.arange(96)[:, None]  # one token each
-text = sample(dense, prompts, 48, batch=96, seed=0)
+text = sample(original, prompts, 48, batch=96, seed=0)
 train, held_out = text[:80], text[80:].ravel()
 
 recovered, fitted = sj.recover(
-    sparse, dense, train, steps=60, batch=16, window=48, learning_rate=3e-3, hidden=1.0
+    sparse, original, train, steps=60, batch=16, window=48, learning_rate=3e-3, hidden=1.0
 )
 
 before, after = (
-    evaluate(model, held_out, window=48, reference=dense).agreement for model in (sparse, recovered)
+    evaluate(model, held_out, window=48, reference=original).agreement
+    for model in (sparse, recovered)
 )
-print(f"KL divergence from the dense model: {before.kl:.1f} nats pruned, {after.kl:.1f} recovered")
+print(
+    f"KL divergence from the original model: {before.kl:.1f} nats pruned, {after.kl:.1f} recovered"
+)
 print(f"the same first choice: {before.top1:.1f} of the tokens pruned, {after.top1:.1f} recovered")
 kernel, start = (
     m.params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"] for m in (recovered, sparse)

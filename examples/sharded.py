@@ -1,8 +1,11 @@
-"""One layer over a mesh of eight devices: rows of x, outputs and inputs of W are all split, and neither is gathered."""
+"""One layer over a mesh of eight devices.
+
+Rows of x, outputs of W and inputs of W are all split, and neither x nor W is gathered.
+"""
 
 import os
 
-# eight CPU devices stand in for eight GPUs
+# Eight CPU devices stand in for eight GPUs.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
@@ -25,7 +28,8 @@ def put(tree, specs):
     )
 
 
-# K is cut between whole blocks of groups; the specs of the packed leaves follow from the names of the axes
+# K is cut between whole blocks of groups.
+# The specs of the packed leaves follow from the axes' names.
 cut_x, cut_w = put(x, P("data", "in")), put(w, w.partition_spec(out="out", k="in"))
 linear = jax.jit(sj.linear)
 y = linear(cut_x, cut_w)
