@@ -1,6 +1,5 @@
 // The FFI handlers; module.cc hands them out.
-#ifndef SLIDEJAX_HANDLERS_H_
-#define SLIDEJAX_HANDLERS_H_
+#pragma once
 
 #include "xla/ffi/api/c_api.h"
 
@@ -23,5 +22,3 @@ XLA_FFI_Error* slidejax_hopper_metadata_handler(XLA_FFI_CallFrame*);
 XLA_FFI_Error* slidejax_hopper_linear_handler(XLA_FFI_CallFrame*);
 #endif
 }
-
-#endif  // SLIDEJAX_HANDLERS_H_

@@ -1,5 +1,5 @@
-// The Python module slidejax._cuda: hands out the FFI handlers, and the few host functions that Python needs beside them.
-// Importing it needs neither a GPU nor a CUDA driver.
+// The Python module slidejax._cuda: hands out the FFI handlers, and the few host functions that
+// Python needs beside them. Importing it needs neither a GPU nor a CUDA driver.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -15,7 +15,9 @@ using slidejax::DType;
 
 namespace {
 
-nb::capsule Capsule(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) { return nb::capsule(reinterpret_cast<void*>(handler)); }
+nb::capsule Capsule(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
+  return nb::capsule(reinterpret_cast<void*>(handler));
+}
 
 // {target: capsule, or {stage: capsule}}, for jax.ffi.register_ffi_target.
 nb::dict Registrations() {
@@ -67,7 +69,8 @@ nb::dict BuildInfo() {
 }
 
 DType ToDType(const std::string& name) {
-  for (const DType type : {DType::kS8, DType::kE4M3, DType::kBF16, DType::kF16, DType::kF32, DType::kS32}) {
+  for (const DType type :
+       {DType::kS8, DType::kE4M3, DType::kBF16, DType::kF16, DType::kF32, DType::kS32}) {
     if (name == slidejax::Name(type)) return type;
   }
   throw nb::value_error(("unknown dtype " + name).c_str());
@@ -83,14 +86,16 @@ size_t CompressedBytes(const std::string& dtype, int64_t outputs, int64_t column
   return slidejax::cusparselt::SizeOfCompressed(ToDType(dtype), outputs, columns).compressed;
 }
 
-nb::list Tune(const std::string& dtype, const std::string& result, bool alpha_vector, int64_t outputs, int64_t tokens,
-              int64_t columns, size_t workspace_limit, int repeats) {
+nb::list Tune(const std::string& dtype, const std::string& result, bool alpha_vector,
+              int64_t outputs, int64_t tokens, int64_t columns, size_t workspace_limit,
+              int repeats) {
   std::vector<slidejax::cusparselt::Timing> timings;
   {
     const DType operand_type = ToDType(dtype), result_type = ToDType(result);
     nb::gil_scoped_release release;
-    timings = slidejax::cusparselt::Tune({operand_type, result_type, alpha_vector, outputs, tokens, columns, {}}, workspace_limit,
-                                         repeats);
+    timings = slidejax::cusparselt::Tune(
+        {operand_type, result_type, alpha_vector, outputs, tokens, columns, {}}, workspace_limit,
+        repeats);
   }
   nb::list list;
   for (const auto& timing : timings) {
@@ -115,27 +120,33 @@ NB_MODULE(_cuda, m) {
   m.def("build_info", &BuildInfo);
   m.def("load_cusparselt", &slidejax::cusparselt::Load, nb::arg("candidates"),
         "Loads cuSPARSELt from the first of these paths that works; returns '' or why none does.");
-  m.def("cusparselt_version", &CusparseltVersion, "(major, minor, patch) of the library that is loaded, or None.");
-  m.def("cusparselt_compressed_bytes", &CompressedBytes, nb::arg("dtype"), nb::arg("outputs"), nb::arg("columns"),
-        "Bytes of a weight's compressed form. Needs a GPU.");
-  m.def("cusparselt_tune", &Tune, nb::arg("dtype"), nb::arg("result"), nb::arg("alpha_vector"), nb::arg("outputs"),
-        nb::arg("tokens"), nb::arg("columns"), nb::arg("workspace_limit"), nb::arg("repeats") = 10,
-        "Times the library's kernels on the current GPU: [{algorithm, split_k, split_k_mode, microseconds, workspace_bytes}], "
-        "fastest first.");
+  m.def("cusparselt_version", &CusparseltVersion,
+        "(major, minor, patch) of the library that is loaded, or None.");
+  m.def("cusparselt_compressed_bytes", &CompressedBytes, nb::arg("dtype"), nb::arg("outputs"),
+        nb::arg("columns"), "Bytes of a weight's compressed form. Needs a GPU.");
+  m.def("cusparselt_tune", &Tune, nb::arg("dtype"), nb::arg("result"), nb::arg("alpha_vector"),
+        nb::arg("outputs"), nb::arg("tokens"), nb::arg("columns"), nb::arg("workspace_limit"),
+        nb::arg("repeats") = 10,
+        "Times the library's kernels on the current GPU: [{algorithm, split_k, "
+        "split_k_mode, microseconds, workspace_bytes}], fastest first.");
 #ifdef SLIDEJAX_HOPPER
-  m.def("hopper_metadata_bytes", &slidejax_hopper_metadata_bytes, nb::arg("out"), nb::arg("groups"), nb::arg("group"),
-        "Bytes of a weight's metadata in the kernel's order. Needs no GPU.");
+  m.def("hopper_metadata_bytes", &slidejax_hopper_metadata_bytes, nb::arg("out"), nb::arg("groups"),
+        nb::arg("group"), "Bytes of a weight's metadata in the kernel's order. Needs no GPU.");
   m.def(
       "hopper_workspace_bytes",
-      [](int M, int out, int groups, int group, const std::string& dtype, bool has_metadata, int multiprocessors) {
+      [](int M, int out, int groups, int group, const std::string& dtype, bool has_metadata,
+         int multiprocessors) {
         slidejax::HopperArgs args = {};
         args.M = M, args.out = out, args.groups = groups, args.group = group;
-        args.input = ToDType(dtype) == DType::kS8 ? slidejax::HopperInput::kS8 : slidejax::HopperInput::kE4M3;
-        args.meta = has_metadata ? reinterpret_cast<const uint32_t*>(16) : nullptr;  // only tested for null
+        args.input = ToDType(dtype) == DType::kS8 ? slidejax::HopperInput::kS8
+                                                  : slidejax::HopperInput::kE4M3;
+        args.meta =
+            has_metadata ? reinterpret_cast<const uint32_t*>(16) : nullptr;  // only tested for null
         args.config = -1, args.split = -1;
         return slidejax_hopper_workspace(args, multiprocessors);
       },
-      nb::arg("M"), nb::arg("out"), nb::arg("groups"), nb::arg("group"), nb::arg("dtype"), nb::arg("has_metadata"),
-      nb::arg("multiprocessors"), "Bytes of workspace of slidejax_sparse_matmul_hopper. Needs no GPU.");
+      nb::arg("M"), nb::arg("out"), nb::arg("groups"), nb::arg("group"), nb::arg("dtype"),
+      nb::arg("has_metadata"), nb::arg("multiprocessors"),
+      "Bytes of workspace of slidejax_sparse_matmul_hopper. Needs no GPU.");
 #endif
 }

@@ -1,6 +1,6 @@
-// The element types of slidejax's kernels. The numbers are those of the `dtype` arguments in the Python module.
-#ifndef SLIDEJAX_DTYPE_H_
-#define SLIDEJAX_DTYPE_H_
+// The element types of slidejax's kernels. The numbers are those of the `dtype` arguments in the
+// Python module.
+#pragma once
 
 #include <cstddef>
 
@@ -9,14 +9,15 @@ namespace slidejax {
 enum class DType : int { kS8 = 0, kE4M3 = 1, kBF16 = 2, kF16 = 3, kF32 = 4, kS32 = 5 };
 
 inline constexpr std::size_t Bytes(DType type) {
-  return type == DType::kS8 || type == DType::kE4M3 ? 1 : type == DType::kBF16 || type == DType::kF16 ? 2 : 4;
+  return type == DType::kS8 || type == DType::kE4M3    ? 1
+         : type == DType::kBF16 || type == DType::kF16 ? 2
+                                                       : 4;
 }
 
 inline constexpr const char* Name(DType type) {
-  constexpr const char* kNames[] = {"int8", "float8_e4m3fn", "bfloat16", "float16", "float32", "int32"};
+  constexpr const char* kNames[] = {"int8",    "float8_e4m3fn", "bfloat16",
+                                    "float16", "float32",       "int32"};
   return kNames[static_cast<int>(type)];
 }
 
 }  // namespace slidejax
-
-#endif  // SLIDEJAX_DTYPE_H_

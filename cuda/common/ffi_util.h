@@ -1,6 +1,5 @@
 // What the FFI handlers share: dtypes, shapes in words, traits.
-#ifndef SLIDEJAX_FFI_UTIL_H_
-#define SLIDEJAX_FFI_UTIL_H_
+#pragma once
 
 #include <cuda_runtime_api.h>
 
@@ -29,9 +28,11 @@ inline std::optional<DType> DTypeOf(ffi::DataType type) {
 // "bfloat16[16,64]".
 inline std::string Describe(const ffi::AnyBuffer& buffer) {
   const std::optional<DType> type = DTypeOf(buffer.element_type());
-  std::string text = type ? Name(*type) : "dtype" + std::to_string(static_cast<int>(buffer.element_type()));
+  std::string text =
+      type ? Name(*type) : "dtype" + std::to_string(static_cast<int>(buffer.element_type()));
   text += "[";
-  for (const int64_t dimension : buffer.dimensions()) text += (text.back() == '[' ? "" : ",") + std::to_string(dimension);
+  for (const int64_t dimension : buffer.dimensions())
+    text += (text.back() == '[' ? "" : ",") + std::to_string(dimension);
   return text + "]";
 }
 
@@ -41,9 +42,8 @@ inline ffi::Error InvalidArgument(const std::string& op, const std::string& mess
 
 inline ffi::Error CudaError(const std::string& op, cudaError_t status) {
   if (status == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal("slidejax " + op + ": CUDA error " + std::to_string(status) + " (" + cudaGetErrorString(status) + ")");
+  return ffi::Error::Internal("slidejax " + op + ": CUDA error " + std::to_string(status) + " (" +
+                              cudaGetErrorString(status) + ")");
 }
 
 }  // namespace slidejax
-
-#endif  // SLIDEJAX_FFI_UTIL_H_

@@ -26,7 +26,8 @@ std::unique_ptr<Api> Open(const std::string& path, std::string& reason) {
     if (symbol == nullptr && reason.empty()) reason = path + " lacks the function " + name;
     return symbol;
   };
-#define SLIDEJAX_FIND(name, parameters) api->name = reinterpret_cast<Status(*) parameters>(find("cusparseLt" #name));
+#define SLIDEJAX_FIND(name, parameters) \
+  api->name = reinterpret_cast<Status(*) parameters>(find("cusparseLt" #name));
   SLIDEJAX_CUSPARSELT_FUNCTIONS(SLIDEJAX_FIND)
 #undef SLIDEJAX_FIND
   api->GetErrorString = reinterpret_cast<const char* (*)(Status)>(find("cusparseLtGetErrorString"));
@@ -35,8 +36,9 @@ std::unique_ptr<Api> Open(const std::string& path, std::string& reason) {
     for (int i = 0; i < 3; ++i) api->GetProperty(kParts[i], &api->version[i]);
     const int minor = api->version[1];
     if (api->version[0] == kMajor && minor >= kOldestMinor && minor <= kNewestMinor) return api;
-    reason = path + " is cuSPARSELt " + std::to_string(api->version[0]) + "." + std::to_string(minor) +
-             ", and this build of slidejax works with " + std::to_string(kMajor) + "." + std::to_string(kOldestMinor) + " to " +
+    reason = path + " is cuSPARSELt " + std::to_string(api->version[0]) + "." +
+             std::to_string(minor) + ", and this build of slidejax works with " +
+             std::to_string(kMajor) + "." + std::to_string(kOldestMinor) + " to " +
              std::to_string(kMajor) + "." + std::to_string(kNewestMinor);
   }
   dlclose(library);
@@ -53,7 +55,8 @@ std::string Load(const std::vector<std::string>& candidates) {
   for (const std::string& path : candidates) {
     std::string reason;
     if (std::unique_ptr<Api> api = Open(path, reason)) {
-      loaded.store(api.release(), std::memory_order_release);  // never unloaded: plans live until the process ends
+      loaded.store(api.release(),
+                   std::memory_order_release);  // never unloaded: plans live until the process ends
       return "";
     }
     reasons += (reasons.empty() ? "" : "; ") + reason;
@@ -65,7 +68,8 @@ const Api* Loaded() { return loaded.load(std::memory_order_acquire); }
 
 std::string Describe(Status status) {
   const Api* api = Loaded();
-  return "status " + std::to_string(status) + (api != nullptr ? std::string(" (") + api->GetErrorString(status) + ")" : "");
+  return "status " + std::to_string(status) +
+         (api != nullptr ? std::string(" (") + api->GetErrorString(status) + ")" : "");
 }
 
 }  // namespace slidejax::cusparselt

@@ -1,11 +1,11 @@
 // The part of cuSPARSELt's C interface that slidejax uses, found at run time.
 //
-// It is declared here instead of taken from the library's header, so that one build runs with every release whose interface was
-// checked against these declarations (0.8, 0.9 and 0.10: their headers differ in comments and version numbers only), needs no
-// wheel to build, and has no load-time dependency. Any other release is refused by name, because sizes of the opaque structs and
+// It is declared here instead of taken from the library's header, so that one build runs with every
+// release whose interface was checked against these declarations (0.8, 0.9 and 0.10: their headers
+// differ in comments and version numbers only), needs no wheel to build, and has no load-time
+// dependency. Any other release is refused by name, because sizes of the opaque structs and
 // enumerators have changed between releases before.
-#ifndef SLIDEJAX_CUSPARSELT_API_H_
-#define SLIDEJAX_CUSPARSELT_API_H_
+#pragma once
 
 #include <cuda_runtime_api.h>
 #include <library_types.h>
@@ -21,11 +21,21 @@ inline constexpr int kMajor = 0;
 inline constexpr int kOldestMinor = 8, kNewestMinor = 10;
 
 // Opaque structs of the library; 512 bytes in the releases above.
-struct alignas(16) Handle { unsigned char data[512]; };
-struct alignas(16) MatDescriptor { unsigned char data[512]; };
-struct alignas(16) MatmulDescriptor { unsigned char data[512]; };
-struct alignas(16) AlgSelection { unsigned char data[512]; };
-struct alignas(16) MatmulPlan { unsigned char data[512]; };
+struct alignas(16) Handle {
+  unsigned char data[512];
+};
+struct alignas(16) MatDescriptor {
+  unsigned char data[512];
+};
+struct alignas(16) MatmulDescriptor {
+  unsigned char data[512];
+};
+struct alignas(16) AlgSelection {
+  unsigned char data[512];
+};
+struct alignas(16) MatmulPlan {
+  unsigned char data[512];
+};
 
 using Status = int;
 inline constexpr Status kSuccess = 0;
@@ -36,33 +46,45 @@ enum Sparsity : int { kHalf = 0 };
 enum ComputeType : int { kCompute32I = 0, kCompute32F = 2 };
 enum MatmulAttribute : int { kAlphaVectorScaling = 5 };
 enum Algorithm : int { kDefaultAlgorithm = 0 };
-enum AlgorithmAttribute : int { kConfigId = 0, kConfigMaxId = 1, kSplitK = 3, kSplitKMode = 4, kSplitKBuffers = 5 };
+enum AlgorithmAttribute : int {
+  kConfigId = 0,
+  kConfigMaxId = 1,
+  kSplitK = 3,
+  kSplitKMode = 4,
+  kSplitKBuffers = 5
+};
 
 // Function name without its prefix, and parameters; every one returns Status.
-#define SLIDEJAX_CUSPARSELT_FUNCTIONS(F)                                                                                     \
-  F(Init, (Handle*))                                                                                                         \
-  F(GetProperty, (libraryPropertyType, int*))                                                                                \
-  F(DenseDescriptorInit, (const Handle*, MatDescriptor*, int64_t rows, int64_t columns, int64_t ld, uint32_t alignment,      \
-                          cudaDataType, Order))                                                                              \
-  F(StructuredDescriptorInit, (const Handle*, MatDescriptor*, int64_t rows, int64_t columns, int64_t ld, uint32_t alignment, \
-                               cudaDataType, Order, Sparsity))                                                               \
-  F(MatDescriptorDestroy, (const MatDescriptor*))                                                                            \
-  F(MatmulDescriptorInit, (const Handle*, MatmulDescriptor*, Operation a, Operation b, const MatDescriptor* a_descriptor,    \
-                           const MatDescriptor* b_descriptor, const MatDescriptor* c_descriptor,                             \
-                           const MatDescriptor* d_descriptor, ComputeType))                                                  \
-  F(MatmulDescSetAttribute, (const Handle*, MatmulDescriptor*, MatmulAttribute, const void*, size_t))                        \
-  F(MatmulAlgSelectionInit, (const Handle*, AlgSelection*, const MatmulDescriptor*, Algorithm))                              \
-  F(MatmulAlgSelectionDestroy, (const AlgSelection*))                                                                        \
-  F(MatmulAlgSetAttribute, (const Handle*, AlgSelection*, AlgorithmAttribute, const void*, size_t))                          \
-  F(MatmulAlgGetAttribute, (const Handle*, const AlgSelection*, AlgorithmAttribute, void*, size_t))                          \
-  F(MatmulPlanInit, (const Handle*, MatmulPlan*, const MatmulDescriptor*, const AlgSelection*))                              \
-  F(MatmulPlanDestroy, (const MatmulPlan*))                                                                                  \
-  F(MatmulGetWorkspace, (const Handle*, const MatmulPlan*, size_t*))                                                         \
-  F(Matmul, (const Handle*, const MatmulPlan*, const void* alpha, const void* a, const void* b, const void* beta,            \
-             const void* c, void* d, void* workspace, cudaStream_t* streams, int32_t stream_count))                          \
-  F(SpMMACompressedSize2, (const Handle*, const MatDescriptor*, size_t* compressed_bytes, size_t* buffer_bytes))             \
-  F(SpMMACompress2, (const Handle*, const MatDescriptor*, int is_sparse_a, Operation, const void* dense, void* compressed,   \
-                     void* buffer, cudaStream_t))
+#define SLIDEJAX_CUSPARSELT_FUNCTIONS(F)                                                        \
+  F(Init, (Handle*))                                                                            \
+  F(GetProperty, (libraryPropertyType, int*))                                                   \
+  F(DenseDescriptorInit, (const Handle*, MatDescriptor*, int64_t rows, int64_t columns,         \
+                          int64_t ld, uint32_t alignment, cudaDataType, Order))                 \
+  F(StructuredDescriptorInit, (const Handle*, MatDescriptor*, int64_t rows, int64_t columns,    \
+                               int64_t ld, uint32_t alignment, cudaDataType, Order, Sparsity))  \
+  F(MatDescriptorDestroy, (const MatDescriptor*))                                               \
+  F(MatmulDescriptorInit,                                                                       \
+    (const Handle*, MatmulDescriptor*, Operation a, Operation b,                                \
+     const MatDescriptor* a_descriptor, const MatDescriptor* b_descriptor,                      \
+     const MatDescriptor* c_descriptor, const MatDescriptor* d_descriptor, ComputeType))        \
+  F(MatmulDescSetAttribute,                                                                     \
+    (const Handle*, MatmulDescriptor*, MatmulAttribute, const void*, size_t))                   \
+  F(MatmulAlgSelectionInit, (const Handle*, AlgSelection*, const MatmulDescriptor*, Algorithm)) \
+  F(MatmulAlgSelectionDestroy, (const AlgSelection*))                                           \
+  F(MatmulAlgSetAttribute,                                                                      \
+    (const Handle*, AlgSelection*, AlgorithmAttribute, const void*, size_t))                    \
+  F(MatmulAlgGetAttribute,                                                                      \
+    (const Handle*, const AlgSelection*, AlgorithmAttribute, void*, size_t))                    \
+  F(MatmulPlanInit, (const Handle*, MatmulPlan*, const MatmulDescriptor*, const AlgSelection*)) \
+  F(MatmulPlanDestroy, (const MatmulPlan*))                                                     \
+  F(MatmulGetWorkspace, (const Handle*, const MatmulPlan*, size_t*))                            \
+  F(Matmul, (const Handle*, const MatmulPlan*, const void* alpha, const void* a, const void* b, \
+             const void* beta, const void* c, void* d, void* workspace, cudaStream_t* streams,  \
+             int32_t stream_count))                                                             \
+  F(SpMMACompressedSize2,                                                                       \
+    (const Handle*, const MatDescriptor*, size_t* compressed_bytes, size_t* buffer_bytes))      \
+  F(SpMMACompress2, (const Handle*, const MatDescriptor*, int is_sparse_a, Operation,           \
+                     const void* dense, void* compressed, void* buffer, cudaStream_t))
 
 struct Api {
 #define SLIDEJAX_DECLARE(name, parameters) Status(*name) parameters = nullptr;
@@ -73,8 +95,9 @@ struct Api {
   int version[3] = {0, 0, 0};
 };
 
-// Loads the library from the first of `candidates` (paths, or a name for the system's search) that can be loaded and has a
-// release this code was checked with. Returns an empty string, or why there is none. A second call keeps what is loaded.
+// Loads the library from the first of `candidates` (paths, or a name for the system's search) that
+// can be loaded and has a release this code was checked with. Returns an empty string, or why there
+// is none. A second call keeps what is loaded.
 std::string Load(const std::vector<std::string>& candidates);
 
 // The loaded library, or nullptr.
@@ -84,5 +107,3 @@ const Api* Loaded();
 std::string Describe(Status status);
 
 }  // namespace slidejax::cusparselt
-
-#endif  // SLIDEJAX_CUSPARSELT_API_H_

@@ -1,21 +1,24 @@
 // FFI targets of the cuSPARSELt implementation.
 //
-//   slidejax_cusparselt_compress: values [out, groups, kept], zeros u8 [out, groups] -> compressed u8 [bytes]
-//   slidejax_sparse_matmul_cusparselt: lifted [M, K'], scale_x f32 [M], compressed u8 [bytes], scale_w f32 [out],
+//   slidejax_cusparselt_compress: values [out, groups, kept], zeros u8 [out, groups] -> compressed
+//   u8 [bytes] slidejax_sparse_matmul_cusparselt: lifted [M, K'], scale_x f32 [M], compressed u8
+//   [bytes], scale_w f32 [out],
 //       bias f32 [out] or [0] -> y [M, out], workspace u8 [W]
 //
-// y is int32 or float32 accumulators when the attribute `raw` is set. A GEMM plan is made in the initialize stage, once for each
-// device, and kept in the state that the instantiate stage made; execute only copies, multiplies and finishes, all on the
-// stream and all into buffers of XLA's, so that it can be captured in a CUDA graph.
+// y is int32 or float32 accumulators when the attribute `raw` is set. A GEMM plan is made in the
+// initialize stage, once for each device, and kept in the state that the instantiate stage made;
+// execute only copies, multiplies and finishes, all on the stream and all into buffers of XLA's, so
+// that it can be captured in a CUDA graph.
+#include "handlers.h"
+
 #include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
 
-#include "cusparselt/plan.h"
 #include "common/ffi_util.h"
-#include "handlers.h"
 #include "cusparselt/helpers.h"
+#include "cusparselt/plan.h"
 
 namespace slidejax {
 namespace {
@@ -30,59 +33,70 @@ constexpr char kCompress[] = "cusparselt_compress";
 constexpr char kMatmul[] = "sparse_matmul_cusparselt";
 constexpr int64_t kAlignment = 256;  // of the parts of the workspace
 
-ffi::Error CompressImpl(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer values, ffi::Buffer<ffi::U8> zeros,
-                        ffi::ResultBuffer<ffi::U8> compressed) {
+ffi::Error CompressImpl(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer values,
+                        ffi::Buffer<ffi::U8> zeros, ffi::ResultBuffer<ffi::U8> compressed) {
   const auto fail = [&](const std::string& message) {
     return InvalidArgument(kCompress, message + " (values " + Describe(values) + ", zeros u8[" +
                                           std::to_string(zeros.element_count()) + "])");
   };
   const auto type = DTypeOf(values.element_type());
-  if (!type || Bytes(*type) > 2) return fail("values must be int8, float8_e4m3fn, bfloat16 or float16");
+  if (!type || Bytes(*type) > 2)
+    return fail("values must be int8, float8_e4m3fn, bfloat16 or float16");
   if (values.dimensions().size() != 3) return fail("values must be [out, groups, kept]");
   ExpandArgs args = {};
   args.outputs = values.dimensions()[0], args.groups = values.dimensions()[1];
   args.group = static_cast<int>(values.dimensions()[2]) + 2;
-  if (args.group < 4 || args.group > 16 || args.group % 2) return fail("kept must be even, 2 to 14");
+  if (args.group < 4 || args.group > 16 || args.group % 2)
+    return fail("kept must be even, 2 to 14");
   if (args.groups % 8 != 0) return fail("groups must be whole blocks of 8");
-  if (static_cast<int64_t>(zeros.element_count()) != args.outputs * args.groups) return fail("zeros must be [out, groups]");
+  if (static_cast<int64_t>(zeros.element_count()) != args.outputs * args.groups)
+    return fail("zeros must be [out, groups]");
   const int64_t columns = args.groups * (args.group / 2 - 1) * 4;
   args.padded_outputs = RoundUp(args.outputs, Multiple(*type));
   try {
-    const cusparselt::CompressedSize size = cusparselt::SizeOfCompressed(*type, args.outputs, columns);
+    const cusparselt::CompressedSize size =
+        cusparselt::SizeOfCompressed(*type, args.outputs, columns);
     if (compressed->element_count() != size.compressed) {
       return fail("the compressed form takes " + std::to_string(size.compressed) + " bytes, not " +
                   std::to_string(compressed->element_count()));
     }
     // 16 is the largest alignment that XLA takes here; what it allocates is aligned to more.
-    const auto dense = scratch.Allocate(std::max<size_t>(args.padded_outputs * columns * Bytes(*type), 16), 16);
+    const auto dense =
+        scratch.Allocate(std::max<size_t>(args.padded_outputs * columns * Bytes(*type), 16), 16);
     const auto buffer = scratch.Allocate(std::max<size_t>(size.buffer, 16), 16);
     if (!dense || !buffer) {
-      return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                        "slidejax cusparselt_compress: XLA has no scratch memory for a dense copy of values " + Describe(values));
+      return ffi::Error(
+          ffi::ErrorCode::kResourceExhausted,
+          "slidejax cusparselt_compress: XLA has no scratch memory for a dense copy of values " +
+              Describe(values));
     }
-    args.values = values.untyped_data(), args.zeros = zeros.typed_data(), args.lifted = *dense, args.type = *type;
+    args.values = values.untyped_data(), args.zeros = zeros.typed_data(), args.lifted = *dense,
+    args.type = *type;
     const cudaError_t status = ExpandLifted(args, stream);
     if (status != cudaSuccess) return CudaError(kCompress, status);
-    cusparselt::Compress(*type, args.outputs, columns, *dense, compressed->typed_data(), *buffer, stream);
+    cusparselt::Compress(*type, args.outputs, columns, *dense, compressed->typed_data(), *buffer,
+                         stream);
   } catch (const Failure& failure) {
     return ffi::Error::Internal(std::string("slidejax ") + kCompress + ": " + failure.what());
   }
   return ffi::Error::Success();
 }
 
-// ---- The product --------------------------------------------------------------------------------------------------------------
+// ---- The product --------------------------------------------------------------------------------
 
-// Plans of one call in one executable; the devices that run the executable share it, each with its own plan.
+// Plans of one call in one executable; the devices that run the executable share it, each with its
+// own plan.
 class State {
  public:
   static ffi::TypeId id;
 
-  // The plan for a problem on the current device, made if there is none. The problem's algorithm is one that was measured at a
-  // nearby number of tokens: where the library refuses it here, or it wants more workspace than there is, the library's default
-  // takes its place. Throws Failure.
+  // The plan for a problem on the current device, made if there is none. The problem's algorithm is
+  // one that was measured at a nearby number of tokens: where the library refuses it here, or it
+  // wants more workspace than there is, the library's default takes its place. Throws Failure.
   const Plan& Get(const Problem& problem, size_t workspace_limit) {
     int device = 0;
-    if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) throw Failure(cudaGetErrorString(status));
+    if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess)
+      throw Failure(cudaGetErrorString(status));
     std::lock_guard<std::mutex> lock(mutex_);
     std::unique_ptr<Plan>& plan = plans_[{device, problem.Key()}];
     if (plan == nullptr) plan = Make(problem, workspace_limit);
@@ -101,8 +115,9 @@ class State {
     }
     auto plan = std::make_unique<Plan>(problem);
     if (plan->workspace_bytes() > workspace_limit) {
-      throw Failure("the library wants " + std::to_string(plan->workspace_bytes()) + " bytes of workspace, and has " +
-                    std::to_string(workspace_limit) + ", for " + problem.Describe());
+      throw Failure("the library wants " + std::to_string(plan->workspace_bytes()) +
+                    " bytes of workspace, and has " + std::to_string(workspace_limit) + ", for " +
+                    problem.Describe());
     }
     return plan;
   }
@@ -112,7 +127,9 @@ class State {
 };
 ffi::TypeId State::id = {};
 
-ffi::ErrorOr<std::unique_ptr<State>> Instantiate(ffi::Dictionary) { return std::make_unique<State>(); }
+ffi::ErrorOr<std::unique_ptr<State>> Instantiate(ffi::Dictionary) {
+  return std::make_unique<State>();
+}
 
 // A call, its shapes checked.
 struct Call {
@@ -139,50 +156,68 @@ struct Operands {
   int32_t algorithm, split_k, split_k_mode;
 
   std::string Describe() const {
-    return "(lifted " + slidejax::Describe(lifted) + ", compressed u8[" + std::to_string(compressed.element_count()) + "], y " +
-           slidejax::Describe(y) + ", workspace u8[" + std::to_string(workspace.element_count()) + "])";
+    return "(lifted " + slidejax::Describe(lifted) + ", compressed u8[" +
+           std::to_string(compressed.element_count()) + "], y " + slidejax::Describe(y) +
+           ", workspace u8[" + std::to_string(workspace.element_count()) + "])";
   }
 };
 
 // Throws Failure.
 Call CheckCall(const Operands& o) {
-  const auto fail = [&](const std::string& message) -> Failure { return Failure(message + " " + o.Describe()); };
+  const auto fail = [&](const std::string& message) -> Failure {
+    return Failure(message + " " + o.Describe());
+  };
   const auto type = DTypeOf(o.lifted.element_type()), y_type = DTypeOf(o.y.element_type());
-  if (!type || Bytes(*type) > 2) throw fail("lifted must be int8, float8_e4m3fn, bfloat16 or float16");
+  if (!type || Bytes(*type) > 2)
+    throw fail("lifted must be int8, float8_e4m3fn, bfloat16 or float16");
   if (!y_type || Bytes(*y_type) == 1) throw fail("y must be bfloat16, float16, float32 or int32");
-  if (o.lifted.dimensions().size() != 2 || o.y.dimensions().size() != 2) throw fail("lifted and y must be matrices");
+  if (o.lifted.dimensions().size() != 2 || o.y.dimensions().size() != 2)
+    throw fail("lifted and y must be matrices");
   Call call = {};
-  call.rows = o.lifted.dimensions()[0], call.columns = o.lifted.dimensions()[1], call.outputs = o.y.dimensions()[1];
+  call.rows = o.lifted.dimensions()[0], call.columns = o.lifted.dimensions()[1],
+  call.outputs = o.y.dimensions()[1];
   call.y_type = *y_type, call.raw = o.raw;
   if (call.columns % 32 != 0) throw fail("lifted columns must be a multiple of 32");
   if (o.y.dimensions()[0] != call.rows) throw fail("lifted and y must have the same rows");
-  if (static_cast<int64_t>(o.scale_x.element_count()) != call.rows) throw fail("scale_x must have one element for each row");
-  if (static_cast<int64_t>(o.scale_w.element_count()) != call.outputs) throw fail("scale_w must have one element for each output");
+  if (static_cast<int64_t>(o.scale_x.element_count()) != call.rows)
+    throw fail("scale_x must have one element for each row");
+  if (static_cast<int64_t>(o.scale_w.element_count()) != call.outputs)
+    throw fail("scale_w must have one element for each output");
   const int64_t biases = static_cast<int64_t>(o.bias.element_count());
-  if (biases != 0 && biases != call.outputs) throw fail("bias must have one element for each output, or none");
+  if (biases != 0 && biases != call.outputs)
+    throw fail("bias must have one element for each output, or none");
 
   Problem& p = call.problem;
   p.operand = *type;
-  p.outputs = RoundUp(call.outputs, Multiple(*type)), p.tokens = RoundUp(call.rows, Multiple(*type)), p.columns = call.columns;
+  p.outputs = RoundUp(call.outputs, Multiple(*type)),
+  p.tokens = RoundUp(call.rows, Multiple(*type)), p.columns = call.columns;
   p.choice = {o.algorithm, o.split_k, o.split_k_mode};
   p.alpha_vector = o.alpha_vector;
   if (o.alpha_vector) {  // a product of codes and one scale fits bfloat16's range, not float16's
     if (*type != DType::kS8 || *y_type != DType::kBF16 || o.raw || p.outputs != call.outputs) {
-      throw fail("a scale for each output inside the product takes int8 codes, bfloat16 y and whole multiples of outputs");
+      throw fail(
+          "a scale for each output inside the product takes int8 codes, bfloat16 y and "
+          "whole multiples of outputs");
     }
     p.result = DType::kBF16;
   } else {
     p.result = *type == DType::kS8 ? DType::kS32 : *type == DType::kE4M3 ? DType::kF32 : *type;
   }
-  if (o.raw ? *y_type != (*type == DType::kS8 ? DType::kS32 : DType::kF32) : *y_type == DType::kS32) {
-    throw fail(o.raw ? "raw y must be int32 for int8 codes, float32 for others" : "y must be a float");
+  if (o.raw ? *y_type != (*type == DType::kS8 ? DType::kS32 : DType::kF32)
+            : *y_type == DType::kS32) {
+    throw fail(o.raw ? "raw y must be int32 for int8 codes, float32 for others"
+                     : "y must be a float");
   }
   call.padded_rows = p.tokens != call.rows;
   call.direct = p.result == *y_type && !call.padded_rows && p.outputs == call.outputs;
-  if (o.raw && p.result != *y_type) throw fail("the library has no float32 accumulators for this dtype");
-  call.accumulator_bytes = call.direct ? 0 : p.tokens * p.outputs * static_cast<int64_t>(Bytes(p.result));
-  call.padded_bytes = call.padded_rows ? p.tokens * p.columns * static_cast<int64_t>(Bytes(*type)) : 0;
-  const int64_t used = kAlignment + RoundUp(call.accumulator_bytes, kAlignment) + RoundUp(call.padded_bytes, kAlignment);
+  if (o.raw && p.result != *y_type)
+    throw fail("the library has no float32 accumulators for this dtype");
+  call.accumulator_bytes =
+      call.direct ? 0 : p.tokens * p.outputs * static_cast<int64_t>(Bytes(p.result));
+  call.padded_bytes =
+      call.padded_rows ? p.tokens * p.columns * static_cast<int64_t>(Bytes(*type)) : 0;
+  const int64_t used = kAlignment + RoundUp(call.accumulator_bytes, kAlignment) +
+                       RoundUp(call.padded_bytes, kAlignment);
   const int64_t all = static_cast<int64_t>(o.workspace.element_count());
   if (all < used) throw fail("workspace must have at least " + std::to_string(used) + " bytes");
   call.library_bytes = static_cast<size_t>(all - used);
@@ -191,8 +226,10 @@ Call CheckCall(const Operands& o) {
 
 // Handlers' arguments, results dereferenced, as Operands.
 template <typename... Rest>
-Operands Gather(ffi::AnyBuffer lifted, ffi::Buffer<ffi::F32> scale_x, ffi::Buffer<ffi::U8> compressed, ffi::Buffer<ffi::F32> scale_w,
-                ffi::Buffer<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> y, ffi::ResultBuffer<ffi::U8> workspace, Rest... attributes) {
+Operands Gather(ffi::AnyBuffer lifted, ffi::Buffer<ffi::F32> scale_x,
+                ffi::Buffer<ffi::U8> compressed, ffi::Buffer<ffi::F32> scale_w,
+                ffi::Buffer<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> y,
+                ffi::ResultBuffer<ffi::U8> workspace, Rest... attributes) {
   return {lifted, scale_x, compressed, scale_w, bias, *y, *workspace, attributes...};
 }
 
@@ -211,14 +248,16 @@ ffi::Error Initialize(State* state, const Operands& o) {
 void Run(const Call& call, const Plan& plan, const Operands& o, cudaStream_t stream) {
   const Problem& p = call.problem;
   // The workspace's parts, in this order: accumulators, padded x, the library's own.
-  char* next = reinterpret_cast<char*>(RoundUp(reinterpret_cast<intptr_t>(o.workspace.untyped_data()), kAlignment));
+  char* next = reinterpret_cast<char*>(
+      RoundUp(reinterpret_cast<intptr_t>(o.workspace.untyped_data()), kAlignment));
   const auto take = [&](int64_t bytes) {
     char* part = next;
     next += RoundUp(bytes, kAlignment);
     return part;
   };
   const auto check = [&](cudaError_t status, const char* what) {
-    if (status != cudaSuccess) throw Failure(std::string(what) + ": " + cudaGetErrorString(status) + " " + o.Describe());
+    if (status != cudaSuccess)
+      throw Failure(std::string(what) + ": " + cudaGetErrorString(status) + " " + o.Describe());
   };
   void* d = call.direct ? o.y.untyped_data() : take(call.accumulator_bytes);
   const void* x = o.lifted.untyped_data();
@@ -232,12 +271,14 @@ void Run(const Call& call, const Plan& plan, const Operands& o, cudaStream_t str
   void* scratch = take(plan.workspace_bytes());
   const float one = 1.0f;
   const void* alpha = p.alpha_vector ? static_cast<const void*>(o.scale_w.typed_data()) : &one;
-  plan.Run(alpha, o.compressed.typed_data(), x, d, plan.workspace_bytes() > 0 ? scratch : nullptr, stream);
+  plan.Run(alpha, o.compressed.typed_data(), x, d, plan.workspace_bytes() > 0 ? scratch : nullptr,
+           stream);
   if (call.raw && call.direct) return;
   if (call.raw) {  // only padding to drop
     const int64_t element = Bytes(p.result);
-    check(cudaMemcpy2DAsync(o.y.untyped_data(), call.outputs * element, d, p.outputs * element, call.outputs * element, call.rows,
-                            cudaMemcpyDeviceToDevice, stream), "dropping padding");
+    check(cudaMemcpy2DAsync(o.y.untyped_data(), call.outputs * element, d, p.outputs * element,
+                            call.outputs * element, call.rows, cudaMemcpyDeviceToDevice, stream),
+          "dropping padding");
     return;
   }
   DequantizeArgs finish = {};
@@ -252,7 +293,8 @@ void Run(const Call& call, const Plan& plan, const Operands& o, cudaStream_t str
 
 ffi::Error Execute(cudaStream_t stream, State* state, const Operands& o) {
   if (o.y.element_count() == 0) return ffi::Error::Success();
-  if (o.lifted.element_count() == 0) return InvalidArgument(kMatmul, "K' must not be 0 " + o.Describe());
+  if (o.lifted.element_count() == 0)
+    return InvalidArgument(kMatmul, "K' must not be 0 " + o.Describe());
   try {
     const Call call = CheckCall(o);
     Run(call, state->Get(call.problem, call.library_bytes), o, stream);
@@ -303,14 +345,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_cusparselt_instantiate, slidejax::Instant
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     slidejax_cusparselt_initialize,
-    [](slidejax::State* state, auto... operands) { return slidejax::Initialize(state, slidejax::Gather(operands...)); },
-    slidejax::BindOperands(xla::ffi::Ffi::BindInitialize().Ctx<xla::ffi::State<slidejax::State>>()));
+    [](slidejax::State* state, auto... operands) {
+      return slidejax::Initialize(state, slidejax::Gather(operands...));
+    },
+    slidejax::BindOperands(
+        xla::ffi::Ffi::BindInitialize().Ctx<xla::ffi::State<slidejax::State>>()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     slidejax_cusparselt_execute,
     [](cudaStream_t stream, slidejax::State* state, auto... operands) {
       return slidejax::Execute(stream, state, slidejax::Gather(operands...));
     },
-    slidejax::BindOperands(
-        xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>().Ctx<xla::ffi::State<slidejax::State>>()),
+    slidejax::BindOperands(xla::ffi::Ffi::Bind()
+                               .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                               .Ctx<xla::ffi::State<slidejax::State>>()),
     {xla::ffi::Traits::kCmdBufferCompatible});

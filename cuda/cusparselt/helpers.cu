@@ -1,9 +1,9 @@
-#include "cusparselt/helpers.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
+
+#include "cusparselt/helpers.h"
 
 namespace slidejax {
 namespace {
@@ -12,10 +12,11 @@ constexpr int kThreads = 256;
 
 // Blocks of a grid-stride loop: enough for any GPU.
 unsigned Blocks(int64_t threads) {
-  return static_cast<unsigned>(std::max<int64_t>(1, std::min<int64_t>((threads + kThreads - 1) / kThreads, 1 << 16)));
+  return static_cast<unsigned>(
+      std::max<int64_t>(1, std::min<int64_t>((threads + kThreads - 1) / kThreads, 1 << 16)));
 }
 
-// ---- Expansion: a thread writes the four columns of one window ------------------------------------------------------------------
+// ---- Expansion: a thread writes the four columns of one window ----------------------------------
 
 template <typename T>  // an unsigned integer of the element's size
 __global__ void ExpandKernel(const ExpandArgs a) {
@@ -25,8 +26,8 @@ __global__ void ExpandKernel(const ExpandArgs a) {
   const int windows = a.group / 2 - 1, kept = a.group - 2;
   const int64_t row_windows = a.groups * windows;
   const bool is_float = a.type != DType::kS8;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < a.padded_outputs * row_windows;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+       i < a.padded_outputs * row_windows; i += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int64_t out = i / row_windows, q = i - out * row_windows, g = q / windows;
     const int w = static_cast<int>(q - g * windows);
     Window window = 0;
@@ -35,7 +36,8 @@ __global__ void ExpandKernel(const ExpandArgs a) {
       const T* values = static_cast<const T*>(a.values) + (out * a.groups + g) * kept + 2 * w;
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        int column = 2 * w + k;  // of the kept value in its group: its number, plus the zeros before it
+        int column =
+            2 * w + k;  // of the kept value in its group: its number, plus the zeros before it
         column += column >= (zeros & 15);
         column += column >= (zeros >> 4);
         T value = values[k];
@@ -47,7 +49,7 @@ __global__ void ExpandKernel(const ExpandArgs a) {
   }
 }
 
-// ---- Dequantisation: a thread finishes 8 outputs of several rows ----------------------------------------------------------------
+// ---- Dequantisation: a thread finishes 8 outputs of several rows --------------------------------
 
 constexpr int kVector = 8;
 constexpr int kRowsOfThread = 4;
@@ -63,9 +65,12 @@ __device__ inline float ToFloat(__half v) { return __half2float(v); }
 __device__ inline float ToFloat(__nv_bfloat16 v) { return __bfloat162float(v); }
 template <typename T>
 __device__ inline T FromFloat(float v) {
-  if constexpr (std::is_same_v<T, float>) return v;
-  else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(v);
-  else return __float2bfloat16_rn(v);
+  if constexpr (std::is_same_v<T, float>)
+    return v;
+  else if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(v);
+  else
+    return __float2bfloat16_rn(v);
 }
 
 // blockDim (32, 8): 256 outputs, 8 rows at a time.
@@ -75,7 +80,8 @@ __global__ void __launch_bounds__(kThreads) DequantizeKernel(const DequantizeArg
   if (column >= a.outputs) return;
   const int count = static_cast<int>(min(static_cast<int64_t>(kVector), a.outputs - column));
   float scale_w[kVector], bias[kVector];
-  bool keep = a.accumulators == a.y && a.bias == nullptr;  // y is finished where scale_x is 1 as well
+  bool keep =
+      a.accumulators == a.y && a.bias == nullptr;  // y is finished where scale_x is 1 as well
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     scale_w[i] = a.scale_w != nullptr && i < count ? a.scale_w[column + i] : 1.0f;
@@ -91,7 +97,8 @@ __global__ void __launch_bounds__(kThreads) DequantizeKernel(const DequantizeArg
     const float scale_x = a.scale_x[row];
     if (keep && scale_x == 1.0f) continue;
     // whole vectors of accumulators: a row's pitch is padded
-    const Vector<Acc> acc = *reinterpret_cast<const Vector<Acc>*>(static_cast<const Acc*>(a.accumulators) + row * a.pitch + column);
+    const Vector<Acc> acc = *reinterpret_cast<const Vector<Acc>*>(
+        static_cast<const Acc*>(a.accumulators) + row * a.pitch + column);
     Vector<Y> y;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -125,7 +132,7 @@ cudaError_t DequantizeTo(const DequantizeArgs& a, cudaStream_t stream) {
   return cudaPeekAtLastError();
 }
 
-// ---- Random operands ------------------------------------------------------------------------------------------------------------
+// ---- Random operands ----------------------------------------------------------------------------
 
 __device__ inline uint32_t Hash(uint64_t i) {  // splitmix64
   i += 0x9e3779b97f4a7c15ull;
@@ -143,11 +150,20 @@ __global__ void FillKernel(DType type, void* data, int64_t count, bool two_of_fo
     const uint32_t second = (first + 1 + Hash(i / 4 + (int64_t{1} << 41)) % 3) % 4;
     const bool zero = two_of_four && i % 4 != first && i % 4 != second;
     switch (type) {
-      case DType::kS8: static_cast<int8_t*>(data)[i] = zero ? 0 : static_cast<int8_t>(uniform * 127.0f); break;
+      case DType::kS8:
+        static_cast<int8_t*>(data)[i] = zero ? 0 : static_cast<int8_t>(uniform * 127.0f);
+        break;
       // sign, 7 of the 16 exponents, mantissa: finite
-      case DType::kE4M3: static_cast<uint8_t*>(data)[i] = zero ? 0 : static_cast<uint8_t>((h & 0x87) | (4 + h / 256 % 7) << 3); break;
-      case DType::kBF16: static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(zero ? 0.0f : uniform); break;
-      case DType::kF16: static_cast<__half*>(data)[i] = __float2half_rn(zero ? 0.0f : uniform); break;
+      case DType::kE4M3:
+        static_cast<uint8_t*>(data)[i] =
+            zero ? 0 : static_cast<uint8_t>((h & 0x87) | (4 + h / 256 % 7) << 3);
+        break;
+      case DType::kBF16:
+        static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(zero ? 0.0f : uniform);
+        break;
+      case DType::kF16:
+        static_cast<__half*>(data)[i] = __float2half_rn(zero ? 0.0f : uniform);
+        break;
       default: static_cast<float*>(data)[i] = zero ? 0.0f : uniform; break;
     }
   }
@@ -157,9 +173,12 @@ __global__ void FillKernel(DType type, void* data, int64_t count, bool two_of_fo
 
 cudaError_t ExpandLifted(const ExpandArgs& a, cudaStream_t stream) {
   const unsigned blocks = Blocks(a.padded_outputs * a.groups * (a.group / 2 - 1));
-  if (Bytes(a.type) == 1) ExpandKernel<uint8_t><<<blocks, kThreads, 0, stream>>>(a);
-  else if (Bytes(a.type) == 2) ExpandKernel<uint16_t><<<blocks, kThreads, 0, stream>>>(a);
-  else return cudaErrorInvalidValue;
+  if (Bytes(a.type) == 1)
+    ExpandKernel<uint8_t><<<blocks, kThreads, 0, stream>>>(a);
+  else if (Bytes(a.type) == 2)
+    ExpandKernel<uint16_t><<<blocks, kThreads, 0, stream>>>(a);
+  else
+    return cudaErrorInvalidValue;
   return cudaPeekAtLastError();
 }
 
@@ -174,7 +193,8 @@ cudaError_t Dequantize(const DequantizeArgs& a, cudaStream_t stream) {
   }
 }
 
-cudaError_t FillRandom(DType type, void* data, int64_t count, bool two_of_four, cudaStream_t stream) {
+cudaError_t FillRandom(DType type, void* data, int64_t count, bool two_of_four,
+                       cudaStream_t stream) {
   FillKernel<<<Blocks(count), kThreads, 0, stream>>>(type, data, count, two_of_four);
   return cudaPeekAtLastError();
 }

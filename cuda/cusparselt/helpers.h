@@ -1,6 +1,6 @@
-// Small kernels around the library GEMM: expanding the packed form, finishing accumulators, random operands for tuning.
-#ifndef SLIDEJAX_SPARSE_MATMUL_KERNELS_H_
-#define SLIDEJAX_SPARSE_MATMUL_KERNELS_H_
+// Small kernels around the library GEMM: expanding the packed form, finishing accumulators, random
+// operands for tuning.
+#pragma once
 
 #include <cuda_runtime_api.h>
 
@@ -36,8 +36,7 @@ struct DequantizeArgs {
 cudaError_t Dequantize(const DequantizeArgs& args, cudaStream_t stream);
 
 // Pseudo-random finite elements; with `two_of_four`, two of each four are zero.
-cudaError_t FillRandom(DType type, void* data, int64_t count, bool two_of_four, cudaStream_t stream);
+cudaError_t FillRandom(DType type, void* data, int64_t count, bool two_of_four,
+                       cudaStream_t stream);
 
 }  // namespace slidejax
-
-#endif  // SLIDEJAX_SPARSE_MATMUL_KERNELS_H_

@@ -16,11 +16,14 @@ const Api& LoadedOrThrow() {
 }
 
 void Check(Status status, const char* function, const std::string& context) {
-  if (status != kSuccess) throw Failure(std::string("cusparseLt") + function + " failed with " + Describe(status) + " for " + context);
+  if (status != kSuccess)
+    throw Failure(std::string("cusparseLt") + function + " failed with " + Describe(status) +
+                  " for " + context);
 }
 
 void CheckCuda(cudaError_t status, const std::string& context) {
-  if (status != cudaSuccess) throw Failure(std::string("CUDA: ") + cudaGetErrorString(status) + " in " + context);
+  if (status != cudaSuccess)
+    throw Failure(std::string("CUDA: ") + cudaGetErrorString(status) + " in " + context);
 }
 
 cudaDataType CudaType(DType type) {
@@ -35,8 +38,8 @@ cudaDataType CudaType(DType type) {
   throw Failure("unknown dtype");
 }
 
-// The library's handle for the current device. It holds the device's properties and no stream, and is only read after this.
-// Kept until the process ends, when the CUDA context may be gone first.
+// The library's handle for the current device. It holds the device's properties and no stream, and
+// is only read after this. Kept until the process ends, when the CUDA context may be gone first.
 const Handle* HandleOfDevice() {
   static std::mutex mutex;
   static auto* handles = new std::map<int, std::unique_ptr<Handle>>;
@@ -58,10 +61,13 @@ constexpr uint32_t kAlignment = 16;  // bytes, of every matrix
 class WeightDescriptor {
  public:
   WeightDescriptor(DType operand, int64_t outputs, int64_t columns)
-      : api_(LoadedOrThrow()), handle_(HandleOfDevice()),
-        context_(std::string(Name(operand)) + " weights [" + std::to_string(outputs) + ", " + std::to_string(columns) + "]") {
-    Check(api_.StructuredDescriptorInit(handle_, &descriptor_, RoundUp(outputs, Multiple(operand)), columns, columns, kAlignment,
-                                        CudaType(operand), kRowMajor, kHalf),
+      : api_(LoadedOrThrow()),
+        handle_(HandleOfDevice()),
+        context_(std::string(Name(operand)) + " weights [" + std::to_string(outputs) + ", " +
+                 std::to_string(columns) + "]") {
+    Check(api_.StructuredDescriptorInit(handle_, &descriptor_, RoundUp(outputs, Multiple(operand)),
+                                        columns, columns, kAlignment, CudaType(operand), kRowMajor,
+                                        kHalf),
           "StructuredDescriptorInit", context_);
   }
   ~WeightDescriptor() { api_.MatDescriptorDestroy(&descriptor_); }
@@ -76,13 +82,16 @@ class WeightDescriptor {
 }  // namespace
 
 std::string Problem::Describe() const {
-  return std::string(Name(operand)) + " x[" + std::to_string(tokens) + ", " + std::to_string(columns) + "] * w[" +
-         std::to_string(outputs) + ", " + std::to_string(columns) + "]^T -> " + Name(result) +
-         (alpha_vector ? " with a scale for each output" : "") + ", algorithm " + std::to_string(choice.algorithm) + ", split_k " +
-         std::to_string(choice.split_k) + " mode " + std::to_string(choice.split_k_mode);
+  return std::string(Name(operand)) + " x[" + std::to_string(tokens) + ", " +
+         std::to_string(columns) + "] * w[" + std::to_string(outputs) + ", " +
+         std::to_string(columns) + "]^T -> " + Name(result) +
+         (alpha_vector ? " with a scale for each output" : "") + ", algorithm " +
+         std::to_string(choice.algorithm) + ", split_k " + std::to_string(choice.split_k) +
+         " mode " + std::to_string(choice.split_k_mode);
 }
 
-Plan::Plan(const Problem& problem) : problem_(problem), api_(LoadedOrThrow()), handle_(HandleOfDevice()) {
+Plan::Plan(const Problem& problem)
+    : problem_(problem), api_(LoadedOrThrow()), handle_(HandleOfDevice()) {
   const std::string context = problem.Describe();
   const auto undo = [this] {
     for (auto step = cleanup_.rbegin(); step != cleanup_.rend(); ++step) (*step)();
@@ -90,34 +99,41 @@ Plan::Plan(const Problem& problem) : problem_(problem), api_(LoadedOrThrow()), h
   try {
     const cudaDataType type = CudaType(problem.operand);
     const auto& p = problem;
-    Check(api_.StructuredDescriptorInit(handle_, &w_, p.outputs, p.columns, p.columns, kAlignment, type, kRowMajor, kHalf),
+    Check(api_.StructuredDescriptorInit(handle_, &w_, p.outputs, p.columns, p.columns, kAlignment,
+                                        type, kRowMajor, kHalf),
           "StructuredDescriptorInit", context);
     cleanup_.push_back([this] { api_.MatDescriptorDestroy(&w_); });
-    Check(api_.DenseDescriptorInit(handle_, &x_, p.tokens, p.columns, p.columns, kAlignment, type, kRowMajor),
+    Check(api_.DenseDescriptorInit(handle_, &x_, p.tokens, p.columns, p.columns, kAlignment, type,
+                                   kRowMajor),
           "DenseDescriptorInit", context);
     cleanup_.push_back([this] { api_.MatDescriptorDestroy(&x_); });
     // The library computes D^T = W X^T; column-major, it is D as we keep it.
-    Check(api_.DenseDescriptorInit(handle_, &d_, p.outputs, p.tokens, p.outputs, kAlignment, CudaType(p.result), kColumnMajor),
+    Check(api_.DenseDescriptorInit(handle_, &d_, p.outputs, p.tokens, p.outputs, kAlignment,
+                                   CudaType(p.result), kColumnMajor),
           "DenseDescriptorInit", context);
     cleanup_.push_back([this] { api_.MatDescriptorDestroy(&d_); });
-    Check(api_.MatmulDescriptorInit(handle_, &matmul_, kNonTranspose, kTranspose, &w_, &x_, &d_, &d_,
-                                    p.operand == DType::kS8 ? kCompute32I : kCompute32F),
+    Check(api_.MatmulDescriptorInit(handle_, &matmul_, kNonTranspose, kTranspose, &w_, &x_, &d_,
+                                    &d_, p.operand == DType::kS8 ? kCompute32I : kCompute32F),
           "MatmulDescriptorInit", context);
     if (p.alpha_vector) {
       const int on = 1;
-      Check(api_.MatmulDescSetAttribute(handle_, &matmul_, kAlphaVectorScaling, &on, sizeof(on)), "MatmulDescSetAttribute", context);
+      Check(api_.MatmulDescSetAttribute(handle_, &matmul_, kAlphaVectorScaling, &on, sizeof(on)),
+            "MatmulDescSetAttribute", context);
     }
-    Check(api_.MatmulAlgSelectionInit(handle_, &selection_, &matmul_, kDefaultAlgorithm), "MatmulAlgSelectionInit", context);
+    Check(api_.MatmulAlgSelectionInit(handle_, &selection_, &matmul_, kDefaultAlgorithm),
+          "MatmulAlgSelectionInit", context);
     cleanup_.push_back([this] { api_.MatmulAlgSelectionDestroy(&selection_); });
     const auto set = [&](AlgorithmAttribute attribute, int value) {
-      Check(api_.MatmulAlgSetAttribute(handle_, &selection_, attribute, &value, sizeof(value)), "MatmulAlgSetAttribute", context);
+      Check(api_.MatmulAlgSetAttribute(handle_, &selection_, attribute, &value, sizeof(value)),
+            "MatmulAlgSetAttribute", context);
     };
     if (p.choice.algorithm >= 0) set(kConfigId, p.choice.algorithm);
     if (p.choice.split_k > 1) set(kSplitK, p.choice.split_k);
     if (p.choice.split_k_mode > 0) set(kSplitKMode, p.choice.split_k_mode);
     Check(api_.MatmulPlanInit(handle_, &plan_, &matmul_, &selection_), "MatmulPlanInit", context);
     cleanup_.push_back([this] { api_.MatmulPlanDestroy(&plan_); });
-    Check(api_.MatmulGetWorkspace(handle_, &plan_, &workspace_bytes_), "MatmulGetWorkspace", context);
+    Check(api_.MatmulGetWorkspace(handle_, &plan_, &workspace_bytes_), "MatmulGetWorkspace",
+          context);
   } catch (...) {
     undo();
     throw;
@@ -128,34 +144,38 @@ Plan::~Plan() {
   for (auto step = cleanup_.rbegin(); step != cleanup_.rend(); ++step) (*step)();
 }
 
-void Plan::Run(const void* alpha, const void* compressed, const void* x, void* d, void* workspace, cudaStream_t stream) const {
+void Plan::Run(const void* alpha, const void* compressed, const void* x, void* d, void* workspace,
+               cudaStream_t stream) const {
   const float zero = 0.0f;
-  const Status status = api_.Matmul(handle_, &plan_, alpha, compressed, x, &zero, d, d, workspace, &stream, 1);
+  const Status status =
+      api_.Matmul(handle_, &plan_, alpha, compressed, x, &zero, d, d, workspace, &stream, 1);
   if (status != kSuccess) Check(status, "Matmul", problem_.Describe());
 }
 
 int Plan::AlgorithmCount() const {
   int count = 0;
-  Check(api_.MatmulAlgGetAttribute(handle_, &selection_, kConfigMaxId, &count, sizeof(count)), "MatmulAlgGetAttribute",
-        problem_.Describe());
+  Check(api_.MatmulAlgGetAttribute(handle_, &selection_, kConfigMaxId, &count, sizeof(count)),
+        "MatmulAlgGetAttribute", problem_.Describe());
   return count;
 }
 
 CompressedSize SizeOfCompressed(DType operand, int64_t outputs, int64_t columns) {
   const WeightDescriptor w(operand, outputs, columns);
   CompressedSize size;
-  Check(w.api_.SpMMACompressedSize2(w.handle_, &w.descriptor_, &size.compressed, &size.buffer), "SpMMACompressedSize2", w.context_);
+  Check(w.api_.SpMMACompressedSize2(w.handle_, &w.descriptor_, &size.compressed, &size.buffer),
+        "SpMMACompressedSize2", w.context_);
   return size;
 }
 
-void Compress(DType operand, int64_t outputs, int64_t columns, const void* dense, void* compressed, void* buffer,
-              cudaStream_t stream) {
+void Compress(DType operand, int64_t outputs, int64_t columns, const void* dense, void* compressed,
+              void* buffer, cudaStream_t stream) {
   const WeightDescriptor w(operand, outputs, columns);
-  Check(w.api_.SpMMACompress2(w.handle_, &w.descriptor_, /*is_sparse_a=*/1, kNonTranspose, dense, compressed, buffer, stream),
+  Check(w.api_.SpMMACompress2(w.handle_, &w.descriptor_, /*is_sparse_a=*/1, kNonTranspose, dense,
+                              compressed, buffer, stream),
         "SpMMACompress2", w.context_);
 }
 
-// ---- Tuning -------------------------------------------------------------------------------------------------------------------
+// ---- Tuning -------------------------------------------------------------------------------------
 
 namespace {
 
@@ -176,7 +196,8 @@ class Bench {
 
   void* Allocate(size_t bytes) {
     void* memory = nullptr;
-    CheckCuda(cudaMalloc(&memory, std::max<size_t>(bytes, 256)), "allocating " + std::to_string(bytes) + " bytes for " + context_);
+    CheckCuda(cudaMalloc(&memory, std::max<size_t>(bytes, 256)),
+              "allocating " + std::to_string(bytes) + " bytes for " + context_);
     memory_.push_back(memory);
     return memory;
   }
@@ -205,13 +226,15 @@ class Bench {
   std::vector<void*> memory_;
 };
 
-// Splits of K that are worth a try; the modes are CUSPARSELT_SPLIT_K_MODE_ONE_KERNEL and _TWO_KERNELS. From compute capability
-// 9.0 on the library's kernels schedule K themselves, and a forced split has been seen to end in an illegal instruction, which
-// takes the whole process's CUDA context with it: there only the algorithms themselves are tried.
+// Splits of K that are worth a try; the modes are CUSPARSELT_SPLIT_K_MODE_ONE_KERNEL and
+// _TWO_KERNELS. From compute capability 9.0 on the library's kernels schedule K themselves, and a
+// forced split has been seen to end in an illegal instruction, which takes the whole process's CUDA
+// context with it: there only the algorithms themselves are tried.
 std::vector<Choice> Splits() {
   int device = 0, major = 0;
   CheckCuda(cudaGetDevice(&device), "finding the current device");
-  CheckCuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the compute capability");
+  CheckCuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+            "asking for the compute capability");
   if (major >= 9) return {{-1, 1, 0}};
   return {{-1, 1, 0}, {-1, 2, 1}, {-1, 2, 2}, {-1, 4, 1}, {-1, 4, 2}};
 }
@@ -236,10 +259,16 @@ std::vector<Timing> Tune(Problem problem, size_t workspace_limit, int repeats) {
     Bench scratch(problem.Describe());
     void* dense = scratch.Allocate(problem.outputs * problem.columns * element);
     void* buffer = scratch.Allocate(size.buffer);
-    CheckCuda(FillRandom(problem.operand, dense, problem.outputs * problem.columns, true, scratch.stream), "filling weights");
-    Compress(problem.operand, problem.outputs, problem.columns, dense, compressed, buffer, scratch.stream);
-    CheckCuda(FillRandom(problem.operand, x, problem.tokens * problem.columns, false, scratch.stream), "filling activations");
-    CheckCuda(FillRandom(DType::kF32, alpha_vector, problem.outputs, false, scratch.stream), "filling scales");
+    CheckCuda(
+        FillRandom(problem.operand, dense, problem.outputs * problem.columns, true, scratch.stream),
+        "filling weights");
+    Compress(problem.operand, problem.outputs, problem.columns, dense, compressed, buffer,
+             scratch.stream);
+    CheckCuda(
+        FillRandom(problem.operand, x, problem.tokens * problem.columns, false, scratch.stream),
+        "filling activations");
+    CheckCuda(FillRandom(DType::kF32, alpha_vector, problem.outputs, false, scratch.stream),
+              "filling scales");
     CheckCuda(cudaStreamSynchronize(scratch.stream), "preparing the search");
   }
 
@@ -256,15 +285,18 @@ std::vector<Timing> Tune(Problem problem, size_t workspace_limit, int repeats) {
         if (plan.workspace_bytes() > workspace_limit) continue;
         plan.Run(alpha, compressed, x, d, workspace, bench.stream);
         CheckCuda(cudaStreamSynchronize(bench.stream), "running " + problem.Describe());
-        const double us = bench.Time(repeats, [&] { plan.Run(alpha, compressed, x, d, workspace, bench.stream); });
+        const double us = bench.Time(
+            repeats, [&] { plan.Run(alpha, compressed, x, d, workspace, bench.stream); });
         timings.push_back({choice, us, plan.workspace_bytes()});
       } catch (const Failure&) {
-        if (choice.split_k == 1) break;  // the library refuses this algorithm; a refused split says nothing about the next
+        if (choice.split_k == 1)
+          break;  // the library refuses this algorithm; a refused split says nothing about the next
       }
     }
   }
   if (timings.empty()) throw Failure("cuSPARSELt has no algorithm for " + problem.Describe());
-  std::sort(timings.begin(), timings.end(), [](const Timing& a, const Timing& b) { return a.microseconds < b.microseconds; });
+  std::sort(timings.begin(), timings.end(),
+            [](const Timing& a, const Timing& b) { return a.microseconds < b.microseconds; });
   return timings;
 }
 

@@ -1,6 +1,6 @@
-// cuSPARSELt plans: D[tokens, outputs] = X[tokens, columns] * W[outputs, columns]^T with W in the library's compressed 2:4 form.
-#ifndef SLIDEJAX_CUSPARSELT_PLAN_H_
-#define SLIDEJAX_CUSPARSELT_PLAN_H_
+// cuSPARSELt plans: D[tokens, outputs] = X[tokens, columns] * W[outputs, columns]^T with W in the
+// library's compressed 2:4 form.
+#pragma once
 
 #include <cuda_runtime_api.h>
 
@@ -13,12 +13,13 @@
 #include <tuple>
 #include <vector>
 
-#include "cusparselt/api.h"
 #include "common/dtype.h"
+#include "cusparselt/api.h"
 
 namespace slidejax::cusparselt {
 
-// What went wrong, with the sizes; handlers turn it into an FFI error, the Python module into an exception.
+// What went wrong, with the sizes; handlers turn it into an FFI error, the Python module into an
+// exception.
 class Failure : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -34,25 +35,28 @@ struct Choice {
 struct Problem {
   DType operand;      // int8, float8_e4m3fn, bfloat16, float16
   DType result;       // of D
-  bool alpha_vector;  // multiply row o of W by alpha[o] (a device vector) in float32 before rounding to `result`
+  bool alpha_vector;  // multiply row o of W by alpha[o] (a device vector) in float32 before
+                      // rounding to `result`
   int64_t outputs;    // a multiple of Multiple(operand)
   int64_t tokens;     // likewise
   int64_t columns;    // K', a multiple of 32
   Choice choice;
 
   auto Key() const {
-    return std::tuple(operand, result, alpha_vector, outputs, tokens, columns, choice.algorithm, choice.split_k,
-                      choice.split_k_mode);
+    return std::tuple(operand, result, alpha_vector, outputs, tokens, columns, choice.algorithm,
+                      choice.split_k, choice.split_k_mode);
   }
   std::string Describe() const;
 };
 
 // What the library wants outputs and tokens to be multiples of.
 inline constexpr int64_t Multiple(DType operand) { return Bytes(operand) == 1 ? 32 : 16; }
-inline constexpr int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+inline constexpr int64_t RoundUp(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
-// A plan at its final address: the library's structs point at each other. Made and used with its device current. Running it
-// changes nothing in it, so that threads and streams may share it.
+// A plan at its final address: the library's structs point at each other. Made and used with its
+// device current. Running it changes nothing in it, so that threads and streams may share it.
 class Plan {
  public:
   explicit Plan(const Problem& problem);  // throws Failure
@@ -63,8 +67,10 @@ class Plan {
   size_t workspace_bytes() const { return workspace_bytes_; }
   const Problem& problem() const { return problem_; }
 
-  // alpha: host pointer to a float, or device pointer to outputs floats with alpha_vector. Throws Failure.
-  void Run(const void* alpha, const void* compressed, const void* x, void* d, void* workspace, cudaStream_t stream) const;
+  // alpha: host pointer to a float, or device pointer to outputs floats with alpha_vector. Throws
+  // Failure.
+  void Run(const void* alpha, const void* compressed, const void* x, void* d, void* workspace,
+           cudaStream_t stream) const;
 
   // Number of algorithm ids that the library has for this problem.
   int AlgorithmCount() const;
@@ -90,8 +96,8 @@ struct CompressedSize {
 CompressedSize SizeOfCompressed(DType operand, int64_t outputs, int64_t columns);
 
 // Compresses dense 2:4 [outputs rounded up, columns]. Throws Failure.
-void Compress(DType operand, int64_t outputs, int64_t columns, const void* dense, void* compressed, void* buffer,
-              cudaStream_t stream);
+void Compress(DType operand, int64_t outputs, int64_t columns, const void* dense, void* compressed,
+              void* buffer, cudaStream_t stream);
 
 struct Timing {
   Choice choice;
@@ -99,10 +105,9 @@ struct Timing {
   size_t workspace_bytes;
 };
 
-// Times the library's kernels for a problem on the current device, fastest first; kernels that refuse the problem or want more
-// workspace than the limit are left out. Allocates and synchronises. Throws Failure.
+// Times the library's kernels for a problem on the current device, fastest first; kernels that
+// refuse the problem or want more workspace than the limit are left out. Allocates and
+// synchronises. Throws Failure.
 std::vector<Timing> Tune(Problem problem, size_t workspace_limit, int repeats);
 
 }  // namespace slidejax::cusparselt
-
-#endif  // SLIDEJAX_CUSPARSELT_PLAN_H_

@@ -1,7 +1,8 @@
-// From accumulators to y: scales, bias, conversion, transposition, stores; and sums over clusters that share a tile.
+// From accumulators to y: scales, bias, conversion, transposition, stores; and sums over clusters
+// that share a tile.
 //
-// Of every 8 tokens j a lane holds outputs g and g + 8 of its warp's 16, for tokens 8 j + 2 c and + 1, where g = lane / 4 and
-// c = lane % 4: D is [outputs][tokens], y is [tokens][outputs].
+// Of every 8 tokens j a lane holds outputs g and g + 8 of its warp's 16, for tokens 8 j + 2 c and +
+// 1, where g = lane / 4 and c = lane % 4: D is [outputs][tokens], y is [tokens][outputs].
 #pragma once
 
 #include <cuda_bf16.h>
@@ -32,7 +33,8 @@ SJ_DEVICE uint32_t pack(float low, float high) {
   }
 }
 
-// Shared memory behind the rings: a warp's slots, 1 KB aligned, and a warp group's scales, of which there are two sets.
+// Shared memory behind the rings: a warp's slots, 1 KB aligned, and a warp group's scales, of which
+// there are two sets.
 template <class T>
 SJ_DEVICE uint32_t slots(const Shared& shared, int warp) {
   return shared.slots + warp * T::kSlotBytes;
@@ -42,7 +44,8 @@ SJ_DEVICE uint32_t scales(const Shared& shared, int group, int set) {
   return shared.slots + T::kWarpGroups * 4 * T::kSlotBytes + (group * 2 + set) * T::kScaleBytes;
 }
 
-// Starts copying a tile's scale_x [tokens], scale_w and bias [outputs of the warp group]; all of its threads take part.
+// Starts copying a tile's scale_x [tokens], scale_w and bias [outputs of the warp group]; all of
+// its threads take part.
 template <class T>
 SJ_DEVICE void prefetch_scales(const Params& p, uint32_t scale_x, int row, int token) {
   const int thread = fresh_thread() & 127;
@@ -58,7 +61,8 @@ SJ_DEVICE void prefetch_scales(const Params& p, uint32_t scale_x, int row, int t
     if (p.bias != nullptr) {
       copy_async_4(scale_w + T::kBlocks * 256, p.bias + row + thread, inside);
     } else {
-      store_shared_f32(scale_w + T::kBlocks * 256, -0.0f);  // adding it changes nothing, not even the sign of a zero
+      store_shared_f32(scale_w + T::kBlocks * 256,
+                       -0.0f);  // adding it changes nothing, not even the sign of a zero
     }
   }
 }
@@ -70,21 +74,32 @@ struct Column {
   int row, token, lane;  // first output of the warp, first token
 };
 
-SJ_DEVICE Column make_column(uint32_t scale_x, uint32_t scale_w, uint32_t bias, int row, int token) {
+SJ_DEVICE Column make_column(uint32_t scale_x, uint32_t scale_w, uint32_t bias, int row,
+                             int token) {
   const int lane = fresh_thread() & 31, at = (lane >> 2) * 4;
-  return {load_shared_f32(scale_w + at), load_shared_f32(scale_w + at + 32), load_shared_f32(bias + at),
-          load_shared_f32(bias + at + 32), scale_x + (lane & 3) * 8, row, token, lane};
+  return {load_shared_f32(scale_w + at),
+          load_shared_f32(scale_w + at + 32),
+          load_shared_f32(bias + at),
+          load_shared_f32(bias + at + 32),
+          scale_x + (lane & 3) * 8,
+          row,
+          token,
+          lane};
 }
 
-// The same for block `block` of a warp group, whose scales prefetch_scales has brought, from its token number `first` on. row, token:
-// the warp group's first output, the tile's first token.
+// The same for block `block` of a warp group, whose scales prefetch_scales has brought, from its
+// token number `first` on. row, token: the warp group's first output, the tile's first token.
 template <class T>
-SJ_DEVICE Column column_of(const Shared& shared, int warp, int set, int block, int first, int row, int token) {
-  const uint32_t scale_x = scales<T>(shared, warp >> 2, set), scale_w = scale_x + T::kTokens * 4 + block * 256 + (warp & 3) * 64;
-  return make_column(scale_x + first * 4, scale_w, scale_w + T::kBlocks * 256, row + block * 64 + (warp & 3) * 16, token + first);
+SJ_DEVICE Column column_of(const Shared& shared, int warp, int set, int block, int first, int row,
+                           int token) {
+  const uint32_t scale_x = scales<T>(shared, warp >> 2, set),
+                 scale_w = scale_x + T::kTokens * 4 + block * 256 + (warp & 3) * 64;
+  return make_column(scale_x + first * 4, scale_w, scale_w + T::kBlocks * 256,
+                     row + block * 64 + (warp & 3) * 16, token + first);
 }
 
-// Converts 16 tokens to the fragments of four transposed 8x8 matrices; s: the scales of the lane's tokens.
+// Converts 16 tokens to the fragments of four transposed 8x8 matrices; s: the scales of the lane's
+// tokens.
 template <bool kBf16, bool kBias, class A>
 SJ_DEVICE void convert(const A* d, const Column& col, const float2* s, uint32_t (&r)[4]) {
 #pragma unroll
@@ -101,11 +116,14 @@ SJ_DEVICE void load_scales(const Column& col, int first, float2 (&s)[kTokens / 8
   for (int j = 0; j < kTokens / 8; ++j) s[j] = load_shared_2f(col.scale_x + (first + 8 * j) * 4);
 }
 
-// Stores up to 32 tokens by the warp alone; `own`: 1 KB of shared memory. Any output type and alignment.
+// Stores up to 32 tokens by the warp alone; `own`: 1 KB of shared memory. Any output type and
+// alignment.
 template <int kTokens, class A>
-SJ_DEVICE void store_slab(const Params& p, const A (&d)[kTokens / 2], const Column& col, int first, uint32_t own) {
+SJ_DEVICE void store_slab(const Params& p, const A (&d)[kTokens / 2], const Column& col, int first,
+                          uint32_t own) {
   const int g = col.lane >> 2, c = col.lane & 3;
-  if (p.output >= 2) {  // 32 bits, float32 or the sums themselves: a warp's store covers whole sectors as it is
+  if (p.output >=
+      2) {  // 32 bits, float32 or the sums themselves: a warp's store covers whole sectors as it is
     float* y = static_cast<float*>(p.y);
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
@@ -113,15 +131,18 @@ SJ_DEVICE void store_slab(const Params& p, const A (&d)[kTokens / 2], const Colu
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int t = col.token + first + 8 * j + 2 * c + (i & 1), o = col.row + g + (i & 2) * 4;
-        const float v = dequantize(d[4 * j + i], i & 1 ? s.y : s.x, i & 2 ? col.w1 : col.w0, i & 2 ? col.b1 : col.b0);
+        const float v = dequantize(d[4 * j + i], i & 1 ? s.y : s.x, i & 2 ? col.w1 : col.w0,
+                                   i & 2 ? col.b1 : col.b0);
         if (t < p.M && o < p.out)
-          y[static_cast<size_t>(t) * p.out + o] = p.output == 2 ? v : reinterpret_cast<const float&>(d[4 * j + i]);
+          y[static_cast<size_t>(t) * p.out + o] =
+              p.output == 2 ? v : reinterpret_cast<const float&>(d[4 * j + i]);
       }
     }
     __syncwarp();  // before the scales are overwritten
     return;
   }
-  // 16 bit: through shared memory, 32 bytes a token, whose halves change places every 4 tokens against bank conflicts.
+  // 16 bit: through shared memory, 32 bytes a token, whose halves change places every 4 tokens
+  // against bank conflicts.
   float2 s[kTokens / 8];
   load_scales<kTokens>(col, first, s);
   const int matrix = col.lane >> 3, in = col.lane & 7;
@@ -156,13 +177,15 @@ SJ_DEVICE void store_slab(const Params& p, const A (&d)[kTokens / 2], const Colu
   __syncwarp();
 }
 
-// Stores a warp group's 64 outputs of block kBlock as bfloat16 by bulk copies: whole lines of y, written behind its back. `ring`:
-// the slots of the warp group.
+// Stores a warp group's 64 outputs of block kBlock as bfloat16 by bulk copies: whole lines of y,
+// written behind its back. `ring`: the slots of the warp group.
 template <class T, int kBlock, bool kBias, class A>
-SJ_DEVICE void store_bulk(const Params& p, const A (&d)[T::kTokens / 2], const Column& col, uint32_t ring, int warp) {
+SJ_DEVICE void store_bulk(const Params& p, const A (&d)[T::kTokens / 2], const Column& col,
+                          uint32_t ring, int warp) {
   constexpr int kSlab = T::kSlabTokens, kCount = T::kTokens / kSlab;
   const int matrix = col.lane >> 3, in = col.lane & 7;
-  const uint32_t put = ring + ((matrix >> 1) * 8 + in) * 128 + (((2 * (warp & 3) + (matrix & 1)) ^ in) << 4);  // 128-byte swizzle
+  const uint32_t put = ring + ((matrix >> 1) * 8 + in) * 128 +
+                       (((2 * (warp & 3) + (matrix & 1)) ^ in) << 4);  // 128-byte swizzle
   const bool leader = (warp & 3) == 0 && col.lane == 0;
   float2 s[2][kSlab / 8];
   load_scales<kSlab>(col, 0, s[0]);
@@ -177,7 +200,9 @@ SJ_DEVICE void store_bulk(const Params& p, const A (&d)[T::kTokens / 2], const C
       store_matrices_transposed(put + at + i * 2048, r[0], r[1], r[2], r[3]);
     }
     fence_async_shared();
-    if (leader) bulk_wait_read<(T::kSlots > 1 ? T::kSlots - 2 : 0)>();  // the slot after this one has been read
+    if (leader)
+      bulk_wait_read<(T::kSlots > 1 ? T::kSlots - 2
+                                    : 0)>();  // the slot after this one has been read
     named_sync(1 + (warp >> 2), 128);
     if (leader) {
       tma_store_2d(&p.map_y, ring + at, col.row, col.token + slab * kSlab, kEvictFirst);
@@ -188,8 +213,8 @@ SJ_DEVICE void store_bulk(const Params& p, const A (&d)[T::kTokens / 2], const C
 
 // The sums of a warp group's block kBlock to y.
 template <class T, int kBlock, class A>
-SJ_DEVICE void store_block(const Params& p, const A (&d)[T::kTokens / 2], const Shared& shared, int warp, int set, int row,
-                           int token) {
+SJ_DEVICE void store_block(const Params& p, const A (&d)[T::kTokens / 2], const Shared& shared,
+                           int warp, int set, int row, int token) {
   const Column col = column_of<T>(shared, warp, set, kBlock, 0, row, token);
   if (p.bulk_stores && p.bias != nullptr) {
     store_bulk<T, kBlock, true>(p, d, col, slots<T>(shared, warp & ~3), warp);
@@ -198,16 +223,18 @@ SJ_DEVICE void store_block(const Params& p, const A (&d)[T::kTokens / 2], const 
   } else {
 #pragma unroll
     for (int first = 0; first < T::kTokens; first += T::kJobTokens)
-      store_slab<T::kJobTokens>(p, reinterpret_cast<const A(&)[T::kJobTokens / 2]>(d[first / 2]), col, first,
-                                slots<T>(shared, warp));
+      store_slab<T::kJobTokens>(p, reinterpret_cast<const A(&)[T::kJobTokens / 2]>(d[first / 2]),
+                                col, first, slots<T>(shared, warp));
   }
 }
 
-// ---- Tiles that several clusters share: every warp leaves its sums in memory and goes on; when it has no more work, it adds
-// up its share of all such sums, in the order of K, and stores the results. It does not wait for ever, since what it waits for may
-// be a cluster that has not begun, for want of the room that this one takes: then it leaves the sum to the bringer of the last part.
+// ---- Tiles that several clusters share: every warp leaves its sums in memory and goes on; when it
+// has no more work, it adds up its share of all such sums, in the order of K, and stores the
+// results. It does not wait for ever, since what it waits for may be a cluster that has not begun,
+// for want of the room that this one takes: then it leaves the sum to the bringer of the last part.
 
-// A block among those that share tiles: its cluster, a team or a pair of teams, and its seat there, from the first team's first block on.
+// A block among those that share tiles: its cluster, a team or a pair of teams, and its seat there,
+// from the first team's first block on.
 struct Sharer {
   int cluster, seat;
 };
@@ -216,12 +243,14 @@ SJ_DEVICE Sharer sharer(const Params& p, int team, uint32_t rank) {
   return {team >> p.pairs(), (team & p.pairs()) * T::kCluster + static_cast<int>(rank)};
 }
 
-// [split_clusters + split_tiles][seats][warps][quads][lane]: part `cluster` + tile of a tile's owners, 16 bytes a lane.
+// [split_clusters + split_tiles][seats][warps][quads][lane]: part `cluster` + tile of a tile's
+// owners, 16 bytes a lane.
 template <class T>
 SJ_DEVICE uint4* part_of(const Params& p, int cluster, int tile, int seat, int warp) {
   constexpr int kWarps = T::kWarpGroups * 4, kUnit = T::kBlocks * (T::kTokens / 8) * 32;
   static_assert(kUnit * 4 * kWarps == T::kPartial);
-  const size_t slot = (static_cast<size_t>(cluster + tile) * (T::kCluster << p.pairs()) + seat) * kWarps + warp;
+  const size_t slot =
+      (static_cast<size_t>(cluster + tile) * (T::kCluster << p.pairs()) + seat) * kWarps + warp;
   return reinterpret_cast<uint4*>(p.partials) + slot * kUnit + (fresh_thread() & 31);
 }
 template <class T>
@@ -235,13 +264,15 @@ SJ_DEVICE int part_count(const Params& p, int tile) {
 
 // Returns the jobs, a bit each, whose owners have given up waiting for this part, the last one.
 template <class T, class A>
-SJ_DEVICE uint32_t store_part(const Params& p, const A (&d)[T::kBlocks][T::kTokens / 2], int tile, const Sharer& me, int warp) {
+SJ_DEVICE uint32_t store_part(const Params& p, const A (&d)[T::kBlocks][T::kTokens / 2], int tile,
+                              const Sharer& me, int warp) {
   constexpr int kQuads = T::kTokens / 8;
   uint4* mine = part_of<T>(p, me.cluster, tile, me.seat, warp);
 #pragma unroll
   for (int b = 0; b < T::kBlocks; ++b)
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) __stcg(mine + (b * kQuads + i) * 32, reinterpret_cast<const uint4&>(d[b][4 * i]));
+    for (int i = 0; i < kQuads; ++i)
+      __stcg(mine + (b * kQuads + i) * 32, reinterpret_cast<const uint4&>(d[b][4 * i]));
   __threadfence();
   __syncwarp();
   unsigned long long before = 0;
@@ -260,7 +291,8 @@ SJ_DEVICE void add_quad(A* sum, const uint4& v) {
 
 // Adds up and stores job `job` of a shared tile, of whose parts all are in memory.
 template <class T>
-SJ_DEVICE void sum_job(const Params& p, const Shared& shared, int seat, int tile, int job, int warp) {
+SJ_DEVICE void sum_job(const Params& p, const Shared& shared, int seat, int tile, int job,
+                       int warp) {
   using A = std::conditional_t<T::kFp8, float, int>;
   constexpr int kCount = T::kTokens / T::kJobTokens, kQuads = T::kJobTokens / 8;
   const int lane = fresh_thread() & 31, block = job / kCount, slab = job % kCount;
@@ -268,11 +300,15 @@ SJ_DEVICE void sum_job(const Params& p, const Shared& shared, int seat, int tile
   Work work;
   locate(p, p.whole_tiles + (tile << p.pairs()) + seat / T::kCluster, work);
   __threadfence();
-  const int group_row = ((work.row_tile * T::kCluster + seat % T::kCluster) * T::kWarpGroups + (warp >> 2)) * T::kBlocks * 64;
-  const int row = group_row + block * 64 + (warp & 3) * 16, token = work.token_tile * T::kTokens + slab * T::kJobTokens;
+  const int group_row =
+      ((work.row_tile * T::kCluster + seat % T::kCluster) * T::kWarpGroups + (warp >> 2)) *
+      T::kBlocks * 64;
+  const int row = group_row + block * 64 + (warp & 3) * 16,
+            token = work.token_tile * T::kTokens + slab * T::kJobTokens;
   // Of the warp: 1 KB to transpose in, scale_x of 32 tokens, scale_w and bias of 16 outputs.
   const uint32_t own = slots<T>(shared, warp), scale_x = own + 1024, scale_w = own + 1152;
-  if (lane < T::kJobTokens) copy_async_4(scale_x + lane * 4, p.scale_x + token + lane, token + lane < p.M);
+  if (lane < T::kJobTokens)
+    copy_async_4(scale_x + lane * 4, p.scale_x + token + lane, token + lane < p.M);
   const int o = row + (lane & 15);
   if (lane < 16) {
     copy_async_4(scale_w + lane * 4, p.scale_w + o, o < p.out);
@@ -284,13 +320,15 @@ SJ_DEVICE void sum_job(const Params& p, const Shared& shared, int seat, int tile
   A sum[4 * kQuads] = {};
   const int at = (block * (T::kTokens / 8) + slab * kQuads) * 32;
 #pragma unroll 1
-  for (int who = first; who <= last; who += 4) {  // four parts at a time: their loads are under way together
+  for (int who = first; who <= last;
+       who += 4) {  // four parts at a time: their loads are under way together
     uint4 v[4][kQuads];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int q = 0; q < kQuads; ++q)
-        v[i][q] = who + i <= last ? __ldcg(part_of<T>(p, who + i, tile, seat, warp) + at + q * 32) : uint4{};
+        v[i][q] = who + i <= last ? __ldcg(part_of<T>(p, who + i, tile, seat, warp) + at + q * 32)
+                                  : uint4{};
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -298,18 +336,22 @@ SJ_DEVICE void sum_job(const Params& p, const Shared& shared, int seat, int tile
   }
   copy_async_wait();
   __syncwarp();
-  store_slab<T::kJobTokens>(p, sum, make_column(scale_x, scale_w, scale_w + 64, row, token), 0, own);
+  store_slab<T::kJobTokens>(p, sum, make_column(scale_x, scale_w, scale_w + 64, row, token), 0,
+                            own);
 }
 
-// `left`: what store_part has returned for the first shared tile of the cluster, and for another one 16 bits further up.
+// `left`: what store_part has returned for the first shared tile of the cluster, and for another
+// one 16 bits further up.
 template <class T>
-SJ_DEVICE void sum_parts(const Params& p, const Shared& shared, const Sharer& me, int warp, uint32_t left) {
+SJ_DEVICE void sum_parts(const Params& p, const Shared& shared, const Sharer& me, int warp,
+                         uint32_t left) {
   constexpr int kPerTile = T::kBlocks * (T::kTokens / T::kJobTokens);
   static_assert(kPerTile <= 16);
   const int lane = fresh_thread() & 31;
   if ((warp & 3) == 0 && lane == 0) bulk_wait_read<0>();  // the slots are free
   named_sync(1 + (warp >> 2), 128);
-  int patience = kPatience, next = me.cluster;  // of all jobs of all tiles, every so manieth is this cluster's
+  int patience = kPatience,
+      next = me.cluster;  // of all jobs of all tiles, every so manieth is this cluster's
 #pragma unroll 1
   while (next < p.split_tiles * kPerTile || left != 0) {
     int tile, job;
@@ -338,17 +380,20 @@ SJ_DEVICE void sum_parts(const Params& p, const Shared& shared, const Sharer& me
   }
 }
 
-// ---- Tiles whose K the teams of a cluster divide among themselves: their sums meet in shared memory. The jobs of all warps are dealt out to
-// the teams; each team sends its part of a job to the job's owner, and when all have, the same warp there adds up in the order of K.
+// ---- Tiles whose K the teams of a cluster divide among themselves: their sums meet in shared
+// memory. The jobs of all warps are dealt out to the teams; each team sends its part of a job to
+// the job's owner, and when all have, the same warp there adds up in the order of K.
 
-// Where part `part` of a job arrives in its owner's shared memory: in place of the rings, which no team needs any more by then.
+// Where part `part` of a job arrives in its owner's shared memory: in place of the rings, which no
+// team needs any more by then.
 template <class T>
 SJ_DEVICE uint32_t inbox(const Shared& shared, int parts, int job, int part) {
   return shared.x.data + (job / parts * parts + part) * T::kPartBytes + (fresh_thread() & 31) * 16;
 }
 
 template <class T, class A>
-SJ_DEVICE void send_parts(const Params& p, const A (&d)[T::kBlocks][T::kTokens / 2], const Shared& shared, uint32_t rank, int part, int warp) {
+SJ_DEVICE void send_parts(const Params& p, const A (&d)[T::kBlocks][T::kTokens / 2],
+                          const Shared& shared, uint32_t rank, int part, int warp) {
   constexpr int kCount = T::kTokens / T::kJobTokens, kQuads = T::kJobTokens / 8;
 #pragma unroll
   for (int b = 0; b < T::kBlocks; ++b)
@@ -357,20 +402,24 @@ SJ_DEVICE void send_parts(const Params& p, const A (&d)[T::kBlocks][T::kTokens /
       const int job = (warp * T::kBlocks + b) * kCount + slab;
       const int owner = job % p.parts;
       const uint32_t to = inbox<T>(shared, p.parts, job, part);
-      auto quad = [&](int q) { return reinterpret_cast<const uint4&>(d[b][(slab * kQuads + q) * 4]); };
+      auto quad = [&](int q) {
+        return reinterpret_cast<const uint4&>(d[b][(slab * kQuads + q) * 4]);
+      };
       if (owner == part) {
 #pragma unroll
         for (int q = 0; q < kQuads; ++q) store_shared_4(to + q * 512, quad(q));
       } else {
 #pragma unroll
-        for (int q = 0; q < kQuads; ++q) store_remote_4(to + q * 512, owner * T::kCluster + rank, quad(q));
+        for (int q = 0; q < kQuads; ++q)
+          store_remote_4(to + q * 512, owner * T::kCluster + rank, quad(q));
       }
     }
 }
 
 // row, token: of the warp group's outputs; set: where its scales are.
 template <class T>
-SJ_DEVICE void sum_inbox(const Params& p, const Shared& shared, int part, int warp, int set, int row, int token) {
+SJ_DEVICE void sum_inbox(const Params& p, const Shared& shared, int part, int warp, int set,
+                         int row, int token) {
   using A = std::conditional_t<T::kFp8, float, int>;
   constexpr int kCount = T::kTokens / T::kJobTokens, kQuads = T::kJobTokens / 8;
 #pragma unroll 1

@@ -1,11 +1,12 @@
-// The GEMM kernel: a persistent grid of clusters, in each thread block two consumer warp groups that issue wgmma.sp and write y,
-// and two producer threads that issue bulk copies, of X and of W.
+// The GEMM kernel: a persistent grid of clusters, in each thread block two consumer warp groups
+// that issue wgmma.sp and write y, and two producer threads that issue bulk copies, of X and of W.
 //
-// The sparse operand of wgmma must be A, so a block computes D = W' X^T: rows of D are outputs, columns are tokens.
-// X [tokens][128 bytes] comes in stages of 128 lifted columns, in small tiles of 256; W [rows][128 bytes] and its metadata [rows / 64][2][1 KB]
-// in copies of 256. The same kernel multiplies dense weights: both have 128 columns as they are, and there is no metadata.
-// Work is counted in steps of 256 columns: the metadata registers alternate, and ptxas follows wgmma's asynchronous use of
-// them only through a loop without other exits.
+// The sparse operand of wgmma must be A, so a block computes D = W' X^T: rows of D are outputs,
+// columns are tokens. X [tokens][128 bytes] comes in stages of 128 lifted columns, in small tiles
+// of 256; W [rows][128 bytes] and its metadata [rows / 64][2][1 KB] in copies of 256. The same
+// kernel multiplies dense weights: both have 128 columns as they are, and there is no metadata.
+// Work is counted in steps of 256 columns: the metadata registers alternate, and ptxas follows
+// wgmma's asynchronous use of them only through a loop without other exits.
 #pragma once
 
 #include <type_traits>
@@ -16,13 +17,15 @@
 
 namespace slidejax::hopper {
 
-// A block's place in its cluster: `rank` in its team, which is number `part` there and number `team` of `teams` in all.
+// A block's place in its cluster: `rank` in its team, which is number `part` there and number
+// `team` of `teams` in all.
 struct Place {
   uint32_t in_cluster, rank;
   int part, team, teams;
 };
 
-// Copies the X of a team's work, stage after stage; with the first of each piece goes a note of what it is.
+// Copies the X of a team's work, stage after stage; with the first of each piece goes a note of
+// what it is.
 template <class T>
 SJ_DEVICE void produce_activations(const Params& p, const Shared& shared, const Place& place) {
   if (p.companion != kSecond) grid_wait();
@@ -31,10 +34,12 @@ SJ_DEVICE void produce_activations(const Params& p, const Shared& shared, const 
   Position<T::kStages> to{0, 1};  // the first turn of the ring waits for nothing
   for (int i = 0;; ++i) {
     const Work work = find_work(p, place.team, place.teams, i);
-    const int row = (work.row_tile * T::kCluster + rank) * T::kRows, token = work.token_tile * T::kTokens;
-    // Tokens beyond M are left out: zeros in their place would take three times as long to arrive as data do. What is multiplied instead is
-    // whatever lies there, and goes no further.
-    const int inside = min(max(p.M - token, 0), T::kTokens), mine = min(max(inside - share, 0), T::kShareX);
+    const int row = (work.row_tile * T::kCluster + rank) * T::kRows,
+              token = work.token_tile * T::kTokens;
+    // Tokens beyond M are left out: zeros in their place would take three times as long to arrive
+    // as data do. What is multiplied instead is whatever lies there, and goes no further.
+    const int inside = min(max(p.M - token, 0), T::kTokens),
+              mine = min(max(inside - share, 0), T::kShareX);
     barrier_wait(shared.x.empty + 8 * to.at, to.parity);
     store_shared_4(shared.notes + 16 * to.at, row, token, work.end - work.begin, work.split);
     if (work.begin == work.end) {  // the last note: no more work
@@ -53,7 +58,8 @@ SJ_DEVICE void produce_activations(const Params& p, const Shared& shared, const 
           for (int h = 0; h < T::kWidthX; ++h)
             tma_load_2d(dst + h * (T::kTokens * 128), map, (k + h) * 128, token, bar, kEvictLast);
         } else {
-          tma_load_2d_multicast(dst + share * 128, map, k * 128, token + share, bar, team, kEvictLast);
+          tma_load_2d_multicast(dst + share * 128, map, k * 128, token + share, bar, team,
+                                kEvictLast);
         }
       }
       to.advance();
@@ -62,7 +68,8 @@ SJ_DEVICE void produce_activations(const Params& p, const Shared& shared, const 
 }
 
 // Copies the W of a team's work, and its metadata: weights are there before the activations are.
-// kShared: the other team of the cluster multiplies the same rows, of which each copies half to both.
+// kShared: the other team of the cluster multiplies the same rows, of which each copies half to
+// both.
 template <class T, bool kShared>
 SJ_DEVICE void produce_weights(const Params& p, const Shared& shared, const Place& place) {
   // W stays in L2 when more than one group of tokens passes over it.
@@ -80,13 +87,16 @@ SJ_DEVICE void produce_weights(const Params& p, const Shared& shared, const Plac
       barrier_wait(shared.w.empty + 8 * to.at, to.parity);
       barrier_expect(bar, T::kBytesCopy);
       if constexpr (kShared) {
-        tma_load_2d_multicast(dst + part * (T::kBytesW / 2), &p.map_w, k * 128, row + part * (T::kRows / 2), bar, both, policy);
+        tma_load_2d_multicast(dst + part * (T::kBytesW / 2), &p.map_w, k * 128,
+                              row + part * (T::kRows / 2), bar, both, policy);
         if constexpr (T::kSparse)
-          tma_load_3d_multicast(dst + T::kBytesW + part * (T::kBytesE / 2), &p.map_e, 0, k * T::kWidthW, row / 64 + part * (T::kRows / 128), bar,
-                                both, policy);
+          tma_load_3d_multicast(dst + T::kBytesW + part * (T::kBytesE / 2), &p.map_e, 0,
+                                k * T::kWidthW, row / 64 + part * (T::kRows / 128), bar, both,
+                                policy);
       } else {
         tma_load_2d(dst, &p.map_w, k * 128, row, bar, policy);
-        if constexpr (T::kSparse) tma_load_3d(dst + T::kBytesW, &p.map_e, 0, k * T::kWidthW, row / 64, bar, policy);
+        if constexpr (T::kSparse)
+          tma_load_3d(dst + T::kBytesW, &p.map_e, 0, k * T::kWidthW, row / 64, bar, policy);
       }
       to.advance();
     }
@@ -103,23 +113,27 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
   Position<T::kCopies> w{0, 0};
   auto copy = [&] { return T::kTied ? x.at * T::kWidthX / T::kWidthW : w.at; };
 
-  // One thread for each block that wrote into this one: of X those of the team, whose places differ in their last bits; of W, where it is
-  // shared, besides this one that of the same rank in the other team.
+  // One thread for each block that wrote into this one: of X those of the team, whose places differ
+  // in their last bits; of W, where it is shared, besides this one that of the same rank in the
+  // other team.
   auto release_x = [&](int stage) {
     if constexpr (T::kCluster == 1) {
       if (thread == 0) barrier_arrive(shared.x.empty + 8 * stage);
     } else {
-      if (thread < T::kCluster) barrier_arrive_at(shared.x.empty + 8 * stage, place.in_cluster ^ thread);
+      if (thread < T::kCluster)
+        barrier_arrive_at(shared.x.empty + 8 * stage, place.in_cluster ^ thread);
     }
   };
   auto release_w = [&](int copy) {
     if (thread == 32) barrier_arrive(shared.w.empty + 8 * copy);
-    if (T::kAbreast && thread == 33 && p.companion == kFirst) barrier_arrive_at(shared.w.empty + 8 * copy, place.in_cluster ^ T::kCluster);
+    if (T::kAbreast && thread == 33 && p.companion == kFirst)
+      barrier_arrive_at(shared.w.empty + 8 * copy, place.in_cluster ^ T::kCluster);
   };
 
   auto load_metadata = [&](uint32_t (&meta)[T::kBlocks][2], uint32_t from, int half) {
     if constexpr (!T::kSparse) return;
-    const uint32_t m = from + T::kBytesW + (group * T::kBlocks * T::kWidthW + half) * 1024 + thread * 8;
+    const uint32_t m =
+        from + T::kBytesW + (group * T::kBlocks * T::kWidthW + half) * 1024 + thread * 8;
 #pragma unroll
     for (int b = 0; b < T::kBlocks; ++b) {
       const uint2 v = load_shared_2(m + b * T::kWidthW * 1024);
@@ -127,9 +141,11 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
       meta[b][1] = v.y;
     }
   };
-  // The k-th instruction of 128 columns for block b: 64 columns, 32 of a dense weight. from_w: those columns in the first row of W.
+  // The k-th instruction of 128 columns for block b: 64 columns, 32 of a dense weight. from_w:
+  // those columns in the first row of W.
   constexpr int kInstructions = T::kSparse ? 2 : 4;
-  auto multiply = [&](A (&sums)[T::kTokens / 2], uint32_t from_x, uint32_t from_w, int b, int k, const uint32_t (&meta)[2], int add) {
+  auto multiply = [&](A(&sums)[T::kTokens / 2], uint32_t from_x, uint32_t from_w, int b, int k,
+                      const uint32_t (&meta)[2], int add) {
     const uint64_t rows = descriptor<128>(from_w + (group * T::kBlocks + b) * (64 * 128) + 32 * k);
     if constexpr (T::kSparse) {
       Instruction::mma(sums, rows, descriptor<128>(from_x + 64 * k), meta[k], add);
@@ -139,30 +155,35 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
   };
 
   uint32_t left = 0;  // sums that other clusters have left to this warp
-  int set = 0;  // which scales: those of the tile before may still be in use
+  int set = 0;        // which scales: those of the tile before may still be in use
   for (bool start = true;; start = false, set ^= 1) {
     barrier_wait(shared.x.full + 8 * x.at, x.parity);
     const int4 note = load_shared_4i(shared.notes + 16 * x.at);
     const int steps = __shfl_sync(~0u, note.z, 0), split = __shfl_sync(~0u, note.w, 0);
-    const int row = __shfl_sync(~0u, note.x, 0) + group * T::kBlocks * 64, token = __shfl_sync(~0u, note.y, 0);
+    const int row = __shfl_sync(~0u, note.x, 0) + group * T::kBlocks * 64,
+              token = __shfl_sync(~0u, note.y, 0);
     if (steps == 0) break;
-    A d[T::kBlocks][T::kTokens / 2];  // in here: carried from tile to tile it would have to be moved about
-    uint32_t e[2][T::kBlocks][2];     // metadata of two stages: running instructions read one while the other is loaded
+    A d[T::kBlocks]
+       [T::kTokens / 2];  // in here: carried from tile to tile it would have to be moved about
+    uint32_t e[2][T::kBlocks][2];  // metadata of two stages: running instructions read one while
+                                   // the other is loaded
 
-    // Once, at the start, the second warp group lets the first one get ahead: from then on the epilogue of one runs while the
-    // instructions of the other keep the tensor cores busy.
+    // Once, at the start, the second warp group lets the first one get ahead: from then on the
+    // epilogue of one runs while the instructions of the other keep the tensor cores busy.
     if (start && group == 1) named_sync(8, 256);
     // Waits for the 128 columns that are number kIndex of a step, and loads their metadata.
     struct Columns {
       uint32_t x, w;
     };
     auto arrive = [&](uint32_t (&meta)[T::kBlocks][2], auto index, auto first) {
-      constexpr int kIndex = decltype(index)::value, kHalfX = kIndex % T::kWidthX, kHalfW = kIndex % T::kWidthW;
+      constexpr int kIndex = decltype(index)::value, kHalfX = kIndex % T::kWidthX,
+                    kHalfW = kIndex % T::kWidthW;
       if (!decltype(first)::value && kHalfX == 0) barrier_wait(shared.x.full + 8 * x.at, x.parity);
       if (kHalfW == 0) barrier_wait(shared.w.full + 8 * copy(), T::kTied ? x.parity : w.parity);
       const uint32_t from_w = shared.w.data + copy() * T::kBytesCopy;
       load_metadata(meta, from_w, kHalfW);
-      return Columns{shared.x.data + x.at * T::kBytesX + kHalfX * (T::kTokens * 128), from_w + 64 * kHalfW};
+      return Columns{shared.x.data + x.at * T::kBytesX + kHalfX * (T::kTokens * 128),
+                     from_w + 64 * kHalfW};
     };
     int previous_x = 0, previous_w = 0;
     // Goes on to the next columns.
@@ -186,7 +207,8 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
 #pragma unroll
       for (int k = 0; k < kInstructions; ++k)
 #pragma unroll
-        for (int b = 0; b < T::kBlocks; ++b) multiply(d[b], at.x, at.w, b, k, meta[b], kFirst && k == 0 ? 0 : 1);
+        for (int b = 0; b < T::kBlocks; ++b)
+          multiply(d[b], at.x, at.w, b, k, meta[b], kFirst && k == 0 ? 0 : 1);
       wgmma_commit();
       wgmma_wait<1>();  // the columns before these are done with
       if (!kFirst && kIndex % T::kWidthX == 0) release_x(previous_x);
@@ -222,7 +244,8 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
         sum_inbox<T>(p, shared, place.part, warp, set, row, token);
       } else if (split >= 0) {
         const Sharer me = sharer<T>(p, place.team, place.rank);
-        left |= store_part<T>(p, d, split, me, warp) << (split == share(p, me.cluster) / p.steps ? 0 : 16);
+        left |= store_part<T>(p, d, split, me, warp)
+                << (split == share(p, me.cluster) / p.steps ? 0 : 16);
       } else {
         copy_async_wait();
         if (T::kSlots == 1 && thread == 0) bulk_wait_read<0>();
@@ -230,7 +253,8 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
         if constexpr (!kTail) store_block<T, 0>(p, d[0], shared, warp, set, row, token);
       }
     } else if constexpr (kTail) {
-      // The last step: all of its columns for the first block, then all for the second, under which the first is stored.
+      // The last step: all of its columns for the first block, then all for the second, under which
+      // the first is stored.
       static_assert(T::kWidthX == 1);
       const int before_x = previous_x, before_w = previous_w;
       const Columns even = arrive(e[0], kEven, std::false_type());
@@ -252,7 +276,8 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
       release_w(before_w);
       block_step(1);
       copy_async_wait();
-      named_sync(1 + group, 128);  // the scales are there, and all have read those of the tile before
+      named_sync(1 + group,
+                 128);  // the scales are there, and all have read those of the tile before
       wgmma_wait<1>();
       pin(d[0]);
       store_block<T, 0>(p, d[0], shared, warp, set, row, token);
@@ -265,16 +290,19 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
       store_block<T, 1>(p, d[1], shared, warp, set, row, token);
     }
   }
-  if (const Sharer me = sharer<T>(p, place.team, place.rank); me.cluster < p.split_clusters) sum_parts<T>(p, shared, me, warp, left);
+  if (const Sharer me = sharer<T>(p, place.team, place.rank); me.cluster < p.split_clusters)
+    sum_parts<T>(p, shared, me, warp, left);
   if (thread == 0) bulk_wait_read<0>();  // shared memory must outlive the stores from it
 }
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 1) sparse_matmul_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(T::kThreads, 1)
+    sparse_matmul_kernel(const __grid_constant__ Params p) {
   SJ_DYNAMIC_SHARED(dynamic);
   const Shared shared = make_shared<T>(shared_address(dynamic));
   const uint32_t in_cluster = T::kCluster > 1 || T::kDivides ? cluster_rank() : 0;
-  const Place place{in_cluster, in_cluster % T::kCluster, T::kDivides || T::kAbreast ? static_cast<int>(in_cluster / T::kCluster) : 0,
+  const Place place{in_cluster, in_cluster % T::kCluster,
+                    T::kDivides || T::kAbreast ? static_cast<int>(in_cluster / T::kCluster) : 0,
                     p.first_team + static_cast<int>(blockIdx.x / T::kCluster), p.teams};
 
   if (threadIdx.x == 0) {
@@ -308,7 +336,9 @@ __global__ void __launch_bounds__(T::kThreads, 1) sparse_matmul_kernel(const __g
       }
     }
     __syncwarp();
-    if (T::kDivides && p.parts > 1 && place.team / p.parts < p.divided_tiles) {  // with the consumers, when they hand over their sums
+    if (T::kDivides && p.parts > 1 &&
+        place.team / p.parts <
+            p.divided_tiles) {  // with the consumers, when they hand over their sums
       cluster_sync();
       cluster_sync();
     }
@@ -318,7 +348,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) sparse_matmul_kernel(const __g
     consume<T>(p, shared, place);
   }
   __syncwarp();
-  // A block may not leave while its neighbour still writes into its shared memory or arrives at its barriers.
+  // A block may not leave while its neighbour still writes into its shared memory or arrives at its
+  // barriers.
   if constexpr (T::kCluster > 1) cluster_sync();
   if (p.companion == kSecond) grid_wait();  // whoever waits for this launch waits for both
 }

@@ -1,11 +1,11 @@
-// Host side of the Hopper GEMM: the tiles there are, the cost model that chooses one, tensor maps, the launch.
-#include "hopper/hopper.h"
-
+// Host side of the Hopper GEMM: the tiles there are, the cost model that chooses one, tensor maps,
+// the launch.
 #include <cuda.h>
 
 #include <algorithm>
 #include <mutex>
 
+#include "hopper/hopper.h"
 #include "hopper/kernel.cuh"
 #include "hopper/metadata.cuh"
 
@@ -14,18 +14,20 @@ namespace {
 
 constexpr int kCounterBytes = 16384;  // at the head of the workspace
 constexpr int kMaxDevices = 64;
-// Up to so many tokens it pays to begin before the lift has ended (10.5 to 9.8 us for one linear of M=16); from 1024 on it costs 2 %.
+// Up to so many tokens it pays to begin before the lift has ended (10.5 to 9.8 us for one linear of
+// M=16); from 1024 on it costs 2 %.
 constexpr int kEarlyTokens = 512;
 
-// A tile's kernel for both inputs. stage_clocks: measured clocks of one stage (128 columns) in the full pipeline;
-// tile_clocks: what a tile costs beyond its stages; abreast: the time with two teams that share W as well as X, as a part of that without:
-// it takes less energy, which is what binds, but the clocks of a short stage do not hide what four blocks have to tell each other.
+// A tile's kernel for both inputs. stage_clocks: measured clocks of one stage (128 columns) in the
+// full pipeline; tile_clocks: what a tile costs beyond its stages; abreast: the time with two teams
+// that share W as well as X, as a part of that without: it takes less energy, which is what binds,
+// but the clocks of a short stage do not hide what four blocks have to tell each other.
 // docs/hopper-kernel.md has the measurements.
 struct Entry {
   HopperTile tile;
   const void* kernel[2];
   int threads, shared, partial, slab_tokens;
-  int width;  // times 128 columns in a copy of W
+  int width;         // times 128 columns in a copy of W
   uint32_t divides;  // bit n: K can be divided into n parts
   bool sparse;
   float stage_clocks, tile_clocks, abreast;
@@ -35,18 +37,21 @@ template <class T>
 constexpr uint32_t divisions() {
   uint32_t all = 0;
   for (int parts : kParts) {
-    const bool fits = T::kDivides && parts * T::kCluster <= 8 && (T::kJobs + parts - 1) / parts * parts <= T::kMostJobs;
+    const bool fits = T::kDivides && parts * T::kCluster <= 8 &&
+                      (T::kJobs + parts - 1) / parts * parts <= T::kMostJobs;
     all |= fits ? 1u << parts : 0;
   }
   return all;
 }
 
-template <int kWarpGroups, int kBlocks, int kTokens, int kCluster, int kStages, int kCopies, bool kSparse = true>
+template <int kWarpGroups, int kBlocks, int kTokens, int kCluster, int kStages, int kCopies,
+          bool kSparse = true>
 Entry make_entry(const char* name, float stage_clocks, float tile_clocks, float abreast = 1) {
   using T = Tile<true, kWarpGroups, kBlocks, kTokens, kCluster, kStages, kCopies, kSparse>;
   using S = Tile<false, kWarpGroups, kBlocks, kTokens, kCluster, kStages, kCopies, kSparse>;
   return {{name, T::kRows, kTokens, kCluster, kWarpGroups, kStages},
-          {reinterpret_cast<const void*>(sparse_matmul_kernel<T>), reinterpret_cast<const void*>(sparse_matmul_kernel<S>)},
+          {reinterpret_cast<const void*>(sparse_matmul_kernel<T>),
+           reinterpret_cast<const void*>(sparse_matmul_kernel<S>)},
           T::kThreads,
           T::kShared,
           T::kPartial * kCluster * 4,
@@ -79,28 +84,36 @@ constexpr int kEntryCount = sizeof(kEntries) / sizeof(kEntries[0]);
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 bool is_sparse(const HopperArgs& a) { return a.group != 0; }
-int columns_of(const HopperArgs& a) { return is_sparse(a) ? a.groups * (a.group - 2) * 2 : a.groups; }
-int metadata_stages(int groups, int group) { return group == 0 ? 0 : 2 * ceil_div(groups * (group - 2) * 2, 256); }
+int columns_of(const HopperArgs& a) {
+  return is_sparse(a) ? a.groups * (a.group - 2) * 2 : a.groups;
+}
+int metadata_stages(int groups, int group) {
+  return group == 0 ? 0 : 2 * ceil_div(groups * (group - 2) * 2, 256);
+}
 // The kernel wants two steps; what lies beyond K' is zero.
 int steps_of(const HopperArgs& a) { return std::max(2, ceil_div(columns_of(a), 256)); }
 // Bytes of W and its metadata.
-float weight_bytes(const HopperArgs& a) { return static_cast<float>(a.out) * columns_of(a) * (is_sparse(a) ? 0.625f : 1.0f); }
+float weight_bytes(const HopperArgs& a) {
+  return static_cast<float>(a.out) * columns_of(a) * (is_sparse(a) ? 0.625f : 1.0f);
+}
 
 constexpr int kAbreastTokens = 1024;  // with fewer, power does not bind
 constexpr int kFewTokens = 64;        // up to here no larger tile was ever faster
 
-// How the tiles of a configuration fall on teams. Abreast, two teams multiply the same rows with tokens of adjacent tiles: then `shared` are pairs
-// of tiles, and `clusters` pairs of teams.
+// How the tiles of a configuration fall on teams. Abreast, two teams multiply the same rows with
+// tokens of adjacent tiles: then `shared` are pairs of tiles, and `clusters` pairs of teams.
 struct Split {
-  int whole, shared, clusters;  // tiles of one team each, tiles shared along K, teams that share them
-  int parts, divided;           // teams of a cluster; tiles that they divide along K, one for each cluster
+  int whole, shared,
+      clusters;        // tiles of one team each, tiles shared along K, teams that share them
+  int parts, divided;  // teams of a cluster; tiles that they divide along K, one for each cluster
   float clocks;
   bool abreast = false;
 
   int teams_of_cluster() const { return abreast ? 2 : 1; }
 };
 
-// Teams that are expected to run side by side in clusters of `parts`: larger clusters do not fill a device to the last multiprocessor.
+// Teams that are expected to run side by side in clusters of `parts`: larger clusters do not fill a
+// device to the last multiprocessor.
 int planned_teams(const Entry& e, int multiprocessors, int parts) {
   const int all = multiprocessors / e.tile.cluster, size = e.tile.cluster * parts;
   const int fit = size <= 2 ? all : size % 3 == 0 ? all * 9 / 11 : all * 10 / 11;
@@ -108,19 +121,28 @@ int planned_teams(const Entry& e, int multiprocessors, int parts) {
 }
 
 // Tiles of a team along the outputs and, of `teams` abreast, along the tokens.
-int row_tiles(const Entry& e, const HopperArgs& a) { return ceil_div(a.out, e.tile.rows * e.tile.cluster); }
-int token_tiles(const Entry& e, const HopperArgs& a, int teams) { return ceil_div(a.M, teams * e.tile.tokens); }
+int row_tiles(const Entry& e, const HopperArgs& a) {
+  return ceil_div(a.out, e.tile.rows * e.tile.cluster);
+}
+int token_tiles(const Entry& e, const HopperArgs& a, int teams) {
+  return ceil_div(a.M, teams * e.tile.tokens);
+}
 
-// A step of two stages, with so many blocks side by side, of teams of which `teams` share W: no faster than L2 gives all of them what each reads of it.
+// A step of two stages, with so many blocks side by side, of teams of which `teams` share W: no
+// faster than L2 gives all of them what each reads of it.
 float step_clocks(const Entry& e, const HopperArgs& a, int blocks, int teams) {
-  const float kBytesPerClock = 5500;  // fitted together with the 72 bytes of a row below; W and its metadata have 80 (weight_bytes)
-  const float x = 128.0f * e.tile.tokens / e.tile.cluster, w = (e.sparse ? 72.0f : 128.0f) * e.tile.rows / teams;
-  // Where power does not bind, the tile with the longest stages hides the least of what each wave waits for.
+  const float kBytesPerClock = 5500;  // fitted together with the 72 bytes of a row below; W and its
+                                      // metadata have 80 (weight_bytes)
+  const float x = 128.0f * e.tile.tokens / e.tile.cluster,
+              w = (e.sparse ? 72.0f : 128.0f) * e.tile.rows / teams;
+  // Where power does not bind, the tile with the longest stages hides the least of what each wave
+  // waits for.
   const float exposed = a.M < kAbreastTokens && e.tile.rows * e.tile.tokens >= 256 * 192 ? 1.1f : 1;
   return 2 * std::max(e.stage_clocks * exposed, (x + w) * blocks / kBytesPerClock);
 }
 
-// Whole waves first; the rest either as one more wave, or cut along K by way of memory. clusters: of `teams` teams, each with its tile.
+// Whole waves first; the rest either as one more wave, or cut along K by way of memory. clusters:
+// of `teams` teams, each with its tile.
 Split cut_in_memory(const Entry& e, const HopperArgs& a, int clusters, int teams, int want) {
   const int tiles = row_tiles(e, a) * token_tiles(e, a, teams), steps = steps_of(a);
   const int rest = tiles % clusters, waves = tiles / clusters, blocks = e.tile.cluster * teams;
@@ -128,18 +150,23 @@ Split cut_in_memory(const Entry& e, const HopperArgs& a, int clusters, int teams
   const float tile = steps * step_of(std::min(tiles, clusters)) + e.tile_clocks;
   Split best{tiles * teams, 0, 0, 1, 0, (waves + (rest > 0)) * tile, teams > 1};
   if (rest == 0 || want == 0) return best;
-  const float kBytesPerClock = 24, kLatency = 6500;  // of a multiprocessor, partial sums both ways; clearing the counters and waiting
-  const float late = a.M < kAbreastTokens ? 2 : 1;    // measured with 80 to 896 tokens, docs/hopper-kernel.md
+  const float kBytesPerClock = 24, kLatency = 6500;  // of a multiprocessor, partial sums both ways;
+                                                     // clearing the counters and waiting
+  const float late =
+      a.M < kAbreastTokens ? 2 : 1;  // measured with 80 to 896 tokens, docs/hopper-kernel.md
   auto consider = [&](int sharers) {
     if (sharers <= rest || sharers > clusters || sharers > rest * steps) return;
     const float parts = 1 + static_cast<float>(rest) / sharers;
     const float move = 2 * parts * (e.partial / e.tile.cluster) / kBytesPerClock;
-    // Equal parts run through K side by side; unequal ones each read their own W and X from memory, teams abreast at half of its rate.
-    const float bytes = rest * (e.tile.rows * e.tile.cluster * weight_bytes(a) / a.out + teams * e.tile.tokens * 256.0f * steps);
+    // Equal parts run through K side by side; unequal ones each read their own W and X from memory,
+    // teams abreast at half of its rate.
+    const float bytes = rest * (e.tile.rows * e.tile.cluster * weight_bytes(a) / a.out +
+                                teams * e.tile.tokens * 256.0f * steps);
     const float apart = sharers % rest ? teams * bytes / 2900 : 0;
     const float shared = std::max(ceil_div(rest * steps, sharers) * step_of(sharers), apart);
     const float clocks = waves * tile + late * (shared + e.tile_clocks + move + kLatency);
-    if (want > 0 || clocks < best.clocks) best = {waves * clusters * teams, rest, sharers, 1, 0, clocks, teams > 1};
+    if (want > 0 || clocks < best.clocks)
+      best = {waves * clusters * teams, rest, sharers, 1, 0, clocks, teams > 1};
   };
   if (want > 0) {
     consider(want);
@@ -150,10 +177,12 @@ Split cut_in_memory(const Entry& e, const HopperArgs& a, int clusters, int teams
   return best;
 }
 
-// The last, partial wave divided along K within clusters of several teams, on as many as fit. Not better than `best`: that.
+// The last, partial wave divided along K within clusters of several teams, on as many as fit. Not
+// better than `best`: that.
 Split divide_in_clusters(const Entry& e, const HopperArgs& a, int multiprocessors, Split best) {
   const int tiles = row_tiles(e, a) * token_tiles(e, a, 1), steps = steps_of(a);
-  const float meeting = 1500 + 40.0f * e.tile.tokens * e.tile.rows / 128;  // of a cluster, and sending sums around
+  const float meeting =
+      1500 + 40.0f * e.tile.tokens * e.tile.rows / 128;  // of a cluster, and sending sums around
   for (int parts : kParts) {
     if (!(e.divides >> parts & 1) || parts > steps || (a.parts > 0 && parts != a.parts)) continue;
     const int teams = planned_teams(e, multiprocessors, parts);
@@ -161,14 +190,18 @@ Split divide_in_clusters(const Entry& e, const HopperArgs& a, int multiprocessor
     const int full = tiles / teams, divided = tiles % teams;
     if (divided == 0 || divided > teams / parts) continue;
     const float step = step_clocks(e, a, (full > 0 ? teams : divided * parts) * e.tile.cluster, 1);
-    const float clocks = full * (steps * step + e.tile_clocks) + ceil_div(steps, parts) * step + e.tile_clocks + meeting;
-    if (a.parts > 0 || clocks < best.clocks) best = {full * teams, 0, full > 0 ? teams : divided * parts, parts, divided, clocks};
+    const float clocks = full * (steps * step + e.tile_clocks) + ceil_div(steps, parts) * step +
+                         e.tile_clocks + meeting;
+    if (a.parts > 0 || clocks < best.clocks)
+      best = {full * teams, 0, full > 0 ? teams : divided * parts, parts, divided, clocks};
   }
   return best;
 }
 
-// The best way for the tiles of a configuration to fall on `clusters` teams. want: HopperArgs::split.
-Split split_tiles(const Entry& e, const HopperArgs& a, int multiprocessors, int clusters, int want) {
+// The best way for the tiles of a configuration to fall on `clusters` teams. want:
+// HopperArgs::split.
+Split split_tiles(const Entry& e, const HopperArgs& a, int multiprocessors, int clusters,
+                  int want) {
   const bool can = e.tile.cluster == 2 && clusters > 1 && a.parts <= 1;
   const int cut = a.parts > 0 ? 0 : want;
   Split best{};
@@ -196,8 +229,10 @@ Plan make_plan(const HopperArgs& a, int multiprocessors) {
     const Entry& e = kEntries[c];
     if (e.sparse != is_sparse(a) || (a.config >= 0 && a.config != c)) continue;
     if (a.config < 0 && a.M <= kFewTokens && e.tile.tokens > kFewTokens) continue;
-    const Split split = split_tiles(e, a, multiprocessors, planned_teams(e, multiprocessors, 1), a.split);
-    // Weights once for every token tile that does not fit beside the others; at 1.4 GHz a clock moves about 2.9 KB.
+    const Split split =
+        split_tiles(e, a, multiprocessors, planned_teams(e, multiprocessors, 1), a.split);
+    // Weights once for every token tile that does not fit beside the others; at 1.4 GHz a clock
+    // moves about 2.9 KB.
     const float time = std::max(split.clocks, weight_bytes(a) / 2900.0f) + 0.1f * split.clocks;
     if (best.config < 0 || time < best_time) {
       best = {c, 0, split};
@@ -205,21 +240,25 @@ Plan make_plan(const HopperArgs& a, int multiprocessors) {
     }
   }
   const Entry& e = kEntries[best.config];
-  const int fit = static_cast<int>((16 << 20) / (static_cast<int64_t>(e.tile.tokens) * columns_of(a)));
-  best.token_group = a.token_group > 0 ? a.token_group : std::max(1, std::min(fit, token_tiles(e, a, 1)));
+  const int fit =
+      static_cast<int>((16 << 20) / (static_cast<int64_t>(e.tile.tokens) * columns_of(a)));
+  best.token_group =
+      a.token_group > 0 ? a.token_group : std::max(1, std::min(fit, token_tiles(e, a, 1)));
   return best;
 }
 
 size_t partial_bytes(const Plan& plan) {
   if (plan.split.shared == 0) return 0;
-  return kCounterBytes + static_cast<size_t>(plan.split.shared + plan.split.clusters) * plan.split.teams_of_cluster() * kEntries[plan.config].partial;
+  return kCounterBytes + static_cast<size_t>(plan.split.shared + plan.split.clusters) *
+                             plan.split.teams_of_cluster() * kEntries[plan.config].partial;
 }
 
 // What the driver and the device say once.
 struct Device {
   std::once_flag once;
   cudaError_t status = cudaErrorInitializationError;
-  int clusters[kEntryCount][9] = {};  // of so many teams, that run side by side; of numbers that can divide K, and of two that can share W
+  int clusters[kEntryCount][9] = {};  // of so many teams, that run side by side; of numbers that
+                                      // can divide K, and of two that can share W
   int multiprocessors = 0;
 
   int teams(int config, int parts) const { return clusters[config][parts] * parts; }
@@ -230,7 +269,8 @@ EncodeTiled encode_tiled = nullptr;
 Device devices[kMaxDevices];
 
 // A launch of so many blocks in clusters of `size`, which is written into `attribute`.
-cudaLaunchConfig_t in_clusters(const Entry& e, unsigned blocks, unsigned size, cudaLaunchAttribute& attribute) {
+cudaLaunchConfig_t in_clusters(const Entry& e, unsigned blocks, unsigned size,
+                               cudaLaunchAttribute& attribute) {
   attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = size;
@@ -248,22 +288,29 @@ cudaError_t ready_device(int id, Device& device) {
   int major = 0;
   if (auto s = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id)) return s;
   if (major != 9) return cudaErrorNoKernelImageForDevice;
-  if (auto s = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, id)) return s;
+  if (auto s = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, id))
+    return s;
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult found;
-  if (auto s = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found)) return s;
+  if (auto s = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
+                                                cudaEnableDefault, &found))
+    return s;
   if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
   encode_tiled = reinterpret_cast<EncodeTiled>(entry);
   for (int c = 0; c < kEntryCount; ++c) {
     const Entry& e = kEntries[c];
     for (const void* kernel : e.kernel)
-      if (auto s = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, e.shared)) return s;
+      if (auto s =
+              cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, e.shared))
+        return s;
     for (int parts = 1; parts <= 8; ++parts) {
       if (parts > 1 && !(e.divides >> parts & 1) && !(parts == 2 && e.tile.cluster == 2)) continue;
       const unsigned size = e.tile.cluster * parts;
       cudaLaunchAttribute attribute;
-      const cudaLaunchConfig_t config = in_clusters(e, std::max(1u, device.multiprocessors / size) * size, size, attribute);
-      if (auto s = cudaOccupancyMaxActiveClusters(&device.clusters[c][parts], e.kernel[0], &config)) return s;
+      const cudaLaunchConfig_t config =
+          in_clusters(e, std::max(1u, device.multiprocessors / size) * size, size, attribute);
+      if (auto s = cudaOccupancyMaxActiveClusters(&device.clusters[c][parts], e.kernel[0], &config))
+        return s;
     }
     if (device.clusters[c][1] < 1) return cudaErrorNotSupported;
   }
@@ -279,58 +326,78 @@ cudaError_t get_device(Device** device) {
   return devices[id].status;
 }
 
-bool make_map(CUtensorMap* map, CUtensorMapDataType type, int rank, const void* base, const cuuint64_t* size,
-              const cuuint64_t* stride, const cuuint32_t* box, CUtensorMapSwizzle swizzle) {
+bool make_map(CUtensorMap* map, CUtensorMapDataType type, int rank, const void* base,
+              const cuuint64_t* size, const cuuint64_t* stride, const cuuint32_t* box,
+              CUtensorMapSwizzle swizzle) {
   const cuuint32_t ones[3] = {1, 1, 1};
-  return encode_tiled(map, type, rank, const_cast<void*>(base), size, stride, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode_tiled(map, type, rank, const_cast<void*>(base), size, stride, box, ones,
+                      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 bool aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
 
 // W and its metadata, which so many blocks copy together.
-bool make_weight_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta, int sharers) {
-  const cuuint64_t columns = e.sparse ? columns_of(a) / 2 : columns_of(a), stages = metadata_stages(a.groups, a.group);
+bool make_weight_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta,
+                      int sharers) {
+  const cuuint64_t columns = e.sparse ? columns_of(a) / 2 : columns_of(a),
+                   stages = metadata_stages(a.groups, a.group);
   const cuuint32_t rows = e.tile.rows / sharers;
   const cuuint64_t w_size[] = {columns, static_cast<cuuint64_t>(a.out)}, w_stride[] = {columns};
-  const cuuint64_t e_size[] = {256, stages, static_cast<cuuint64_t>(ceil_div(a.out, 64))}, e_stride[] = {1024, 1024 * stages};
-  const cuuint32_t w_box[] = {128, rows}, e_box[] = {256, static_cast<cuuint32_t>(e.width), rows / 64};
-  return make_map(&p.map_w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.values, w_size, w_stride, w_box, CU_TENSOR_MAP_SWIZZLE_128B) &&
-         (!e.sparse || make_map(&p.map_e, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, meta, e_size, e_stride, e_box, CU_TENSOR_MAP_SWIZZLE_NONE));
+  const cuuint64_t e_size[] = {256, stages, static_cast<cuuint64_t>(ceil_div(a.out, 64))},
+                   e_stride[] = {1024, 1024 * stages};
+  const cuuint32_t w_box[] = {128, rows},
+                   e_box[] = {256, static_cast<cuuint32_t>(e.width), rows / 64};
+  return make_map(&p.map_w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.values, w_size, w_stride, w_box,
+                  CU_TENSOR_MAP_SWIZZLE_128B) &&
+         (!e.sparse || make_map(&p.map_e, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, meta, e_size, e_stride,
+                                e_box, CU_TENSOR_MAP_SWIZZLE_NONE));
 }
 
 bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta) {
   const cuuint64_t columns = columns_of(a);
   const cuuint64_t x_size[] = {columns, static_cast<cuuint64_t>(a.M)}, x_stride[] = {columns};
-  const cuuint32_t x_box[] = {128, static_cast<cuuint32_t>(e.tile.tokens / e.tile.cluster)}, x_end[] = {128, a.M % x_box[1]};
-  // bfloat16 by bulk copies where a tensor map can describe y: 64 outputs, a line, of up to 32 tokens at a time.
+  const cuuint32_t x_box[] = {128, static_cast<cuuint32_t>(e.tile.tokens / e.tile.cluster)},
+                   x_end[] = {128, a.M % x_box[1]};
+  // bfloat16 by bulk copies where a tensor map can describe y: 64 outputs, a line, of up to 32
+  // tokens at a time.
   p.vector_stores = aligned(a.y, 16) && a.out % 8 == 0;
   p.bulk_stores = p.vector_stores && a.output == HopperOutput::kBF16;
   if (p.bulk_stores) {
-    const cuuint64_t y_size[] = {static_cast<cuuint64_t>(a.out), static_cast<cuuint64_t>(a.M)}, y_stride[] = {2ull * a.out};
+    const cuuint64_t y_size[] = {static_cast<cuuint64_t>(a.out), static_cast<cuuint64_t>(a.M)},
+                     y_stride[] = {2ull * a.out};
     const cuuint32_t y_box[] = {64, static_cast<cuuint32_t>(e.slab_tokens)};
-    if (!make_map(&p.map_y, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, y_size, y_stride, y_box, CU_TENSOR_MAP_SWIZZLE_128B)) return false;
+    if (!make_map(&p.map_y, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, y_size, y_stride, y_box,
+                  CU_TENSOR_MAP_SWIZZLE_128B))
+      return false;
   }
-  return make_map(&p.map_x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted, x_size, x_stride, x_box, CU_TENSOR_MAP_SWIZZLE_128B) &&
-         (x_end[1] == 0 || make_map(&p.map_x_end, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted, x_size, x_stride, x_end, CU_TENSOR_MAP_SWIZZLE_128B)) &&
+  return make_map(&p.map_x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted, x_size, x_stride, x_box,
+                  CU_TENSOR_MAP_SWIZZLE_128B) &&
+         (x_end[1] == 0 || make_map(&p.map_x_end, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted,
+                                    x_size, x_stride, x_end, CU_TENSOR_MAP_SWIZZLE_128B)) &&
          make_weight_maps(p, a, e, meta, 1);
 }
 
 // A call's plan on the current device, and what is where in its workspace.
 struct Ready {
   Plan plan;
-  int teams;            // of all launches
-  int fours;            // clusters of two teams that share W, beside which the other teams run in pairs of blocks
+  int teams;  // of all launches
+  int fours;  // clusters of two teams that share W, beside which the other teams run in pairs of
+              // blocks
   const uint32_t* meta;
-  uint32_t* own_meta;   // where it is to be expanded, or null
-  uint8_t* workspace;   // behind it
+  uint32_t* own_meta;  // where it is to be expanded, or null
+  uint8_t* workspace;  // behind it
 
   HopperCounters counters() const {
     const HopperTile& tile = kEntries[plan.config].tile;
-    return {reinterpret_cast<unsigned long long*>(workspace), plan.split.shared * plan.split.teams_of_cluster() * tile.cluster * tile.warp_groups * 4};
+    return {
+        reinterpret_cast<unsigned long long*>(workspace),
+        plan.split.shared * plan.split.teams_of_cluster() * tile.cluster * tile.warp_groups * 4};
   }
   cudaError_t expand_metadata(const HopperArgs& a, cudaStream_t stream) const {
-    return own_meta ? slidejax_hopper_expand_metadata(a.zeros, own_meta, a.out, a.groups, a.group, stream) : cudaSuccess;
+    return own_meta ? slidejax_hopper_expand_metadata(a.zeros, own_meta, a.out, a.groups, a.group,
+                                                      stream)
+                    : cudaSuccess;
   }
 };
 
@@ -339,7 +406,9 @@ cudaError_t make_ready(const HopperArgs& args, Ready* ready) {
   Device* device;
   if (auto s = get_device(&device)) return s;
   HopperArgs a = args;
-  const size_t meta_bytes = a.meta ? 0 : slidejax_hopper_metadata_bytes(a.out, a.groups, a.group);  // 0 for a dense weight
+  const size_t meta_bytes =
+      a.meta ? 0
+             : slidejax_hopper_metadata_bytes(a.out, a.groups, a.group);  // 0 for a dense weight
   if (a.workspace_bytes < meta_bytes) return cudaErrorInvalidValue;
   ready->own_meta = meta_bytes > 0 ? static_cast<uint32_t*>(a.workspace) : nullptr;
   ready->meta = a.meta ? a.meta : ready->own_meta;
@@ -348,20 +417,26 @@ cudaError_t make_ready(const HopperArgs& args, Ready* ready) {
   Plan& plan = ready->plan;
   plan = make_plan(a, device->multiprocessors);
   const Entry& e = kEntries[plan.config];
-  const int planned = planned_teams(e, device->multiprocessors, 1), clusters = std::min(planned, device->teams(plan.config, 1));
+  const int planned = planned_teams(e, device->multiprocessors, 1),
+            clusters = std::min(planned, device->teams(plan.config, 1));
   bool fits = clusters == planned;
   if (plan.split.abreast) fits = fits && device->clusters[plan.config][2] > 0;
-  if (plan.split.parts > 1) fits = plan.split.clusters <= device->teams(plan.config, plan.split.parts);
-  if (!fits || a.workspace_bytes - meta_bytes < partial_bytes(plan)) {  // fewer fit than planned for, or no room
+  if (plan.split.parts > 1)
+    fits = plan.split.clusters <= device->teams(plan.config, plan.split.parts);
+  if (!fits || a.workspace_bytes - meta_bytes <
+                   partial_bytes(plan)) {  // fewer fit than planned for, or no room
     a.config = plan.config, a.parts = 1, a.abreast = fits && plan.split.abreast ? 2 : 1;
     plan.split = split_tiles(e, a, device->multiprocessors, clusters, 0);
   }
   const Split& s = plan.split;
   // In whole clusters, as many teams as there is work for.
-  ready->teams = s.parts > 1 ? s.clusters : std::min(s.abreast ? clusters & ~1 : clusters, std::max(s.whole, s.clusters * s.teams_of_cluster()));
+  ready->teams = s.parts > 1 ? s.clusters
+                             : std::min(s.abreast ? clusters & ~1 : clusters,
+                                        std::max(s.whole, s.clusters * s.teams_of_cluster()));
   ready->fours = s.abreast ? std::min(ready->teams / 2, device->clusters[plan.config][2]) : 0;
   static_assert(132 * 2 * 4 * sizeof(*HopperCounters::first) <= kCounterBytes);
-  if (ready->counters().count * sizeof(*HopperCounters::first) > kCounterBytes) return cudaErrorInvalidValue;
+  if (ready->counters().count * sizeof(*HopperCounters::first) > kCounterBytes)
+    return cudaErrorInvalidValue;
   return cudaSuccess;
 }
 
@@ -378,14 +453,19 @@ cudaError_t slidejax_hopper_init() {
 
 const char* slidejax_hopper_check(const HopperArgs& a) {
   if (a.M < 1 || a.out < 1) return "M and out must be at least 1";
-  if (a.group != 0 && (a.group < 4 || a.group > 16 || a.group % 2)) return "group must be 4, 6, ... 16, or 0 for a dense weight";
+  if (a.group != 0 && (a.group < 4 || a.group > 16 || a.group % 2))
+    return "group must be 4, 6, ... 16, or 0 for a dense weight";
   if (is_sparse(a) && (a.groups < 8 || a.groups % 8)) return "groups must be a multiple of 8";
-  if (!is_sparse(a) && (a.groups < 16 || a.groups % 16)) return "columns of a dense weight must be a multiple of 16";
+  if (!is_sparse(a) && (a.groups < 16 || a.groups % 16))
+    return "columns of a dense weight must be a multiple of 16";
   if (a.groups > (1 << (is_sparse(a) ? 20 : 24))) return "too many groups";
-  if (a.config >= kEntryCount || (a.config >= 0 && kEntries[a.config].sparse != is_sparse(a))) return "no such config";
-  if (a.output == HopperOutput::kS32 && a.input != HopperInput::kS8) return "int32 results need int8 operands";
+  if (a.config >= kEntryCount || (a.config >= 0 && kEntries[a.config].sparse != is_sparse(a)))
+    return "no such config";
+  if (a.output == HopperOutput::kS32 && a.input != HopperInput::kS8)
+    return "int32 results need int8 operands";
   if (is_sparse(a) && a.zeros == nullptr && a.meta == nullptr) return "zeros or meta must be given";
-  if (!aligned(a.lifted, 16) || !aligned(a.values, 16) || !aligned(a.meta, 16)) return "lifted, values and meta must be 16-byte aligned";
+  if (!aligned(a.lifted, 16) || !aligned(a.values, 16) || !aligned(a.meta, 16))
+    return "lifted, values and meta must be 16-byte aligned";
   if (!aligned(a.workspace, 128)) return "workspace must be 128-byte aligned";
   return nullptr;
 }
@@ -394,16 +474,18 @@ size_t slidejax_hopper_metadata_bytes(int out, int groups, int group) {
   return static_cast<size_t>(ceil_div(out, 64)) * metadata_stages(groups, group) * 1024;
 }
 
-cudaError_t slidejax_hopper_expand_metadata(const uint8_t* zeros, uint32_t* meta, int out, int groups, int group,
-                                            cudaStream_t stream) {
+cudaError_t slidejax_hopper_expand_metadata(const uint8_t* zeros, uint32_t* meta, int out,
+                                            int groups, int group, cudaStream_t stream) {
   const int stages = metadata_stages(groups, group), windows = group / 2 - 1;
   using Kernel = void (*)(const uint8_t*, uint2*, int, int, int);
-  static constexpr Kernel kKernels[] = {expand_metadata_kernel<1>, expand_metadata_kernel<2>, expand_metadata_kernel<3>,
-                                        expand_metadata_kernel<4>, expand_metadata_kernel<5>, expand_metadata_kernel<6>,
+  static constexpr Kernel kKernels[] = {expand_metadata_kernel<1>, expand_metadata_kernel<2>,
+                                        expand_metadata_kernel<3>, expand_metadata_kernel<4>,
+                                        expand_metadata_kernel<5>, expand_metadata_kernel<6>,
                                         expand_metadata_kernel<7>};
   const dim3 grid(ceil_div(stages, kMetadataGroups / 32 * windows), ceil_div(out, 64));
   void* parameters[] = {&zeros, &meta, &out, &groups, const_cast<int*>(&stages)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kKernels[windows - 1]), grid, kMetadataThreads, parameters, 0, stream);
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kKernels[windows - 1]), grid,
+                          kMetadataThreads, parameters, 0, stream);
 }
 
 int slidejax_hopper_tile_count() { return kEntryCount; }
@@ -419,11 +501,14 @@ void slidejax_hopper_plan(HopperArgs& a, int multiprocessors) {
 }
 
 size_t slidejax_hopper_workspace(const HopperArgs& a, int multiprocessors) {
-  const size_t meta = a.meta ? 0 : slidejax_hopper_metadata_bytes(a.out, a.groups, a.group);  // 0 for a dense weight
+  const size_t meta =
+      a.meta ? 0
+             : slidejax_hopper_metadata_bytes(a.out, a.groups, a.group);  // 0 for a dense weight
   return meta + partial_bytes(make_plan(a, multiprocessors));
 }
 
-cudaError_t slidejax_hopper_before_lift(const HopperArgs& args, cudaStream_t stream, HopperCounters* counters) {
+cudaError_t slidejax_hopper_before_lift(const HopperArgs& args, cudaStream_t stream,
+                                        HopperCounters* counters) {
   Ready ready;
   if (auto s = make_ready(args, &ready)) return s;
   *counters = ready.counters();
@@ -439,7 +524,9 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
   if (!a.after_lift) {
     if (auto s = ready.expand_metadata(a, stream)) return s;
     if (counters.count > 0)
-      if (auto s = cudaMemsetAsync(counters.first, 0, counters.count * sizeof(*counters.first), stream)) return s;
+      if (auto s =
+              cudaMemsetAsync(counters.first, 0, counters.count * sizeof(*counters.first), stream))
+        return s;
   }
 
   Params p = {};
@@ -480,7 +567,8 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
     void* arguments[] = {&params};
     return cudaLaunchKernelExC(&config, e.kernel[static_cast<int>(a.input)], arguments);
   };
-  if (!split.abreast) return launch(p, ready.teams, e.tile.cluster * p.parts, a.after_lift && a.M <= kEarlyTokens);
+  if (!split.abreast)
+    return launch(p, ready.teams, e.tile.cluster * p.parts, a.after_lift && a.M <= kEarlyTokens);
 
   Params four = p;
   if (!make_weight_maps(four, a, e, ready.meta, 2)) return cudaErrorInvalidValue;

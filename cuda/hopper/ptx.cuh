@@ -1,4 +1,5 @@
-// Thin names for the Hopper instructions that CUDA C++ does not spell: barriers, bulk tensor copies, warp-group fences.
+// Thin names for the Hopper instructions that CUDA C++ does not spell: barriers, bulk tensor
+// copies, warp-group fences.
 #pragma once
 
 #include <cuda.h>
@@ -11,7 +12,9 @@ namespace slidejax::hopper {
 #define SJ_DEVICE __device__ __forceinline__
 #define SJ_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
 
-SJ_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+SJ_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
 SJ_DEVICE uint32_t cluster_rank() {
   uint32_t r;
@@ -19,15 +22,16 @@ SJ_DEVICE uint32_t cluster_rank() {
   return r;
 }
 
-// The thread, in a form that the compiler reads again each time instead of keeping what follows from it in registers.
+// The thread, in a form that the compiler reads again each time instead of keeping what follows
+// from it in registers.
 SJ_DEVICE int fresh_thread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
 
-// Whether others have counted up to n, after looking `patience` times at most; what they wrote before a fence and their count can
-// then be read.
+// Whether others have counted up to n, after looking `patience` times at most; what they wrote
+// before a fence and their count can then be read.
 SJ_DEVICE bool wait_count(const int* counter, int n, int patience) {
   int v;
   do {
@@ -35,24 +39,27 @@ SJ_DEVICE bool wait_count(const int* counter, int n, int patience) {
   } while (v < n && --patience > 0);
   return v >= n;
 }
-inline constexpr int kPatience = 4096;  // some milliseconds: far more than clusters that run side by side need
+inline constexpr int kPatience =
+    4096;  // some milliseconds: far more than clusters that run side by side need
 
-// ---- mbarrier. Arrive and wait carry no .release.cluster / .acquire.cluster: those forms compile to MEMBAR.ALL.GPU and
-// CCTL.IVALL, once a stage. What is handed over is read and written by the asynchronous proxy alone (TMA, wgmma) or by
-// LDS of data that TMA wrote, which the barrier's completion itself orders.
+// ---- mbarrier. Arrive and wait carry no .release.cluster / .acquire.cluster: those forms compile
+// to MEMBAR.ALL.GPU and CCTL.IVALL, once a stage. What is handed over is read and written by the
+// asynchronous proxy alone (TMA, wgmma) or by LDS of data that TMA wrote, which the barrier's
+// completion itself orders.
 SJ_DEVICE void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 SJ_DEVICE void barrier_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
 }
 SJ_DEVICE void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 SJ_DEVICE void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
   asm volatile(
-      "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(
-          barrier),
+      "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
@@ -75,59 +82,70 @@ SJ_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
 #endif
 }
 
-SJ_DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+SJ_DEVICE void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 SJ_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-// Waits until the kernel that this one was launched to follow has ended and what it wrote can be read; returns at once where it
-// was launched to begin after that.
+// Waits until the kernel that this one was launched to follow has ended and what it wrote can be
+// read; returns at once where it was launched to begin after that.
 SJ_DEVICE void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // Lets the kernel that was launched to follow this one begin, once all blocks have said so.
 SJ_DEVICE void grid_release() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-SJ_DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+SJ_DEVICE void named_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
-SJ_DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+SJ_DEVICE void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // ---- bulk tensor copies. `policy` is an L2 eviction policy in the encoding of createpolicy.
 inline constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
 inline constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
 
-SJ_DEVICE void tma_load_2d(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t barrier, uint64_t policy) {
+SJ_DEVICE void tma_load_2d(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t barrier,
+                           uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], "
-      "%5;" ::"r"(dst),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst),
       "l"(map), "r"(x), "r"(y), "r"(barrier), "l"(policy)
       : "memory");
 }
-SJ_DEVICE void tma_load_2d_multicast(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t barrier, uint16_t ctas,
-                                     uint64_t policy) {
+SJ_DEVICE void tma_load_2d_multicast(uint32_t dst, const CUtensorMap* map, int x, int y,
+                                     uint32_t barrier, uint16_t ctas, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], "
-      "[%1, {%2, %3}], [%4], %5, %6;" ::"r"(dst),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(dst),
       "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(ctas), "l"(policy)
       : "memory");
 }
-SJ_DEVICE void tma_load_3d(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint64_t policy) {
+SJ_DEVICE void tma_load_3d(uint32_t dst, const CUtensorMap* map, int x, int y, int z,
+                           uint32_t barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], "
-      "[%5], %6;" ::"r"(dst),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(dst),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(policy)
       : "memory");
 }
-SJ_DEVICE void tma_load_3d_multicast(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint16_t ctas,
-                                     uint64_t policy) {
+SJ_DEVICE void tma_load_3d_multicast(uint32_t dst, const CUtensorMap* map, int x, int y, int z,
+                                     uint32_t barrier, uint16_t ctas, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], "
-      "[%1, {%2, %3, %4}], [%5], %6, %7;" ::"r"(dst),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;" ::"r"(dst),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(ctas), "l"(policy)
       : "memory");
 }
-// From shared memory to a tensor, behind the thread's back; groups of stores are waited for by the thread that issued them.
+// From shared memory to a tensor, behind the thread's back; groups of stores are waited for by the
+// thread that issued them.
 SJ_DEVICE void tma_store_2d(const CUtensorMap* map, uint32_t src, int x, int y, uint64_t policy) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], %4;" ::"l"(map), "r"(x),
-               "r"(y), "r"(src), "l"(policy)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint "
+      "[%0, {%1, %2}], [%3], %4;" ::"l"(map),
+      "r"(x), "r"(y), "r"(src), "l"(policy)
+      : "memory");
 }
 SJ_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -135,7 +153,9 @@ SJ_DEVICE void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 SJ_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-SJ_DEVICE void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+SJ_DEVICE void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 
 // ---- warp groups
 template <int kRegisters>
@@ -153,12 +173,14 @@ SJ_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Shared-memory matrix descriptor of a K-major operand whose rows are exactly one swizzle span (64 or 128 bytes) wide.
-// Eight rows are 8 spans apart; the leading offset is unused. A step along K inside the span adds bytes / 16 to it.
+// Shared-memory matrix descriptor of a K-major operand whose rows are exactly one swizzle span (64
+// or 128 bytes) wide. Eight rows are 8 spans apart; the leading offset is unused. A step along K
+// inside the span adds bytes / 16 to it.
 template <int kSpan>
 SJ_DEVICE uint64_t descriptor(uint32_t address) {
   static_assert(kSpan == 64 || kSpan == 128);
-  constexpr uint64_t kFixed = (1ull << 16) | (uint64_t{kSpan * 8 / 16} << 32) | (uint64_t{kSpan == 128 ? 1 : 2} << 62);
+  constexpr uint64_t kFixed =
+      (1ull << 16) | (uint64_t{kSpan * 8 / 16} << 32) | (uint64_t{kSpan == 128 ? 1 : 2} << 62);
   return kFixed | (address >> 4);
 }
 
@@ -195,30 +217,40 @@ SJ_DEVICE int4 load_shared_4i(uint32_t address) {
   return v;
 }
 SJ_DEVICE void store_shared_4(uint32_t address, int a, int b, int c, int d) {
-  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
 }
 // The same into the shared memory of another block of the cluster.
 SJ_DEVICE void store_remote_4(uint32_t address, uint32_t rank, uint4 v) {
-  asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; st.shared::cluster.v4.u32 [remote], {%2, %3, %4, %5};}" ::"r"(
-                   address),
-               "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
+  asm volatile(
+      "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
+      "st.shared::cluster.v4.u32 [remote], {%2, %3, %4, %5};}" ::"r"(address),
+      "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
 }
 SJ_DEVICE void store_shared_4(uint32_t address, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
 }
 SJ_DEVICE void store_shared_f32(uint32_t address, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
-// Four 8x8 matrices of 16-bit elements, transposed on the way: lane i gives the address of row i%8 of matrix i/8.
-SJ_DEVICE void store_matrices_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
-               "r"(d)
-               : "memory");
+// Four 8x8 matrices of 16-bit elements, transposed on the way: lane i gives the address of row i%8
+// of matrix i/8.
+SJ_DEVICE void store_matrices_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                         uint32_t d) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
 }
 // Four bytes, asynchronously; zero where `inside` is false (then nothing is read).
 SJ_DEVICE void copy_async_4(uint32_t dst, const void* src, bool inside) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(inside ? 4 : 0) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src),
+               "r"(inside ? 4 : 0)
+               : "memory");
 }
 SJ_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

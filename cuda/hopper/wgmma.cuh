@@ -1,8 +1,9 @@
-// wgmma.sp, and wgmma, for 8-bit operands, both from shared memory: one specialisation per accumulator width.
+// wgmma.sp, and wgmma, for 8-bit operands, both from shared memory: one specialisation per
+// accumulator width.
 //
-// D[64, n] (+)= A[64, 64] (2:4 sparse, 32 bytes a row) * B[n, 64]^T, or A[64, 32] * B[n, 32]^T dense; e4m3 with float32 accumulators
-// or s8 with int32 ones.
-// PTX has no way to pass an array, so the operand lists are pasted together from groups of eight registers.
+// D[64, n] (+)= A[64, 64] (2:4 sparse, 32 bytes a row) * B[n, 64]^T, or A[64, 32] * B[n, 32]^T
+// dense; e4m3 with float32 accumulators or s8 with int32 ones. PTX has no way to pass an array, so
+// the operand lists are pasted together from groups of eight registers.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +39,8 @@ namespace slidejax::hopper {
 #define SJ_R_128 SJ_R_96 "," SJ_R12 "," SJ_R13 "," SJ_R14 "," SJ_R15
 
 // The accumulators as read-write operands; c is the constraint.
-#define SJ_O8(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
+#define SJ_O8(c, i) \
+  c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
 #define SJ_O_8(c) SJ_O8(c, 0)
 #define SJ_O_16(c) SJ_O_8(c), SJ_O8(c, 8)
 #define SJ_O_32(c) SJ_O_16(c), SJ_O8(c, 16), SJ_O8(c, 24)
@@ -51,27 +53,31 @@ namespace slidejax::hopper {
 template <bool kFp8, int kN>
 struct Wgmma;
 
-// n, its number of accumulators, and the numbers of the operands that follow them: A and B descriptors, metadata, and
-// whether to add to D (0 on the first step of a tile: the accumulators need no clearing).
-#define SJ_WGMMA_TYPE(FP8, C, CONSTRAINT, NAME, TAIL, n, acc, a, b, e, p)                                                    \
-  template <>                                                                                                                \
-  struct Wgmma<FP8, n> {                                                                                                     \
-    using Accumulator = C;                                                                                                   \
-    static __device__ __forceinline__ void mma(C (&d)[acc], uint64_t da, uint64_t db, uint32_t meta, int add) {              \
-      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #p ", 0; wgmma.mma_async.sp.sync.aligned.m64n" #n "k64." NAME " {"      \
-                   SJ_R_##acc "}, %" #a ", %" #b ", %" #e ", 0, p" TAIL ";}"                                                 \
-                   : SJ_O_##acc(CONSTRAINT)                                                                                  \
-                   : "l"(da), "l"(db), "r"(meta), "r"(add));                                                                 \
-    }                                                                                                                        \
-    static __device__ __forceinline__ void dense(C (&d)[acc], uint64_t da, uint64_t db, int add) {                           \
-      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #e ", 0; wgmma.mma_async.sync.aligned.m64n" #n "k32." NAME " {"         \
-                   SJ_R_##acc "}, %" #a ", %" #b ", p" TAIL ";}"                                                             \
-                   : SJ_O_##acc(CONSTRAINT)                                                                                  \
-                   : "l"(da), "l"(db), "r"(add));                                                                            \
-    }                                                                                                                        \
+// n, its number of accumulators, and the numbers of the operands that follow them: A and B
+// descriptors, metadata, and whether to add to D (0 on the first step of a tile: the accumulators
+// need no clearing).
+#define SJ_WGMMA_TYPE(FP8, C, CONSTRAINT, NAME, TAIL, n, acc, a, b, e, p)                          \
+  template <>                                                                                      \
+  struct Wgmma<FP8, n> {                                                                           \
+    using Accumulator = C;                                                                         \
+    static __device__ __forceinline__ void mma(C (&d)[acc], uint64_t da, uint64_t db,              \
+                                               uint32_t meta, int add) {                           \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #p                                            \
+                   ", 0; wgmma.mma_async.sp.sync.aligned.m64n" #n "k64." NAME " {" SJ_R_##acc      \
+                   "}, %" #a ", %" #b ", %" #e ", 0, p" TAIL ";}"                                  \
+                   : SJ_O_##acc(CONSTRAINT)                                                        \
+                   : "l"(da), "l"(db), "r"(meta), "r"(add));                                       \
+    }                                                                                              \
+    static __device__ __forceinline__ void dense(C (&d)[acc], uint64_t da, uint64_t db, int add) { \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #e                                            \
+                   ", 0; wgmma.mma_async.sync.aligned.m64n" #n "k32." NAME " {" SJ_R_##acc         \
+                   "}, %" #a ", %" #b ", p" TAIL ";}"                                              \
+                   : SJ_O_##acc(CONSTRAINT)                                                        \
+                   : "l"(da), "l"(db), "r"(add));                                                  \
+    }                                                                                              \
   };
-#define SJ_WGMMA(n, acc, a, b, e, p)                                                          \
-  SJ_WGMMA_TYPE(true, float, "+f", "f32.e4m3.e4m3", ", 1, 1", n, acc, a, b, e, p)             \
+#define SJ_WGMMA(n, acc, a, b, e, p)                                              \
+  SJ_WGMMA_TYPE(true, float, "+f", "f32.e4m3.e4m3", ", 1, 1", n, acc, a, b, e, p) \
   SJ_WGMMA_TYPE(false, int, "+r", "s32.s8.s8", "", n, acc, a, b, e, p)
 
 SJ_WGMMA(16, 8, 8, 9, 10, 11)
@@ -85,7 +91,8 @@ SJ_WGMMA(256, 128, 128, 129, 130, 131)
 #undef SJ_WGMMA
 #undef SJ_WGMMA_TYPE
 
-// The compiler does not know that wgmma still writes d after its asm statement: no read of d may move above this.
+// The compiler does not know that wgmma still writes d after its asm statement: no read of d may
+// move above this.
 template <int kSize>
 SJ_DEVICE void pin(float (&d)[kSize]) {
 #pragma unroll

@@ -1,6 +1,6 @@
-// Arithmetic of the lift and quantise kernels on a *chunk*, eight neighbouring columns of a row: what a lane handles at once.
-#ifndef SLIDEJAX_LIFT_CHUNK_CUH_
-#define SLIDEJAX_LIFT_CHUNK_CUH_
+// Arithmetic of the lift and quantise kernels on a *chunk*, eight neighbouring columns of a row:
+// what a lane handles at once.
+#pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -26,9 +26,10 @@ struct Chunk {
 template <typename T>
 constexpr bool kQuantised = sizeof(T) == 1;
 
-// ---- Rows that start anywhere -------------------------------------------------------------------------------------------------
+// ---- Rows that start anywhere -------------------------------------------------------------------
 
-// A chunk out of the 16-byte granules that hold it: it begins `shift` bytes into the first. Granules come from `granule(i)`.
+// A chunk out of the 16-byte granules that hold it: it begins `shift` bytes into the first.
+// Granules come from `granule(i)`.
 template <typename T, typename Granule>
 __device__ inline Chunk<T> Shifted(int shift, const Granule& granule) {
   constexpr int kWords = Chunk<T>::kWords;
@@ -48,7 +49,9 @@ __device__ inline Chunk<T> Shifted(int shift, const Granule& granule) {
   }
   Chunk<T> chunk;
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) chunk.word[i] = sizeof(T) == 2 && (shift & 2) ? __funnelshift_r(word[i], word[i + 1], 16) : word[i];
+  for (int i = 0; i < kWords; ++i)
+    chunk.word[i] =
+        sizeof(T) == 2 && (shift & 2) ? __funnelshift_r(word[i], word[i + 1], 16) : word[i];
   return chunk;
 }
 
@@ -63,7 +66,7 @@ __device__ inline Chunk<T> Masked(Chunk<T> chunk, int valid) {
   return chunk;
 }
 
-// ---- Values -------------------------------------------------------------------------------------------------------------------
+// ---- Values -------------------------------------------------------------------------------------
 
 template <typename T>
 __device__ inline float2 PairOf(const Chunk<T>& chunk, int pair) {
@@ -72,7 +75,8 @@ __device__ inline float2 PairOf(const Chunk<T>& chunk, int pair) {
   } else if constexpr (std::is_same_v<T, __half>) {
     return __half22float2(reinterpret_cast<const __half2&>(chunk.word[pair]));
   } else {
-    return {__uint_as_float(chunk.word[pair] << 16), __uint_as_float(chunk.word[pair] & 0xffff0000u)};
+    return {__uint_as_float(chunk.word[pair] << 16),
+            __uint_as_float(chunk.word[pair] & 0xffff0000u)};
   }
 }
 
@@ -89,7 +93,8 @@ __device__ inline void SetPair(Chunk<T>& chunk, int pair, float2 v) {
   }
 }
 
-// Running maximum of |x|; inf and nan win over every number, so that one comparison finds them at the end.
+// Running maximum of |x|; inf and nan win over every number, so that one comparison finds them at
+// the end.
 template <typename T>
 class AbsMax {
  public:
@@ -102,7 +107,8 @@ class AbsMax {
 #pragma unroll
       for (uint32_t word : chunk.word) {
         word &= 0x7fff7fffu;
-        Pair largest = __hmax2_nan(reinterpret_cast<const Pair&>(bits_), reinterpret_cast<const Pair&>(word));
+        Pair largest =
+            __hmax2_nan(reinterpret_cast<const Pair&>(bits_), reinterpret_cast<const Pair&>(word));
         bits_ = reinterpret_cast<const uint32_t&>(largest);
       }
     }
@@ -124,7 +130,7 @@ class AbsMax {
   uint32_t bits_ = 0;
 };
 
-// ---- Codes --------------------------------------------------------------------------------------------------------------------
+// ---- Codes --------------------------------------------------------------------------------------
 
 // A row's scale, and the factor that makes codes; factor 0 stands for "every code is 0".
 struct RowScale {
@@ -135,7 +141,8 @@ struct RowScale {
 template <typename Out>
 __device__ RowScale ScaleOf(uint32_t absmax_bits) {
   constexpr uint32_t kInfBits = 0x7f800000u;
-  constexpr float kReciprocalQmax = static_cast<float>(1.0 / (std::is_same_v<Out, int8_t> ? 127.0 : 448.0));
+  constexpr float kReciprocalQmax =
+      static_cast<float>(1.0 / (std::is_same_v<Out, int8_t> ? 127.0 : 448.0));
   if (absmax_bits >= kInfBits) return {__uint_as_float(0x7fc00000u), 0.0f};
   if constexpr (!kQuantised<Out>) return {1.0f, 1.0f};
   const float scale = __fmul_rn(__uint_as_float(absmax_bits), kReciprocalQmax);
@@ -143,8 +150,9 @@ __device__ RowScale ScaleOf(uint32_t absmax_bits) {
   return {scale, __frcp_rn(scale)};
 }
 
-// round_half_even(v) in the low bits: adding 1.5 * 2^23 leaves no fraction bits. A row's own absmax makes |v| < 127.5, so
-// that nothing needs clipping; an absmax that was given (kClip) promises nothing.
+// round_half_even(v) in the low bits: adding 1.5 * 2^23 leaves no fraction bits. A row's own absmax
+// makes |v| < 127.5, so that nothing needs clipping; an absmax that was given (kClip) promises
+// nothing.
 template <bool kClip>
 __device__ inline uint32_t RoundToInt8(float v) {
   if constexpr (kClip) v = fminf(fmaxf(v, -127.0f), 127.0f);
@@ -162,7 +170,8 @@ __device__ inline Chunk<Out> Convert(const Chunk<In>& chunk, float factor) {
     for (int pair = 0; pair < 4; ++pair) {
       const float2 x = PairOf(chunk, pair);
       if constexpr (std::is_same_v<Out, int8_t>) {
-        const uint32_t first = RoundToInt8<kClip>(__fmul_rn(x.x, factor)), second = RoundToInt8<kClip>(__fmul_rn(x.y, factor));
+        const uint32_t first = RoundToInt8<kClip>(__fmul_rn(x.x, factor)),
+                       second = RoundToInt8<kClip>(__fmul_rn(x.y, factor));
         const uint32_t two = __byte_perm(first, second, 0x0040);
         result.word[pair / 2] = pair % 2 ? __byte_perm(result.word[pair / 2], two, 0x5410) : two;
       } else if constexpr (std::is_same_v<Out, __nv_fp8_e4m3>) {
@@ -181,5 +190,3 @@ __device__ inline Chunk<Out> Convert(const Chunk<In>& chunk, float factor) {
 }
 
 }  // namespace slidejax
-
-#endif  // SLIDEJAX_LIFT_CHUNK_CUH_

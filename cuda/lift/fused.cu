@@ -1,4 +1,5 @@
-// The lift with a prologue (lift/prologue.cuh): a norm or an activation, and what it feeds, in one pass over x.
+// The lift with a prologue (lift/prologue.cuh): a norm or an activation, and what it feeds, in one
+// pass over x.
 #include "lift/lift.h"
 #include "lift/ring.cuh"
 
@@ -9,7 +10,8 @@ template <typename In, typename Out, typename Prologue>
 cudaError_t Launch(RingParams p, cudaStream_t stream) {
   RingDevice device;
   if (const cudaError_t status = CurrentDevice(&device); status != cudaSuccess) return status;
-  const RingGeometry geometry = ChooseGeometry(p, Prologue::kSources, sizeof(In), sizeof(Out), device);
+  const RingGeometry geometry =
+      ChooseGeometry(p, Prologue::kSources, sizeof(In), sizeof(Out), device);
   if (geometry.warps == 0) return cudaErrorInvalidConfiguration;
   return LaunchRingForN<In, Out, Prologue>(p, device, geometry, stream);
 }

@@ -1,16 +1,18 @@
 // FFI targets of the lift.
 //
-//   slidejax_lift_quantize: x [M, K], absmax f32 [M] or [0] -> lifted [M, K'], scale f32 [M]; attribute group
-//   slidejax_lift_quantize_fused: x [M, K], up [M, K] or [0], weight f32 [K] or [0], bias f32 [K] or [0]
-//       -> lifted [M, K'] in 8 bits, scale f32 [M]; attributes group, prologue, activation (lift.h's enums), eps
+//   slidejax_lift_quantize: x [M, K], absmax f32 [M] or [0] -> lifted [M, K'], scale f32 [M];
+//   attribute group slidejax_lift_quantize_fused: x [M, K], up [M, K] or [0], weight f32 [K] or
+//   [0], bias f32 [K] or [0]
+//       -> lifted [M, K'] in 8 bits, scale f32 [M]; attributes group, prologue, activation
+//       (lift.h's enums), eps
 //   slidejax_memcpy: x -> a copy, by the driver; what `slidejax bench` holds the lift against
-#include "lift/lift.h"
+#include "handlers.h"
 
 #include <algorithm>
 
 #include "common/ffi_util.h"
-#include "handlers.h"
 #include "lift/arguments.h"
+#include "lift/lift.h"
 
 namespace slidejax {
 namespace {
@@ -21,18 +23,23 @@ int64_t Count(const Buffer& buffer) {
 }
 
 // Fills in what both targets have; returns what is wrong with it, or "".
-std::string CheckShapes(const ffi::AnyBuffer& x, const ffi::AnyBuffer& lifted, const ffi::Buffer<ffi::F32>& scale, int32_t group,
-                        LiftArgs& args) {
+std::string CheckShapes(const ffi::AnyBuffer& x, const ffi::AnyBuffer& lifted,
+                        const ffi::Buffer<ffi::F32>& scale, int32_t group, LiftArgs& args) {
   const auto x_type = DTypeOf(x.element_type()), lifted_type = DTypeOf(lifted.element_type());
   if (!x_type || (*x_type != DType::kBF16 && *x_type != DType::kF16 && *x_type != DType::kF32)) {
     return "x must be bfloat16, float16 or float32";
   }
-  if (!lifted_type || *lifted_type == DType::kS32) return "lifted must be int8, float8_e4m3fn, bfloat16, float16 or float32";
-  if (group != 0 && (group < 4 || group > 16 || group % 2)) return "group must be 0 or even, 4 to 16";
-  if (x.dimensions().size() != 2 || lifted.dimensions().size() != 2) return "x and lifted must be matrices";
-  const int64_t rows = x.dimensions()[0], columns = x.dimensions()[1], lifted_columns = lifted.dimensions()[1];
+  if (!lifted_type || *lifted_type == DType::kS32)
+    return "lifted must be int8, float8_e4m3fn, bfloat16, float16 or float32";
+  if (group != 0 && (group < 4 || group > 16 || group % 2))
+    return "group must be 0 or even, 4 to 16";
+  if (x.dimensions().size() != 2 || lifted.dimensions().size() != 2)
+    return "x and lifted must be matrices";
+  const int64_t rows = x.dimensions()[0], columns = x.dimensions()[1],
+                lifted_columns = lifted.dimensions()[1];
   const int64_t expected = group == 0 ? columns : LiftedColumns(columns, group);
-  if (lifted.dimensions()[0] != rows || (group == 0 ? lifted_columns < expected : lifted_columns != expected)) {
+  if (lifted.dimensions()[0] != rows ||
+      (group == 0 ? lifted_columns < expected : lifted_columns != expected)) {
     return "lifted must be [" + std::to_string(rows) + ", " + std::to_string(expected) + "]";
   }
   if (std::max(columns, group == 0 ? lifted_columns : 0) > kMaxColumns) {
@@ -42,21 +49,24 @@ std::string CheckShapes(const ffi::AnyBuffer& x, const ffi::AnyBuffer& lifted, c
   args.x = x.untyped_data(), args.x_type = *x_type;
   args.lifted = lifted.untyped_data(), args.lifted_type = *lifted_type;
   args.scale = scale.typed_data();
-  args.rows = rows, args.columns = columns, args.lifted_columns = lifted_columns, args.group = group;
+  args.rows = rows, args.columns = columns, args.lifted_columns = lifted_columns,
+  args.group = group;
   return "";
 }
 
-ffi::Error Launch(const char* op, const ffi::AnyBuffer& x, const ffi::AnyBuffer& lifted, const std::string& wrong, const LiftArgs& args,
-                  cudaStream_t stream) {
+ffi::Error Launch(const char* op, const ffi::AnyBuffer& x, const ffi::AnyBuffer& lifted,
+                  const std::string& wrong, const LiftArgs& args, cudaStream_t stream) {
   if (!wrong.empty()) {
-    return InvalidArgument(op, wrong + " (x " + Describe(x) + ", lifted " + Describe(lifted) + ", group " +
-                                   std::to_string(args.group) + ")");
+    return InvalidArgument(op, wrong + " (x " + Describe(x) + ", lifted " + Describe(lifted) +
+                                   ", group " + std::to_string(args.group) + ")");
   }
-  return CudaError(std::string(op) + " of x " + Describe(x) + " to " + Describe(lifted), LiftQuantize(args, stream));
+  return CudaError(std::string(op) + " of x " + Describe(x) + " to " + Describe(lifted),
+                   LiftQuantize(args, stream));
 }
 
 ffi::Error LiftQuantizeImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> absmax,
-                            ffi::Result<ffi::AnyBuffer> lifted, ffi::ResultBuffer<ffi::F32> scale, int32_t group) {
+                            ffi::Result<ffi::AnyBuffer> lifted, ffi::ResultBuffer<ffi::F32> scale,
+                            int32_t group) {
   LiftArgs args = {};
   args.group = group;
   std::string wrong = CheckShapes(x, *lifted, *scale, group, args);
@@ -67,37 +77,49 @@ ffi::Error LiftQuantizeImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::Buffer<f
   return Launch("lift_quantize", x, *lifted, wrong, args, stream);
 }
 
-ffi::Error FusedImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer up, ffi::Buffer<ffi::F32> weight,
-                     ffi::Buffer<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> lifted, ffi::ResultBuffer<ffi::F32> scale, int32_t group,
-                     int32_t prologue, int32_t activation, float eps) {
+ffi::Error FusedImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer up,
+                     ffi::Buffer<ffi::F32> weight, ffi::Buffer<ffi::F32> bias,
+                     ffi::Result<ffi::AnyBuffer> lifted, ffi::ResultBuffer<ffi::F32> scale,
+                     int32_t group, int32_t prologue, int32_t activation, float eps) {
   LiftArgs args = {};
-  const std::string wrong = LiftArguments(x, up, weight, bias, *lifted, *scale, group, prologue, activation, eps, args);
+  const std::string wrong =
+      LiftArguments(x, up, weight, bias, *lifted, *scale, group, prologue, activation, eps, args);
   return Launch("lift_quantize_fused", x, *lifted, wrong, args, stream);
 }
 
 ffi::Error MemcpyImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
-  if (x.size_bytes() != y->size_bytes()) return InvalidArgument("memcpy", "x and y must have as many bytes");
+  if (x.size_bytes() != y->size_bytes())
+    return InvalidArgument("memcpy", "x and y must have as many bytes");
   return CudaError("memcpy of " + Describe(x),
-                   cudaMemcpyAsync(y->untyped_data(), x.untyped_data(), x.size_bytes(), cudaMemcpyDeviceToDevice, stream));
+                   cudaMemcpyAsync(y->untyped_data(), x.untyped_data(), x.size_bytes(),
+                                   cudaMemcpyDeviceToDevice, stream));
 }
 
 }  // namespace
 
-std::string LiftArguments(const ffi::AnyBuffer& x, const ffi::AnyBuffer& up, const ffi::Buffer<ffi::F32>& weight,
-                          const ffi::Buffer<ffi::F32>& bias, const ffi::AnyBuffer& lifted, const ffi::Buffer<ffi::F32>& scale, int32_t group,
-                          int32_t prologue, int32_t activation, float eps, LiftArgs& args) {
-  args.group = group, args.prologue = static_cast<PrologueKind>(prologue), args.activation = static_cast<Activation>(activation);
+std::string LiftArguments(const ffi::AnyBuffer& x, const ffi::AnyBuffer& up,
+                          const ffi::Buffer<ffi::F32>& weight, const ffi::Buffer<ffi::F32>& bias,
+                          const ffi::AnyBuffer& lifted, const ffi::Buffer<ffi::F32>& scale,
+                          int32_t group, int32_t prologue, int32_t activation, float eps,
+                          LiftArgs& args) {
+  args.group = group, args.prologue = static_cast<PrologueKind>(prologue),
+  args.activation = static_cast<Activation>(activation);
   args.eps = eps;
-  const bool norm = args.prologue == PrologueKind::kRmsNorm || args.prologue == PrologueKind::kLayerNorm;
+  const bool norm =
+      args.prologue == PrologueKind::kRmsNorm || args.prologue == PrologueKind::kLayerNorm;
   if (std::string wrong = CheckShapes(x, lifted, scale, group, args); !wrong.empty()) return wrong;
-  if (prologue < 0 || prologue > static_cast<int>(PrologueKind::kGlu)) return "prologue must be 0 to 4";
-  if (activation < 0 || activation > static_cast<int>(Activation::kRelu)) return "activation must be 0 to 3";
+  if (prologue < 0 || prologue > static_cast<int>(PrologueKind::kGlu))
+    return "prologue must be 0 to 4";
+  if (activation < 0 || activation > static_cast<int>(Activation::kRelu))
+    return "activation must be 0 to 3";
   if (Bytes(args.lifted_type) != 1) return "lifted must be int8 or float8_e4m3fn";
-  if (args.prologue == PrologueKind::kGlu && (up.element_type() != x.element_type() || Count(up) != Count(x))) {
+  if (args.prologue == PrologueKind::kGlu &&
+      (up.element_type() != x.element_type() || Count(up) != Count(x))) {
     return "up must be like x, not " + Describe(up);
   }
   if (norm && Count(weight) != args.columns) return "weight must have one element for each column";
-  if (Count(bias) != 0 && Count(bias) != args.columns) return "bias must have one element for each column, or none";
+  if (Count(bias) != 0 && Count(bias) != args.columns)
+    return "bias must have one element for each column, or none";
   if (args.prologue == PrologueKind::kGlu) args.up = up.untyped_data();
   if (norm) args.weight = weight.typed_data();
   if (Count(bias) != 0) args.bias = bias.typed_data();

@@ -1,12 +1,13 @@
-// Activation lifting fused with dynamic quantisation (SlideSparse, arXiv 2603.05232; the formulas are docs/design.md's).
+// Activation lifting fused with dynamic quantisation (SlideSparse, arXiv 2603.05232; the formulas
+// are docs/design.md's).
 //
 //   lifted[m, g, w, l] = code(x[m, 2N*g + 2*w + l]),  scale[m] = absmax[m] * float32(1/qmax),
 //   code(v) = round_half_even(v * (1/scale)) clipped to +-qmax.
 //
-// ring.cuh holds the kernel for rows that fit in shared memory, fused.cu its variants that compute what comes
-// before the linear layer. Here are the dispatch, and the streaming kernel for all other rows: those that are too long are read
-// twice from global memory, the second time mostly out of the L2 cache; rows whose absmax is given, and casts without
-// quantisation, need one pass only.
+// ring.cuh holds the kernel for rows that fit in shared memory, fused.cu its variants that compute
+// what comes before the linear layer. Here are the dispatch, and the streaming kernel for all other
+// rows: those that are too long are read twice from global memory, the second time mostly out of
+// the L2 cache; rows whose absmax is given, and casts without quantisation, need one pass only.
 #include "lift/lift.h"
 #include "lift/ring.cuh"
 
@@ -20,7 +21,8 @@ class GlobalRow {
  public:
   __device__ GlobalRow(const RingParams& p, int64_t row)
       : begin_(static_cast<const char*>(p.x) + row * p.columns * static_cast<int64_t>(sizeof(T))),
-        columns_(p.columns), aligned_(p.x_aligned) {}
+        columns_(p.columns),
+        aligned_(p.x_aligned) {}
 
   // Columns column .. column+7; zeros past the end of the row.
   __device__ Chunk<T> Load(int column) const {
@@ -31,12 +33,13 @@ class GlobalRow {
 #pragma unroll
       for (int i = 0; i < Chunk<T>::kWords; i += 4) {
         const uint4 v = __ldg(reinterpret_cast<const uint4*>(address + 4 * i));
-        chunk.word[i] = v.x, chunk.word[i + 1] = v.y, chunk.word[i + 2] = v.z, chunk.word[i + 3] = v.w;
+        chunk.word[i] = v.x, chunk.word[i + 1] = v.y, chunk.word[i + 2] = v.z,
+        chunk.word[i + 3] = v.w;
       }
       return chunk;
     }
-    // Every aligned granule that holds a byte of the row. A granule that is partly outside the array lies in the same 16 bytes
-    // as a byte inside it, so it is never outside the allocation.
+    // Every aligned granule that holds a byte of the row. A granule that is partly outside the
+    // array lies in the same 16 bytes as a byte inside it, so it is never outside the allocation.
     const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(address) & 15);
     const char* const end = begin_ + static_cast<int64_t>(columns_) * sizeof(T);
     chunk = Shifted<T>(shift, [&](int i) {
@@ -56,7 +59,8 @@ constexpr int kStreamingWarps = 8;
 
 // One row to a thread block.
 template <typename In, typename Out>
-__global__ void __launch_bounds__(kLanes * kStreamingWarps) StreamKernel(const RingParams p, const float* const absmax_of_rows) {
+__global__ void __launch_bounds__(kLanes* kStreamingWarps)
+    StreamKernel(const RingParams p, const float* const absmax_of_rows) {
   extern __shared__ __align__(16) char shared[];
   Begin(p);
   uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared);
@@ -64,7 +68,9 @@ __global__ void __launch_bounds__(kLanes * kStreamingWarps) StreamKernel(const R
   char* const stage = shared + kReductionBytes + warp * StageBytes(p, p.n, p.steps, sizeof(Out));
   const int64_t row_index = blockIdx.x;
   const GlobalRow<In> row(p, row_index);
-  const auto load = [&](int tile, int index) { return row.Load((tile * p.steps * kLanes + index) * kChunk); };
+  const auto load = [&](int tile, int index) {
+    return row.Load((tile * p.steps * kLanes + index) * kChunk);
+  };
 
   AbsMax<In> absmax;
   if constexpr (kQuantised<Out>) {
@@ -80,7 +86,8 @@ __global__ void __launch_bounds__(kLanes * kStreamingWarps) StreamKernel(const R
     const RowScale s = ScaleOf<Out>(bits);
     if (threadIdx.x == 0) p.scale[row_index] = s.scale;
     for (int tile = warp; tile < p.tiles; tile += warps) {
-      EmitTile<0, 0, true, In, Out>(p, row_index, tile, stage, s.factor, [&](int index) { return load(tile, index); });
+      EmitTile<0, 0, true, In, Out>(p, row_index, tile, stage, s.factor,
+                                    [&](int index) { return load(tile, index); });
     }
   } else {
     for (int tile = warp; tile < p.tiles; tile += warps) {  // absmax only to find inf and nan
@@ -91,7 +98,8 @@ __global__ void __launch_bounds__(kLanes * kStreamingWarps) StreamKernel(const R
       });
     }
     uint32_t bits = BlockMax(absmax.Bits(), maxima);
-    if (absmax_of_rows != nullptr) bits = max(bits, __float_as_uint(absmax_of_rows[row_index]) & 0x7fffffffu);
+    if (absmax_of_rows != nullptr)
+      bits = max(bits, __float_as_uint(absmax_of_rows[row_index]) & 0x7fffffffu);
     if (threadIdx.x == 0) p.scale[row_index] = ScaleOf<Out>(bits).scale;
   }
 }
@@ -104,11 +112,13 @@ cudaError_t LaunchStream(RingParams p, const float* absmax, cudaStream_t stream)
   const int bytes = kReductionBytes + warps * StageBytes(p, p.n, p.steps, sizeof(Out));
   const auto kernel = StreamKernel<In, Out>;
   if (bytes > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;
   }
   void* arguments[] = {&p, &absmax};
-  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(p.rows)), dim3(kLanes * warps), arguments, bytes, stream);
+  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(p.rows)), dim3(kLanes * warps),
+                          arguments, bytes, stream);
 }
 
 template <typename In, typename Out>
@@ -116,7 +126,8 @@ cudaError_t LaunchQuantised(RingParams p, const float* absmax, cudaStream_t stre
   RingDevice device;
   if (const cudaError_t status = CurrentDevice(&device); status != cudaSuccess) return status;
   const RingGeometry geometry = ChooseGeometry(p, 1, sizeof(In), sizeof(Out), device);
-  if (absmax == nullptr && geometry.warps > 0) return LaunchRingForN<In, Out, NoPrologue>(p, device, geometry, stream);
+  if (absmax == nullptr && geometry.warps > 0)
+    return LaunchRingForN<In, Out, NoPrologue>(p, device, geometry, stream);
   return LaunchStream<In, Out>(p, absmax, stream);
 }
 
@@ -129,9 +140,13 @@ cudaError_t LiftQuantize(const LiftArgs& a, cudaStream_t stream) {
   return WithFloat(a.x_type, [&](auto x) {
     using In = decltype(x);
     if (Bytes(a.lifted_type) > 1) {
-      return WithFloat(a.lifted_type, [&](auto to) { return LaunchStream<In, decltype(to)>(p, a.absmax, stream); });
+      return WithFloat(a.lifted_type, [&](auto to) {
+        return LaunchStream<In, decltype(to)>(p, a.absmax, stream);
+      });
     }
-    return WithCode(a.lifted_type, [&](auto code) { return LaunchQuantised<In, decltype(code)>(p, a.absmax, stream); });
+    return WithCode(a.lifted_type, [&](auto code) {
+      return LaunchQuantised<In, decltype(code)>(p, a.absmax, stream);
+    });
   });
 }
 

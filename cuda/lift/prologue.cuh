@@ -1,12 +1,14 @@
-// What a model computes right before a linear layer, fused into the lift: the kernel applies it to the chunks of a row before it
-// looks for absmax. Computed in float32 and rounded once to x's dtype (slidejax/ops/prologue.py holds the formulas).
+// What a model computes right before a linear layer, fused into the lift: the kernel applies it to
+// the chunks of a row before it looks for absmax. Computed in float32 and rounded once to x's dtype
+// (slidejax/ops/prologue.py holds the formulas).
 //
-// A prologue is a type with kSources (inputs as large as x), kSums (sums over the row that it needs first) and
+// A prologue is a type with kSources (inputs as large as x), kSums (sums over the row that it needs
+// first) and
 //   void Sum(chunk, float (&sums)[])              adds a chunk of x to the sums
 //   void Finish(const float (&sums)[], params)    gets them
-//   Chunk Apply(chunk, second, column, params)    the chunk of results; zeros past the end of the row stay zeros
-#ifndef SLIDEJAX_LIFT_PROLOGUE_CUH_
-#define SLIDEJAX_LIFT_PROLOGUE_CUH_
+//   Chunk Apply(chunk, second, column, params)    the chunk of results; zeros past the end of the
+//   row stay zeros
+#pragma once
 
 #include "lift/chunk.cuh"
 #include "lift/lift.h"
@@ -18,7 +20,7 @@ struct PrologueParams {
   const float* weight;  // norms: [columns]
   const float* bias;    // LayerNorm: [columns] or nullptr
   float eps;
-  float per_column;     // 1 / columns
+  float per_column;  // 1 / columns
   int columns;
   Activation activation;
 };
@@ -28,7 +30,8 @@ struct NoPrologue {
 };
 
 // A norm's weight or bias for a chunk; zeros past the end of the row.
-__device__ inline void LoadParameter(const float* from, int column, int columns, float (&v)[kChunk]) {
+__device__ inline void LoadParameter(const float* from, int column, int columns,
+                                     float (&v)[kChunk]) {
   if (column + kChunk <= columns) {
 #pragma unroll
     for (int i = 0; i < kChunk; i += 4) {
@@ -53,9 +56,12 @@ struct RmsNormPrologue {
       sums[0] = fmaf(v.x, v.x, sums[0]), sums[0] = fmaf(v.y, v.y, sums[0]);
     }
   }
-  __device__ void Finish(const float (&sums)[kSums], const PrologueParams& p) { factor = rsqrtf(sums[0] * p.per_column + p.eps); }
+  __device__ void Finish(const float (&sums)[kSums], const PrologueParams& p) {
+    factor = rsqrtf(sums[0] * p.per_column + p.eps);
+  }
   template <typename T>
-  __device__ Chunk<T> Apply(const Chunk<T>& x, const Chunk<T>&, int column, const PrologueParams& p) const {
+  __device__ Chunk<T> Apply(const Chunk<T>& x, const Chunk<T>&, int column,
+                            const PrologueParams& p) const {
     float weight[kChunk];
     LoadParameter(p.weight, column, p.columns, weight);
     Chunk<T> y;
@@ -89,7 +95,8 @@ struct LayerNormPrologue {
     factor = rsqrtf((variance < 0.0f ? 0.0f : variance) + p.eps);  // nan stays nan
   }
   template <typename T>
-  __device__ Chunk<T> Apply(const Chunk<T>& x, const Chunk<T>&, int column, const PrologueParams& p) const {
+  __device__ Chunk<T> Apply(const Chunk<T>& x, const Chunk<T>&, int column,
+                            const PrologueParams& p) const {
     float weight[kChunk], bias[kChunk] = {};
     LoadParameter(p.weight, column, p.columns, weight);
     if (p.bias != nullptr) LoadParameter(p.bias, column, p.columns, bias);
@@ -97,8 +104,9 @@ struct LayerNormPrologue {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       const float2 v = PairOf(x, pair);
-      SetPair(y, pair, {(v.x - mean) * (factor * weight[2 * pair]) + bias[2 * pair],
-                        (v.y - mean) * (factor * weight[2 * pair + 1]) + bias[2 * pair + 1]});
+      SetPair(y, pair,
+              {(v.x - mean) * (factor * weight[2 * pair]) + bias[2 * pair],
+               (v.y - mean) * (factor * weight[2 * pair + 1]) + bias[2 * pair + 1]});
     }
     return y;
   }
@@ -123,7 +131,8 @@ struct ActivationPrologue {
   static constexpr int kSources = 1, kSums = 0;
 
   template <typename T>
-  __device__ Chunk<T> Apply(const Chunk<T>& x, const Chunk<T>&, int, const PrologueParams& p) const {
+  __device__ Chunk<T> Apply(const Chunk<T>& x, const Chunk<T>&, int,
+                            const PrologueParams& p) const {
     Chunk<T> y;
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
@@ -139,7 +148,8 @@ struct GluPrologue {
   static constexpr int kSources = 2, kSums = 0;
 
   template <typename T>
-  __device__ Chunk<T> Apply(const Chunk<T>& x, const Chunk<T>& up, int, const PrologueParams& p) const {
+  __device__ Chunk<T> Apply(const Chunk<T>& x, const Chunk<T>& up, int,
+                            const PrologueParams& p) const {
     Chunk<T> y;
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
@@ -151,5 +161,3 @@ struct GluPrologue {
 };
 
 }  // namespace slidejax
-
-#endif  // SLIDEJAX_LIFT_PROLOGUE_CUH_

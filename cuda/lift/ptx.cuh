@@ -1,6 +1,5 @@
 // The PTX of the lift kernels.
-#ifndef SLIDEJAX_LIFT_PTX_CUH_
-#define SLIDEJAX_LIFT_PTX_CUH_
+#pragma once
 
 #include <cuda_runtime_api.h>
 
@@ -15,11 +14,14 @@ constexpr int kMaxPending = 7;  // groups of copies that a wait can leave under 
 
 // Sixteen bytes to shared memory; zeros if they are not wanted.
 __device__ inline void CopyGranule(void* shared, const void* global, bool wanted) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global), "r"(wanted ? kGranule : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(wanted ? kGranule : 0)
+               : "memory");
 }
 
-// From now on a kernel that was launched to begin before this one has ended may do so, where there is room.
+// From now on a kernel that was launched to begin before this one has ended may do so, where there
+// is room.
 __device__ inline void LetNextBegin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -45,5 +47,3 @@ __device__ inline void WaitForCopies(int pending) {
 #endif
 
 }  // namespace slidejax
-
-#endif  // SLIDEJAX_LIFT_PTX_CUH_

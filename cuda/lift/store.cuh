@@ -1,9 +1,10 @@
-// Writing a tile of codes. A lane's chunk is not a whole number of 16-byte stores after lifting, so a warp passes each *tile*
-// through shared memory: 32 chunks, times the odd part of N so that a tile is whole groups and whole 16-byte stores. There the
-// unit is a *pair* of columns: pair p of group g is the first half of window p and the second half of window p-1. So window number
-// q = pair - group begins with a pair and ends with the one after: a word of 8-bit codes, two stores of wider ones.
-#ifndef SLIDEJAX_LIFT_STORE_CUH_
-#define SLIDEJAX_LIFT_STORE_CUH_
+// Writing a tile of codes. A lane's chunk is not a whole number of 16-byte stores after lifting, so
+// a warp passes each *tile* through shared memory: 32 chunks, times the odd part of N so that a
+// tile is whole groups and whole 16-byte stores. There the unit is a *pair* of columns: pair p of
+// group g is the first half of window p and the second half of window p-1. So window number q =
+// pair - group begins with a pair and ends with the one after: a word of 8-bit codes, two stores of
+// wider ones.
+#pragma once
 
 #include <algorithm>
 
@@ -11,25 +12,30 @@
 
 namespace slidejax {
 
-// The odd part of N: chunks of a lane in one tile, so that 256 * TileSteps(N) columns are whole groups.
+// The odd part of N: chunks of a lane in one tile, so that 256 * TileSteps(N) columns are whole
+// groups.
 __host__ __device__ constexpr int TileSteps(int n) { return n % 2 ? n : TileSteps(n / 2); }
 
-// Bytes of a tile of `steps` chunks a lane: 256 * steps columns are 128 * steps / n groups of n-1 windows of four. n = 1: the
-// columns as they are.
+// Bytes of a tile of `steps` chunks a lane: 256 * steps columns are 128 * steps / n groups of n-1
+// windows of four. n = 1: the columns as they are.
 __host__ __device__ constexpr int TileBytes(int n, int steps, int out_bytes) {
   return n == 1 ? kLanes * kChunk * steps * out_bytes : 128 * steps / n * (n - 1) * 4 * out_bytes;
 }
 
-// Writes chunk number `index` of a tile, lifted, to the tile's shared memory. Called by whole warps; `next`: what lane 0 has at the
-// next index of lane 31 (anything after the last chunk of a tile, whose last pair begins no window).
+// Writes chunk number `index` of a tile, lifted, to the tile's shared memory. Called by whole
+// warps; `next`: what lane 0 has at the next index of lane 31 (anything after the last chunk of a
+// tile, whose last pair begins no window).
 template <typename Out>
-__device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c, const Chunk<Out>& next, int n) {
+__device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c,
+                                   const Chunk<Out>& next, int n) {
   if (n <= 2) {  // for 2:4 lifting is the identity
-    if constexpr (sizeof(Out) == 1) reinterpret_cast<uint2*>(tile)[index] = {c.word[0], c.word[1]};
+    if constexpr (sizeof(Out) == 1)
+      reinterpret_cast<uint2*>(tile)[index] = {c.word[0], c.word[1]};
     else {
 #pragma unroll
       for (int i = 0; i < Chunk<Out>::kWords; i += 4) {
-        reinterpret_cast<uint4*>(tile)[(index * Chunk<Out>::kWords + i) / 4] = {c.word[i], c.word[i + 1], c.word[i + 2], c.word[i + 3]};
+        reinterpret_cast<uint4*>(tile)[(index * Chunk<Out>::kWords + i) / 4] = {
+            c.word[i], c.word[i + 1], c.word[i + 2], c.word[i + 3]};
       }
     }
     return;
@@ -39,10 +45,13 @@ __device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c, c
   if constexpr (sizeof(Out) == 1) {
     const uint32_t straddling = __byte_perm(c.word[0], c.word[1], 0x5432);
     uint32_t* window = reinterpret_cast<uint32_t*>(tile) + first - group;
-    // A window is a word, and begins with every pair but a group's last; the other half of the last is the next lane's.
+    // A window is a word, and begins with every pair but a group's last; the other half of the last
+    // is the next lane's.
     const int lane = index % kLanes;
-    const uint32_t after = __shfl_sync(kFullMask, lane == 0 ? next.word[0] : c.word[0], (lane + 1) % kLanes);
-    const uint32_t words[4] = {c.word[0], straddling, c.word[1], __byte_perm(c.word[1], after, 0x5432)};
+    const uint32_t after =
+        __shfl_sync(kFullMask, lane == 0 ? next.word[0] : c.word[0], (lane + 1) % kLanes);
+    const uint32_t words[4] = {c.word[0], straddling, c.word[1],
+                               __byte_perm(c.word[1], after, 0x5432)};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (place < n - 1) *window++ = words[i];
@@ -54,8 +63,10 @@ __device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c, c
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       Pair pair;
-      if constexpr (sizeof(Out) == 2) pair = c.word[i];
-      else pair = {c.word[2 * i], c.word[2 * i + 1]};
+      if constexpr (sizeof(Out) == 2)
+        pair = c.word[i];
+      else
+        pair = {c.word[2 * i], c.word[2 * i + 1]};
       if (place < n - 1) slot[0] = pair;
       if (place > 0) slot[-1] = pair;
       slot += 2;
@@ -65,39 +76,51 @@ __device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c, c
 }
 
 // Chunks of a lane that are whole groups: it makes their windows by itself.
-__host__ __device__ constexpr int LaneChunks(int n) { return n % 4 == 0 ? n / 4 : n % 2 == 0 ? n / 2 : n; }
+__host__ __device__ constexpr int LaneChunks(int n) {
+  return n % 4 == 0 ? n / 4 : n % 2 == 0 ? n / 2 : n;
+}
 
-// Writes the windows of LaneChunks(kN) chunks of codes to a tile's shared memory; `index`: their number in the tile.
+// Writes the windows of LaneChunks(kN) chunks of codes to a tile's shared memory; `index`: their
+// number in the tile.
 template <int kN>
-__device__ inline void StageGroups(char* tile, int index, const uint32_t (&codes)[2 * LaneChunks(kN)]) {
+__device__ inline void StageGroups(char* tile, int index,
+                                   const uint32_t (&codes)[2 * LaneChunks(kN)]) {
   constexpr int kGroups = 4 * LaneChunks(kN) / kN, kWords = kGroups * (kN - 1);
   uint32_t windows[kWords];
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     const int pair = i / (kN - 1) * kN + i % (kN - 1);
-    windows[i] = pair % 2 == 0 ? codes[pair / 2] : __byte_perm(codes[pair / 2], codes[pair / 2 + 1], 0x5432);
+    windows[i] =
+        pair % 2 == 0 ? codes[pair / 2] : __byte_perm(codes[pair / 2], codes[pair / 2 + 1], 0x5432);
   }
   constexpr int kBytes = kWords % 4 == 0 ? 16 : kWords % 2 == 0 ? 8 : 4;
-  using Unit = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
+  using Unit =
+      std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
   Unit* const to = reinterpret_cast<Unit*>(tile + index * kWords * 4);
 #pragma unroll
   for (int i = 0; i < kWords * 4 / kBytes; ++i) {
-    if constexpr (kBytes == 16) to[i] = {windows[4 * i], windows[4 * i + 1], windows[4 * i + 2], windows[4 * i + 3]};
-    else if constexpr (kBytes == 8) to[i] = {windows[2 * i], windows[2 * i + 1]};
-    else to[i] = windows[i];
+    if constexpr (kBytes == 16)
+      to[i] = {windows[4 * i], windows[4 * i + 1], windows[4 * i + 2], windows[4 * i + 3]};
+    else if constexpr (kBytes == 8)
+      to[i] = {windows[2 * i], windows[2 * i + 1]};
+    else
+      to[i] = windows[i];
   }
 }
 
-// Copies a staged tile to the row of results, 16 bytes a lane. `out` and `tile` are the lane's own first bytes; `rest` is how many
-// bytes of the row lie from there on, `lane_rest` how many of the tile.
+// Copies a staged tile to the row of results, 16 bytes a lane. `out` and `tile` are the lane's own
+// first bytes; `rest` is how many bytes of the row lie from there on, `lane_rest` how many of the
+// tile.
 __device__ inline void StoreTile(char* out, const char* tile, int rest, int lane_rest, int bytes) {
 #pragma unroll
   for (int offset = 0; offset < bytes; offset += 16 * kLanes) {
-    if (offset < lane_rest && offset < rest) *reinterpret_cast<uint4*>(out + offset) = *reinterpret_cast<const uint4*>(tile + offset);
+    if (offset < lane_rest && offset < rest)
+      *reinterpret_cast<uint4*>(out + offset) = *reinterpret_cast<const uint4*>(tile + offset);
   }
 }
 
-// Copies the first `length` bytes of a staged tile to any address: whole 16-byte stores between the bytes at both ends.
+// Copies the first `length` bytes of a staged tile to any address: whole 16-byte stores between the
+// bytes at both ends.
 __device__ inline void StoreTileAnywhere(char* out, const char* tile, int length) {
   const int lane = threadIdx.x % kLanes;
   const int head = min(length, static_cast<int>(-reinterpret_cast<uintptr_t>(out) & 15));
@@ -107,7 +130,8 @@ __device__ inline void StoreTileAnywhere(char* out, const char* tile, int length
   } else if (lane - 16 < tail) {
     out[length - tail + lane - 16] = tile[length - tail + lane - 16];
   }
-  const uint32_t* const words = reinterpret_cast<const uint32_t*>(tile) + head / 4;  // a tile has a word more than its bytes
+  const uint32_t* const words =
+      reinterpret_cast<const uint32_t*>(tile) + head / 4;  // a tile has a word more than its bytes
 #pragma unroll 1
   for (int offset = 16 * lane; offset < length - head - tail; offset += 16 * kLanes) {
     uint32_t word[5];
@@ -121,7 +145,8 @@ __device__ inline void StoreTileAnywhere(char* out, const char* tile, int length
 
 // Writes a chunk that is not lifted straight to its place in the row of `columns` results.
 template <typename Out>
-__device__ inline void StoreChunk(Out* row, int column, const Chunk<Out>& c, int columns, bool aligned) {
+__device__ inline void StoreChunk(Out* row, int column, const Chunk<Out>& c, int columns,
+                                  bool aligned) {
   if (column >= columns) return;
   if (aligned) {
     if constexpr (sizeof(Out) == 1) {
@@ -129,21 +154,22 @@ __device__ inline void StoreChunk(Out* row, int column, const Chunk<Out>& c, int
     } else {
 #pragma unroll
       for (int i = 0; i < Chunk<Out>::kWords; i += 4) {
-        reinterpret_cast<uint4*>(row + column)[i / 4] = {c.word[i], c.word[i + 1], c.word[i + 2], c.word[i + 3]};
+        reinterpret_cast<uint4*>(row + column)[i / 4] = {c.word[i], c.word[i + 1], c.word[i + 2],
+                                                         c.word[i + 3]};
       }
     }
   } else {
-    using Bits = std::conditional_t<sizeof(Out) == 1, uint8_t, std::conditional_t<sizeof(Out) == 2, uint16_t, uint32_t>>;
+    using Bits = std::conditional_t<sizeof(Out) == 1, uint8_t,
+                                    std::conditional_t<sizeof(Out) == 2, uint16_t, uint32_t>>;
     constexpr int kPerWord = 4 / sizeof(Out);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       if (column + i < columns) {
-        reinterpret_cast<Bits*>(row)[column + i] = static_cast<Bits>(c.word[i / kPerWord] >> (i % kPerWord * 8 * sizeof(Out)));
+        reinterpret_cast<Bits*>(row)[column + i] =
+            static_cast<Bits>(c.word[i / kPerWord] >> (i % kPerWord * 8 * sizeof(Out)));
       }
     }
   }
 }
 
 }  // namespace slidejax
-
-#endif  // SLIDEJAX_LIFT_STORE_CUH_

@@ -20,7 +20,7 @@ Fiber* running = nullptr;
 std::vector<std::function<void()>> jobs;
 std::mt19937 random_bits(1);
 int multiprocessors = 8, resident = 8;  // how many there are, and how many of them are free
-int chance = 50;                         // that something which could happen does, in percent
+int chance = 50;                        // that something which could happen does, in percent
 std::function<void()> body;
 bool failed = false;
 unsigned grid_y = 0;
@@ -48,11 +48,14 @@ void resume(Fiber& fiber) {
 
 float e4m3(uint8_t v) {
   const int exponent = v >> 3 & 15, mantissa = v & 7;
-  const float magnitude = exponent ? std::ldexp(1.0f + mantissa / 8.0f, exponent - 7) : std::ldexp(mantissa / 8.0f, -6);
+  const float magnitude =
+      exponent ? std::ldexp(1.0f + mantissa / 8.0f, exponent - 7) : std::ldexp(mantissa / 8.0f, -6);
   return v & 0x80 ? -magnitude : magnitude;
 }
 
-uint32_t swizzled(uint32_t address, int bits) { return address ^ ((address >> 7 & ((1u << bits) - 1)) << 4); }
+uint32_t swizzled(uint32_t address, int bits) {
+  return address ^ ((address >> 7 & ((1u << bits) - 1)) << 4);
+}
 
 // Runs a grid with a fiber for each thread, `resident` clusters of it at a time.
 void run(int blocks, int threads, int cluster_size, int resident) {
@@ -94,7 +97,8 @@ void run(int blocks, int threads, int cluster_size, int resident) {
     if (running_clusters.empty()) break;
     bool moved = false;
     for (auto& one : running_clusters) {
-      for (size_t w = 0; w < one.fibers.size(); w += 32) {  // a warp at a time, some not in this round
+      for (size_t w = 0; w < one.fibers.size();
+           w += 32) {  // a warp at a time, some not in this round
         if (!maybe()) continue;
         for (size_t i = w; i < std::min(w + 32, one.fibers.size()); ++i) {
           Fiber& fiber = *one.fibers[i];
@@ -109,7 +113,8 @@ void run(int blocks, int threads, int cluster_size, int resident) {
       }
       for (auto& block : one.cluster->blocks)
         for (auto& group : block->groups)
-          while (group.done < group.queue.size() && group.queue[group.done]->issued == 128 && maybe()) {
+          while (group.done < group.queue.size() && group.queue[group.done]->issued == 128 &&
+                 maybe()) {
             run_instruction(*block, *group.queue[group.done]);
             group.queue[group.done++].reset();
             moved = true;
@@ -127,10 +132,12 @@ void run(int blocks, int threads, int cluster_size, int resident) {
       for (auto& one : running_clusters)
         for (auto& fiber : one.fibers)
           if (!fiber->finished) ++where[fiber->what];
-      for (auto& [what, n] : where) std::fprintf(stderr, "emulator: %d threads wait for %s\n", n, what.c_str());
+      for (auto& [what, n] : where)
+        std::fprintf(stderr, "emulator: %d threads wait for %s\n", n, what.c_str());
       failed = true;
     }
-    // A block's shared memory is gone with it: what still was to be written there would be an error of the kernel's.
+    // A block's shared memory is gone with it: what still was to be written there would be an error
+    // of the kernel's.
     if (jobs.empty()) running_clusters.remove_if([](const Running& one) { return one.left == 0; });
   }
   jobs.clear();
@@ -141,7 +148,8 @@ void run(int blocks, int threads, int cluster_size, int resident) {
 bool lift_has_ended = true;
 Fiber& current() { return *running; }
 void fail(const char* what) {
-  std::fprintf(stderr, "emulator: %s (block %u, thread %d)\n", what, running->block->index, running->thread);
+  std::fprintf(stderr, "emulator: %s (block %u, thread %d)\n", what, running->block->index,
+               running->thread);
   std::abort();
 }
 void wait_until(const char* what, std::function<bool()> ready) {
@@ -153,26 +161,35 @@ void wait_until(const char* what, std::function<bool()> ready) {
 void later(std::function<void()> job) { jobs.push_back(std::move(job)); }
 uint32_t shared_offset(const void* variable) {
   if (variable == nullptr) return 0x400;  // as it is for kernels without static variables
-  static std::map<const void*, uint32_t> offsets;  // of variables of up to 256 bytes, of all kernels
-  const auto [found, fresh] = offsets.try_emplace(variable, 0x400 + 256 * static_cast<uint32_t>(offsets.size() % 16));
+  static std::map<const void*, uint32_t>
+      offsets;  // of variables of up to 256 bytes, of all kernels
+  const auto [found, fresh] =
+      offsets.try_emplace(variable, 0x400 + 256 * static_cast<uint32_t>(offsets.size() % 16));
   return found->second;
 }
 uint8_t* shared_bytes(Block& block, uint32_t address, size_t size) {
-  if (address % std::min<size_t>(size, 16) || address < 0x400 || address + size > block.shared.size()) fail("a bad address in shared memory");
+  if (address % std::min<size_t>(size, 16) || address < 0x400 ||
+      address + size > block.shared.size())
+    fail("a bad address in shared memory");
   return block.shared.data() + address;
 }
 Block& block_of_cluster(uint32_t rank) { return *running->block->cluster->blocks.at(rank); }
 
-void copy_box(const Tensor& map, const int (&at)[3], uint8_t* shared, uint32_t address, bool store) {
-  const int depth = map.rank > 2 ? map.box[2] : 1, rows = map.box[1], row_bytes = map.box[0] * map.element;
+void copy_box(const Tensor& map, const int (&at)[3], uint8_t* shared, uint32_t address,
+              bool store) {
+  const int depth = map.rank > 2 ? map.box[2] : 1, rows = map.box[1],
+            row_bytes = map.box[0] * map.element;
   for (int z = 0; z < depth; ++z)
     for (int y = 0; y < rows; ++y)
       for (int x = 0; x < row_bytes; x += map.element) {
         uint8_t* here = shared + swizzled(address + (z * rows + y) * row_bytes + x, map.swizzle);
         const int64_t column = at[0] + x / map.element, row = at[1] + y, plane = at[2] + z;
-        const bool inside = column >= 0 && row >= 0 && column < static_cast<int64_t>(map.size[0]) && row < static_cast<int64_t>(map.size[1]) &&
-                            (map.rank < 3 || (plane >= 0 && plane < static_cast<int64_t>(map.size[2])));
-        uint8_t* there = map.base + column * map.element + row * map.stride[0] + (map.rank > 2 ? plane * map.stride[1] : 0);
+        const bool inside =
+            column >= 0 && row >= 0 && column < static_cast<int64_t>(map.size[0]) &&
+            row < static_cast<int64_t>(map.size[1]) &&
+            (map.rank < 3 || (plane >= 0 && plane < static_cast<int64_t>(map.size[2])));
+        uint8_t* there = map.base + column * map.element + row * map.stride[0] +
+                         (map.rank > 2 ? plane * map.stride[1] : 0);
         if (store) {
           if (inside) std::memcpy(there, here, map.element);
         } else if (inside) {
@@ -191,12 +208,15 @@ void multiply(Block& block, Instruction& i) {
     return t;
   }();
   auto value = [](uint8_t v) -> A {
-    if constexpr (std::is_same_v<A, float>) return table[v];
-    else return static_cast<int8_t>(v);
+    if constexpr (std::is_same_v<A, float>)
+      return table[v];
+    else
+      return static_cast<int8_t>(v);
   };
   auto operand = [&](uint64_t descriptor, int row, int byte) {
     const uint32_t span = descriptor >> 32;
-    return block.shared[swizzled(static_cast<uint32_t>(descriptor) + row * span + byte, span == 128 ? 3 : 2)];
+    return block.shared[swizzled(static_cast<uint32_t>(descriptor) + row * span + byte,
+                                 span == 128 ? 3 : 2)];
   };
   const int columns = i.sparse ? 64 : 32;
   std::vector<A> b(static_cast<size_t>(i.tokens) * 64);
@@ -212,7 +232,8 @@ void multiply(Block& block, Instruction& i) {
       a[chunk * 4 + (nibble >> 2)] += value(operand(i.a, r, 2 * chunk + 1));
     }
     for (int n = 0; n < i.tokens; ++n) {
-      const int thread = 32 * (r / 16) + (r % 8) * 4 + n % 8 / 2, at = n / 8 * 4 + r % 16 / 8 * 2 + n % 2;
+      const int thread = 32 * (r / 16) + (r % 8) * 4 + n % 8 / 2,
+                at = n / 8 * 4 + r % 16 / 8 * 2 + n % 2;
       A sum = 0;
       for (int k = 0; k < columns; ++k) sum += a[k] * b[n * 64 + k];
       A& d = reinterpret_cast<A&>(i.sums[thread][at]);
@@ -220,7 +241,9 @@ void multiply(Block& block, Instruction& i) {
     }
   }
 }
-void run_instruction(Block& block, Instruction& i) { i.fp8 ? multiply<float>(block, i) : multiply<int>(block, i); }
+void run_instruction(Block& block, Instruction& i) {
+  i.fp8 ? multiply<float>(block, i) : multiply<int>(block, i);
+}
 
 }  // namespace emulator
 
@@ -236,7 +259,8 @@ void emulator_configure(int multiprocessors, int resident, int chance, int seed)
   emulator::failed = false;
 }
 
-// The kernel before the next launch writes these bytes; it may still run when that begins, if it is launched so.
+// The kernel before the next launch writes these bytes; it may still run when that begins, if it is
+// launched so.
 void emulator_lift(void* to, const void* from, size_t bytes) {
   const auto* begin = static_cast<const uint8_t*>(from);
   emulator::lift.push_back({to, {begin, begin + bytes}});
@@ -251,7 +275,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
   return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
 }
-cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t* config) {
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*,
+                                           const cudaLaunchConfig_t* config) {
   const int size = config->attrs[0].val.clusterDim.x;  // larger clusters do not fill a device
   *count = emulator::multiprocessors / size - (size > 2);
   return cudaSuccess;
@@ -261,15 +286,20 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return cudaSuccess;
 }
 
-static CUresult encode(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* size,
-                       const cuuint64_t* stride, const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
-                       CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+static CUresult encode(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t rank, void* base,
+                       const cuuint64_t* size, const cuuint64_t* stride, const cuuint32_t* box,
+                       const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   auto& map = reinterpret_cast<emulator::Tensor&>(*to);
   map = {};
   map.base = static_cast<uint8_t*>(base);
   map.rank = static_cast<int>(rank);
-  map.element = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : type == CU_TENSOR_MAP_DATA_TYPE_UINT16 ? 2 : 4;
-  map.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 3 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 2 : swizzle == CU_TENSOR_MAP_SWIZZLE_32B;
+  map.element = type == CU_TENSOR_MAP_DATA_TYPE_UINT8    ? 1
+                : type == CU_TENSOR_MAP_DATA_TYPE_UINT16 ? 2
+                                                         : 4;
+  map.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B  ? 3
+                : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 2
+                                                       : swizzle == CU_TENSOR_MAP_SWIZZLE_32B;
   for (cuuint32_t i = 0; i < rank; ++i) {
     map.size[i] = size[i], map.box[i] = box[i];
     if (box[i] < 1 || box[i] > 256) return CUDA_ERROR_INVALID_VALUE;
@@ -278,43 +308,52 @@ static CUresult encode(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t ran
       if (stride[i] % 16) return CUDA_ERROR_INVALID_VALUE;
     }
   }
-  if (reinterpret_cast<uintptr_t>(base) % 16 || map.box[0] * map.element % 16) return CUDA_ERROR_INVALID_VALUE;
+  if (reinterpret_cast<uintptr_t>(base) % 16 || map.box[0] * map.element % 16)
+    return CUDA_ERROR_INVALID_VALUE;
   if (map.swizzle && map.box[0] * map.element > 16u << map.swizzle) return CUDA_ERROR_INVALID_VALUE;
   return CUDA_SUCCESS;
 }
-cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entry, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* found) {
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entry, unsigned,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
   *entry = reinterpret_cast<void*>(encode);
   *found = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
 
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
+                                void** arguments) {
   const auto& params = *static_cast<slidejax::hopper::Params*>(arguments[0]);
   gridDim = config->gridDim;
   emulator::body = [=] { reinterpret_cast<void (*)(slidejax::hopper::Params)>(kernel)(params); };
   const int cluster_size = config->attrs[0].val.clusterDim.x;
   if (config->gridDim.x % cluster_size) return cudaErrorInvalidValue;
   auto end_lift = [] {
-    for (auto& copy : std::exchange(emulator::lift, {})) std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
+    for (auto& copy : std::exchange(emulator::lift, {}))
+      std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
     emulator::lift_has_ended = true;
   };
-  if (config->numAttrs > 1 && config->attrs[1].id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+  if (config->numAttrs > 1 &&
+      config->attrs[1].id == cudaLaunchAttributeProgrammaticStreamSerialization) {
     emulator::lift_has_ended = false;
     emulator::later(end_lift);
   } else {
     end_lift();
   }
-  emulator::run(config->gridDim.x, config->blockDim.x, cluster_size, std::max(1, emulator::resident / cluster_size));
+  emulator::run(config->gridDim.x, config->blockDim.x, cluster_size,
+                std::max(1, emulator::resident / cluster_size));
   return emulator::failed ? cudaErrorLaunchTimeout : cudaSuccess;
 }
-cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a, size_t, cudaStream_t) {
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a, size_t,
+                             cudaStream_t) {
   using Expand = void (*)(const uint8_t*, uint2*, int, int, int);
   auto number = [&](int i) { return *static_cast<int*>(a[i]); };
   gridDim = grid;
   for (unsigned y = 0; y < grid.y; ++y) {
     emulator::grid_y = y;
     emulator::body = [=] {
-      reinterpret_cast<Expand>(kernel)(*static_cast<const uint8_t**>(a[0]), *static_cast<uint2**>(a[1]), number(2), number(3),
+      reinterpret_cast<Expand>(kernel)(*static_cast<const uint8_t**>(a[0]),
+                                       *static_cast<uint2**>(a[1]), number(2), number(3),
                                        number(4));
     };
     emulator::run(grid.x, block.x, 1, 1);  // its static shared memory is there once

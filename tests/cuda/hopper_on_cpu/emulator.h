@@ -1,6 +1,7 @@
-// Runs CUDA kernels on the CPU: every thread is a fiber, and what Hopper does asynchronously (bulk copies, wgmma) happens at
-// random later moments, as late as the kernel's own waits allow. So a missing wait, fence or barrier shows as a wrong result,
-// and a wait for something that never comes as a message instead of a hang.
+// Runs CUDA kernels on the CPU: every thread is a fiber, and what Hopper does asynchronously (bulk
+// copies, wgmma) happens at random later moments, as late as the kernel's own waits allow. So a
+// missing wait, fence or barrier shows as a wrong result, and a wait for something that never comes
+// as a message instead of a hang.
 #pragma once
 
 #include <cuda.h>
@@ -63,7 +64,8 @@ struct WarpGroup {
 
 struct Block {
   std::vector<uint8_t> shared;
-  std::map<uint32_t, int> unfenced;  // 16 bytes that a thread has written and no bulk copy may read yet
+  std::map<uint32_t, int>
+      unfenced;  // 16 bytes that a thread has written and no bulk copy may read yet
   std::map<uint32_t, Barrier> barriers;
   Rendezvous named[16], all;
   std::vector<Warp> warps;
@@ -94,10 +96,11 @@ struct Fiber {
   std::function<bool()> waits_for;
   const char* what = "";
   std::list<Shadow> shadows;
-  size_t instructions = 0;           // issued
-  std::vector<size_t> groups;        // their number at each commit
+  size_t instructions = 0;                    // issued
+  std::vector<size_t> groups;                 // their number at each commit
   std::vector<std::function<void()>> copies;  // cp.async that have not happened
-  std::vector<std::shared_ptr<bool>> stores;  // bulk stores of the groups, in order; true: the source has been read
+  std::vector<std::shared_ptr<bool>>
+      stores;  // bulk stores of the groups, in order; true: the source has been read
   Warp& warp() { return block->warps[thread / 32]; }
 };
 

@@ -1,10 +1,11 @@
-// Just enough of CUDA for the lift kernels to run on a CPU, thread by thread, so that their logic is tested where there is no GPU.
+// Just enough of CUDA for the lift kernels to run on a CPU, thread by thread, so that their logic
+// is tested where there is no GPU.
 //
-// The threads of a block are fibres that run one at a time, in an order that the test chooses, from one barrier or warp-wide
-// operation to the next: what is only right because of a certain order goes wrong in another. Asynchronous copies arrive either
-// when they are issued or only when they are waited for. What it cannot show: speed, and how real hardware orders memory.
-#ifndef SLIDEJAX_EMULATED_CUDA_H_
-#define SLIDEJAX_EMULATED_CUDA_H_
+// The threads of a block are fibres that run one at a time, in an order that the test chooses, from
+// one barrier or warp-wide operation to the next: what is only right because of a certain order
+// goes wrong in another. Asynchronous copies arrive either when they are issued or only when they
+// are waited for. What it cannot show: speed, and how real hardware orders memory.
+#pragma once
 
 #include <cmath>
 #include <cstddef>
@@ -34,10 +35,18 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct uint2 { uint32_t x, y; };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 namespace emulated {
 
@@ -57,7 +66,8 @@ cudaError_t Launch(const std::function<void()>& run, dim3 grid, dim3 block, size
 void CopyGranule(void* shared, const void* global, bool wanted);
 void CommitCopies();
 void WaitForCopies(int pending);
-void CheckRead(const void* address, size_t bytes);  // ends the process if it lies outside what the test allowed
+void CheckRead(const void* address,
+               size_t bytes);  // ends the process if it lies outside what the test allowed
 
 }  // namespace emulated
 
@@ -70,9 +80,10 @@ inline cudaError_t cudaGetDevice(int* device) {  // each that a test makes up ha
   return *device = emulated::shared_of_block + emulated::multiprocessors, cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount            ? emulated::multiprocessors
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulated::shared_of_block
-                                                                  : emulated::shared_of_multiprocessor;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulated::multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin
+               ? emulated::shared_of_block
+               : emulated::shared_of_multiprocessor;
   return cudaSuccess;
 }
 template <typename Kernel>
@@ -80,7 +91,8 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 template <typename... Params>
-cudaError_t cudaLaunchKernel(void (*kernel)(Params...), dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+cudaError_t cudaLaunchKernel(void (*kernel)(Params...), dim3 grid, dim3 block, void** arguments,
+                             size_t shared, cudaStream_t) {
   const auto run = [=] {
     int at = 0;
     std::tuple<Params...> all{*static_cast<Params*>(arguments[at++])...};
@@ -92,12 +104,23 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Params...), dim3 grid, dim3 block, v
 inline void __syncwarp() { emulated::SyncWarp(); }
 inline void __syncthreads() { emulated::SyncThreads(); }
 inline uint32_t __reduce_max_sync(unsigned, uint32_t value) { return emulated::ReduceMax(value); }
-inline uint32_t __float_as_uint(float v) { uint32_t bits; std::memcpy(&bits, &v, 4); return bits; }
-inline float __uint_as_float(uint32_t bits) { float v; std::memcpy(&v, &bits, 4); return v; }
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-  return __uint_as_float(emulated::Exchange(__float_as_uint(value), static_cast<int>(threadIdx.x % 32) ^ mask));
+inline uint32_t __float_as_uint(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
 }
-inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane) { return emulated::Exchange(value, lane); }
+inline float __uint_as_float(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  return __uint_as_float(
+      emulated::Exchange(__float_as_uint(value), static_cast<int>(threadIdx.x % 32) ^ mask));
+}
+inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane) {
+  return emulated::Exchange(value, lane);
+}
 template <typename T>
 T __ldg(const T* address) {
   emulated::CheckRead(address, sizeof(T));
@@ -115,21 +138,25 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = uint64_t{b} << 32 | a;
   uint32_t result = 0;
-  for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(both >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<uint32_t>(both >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
   return result;
 }
 template <typename T>
-constexpr T min(T a, T b) { return b < a ? b : a; }
+constexpr T min(T a, T b) {
+  return b < a ? b : a;
+}
 template <typename T>
-constexpr T max(T a, T b) { return a < b ? b : a; }
-
+constexpr T max(T a, T b) {
+  return a < b ? b : a;
+}
 
 namespace slidejax {
 extern char shared[];
-inline void CopyGranule(void* to, const void* from, bool wanted) { emulated::CopyGranule(to, from, wanted); }
+inline void CopyGranule(void* to, const void* from, bool wanted) {
+  emulated::CopyGranule(to, from, wanted);
+}
 inline void LetNextBegin() {}
 inline void CommitCopies() { emulated::CommitCopies(); }
 inline void WaitForCopies(int pending) { emulated::WaitForCopies(pending); }
 }  // namespace slidejax
-
-#endif  // SLIDEJAX_EMULATED_CUDA_H_

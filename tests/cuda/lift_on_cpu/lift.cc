@@ -1,5 +1,7 @@
-// The lift kernels on a CPU (cuda_runtime_api.h): the emulation's engine, and one C function that tests/cuda/test_lift_emulated.py
-// calls.
+// The lift kernels on a CPU (cuda_runtime_api.h): the emulation's engine, and one C function that
+// tests/cuda/test_lift_emulated.py calls.
+#include "lift/lift.h"
+
 #include <ucontext.h>
 
 #include <algorithm>
@@ -11,7 +13,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "lift/lift.h"
 #include "cuda_runtime_api.h"
 
 namespace slidejax {
@@ -37,9 +38,9 @@ struct Fibre : Thread {
   std::unique_ptr<char[]> stack;
   bool done = false;
   std::function<bool()> ready = [] { return true; };
-  uint32_t value = 0;          // what it brought to the warp
-  std::vector<Copy> copies;    // under way
-  int groups = 0;              // committed
+  uint32_t value = 0;        // what it brought to the warp
+  std::vector<Copy> copies;  // under way
+  int groups = 0;            // committed
 };
 
 constexpr size_t kStack = 64 << 10;
@@ -75,8 +76,10 @@ void Barrier(Meeting& meeting, int threads) {
 }
 
 void Finish(const Copy& copy) {
-  if (copy.from == nullptr) std::memset(copy.to, 0, 16);
-  else std::memcpy(copy.to, copy.from, 16);
+  if (copy.from == nullptr)
+    std::memset(copy.to, 0, 16);
+  else
+    std::memcpy(copy.to, copy.from, 16);
 }
 
 const std::function<void()>* run_kernel;
@@ -104,7 +107,8 @@ uint32_t ReduceMax(uint32_t value) {
   Self().value = value;
   SyncWarp();
   uint32_t result = 0;
-  for (int lane = 0; lane < 32; ++lane) result = std::max(result, fibres[current->thread.x / 32 * 32 + lane].value);
+  for (int lane = 0; lane < 32; ++lane)
+    result = std::max(result, fibres[current->thread.x / 32 * 32 + lane].value);
   SyncWarp();
   return result;
 }
@@ -120,32 +124,40 @@ void CheckRead(const void* address, size_t bytes) {
 
 void CopyGranule(void* to, const void* from, bool wanted) {
   const char* const target = static_cast<char*>(to);
-  if (target < slidejax::shared || target + 16 > slidejax::shared + shared_of_block) Fail("a copy leaves shared memory");
+  if (target < slidejax::shared || target + 16 > slidejax::shared + shared_of_block)
+    Fail("a copy leaves shared memory");
   if (reinterpret_cast<uintptr_t>(to) % 16) Fail("a copy's target is not aligned");
   if (wanted) CheckRead(from, 16);
   Fibre& self = Self();
-  const Copy copy = {static_cast<char*>(to), wanted ? static_cast<const char*>(from) : nullptr, self.groups};
-  if (lazy_copies) self.copies.push_back(copy);
-  else Finish(copy);
+  const Copy copy = {static_cast<char*>(to), wanted ? static_cast<const char*>(from) : nullptr,
+                     self.groups};
+  if (lazy_copies)
+    self.copies.push_back(copy);
+  else
+    Finish(copy);
 }
 void CommitCopies() { ++Self().groups; }
 void WaitForCopies(int pending) {
   Fibre& self = Self();
   std::vector<Copy> later;
   for (const Copy& copy : self.copies) {
-    if (copy.group < self.groups - pending) Finish(copy);
-    else later.push_back(copy);
+    if (copy.group < self.groups - pending)
+      Finish(copy);
+    else
+      later.push_back(copy);
   }
   self.copies = std::move(later);
 }
 
 // Whether a thread of this warp can go on.
 bool Ready(unsigned warp) {
-  return std::any_of(fibres.begin() + 32 * warp, fibres.begin() + 32 * (warp + 1), [](const Fibre& f) { return !f.done && f.ready(); });
+  return std::any_of(fibres.begin() + 32 * warp, fibres.begin() + 32 * (warp + 1),
+                     [](const Fibre& f) { return !f.done && f.ready(); });
 }
 
 cudaError_t Launch(const std::function<void()>& run, dim3 grid, dim3 block, size_t shared) {
-  if (shared > static_cast<size_t>(shared_of_block) || block.x > 1024 || block.x % 32) return cudaErrorInvalidValue;
+  if (shared > static_cast<size_t>(shared_of_block) || block.x > 1024 || block.x % 32)
+    return cudaErrorInvalidValue;
   run_kernel = &run, grid_dim = grid, block_dim = block;
   for (unsigned b = 0; b < grid.x; ++b) {
     std::memset(slidejax::shared, 0xa5, sizeof(slidejax::shared));
@@ -157,7 +169,8 @@ cudaError_t Launch(const std::function<void()>& run, dim3 grid, dim3 block, size
       f.thread = dim3(t, 0, 0), f.block = dim3(b, 0, 0);
       f.stack = std::make_unique<char[]>(kStack);
       getcontext(&f.context);
-      f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = kStack, f.context.uc_link = &scheduler;
+      f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = kStack,
+      f.context.uc_link = &scheduler;
       makecontext(&f.context, Enter, 0);
     }
     std::vector<unsigned> turn(threads);
@@ -182,7 +195,8 @@ cudaError_t Launch(const std::function<void()>& run, dim3 grid, dim3 block, size
       if (!moved) Fail("threads wait for each other");
     }
     for (size_t i = shared; i < sizeof(slidejax::shared); ++i) {
-      if (slidejax::shared[i] != static_cast<char>(0xa5)) Fail("a write beyond the block's shared memory");
+      if (slidejax::shared[i] != static_cast<char>(0xa5))
+        Fail("a write beyond the block's shared memory");
     }
   }
   return cudaSuccess;
@@ -190,25 +204,31 @@ cudaError_t Launch(const std::function<void()>& run, dim3 grid, dim3 block, size
 
 }  // namespace emulated
 
-// One call of LiftQuantize on a device of `multiprocessors`; dtypes and enums as numbers. Returns the status.
-extern "C" int lift_quantize(const void* x, int x_type, const float* absmax, const void* up, const float* weight, const float* bias,
-                             void* lifted, int lifted_type, float* scale, int64_t rows, int64_t columns, int64_t lifted_columns,
-                             int group, int prologue, int activation, float eps, int multiprocessors, int shared_of_block, int lazy,
-                             int seed) {
+// One call of LiftQuantize on a device of `multiprocessors`; dtypes and enums as numbers. Returns
+// the status.
+extern "C" int lift_quantize(const void* x, int x_type, const float* absmax, const void* up,
+                             const float* weight, const float* bias, void* lifted, int lifted_type,
+                             float* scale, int64_t rows, int64_t columns, int64_t lifted_columns,
+                             int group, int prologue, int activation, float eps,
+                             int multiprocessors, int shared_of_block, int lazy, int seed) {
   using namespace slidejax;
   emulated::multiprocessors = multiprocessors, emulated::shared_of_block = shared_of_block;
   emulated::shared_of_multiprocessor = shared_of_block + 1024;
   emulated::lazy_copies = lazy != 0, emulated::order.seed(seed);
   emulated::readable.clear();
-  const auto allow = [](const void* from, int64_t bytes) {  // whole granules, as allocations have them
+  const auto allow = [](const void* from,
+                        int64_t bytes) {  // whole granules, as allocations have them
     const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
     if (from != nullptr) emulated::readable.push_back({begin, (begin + bytes + 15) / 16 * 16});
   };
   LiftArgs args = {};
   args.x = x, args.x_type = static_cast<DType>(x_type), args.absmax = absmax, args.lifted = lifted;
-  args.lifted_type = static_cast<DType>(lifted_type), args.scale = scale, args.rows = rows, args.columns = columns;
-  args.lifted_columns = lifted_columns, args.group = group, args.prologue = static_cast<PrologueKind>(prologue);
-  args.activation = static_cast<Activation>(activation), args.up = up, args.weight = weight, args.bias = bias, args.eps = eps;
+  args.lifted_type = static_cast<DType>(lifted_type), args.scale = scale, args.rows = rows,
+  args.columns = columns;
+  args.lifted_columns = lifted_columns, args.group = group,
+  args.prologue = static_cast<PrologueKind>(prologue);
+  args.activation = static_cast<Activation>(activation), args.up = up, args.weight = weight,
+  args.bias = bias, args.eps = eps;
   const int64_t x_bytes = rows * columns * static_cast<int64_t>(Bytes(args.x_type));
   allow(x, x_bytes), allow(up, x_bytes), allow(weight, 4 * columns), allow(bias, 4 * columns);
   return LiftQuantize(args, nullptr);

@@ -18,7 +18,8 @@ inline void __syncwarp() {
   auto& meeting = fiber.warp().meeting;
   const uint64_t generation = meeting.generation;
   meeting.arrive(32);
-  emulator::wait_until("syncwarp", [&meeting, generation] { return meeting.generation != generation; });
+  emulator::wait_until("syncwarp",
+                       [&meeting, generation] { return meeting.generation != generation; });
 }
 inline int __shfl_sync(unsigned, int value, int lane) {
   auto& warp = emulator::current().warp();
@@ -32,7 +33,8 @@ inline void __syncthreads() {
   auto& block = *emulator::current().block;
   const uint64_t generation = block.all.generation;
   block.all.arrive(static_cast<int>(block.warps.size()) * 32);
-  emulator::wait_until("syncthreads", [&block, generation] { return block.all.generation != generation; });
+  emulator::wait_until("syncthreads",
+                       [&block, generation] { return block.all.generation != generation; });
 }
 inline void __threadfence() {}
 inline float __int2float_rn(int v) { return static_cast<float>(v); }
@@ -68,7 +70,9 @@ inline emulator::Barrier& barrier_at(emulator::Block& block, uint32_t address) {
   if (found == block.barriers.end()) emulator::fail("no barrier at this address");
   return found->second;
 }
-inline emulator::Barrier& barrier_at(uint32_t address) { return barrier_at(*emulator::current().block, address); }
+inline emulator::Barrier& barrier_at(uint32_t address) {
+  return barrier_at(*emulator::current().block, address);
+}
 inline void barrier_init(uint32_t barrier, int arrivals) {
   emulator::shared_bytes(*emulator::current().block, barrier, 8);
   emulator::current().block->barriers[barrier] = {arrivals, arrivals, 0, 0};
@@ -82,7 +86,9 @@ inline void barrier_expect(uint32_t barrier, int bytes) {
   arrive(barrier_at(barrier));
 }
 inline void barrier_arrive(uint32_t barrier) { arrive(barrier_at(barrier)); }
-inline void barrier_arrive_at(uint32_t barrier, uint32_t rank) { arrive(barrier_at(emulator::block_of_cluster(rank), barrier)); }
+inline void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+  arrive(barrier_at(emulator::block_of_cluster(rank), barrier));
+}
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   auto& state = barrier_at(barrier);
   emulator::wait_until("mbarrier", [&state, parity] { return (state.phase & 1) != parity; });
@@ -92,18 +98,22 @@ inline void cluster_sync() {
   auto& cluster = *emulator::current().block->cluster;
   const uint64_t generation = cluster.all.generation;
   cluster.all.arrive(cluster.threads);
-  emulator::wait_until("cluster", [&cluster, generation] { return cluster.all.generation != generation; });
+  emulator::wait_until("cluster",
+                       [&cluster, generation] { return cluster.all.generation != generation; });
 }
 inline void grid_wait() {
   emulator::wait_until("the launch before", [] { return emulator::lift_has_ended; });
 }
 inline void grid_release() {}
-inline void named_arrive(int id, int threads) { emulator::current().block->named[id].arrive(threads); }
+inline void named_arrive(int id, int threads) {
+  emulator::current().block->named[id].arrive(threads);
+}
 inline void named_sync(int id, int threads) {
   auto& meeting = emulator::current().block->named[id];
   const uint64_t generation = meeting.generation;
   meeting.arrive(threads);
-  emulator::wait_until("named barrier", [&meeting, generation] { return meeting.generation != generation; });
+  emulator::wait_until("named barrier",
+                       [&meeting, generation] { return meeting.generation != generation; });
 }
 inline constexpr int kPatience = 50;  // times that a thread's turn comes: now and then too few
 inline bool wait_count(const int* counter, int n, int patience) {
@@ -111,14 +121,16 @@ inline bool wait_count(const int* counter, int n, int patience) {
   return *counter >= n;
 }
 
-inline void load_tensor(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint16_t ranks) {
+inline void load_tensor(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier,
+                        uint16_t ranks) {
   const auto tensor = reinterpret_cast<const emulator::Tensor&>(*map);
   size_t bytes = tensor.element;
   for (int i = 0; i < tensor.rank; ++i) bytes *= tensor.box[i];
   for (uint32_t rank = 0; rank < 16; ++rank) {
     if (!(ranks >> rank & 1)) continue;
     auto& block = emulator::block_of_cluster(rank);
-    std::memset(emulator::shared_bytes(block, dst, bytes), 0xA7, bytes);  // from now on it may be overwritten
+    std::memset(emulator::shared_bytes(block, dst, bytes), 0xA7,
+                bytes);  // from now on it may be overwritten
     emulator::later([=, &block] {
       emulator::copy_box(tensor, {x, y, z}, block.shared.data(), dst, false);
       barrier_at(block, barrier).bytes -= static_cast<int>(bytes);
@@ -126,23 +138,28 @@ inline void load_tensor(uint32_t dst, const CUtensorMap* map, int x, int y, int 
     });
   }
 }
-inline void tma_load_2d(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t barrier, uint64_t) {
+inline void tma_load_2d(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t barrier,
+                        uint64_t) {
   load_tensor(dst, map, x, y, 0, barrier, 1 << cluster_rank());
 }
-inline void tma_load_2d_multicast(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t barrier, uint16_t ranks, uint64_t) {
+inline void tma_load_2d_multicast(uint32_t dst, const CUtensorMap* map, int x, int y,
+                                  uint32_t barrier, uint16_t ranks, uint64_t) {
   load_tensor(dst, map, x, y, 0, barrier, ranks);
 }
-inline void tma_load_3d(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint64_t) {
+inline void tma_load_3d(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier,
+                        uint64_t) {
   load_tensor(dst, map, x, y, z, barrier, 1 << cluster_rank());
 }
-inline void tma_load_3d_multicast(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier, uint16_t ranks, uint64_t) {
+inline void tma_load_3d_multicast(uint32_t dst, const CUtensorMap* map, int x, int y, int z,
+                                  uint32_t barrier, uint16_t ranks, uint64_t) {
   load_tensor(dst, map, x, y, z, barrier, ranks);
 }
 inline void tma_store_2d(const CUtensorMap* map, uint32_t src, int x, int y, uint64_t) {
   const auto tensor = reinterpret_cast<const emulator::Tensor&>(*map);
   auto& block = *emulator::current().block;
   const auto line = block.unfenced.lower_bound(src);
-  if (line != block.unfenced.end() && line->first < src + tensor.box[0] * tensor.box[1] * tensor.element) {
+  if (line != block.unfenced.end() &&
+      line->first < src + tensor.box[0] * tensor.box[1] * tensor.element) {
     emulator::fail("a bulk copy may not see what a thread has written");
   }
   auto read = std::make_shared<bool>(false);
@@ -165,7 +182,8 @@ void bulk_wait_read() {
 }
 inline void fence_async_shared() {
   auto& fiber = emulator::current();
-  std::erase_if(fiber.block->unfenced, [&](const auto& line) { return line.second == fiber.thread; });
+  std::erase_if(fiber.block->unfenced,
+                [&](const auto& line) { return line.second == fiber.thread; });
 }
 inline void prefetch_map(const CUtensorMap*) {}
 
@@ -194,11 +212,14 @@ inline void store_remote_4(uint32_t address, uint32_t rank, uint4 v) {
   if (!block.begun) emulator::fail("a block that has not begun has no shared memory");
   std::memcpy(emulator::shared_bytes(block, address, 16), &v, 16);
 }
-inline void store_shared_4(uint32_t address, uint4 v) { std::memcpy(emulator::shared_bytes(*emulator::current().block, address, 16), &v, 16); }
+inline void store_shared_4(uint32_t address, uint4 v) {
+  std::memcpy(emulator::shared_bytes(*emulator::current().block, address, 16), &v, 16);
+}
 inline void store_shared_f32(uint32_t address, float v) {
   std::memcpy(emulator::shared_bytes(*emulator::current().block, address, 4), &v, 4);
 }
-inline void store_matrices_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+inline void store_matrices_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                      uint32_t d) {
   auto& fiber = emulator::current();
   auto& warp = fiber.warp();
   const int lane = fiber.thread % 32;
@@ -206,10 +227,12 @@ inline void store_matrices_transposed(uint32_t address, uint32_t a, uint32_t b, 
   const uint32_t values[4] = {a, b, c, d};
   std::memcpy(warp.registers[lane], values, 16);
   __syncwarp();
-  // Lane i writes row i % 8 of matrix i / 8: transposed, so element j of it is in lane 4 j + row / 2, half row % 2.
+  // Lane i writes row i % 8 of matrix i / 8: transposed, so element j of it is in lane 4 j + row /
+  // 2, half row % 2.
   const int matrix = lane / 8, row = lane % 8;
   uint16_t line[8];
-  for (int j = 0; j < 8; ++j) line[j] = static_cast<uint16_t>(warp.registers[4 * j + row / 2][matrix] >> (16 * (row % 2)));
+  for (int j = 0; j < 8; ++j)
+    line[j] = static_cast<uint16_t>(warp.registers[4 * j + row / 2][matrix] >> (16 * (row % 2)));
   std::memcpy(emulator::shared_bytes(*fiber.block, address, 16), line, 16);
   fiber.block->unfenced[address] = fiber.thread;
   __syncwarp();

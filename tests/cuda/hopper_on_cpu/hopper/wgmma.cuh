@@ -10,15 +10,21 @@ namespace slidejax::hopper {
 template <bool kFp8, int kN>
 struct Wgmma {
   using Accumulator = std::conditional_t<kFp8, float, int>;
-  static void mma(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t metadata, int add) { issue(d, a, b, metadata, add, true); }
-  static void dense(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, int add) { issue(d, a, b, 0, add, false); }
+  static void mma(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t metadata, int add) {
+    issue(d, a, b, metadata, add, true);
+  }
+  static void dense(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, int add) {
+    issue(d, a, b, 0, add, false);
+  }
 
  private:
-  static void issue(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t metadata, int add, bool sparse) {
+  static void issue(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t metadata, int add,
+                    bool sparse) {
     auto& fiber = emulator::current();
     auto& group = fiber.block->groups[fiber.thread / 128];
     const size_t index = fiber.instructions++;
-    if (group.queue.size() <= index) group.queue.push_back(std::make_unique<emulator::Instruction>());
+    if (group.queue.size() <= index)
+      group.queue.push_back(std::make_unique<emulator::Instruction>());
     auto& instruction = *group.queue[index];
     uint32_t* variable = reinterpret_cast<uint32_t*>(&d[0]);
     auto shadow = fiber.shadows.begin();
@@ -33,17 +39,20 @@ struct Wgmma {
     instruction.sums[thread] = shadow->values.data();
     instruction.metadata[thread] = metadata;
     if (instruction.issued++ == 0) {
-      instruction.tokens = kN, instruction.add = add, instruction.a = a, instruction.b = b, instruction.fp8 = kFp8;
+      instruction.tokens = kN, instruction.add = add, instruction.a = a, instruction.b = b,
+      instruction.fp8 = kFp8;
       instruction.sparse = sparse;
-    } else if (instruction.tokens != kN || instruction.a != a || instruction.b != b || instruction.add != add ||
-               instruction.sparse != sparse) {
+    } else if (instruction.tokens != kN || instruction.a != a || instruction.b != b ||
+               instruction.add != add || instruction.sparse != sparse) {
       emulator::fail("the threads of a warp group issue different instructions");
     }
   }
 };
 
 inline void wgmma_fence() {}
-inline void wgmma_commit() { emulator::current().groups.push_back(emulator::current().instructions); }
+inline void wgmma_commit() {
+  emulator::current().groups.push_back(emulator::current().instructions);
+}
 template <int kPending>
 void wgmma_wait() {
   auto& fiber = emulator::current();
