@@ -27,42 +27,41 @@ struct Place {
 // Copies the X of a team's work, stage after stage; with the first of each piece goes a note of
 // what it is.
 template <class T>
-SJ_DEVICE void produce_activations(const Params& p, const Shared& shared, const Place& place) {
-  if (p.companion != kSecond) grid_wait();
+SJ_DEVICE void ProduceActivations(const Params& p, const Shared& shared, const Place& place) {
+  if (p.companion != kSecond) GridWait();
   const int rank = static_cast<int>(place.rank), share = rank * T::kShareX;
   const uint16_t team = ((1 << T::kCluster) - 1) << (place.in_cluster - place.rank);
   Position<T::kStages> to{0, 1};  // the first turn of the ring waits for nothing
   for (int i = 0;; ++i) {
-    const Work work = find_work(p, place.team, place.teams, i);
+    const Work work = FindWork(p, place.team, place.teams, i);
     const int row = (work.row_tile * T::kCluster + rank) * T::kRows,
               token = work.token_tile * T::kTokens;
     // Tokens beyond M are left out: zeros in their place would take three times as long to arrive
     // as data do. What is multiplied instead is whatever lies there, and goes no further.
     const int inside = min(max(p.M - token, 0), T::kTokens),
               mine = min(max(inside - share, 0), T::kShareX);
-    barrier_wait(shared.x.empty + 8 * to.at, to.parity);
-    store_shared_4(shared.notes + 16 * to.at, row, token, work.end - work.begin, work.split);
+    BarrierWait(shared.x.empty + 8 * to.at, to.parity);
+    StoreShared4(shared.notes + 16 * to.at, row, token, work.end - work.begin, work.split);
     if (work.begin == work.end) {  // the last note: no more work
-      barrier_arrive(shared.x.full + 8 * to.at);
+      BarrierArrive(shared.x.full + 8 * to.at);
       return;
     }
 #pragma unroll 1
     for (int k = 2 * work.begin; k < 2 * work.end; k += T::kWidthX) {
       const uint32_t bar = shared.x.full + 8 * to.at, dst = shared.x.data + to.at * T::kBytesX;
-      barrier_wait(shared.x.empty + 8 * to.at, to.parity);
-      barrier_expect(bar, T::kWidthX * inside * 128);
+      BarrierWait(shared.x.empty + 8 * to.at, to.parity);
+      BarrierExpect(bar, T::kWidthX * inside * 128);
       if (mine > 0) {
         const CUtensorMap* const map = mine == T::kShareX ? &p.map_x : &p.map_x_end;
         if constexpr (T::kCluster == 1) {
 #pragma unroll
           for (int h = 0; h < T::kWidthX; ++h)
-            tma_load_2d(dst + h * (T::kTokens * 128), map, (k + h) * 128, token, bar, kEvictLast);
+            TmaLoad2d(dst + h * (T::kTokens * 128), map, (k + h) * 128, token, bar, kEvictLast);
         } else {
-          tma_load_2d_multicast(dst + share * 128, map, k * 128, token + share, bar, team,
-                                kEvictLast);
+          TmaLoad2dMulticast(dst + share * 128, map, k * 128, token + share, bar, team, kEvictLast);
         }
       }
-      to.advance();
+      to.Advance();
     }
   }
 }
@@ -71,40 +70,39 @@ SJ_DEVICE void produce_activations(const Params& p, const Shared& shared, const 
 // kShared: the other team of the cluster multiplies the same rows, of which each copies half to
 // both.
 template <class T, bool kShared>
-SJ_DEVICE void produce_weights(const Params& p, const Shared& shared, const Place& place) {
+SJ_DEVICE void ProduceWeights(const Params& p, const Shared& shared, const Place& place) {
   // W stays in L2 when more than one group of tokens passes over it.
   const uint64_t policy = p.token_tiles == p.group_tokens ? kEvictFirst : kEvictNormal;
   const int part = static_cast<int>(place.in_cluster / T::kCluster);
   const uint16_t both = (1 | 1 << T::kCluster) << place.rank;
   Position<T::kCopies> to{0, 1};
   for (int i = 0;; ++i) {
-    const Work work = find_work(p, place.team, place.teams, i);
+    const Work work = FindWork(p, place.team, place.teams, i);
     if (work.begin == work.end) return;
     const int row = (work.row_tile * T::kCluster + static_cast<int>(place.rank)) * T::kRows;
 #pragma unroll 1
     for (int k = 2 / T::kWidthW * work.begin; k < 2 / T::kWidthW * work.end; ++k) {
       const uint32_t bar = shared.w.full + 8 * to.at, dst = shared.w.data + to.at * T::kBytesCopy;
-      barrier_wait(shared.w.empty + 8 * to.at, to.parity);
-      barrier_expect(bar, T::kBytesCopy);
+      BarrierWait(shared.w.empty + 8 * to.at, to.parity);
+      BarrierExpect(bar, T::kBytesCopy);
       if constexpr (kShared) {
-        tma_load_2d_multicast(dst + part * (T::kBytesW / 2), &p.map_w, k * 128,
-                              row + part * (T::kRows / 2), bar, both, policy);
+        TmaLoad2dMulticast(dst + part * (T::kBytesW / 2), &p.map_w, k * 128,
+                           row + part * (T::kRows / 2), bar, both, policy);
         if constexpr (T::kSparse)
-          tma_load_3d_multicast(dst + T::kBytesW + part * (T::kBytesE / 2), &p.map_e, 0,
-                                k * T::kWidthW, row / 64 + part * (T::kRows / 128), bar, both,
-                                policy);
+          TmaLoad3dMulticast(dst + T::kBytesW + part * (T::kBytesE / 2), &p.map_e, 0,
+                             k * T::kWidthW, row / 64 + part * (T::kRows / 128), bar, both, policy);
       } else {
-        tma_load_2d(dst, &p.map_w, k * 128, row, bar, policy);
+        TmaLoad2d(dst, &p.map_w, k * 128, row, bar, policy);
         if constexpr (T::kSparse)
-          tma_load_3d(dst + T::kBytesW, &p.map_e, 0, k * T::kWidthW, row / 64, bar, policy);
+          TmaLoad3d(dst + T::kBytesW, &p.map_e, 0, k * T::kWidthW, row / 64, bar, policy);
       }
-      to.advance();
+      to.Advance();
     }
   }
 }
 
 template <class T>
-SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place) {
+SJ_DEVICE void Consume(const Params& p, const Shared& shared, const Place& place) {
   using Instruction = Wgmma<T::kFp8, T::kTokens>;
   using A = typename Instruction::Accumulator;
   const int thread = threadIdx.x & 127;
@@ -118,16 +116,16 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
   // other team.
   auto release_x = [&](int stage) {
     if constexpr (T::kCluster == 1) {
-      if (thread == 0) barrier_arrive(shared.x.empty + 8 * stage);
+      if (thread == 0) BarrierArrive(shared.x.empty + 8 * stage);
     } else {
       if (thread < T::kCluster)
-        barrier_arrive_at(shared.x.empty + 8 * stage, place.in_cluster ^ thread);
+        BarrierArriveAt(shared.x.empty + 8 * stage, place.in_cluster ^ thread);
     }
   };
   auto release_w = [&](int copy) {
-    if (thread == 32) barrier_arrive(shared.w.empty + 8 * copy);
+    if (thread == 32) BarrierArrive(shared.w.empty + 8 * copy);
     if (T::kAbreast && thread == 33 && p.companion == kFirst)
-      barrier_arrive_at(shared.w.empty + 8 * copy, place.in_cluster ^ T::kCluster);
+      BarrierArriveAt(shared.w.empty + 8 * copy, place.in_cluster ^ T::kCluster);
   };
 
   auto load_metadata = [&](uint32_t (&meta)[T::kBlocks][2], uint32_t from, int half) {
@@ -136,7 +134,7 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
         from + T::kBytesW + (group * T::kBlocks * T::kWidthW + half) * 1024 + thread * 8;
 #pragma unroll
     for (int b = 0; b < T::kBlocks; ++b) {
-      const uint2 v = load_shared_2(m + b * T::kWidthW * 1024);
+      const uint2 v = LoadShared2(m + b * T::kWidthW * 1024);
       meta[b][0] = v.x;
       meta[b][1] = v.y;
     }
@@ -146,19 +144,19 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
   constexpr int kInstructions = T::kSparse ? 2 : 4;
   auto multiply = [&](A(&sums)[T::kTokens / 2], uint32_t from_x, uint32_t from_w, int b, int k,
                       const uint32_t (&meta)[2], int add) {
-    const uint64_t rows = descriptor<128>(from_w + (group * T::kBlocks + b) * (64 * 128) + 32 * k);
+    const uint64_t rows = Descriptor<128>(from_w + (group * T::kBlocks + b) * (64 * 128) + 32 * k);
     if constexpr (T::kSparse) {
-      Instruction::mma(sums, rows, descriptor<128>(from_x + 64 * k), meta[k], add);
+      Instruction::Mma(sums, rows, Descriptor<128>(from_x + 64 * k), meta[k], add);
     } else {
-      Instruction::dense(sums, rows, descriptor<128>(from_x + 32 * k), add);
+      Instruction::Dense(sums, rows, Descriptor<128>(from_x + 32 * k), add);
     }
   };
 
   uint32_t left = 0;  // sums that other clusters have left to this warp
   int set = 0;        // which scales: those of the tile before may still be in use
   for (bool start = true;; start = false, set ^= 1) {
-    barrier_wait(shared.x.full + 8 * x.at, x.parity);
-    const int4 note = load_shared_4i(shared.notes + 16 * x.at);
+    BarrierWait(shared.x.full + 8 * x.at, x.parity);
+    const int4 note = LoadShared4I(shared.notes + 16 * x.at);
     const int steps = __shfl_sync(~0u, note.z, 0), split = __shfl_sync(~0u, note.w, 0);
     const int row = __shfl_sync(~0u, note.x, 0) + group * T::kBlocks * 64,
               token = __shfl_sync(~0u, note.y, 0);
@@ -170,7 +168,7 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
 
     // Once, at the start, the second warp group lets the first one get ahead: from then on the
     // epilogue of one runs while the instructions of the other keep the tensor cores busy.
-    if (start && group == 1) named_sync(8, 256);
+    if (start && group == 1) NamedSync(8, 256);
     // Waits for the 128 columns that are number kIndex of a step, and loads their metadata.
     struct Columns {
       uint32_t x, w;
@@ -178,8 +176,8 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
     auto arrive = [&](uint32_t (&meta)[T::kBlocks][2], auto index, auto first) {
       constexpr int kIndex = decltype(index)::value, kHalfX = kIndex % T::kWidthX,
                     kHalfW = kIndex % T::kWidthW;
-      if (!decltype(first)::value && kHalfX == 0) barrier_wait(shared.x.full + 8 * x.at, x.parity);
-      if (kHalfW == 0) barrier_wait(shared.w.full + 8 * copy(), T::kTied ? x.parity : w.parity);
+      if (!decltype(first)::value && kHalfX == 0) BarrierWait(shared.x.full + 8 * x.at, x.parity);
+      if (kHalfW == 0) BarrierWait(shared.w.full + 8 * copy(), T::kTied ? x.parity : w.parity);
       const uint32_t from_w = shared.w.data + copy() * T::kBytesCopy;
       load_metadata(meta, from_w, kHalfW);
       return Columns{shared.x.data + x.at * T::kBytesX + kHalfX * (T::kTokens * 128),
@@ -191,11 +189,11 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
       constexpr int kIndex = decltype(index)::value;
       if (kIndex % T::kWidthW == T::kWidthW - 1) {
         previous_w = copy();
-        if (!T::kTied) w.advance();
+        if (!T::kTied) w.Advance();
       }
       if (kIndex % T::kWidthX == T::kWidthX - 1) {
         previous_x = x.at;
-        x.advance();
+        x.Advance();
       }
     };
     // 128 columns.
@@ -203,14 +201,14 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
       constexpr int kIndex = decltype(index)::value;
       constexpr bool kFirst = decltype(first)::value;
       const Columns at = arrive(meta, index, first);
-      wgmma_fence();
+      WgmmaFence();
 #pragma unroll
       for (int k = 0; k < kInstructions; ++k)
 #pragma unroll
         for (int b = 0; b < T::kBlocks; ++b)
           multiply(d[b], at.x, at.w, b, k, meta[b], kFirst && k == 0 ? 0 : 1);
-      wgmma_commit();
-      wgmma_wait<1>();  // the columns before these are done with
+      WgmmaCommit();
+      WgmmaWait<1>();  // the columns before these are done with
       if (!kFirst && kIndex % T::kWidthX == 0) release_x(previous_x);
       if (!kFirst && kIndex % T::kWidthW == 0) release_w(previous_w);
       advance(index);
@@ -218,8 +216,8 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
     constexpr std::integral_constant<int, 0> kEven{};
     constexpr std::integral_constant<int, 1> kOdd{};
     column_step(e[0], kEven, std::true_type());
-    if (start && group == 0) named_arrive(8, 256);
-    if (split < 0) prefetch_scales<T>(p, scales<T>(shared, group, set), row, token);
+    if (start && group == 0) NamedArrive(8, 256);
+    if (split < 0) PrefetchScales<T>(p, Scales<T>(shared, group, set), row, token);
     column_step(e[1], kOdd, std::false_type());
     // With two blocks, a tile's last step is left for below.
     constexpr bool kTail = T::kBlocks == 2;
@@ -230,27 +228,27 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
       column_step(e[1], kOdd, std::false_type());
     }
     if (!kTail || split != kWhole) {
-      wgmma_wait<0>();
+      WgmmaWait<0>();
       release_x(previous_x);
       release_w(previous_w);
 #pragma unroll
-      for (int b = 0; b < T::kBlocks; ++b) pin(d[b]);
+      for (int b = 0; b < T::kBlocks; ++b) Pin(d[b]);
       if (T::kDivides && split == kDivided) {
-        cluster_sync();  // nobody needs the rings any more
-        send_parts<T>(p, d, shared, place.rank, place.part, warp);
-        copy_async_wait();
-        if (thread == 0) bulk_wait_read<0>();
-        cluster_sync();  // all sums and scales are there, and the slots are free
-        sum_inbox<T>(p, shared, place.part, warp, set, row, token);
+        ClusterSync();  // nobody needs the rings any more
+        SendParts<T>(p, d, shared, place.rank, place.part, warp);
+        CopyAsyncWait();
+        if (thread == 0) BulkWaitRead<0>();
+        ClusterSync();  // all sums and scales are there, and the slots are free
+        SumInbox<T>(p, shared, place.part, warp, set, row, token);
       } else if (split >= 0) {
-        const Sharer me = sharer<T>(p, place.team, place.rank);
-        left |= store_part<T>(p, d, split, me, warp)
-                << (split == share(p, me.cluster) / p.steps ? 0 : 16);
+        const Sharer me = SharerOf<T>(p, place.team, place.rank);
+        left |= StorePart<T>(p, d, split, me, warp)
+                << (split == Share(p, me.cluster) / p.steps ? 0 : 16);
       } else {
-        copy_async_wait();
-        if (T::kSlots == 1 && thread == 0) bulk_wait_read<0>();
-        named_sync(1 + group, 128);
-        if constexpr (!kTail) store_block<T, 0>(p, d[0], shared, warp, set, row, token);
+        CopyAsyncWait();
+        if (T::kSlots == 1 && thread == 0) BulkWaitRead<0>();
+        NamedSync(1 + group, 128);
+        if constexpr (!kTail) StoreBlock<T, 0>(p, d[0], shared, warp, set, row, token);
       }
     } else if constexpr (kTail) {
       // The last step: all of its columns for the first block, then all for the second, under which
@@ -267,91 +265,91 @@ SJ_DEVICE void consume(const Params& p, const Shared& shared, const Place& place
         for (int k = 0; k < kInstructions; ++k) multiply(d[b], even.x, even.w, b, k, e[0][b], 1);
 #pragma unroll
         for (int k = 0; k < kInstructions; ++k) multiply(d[b], odd.x, odd.w, b, k, e[1][b], 1);
-        wgmma_commit();
+        WgmmaCommit();
       };
-      wgmma_fence();
+      WgmmaFence();
       block_step(0);
-      wgmma_wait<1>();
+      WgmmaWait<1>();
       release_x(before_x);
       release_w(before_w);
       block_step(1);
-      copy_async_wait();
-      named_sync(1 + group,
-                 128);  // the scales are there, and all have read those of the tile before
-      wgmma_wait<1>();
-      pin(d[0]);
-      store_block<T, 0>(p, d[0], shared, warp, set, row, token);
-      wgmma_wait<0>();
-      pin(d[1]);
+      CopyAsyncWait();
+      NamedSync(1 + group,
+                128);  // the scales are there, and all have read those of the tile before
+      WgmmaWait<1>();
+      Pin(d[0]);
+      StoreBlock<T, 0>(p, d[0], shared, warp, set, row, token);
+      WgmmaWait<0>();
+      Pin(d[1]);
       release_x(even_x);
       release_x(previous_x);
       if (T::kWidthW == 1) release_w(even_w);
       release_w(previous_w);
-      store_block<T, 1>(p, d[1], shared, warp, set, row, token);
+      StoreBlock<T, 1>(p, d[1], shared, warp, set, row, token);
     }
   }
-  if (const Sharer me = sharer<T>(p, place.team, place.rank); me.cluster < p.split_clusters)
-    sum_parts<T>(p, shared, me, warp, left);
-  if (thread == 0) bulk_wait_read<0>();  // shared memory must outlive the stores from it
+  if (const Sharer me = SharerOf<T>(p, place.team, place.rank); me.cluster < p.split_clusters)
+    SumParts<T>(p, shared, me, warp, left);
+  if (thread == 0) BulkWaitRead<0>();  // shared memory must outlive the stores from it
 }
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
-    sparse_matmul_kernel(const __grid_constant__ Params p) {
+    SparseMatmulKernel(const __grid_constant__ Params p) {
   SJ_DYNAMIC_SHARED(dynamic);
-  const Shared shared = make_shared<T>(shared_address(dynamic));
-  const uint32_t in_cluster = T::kCluster > 1 || T::kDivides ? cluster_rank() : 0;
+  const Shared shared = MakeShared<T>(SharedAddress(dynamic));
+  const uint32_t in_cluster = T::kCluster > 1 || T::kDivides ? ClusterRank() : 0;
   const Place place{in_cluster, in_cluster % T::kCluster,
                     T::kDivides || T::kAbreast ? static_cast<int>(in_cluster / T::kCluster) : 0,
                     p.first_team + static_cast<int>(blockIdx.x / T::kCluster), p.teams};
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < T::kStages; ++i) {
-      barrier_init(shared.x.full + 8 * i, 1);
-      barrier_init(shared.x.empty + 8 * i, T::kWarpGroups * T::kCluster);
+      BarrierInit(shared.x.full + 8 * i, 1);
+      BarrierInit(shared.x.empty + 8 * i, T::kWarpGroups * T::kCluster);
     }
     for (int i = 0; i < T::kCopies; ++i) {
-      barrier_init(shared.w.full + 8 * i, 1);
-      barrier_init(shared.w.empty + 8 * i, T::kWarpGroups * (p.companion == kFirst ? 2 : 1));
+      BarrierInit(shared.w.full + 8 * i, 1);
+      BarrierInit(shared.w.empty + 8 * i, T::kWarpGroups * (p.companion == kFirst ? 2 : 1));
     }
-    fence_barrier_init();
-    prefetch_map(&p.map_x);
-    if (p.M % T::kShareX != 0) prefetch_map(&p.map_x_end);
-    prefetch_map(&p.map_w);
-    if constexpr (T::kSparse) prefetch_map(&p.map_e);
+    FenceBarrierInit();
+    PrefetchMap(&p.map_x);
+    if (p.M % T::kShareX != 0) PrefetchMap(&p.map_x_end);
+    PrefetchMap(&p.map_w);
+    if constexpr (T::kSparse) PrefetchMap(&p.map_e);
   }
   __syncthreads();
-  if constexpr (T::kCluster > 1) cluster_sync();
+  if constexpr (T::kCluster > 1) ClusterSync();
 
   if (threadIdx.x >= T::kWarpGroups * 128) {
-    registers_decrease<T::kProducerRegisters>();
+    RegistersDecrease<T::kProducerRegisters>();
     if (threadIdx.x == T::kWarpGroups * 128) {
-      if (p.companion == kFirst) grid_release();
-      produce_activations<T>(p, shared, place);
+      if (p.companion == kFirst) GridRelease();
+      ProduceActivations<T>(p, shared, place);
     } else if (threadIdx.x == T::kWarpGroups * 128 + 32) {
       if (T::kAbreast && p.companion == kFirst) {
-        produce_weights<T, true>(p, shared, place);
+        ProduceWeights<T, true>(p, shared, place);
       } else {
-        produce_weights<T, false>(p, shared, place);
+        ProduceWeights<T, false>(p, shared, place);
       }
     }
     __syncwarp();
     if (T::kDivides && p.parts > 1 &&
         place.team / p.parts <
             p.divided_tiles) {  // with the consumers, when they hand over their sums
-      cluster_sync();
-      cluster_sync();
+      ClusterSync();
+      ClusterSync();
     }
   } else {
-    registers_increase<T::kConsumerRegisters>();
-    if (p.companion != kSecond) grid_wait();
-    consume<T>(p, shared, place);
+    RegistersIncrease<T::kConsumerRegisters>();
+    if (p.companion != kSecond) GridWait();
+    Consume<T>(p, shared, place);
   }
   __syncwarp();
   // A block may not leave while its neighbour still writes into its shared memory or arrives at its
   // barriers.
-  if constexpr (T::kCluster > 1) cluster_sync();
-  if (p.companion == kSecond) grid_wait();  // whoever waits for this launch waits for both
+  if constexpr (T::kCluster > 1) ClusterSync();
+  if (p.companion == kSecond) GridWait();  // whoever waits for this launch waits for both
 }
 
 }  // namespace slidejax::hopper

@@ -34,7 +34,7 @@ struct Entry {
 };
 
 template <class T>
-constexpr uint32_t divisions() {
+constexpr uint32_t Divisions() {
   uint32_t all = 0;
   for (int parts : kParts) {
     const bool fits = T::kDivides && parts * T::kCluster <= 8 &&
@@ -46,18 +46,18 @@ constexpr uint32_t divisions() {
 
 template <int kWarpGroups, int kBlocks, int kTokens, int kCluster, int kStages, int kCopies,
           bool kSparse = true>
-Entry make_entry(const char* name, float stage_clocks, float tile_clocks, float abreast = 1) {
+Entry MakeEntry(const char* name, float stage_clocks, float tile_clocks, float abreast = 1) {
   using T = Tile<true, kWarpGroups, kBlocks, kTokens, kCluster, kStages, kCopies, kSparse>;
   using S = Tile<false, kWarpGroups, kBlocks, kTokens, kCluster, kStages, kCopies, kSparse>;
   return {{name, T::kRows, kTokens, kCluster, kWarpGroups, kStages},
-          {reinterpret_cast<const void*>(sparse_matmul_kernel<T>),
-           reinterpret_cast<const void*>(sparse_matmul_kernel<S>)},
+          {reinterpret_cast<const void*>(SparseMatmulKernel<T>),
+           reinterpret_cast<const void*>(SparseMatmulKernel<S>)},
           T::kThreads,
           T::kShared,
           T::kPartial * kCluster * 4,
           T::kSlabTokens,
           T::kWidthW,
-          divisions<T>(),
+          Divisions<T>(),
           kSparse,
           stage_clocks,
           tile_clocks,
@@ -65,36 +65,34 @@ Entry make_entry(const char* name, float stage_clocks, float tile_clocks, float 
 }
 
 const Entry kEntries[] = {
-    make_entry<2, 2, 192, 2, 4, 2>("256x192", 977, 3000, 0.96),
-    make_entry<2, 1, 256, 2, 4, 3>("128x256", 665, 2500, 0.98),
-    make_entry<2, 2, 160, 2, 4, 3>("256x160", 843, 2600, 0.95),
-    make_entry<2, 2, 128, 2, 4, 3>("256x128", 710, 2000, 0.96),
-    make_entry<2, 1, 128, 2, 6, 4>("128x128", 400, 1500, 1.08),
-    make_entry<2, 1, 128, 4, 6, 4>("128x128 in fours", 395, 1500),
-    make_entry<2, 1, 64, 1, 5, 6>("128x64", 255, 1000),
-    make_entry<2, 1, 32, 1, 7, 7>("128x32", 240, 800),
-    make_entry<2, 1, 16, 1, 8, 8>("128x16", 200, 800),
-    make_entry<2, 2, 192, 2, 3, 3, false>("dense 256x192", 1520, 2900, 0.97),
-    make_entry<2, 1, 256, 2, 4, 4, false>("dense 128x256", 1040, 2500, 0.96),
-    make_entry<2, 1, 128, 2, 6, 6, false>("dense 128x128", 560, 1500, 0.97),
-    make_entry<2, 1, 64, 1, 7, 7, false>("dense 128x64", 340, 1000),
-    make_entry<2, 1, 16, 1, 10, 10, false>("dense 128x16", 400, 800),
+    MakeEntry<2, 2, 192, 2, 4, 2>("256x192", 977, 3000, 0.96),
+    MakeEntry<2, 1, 256, 2, 4, 3>("128x256", 665, 2500, 0.98),
+    MakeEntry<2, 2, 160, 2, 4, 3>("256x160", 843, 2600, 0.95),
+    MakeEntry<2, 2, 128, 2, 4, 3>("256x128", 710, 2000, 0.96),
+    MakeEntry<2, 1, 128, 2, 6, 4>("128x128", 400, 1500, 1.08),
+    MakeEntry<2, 1, 128, 4, 6, 4>("128x128 in fours", 395, 1500),
+    MakeEntry<2, 1, 64, 1, 5, 6>("128x64", 255, 1000),
+    MakeEntry<2, 1, 32, 1, 7, 7>("128x32", 240, 800),
+    MakeEntry<2, 1, 16, 1, 8, 8>("128x16", 200, 800),
+    MakeEntry<2, 2, 192, 2, 3, 3, false>("dense 256x192", 1520, 2900, 0.97),
+    MakeEntry<2, 1, 256, 2, 4, 4, false>("dense 128x256", 1040, 2500, 0.96),
+    MakeEntry<2, 1, 128, 2, 6, 6, false>("dense 128x128", 560, 1500, 0.97),
+    MakeEntry<2, 1, 64, 1, 7, 7, false>("dense 128x64", 340, 1000),
+    MakeEntry<2, 1, 16, 1, 10, 10, false>("dense 128x16", 400, 800),
 };
 constexpr int kEntryCount = sizeof(kEntries) / sizeof(kEntries[0]);
 
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
-bool is_sparse(const HopperArgs& a) { return a.group != 0; }
-int columns_of(const HopperArgs& a) {
-  return is_sparse(a) ? a.groups * (a.group - 2) * 2 : a.groups;
-}
-int metadata_stages(int groups, int group) {
-  return group == 0 ? 0 : 2 * ceil_div(groups * (group - 2) * 2, 256);
+int CeilDiv(int a, int b) { return (a + b - 1) / b; }
+bool IsSparse(const HopperArgs& a) { return a.group != 0; }
+int ColumnsOf(const HopperArgs& a) { return IsSparse(a) ? a.groups * (a.group - 2) * 2 : a.groups; }
+int MetadataStages(int groups, int group) {
+  return group == 0 ? 0 : 2 * CeilDiv(groups * (group - 2) * 2, 256);
 }
 // The kernel wants two steps; what lies beyond K' is zero.
-int steps_of(const HopperArgs& a) { return std::max(2, ceil_div(columns_of(a), 256)); }
+int StepsOf(const HopperArgs& a) { return std::max(2, CeilDiv(ColumnsOf(a), 256)); }
 // Bytes of W and its metadata.
-float weight_bytes(const HopperArgs& a) {
-  return static_cast<float>(a.out) * columns_of(a) * (is_sparse(a) ? 0.625f : 1.0f);
+float WeightBytes(const HopperArgs& a) {
+  return static_cast<float>(a.out) * ColumnsOf(a) * (IsSparse(a) ? 0.625f : 1.0f);
 }
 
 constexpr int kAbreastTokens = 1024;  // with fewer, power does not bind
@@ -114,23 +112,23 @@ struct Split {
 
 // Teams that are expected to run side by side in clusters of `parts`: larger clusters do not fill a
 // device to the last multiprocessor.
-int planned_teams(const Entry& e, int multiprocessors, int parts) {
+int PlannedTeams(const Entry& e, int multiprocessors, int parts) {
   const int all = multiprocessors / e.tile.cluster, size = e.tile.cluster * parts;
   const int fit = size <= 2 ? all : size % 3 == 0 ? all * 9 / 11 : all * 10 / 11;
   return parts == 1 ? std::max(1, fit) : fit / parts * parts;
 }
 
 // Tiles of a team along the outputs and, of `teams` abreast, along the tokens.
-int row_tiles(const Entry& e, const HopperArgs& a) {
-  return ceil_div(a.out, e.tile.rows * e.tile.cluster);
+int RowTiles(const Entry& e, const HopperArgs& a) {
+  return CeilDiv(a.out, e.tile.rows * e.tile.cluster);
 }
-int token_tiles(const Entry& e, const HopperArgs& a, int teams) {
-  return ceil_div(a.M, teams * e.tile.tokens);
+int TokenTiles(const Entry& e, const HopperArgs& a, int teams) {
+  return CeilDiv(a.M, teams * e.tile.tokens);
 }
 
 // A step of two stages, with so many blocks side by side, of teams of which `teams` share W: no
 // faster than L2 gives all of them what each reads of it.
-float step_clocks(const Entry& e, const HopperArgs& a, int blocks, int teams) {
+float StepClocks(const Entry& e, const HopperArgs& a, int blocks, int teams) {
   const float kBytesPerClock = 5500;  // fitted together with the 72 bytes of a row below; W and its
                                       // metadata have 80 (weight_bytes)
   const float x = 128.0f * e.tile.tokens / e.tile.cluster,
@@ -143,10 +141,10 @@ float step_clocks(const Entry& e, const HopperArgs& a, int blocks, int teams) {
 
 // Whole waves first; the rest either as one more wave, or cut along K by way of memory. clusters:
 // of `teams` teams, each with its tile.
-Split cut_in_memory(const Entry& e, const HopperArgs& a, int clusters, int teams, int want) {
-  const int tiles = row_tiles(e, a) * token_tiles(e, a, teams), steps = steps_of(a);
+Split CutInMemory(const Entry& e, const HopperArgs& a, int clusters, int teams, int want) {
+  const int tiles = RowTiles(e, a) * TokenTiles(e, a, teams), steps = StepsOf(a);
   const int rest = tiles % clusters, waves = tiles / clusters, blocks = e.tile.cluster * teams;
-  auto step_of = [&](int side_by_side) { return step_clocks(e, a, side_by_side * blocks, teams); };
+  auto step_of = [&](int side_by_side) { return StepClocks(e, a, side_by_side * blocks, teams); };
   const float tile = steps * step_of(std::min(tiles, clusters)) + e.tile_clocks;
   Split best{tiles * teams, 0, 0, 1, 0, (waves + (rest > 0)) * tile, teams > 1};
   if (rest == 0 || want == 0) return best;
@@ -160,10 +158,10 @@ Split cut_in_memory(const Entry& e, const HopperArgs& a, int clusters, int teams
     const float move = 2 * parts * (e.partial / e.tile.cluster) / kBytesPerClock;
     // Equal parts run through K side by side; unequal ones each read their own W and X from memory,
     // teams abreast at half of its rate.
-    const float bytes = rest * (e.tile.rows * e.tile.cluster * weight_bytes(a) / a.out +
+    const float bytes = rest * (e.tile.rows * e.tile.cluster * WeightBytes(a) / a.out +
                                 teams * e.tile.tokens * 256.0f * steps);
     const float apart = sharers % rest ? teams * bytes / 2900 : 0;
-    const float shared = std::max(ceil_div(rest * steps, sharers) * step_of(sharers), apart);
+    const float shared = std::max(CeilDiv(rest * steps, sharers) * step_of(sharers), apart);
     const float clocks = waves * tile + late * (shared + e.tile_clocks + move + kLatency);
     if (want > 0 || clocks < best.clocks)
       best = {waves * clusters * teams, rest, sharers, 1, 0, clocks, teams > 1};
@@ -179,18 +177,18 @@ Split cut_in_memory(const Entry& e, const HopperArgs& a, int clusters, int teams
 
 // The last, partial wave divided along K within clusters of several teams, on as many as fit. Not
 // better than `best`: that.
-Split divide_in_clusters(const Entry& e, const HopperArgs& a, int multiprocessors, Split best) {
-  const int tiles = row_tiles(e, a) * token_tiles(e, a, 1), steps = steps_of(a);
+Split DivideInClusters(const Entry& e, const HopperArgs& a, int multiprocessors, Split best) {
+  const int tiles = RowTiles(e, a) * TokenTiles(e, a, 1), steps = StepsOf(a);
   const float meeting =
       1500 + 40.0f * e.tile.tokens * e.tile.rows / 128;  // of a cluster, and sending sums around
   for (int parts : kParts) {
     if (!(e.divides >> parts & 1) || parts > steps || (a.parts > 0 && parts != a.parts)) continue;
-    const int teams = planned_teams(e, multiprocessors, parts);
+    const int teams = PlannedTeams(e, multiprocessors, parts);
     if (teams == 0) continue;
     const int full = tiles / teams, divided = tiles % teams;
     if (divided == 0 || divided > teams / parts) continue;
-    const float step = step_clocks(e, a, (full > 0 ? teams : divided * parts) * e.tile.cluster, 1);
-    const float clocks = full * (steps * step + e.tile_clocks) + ceil_div(steps, parts) * step +
+    const float step = StepClocks(e, a, (full > 0 ? teams : divided * parts) * e.tile.cluster, 1);
+    const float clocks = full * (steps * step + e.tile_clocks) + CeilDiv(steps, parts) * step +
                          e.tile_clocks + meeting;
     if (a.parts > 0 || clocks < best.clocks)
       best = {full * teams, 0, full > 0 ? teams : divided * parts, parts, divided, clocks};
@@ -200,17 +198,16 @@ Split divide_in_clusters(const Entry& e, const HopperArgs& a, int multiprocessor
 
 // The best way for the tiles of a configuration to fall on `clusters` teams. want:
 // HopperArgs::split.
-Split split_tiles(const Entry& e, const HopperArgs& a, int multiprocessors, int clusters,
-                  int want) {
+Split SplitTiles(const Entry& e, const HopperArgs& a, int multiprocessors, int clusters, int want) {
   const bool can = e.tile.cluster == 2 && clusters > 1 && a.parts <= 1;
   const int cut = a.parts > 0 ? 0 : want;
   Split best{};
   if (a.abreast != 2 || !can) {
-    best = cut_in_memory(e, a, clusters, 1, cut);
-    if (want <= 0) best = divide_in_clusters(e, a, multiprocessors, best);
+    best = CutInMemory(e, a, clusters, 1, cut);
+    if (want <= 0) best = DivideInClusters(e, a, multiprocessors, best);
   }
   if (can && (a.abreast == 2 || (a.abreast == 0 && a.M >= kAbreastTokens))) {
-    Split abreast = cut_in_memory(e, a, clusters / 2, 2, cut);
+    Split abreast = CutInMemory(e, a, clusters / 2, 2, cut);
     abreast.clocks *= e.abreast;
     if (a.abreast == 2 || abreast.clocks < best.clocks) best = abreast;
   }
@@ -222,18 +219,18 @@ struct Plan {
   Split split;
 };
 
-Plan make_plan(const HopperArgs& a, int multiprocessors) {
+Plan MakePlan(const HopperArgs& a, int multiprocessors) {
   Plan best{-1, 0, {}};
   float best_time = 0;
   for (int c = 0; c < kEntryCount; ++c) {
     const Entry& e = kEntries[c];
-    if (e.sparse != is_sparse(a) || (a.config >= 0 && a.config != c)) continue;
+    if (e.sparse != IsSparse(a) || (a.config >= 0 && a.config != c)) continue;
     if (a.config < 0 && a.M <= kFewTokens && e.tile.tokens > kFewTokens) continue;
     const Split split =
-        split_tiles(e, a, multiprocessors, planned_teams(e, multiprocessors, 1), a.split);
+        SplitTiles(e, a, multiprocessors, PlannedTeams(e, multiprocessors, 1), a.split);
     // Weights once for every token tile that does not fit beside the others; at 1.4 GHz a clock
     // moves about 2.9 KB.
-    const float time = std::max(split.clocks, weight_bytes(a) / 2900.0f) + 0.1f * split.clocks;
+    const float time = std::max(split.clocks, WeightBytes(a) / 2900.0f) + 0.1f * split.clocks;
     if (best.config < 0 || time < best_time) {
       best = {c, 0, split};
       best_time = time;
@@ -241,13 +238,13 @@ Plan make_plan(const HopperArgs& a, int multiprocessors) {
   }
   const Entry& e = kEntries[best.config];
   const int fit =
-      static_cast<int>((16 << 20) / (static_cast<int64_t>(e.tile.tokens) * columns_of(a)));
+      static_cast<int>((16 << 20) / (static_cast<int64_t>(e.tile.tokens) * ColumnsOf(a)));
   best.token_group =
-      a.token_group > 0 ? a.token_group : std::max(1, std::min(fit, token_tiles(e, a, 1)));
+      a.token_group > 0 ? a.token_group : std::max(1, std::min(fit, TokenTiles(e, a, 1)));
   return best;
 }
 
-size_t partial_bytes(const Plan& plan) {
+size_t PartialBytes(const Plan& plan) {
   if (plan.split.shared == 0) return 0;
   return kCounterBytes + static_cast<size_t>(plan.split.shared + plan.split.clusters) *
                              plan.split.teams_of_cluster() * kEntries[plan.config].partial;
@@ -261,7 +258,7 @@ struct Device {
                                       // can divide K, and of two that can share W
   int multiprocessors = 0;
 
-  int teams(int config, int parts) const { return clusters[config][parts] * parts; }
+  int Teams(int config, int parts) const { return clusters[config][parts] * parts; }
 };
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
@@ -269,8 +266,8 @@ EncodeTiled encode_tiled = nullptr;
 Device devices[kMaxDevices];
 
 // A launch of so many blocks in clusters of `size`, which is written into `attribute`.
-cudaLaunchConfig_t in_clusters(const Entry& e, unsigned blocks, unsigned size,
-                               cudaLaunchAttribute& attribute) {
+cudaLaunchConfig_t InClusters(const Entry& e, unsigned blocks, unsigned size,
+                              cudaLaunchAttribute& attribute) {
   attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = size;
@@ -284,7 +281,7 @@ cudaLaunchConfig_t in_clusters(const Entry& e, unsigned blocks, unsigned size,
   return config;
 }
 
-cudaError_t ready_device(int id, Device& device) {
+cudaError_t ReadyDevice(int id, Device& device) {
   int major = 0;
   if (auto s = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id)) return s;
   if (major != 9) return cudaErrorNoKernelImageForDevice;
@@ -308,7 +305,7 @@ cudaError_t ready_device(int id, Device& device) {
       const unsigned size = e.tile.cluster * parts;
       cudaLaunchAttribute attribute;
       const cudaLaunchConfig_t config =
-          in_clusters(e, std::max(1u, device.multiprocessors / size) * size, size, attribute);
+          InClusters(e, std::max(1u, device.multiprocessors / size) * size, size, attribute);
       if (auto s = cudaOccupancyMaxActiveClusters(&device.clusters[c][parts], e.kernel[0], &config))
         return s;
     }
@@ -317,65 +314,64 @@ cudaError_t ready_device(int id, Device& device) {
   return cudaSuccess;
 }
 
-cudaError_t get_device(Device** device) {
+cudaError_t GetDevice(Device** device) {
   int id = 0;
   if (auto s = cudaGetDevice(&id)) return s;
   if (id >= kMaxDevices) return cudaErrorInvalidDevice;
   *device = &devices[id];
-  std::call_once(devices[id].once, [&] { devices[id].status = ready_device(id, devices[id]); });
+  std::call_once(devices[id].once, [&] { devices[id].status = ReadyDevice(id, devices[id]); });
   return devices[id].status;
 }
 
-bool make_map(CUtensorMap* map, CUtensorMapDataType type, int rank, const void* base,
-              const cuuint64_t* size, const cuuint64_t* stride, const cuuint32_t* box,
-              CUtensorMapSwizzle swizzle) {
+bool MakeMap(CUtensorMap* map, CUtensorMapDataType type, int rank, const void* base,
+             const cuuint64_t* size, const cuuint64_t* stride, const cuuint32_t* box,
+             CUtensorMapSwizzle swizzle) {
   const cuuint32_t ones[3] = {1, 1, 1};
   return encode_tiled(map, type, rank, const_cast<void*>(base), size, stride, box, ones,
                       CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-bool aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
+bool Aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
 
 // W and its metadata, which so many blocks copy together.
-bool make_weight_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta,
-                      int sharers) {
-  const cuuint64_t columns = e.sparse ? columns_of(a) / 2 : columns_of(a),
-                   stages = metadata_stages(a.groups, a.group);
+bool MakeWeightMaps(Params& p, const HopperArgs& a, const Entry& e, const void* meta, int sharers) {
+  const cuuint64_t columns = e.sparse ? ColumnsOf(a) / 2 : ColumnsOf(a),
+                   stages = MetadataStages(a.groups, a.group);
   const cuuint32_t rows = e.tile.rows / sharers;
   const cuuint64_t w_size[] = {columns, static_cast<cuuint64_t>(a.out)}, w_stride[] = {columns};
-  const cuuint64_t e_size[] = {256, stages, static_cast<cuuint64_t>(ceil_div(a.out, 64))},
+  const cuuint64_t e_size[] = {256, stages, static_cast<cuuint64_t>(CeilDiv(a.out, 64))},
                    e_stride[] = {1024, 1024 * stages};
   const cuuint32_t w_box[] = {128, rows},
                    e_box[] = {256, static_cast<cuuint32_t>(e.width), rows / 64};
-  return make_map(&p.map_w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.values, w_size, w_stride, w_box,
-                  CU_TENSOR_MAP_SWIZZLE_128B) &&
-         (!e.sparse || make_map(&p.map_e, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, meta, e_size, e_stride,
-                                e_box, CU_TENSOR_MAP_SWIZZLE_NONE));
+  return MakeMap(&p.map_w, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.values, w_size, w_stride, w_box,
+                 CU_TENSOR_MAP_SWIZZLE_128B) &&
+         (!e.sparse || MakeMap(&p.map_e, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, meta, e_size, e_stride,
+                               e_box, CU_TENSOR_MAP_SWIZZLE_NONE));
 }
 
-bool make_maps(Params& p, const HopperArgs& a, const Entry& e, const void* meta) {
-  const cuuint64_t columns = columns_of(a);
+bool MakeMaps(Params& p, const HopperArgs& a, const Entry& e, const void* meta) {
+  const cuuint64_t columns = ColumnsOf(a);
   const cuuint64_t x_size[] = {columns, static_cast<cuuint64_t>(a.M)}, x_stride[] = {columns};
   const cuuint32_t x_box[] = {128, static_cast<cuuint32_t>(e.tile.tokens / e.tile.cluster)},
                    x_end[] = {128, a.M % x_box[1]};
   // bfloat16 by bulk copies where a tensor map can describe y: 64 outputs, a line, of up to 32
   // tokens at a time.
-  p.vector_stores = aligned(a.y, 16) && a.out % 8 == 0;
+  p.vector_stores = Aligned(a.y, 16) && a.out % 8 == 0;
   p.bulk_stores = p.vector_stores && a.output == HopperOutput::kBF16;
   if (p.bulk_stores) {
     const cuuint64_t y_size[] = {static_cast<cuuint64_t>(a.out), static_cast<cuuint64_t>(a.M)},
                      y_stride[] = {2ull * a.out};
     const cuuint32_t y_box[] = {64, static_cast<cuuint32_t>(e.slab_tokens)};
-    if (!make_map(&p.map_y, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, y_size, y_stride, y_box,
-                  CU_TENSOR_MAP_SWIZZLE_128B))
+    if (!MakeMap(&p.map_y, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.y, y_size, y_stride, y_box,
+                 CU_TENSOR_MAP_SWIZZLE_128B))
       return false;
   }
-  return make_map(&p.map_x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted, x_size, x_stride, x_box,
-                  CU_TENSOR_MAP_SWIZZLE_128B) &&
-         (x_end[1] == 0 || make_map(&p.map_x_end, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted,
-                                    x_size, x_stride, x_end, CU_TENSOR_MAP_SWIZZLE_128B)) &&
-         make_weight_maps(p, a, e, meta, 1);
+  return MakeMap(&p.map_x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted, x_size, x_stride, x_box,
+                 CU_TENSOR_MAP_SWIZZLE_128B) &&
+         (x_end[1] == 0 || MakeMap(&p.map_x_end, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.lifted, x_size,
+                                   x_stride, x_end, CU_TENSOR_MAP_SWIZZLE_128B)) &&
+         MakeWeightMaps(p, a, e, meta, 1);
 }
 
 // A call's plan on the current device, and what is where in its workspace.
@@ -394,17 +390,17 @@ struct Ready {
         reinterpret_cast<unsigned long long*>(workspace),
         plan.split.shared * plan.split.teams_of_cluster() * tile.cluster * tile.warp_groups * 4};
   }
-  cudaError_t expand_metadata(const HopperArgs& a, cudaStream_t stream) const {
+  cudaError_t ExpandMetadata(const HopperArgs& a, cudaStream_t stream) const {
     return own_meta ? slidejax_hopper_expand_metadata(a.zeros, own_meta, a.out, a.groups, a.group,
                                                       stream)
                     : cudaSuccess;
   }
 };
 
-cudaError_t make_ready(const HopperArgs& args, Ready* ready) {
+cudaError_t MakeReady(const HopperArgs& args, Ready* ready) {
   if (slidejax_hopper_check(args)) return cudaErrorInvalidValue;
   Device* device;
-  if (auto s = get_device(&device)) return s;
+  if (auto s = GetDevice(&device)) return s;
   HopperArgs a = args;
   const size_t meta_bytes =
       a.meta ? 0
@@ -415,18 +411,18 @@ cudaError_t make_ready(const HopperArgs& args, Ready* ready) {
   ready->workspace = static_cast<uint8_t*>(a.workspace) + meta_bytes;
 
   Plan& plan = ready->plan;
-  plan = make_plan(a, device->multiprocessors);
+  plan = MakePlan(a, device->multiprocessors);
   const Entry& e = kEntries[plan.config];
-  const int planned = planned_teams(e, device->multiprocessors, 1),
-            clusters = std::min(planned, device->teams(plan.config, 1));
+  const int planned = PlannedTeams(e, device->multiprocessors, 1),
+            clusters = std::min(planned, device->Teams(plan.config, 1));
   bool fits = clusters == planned;
   if (plan.split.abreast) fits = fits && device->clusters[plan.config][2] > 0;
   if (plan.split.parts > 1)
-    fits = plan.split.clusters <= device->teams(plan.config, plan.split.parts);
+    fits = plan.split.clusters <= device->Teams(plan.config, plan.split.parts);
   if (!fits || a.workspace_bytes - meta_bytes <
-                   partial_bytes(plan)) {  // fewer fit than planned for, or no room
+                   PartialBytes(plan)) {  // fewer fit than planned for, or no room
     a.config = plan.config, a.parts = 1, a.abreast = fits && plan.split.abreast ? 2 : 1;
-    plan.split = split_tiles(e, a, device->multiprocessors, clusters, 0);
+    plan.split = SplitTiles(e, a, device->multiprocessors, clusters, 0);
   }
   const Split& s = plan.split;
   // In whole clusters, as many teams as there is work for.
@@ -448,41 +444,41 @@ using namespace slidejax::hopper;
 
 cudaError_t slidejax_hopper_init() {
   Device* device;
-  return get_device(&device);
+  return GetDevice(&device);
 }
 
 const char* slidejax_hopper_check(const HopperArgs& a) {
   if (a.M < 1 || a.out < 1) return "M and out must be at least 1";
   if (a.group != 0 && (a.group < 4 || a.group > 16 || a.group % 2))
     return "group must be 4, 6, ... 16, or 0 for a dense weight";
-  if (is_sparse(a) && (a.groups < 8 || a.groups % 8)) return "groups must be a multiple of 8";
-  if (!is_sparse(a) && (a.groups < 16 || a.groups % 16))
+  if (IsSparse(a) && (a.groups < 8 || a.groups % 8)) return "groups must be a multiple of 8";
+  if (!IsSparse(a) && (a.groups < 16 || a.groups % 16))
     return "columns of a dense weight must be a multiple of 16";
-  if (a.groups > (1 << (is_sparse(a) ? 20 : 24))) return "too many groups";
-  if (a.config >= kEntryCount || (a.config >= 0 && kEntries[a.config].sparse != is_sparse(a)))
+  if (a.groups > (1 << (IsSparse(a) ? 20 : 24))) return "too many groups";
+  if (a.config >= kEntryCount || (a.config >= 0 && kEntries[a.config].sparse != IsSparse(a)))
     return "no such config";
   if (a.output == HopperOutput::kS32 && a.input != HopperInput::kS8)
     return "int32 results need int8 operands";
-  if (is_sparse(a) && a.zeros == nullptr && a.meta == nullptr) return "zeros or meta must be given";
-  if (!aligned(a.lifted, 16) || !aligned(a.values, 16) || !aligned(a.meta, 16))
+  if (IsSparse(a) && a.zeros == nullptr && a.meta == nullptr) return "zeros or meta must be given";
+  if (!Aligned(a.lifted, 16) || !Aligned(a.values, 16) || !Aligned(a.meta, 16))
     return "lifted, values and meta must be 16-byte aligned";
-  if (!aligned(a.workspace, 128)) return "workspace must be 128-byte aligned";
+  if (!Aligned(a.workspace, 128)) return "workspace must be 128-byte aligned";
   return nullptr;
 }
 
 size_t slidejax_hopper_metadata_bytes(int out, int groups, int group) {
-  return static_cast<size_t>(ceil_div(out, 64)) * metadata_stages(groups, group) * 1024;
+  return static_cast<size_t>(CeilDiv(out, 64)) * MetadataStages(groups, group) * 1024;
 }
 
 cudaError_t slidejax_hopper_expand_metadata(const uint8_t* zeros, uint32_t* meta, int out,
                                             int groups, int group, cudaStream_t stream) {
-  const int stages = metadata_stages(groups, group), windows = group / 2 - 1;
+  const int stages = MetadataStages(groups, group), windows = group / 2 - 1;
   using Kernel = void (*)(const uint8_t*, uint2*, int, int, int);
-  static constexpr Kernel kKernels[] = {expand_metadata_kernel<1>, expand_metadata_kernel<2>,
-                                        expand_metadata_kernel<3>, expand_metadata_kernel<4>,
-                                        expand_metadata_kernel<5>, expand_metadata_kernel<6>,
-                                        expand_metadata_kernel<7>};
-  const dim3 grid(ceil_div(stages, kMetadataGroups / 32 * windows), ceil_div(out, 64));
+  static constexpr Kernel kKernels[] = {ExpandMetadataKernel<1>, ExpandMetadataKernel<2>,
+                                        ExpandMetadataKernel<3>, ExpandMetadataKernel<4>,
+                                        ExpandMetadataKernel<5>, ExpandMetadataKernel<6>,
+                                        ExpandMetadataKernel<7>};
+  const dim3 grid(CeilDiv(stages, kMetadataGroups / 32 * windows), CeilDiv(out, 64));
   void* parameters[] = {&zeros, &meta, &out, &groups, const_cast<int*>(&stages)};
   return cudaLaunchKernel(reinterpret_cast<const void*>(kKernels[windows - 1]), grid,
                           kMetadataThreads, parameters, 0, stream);
@@ -492,7 +488,7 @@ int slidejax_hopper_tile_count() { return kEntryCount; }
 HopperTile slidejax_hopper_tile(int config) { return kEntries[config].tile; }
 
 void slidejax_hopper_plan(HopperArgs& a, int multiprocessors) {
-  const Plan plan = make_plan(a, multiprocessors);
+  const Plan plan = MakePlan(a, multiprocessors);
   a.config = plan.config;
   a.token_group = plan.token_group;
   a.split = plan.split.shared > 0 ? plan.split.clusters : 0;
@@ -504,25 +500,25 @@ size_t slidejax_hopper_workspace(const HopperArgs& a, int multiprocessors) {
   const size_t meta =
       a.meta ? 0
              : slidejax_hopper_metadata_bytes(a.out, a.groups, a.group);  // 0 for a dense weight
-  return meta + partial_bytes(make_plan(a, multiprocessors));
+  return meta + PartialBytes(MakePlan(a, multiprocessors));
 }
 
 cudaError_t slidejax_hopper_before_lift(const HopperArgs& args, cudaStream_t stream,
                                         HopperCounters* counters) {
   Ready ready;
-  if (auto s = make_ready(args, &ready)) return s;
+  if (auto s = MakeReady(args, &ready)) return s;
   *counters = ready.counters();
-  return ready.expand_metadata(args, stream);
+  return ready.ExpandMetadata(args, stream);
 }
 
 cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stream) {
   Ready ready;
-  if (auto s = make_ready(a, &ready)) return s;
+  if (auto s = MakeReady(a, &ready)) return s;
   const Plan& plan = ready.plan;
   const Entry& e = kEntries[plan.config];
   const HopperCounters counters = ready.counters();
   if (!a.after_lift) {
-    if (auto s = ready.expand_metadata(a, stream)) return s;
+    if (auto s = ready.ExpandMetadata(a, stream)) return s;
     if (counters.count > 0)
       if (auto s =
               cudaMemsetAsync(counters.first, 0, counters.count * sizeof(*counters.first), stream))
@@ -530,7 +526,7 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
   }
 
   Params p = {};
-  if (!make_maps(p, a, e, ready.meta)) return cudaErrorInvalidValue;
+  if (!MakeMaps(p, a, e, ready.meta)) return cudaErrorInvalidValue;
   const Split& split = plan.split;
   p.scale_x = a.scale_x;
   p.scale_w = a.scale_w;
@@ -540,10 +536,10 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
   p.partials = reinterpret_cast<float*>(ready.workspace + kCounterBytes);
   p.M = a.M;
   p.out = a.out;
-  p.steps = steps_of(a);
-  p.row_tiles = row_tiles(e, a);
-  p.token_tiles = token_tiles(e, a, split.teams_of_cluster());
-  const int groups = std::min(p.token_tiles, ceil_div(token_tiles(e, a, 1), plan.token_group));
+  p.steps = StepsOf(a);
+  p.row_tiles = RowTiles(e, a);
+  p.token_tiles = TokenTiles(e, a, split.teams_of_cluster());
+  const int groups = std::min(p.token_tiles, CeilDiv(TokenTiles(e, a, 1), plan.token_group));
   p.group_tokens = p.token_tiles / groups;
   p.wide_groups = p.token_tiles % groups;
   p.whole_tiles = split.whole;
@@ -557,7 +553,7 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
   // `teams` from params.first_team on in clusters of `size` blocks.
   auto launch = [&](Params& params, int teams, int size, bool early) {
     cudaLaunchAttribute attributes[2] = {};
-    cudaLaunchConfig_t config = in_clusters(e, teams * e.tile.cluster, size, attributes[0]);
+    cudaLaunchConfig_t config = InClusters(e, teams * e.tile.cluster, size, attributes[0]);
     config.stream = stream;
     if (early) {
       attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -571,7 +567,7 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
     return launch(p, ready.teams, e.tile.cluster * p.parts, a.after_lift && a.M <= kEarlyTokens);
 
   Params four = p;
-  if (!make_weight_maps(four, a, e, ready.meta, 2)) return cudaErrorInvalidValue;
+  if (!MakeWeightMaps(four, a, e, ready.meta, 2)) return cudaErrorInvalidValue;
   const int left = ready.teams - 2 * ready.fours;
   four.companion = kFirst;
   if (auto s = launch(four, 2 * ready.fours, 2 * e.tile.cluster, false)) return s;

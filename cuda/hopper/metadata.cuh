@@ -16,7 +16,7 @@ inline constexpr int kMetadataGroups = 128, kMetadataThreads = 512;
 // The windows of a group whose zeros are z1 < z2 are `windows` nibbles first | second << 2, window
 // 0 lowest. Kept column number p of the group is p, + 1 if that reaches z1, + 1 if it then reaches
 // z2; in window w it is counted from 2 w.
-__host__ __device__ inline uint32_t group_metadata(uint32_t zeros, int windows) {
+__host__ __device__ inline uint32_t GroupMetadata(uint32_t zeros, int windows) {
   const uint32_t mask = (1u << (4 * windows)) - 1, z1 = zeros & 15, z2 = zeros >> 4;
   return (0x4444444u & mask) + ((0x5555555u << (2 * z1)) & mask) +
          ((0x5555555u << (2 * ((z2 - 1) & 15))) & mask);
@@ -28,7 +28,7 @@ __host__ __device__ inline uint32_t group_metadata(uint32_t zeros, int windows) 
 // column and the last row stands the legal nibble 4.
 template <int kWindows>
 __global__ void __launch_bounds__(kMetadataThreads)
-    expand_metadata_kernel(const uint8_t* zeros, uint2* meta, int out, int groups, int stages) {
+    ExpandMetadataKernel(const uint8_t* zeros, uint2* meta, int out, int groups, int stages) {
   constexpr int kPitch =
       kMetadataGroups +
       4;  // bytes of a row: the 16 rows that a warp reads at a time lie in different banks
@@ -54,11 +54,11 @@ __global__ void __launch_bounds__(kMetadataThreads)
     if (w >= words) return 0x44444444u;
     int group = 8 * w / kWindows,
         have = (group + 1) * kWindows - 8 * w;  // windows of `group` from the word's first on
-    uint64_t bits = group_metadata(of_row[group], kWindows) >> (4 * (kWindows - have));
+    uint64_t bits = GroupMetadata(of_row[group], kWindows) >> (4 * (kWindows - have));
 #pragma unroll
     for (int more = 0; more < (8 + kWindows - 2) / kWindows; ++more, have += kWindows)
       if (have < 8)
-        bits |= static_cast<uint64_t>(group_metadata(of_row[++group], kWindows)) << (4 * have);
+        bits |= static_cast<uint64_t>(GroupMetadata(of_row[++group], kWindows)) << (4 * have);
     return static_cast<uint32_t>(bits);
   };
   const int first = blockIdx.x * (kMetadataGroups / 32 * kWindows);

@@ -12,11 +12,11 @@ namespace slidejax::hopper {
 #define SJ_DEVICE __device__ __forceinline__
 #define SJ_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
 
-SJ_DEVICE uint32_t shared_address(const void* p) {
+SJ_DEVICE uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-SJ_DEVICE uint32_t cluster_rank() {
+SJ_DEVICE uint32_t ClusterRank() {
   uint32_t r;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
   return r;
@@ -24,7 +24,7 @@ SJ_DEVICE uint32_t cluster_rank() {
 
 // The thread, in a form that the compiler reads again each time instead of keeping what follows
 // from it in registers.
-SJ_DEVICE int fresh_thread() {
+SJ_DEVICE int FreshThread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
@@ -32,7 +32,7 @@ SJ_DEVICE int fresh_thread() {
 
 // Whether others have counted up to n, after looking `patience` times at most; what they wrote
 // before a fence and their count can then be read.
-SJ_DEVICE bool wait_count(const int* counter, int n, int patience) {
+SJ_DEVICE bool WaitCount(const int* counter, int n, int patience) {
   int v;
   do {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
@@ -46,24 +46,24 @@ inline constexpr int kPatience =
 // to MEMBAR.ALL.GPU and CCTL.IVALL, once a stage. What is handed over is read and written by the
 // asynchronous proxy alone (TMA, wgmma) or by LDS of data that TMA wrote, which the barrier's
 // completion itself orders.
-SJ_DEVICE void barrier_init(uint32_t barrier, int arrivals) {
+SJ_DEVICE void BarrierInit(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
-SJ_DEVICE void barrier_expect(uint32_t barrier, int bytes) {
+SJ_DEVICE void BarrierExpect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-SJ_DEVICE void barrier_arrive(uint32_t barrier) {
+SJ_DEVICE void BarrierArrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-SJ_DEVICE void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+SJ_DEVICE void BarrierArriveAt(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
       "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
-SJ_DEVICE bool barrier_try(uint32_t barrier, uint32_t parity) {
+SJ_DEVICE bool BarrierTry(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
       "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
@@ -72,32 +72,32 @@ SJ_DEVICE bool barrier_try(uint32_t barrier, uint32_t parity) {
       : "memory");
   return done != 0;
 }
-SJ_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
+SJ_DEVICE void BarrierWait(uint32_t barrier, uint32_t parity) {
 #ifdef SLIDEJAX_HOPPER_TRAP  // a development build: a hang becomes an error
-  for (uint32_t i = 0; !barrier_try(barrier, parity); ++i)
+  for (uint32_t i = 0; !BarrierTry(barrier, parity); ++i)
     if (i > (1u << 22)) __trap();
 #else
-  while (!barrier_try(barrier, parity)) {
+  while (!BarrierTry(barrier, parity)) {
   }
 #endif
 }
 
-SJ_DEVICE void fence_barrier_init() {
+SJ_DEVICE void FenceBarrierInit() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-SJ_DEVICE void cluster_sync() {
+SJ_DEVICE void ClusterSync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 // Waits until the kernel that this one was launched to follow has ended and what it wrote can be
 // read; returns at once where it was launched to begin after that.
-SJ_DEVICE void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+SJ_DEVICE void GridWait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // Lets the kernel that was launched to follow this one begin, once all blocks have said so.
-SJ_DEVICE void grid_release() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-SJ_DEVICE void named_sync(int id, int threads) {
+SJ_DEVICE void GridRelease() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+SJ_DEVICE void NamedSync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-SJ_DEVICE void named_arrive(int id, int threads) {
+SJ_DEVICE void NamedArrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
@@ -106,32 +106,32 @@ inline constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
 inline constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
 
-SJ_DEVICE void tma_load_2d(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t barrier,
-                           uint64_t policy) {
+SJ_DEVICE void TmaLoad2d(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t barrier,
+                         uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst),
       "l"(map), "r"(x), "r"(y), "r"(barrier), "l"(policy)
       : "memory");
 }
-SJ_DEVICE void tma_load_2d_multicast(uint32_t dst, const CUtensorMap* map, int x, int y,
-                                     uint32_t barrier, uint16_t ctas, uint64_t policy) {
+SJ_DEVICE void TmaLoad2dMulticast(uint32_t dst, const CUtensorMap* map, int x, int y,
+                                  uint32_t barrier, uint16_t ctas, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(dst),
       "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(ctas), "l"(policy)
       : "memory");
 }
-SJ_DEVICE void tma_load_3d(uint32_t dst, const CUtensorMap* map, int x, int y, int z,
-                           uint32_t barrier, uint64_t policy) {
+SJ_DEVICE void TmaLoad3d(uint32_t dst, const CUtensorMap* map, int x, int y, int z,
+                         uint32_t barrier, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(dst),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(policy)
       : "memory");
 }
-SJ_DEVICE void tma_load_3d_multicast(uint32_t dst, const CUtensorMap* map, int x, int y, int z,
-                                     uint32_t barrier, uint16_t ctas, uint64_t policy) {
+SJ_DEVICE void TmaLoad3dMulticast(uint32_t dst, const CUtensorMap* map, int x, int y, int z,
+                                  uint32_t barrier, uint16_t ctas, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;" ::"r"(dst),
@@ -140,36 +140,36 @@ SJ_DEVICE void tma_load_3d_multicast(uint32_t dst, const CUtensorMap* map, int x
 }
 // From shared memory to a tensor, behind the thread's back; groups of stores are waited for by the
 // thread that issued them.
-SJ_DEVICE void tma_store_2d(const CUtensorMap* map, uint32_t src, int x, int y, uint64_t policy) {
+SJ_DEVICE void TmaStore2d(const CUtensorMap* map, uint32_t src, int x, int y, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint "
       "[%0, {%1, %2}], [%3], %4;" ::"l"(map),
       "r"(x), "r"(y), "r"(src), "l"(policy)
       : "memory");
 }
-SJ_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+SJ_DEVICE void BulkCommit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int kPending>
-SJ_DEVICE void bulk_wait_read() {
+SJ_DEVICE void BulkWaitRead() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
-SJ_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-SJ_DEVICE void prefetch_map(const CUtensorMap* map) {
+SJ_DEVICE void FenceAsyncShared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+SJ_DEVICE void PrefetchMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // ---- warp groups
 template <int kRegisters>
-SJ_DEVICE void registers_increase() {
+SJ_DEVICE void RegistersIncrease() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 template <int kRegisters>
-SJ_DEVICE void registers_decrease() {
+SJ_DEVICE void RegistersDecrease() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
-SJ_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-SJ_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+SJ_DEVICE void WgmmaFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+SJ_DEVICE void WgmmaCommit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
-SJ_DEVICE void wgmma_wait() {
+SJ_DEVICE void WgmmaWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
@@ -177,7 +177,7 @@ SJ_DEVICE void wgmma_wait() {
 // or 128 bytes) wide. Eight rows are 8 spans apart; the leading offset is unused. A step along K
 // inside the span adds bytes / 16 to it.
 template <int kSpan>
-SJ_DEVICE uint64_t descriptor(uint32_t address) {
+SJ_DEVICE uint64_t Descriptor(uint32_t address) {
   static_assert(kSpan == 64 || kSpan == 128);
   constexpr uint64_t kFixed =
       (1ull << 16) | (uint64_t{kSpan * 8 / 16} << 32) | (uint64_t{kSpan == 128 ? 1 : 2} << 62);
@@ -185,22 +185,22 @@ SJ_DEVICE uint64_t descriptor(uint32_t address) {
 }
 
 // ---- small copies
-SJ_DEVICE uint2 load_shared_2(uint32_t address) {
+SJ_DEVICE uint2 LoadShared2(uint32_t address) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
   return v;
 }
-SJ_DEVICE float load_shared_f32(uint32_t address) {
+SJ_DEVICE float LoadSharedF32(uint32_t address) {
   float v;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
   return v;
 }
-SJ_DEVICE float2 load_shared_2f(uint32_t address) {
+SJ_DEVICE float2 LoadShared2F(uint32_t address) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
   return v;
 }
-SJ_DEVICE uint4 load_shared_4(uint32_t address) {
+SJ_DEVICE uint4 LoadShared4(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -208,7 +208,7 @@ SJ_DEVICE uint4 load_shared_4(uint32_t address) {
                : "memory");
   return v;
 }
-SJ_DEVICE int4 load_shared_4i(uint32_t address) {
+SJ_DEVICE int4 LoadShared4I(uint32_t address) {
   int4 v;
   asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -216,42 +216,42 @@ SJ_DEVICE int4 load_shared_4i(uint32_t address) {
                : "memory");
   return v;
 }
-SJ_DEVICE void store_shared_4(uint32_t address, int a, int b, int c, int d) {
+SJ_DEVICE void StoreShared4(uint32_t address, int a, int b, int c, int d) {
   asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
                "r"(d)
                : "memory");
 }
 // The same into the shared memory of another block of the cluster.
-SJ_DEVICE void store_remote_4(uint32_t address, uint32_t rank, uint4 v) {
+SJ_DEVICE void StoreRemote4(uint32_t address, uint32_t rank, uint4 v) {
   asm volatile(
       "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
       "st.shared::cluster.v4.u32 [remote], {%2, %3, %4, %5};}" ::"r"(address),
       "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
       : "memory");
 }
-SJ_DEVICE void store_shared_4(uint32_t address, uint4 v) {
+SJ_DEVICE void StoreShared4(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
                : "memory");
 }
-SJ_DEVICE void store_shared_f32(uint32_t address, float v) {
+SJ_DEVICE void StoreSharedF32(uint32_t address, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
 // Four 8x8 matrices of 16-bit elements, transposed on the way: lane i gives the address of row i%8
 // of matrix i/8.
-SJ_DEVICE void store_matrices_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
-                                         uint32_t d) {
+SJ_DEVICE void StoreMatricesTransposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                       uint32_t d) {
   asm volatile(
       "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
       "r"(a), "r"(b), "r"(c), "r"(d)
       : "memory");
 }
 // Four bytes, asynchronously; zero where `inside` is false (then nothing is read).
-SJ_DEVICE void copy_async_4(uint32_t dst, const void* src, bool inside) {
+SJ_DEVICE void CopyAsync4(uint32_t dst, const void* src, bool inside) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src),
                "r"(inside ? 4 : 0)
                : "memory");
 }
-SJ_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+SJ_DEVICE void CopyAsyncWait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace slidejax::hopper

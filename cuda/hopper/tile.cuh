@@ -8,7 +8,7 @@
 namespace slidejax::hopper {
 
 // The largest divisor of `count` that is at most `most`.
-constexpr int largest_divisor(int count, int most) {
+constexpr int LargestDivisor(int count, int most) {
   while (count % most) --most;
   return most;
 }
@@ -92,7 +92,7 @@ struct Tile {
   // scale_w and bias.
   static constexpr int kSlabTokens = std::min(kTokens, 32);
   static constexpr int kSlabBytes = kSlabTokens * 128;
-  static constexpr int kSlots = largest_divisor(
+  static constexpr int kSlots = LargestDivisor(
       kBlocks * kTokens / kSlabTokens, (!kSparse || kTokens == 160 ? 8192 : 16384) / kSlabBytes);
   static constexpr int kSlotBytes = std::max(kSlots * kSlabBytes / 4, 2048);  // of a warp
   static constexpr int kScaleBytes = kTokens * 4 + kBlocks * 512;
@@ -123,18 +123,18 @@ struct Work {
   int row_tile, token_tile, begin, end, split;
 };
 
-// The shared steps [share(c), share(c + 1)) are cluster c's; owner is the inverse. Clusters that
+// The shared steps [Share(c), Share(c + 1)) are cluster c's; owner is the inverse. Clusters that
 // share tiles are teams, or pairs of teams.
-SJ_DEVICE int share(const Params& p, int cluster) {
+SJ_DEVICE int Share(const Params& p, int cluster) {
   return cluster * (p.split_tiles * p.steps) / p.split_clusters;
 }
-SJ_DEVICE int owner(const Params& p, int step) {
+SJ_DEVICE int Owner(const Params& p, int step) {
   return ((step + 1) * p.split_clusters - 1) / (p.split_tiles * p.steps);
 }
 
 // Tokens in groups of nearly the same size that L2 can hold, all rows past each group: a last group
 // of few tokens would read all of W for them (4 % for one of 2 tiles behind seven of 12).
-SJ_DEVICE void locate(const Params& p, int tile, Work& work) {
+SJ_DEVICE void Locate(const Params& p, int tile, Work& work) {
   const int member = tile & p.pairs();
   tile >>= p.pairs();
   const int wide = p.wide_groups * (p.group_tokens + 1), in_wide = wide * p.row_tiles;
@@ -147,7 +147,7 @@ SJ_DEVICE void locate(const Params& p, int tile, Work& work) {
   work.token_tile = ((from + group * width + rest - work.row_tile * width) << p.pairs()) + member;
 }
 
-SJ_DEVICE Work find_work(const Params& p, int team, int teams, int i) {
+SJ_DEVICE Work FindWork(const Params& p, int team, int teams, int i) {
   Work work{0, 0, 0, 0, kWhole};
   int tile = team + i * teams;
   if (tile < p.whole_tiles) {
@@ -162,7 +162,7 @@ SJ_DEVICE Work find_work(const Params& p, int team, int teams, int i) {
   } else {
     const int cluster = team >> p.pairs();
     if (cluster >= p.split_clusters) return work;
-    const int begin = share(p, cluster), end = share(p, cluster + 1);
+    const int begin = Share(p, cluster), end = Share(p, cluster + 1);
     i -= p.whole_tiles / teams;  // a multiple of teams whenever there are shared tiles
     work.split = begin / p.steps + i;
     tile = p.whole_tiles + (work.split << p.pairs()) + (team & p.pairs());
@@ -170,7 +170,7 @@ SJ_DEVICE Work find_work(const Params& p, int team, int teams, int i) {
     work.end = max(min(end - work.split * p.steps, p.steps), work.begin);
     if (work.end - work.begin == p.steps) work.split = kWhole;
   }
-  locate(p, tile, work);
+  Locate(p, tile, work);
   return work;
 }
 
@@ -184,7 +184,7 @@ struct Position {
   int at = 0;
   uint32_t parity;
 
-  SJ_DEVICE void advance() {
+  SJ_DEVICE void Advance() {
     if (++at == kSize) {
       at = 0;
       parity ^= 1;
@@ -201,7 +201,7 @@ struct Shared {
   uint32_t notes;  // [stage]: first row, first token, steps and split of the work that begins there
 };
 template <class T>
-SJ_DEVICE Shared make_shared(uint32_t base) {
+SJ_DEVICE Shared MakeShared(uint32_t base) {
   const uint32_t slots = base + T::kBytesRings,
                  barriers = slots + T::kWarpGroups * (4 * T::kSlotBytes + 2 * T::kScaleBytes);
   const uint32_t of_w = barriers + 16 * T::kStages;

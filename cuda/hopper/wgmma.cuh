@@ -60,7 +60,7 @@ struct Wgmma;
   template <>                                                                                      \
   struct Wgmma<FP8, n> {                                                                           \
     using Accumulator = C;                                                                         \
-    static __device__ __forceinline__ void mma(C (&d)[acc], uint64_t da, uint64_t db,              \
+    static __device__ __forceinline__ void Mma(C (&d)[acc], uint64_t da, uint64_t db,              \
                                                uint32_t meta, int add) {                           \
       asm volatile("{.reg .pred p; setp.ne.b32 p, %" #p                                            \
                    ", 0; wgmma.mma_async.sp.sync.aligned.m64n" #n "k64." NAME " {" SJ_R_##acc      \
@@ -68,7 +68,7 @@ struct Wgmma;
                    : SJ_O_##acc(CONSTRAINT)                                                        \
                    : "l"(da), "l"(db), "r"(meta), "r"(add));                                       \
     }                                                                                              \
-    static __device__ __forceinline__ void dense(C (&d)[acc], uint64_t da, uint64_t db, int add) { \
+    static __device__ __forceinline__ void Dense(C (&d)[acc], uint64_t da, uint64_t db, int add) { \
       asm volatile("{.reg .pred p; setp.ne.b32 p, %" #e                                            \
                    ", 0; wgmma.mma_async.sync.aligned.m64n" #n "k32." NAME " {" SJ_R_##acc         \
                    "}, %" #a ", %" #b ", p" TAIL ";}"                                              \
@@ -94,12 +94,12 @@ SJ_WGMMA(256, 128, 128, 129, 130, 131)
 // The compiler does not know that wgmma still writes d after its asm statement: no read of d may
 // move above this.
 template <int kSize>
-SJ_DEVICE void pin(float (&d)[kSize]) {
+SJ_DEVICE void Pin(float (&d)[kSize]) {
 #pragma unroll
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 template <int kSize>
-SJ_DEVICE void pin(int (&d)[kSize]) {
+SJ_DEVICE void Pin(int (&d)[kSize]) {
 #pragma unroll
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }

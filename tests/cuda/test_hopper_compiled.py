@@ -69,10 +69,10 @@ def test_no_kernel_spills_and_no_wgmma_is_serialised(log):
 
 def test_all_kernels_are_in_the_report(log):
     kernels = [
-        TILE.search(name).groups() for name in ENTRY.findall(log) if "sparse_matmul_kernel" in name
+        TILE.search(name).groups() for name in ENTRY.findall(log) if "SparseMatmulKernel" in name
     ]
     tiles = re.findall(
-        r"make_entry<(\d+), (\d+), (\d+), \d+, \d+, \d+(, false)?>\(",
+        r"MakeEntry<(\d+), (\d+), (\d+), \d+, \d+, \d+(, false)?>\(",
         (ROOT / "cuda/hopper/launch.cu").read_text(),
     )
     assert sorted(kernels) == sorted(
@@ -150,7 +150,7 @@ def test_nothing_disturbs_running_instructions():
     kernels = [
         part
         for part in sass.split("Function : ")[1:]
-        if "sparse_matmul_kernel" in part.split("\n", 1)[0]
+        if "SparseMatmulKernel" in part.split("\n", 1)[0]
     ]
     assert kernels
     for kernel in kernels:

@@ -30,35 +30,35 @@ struct Copy {
 };
 std::vector<Copy> lift;  // what the kernel before the next launch writes
 
-bool maybe() { return static_cast<int>(random_bits() % 100) < chance; }
+bool Maybe() { return static_cast<int>(random_bits() % 100) < chance; }
 
-void enter() {
+void Enter() {
   body();
   for (const auto& read : running->stores)
-    if (!*read) fail("a thread leaves while a bulk copy still reads from shared memory");
+    if (!*read) Fail("a thread leaves while a bulk copy still reads from shared memory");
   running->finished = true;
   swapcontext(&running->context, &scheduler);
 }
 
-void resume(Fiber& fiber) {
+void Resume(Fiber& fiber) {
   running = &fiber;
   threadIdx = {static_cast<unsigned>(fiber.thread), 0, 0};
   swapcontext(&scheduler, &fiber.context);
 }
 
-float e4m3(uint8_t v) {
+float FromE4m3(uint8_t v) {
   const int exponent = v >> 3 & 15, mantissa = v & 7;
   const float magnitude =
       exponent ? std::ldexp(1.0f + mantissa / 8.0f, exponent - 7) : std::ldexp(mantissa / 8.0f, -6);
   return v & 0x80 ? -magnitude : magnitude;
 }
 
-uint32_t swizzled(uint32_t address, int bits) {
+uint32_t Swizzled(uint32_t address, int bits) {
   return address ^ ((address >> 7 & ((1u << bits) - 1)) << 4);
 }
 
 // Runs a grid with a fiber for each thread, `resident` clusters of it at a time.
-void run(int blocks, int threads, int cluster_size, int resident) {
+void Run(int blocks, int threads, int cluster_size, int resident) {
   struct Running {
     std::unique_ptr<Cluster> cluster;
     std::vector<std::unique_ptr<Fiber>> fibers;
@@ -87,7 +87,7 @@ void run(int blocks, int threads, int cluster_size, int resident) {
           getcontext(&fiber->context);
           fiber->context.uc_stack = {fiber->stack.get(), 0, kStack};
           fiber->context.uc_link = &scheduler;
-          makecontext(&fiber->context, enter, 0);
+          makecontext(&fiber->context, Enter, 0);
           one.fibers.push_back(std::move(fiber));
         }
         one.cluster->blocks.push_back(std::move(block));
@@ -99,14 +99,14 @@ void run(int blocks, int threads, int cluster_size, int resident) {
     for (auto& one : running_clusters) {
       for (size_t w = 0; w < one.fibers.size();
            w += 32) {  // a warp at a time, some not in this round
-        if (!maybe()) continue;
+        if (!Maybe()) continue;
         for (size_t i = w; i < std::min(w + 32, one.fibers.size()); ++i) {
           Fiber& fiber = *one.fibers[i];
           if (fiber.finished || (fiber.waits_for && !fiber.waits_for())) continue;
           fiber.waits_for = nullptr;
           blockIdx = {fiber.block->index, grid_y, 0};
           fiber.block->begun = true;
-          resume(fiber);
+          Resume(fiber);
           one.left -= fiber.finished;
           moved = true;
         }
@@ -114,15 +114,15 @@ void run(int blocks, int threads, int cluster_size, int resident) {
       for (auto& block : one.cluster->blocks)
         for (auto& group : block->groups)
           while (group.done < group.queue.size() && group.queue[group.done]->issued == 128 &&
-                 maybe()) {
-            run_instruction(*block, *group.queue[group.done]);
+                 Maybe()) {
+            RunInstruction(*block, *group.queue[group.done]);
             group.queue[group.done++].reset();
             moved = true;
           }
     }
     std::shuffle(jobs.begin(), jobs.end(), random_bits);
     size_t count = 0;
-    while (count < jobs.size() && maybe()) ++count;
+    while (count < jobs.size() && Maybe()) ++count;
     for (size_t i = 0; i < count; ++i) jobs[i]();
     jobs.erase(jobs.begin(), jobs.begin() + static_cast<std::ptrdiff_t>(count));
     if (moved || count > 0) {
@@ -146,20 +146,20 @@ void run(int blocks, int threads, int cluster_size, int resident) {
 }  // namespace
 
 bool lift_has_ended = true;
-Fiber& current() { return *running; }
-void fail(const char* what) {
+Fiber& Current() { return *running; }
+void Fail(const char* what) {
   std::fprintf(stderr, "emulator: %s (block %u, thread %d)\n", what, running->block->index,
                running->thread);
   std::abort();
 }
-void wait_until(const char* what, std::function<bool()> ready) {
+void WaitUntil(const char* what, std::function<bool()> ready) {
   Fiber& fiber = *running;
   fiber.what = what;
   fiber.waits_for = std::move(ready);
   swapcontext(&fiber.context, &scheduler);
 }
-void later(std::function<void()> job) { jobs.push_back(std::move(job)); }
-uint32_t shared_offset(const void* variable) {
+void Later(std::function<void()> job) { jobs.push_back(std::move(job)); }
+uint32_t SharedOffset(const void* variable) {
   if (variable == nullptr) return 0x400;  // as it is for kernels without static variables
   static std::map<const void*, uint32_t>
       offsets;  // of variables of up to 256 bytes, of all kernels
@@ -167,22 +167,21 @@ uint32_t shared_offset(const void* variable) {
       offsets.try_emplace(variable, 0x400 + 256 * static_cast<uint32_t>(offsets.size() % 16));
   return found->second;
 }
-uint8_t* shared_bytes(Block& block, uint32_t address, size_t size) {
+uint8_t* SharedBytes(Block& block, uint32_t address, size_t size) {
   if (address % std::min<size_t>(size, 16) || address < 0x400 ||
       address + size > block.shared.size())
-    fail("a bad address in shared memory");
+    Fail("a bad address in shared memory");
   return block.shared.data() + address;
 }
-Block& block_of_cluster(uint32_t rank) { return *running->block->cluster->blocks.at(rank); }
+Block& BlockOfCluster(uint32_t rank) { return *running->block->cluster->blocks.at(rank); }
 
-void copy_box(const Tensor& map, const int (&at)[3], uint8_t* shared, uint32_t address,
-              bool store) {
+void CopyBox(const Tensor& map, const int (&at)[3], uint8_t* shared, uint32_t address, bool store) {
   const int depth = map.rank > 2 ? map.box[2] : 1, rows = map.box[1],
             row_bytes = map.box[0] * map.element;
   for (int z = 0; z < depth; ++z)
     for (int y = 0; y < rows; ++y)
       for (int x = 0; x < row_bytes; x += map.element) {
-        uint8_t* here = shared + swizzled(address + (z * rows + y) * row_bytes + x, map.swizzle);
+        uint8_t* here = shared + Swizzled(address + (z * rows + y) * row_bytes + x, map.swizzle);
         const int64_t column = at[0] + x / map.element, row = at[1] + y, plane = at[2] + z;
         const bool inside =
             column >= 0 && row >= 0 && column < static_cast<int64_t>(map.size[0]) &&
@@ -201,10 +200,10 @@ void copy_box(const Tensor& map, const int (&at)[3], uint8_t* shared, uint32_t a
 }
 
 template <class A>
-void multiply(Block& block, Instruction& i) {
+void Multiply(Block& block, Instruction& i) {
   static const auto table = [] {
     std::vector<float> t(256);
-    for (int v = 0; v < 256; ++v) t[v] = e4m3(v);
+    for (int v = 0; v < 256; ++v) t[v] = FromE4m3(v);
     return t;
   }();
   auto value = [](uint8_t v) -> A {
@@ -215,7 +214,7 @@ void multiply(Block& block, Instruction& i) {
   };
   auto operand = [&](uint64_t descriptor, int row, int byte) {
     const uint32_t span = descriptor >> 32;
-    return block.shared[swizzled(static_cast<uint32_t>(descriptor) + row * span + byte,
+    return block.shared[Swizzled(static_cast<uint32_t>(descriptor) + row * span + byte,
                                  span == 128 ? 3 : 2)];
   };
   const int columns = i.sparse ? 64 : 32;
@@ -241,8 +240,8 @@ void multiply(Block& block, Instruction& i) {
     }
   }
 }
-void run_instruction(Block& block, Instruction& i) {
-  i.fp8 ? multiply<float>(block, i) : multiply<int>(block, i);
+void RunInstruction(Block& block, Instruction& i) {
+  i.fp8 ? Multiply<float>(block, i) : Multiply<int>(block, i);
 }
 
 }  // namespace emulator
@@ -286,7 +285,7 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return cudaSuccess;
 }
 
-static CUresult encode(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t rank, void* base,
+static CUresult Encode(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t rank, void* base,
                        const cuuint64_t* size, const cuuint64_t* stride, const cuuint32_t* box,
                        const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
@@ -316,7 +315,7 @@ static CUresult encode(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t ran
 cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entry, unsigned,
                                              unsigned long long,
                                              cudaDriverEntryPointQueryResult* found) {
-  *entry = reinterpret_cast<void*>(encode);
+  *entry = reinterpret_cast<void*>(Encode);
   *found = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
@@ -336,11 +335,11 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   if (config->numAttrs > 1 &&
       config->attrs[1].id == cudaLaunchAttributeProgrammaticStreamSerialization) {
     emulator::lift_has_ended = false;
-    emulator::later(end_lift);
+    emulator::Later(end_lift);
   } else {
     end_lift();
   }
-  emulator::run(config->gridDim.x, config->blockDim.x, cluster_size,
+  emulator::Run(config->gridDim.x, config->blockDim.x, cluster_size,
                 std::max(1, emulator::resident / cluster_size));
   return emulator::failed ? cudaErrorLaunchTimeout : cudaSuccess;
 }
@@ -356,7 +355,7 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a
                                        *static_cast<uint2**>(a[1]), number(2), number(3),
                                        number(4));
     };
-    emulator::run(grid.x, block.x, 1, 1);  // its static shared memory is there once
+    emulator::Run(grid.x, block.x, 1, 1);  // its static shared memory is there once
   }
   emulator::grid_y = 0;
   return emulator::failed ? cudaErrorLaunchTimeout : cudaSuccess;

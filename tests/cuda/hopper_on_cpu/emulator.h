@@ -25,7 +25,7 @@ namespace emulator {
 struct Barrier {  // an mbarrier
   int count = 0, pending = 0, bytes = 0;
   uint32_t phase = 0;
-  void settle() {
+  void Settle() {
     if (pending != 0 || bytes != 0) return;
     ++phase;
     pending = count;
@@ -35,7 +35,7 @@ struct Barrier {  // an mbarrier
 struct Rendezvous {  // of a warp, of a named barrier, of a block, of a cluster
   int arrived = 0;
   uint64_t generation = 0;
-  void arrive(int of) {
+  void Arrive(int of) {
     if (++arrived < of) return;
     arrived = 0;
     ++generation;
@@ -101,16 +101,16 @@ struct Fiber {
   std::vector<std::function<void()>> copies;  // cp.async that have not happened
   std::vector<std::shared_ptr<bool>>
       stores;  // bulk stores of the groups, in order; true: the source has been read
-  Warp& warp() { return block->warps[thread / 32]; }
+  Warp& CurrentWarp() { return block->warps[thread / 32]; }
 };
 
-Fiber& current();
-void wait_until(const char* what, std::function<bool()> ready);
-void later(std::function<void()> job);  // at some later moment, in any order
-[[noreturn]] void fail(const char* what);
-uint32_t shared_offset(const void* variable);  // nullptr: the dynamic part
-uint8_t* shared_bytes(Block& block, uint32_t address, size_t size);
-Block& block_of_cluster(uint32_t rank);
+Fiber& Current();
+void WaitUntil(const char* what, std::function<bool()> ready);
+void Later(std::function<void()> job);  // at some later moment, in any order
+[[noreturn]] void Fail(const char* what);
+uint32_t SharedOffset(const void* variable);  // nullptr: the dynamic part
+uint8_t* SharedBytes(Block& block, uint32_t address, size_t size);
+Block& BlockOfCluster(uint32_t rank);
 extern bool lift_has_ended;  // the kernel that this one was launched to follow
 
 struct Tensor {  // what a CUtensorMap holds here
@@ -120,7 +120,7 @@ struct Tensor {  // what a CUtensorMap holds here
   uint32_t box[3];
 };
 static_assert(sizeof(Tensor) <= sizeof(CUtensorMap));
-void copy_box(const Tensor& map, const int (&at)[3], uint8_t* shared, uint32_t address, bool store);
-void run_instruction(Block& block, Instruction& instruction);
+void CopyBox(const Tensor& map, const int (&at)[3], uint8_t* shared, uint32_t address, bool store);
+void RunInstruction(Block& block, Instruction& instruction);
 
 }  // namespace emulator

@@ -10,17 +10,17 @@ namespace slidejax::hopper {
 template <bool kFp8, int kN>
 struct Wgmma {
   using Accumulator = std::conditional_t<kFp8, float, int>;
-  static void mma(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t metadata, int add) {
-    issue(d, a, b, metadata, add, true);
+  static void Mma(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t metadata, int add) {
+    Issue(d, a, b, metadata, add, true);
   }
-  static void dense(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, int add) {
-    issue(d, a, b, 0, add, false);
+  static void Dense(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, int add) {
+    Issue(d, a, b, 0, add, false);
   }
 
  private:
-  static void issue(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t metadata, int add,
+  static void Issue(Accumulator (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t metadata, int add,
                     bool sparse) {
-    auto& fiber = emulator::current();
+    auto& fiber = emulator::Current();
     auto& group = fiber.block->groups[fiber.thread / 128];
     const size_t index = fiber.instructions++;
     if (group.queue.size() <= index)
@@ -44,22 +44,22 @@ struct Wgmma {
       instruction.sparse = sparse;
     } else if (instruction.tokens != kN || instruction.a != a || instruction.b != b ||
                instruction.add != add || instruction.sparse != sparse) {
-      emulator::fail("the threads of a warp group issue different instructions");
+      emulator::Fail("the threads of a warp group issue different instructions");
     }
   }
 };
 
-inline void wgmma_fence() {}
-inline void wgmma_commit() {
-  emulator::current().groups.push_back(emulator::current().instructions);
+inline void WgmmaFence() {}
+inline void WgmmaCommit() {
+  emulator::Current().groups.push_back(emulator::Current().instructions);
 }
 template <int kPending>
-void wgmma_wait() {
-  auto& fiber = emulator::current();
+void WgmmaWait() {
+  auto& fiber = emulator::Current();
   if (fiber.groups.size() <= kPending) return;
   const size_t upto = fiber.groups[fiber.groups.size() - 1 - kPending];
   auto& group = fiber.block->groups[fiber.thread / 128];
-  emulator::wait_until("wgmma", [&group, upto] { return group.done >= upto; });
+  emulator::WaitUntil("wgmma", [&group, upto] { return group.done >= upto; });
   for (auto shadow = fiber.shadows.begin(); shadow != fiber.shadows.end();) {
     if (shadow->last >= upto) {
       ++shadow;
@@ -71,14 +71,14 @@ void wgmma_wait() {
 }
 
 template <int kSpan>
-uint64_t descriptor(uint32_t address) {
-  if (address % 16) emulator::fail("an operand is not 16-byte aligned");
+uint64_t Descriptor(uint32_t address) {
+  if (address % 16) emulator::Fail("an operand is not 16-byte aligned");
   return uint64_t{kSpan} << 32 | address;
 }
 
 template <int kSize>
-void pin(float (&)[kSize]) {}
+void Pin(float (&)[kSize]) {}
 template <int kSize>
-void pin(int (&)[kSize]) {}
+void Pin(int (&)[kSize]) {}
 
 }  // namespace slidejax::hopper
