@@ -59,8 +59,8 @@ def _note(
 
 
 def _parser() -> argparse.ArgumentParser:
-    from slidejax.commands import bench_arguments as arguments
-    from slidejax.commands import training_arguments as training
+    from slidejax.commands import bench as arguments
+    from slidejax.commands import recover as training
 
     parser = argparse.ArgumentParser(
         prog="slidejax", description="(2N-2):2N sparse weights for JAX and Flax."
@@ -500,7 +500,7 @@ def _choice(rule: Any, patterns: Sequence[Any]) -> str:
 def _recover(args: argparse.Namespace) -> None:
     from slidejax.checkpoint.staging import check_target
     from slidejax.checkpoint.store import METADATA
-    from slidejax.commands import training_arguments as training
+    from slidejax.commands import recover as training
     from slidejax.huggingface.files import write_pretrained
     from slidejax.variants.prepared import weights_of
 
@@ -620,7 +620,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     from slidejax.bench import run
-    from slidejax.commands import bench_arguments as arguments
+    from slidejax.commands import bench as arguments
 
     run.set_flags()
     note = lambda text: print(text, file=sys.stderr)  # noqa: E731
@@ -632,7 +632,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _tune(args: argparse.Namespace) -> None:
     from slidejax.bench import tuning
-    from slidejax.commands import bench_arguments as arguments
+    from slidejax.commands import bench as arguments
 
     model = _load(args.model, args).model if args.model else None
     note = lambda text: print(text, file=sys.stderr)  # noqa: E731
