@@ -1,49 +1,31 @@
-"""The arguments of ``slidejax bench`` and ``slidejax tune``, and the presets."""
+"""`slidejax bench`: linear layers timed side by side."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from slidejax.bench.shapes import PRESETS, default_preset
+from slidejax.commands import arguments, terminal
 
-__all__ = ["add", "add_tune", "measured", "shapes"]
+__all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "add_measured", "measured", "run", "shapes"]
+
+SUMMARY = "Time linear layers: dense bf16, JAX int8 and fp8 as users write them, and slidejax."
+EXAMPLE = "slidejax bench --shape 4096,4096 --rows 1,16 --pattern 6:8 --json bench.json"
 
 
 def _shape(text: str) -> tuple[int, int]:
-    try:
-        out, inputs = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be N,K (outputs, inputs), got {text!r}") from None
-    if out < 1 or inputs < 1:
-        raise argparse.ArgumentTypeError(f"sizes must be positive, got {text!r}")
-    return out, inputs
+    """Outputs and inputs, "N,K"."""
+    parts = arguments.names(text)
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"must be N,K (outputs, inputs), got {text!r}")
+    return arguments.positive(parts[0]), arguments.positive(parts[1])
 
 
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _rows(text: str) -> list[int]:
-    try:
-        rows = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be numbers such as 1,16,256, got {text!r}"
-        ) from None
-    if min(rows) < 1:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text!r}")
-    return rows
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
-
-
-def _add_common(p: argparse.ArgumentParser) -> None:
+def add_measured(p: argparse.ArgumentParser, rows: str) -> None:
+    """Adds what `bench` and `tune` both measure and how long; `rows` says which rows are usual on a GPU."""
+    seconds = arguments.at_least(0, above=True)
     p.add_argument(
         "--preset",
         choices=list(PRESETS),
@@ -54,29 +36,43 @@ def _add_common(p: argparse.ArgumentParser) -> None:
         type=_shape,
         action="append",
         metavar="N,K",
-        help="outputs,inputs; instead of a preset; may be repeated",
+        help="outputs,inputs of a layer, in place of a preset; may be repeated",
     )
-    p.add_argument(
+    arguments.add_renamed(
+        p,
+        "--dtype",
         "--dtypes",
-        type=_names,
+        type=arguments.list_of(arguments.dtype(none=False)),
         metavar="int8,…",
-        help="of the values: int8, float8_e4m3fn, bfloat16, float16",
+        help="dtypes of the values: int8, float8_e4m3fn, bfloat16, float16",
     )
-    p.add_argument("--patterns", type=_names, default=["6:8"], metavar="6:8,…")
+    arguments.add_renamed(
+        p,
+        "--pattern",
+        "--patterns",
+        type=arguments.list_of(arguments.pattern),
+        default=["6:8"],
+        metavar="6:8,…",
+        help="patterns of the weights (default 6:8)",
+    )
     p.add_argument(
         "--rows",
         "-M",
-        type=_rows,
+        type=arguments.list_of(arguments.positive),
         metavar="1,16,…",
-        help="rows of x (default: 16,256,1024,4096,16384; 1,16 on a CPU)",
+        help=f"numbers of rows of x (default: {rows}; 1,16 on a CPU)",
     )
     p.add_argument(
         "--warmup",
-        type=_seconds,
+        type=seconds,
+        metavar="S",
         help="seconds before each measurement (default 0.3; 0.02 on a CPU)",
     )
     p.add_argument(
-        "--seconds", type=_seconds, help="seconds of each measurement (default 0.4; 0.05 on a CPU)"
+        "--seconds",
+        type=seconds,
+        metavar="S",
+        help="seconds of each measurement (default 0.4; 0.05 on a CPU)",
     )
     p.add_argument(
         "--rounds",
@@ -84,29 +80,8 @@ def _add_common(p: argparse.ArgumentParser) -> None:
         choices=range(1, 21),
         default=1,
         metavar="R",
-        help="turns that each contender gets (default 1)",
+        help="measurements of each contender, 1 to 20 (default 1)",
     )
-
-
-def add(p: argparse.ArgumentParser) -> None:
-    """The arguments of ``slidejax bench``."""
-    _add_common(p)
-
-
-def add_tune(p: argparse.ArgumentParser) -> None:
-    """The arguments of ``slidejax tune``."""
-    p.add_argument(
-        "model",
-        nargs="?",
-        help="measure this model's layer shapes; a converted one gives pattern and dtype too",
-    )
-    _add_common(p)
-    p.add_argument("--dry-run", action="store_true", help="measure and show, record nothing")
-
-
-def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
-    """(out, in) of the layers that the arguments ask for, each once for every time it is in a block."""
-    return list(args.shape or PRESETS[args.preset or default_preset()])
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
@@ -114,4 +89,27 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     from slidejax.bench.timing import Clock
 
     clock = Clock.of_device(args.warmup, args.seconds, args.rounds)
-    return {"patterns": args.patterns, "dtypes": args.dtypes, "rows": args.rows, "clock": clock}
+    return {"patterns": args.pattern, "dtypes": args.dtype, "rows": args.rows, "clock": clock}
+
+
+def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """(out, in) of the layers to measure; a layer that a block has twice is there twice."""
+    return list(args.shape or PRESETS[args.preset or default_preset()])
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    add_measured(p, "16,256,1024,4096,16384")
+    arguments.add_json(p)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures and shows the tables; each step is named on standard error."""
+    from slidejax.bench import run as race
+
+    race.set_flags()
+    note = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    results = race.measure(shapes(args), note=note, **measured(args))
+    terminal.emit(args, results)
+    if args.json != "-":
+        print(race.table(results))

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from slidejax.commands import arguments, terminal
 
-from slidejax.bench.contenders import problem_of
-from slidejax.ops import registry
-from slidejax.ops.cuda import library
-from slidejax.weights.packed import pack
+__all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "collect", "run", "text"]
 
-__all__ = ["collect", "text"]
+SUMMARY = "Versions, devices, the CUDA library, and which implementations can run here."
+EXAMPLE = "slidejax info --json info.json"
 
 _PACKAGES = ("slidejax", "jax", "jaxlib", "flax", "transformers", "nvidia-cusparselt-cu13")
 
 
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    arguments.add_json(p)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints what `collect` finds."""
+    facts = collect()
+    terminal.emit(args, facts)
+    if args.json != "-":
+        print(text(facts))
+
+
 def _version(package: str) -> str | None:
+    """The version that is installed, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -33,6 +45,14 @@ def collect() -> dict[str, Any]:
     >>> sorted(facts["implementations"])
     ['cusparselt', 'dense', 'hopper', 'reference']
     """
+    import jax
+    import jax.numpy as jnp
+
+    from slidejax.bench.contenders import problem_of
+    from slidejax.ops import registry
+    from slidejax.ops.cuda import library
+    from slidejax.weights.packed import pack
+
     weights = {
         dtype: pack(jnp.ones((512, 512), jnp.bfloat16), "6:8", dtype=dtype)
         for dtype in ("int8", "float8_e4m3fn", "bfloat16")
@@ -61,7 +81,7 @@ def collect() -> dict[str, Any]:
 
 
 def text(facts: dict[str, Any]) -> str:
-    """The same for people."""
+    """Formats what `collect` returns as text."""
     library = facts["cuda_library"]
     lines = [
         f"python {facts['python']}",

@@ -1,186 +1,259 @@
-"""Arguments of `slidejax recover`, and what it does with them."""
+"""`slidejax recover`: a converted model trained until it predicts as the original model does."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from slidejax.commands import arguments, inputs, terminal
 
-from slidejax.commands import terminal
-from slidejax.lm.models import LoadedModel
+if TYPE_CHECKING:
+    import numpy as np
 
-__all__ = ["add", "rows", "run", "teacher_name", "tokens"]
+    from slidejax.lm.models import LoadedModel
+
+__all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run"]
+
+SUMMARY = "Train a converted model until it predicts as the original one does; write it to OUT."
+EXAMPLE = "slidejax recover out recovered --minutes 10"
+
+# Rows that the original model writes begin with this many tokens of the text.
+_PROMPT = 24
 
 
-def add(p: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """Adds the options; `positive` parses a whole number that is more than 0."""
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    p.add_argument("model", help="a directory written by 'slidejax convert'")
+    p.add_argument("out", help="the directory to write; it appears when it is complete")
+    _add_text(p)
+    _add_training(p)
+    arguments.add_compute(p)
+    arguments.add_json(p)
+
+
+def _add_text(p: argparse.ArgumentParser) -> None:
+    """What to learn from."""
     p.add_argument(
         "--against",
         metavar="MODEL",
-        help="the dense model to learn from (default: the one that was converted)",
+        help="the original model to learn from (default: the one that was converted)",
     )
     p.add_argument(
         "--text",
+        type=arguments.text_file,
         metavar="FILE",
-        help="text file to train on (default: parts of Python's documentation and docstrings that share nothing with what eval uses)",
+        help="text file to train on (default: parts of Python's documentation and docstrings that share nothing with what "
+        "eval uses)",
     )
     p.add_argument(
         "--docstrings",
-        type=float,
+        type=arguments.share,
         metavar="SHARE",
-        help="of the default text's docstrings: 1 on a GPU (default), 0.2 elsewhere",
+        help="share of the docstrings to take, 0 to 1, with the default text (default 1 on a GPU, 0.2 elsewhere)",
     )
     p.add_argument(
         "--sample",
-        type=int,
+        type=arguments.at_least(0, whole=True),
         metavar="ROWS",
-        help="add rows that the dense model writes itself, begun with pieces of the text, before the minutes begin (default 768 on a GPU, else none)",
+        help="add rows that the original model writes, each begun with a piece of the text; they are written before the "
+        "minutes begin (default 768 on a GPU, else none)",
+    )
+
+
+def _add_training(p: argparse.ArgumentParser) -> None:
+    """How long and how to train."""
+    positive, above_0 = arguments.positive, arguments.at_least(0, above=True)
+    p.add_argument(
+        "--minutes",
+        type=above_0,
+        default=5.0,
+        metavar="T",
+        help="make as many steps as fit into that time (default 5)",
     )
     p.add_argument(
-        "--minutes", type=float, default=5.0, help="as many steps as fit into that time (default 5)"
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="make N steps, however long they take: the same result each time",
     )
     p.add_argument(
-        "--steps", type=positive, help="so many steps instead: the same result each time"
-    )
-    p.add_argument(
-        "--batch", type=positive, help="rows in a step (default 32 on a GPU, 4 elsewhere)"
+        "--batch",
+        type=positive,
+        metavar="ROWS",
+        help="rows in a step (default 32 on a GPU, 4 elsewhere)",
     )
     p.add_argument(
         "--accumulate",
         type=positive,
         default=1,
         metavar="PARTS",
-        help="run a batch in so many parts: less memory",
+        help="run a batch in parts, one after the other: less memory (default 1)",
     )
     p.add_argument(
-        "--window", type=positive, help="tokens in a row (default 512 on a GPU, 256 elsewhere)"
+        "--window",
+        type=positive,
+        metavar="N",
+        help="tokens in a row (default 512 on a GPU, 256 elsewhere)",
     )
-    p.add_argument("--learning-rate", type=float, default=2e-4, help="peak (default 0.0002)")
     p.add_argument(
-        "--warmup", type=int, default=10, metavar="STEPS", help="steps of warm-up (default 10)"
+        "--learning-rate",
+        type=above_0,
+        default=2e-4,
+        metavar="RATE",
+        help="the largest learning rate (default 0.0002)",
+    )
+    p.add_argument(
+        "--warmup",
+        type=arguments.at_least(0, whole=True),
+        default=10,
+        metavar="STEPS",
+        help="steps of warm-up (default 10)",
     )
     p.add_argument(
         "--hidden",
-        type=float,
+        type=arguments.at_least(0),
         default=1.0,
         metavar="WEIGHT",
         help="weight of the hidden states' loss (default 1)",
     )
     p.add_argument(
         "--dtype",
+        type=arguments.dtype(none=False),
         help="int8 or float8_e4m3fn, for a model whose packed values are not quantised yet",
     )
-    p.add_argument("--seed", type=int, default=0)
     p.add_argument(
-        "--checkpoint", metavar="DIR", help="keep the state there; a run that it holds goes on"
+        "--seed",
+        type=arguments.at_least(0, whole=True),
+        default=0,
+        metavar="N",
+        help="seed of the order of the rows and of what the original model writes (default 0)",
+    )
+    p.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="keep the state of the training in DIR: a run that was stopped goes on from there",
     )
     p.add_argument(
         "--every",
         type=positive,
         default=100,
         metavar="STEPS",
-        help="save it after so many steps (default 100)",
+        help="steps from one saved state to the next (default 100)",
     )
 
 
-def teacher_name(args: argparse.Namespace, loaded: LoadedModel) -> str:
-    """What `--against` says, or what the model was converted from.
+def run(args: argparse.Namespace) -> None:
+    """Trains the model and writes it; then says how the loss fell."""
+    from slidejax.checkpoint.staging import check_target
+    from slidejax.checkpoint.store import METADATA
+    from slidejax.huggingface.files import write_pretrained
+
+    check_target(args.out, METADATA)
+    with terminal.progress() as bar:
+        task = bar.add_task(f"reading {args.model}", total=None)
+        loaded = inputs.load(args.model, args)
+        original = _original(args, loaded)
+        ids, source = _tokens(args, loaded)
+
+        def show(step: int, total: int | None, loss: float) -> None:
+            said = f"step {step} of {total or '?'}: {loss:.4f}"
+            bar.update(task, description=said, completed=step, total=total)
+
+        bar.update(task, description="gathering text")
+        rows = _rows(args, original, ids)
+        bar.update(task, description="compiling")
+        model, fitted = _recover(args, loaded, original, rows, show)
+        recovery = {
+            "steps": fitted.steps,
+            "seconds": round(fitted.seconds, 1),
+            "learning_rate": args.learning_rate,
+            "seed": args.seed,
+            "text": source,
+            "rows": len(rows),
+        }
+        write_pretrained(args.out, model, loaded.tokenizer, {**loaded.about, "recovery": recovery})
+    first = float(fitted.losses[0])
+    last = float(fitted.losses[-max(1, len(fitted.losses) // 10) :].mean())
+    terminal.emit(args, {"out": args.out, **recovery, "first_loss": first, "last_loss": last})
+    if args.json != "-":
+        print(
+            f"{args.out}: {fitted.steps} steps in {fitted.seconds:.0f} s, loss {first:.4f} to {last:.4f} "
+            "(mean of the last tenth)"
+        )
+
+
+def _original(args: argparse.Namespace, loaded: LoadedModel) -> LoadedModel:
+    """The model that `--against` names, or that `loaded` was converted from.
 
     Raises:
-      ValueError: neither is known.
+      ValueError: neither is known, or the model is a converted one.
     """
     from slidejax.lm.models import NAMED
+    from slidejax.variants.prepared import weights_of
 
     source = loaded.about.get("source")
     name = args.against or (source if source in NAMED else None)
     if name is None:
         raise ValueError(
-            f"{args.model!r} does not say where the dense model is that it was converted from: name it with --against"
+            f"{args.model!r} does not say where the original model is that it was converted from: name it with --against"
         )
-    return name
+    original = inputs.load(name, args)
+    if weights_of(original.model.params):
+        raise ValueError(
+            f"{original.name!r} is converted too; --against must name the original model"
+        )
+    return original
 
 
-def tokens(args: argparse.Namespace, loaded: LoadedModel) -> tuple[np.ndarray, str]:
-    """Token ids to train on, and what text they are of."""
-    import jax
+def _tokens(args: argparse.Namespace, loaded: LoadedModel) -> tuple[np.ndarray, str]:
+    """Token ids to train on, and a description of their text."""
+    import numpy as np
 
     from slidejax.lm import texts
 
     if args.text is not None:
         text, source = terminal.read_text(args.text), args.text
     else:
-        share = (
-            args.docstrings
-            if args.docstrings is not None
-            else 1.0
-            if jax.default_backend() == "gpu"
-            else 0.2
-        )
-        text, source = (
-            texts.training(share),
-            f"{texts.source()} and {100 * share:.0f} % of the docstrings of its library",
-        )
+        share = args.docstrings if args.docstrings is not None else 1.0 if _on_gpu() else 0.2
+        text = texts.training(share)
+        source = f"{texts.source()} and {100 * share:.0f} % of the docstrings of its library"
     return np.asarray(loaded.encode(text), np.int32), source
 
 
-_PROMPT = 24  # tokens of the text that a row of the dense model's own begins with
-
-
-def rows(args: argparse.Namespace, teacher: LoadedModel, ids: np.ndarray) -> np.ndarray:
-    """The rows to train on: the text, cut, and those that the dense model writes.
-
-    Raises:
-      ValueError: if `--sample` is negative.
-    """
-    import jax
+def _rows(args: argparse.Namespace, original: LoadedModel, ids: np.ndarray) -> np.ndarray:
+    """Rows `[n, window]` to train on: the text, cut, and those that the original model writes."""
+    import numpy as np
 
     from slidejax.lm.evaluate import fitting
     from slidejax.train.distill import rows_of, sample
 
-    gpu = jax.default_backend() == "gpu"
-    window = fitting(args.window or min(512 if gpu else 256, len(ids)), teacher.model)
+    window = fitting(args.window or min(512 if _on_gpu() else 256, len(ids)), original.model)
     text = rows_of(ids, window)
-    count = args.sample if args.sample is not None else 768 if gpu else 0
-    if count < 0:
-        raise ValueError(f"--sample must be 0 or more rows, got {count}")
+    count = args.sample if args.sample is not None else 768 if _on_gpu() else 0
     if count == 0:
         return text
     begun = np.random.default_rng(args.seed).integers(0, len(text), count)
     prompts = text[begun, : min(_PROMPT, window // 2)]
-    return np.concatenate(
-        [
-            text,
-            sample(
-                teacher.model, prompts, window, batch=min(count, 256 if gpu else 16), seed=args.seed
-            ),
-        ]
-    )
+    batch = min(count, 256 if _on_gpu() else 16)
+    written = sample(original.model, prompts, window, batch=batch, seed=args.seed)
+    return np.concatenate([text, written])
 
 
-def run(
-    args: argparse.Namespace,
-    loaded: LoadedModel,
-    teacher: LoadedModel,
-    rows: np.ndarray,
-    progress: Callable[[int, int | None, float], None],
+def _recover(
+    args: argparse.Namespace, loaded: LoadedModel, original: LoadedModel, rows: Any, progress: Any
 ) -> tuple[Any, Any]:
-    """`slidejax.recover` with the options: the model, and what `fit` found."""
-    import jax
-
+    """`slidejax.recover` with the arguments: the model, and what `fit` returned."""
     from slidejax.train.recover import recover
 
-    gpu = jax.default_backend() == "gpu"
     return recover(
         loaded.model,
-        teacher.model,
+        original.model,
         rows,
         steps=args.steps,
         minutes=None if args.steps else args.minutes,
         qdtype=args.dtype,
         window=rows.shape[1],
-        batch=args.batch or min(32 if gpu else 4, len(rows)),
+        batch=args.batch or min(32 if _on_gpu() else 4, len(rows)),
         accumulate=args.accumulate,
         learning_rate=args.learning_rate,
         warmup=args.warmup,
@@ -190,3 +263,10 @@ def run(
         every=args.every,
         progress=progress,
     )
+
+
+def _on_gpu() -> bool:
+    """Whether JAX runs on a GPU; defaults are larger there."""
+    import jax
+
+    return jax.default_backend() == "gpu"

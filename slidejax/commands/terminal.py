@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["console", "emit", "mib", "progress", "read_text"]
+__all__ = ["console", "emit", "mib", "progress", "read_text", "show_written"]
 
 
 def console(stderr: bool = False) -> Any:
@@ -61,3 +61,12 @@ def _finite(value: Any) -> Any:
 def mib(size: int) -> str:
     """Bytes as MiB, without the unit."""
     return f"{size / 2**20:.1f}"
+
+
+def show_written(out: Any, name: str, prompt: str, text: str) -> None:
+    """Prints a prompt after the name of a model, and how the model continues it."""
+    from rich.text import Text
+
+    out.print()
+    out.print(Text.assemble((name, "bold"), f": {prompt}"), highlight=False)
+    out.print(text.strip(), markup=False, highlight=False)

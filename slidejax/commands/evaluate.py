@@ -1,0 +1,121 @@
+"""`slidejax eval`: models side by side on one text."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from slidejax.commands import arguments, inputs, terminal
+
+__all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run"]
+
+SUMMARY = "Perplexity and next-token accuracy on a text; agreement with another model."
+EXAMPLE = "slidejax eval out --against smollm2"
+
+# Tokens of the default text to predict where `--tokens` does not say.
+_TOKENS = 4096
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    p.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help=f"{arguments.MODEL}; several are compared with the first",
+    )
+    arguments.add_text(p)
+    p.add_argument(
+        "--tokens",
+        type=arguments.positive,
+        metavar="N",
+        help=f"tokens to predict at most (default: {_TOKENS} of the default text, all of a file)",
+    )
+    p.add_argument(
+        "--window",
+        type=arguments.positive,
+        default=512,
+        metavar="N",
+        help="predictions in one sequence (default 512)",
+    )
+    p.add_argument(
+        "--batch",
+        type=arguments.positive,
+        metavar="N",
+        help="sequences at a time (default 8 on a GPU, 2 on a CPU)",
+    )
+    p.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="measure agreement with this model: the share of equal first choices, and KL divergence",
+    )
+    p.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw where the models lose, and on how many tokens (.png, .svg, .pdf)",
+    )
+    p.add_argument(
+        "--prompt", metavar="TEXT", help="show how each model continues this, side by side"
+    )
+    p.add_argument(
+        "--max-new-tokens",
+        type=arguments.positive,
+        default=40,
+        metavar="N",
+        help="tokens of the continuation at most (default 40)",
+    )
+    arguments.add_compute(p)
+    arguments.add_json(p)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluates the models one after the other and shows them in one table."""
+    from slidejax.lm import comparison
+
+    with terminal.progress() as bar:
+        task = bar.add_task("reading", total=None)
+        loaded = [(name, inputs.load(name, args)) for name in args.models]
+        reference = inputs.load(args.against, args) if args.against else None
+        ids, source = _ids(args, loaded)
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{name}: predicting", completed=done, total=total)
+
+        bar.update(task, description="compiling")
+        rows = comparison.compare(
+            loaded,
+            ids,
+            window=args.window,
+            batch=args.batch,
+            reference=reference,
+            prompt=args.prompt,
+            max_new_tokens=args.max_new_tokens,
+            progress=show,
+        )
+    if args.plot:
+        comparison.plot(rows, args.plot, args.window)
+    figures = [row.figures(source, args.against) for row in rows]
+    terminal.emit(args, figures[0] if len(figures) == 1 else figures)
+    if args.json != "-":
+        out = terminal.console()
+        out.print(f"{rows[0].result.tokens} tokens of {source}", highlight=False)
+        out.print(comparison.table(rows, args.against))
+        for row in rows:
+            if row.text is not None:
+                terminal.show_written(out, f"{row.name} ({row.weights})", args.prompt, row.text)
+
+
+def _ids(args: argparse.Namespace, loaded: list[tuple[str, Any]]) -> tuple[Any, str]:
+    """Token ids that all models share, and a description of the text.
+
+    Raises:
+      ValueError: the models' tokenizers differ.
+    """
+    limit = args.tokens or (_TOKENS if args.text is None else None)
+    ids, source = inputs.evaluation_ids(loaded[0][1], args.text, limit)
+    for name, model in loaded[1:]:
+        if inputs.evaluation_ids(model, args.text, limit)[0].tolist() != ids.tolist():
+            raise ValueError(
+                f"{name!r} has another tokenizer than {args.models[0]!r}: perplexities cannot be compared"
+            )
+    return ids, source

@@ -1,0 +1,79 @@
+"""What the arguments name: models, and texts as tokens."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from slidejax.commands import terminal
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from slidejax.lm.models import LoadedModel
+
+__all__ = ["calibration", "calibration_ids", "evaluation_ids", "load"]
+
+# The default text to calibrate on has this many sequences of 512 tokens; for more, docstrings are added to it.
+_SHORT = 64
+
+
+def load(model: str, args: argparse.Namespace) -> LoadedModel:
+    """The model of that name, computing in the dtype that `--compute` names or that is usual on this device."""
+    from slidejax.lm.models import default_dtype, load_model
+
+    return load_model(model, getattr(args, "compute", None) or default_dtype())
+
+
+def evaluation_ids(
+    loaded: LoadedModel, file: str | None, limit: int | None
+) -> tuple[np.ndarray, str]:
+    """Token ids to evaluate on.
+
+    Args:
+      loaded: the model whose tokenizer to use.
+      file: a text file; None: part of Python's documentation.
+      limit: how many tokens to predict at most; None: all.
+
+    Returns:
+      int32 `[tokens]`, one more than are predicted, and a description of the text.
+
+    Raises:
+      ValueError: the text is too short.
+    """
+    import numpy as np
+
+    from slidejax.lm import texts
+
+    text, source = (
+        (texts.evaluation(), texts.source()) if file is None else (terminal.read_text(file), file)
+    )
+    ids = np.asarray(loaded.encode(text), np.int32)
+    if limit is not None:
+        ids = ids[: limit + 1]
+    if len(ids) < 2:
+        raise ValueError(f"{source} has {len(ids)} tokens; at least two are needed")
+    return ids, source
+
+
+def calibration(loaded: LoadedModel, args: argparse.Namespace) -> np.ndarray | None:
+    """`calibration_ids`, or None where pruning by magnitude needs no tokens and no text was named."""
+    if args.calibration is None and args.method == "magnitude":
+        return None
+    return calibration_ids(loaded, args)
+
+
+def calibration_ids(loaded: LoadedModel, args: argparse.Namespace) -> np.ndarray:
+    """Token ids `[sequences, 512]` to calibrate on; shorter sequences if the model has fewer positions."""
+    import numpy as np
+
+    from slidejax.lm import texts
+    from slidejax.lm.evaluate import fitting
+    from slidejax.prune.model.calibration import cut
+
+    if args.calibration is not None:
+        text = terminal.read_text(args.calibration)
+    else:
+        text = texts.calibration() if args.sequences <= _SHORT else texts.training()
+    ids = np.asarray(loaded.encode(text), np.int32)
+    return cut(ids, args.sequences, fitting(512, loaded.model), args.seed)
