@@ -13,7 +13,7 @@ from slidejax.prune.wanda import wanda
 from slidejax.weights.magnitude import magnitude
 
 if TYPE_CHECKING:
-    from slidejax.prune.model.budget import measured_times, mixed
+    from slidejax.prune.model.mixed import measured_times, mixed
     from slidejax.prune.model.calibration import Calibration, convert, cut
     from slidejax.prune.rounding import clip_search, round_kernel
 
@@ -38,8 +38,8 @@ _LAZY = {
     "Calibration": "model.calibration",
     "convert": "model.calibration",
     "cut": "model.calibration",
-    "measured_times": "model.budget",
-    "mixed": "model.budget",
+    "measured_times": "model.mixed",
+    "mixed": "model.mixed",
     "clip_search": "rounding",
     "round_kernel": "rounding",
 }

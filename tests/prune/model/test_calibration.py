@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 import slidejax as sj
-from slidejax.prune import calibration, layer_error
+from slidejax.prune import layer_error
+from slidejax.prune.model import calibration
 from slidejax.prune.model.stages import Stages
 from slidejax.prune.model.store import Store
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import slidejax as sj
 from slidejax.contraction import to_matrix
-from slidejax.prune.model.budget import choose, measured_times, multiplications, packed_bytes
+from slidejax.prune.model.mixed import choose, measured_times, multiplications, packed_bytes
 from slidejax.prune.model.calibration import collect
 from slidejax.prune.model.inputs import contractions
 from slidejax.prune.model.sensitivity import sensitivities
@@ -157,7 +157,7 @@ def test_held_out_text_is_not_fitted_to(monkeypatch):
     """The kernels that are measured are pruned without it."""
     seen = []
     monkeypatch.setattr(
-        "slidejax.prune.model.budget.collect",
+        "slidejax.prune.model.mixed.collect",
         lambda run, params, batches: seen.extend(batches) or collect(run, params, batches),
     )
 
@@ -165,7 +165,7 @@ def test_held_out_text_is_not_fitted_to(monkeypatch):
         seen.extend([None, *batches])
         return sensitivities(loss, params, batches, changes)
 
-    monkeypatch.setattr("slidejax.prune.model.budget.sensitivities", measured)
+    monkeypatch.setattr("slidejax.prune.model.mixed.sensitivities", measured)
     sj.prune.mixed(
         Two(nnx.Rngs(0)),
         "6:8",
@@ -213,7 +213,7 @@ def test_what_is_chosen_is_nearer_to_the_dense_model_than_uniform():
 
 def test_a_choice_that_is_no_nearer_is_not_taken(monkeypatch):
     monkeypatch.setattr(
-        "slidejax.prune.model.budget.shrunk",
+        "slidejax.prune.model.mixed.shrunk",
         lambda found, sizes: {path: 1 / one.value for path, one in found.items()},
     )
     rules = sj.prune.mixed(
