@@ -1,7 +1,7 @@
 """Commands run in process on a tiny model."""
 
 from slidejax.commands import main as cli
-from slidejax.huggingface.files import write_pretrained
+from slidejax.huggingface import write_pretrained
 
 SENTENCES = (
     "The moon is the only natural satellite of the Earth. It turns once while it goes round. "

@@ -66,7 +66,7 @@ def tiny_params(tiny_config):
 @pytest.fixture
 def tiny_llama(tiny_config, tiny_params):
     """A new FlaxLlamaForCausalLM with those parameters, its head tied to the embedding."""
-    from slidejax.huggingface.files import build
+    from slidejax.huggingface import build
 
     return build(tiny_config, tiny_params)
 

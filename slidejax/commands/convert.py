@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     """Converts the model and writes it; then shows the report."""
     from slidejax.checkpoint.staging import check_target
     from slidejax.checkpoint.store import METADATA
-    from slidejax.huggingface.files import write_pretrained
+    from slidejax.huggingface import write_pretrained
     from slidejax.lm import serving
     from slidejax.rules import Rule
     from slidejax.variants.prepared import weights_of
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _rules(args: argparse.Namespace, rule: Any, loaded: Any, ids: Any) -> list[tuple[str, Any]]:
     """The rules for the layers: with `--mixed` chosen by measuring, else `rule` for all that are not skipped."""
-    from slidejax.huggingface.conversion import HIDDEN_LAYERS
+    from slidejax.huggingface import HIDDEN_LAYERS
     from slidejax.prune import mixed
 
     if not args.mixed:

@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
     """Trains the model and writes it; then says how the loss fell."""
     from slidejax.checkpoint.staging import check_target
     from slidejax.checkpoint.store import METADATA
-    from slidejax.huggingface.files import write_pretrained
+    from slidejax.huggingface import write_pretrained
 
     check_target(args.out, METADATA)
     with terminal.progress() as bar:

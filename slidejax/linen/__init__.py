@@ -1,25 +1,25 @@
 """Flax Linen: `SlideDense`, and running and converting models whose code is not ours."""
 
-from slidejax.linen.conversion import (
-    SlideDense,
-    apply,
-    convert,
-    fuse_projections,
-    interceptor,
-    layer_of,
-    own_kernel,
-    split_input,
-    unfuse_projections,
-)
+from slidejax.linen.conversion import convert
+from slidejax.linen.family import FAMILY, functional
+from slidejax.linen.intercept import Interceptor, apply, interceptor, show_layers
+from slidejax.linen.known import layer_of, own_kernel, split_input
+from slidejax.linen.layer import SlideDense
+from slidejax.variants.projections import fuse as fuse_projections
+from slidejax.variants.projections import unfuse as unfuse_projections
 
 __all__ = [
+    "FAMILY",
+    "Interceptor",
     "SlideDense",
     "apply",
     "convert",
+    "functional",
     "fuse_projections",
     "interceptor",
     "layer_of",
     "own_kernel",
+    "show_layers",
     "split_input",
     "unfuse_projections",
 ]

@@ -102,7 +102,7 @@ def rows(
       ValueError: a bad pattern, dtype, method or text; before anything is measured where that can be known.
     """
     from slidejax import huggingface
-    from slidejax.prune.model.calibration import CALIBRATED
+    from slidejax.prune.model.methods import CALIBRATED
 
     rules = [
         Rule(Pattern.parse(p), qdtype=d) for p in patterns for d in dtypes

@@ -92,15 +92,15 @@ def load_model(model: str | os.PathLike[str], dtype: Any = None) -> LoadedModel:
         raise ValueError(
             f"no model {name!r}: not a file, not a directory, and not one of {', '.join(NAMED)}"
         )
-    from slidejax.huggingface import files as huggingface
+    from slidejax import huggingface
 
     flax_model, tokenizer, about = huggingface.read_pretrained(path, dtype)
     return LoadedModel(flax_model, tokenizer, path.resolve().name, about)
 
 
 def _load_gguf(path: Path, name: str, dtype: Any) -> LoadedModel:
+    from slidejax import huggingface
     from slidejax.checkpoint import gguf
-    from slidejax.huggingface import files as huggingface
 
     file = gguf.GGUFFile(path)
     model = huggingface.build(file.config(), file.params(), dtype or "float32")

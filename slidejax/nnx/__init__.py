@@ -1,16 +1,11 @@
 """Flax NNX: `SlideLinear` and its kin, and converting models."""
 
-from slidejax.nnx.conversion import (
-    Packed,
-    SlideEinsum,
-    SlideLinear,
-    SlideLinearGeneral,
-    convert,
-    functional,
-    map_weights,
-)
+from slidejax.nnx.conversion import convert, map_weights
+from slidejax.nnx.family import FAMILY, functional
+from slidejax.nnx.layers import Packed, SlideEinsum, SlideLinear, SlideLinearGeneral
 
 __all__ = [
+    "FAMILY",
     "Packed",
     "SlideEinsum",
     "SlideLinear",

@@ -1,11 +1,12 @@
 """Pruning: choosing which weights of every group are kept, and what the kept ones become.
 
-One file a method for one kernel (`magnitude`, `wanda`, `sparsegpt` with `exchange` and `refit`, `round_kernel` for 8 bit);
-`convert` prunes a whole model with the calibrated ones.
+One file for each method for one kernel (`magnitude`, `wanda`, `sparsegpt` with `exchange` and `refit`, `round_kernel` for
+8 bit). `convert` prunes a whole model, and `mixed` chooses a pattern for each of its layers.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from slidejax.prune.sparsegpt import exchange, layer_error, refit, sparsegpt
@@ -13,12 +14,15 @@ from slidejax.prune.wanda import wanda
 from slidejax.weights.magnitude import magnitude
 
 if TYPE_CHECKING:
-    from slidejax.prune.model.mixed import measured_times, mixed
-    from slidejax.prune.model.calibration import Calibration, convert, cut
+    from slidejax.conversion import convert, mixed
+    from slidejax.prune.model.calibration import Calibration, cut
+    from slidejax.prune.model.costs import measured_times
+    from slidejax.prune.model.methods import Method
     from slidejax.prune.rounding import clip_search, round_kernel
 
 __all__ = [
     "Calibration",
+    "Method",
     "clip_search",
     "convert",
     "cut",
@@ -35,19 +39,18 @@ __all__ = [
 
 # What needs Flax is loaded when first used.
 _LAZY = {
-    "Calibration": "model.calibration",
-    "convert": "model.calibration",
-    "cut": "model.calibration",
-    "measured_times": "model.mixed",
-    "mixed": "model.mixed",
-    "clip_search": "rounding",
-    "round_kernel": "rounding",
+    "Calibration": "slidejax.prune.model.calibration",
+    "Method": "slidejax.prune.model.methods",
+    "clip_search": "slidejax.prune.rounding",
+    "convert": "slidejax.conversion",
+    "cut": "slidejax.prune.model.calibration",
+    "measured_times": "slidejax.prune.model.costs",
+    "mixed": "slidejax.conversion",
+    "round_kernel": "slidejax.prune.rounding",
 }
 
 
 def __getattr__(name: str):
     if name in _LAZY:
-        import importlib
-
-        return getattr(importlib.import_module(f"slidejax.prune.{_LAZY[name]}"), name)
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'slidejax.prune' has no attribute {name!r}")

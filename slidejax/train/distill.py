@@ -14,25 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.prune.model.divergence import kl_divergence
+
 __all__ = ["distillation_loss", "kl_divergence", "rows_of", "sample"]
-
-
-def kl_divergence(student: jax.Array, teacher: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """Mean over positions of `KL(teacher || student)`, in nats.
-
-    Args:
-      student, teacher: logits `[..., vocabulary]`.
-      temperature: divides both; the result is multiplied by its square, which keeps the size of the gradient.
-
-    Returns:
-      float32 scalar.
-
-    >>> float(kl_divergence(jnp.array([[0.0, 0.0]]), jnp.log(jnp.array([[0.75, 0.25]])))).__round__(4)
-    0.1308
-    """
-    log_q = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
-    log_p = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
-    return temperature**2 * jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
 
 def distillation_loss(

@@ -13,7 +13,7 @@ pytest.importorskip("rich")
 
 from slidejax import huggingface
 from slidejax.commands import main as cli
-from slidejax.huggingface.files import write_pretrained
+from slidejax.huggingface import write_pretrained
 from slidejax.lm import demo
 from slidejax.lm.evaluate import evaluate
 from slidejax.lm.models import load_model

@@ -73,6 +73,6 @@ def test_defaults_are_what_the_help_says():
 
 
 def test_the_methods_are_those_that_convert_knows():
-    from slidejax.prune.model.calibration import CALIBRATED
+    from slidejax.prune.model.methods import CALIBRATED
 
     assert ("magnitude", *CALIBRATED) == arguments.METHODS

@@ -269,7 +269,7 @@ def test_the_gate_goes_into_the_lift_of_an_8_bit_down_projection(family, activat
         "prologue = 4 : i32" in program.lower(lowering_platforms=("cuda",)).as_text()
     )  # the gated product of slidejax/ops/cuda/prologues.py
     together = model(ids).logits
-    monkeypatch.setattr(sj.linen, "_GATED", ())
+    monkeypatch.setattr("slidejax.linen.gated_mlp._BODIES", ())
     assert fused_products(model, ids) == 0
     np.testing.assert_allclose(together, model(ids).logits, rtol=1e-4, atol=1e-5)
 

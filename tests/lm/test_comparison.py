@@ -10,7 +10,7 @@ pytest.importorskip("rich")
 
 from command_line import SENTENCES, run, write_files
 
-from slidejax.huggingface.files import write_pretrained
+from slidejax.huggingface import write_pretrained
 from slidejax.lm import comparison
 
 TEXT = SENTENCES * 2

@@ -45,7 +45,7 @@ def distributions(model, tokens, window):
 
 @pytest.mark.parametrize("batch", [1, 2, 16])
 def test_against_numpy(tiny_config, tiny_params, tiny_llama, batch):
-    from slidejax.huggingface.files import build
+    from slidejax.huggingface import build
 
     other = build(tiny_config, jax.tree.map(lambda p: p * 1.1, tiny_params))
     seen = []

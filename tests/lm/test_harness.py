@@ -29,7 +29,7 @@ def ask(method, *args):
 
 @pytest.fixture(scope="module")
 def loaded(tiny_config, tiny_params, tiny_tokenizer):
-    from slidejax.huggingface.files import build
+    from slidejax.huggingface import build
 
     return LoadedModel(
         huggingface.convert(build(tiny_config, tiny_params), "6:8"), tiny_tokenizer, "tiny"

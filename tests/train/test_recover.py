@@ -16,7 +16,7 @@ WINDOW = 32
 @pytest.fixture(scope="module")
 def written(tiny_config, tiny_params):
     """The dense model's own text, to train on and to evaluate on."""
-    from slidejax.huggingface.files import build
+    from slidejax.huggingface import build
 
     dense = build(tiny_config, tiny_params)
     prompts = np.random.default_rng(0).integers(0, 256, (104, 1))

@@ -1,5 +1,7 @@
 """Layers that read the same input as one product: the results are those of the layers."""
 
+import gc
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 from flax.core import FrozenDict, freeze
 
 import slidejax as sj
+from slidejax.linen.fused import FusedProduct
 from slidejax.variants.projections import FusedPart, FusedWeight
 
 RULES = [(r".*_proj/kernel", sj.Rule("6:8", "int8"))]
@@ -100,9 +103,9 @@ def test_calls_do_not_see_each_others_products(x):
             sj.linen.apply(model, params, x),
             sj.linen.apply(model, sj.linen.unfuse_projections(params), x),
         )
-    from slidejax.linen.conversion import _products
-
-    assert not _products  # and nothing is kept alive
+    gc.collect()
+    kept = [held for held in gc.get_objects() if isinstance(held, FusedProduct)]
+    assert not kept  # and nothing is kept alive
 
 
 def test_under_vmap_grad_and_remat(x):

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,175 +20,120 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.contraction import from_matrix, to_matrix
-from slidejax.prune.model.calibration import Calibration, as_function, collect, planned
-from slidejax.prune.model.inputs import contractions
-from slidejax.prune.model.sensitivity import (
-    Estimate,
-    divergences,
-    drawn_loss,
-    sensitivities,
-    shrunk,
-)
-from slidejax.prune.model.stages import named_leaves
+from slidejax.functional import Functional
+from slidejax.prune.model.calibration import Calibration
+from slidejax.prune.model.choose import choose
+from slidejax.prune.model.convert import planned_rules
+from slidejax.prune.model.costs import Cost
+from slidejax.prune.model.divergence import divergences
+from slidejax.prune.model.grams import collect
+from slidejax.prune.model.program import named_leaves
+from slidejax.prune.model.sensitivity import Estimate, drawn_loss, sensitivities, shrunk
 from slidejax.prune.sparsegpt import sparsegpt
 from slidejax.rules import Rule
 from slidejax.weights.pattern import Pattern
 
-__all__ = ["choose", "measured_times", "mixed", "multiplications", "packed_bytes"]
+__all__ = ["mixed_rules"]
 
-Cost = Callable[[tuple[int, int], Pattern], float]
-
-_HELD_OUT = 4  # one batch of so many is measured on
+_HELD_OUT = 4  # of this many batches, one is measured on
 _SAMPLE = 32  # layers in which patterns are compared
 
 
-def multiplications(shape: tuple[int, int], pattern: Pattern) -> float:
-    """What is computed for each token, in multiplications of a dense tensor core: a sparse one does half of the lifted product; with
-    the pattern "dense" it is the whole of the plain one.
-
-    >>> [multiplications((8, 8), Pattern.parse(p)) / 64 for p in ("2:4", "6:8", "14:16", "dense")]
-    [0.5, 0.75, 0.875, 1.0]
-    """
-    return shape[0] * shape[1] * pattern.expansion / (2 if pattern.prunes else 1)
-
-
-def packed_bytes(shape: tuple[int, int], pattern: Pattern) -> float:
-    """Bytes of 8-bit values and of the places of the zeros, a byte for each group that has some.
-
-    >>> [packed_bytes((8, 8), Pattern.parse(p)) / 64 for p in ("2:4", "6:8", "dense")]
-    [0.75, 0.875, 1.0]
-    """
-    return shape[0] * shape[1] * (pattern.kept + pattern.prunes) / pattern.group
-
-
-def measured_times(rows: int, qdtype: Any = "int8", device: str | None = None) -> Cost:
-    """A cost in time: microseconds of `slidejax.linear` by the measured table (`slidejax tune`), with the implementation that is
-    the fastest for a pattern, so that a pattern that does not pay costs what dense 8-bit products do.
-
-    Args:
-      rows: of x, for which the model is to be fast.
-      qdtype: int8 or float8_e4m3fn.
-      device: its kind, such as "NVIDIA H200"; None: of this process.
-
-    Returns:
-      For `mixed` and `choose`. It raises a ValueError for a shape or a pattern near which nothing was measured.
-
-    >>> time = measured_times(4096, device="NVIDIA H200")
-    >>> time((3584, 18944), Pattern.parse("2:4")) < time((3584, 18944), Pattern.parse("6:8")) <= time((3584, 18944), Pattern.parse("dense"))
-    True
-    """
-    from slidejax.ops import tuning
-    from slidejax.ops.problem import device_kind
-
-    dtype = Rule("6:8", qdtype).qdtype
-    kind = device_kind("cuda") if device is None else device
-
-    def cost(shape: tuple[int, int], pattern: Pattern) -> float:
-        time = tuning.time_of(kind, rows, shape, pattern, dtype)
-        if time is None:
-            raise ValueError(
-                f"nothing was measured near {rows} rows of a kernel {shape} with {pattern} {dtype.name} on {kind}: run slidejax tune"
-            )
-        return time
-
-    return cost
-
-
-def mixed(
-    model: Any,
+def mixed_rules(
+    model: Functional,
     rule: str | Pattern | Rule,
     calibration: Any,
     *,
-    patterns: Sequence[str | Pattern] = ("14:16", "6:8", "4:6"),
-    groups: Sequence[str] = (),
-    cost: Cost = multiplications,
-    loss: Callable[[Any, Any], jax.Array] | None = None,
-    params: Any = None,
+    patterns: Sequence[str | Pattern],
+    groups: Sequence[str],
+    cost: Cost,
+    loss: Callable[[Any, Any], jax.Array] | None,
 ) -> list[tuple[str, Rule]]:
     """Rules that give each linear layer its own pattern, at the cost of one pattern for all.
 
-    Without `loss`, what was chosen is compared with the uniform pattern, if that is among `patterns`, by the divergence of both from the dense model on the
-    text held out, and must be nearer, else the rules are uniform. The same arguments give the same rules. It takes less time than the conversion by SparseGPT
-    and, beside the parameters, up to four times their memory.
-
-    Args:
-      model: a Flax model of transformers, a Linen or an NNX module.
-      rule: the uniform rule whose summed cost is the budget, and whose dtype the rules have.
-      calibration: a `Calibration`, or its batches; the dense model runs over them. A quarter of them, of token ids a quarter of the
-        sequences, is held out from pruning to measure on; if there is but one batch, it serves for both.
-      patterns: to choose from; with "dense" among them some layers may be quantised only. To leave layers as they are, unquantised, is
-        for the rules: put (their path, None) before what is returned.
-      groups: regular expressions for the whole path of a kernel: layers that match one of them with the same text in its groups get one
-        pattern together. `r"(.*)/[qkv]_proj/kernel"` keeps q, k and v of a block together, so that one lift serves them;
-        `r".*/(mlp|self_attn)/.*"` chooses for all MLPs and all attentions. Other layers choose for themselves.
-      cost: `(shape, pattern) -> cost`: `multiplications`, `packed_bytes`, or `measured_times(rows)`.
-      loss: `(the model's output, batch) -> scalar`, a sum over tokens; None: the cross-entropy of a language model of transformers with tokens
-        drawn from its own predictions, which stands for the divergence from the dense model.
-      params: as in `slidejax.prune.convert`.
-
-    Returns:
-      Rules for `slidejax.prune.convert` and the converters, one for each layer.
-
-    Raises:
-      ValueError: for a bad pattern, or none; bad batches; a loss that is needed; and as `choose`.
+    Arguments, result and errors are those of `slidejax.prune.mixed`, for a model of any family.
     """
-    how = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
+    how = Calibration.of(calibration)
     rule = rule if isinstance(rule, Rule) else Rule(rule)
-    among = list(dict.fromkeys(map(Pattern.parse, patterns)))
-    if not among:
+    candidates = list(dict.fromkeys(map(Pattern.parse, patterns)))
+    if not candidates:
         raise ValueError("patterns must name at least one pattern")
     batches = how.as_batches()
-    if hasattr(how.batches, "ndim"):
-        batches = list(
-            np.asarray(how.batches)[:, None]
-        )  # sequence by sequence, so that a quarter of few can be held out
-    run, params, pack = as_function(model, params, batches[0])
-    plan = planned(lambda params, **options: pack(params, rule, **options), params)
+    if hasattr(how.batches, "ndim"):  # by sequences, so that a quarter of few can be held out
+        batches = list(np.asarray(how.batches)[:, None])
     fit, held_out = _parted(batches)
-    grams = collect(run, params, fit)
-    leaves, layers = named_leaves(params), contractions(run, params, batches[0])
-    kernels = {
-        path: to_matrix(jnp.asarray(leaves[path]), layers[path].kernel)
-        for path in plan
-        if path in grams
+    kernels = _Kernels(model, planned_rules(model, rule), fit, how.damping)
+    baseline = rule.pattern if rule.pattern.prunes else min(candidates, key=lambda p: p.density)
+    others = [p for p in candidates if p != baseline]
+    sample = dict.fromkeys(_sampled(list(kernels.shapes)), others)
+    changes = {
+        path: [kernels.change(path, p) for p in (baseline, *sample.get(path, ()))]
+        for path in kernels.shapes
     }
-
-    @functools.cache
-    def change(path: str, pattern: Pattern) -> jax.Array:
-        return (
-            sparsegpt(kernels[path], pattern, grams[path], damping=how.damping, rounds=0)[1]
-            - kernels[path]
-        )
-
-    usual = rule.pattern if rule.pattern.prunes else min(among, key=lambda p: p.density)
-    sample = {path: [p for p in among if p != usual] for path in _sampled(list(kernels))}
-    changes = {path: [change(path, p) for p in (usual, *sample.get(path, ()))] for path in kernels}
     of_output = drawn_loss if loss is None else loss
-    heard = sensitivities(
-        lambda params, batch: of_output(run(params, batch), batch), params, held_out, changes
+    measured = sensitivities(
+        lambda params, batch: of_output(model.run(params, batch), batch),
+        model.params,
+        held_out,
+        changes,
     )
-    shapes = {path: (kernel.shape[0], kernel.shape[1]) for path, kernel in kernels.items()}
-    found = _estimated(heard, usual, sample, among, shapes)
-    rules = choose(found, shapes, rule.pattern, groups=groups, cost=cost, qdtype=rule.qdtype)
+    estimates = _estimated(measured, baseline, sample, candidates, kernels.shapes)
+    rules = choose(
+        estimates, kernels.shapes, rule.pattern, groups=groups, cost=cost, qdtype=rule.qdtype
+    )
     uniform = [(regex, rule) for regex, _ in rules]
-    if loss is not None or usual != rule.pattern or usual not in among or rules == uniform:
+    comparable = loss is None and baseline == rule.pattern and baseline in candidates
+    if not comparable or rules == uniform:
         return rules
+    pruned = [
+        kernels.pruned({path: one.pattern for path, (_, one) in zip(estimates, which, strict=True)})
+        for which in (rules, uniform)
+    ]
+    kl_mixed, kl_uniform = divergences(model.run, model.params, pruned, held_out)
+    return rules if kl_mixed < kl_uniform else uniform
 
-    def pruned(rules: Sequence[tuple[str, Rule]]) -> Any:
-        new = {
-            path: kernels[path] + change(path, one.pattern)
-            for path, (_, one) in zip(found, rules, strict=True)
-        }
-        new = {
-            path: from_matrix(kernel, leaves[path].shape, layers[path].kernel)
-            for path, kernel in new.items()
-        }
-        return jax.tree.unflatten(
-            jax.tree.structure(params), [new.get(path, leaf) for path, leaf in leaves.items()]
-        )
 
-    apart, together = divergences(run, params, [pruned(rules), pruned(uniform)], held_out)
-    return rules if apart < together else uniform
+class _Kernels:
+    """The kernels of a model `[in, out]`, and what pruning makes of them.
+
+    Args:
+      model: the model.
+      paths: of the kernels; those whose layers did not run are left out.
+      batches: to prune with.
+      damping: as in `slidejax.prune.sparsegpt`.
+
+    Attributes:
+      shapes: path -> `(in, out)`.
+    """
+
+    def __init__(
+        self, model: Functional, paths: Mapping[str, Any], batches: Sequence[Any], damping: float
+    ):
+        self._params, self._damping = model.params, damping
+        self._grams = collect(model.run, model.params, batches)
+        self._leaves, self._layers = named_leaves(model.params), model.layers(batches[0])
+        self._kernels = {
+            path: to_matrix(jnp.asarray(self._leaves[path]), self._layers[path].kernel)
+            for path in paths
+            if path in self._grams
+        }
+        self.shapes = {
+            path: (kernel.shape[0], kernel.shape[1]) for path, kernel in self._kernels.items()
+        }
+        self.change = functools.cache(self._change)
+
+    def _change(self, path: str, pattern: Pattern) -> jax.Array:
+        """What pruning adds to a kernel."""
+        kernel, gram = self._kernels[path], self._grams[path]
+        return sparsegpt(kernel, pattern, gram, damping=self._damping, rounds=0)[1] - kernel
+
+    def pruned(self, patterns: Mapping[str, Pattern]) -> Any:
+        """The model's parameters with these kernels pruned."""
+        leaves = dict(self._leaves)
+        for path, pattern in patterns.items():
+            kernel = self._kernels[path] + self.change(path, pattern)
+            leaves[path] = from_matrix(kernel, leaves[path].shape, self._layers[path].kernel)
+        return jax.tree.unflatten(jax.tree.structure(self._params), list(leaves.values()))
 
 
 def _parted(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -205,146 +149,29 @@ def _sampled(paths: Sequence[str]) -> list[str]:
 
 
 def _estimated(
-    heard: Mapping[str, Sequence[Estimate]],
-    usual: Pattern,
+    measured: Mapping[str, Sequence[Estimate]],
+    baseline: Pattern,
     sample: Mapping[str, Sequence[Pattern]],
-    among: Sequence[Pattern],
+    candidates: Sequence[Pattern],
     shapes: Mapping[str, tuple[int, int]],
 ) -> dict[str, dict[Pattern, float]]:
     """Path -> pattern -> sensitivity.
 
     Args:
-      heard: path -> estimates for `usual`, and where `sample` has the path for its patterns.
-      usual: the pattern that was measured in all layers.
+      measured: path -> estimates for `baseline`, and for the patterns that `sample` has for the path.
+      baseline: the pattern that was measured in all layers.
       sample: path -> other patterns.
-      among: the patterns to choose from.
+      candidates: the patterns to choose from.
       shapes: path -> `(in, out)`.
     """
-    totals = dict.fromkeys([usual, *among], 0.0)
+    totals = dict.fromkeys([baseline, *candidates], 0.0)
     for path, others in sample.items():
-        for pattern, estimate in zip((usual, *others), heard[path], strict=True):
+        for pattern, estimate in zip((baseline, *others), measured[path], strict=True):
             totals[pattern] += estimate.value
-    silent = {
-        path: 0.0 for path, (first, *_) in heard.items() if not first.value > 0
-    }  # the loss does not depend on them
-    sizes = {path: math.prod(shapes[path]) for path in heard if path not in silent}
-    found = shrunk({path: heard[path][0] for path in sizes}, sizes) | silent
-    share = {p: totals[p] / totals[usual] if totals[usual] > 0 else 0.0 for p in among}
-    return {path: {p: found[path] * share[p] for p in among} for path in heard}
-
-
-def choose(
-    sensitivity: Mapping[str, Mapping[Pattern, float]],
-    shapes: Mapping[str, tuple[int, int]],
-    budget: str | Pattern | float,
-    *,
-    groups: Sequence[str] = (),
-    cost: Cost = multiplications,
-    qdtype: Any = "int8",
-) -> list[tuple[str, Rule]]:
-    """The patterns that are estimated to cost the loss least within a budget, as rules.
-
-    Args:
-      sensitivity: path -> pattern -> what it costs the model; only ratios mean anything.
-      shapes: path -> `(in, out)`.
-      budget: of the summed cost; a pattern means what it would cost for all layers.
-      groups: as in `mixed`.
-      cost: `(shape, pattern) -> cost`: `multiplications`, `packed_bytes`, or `measured_times(rows)`.
-      qdtype: of the rules.
-
-    Returns:
-      A rule for each path.
-
-    Raises:
-      ValueError: if the cheapest patterns cost more than the budget, a group matches no layer, or its layers have no pattern in common.
-
-    >>> need = {"a": {Pattern(2, 4): 9.0, Pattern(6, 8): 3.0}, "b": {Pattern(2, 4): 1.0, Pattern(6, 8): 0.5}}
-    >>> [str(rule) for _, rule in choose(need, {"a": (8, 8), "b": (8, 8)}, 64 * 0.75 + 64 * 0.5)]
-    ['6:8 int8', '2:4 int8']
-    """
-    limit = (
-        float(budget)
-        if isinstance(budget, (int, float))
-        else sum(cost(shape, Pattern.parse(budget)) for shape in shapes.values())
-    )
-    limit *= 1 + 1e-9  # sums of the same costs in another order fit as well
-    members = _members(sensitivity, groups)
-    of_layers, sensitivity = sensitivity, {}
-    costs: dict[str, dict[Pattern, float]] = {}
-    for item, paths in members.items():
-        common = [p for p in of_layers[paths[0]] if all(p in of_layers[path] for path in paths)]
-        if not common:
-            raise ValueError(
-                f"the layers {', '.join(paths)} of one group have no pattern in common"
-            )
-        sensitivity[item] = {p: sum(of_layers[path][p] for path in paths) for p in common}
-        costs[item] = {p: sum(cost(shapes[path], p) for path in paths) for p in common}
-
-    def at(price: float) -> dict[str, Pattern]:
-        return {
-            path: min(of, key=lambda p: (of[p] + price * costs[path][p], costs[path][p]))
-            for path, of in sensitivity.items()
-        }
-
-    def total(chosen: Mapping[str, Pattern]) -> float:
-        return sum(costs[path][p] for path, p in chosen.items())
-
-    cheapest = {path: min(of, key=lambda p: costs[path][p]) for path, of in sensitivity.items()}
-    if total(cheapest) > limit:
-        raise ValueError(
-            f"budget {limit:g} is less than what the cheapest patterns cost, {total(cheapest):g}"
-        )
-    low, high = -40.0, 40.0  # logarithms of the price
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (low, middle) if total(at(math.exp(middle))) <= limit else (middle, high)
-    chosen = at(math.exp(high)) if total(at(math.exp(high))) <= limit else cheapest
-    # a price leaves some of the budget over: one pattern for all may use it better
-    shared = set.intersection(*(set(of) for of in sensitivity.values())) if sensitivity else set()
-    uniform = [
-        dict.fromkeys(sensitivity, p)
-        for p in shared
-        if total(dict.fromkeys(sensitivity, p)) <= limit
-    ]
-    chosen = min(
-        [chosen, *uniform], key=lambda one: sum(sensitivity[path][p] for path, p in one.items())
-    )
-    while True:  # what is left, where it does most
-        left = limit - total(chosen)
-        better = [
-            (
-                (sensitivity[path][chosen[path]] - value)
-                / (costs[path][p] - costs[path][chosen[path]]),
-                path,
-                p,
-            )
-            for path, of in sensitivity.items()
-            for p, value in of.items()
-            if value < sensitivity[path][chosen[path]]
-            and 0 < costs[path][p] - costs[path][chosen[path]] <= left
-        ]
-        if not better:
-            pattern_of = {path: chosen[item] for item, paths in members.items() for path in paths}
-            return [(re.escape(path), Rule(pattern_of[path], qdtype)) for path in of_layers]
-        _, path, pattern = max(better, key=lambda item: item[:2])
-        chosen[path] = pattern
-
-
-def _members(paths: Iterable[str], groups: Sequence[str]) -> dict[str, list[str]]:
-    """The first path of each group of layers -> its paths; a layer of no group is one by itself."""
-    found: dict[Any, list[str]] = {}
-    matched = set()
-    for path in paths:
-        for i, regex in enumerate(groups):
-            if (match := re.fullmatch(regex, path)) is not None:
-                found.setdefault((i, match.groups()), []).append(path)
-                matched.add(i)
-                break
-        else:
-            found[path] = [path]
-    for i, regex in enumerate(groups):
-        if i not in matched:
-            raise ValueError(
-                f"groups[{i}] ({regex!r}) matches no layer, or earlier groups took them all (paths look like {next(iter(paths), '')!r})"
-            )
-    return {members[0]: members for members in found.values()}
+    # the loss does not depend on some layers
+    zero = {path: 0.0 for path, (first, *_) in measured.items() if not first.value > 0}
+    sizes = {path: math.prod(shapes[path]) for path in measured if path not in zero}
+    values = shrunk({path: measured[path][0] for path in sizes}, sizes) | zero
+    base = totals[baseline]
+    share = {p: totals[p] / base if base > 0 else 0.0 for p in candidates}
+    return {path: {p: values[path] * share[p] for p in candidates} for path in measured}

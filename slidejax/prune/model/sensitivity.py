@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.prune.model.inputs import as_rows, seeing_inputs, seeing_layers
-from slidejax.train.distill import kl_divergence
+from slidejax.functional import watching_inputs, watching_outputs
+from slidejax.prune.model.inputs import as_rows
 
-__all__ = ["Estimate", "divergences", "drawn_loss", "sensitivities", "shrunk"]
+__all__ = ["Estimate", "drawn_loss", "sensitivities", "shrunk"]
 
 
 class Estimate(NamedTuple):
@@ -53,8 +53,8 @@ def drawn_loss(output: Any, batch: Any) -> jax.Array:
 
 
 @jax.custom_vjp
-def _listen(y, x, changes, sums):
-    """`y`; the gradient with respect to `sums` is what the changes of the kernel would do, see `_heard`.
+def _probe(y, x, changes, sums):
+    """`y`; the gradient with respect to `sums` says what the changes of the kernel would cost (`_probe_backward`).
 
     Args:
       y: `[rows, out]`, a layer's output.
@@ -65,7 +65,11 @@ def _listen(y, x, changes, sums):
     return y
 
 
-def _heard(residuals, g):
+def _probe_forward(y, x, changes, sums):
+    return y, (x, changes)
+
+
+def _probe_backward(residuals, g):
     """For each change the sums of `(g . x dW)^2 / 2` and of its square over the rows."""
     x, changes = residuals
     each = [
@@ -75,7 +79,7 @@ def _heard(residuals, g):
     return g, None, None, jnp.stack([jnp.stack([jnp.sum(q), jnp.sum(q * q)]) for q in each])
 
 
-_listen.defvjp(lambda y, x, changes, sums: (y, (x, changes)), _heard)
+_probe.defvjp(_probe_forward, _probe_backward)
 
 
 def sensitivities(
@@ -95,71 +99,50 @@ def sensitivities(
     Returns:
       Path -> an estimate for each change.
 
-    >>> from flax import nnx
-    >>> run, params, _ = __import__("slidejax").nnx.functional(nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0)))
-    >>> found = sensitivities(lambda params, x: jnp.sum(run(params, x)), params, [jnp.ones((3, 2))], {"kernel": [jnp.ones((2, 1))]})
+    >>> import flax.nnx
+    >>> from slidejax import nnx
+    >>> model = nnx.functional(flax.nnx.Linear(2, 1, use_bias=False, rngs=flax.nnx.Rngs(0)))
+    >>> loss = lambda params, x: jnp.sum(model.run(params, x))
+    >>> found = sensitivities(loss, model.params, [jnp.ones((3, 2))], {"kernel": [jnp.ones((2, 1))]})
     >>> found["kernel"][0].value  # the gradient is 1, each of three rows changes by 2
     6.0
     """
 
     @jax.jit
-    def heard(params, batch, changes):
-        def listened(sums):
+    def measured(params, batch, changes):
+        def probed(sums):
             inputs: dict[str, Any] = {}  # of the layer that runs; taken when its output is seen
 
-            def see(path, x, axes):
+            def see_input(path, x, axes):
                 if path in changes:
                     inputs[path] = as_rows(x, axes), axes
                 return x
 
-            def hear(path, y):
+            def see_output(path, y):
                 if path not in inputs:
                     return y
                 x, axes = inputs.pop(path)
                 order = tuple(range(y.ndim)) if axes.result is None else axes.result
                 back = [order.index(a) for a in range(y.ndim)]
                 rows = jnp.transpose(y, back).reshape(len(x), -1)
-                rows = _listen(rows, jax.lax.stop_gradient(x), changes[path], sums[path])
+                rows = _probe(rows, jax.lax.stop_gradient(x), changes[path], sums[path])
                 return jnp.transpose(rows.reshape([y.shape[a] for a in back]), order)
 
-            with seeing_inputs(see), seeing_layers(hear):
+            with watching_inputs(see_input), watching_outputs(see_output):
                 return loss(params, batch)
 
-        return jax.grad(listened)({path: jnp.zeros((len(of), 2)) for path, of in changes.items()})
+        return jax.grad(probed)({path: jnp.zeros((len(of), 2)) for path, of in changes.items()})
 
     total = None
     for batch in batches:
         found = jax.tree.map(
-            lambda leaf: np.asarray(leaf, np.float64), heard(params, batch, dict(changes))
+            lambda leaf: np.asarray(leaf, np.float64), measured(params, batch, dict(changes))
         )
         total = found if total is None else jax.tree.map(np.add, total, found)
     return {
         path: [Estimate(float(s), float(q / s**2) if s > 0 else 0.0) for s, q in sums]
         for path, sums in (total or {}).items()
     }
-
-
-def divergences(
-    run: Callable[[Any, Any], Any], params: Any, candidates: Sequence[Any], batches: Sequence[Any]
-) -> list[float]:
-    """How far models with other parameters are from a model: the mean Kullback-Leibler divergence of their predictions.
-
-    Args:
-      run: `(params, batch) -> output` with logits.
-      params: of the model.
-      candidates: parameters of the others.
-      batches: of one shape.
-    """
-
-    @jax.jit
-    def of(params, candidates, batch):
-        ours = run(params, batch).logits
-        return jnp.stack([kl_divergence(run(other, batch).logits, ours) for other in candidates])
-
-    mean = np.mean(
-        [np.asarray(of(params, list(candidates), batch), np.float64) for batch in batches], axis=0
-    )
-    return [float(one) for one in mean]
 
 
 def shrunk(found: Mapping[str, Estimate], sizes: Mapping[str, int]) -> dict[str, float]:

@@ -24,37 +24,20 @@ import numpy as np
 from slidejax.contraction import from_matrix, to_matrix
 from slidejax.prune.model.ahead import Ahead, jitted, shapes_of
 from slidejax.prune.model.inputs import as_rows, rounded
-from slidejax.prune.model.stages import Stages, Tap, named_leaves
+from slidejax.prune.model.methods import Solve
+from slidejax.prune.model.program import Tap, named_leaves
+from slidejax.prune.model.result import Pruned
+from slidejax.prune.model.stages import Stages
 from slidejax.prune.model.store import Store
 from slidejax.prune.sparsegpt import damped
 
-__all__ = ["Pruned", "Solve", "begin", "prune_in_order"]
+__all__ = ["InOrder"]
 
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Pruned:
-    """What a method makes of one kernel.
-
-    Attributes:
-      mask: bool `[in, out]`.
-      kernel: float32 `[in, out]`, zero where not kept.
-      scale: float32 `[out]`: 8-bit values are `kernel / scale`; None: they are yet to be rounded.
-    """
-
-    mask: jax.Array
-    kernel: jax.Array
-    scale: jax.Array | None = None
-
-
-# (kernel [in, out], target [in, out], gram [in, in], damping) -> Pruned; traced, once for each shape
-Solve = Callable[[jax.Array, jax.Array, jax.Array, Any], Pruned]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Group:
+class _LayerGroup:
     """Layers with the same input that are pruned together, as one kernel.
 
     Attributes:
@@ -84,123 +67,162 @@ class _Group:
         )
 
 
-def prune_in_order(
-    stages: Stages,
-    params: Any,
-    batches: Sequence[Any],
-    solver: Callable[[str], Solve],
-    *,
-    correct: float = 0.75,
-    damping: float = 0.05,
-    progress: Callable[[int, int], None] | None = None,
-    store: Store | None = None,
-    offload: bool = False,
-    ahead: Ahead,
-) -> dict[str, Pruned]:
-    """Prunes the layers that `stages` has taps for.
+class InOrder:
+    """Prunes the layers of a traced model, in the order of its program.
 
     Args:
-      stages: the traced model.
-      params: the dense parameters.
-      batches: what to calibrate on; the values between stages are kept for each, twice.
+      stages: the traced model. The layers that it has taps for are pruned.
       solver: path of a kernel -> the method for it. Layers with the same input for which it is the same object are pruned
         together, as one kernel.
-      correct: how far the target goes from the kernel (0) to what makes up for all that earlier layers lost, as far as
-        can be told from these inputs (1). Some of that is chance, so that less than all does better on other text.
-      damping: as in `sparsegpt`.
-      progress: called with the numbers of stages done and of all.
-      store: keeps finished stages on disk; those that it has are not computed again.
+      correct: how far the target goes from the kernel (0) to the one that makes up for all that earlier layers lost, as
+        far as these inputs tell (1). Some of what they tell is chance, so less than 1 does better on other text.
+      damping: as in `slidejax.prune.sparsegpt`.
+      store: keeps finished stages on disk. The stages that it holds are not computed again.
       offload: keeps the values between stages in the host's memory.
-      ahead: where `begin` has begun to compile.
-
-    Returns:
-      Path of the kernel -> `Pruned`, NumPy arrays: on the device are new kernels only while they are read.
-
-    Raises:
-      ValueError: if the inputs of a layer are not finite.
+      ahead: where `begin` begins to compile.
     """
-    leaves = named_leaves(params)
-    new: dict[
-        str, Any
-    ] = {}  # the new kernels that are yet to be read, mostly those of the stage before
-    keep = jax.device_get if offload else lambda values: values
-    states = [(stages.start(batch), stages.start(batch)) for batch in batches]
-    done: dict[str, Pruned] = {}
-    for at, taps in enumerate(stages.taps):
-        groups = _groups(stages, taps, solver, bool(correct))
-        found = None if store is None else store.load(at)
-        sums = [_nothing(stages, group, leaves) for group in groups]
-        for i, (dense, pruned) in enumerate(states):
-            xs: dict[int, Any] = {}
-            if correct:
-                dense, xs = stages.advance(at, dense, leaves, ahead=ahead)
-            pruned, zs = stages.advance(
-                at, pruned, {**leaves, **new}, round_inputs=True, ahead=ahead
+
+    def __init__(
+        self,
+        stages: Stages,
+        solver: Callable[[str], Solve],
+        *,
+        correct: float,
+        damping: float,
+        store: Store | None = None,
+        offload: bool = False,
+        ahead: Ahead,
+    ):
+        self._stages, self._ahead, self._store = stages, ahead, store
+        self._correct, self._damping = correct, damping
+        self._keep = jax.device_get if offload else lambda values: values
+        self._groups = [_groups(stages, taps, solver, bool(correct)) for taps in stages.taps]
+
+    def begin(self, params: Any) -> None:
+        """Begins to compile what a call will run for parameters of these shapes."""
+        stages, leaves = self._stages, named_leaves(params)
+        if self._correct:
+            stages.begin(self._ahead)
+        for at, groups in enumerate(self._groups):
+            if self._store is None or not self._store.has(at):
+                for group in groups:
+                    self._begin_group(group, leaves)
+        stages.begin(self._ahead, round_inputs=True)
+
+    def _begin_group(self, group: _LayerGroup, leaves: Mapping[str, Any]) -> None:
+        stages = self._stages
+        kernels = jax.eval_shape(
+            group.kernels, shapes_of({tap.path: leaves[tap.path] for tap in group.taps})
+        )
+        sums, x = shapes_of(_nothing(stages, group, leaves)), stages.program.shape(group.value)
+        lost = tuple(None if v is None else (stages.program.shape(v),) * 2 for v in group.streams)
+        numbers = shapes_of((np.float32(0), np.float32(0)))
+        self._ahead.begin(group.solved, kernels, sums, *numbers)
+        self._ahead.begin(group.moments, sums, x if self._correct else None, x, kernels, lost)
+
+    def __call__(
+        self,
+        params: Any,
+        batches: Sequence[Any],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, Pruned]:
+        """Prunes the model.
+
+        Args:
+          params: the original parameters.
+          batches: what to calibrate on. The values between stages are kept for each batch, of the original and of the
+            pruned model.
+          progress: called with the number of stages that are done, and of all.
+
+        Returns:
+          Path of the kernel -> `Pruned`, as NumPy arrays: the device holds new kernels only until the program has read
+          them.
+
+        Raises:
+          ValueError: if the inputs of a layer are not finite.
+        """
+        leaves = named_leaves(params)
+        new: dict[str, Any] = {}  # the new kernels that later stages read
+        states = [(self._stages.start(batch), self._stages.start(batch)) for batch in batches]
+        done: dict[str, Pruned] = {}
+        for at, taps in enumerate(self._stages.taps):
+            found = None if self._store is None else self._store.load(at)
+            groups = self._groups[at] if found is None else []
+            sums = [_nothing(self._stages, group, leaves) for group in groups]
+            for i, state in enumerate(states):
+                states[i] = self._add_batch(at, state, leaves, new, groups, sums)
+            if found is None:
+                found = self._solve(groups, sums, leaves)
+                if self._store is not None:
+                    self._store.save(at, found)
+            new |= {tap.path: _leaf(found[tap.path].kernel, leaves[tap.path], tap) for tap in taps}
+            new = {path: leaf for path, leaf in new.items() if self._stages.reads_after(at, path)}
+            done |= jax.device_get(found)
+            if progress is not None:
+                progress(at + 1, len(self._stages.taps))
+        return done
+
+    def _add_batch(
+        self,
+        at: int,
+        state: tuple[dict[int, Any], dict[int, Any]],
+        leaves: Mapping[str, Any],
+        new: Mapping[str, Any],
+        groups: Sequence[_LayerGroup],
+        sums: list[Any],
+    ) -> tuple[dict[int, Any], dict[int, Any]]:
+        """Runs a stage on one batch and adds what its layers read to their moments, in place.
+
+        Args:
+          at: the stage.
+          state: the values between stages, of the original and of the pruned model.
+          leaves: the original parameters by path.
+          new: the new kernels by path.
+          groups: the layers that are yet to be solved.
+          sums: their moments.
+
+        Returns:
+          The state after this stage.
+        """
+        original, pruned = state
+        xs: dict[int, Any] = {}
+        if self._correct:
+            original, xs = self._stages.advance(at, original, leaves, ahead=self._ahead)
+        pruned, zs = self._stages.advance(
+            at, pruned, {**leaves, **new}, round_inputs=True, ahead=self._ahead
+        )
+        for g, group in enumerate(groups):
+            lost = tuple(None if v is None else (original[v], pruned[v]) for v in group.streams)
+            x, z = xs.get(group.value), zs[group.value]
+            sums[g] = self._ahead.call(group.moments, sums[g], x, z, group.kernels(leaves), lost)
+        return self._keep((original, pruned))
+
+    def _solve(
+        self, groups: Sequence[_LayerGroup], sums: Sequence[Any], leaves: Mapping[str, Any]
+    ) -> dict[str, Pruned]:
+        """The pruned kernels of a stage by path."""
+        found: dict[str, Pruned] = {}
+        for group, moments in zip(groups, sums, strict=True):
+            finite, results = self._ahead.call(
+                group.solved,
+                group.kernels(leaves),
+                moments,
+                np.float32(self._correct),
+                np.float32(self._damping),
             )
-            states[i] = keep((dense, pruned))
-            for g, group in enumerate(groups if found is None else ()):
-                lost = tuple(None if v is None else (dense[v], pruned[v]) for v in group.streams)
-                x, z = xs.get(group.value), zs[group.value]
-                sums[g] = ahead.call(group.moments, sums[g], x, z, group.kernels(leaves), lost)
-        if found is None:
-            found = {}
-            for group, moments in zip(groups, sums, strict=True):
-                finite, results = ahead.call(
-                    group.solved,
-                    group.kernels(leaves),
-                    moments,
-                    np.float32(correct),
-                    np.float32(damping),
-                )
-                if not finite:
-                    raise ValueError(
-                        f"{group.taps[0].path}: the calibration inputs hold inf or nan"
-                    )
-                found |= zip((tap.path for tap in group.taps), results, strict=True)
-            if store is not None:
-                store.save(at, found)
-        new |= {tap.path: _leaf(found[tap.path].kernel, leaves[tap.path], tap) for tap in taps}
-        new = {path: leaf for path, leaf in new.items() if stages.reads_after(at, path)}
-        done |= jax.device_get(found)
-        if progress is not None:
-            progress(at + 1, len(stages.taps))
-    return done
+            if not finite:
+                raise ValueError(f"{group.taps[0].path}: the calibration inputs hold inf or nan")
+            found |= zip((tap.path for tap in group.taps), results, strict=True)
+        return found
 
 
 def _leaf(kernel: jax.Array, leaf: Any, tap: Tap) -> jax.Array:
     return from_matrix(jnp.asarray(kernel), leaf.shape, tap.axes.kernel).astype(leaf.dtype)
 
 
-def begin(
-    ahead: Ahead,
-    stages: Stages,
-    params: Any,
-    solver: Callable[[str], Solve],
-    *,
-    correct: bool,
-    store: Store | None = None,
-) -> None:
-    """Begins to compile what `prune_in_order` will run; arguments as there."""
-    leaves = named_leaves(params)
-    if correct:
-        stages.begin(ahead)
-    for at, taps in enumerate(stages.taps):
-        for group in (
-            _groups(stages, taps, solver, correct) if store is None or not store.has(at) else ()
-        ):
-            kernels = jax.eval_shape(
-                group.kernels, shapes_of({tap.path: leaves[tap.path] for tap in group.taps})
-            )
-            sums, x = shapes_of(_nothing(stages, group, leaves)), stages.shape(group.value)
-            lost = tuple(None if v is None else (stages.shape(v),) * 2 for v in group.streams)
-            ahead.begin(group.solved, kernels, sums, *shapes_of((np.float32(0), np.float32(0))))
-            ahead.begin(group.moments, sums, x if correct else None, x, kernels, lost)
-    stages.begin(ahead, round_inputs=True)
-
-
 def _groups(
     stages: Stages, taps: Sequence[Tap], solver: Callable[[str], Solve], correct: bool
-) -> list[_Group]:
+) -> list[_LayerGroup]:
     """The groups of a stage; equal ones share their jitted functions, so that they share what is compiled."""
     found: dict[Any, list[Tap]] = {}
     for tap in taps:
@@ -210,7 +232,7 @@ def _groups(
         streams = tuple(stages.streams[tap.path] if correct else None for tap in members)
         first = members[0]
         groups.append(
-            _Group(
+            _LayerGroup(
                 tuple(members),
                 streams,
                 correct,
@@ -224,12 +246,12 @@ def _groups(
 # --- moments ----------------------------------------------------------------------------------------------------------
 
 
-def _nothing(stages: Stages, group: _Group, leaves: Mapping[str, Any]) -> Any:
+def _nothing(stages: Stages, group: _LayerGroup, leaves: Mapping[str, Any]) -> Any:
     """The moments of no batch: `(Z^T Z, Z^T X, [Z^T Y])`, None where it is not needed.
 
     `Y` are the outputs of the layers that make up for what the stream lost; for all others `Z^T X` is enough, and less.
     """
-    width = stages.width(group.taps[0])
+    width = stages.program.width(group.taps[0])
     square = np.zeros((width, width), np.float32)
     outs = [leaves[tap.path].size // width for tap in group.taps]
     wanted = [
@@ -241,7 +263,7 @@ def _nothing(stages: Stages, group: _Group, leaves: Mapping[str, Any]) -> Any:
 
 @functools.cache
 def _moments_of(axes, dtype) -> Callable[..., Any]:
-    """`_Group.moments` for an input that layers contract as `axes` say and round to `dtype`."""
+    """`_LayerGroup.moments` for an input that layers contract as `axes` say and round to `dtype`."""
 
     def moments(sums, x, z, kernels, lost):
         z = as_rows(
@@ -271,7 +293,7 @@ def _moments_of(axes, dtype) -> Callable[..., Any]:
 
 @functools.cache
 def _solved_by(solve: Solve) -> Callable[..., Any]:
-    """`_Group.solved` for a method."""
+    """`_LayerGroup.solved` for a method."""
 
     def solved(kernels, moments, correct, damping):
         gram, cross, wanted = moments

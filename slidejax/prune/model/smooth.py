@@ -25,7 +25,8 @@ import numpy as np
 from slidejax.contraction import from_matrix, to_matrix
 from slidejax.prune.model.ahead import Ahead, jitted
 from slidejax.prune.model.inputs import as_rows
-from slidejax.prune.model.stages import Stages, Step, Tap, named_leaves
+from slidejax.prune.model.program import Program, Step, Tap, named_leaves
+from slidejax.prune.model.stages import Stages
 
 __all__ = ["smooth"]
 
@@ -70,7 +71,7 @@ def smooth(
     for taps in stages.taps:
         for value in dict.fromkeys(tap.value for tap in taps):
             members = [tap for tap in taps if tap.value == value]
-            fold = _find(stages, members)
+            fold = _find(stages.program, members)
             if fold is not None:
                 folds.append((members, fold))
     if not folds or not strength:
@@ -108,19 +109,14 @@ def _rescaled(
     rows = jnp.max(
         jnp.stack([jnp.mean(k.astype(jnp.float32) ** 2, axis=1) for k in kernels]), axis=0
     )
-    heard = (energy > 0) & (
-        rows > 0
-    )  # a channel or a row that is silent keeps the factor 1; their geometric mean is 1
-    log = (
-        jnp.where(
-            heard,
-            strength * jnp.log(jnp.where(heard, energy, 1))
-            - (1 - strength) * jnp.log(jnp.where(heard, rows, 1)),
-            0,
-        )
-        / 2
+    measured = (energy > 0) & (rows > 0)  # a channel or row without energy keeps the factor 1
+    log = strength * jnp.log(jnp.where(measured, energy, 1)) - (1 - strength) * jnp.log(
+        jnp.where(measured, rows, 1)
     )
-    factor = jnp.exp(jnp.where(heard, log - jnp.sum(log) / jnp.maximum(jnp.sum(heard), 1), 0))
+    log = jnp.where(measured, log, 0) / 2
+    # the geometric mean of the other factors is 1
+    mean = jnp.sum(log) / jnp.maximum(jnp.sum(measured), 1)
+    factor = jnp.exp(jnp.where(measured, log - mean, 0))
     new = [
         from_matrix(k * factor[:, None], leaf.shape, axes)
         for k, leaf, axes in zip(kernels, readers, reader_axes, strict=True)
@@ -146,7 +142,7 @@ def _energies(
         for at, taps in enumerate(stages.taps):
             values, inputs = stages.advance(at, values, leaves, ahead=ahead)
             for tap in {tap.value: tap for tap in taps}.values():
-                before = total.get(tap.value, np.zeros(stages.width(tap), np.float32))
+                before = total.get(tap.value, np.zeros(stages.program.width(tap), np.float32))
                 total[tap.value] = _energy(before, inputs[tap.value], tap.axes)
     return total
 
@@ -156,88 +152,111 @@ def _energy(total, x, axes):
     return total + jnp.sum(as_rows(x, axes) ** 2, axis=0)
 
 
-def _find(stages: Stages, members: list[Tap]) -> _Fold | None:
-    """The parameters that make the channels of an input, if nobody but these layers sees them."""
-    value, width = members[0].value, stages.width(members[0])
-    makers = {v: step for step in stages.steps for v in step.outputs}
-    users: dict[int, list[Step]] = {}
-    for step in stages.steps:
-        for v in step.inputs:
-            users.setdefault(v, []).append(step)
-    if any(step.tap not in members for step in users[value]) or any(
-        tap.axes.x_in != (len(stages.shape(tap.value).shape) - 1,) for tap in members
-    ):
+def _find(program: Program, members: list[Tap]) -> _Fold | None:
+    """The parameters that make the channels of an input, if only these layers read it."""
+    value = members[0].value
+    search = _Search(program, value, program.width(members[0]))
+    along_channels = all(
+        tap.axes.x_in == (len(program.shape(tap.value).shape) - 1,) for tap in members
+    )
+    if not along_channels or any(step.tap not in members for step in search.users[value]):
+        return None
+    return search.fold(value)
+
+
+class _Search:
+    """Looks backwards through a program for the parameters that make the channels of a value.
+
+    Args:
+      program: the program.
+      value: the input of some layers.
+      width: its channels.
+    """
+
+    def __init__(self, program: Program, value: int, width: int):
+        self._program, self._value, self._width = program, value, width
+        self._makers = {v: step for step in program.steps for v in step.outputs}
+        self.users: dict[int, list[Step]] = {}
+        for step in program.steps:
+            for v in step.inputs:
+                self.users.setdefault(v, []).append(step)
+
+    def fold(self, v: int) -> _Fold | None:
+        """Where a factor for the channels of a value can go."""
+        step = self._makers.get(v)
+        if step is None or (v != self._value and not self._read_once(v)):
+            return None
+        if step.name in _SAME_CHANNELS:
+            return self.fold(step.inputs[0])
+        if step.name == "add" and len(step.inputs) == 2:
+            return self._of_sum(step.inputs)
+        if step.name == "mul" and len(step.inputs) == 2:
+            return self._of_product(step.inputs)
         return None
 
-    def alone(v: int) -> bool:
-        return len(users[v]) == 1
+    def _of_sum(self, terms: tuple[int, ...]) -> _Fold | None:
+        """A norm's bias is divided as its scale is."""
+        for bias, rest in (terms, terms[::-1]):
+            path = self._vector(bias)
+            below = self.fold(rest) if path is not None else None
+            if path is not None and below is not None and below.vectors:
+                return _Fold((*below.vectors, path))
+        return None
 
-    def vector(v: int) -> str | None:
+    def _of_product(self, factors: tuple[int, ...]) -> _Fold | None:
+        """One factor takes it all: a parameter, the output of a layer, or what makes one of the two."""
+        for v in factors:
+            path = self._vector(v)
+            if path is not None:
+                return _Fold((path,))
+        for v in factors:
+            layer = self._columns(v)
+            if layer is not None:
+                return _Fold((), layer)
+        for v in factors:
+            below = self.fold(v)
+            if below is not None:
+                return below
+        return None
+
+    def _read_once(self, v: int) -> bool:
+        return len(self.users[v]) == 1
+
+    def _vector(self, v: int) -> str | None:
         """The parameter `[width]` that a value repeats along its other axes, if it is used nowhere else."""
+        makers, program = self._makers, self._program
         while (
             v in makers
-            and alone(v)
-            and (makers[v].name in ("reshape", "broadcast_in_dim", *_SAME_CHANNELS))
+            and self._read_once(v)
+            and makers[v].name in ("reshape", "broadcast_in_dim", *_SAME_CHANNELS)
         ):
             step = makers[v]
             if (
                 step.name == "broadcast_in_dim"
-                and step.shape(0)[-1:] == (width,)
+                and step.shape(0)[-1:] == (self._width,)
                 and step.eqn.params["broadcast_dimensions"][-1] != len(step.eqn.params["shape"]) - 1
             ):
                 return None
             v = step.inputs[0]
-        path = stages.parameter(v)
-        return path if path is not None and alone(v) and stages.shape(v).shape == (width,) else None
+        path = program.parameter(v)
+        whole = self._read_once(v) and program.shape(v).shape == (self._width,)
+        return path if path is not None and whole else None
 
-    def columns(v: int) -> Tap | None:
+    def _columns(self, v: int) -> Tap | None:
         """The layer without a bias whose output a value is, if that is used nowhere else."""
-        while v in makers and alone(v) and makers[v].name in _SAME_CHANNELS:
+        makers, program = self._makers, self._program
+        while v in makers and self._read_once(v) and makers[v].name in _SAME_CHANNELS:
             v = makers[v].inputs[0]
         step = makers.get(v)
-        if step is None or step.name != "dot_general" or not alone(v):
+        if step is None or step.name != "dot_general" or not self._read_once(v):
             return None
-        taps = [makers[u].tap for u in step.inputs if u in makers and makers[u].tap is not None]
-        if (
-            len(taps) != 1
-            or taps[0] is None
-            or stages.leaf[taps[0].path] not in step.inputs
-            or not alone(stages.leaf[taps[0].path])
-        ):
+        taps = [tap for u in step.inputs if u in makers and (tap := makers[u].tap) is not None]
+        if len(taps) != 1:
             return None
-        simple = len(taps[0].axes.kernel_out) == 1 and taps[0].axes.result is None
-        return (
-            taps[0]
-            if simple
-            and stages.shape(stages.leaf[taps[0].path]).shape[taps[0].axes.kernel_out[0]] == width
-            else None
-        )
-
-    def search(v: int) -> _Fold | None:
-        step = makers.get(v)
-        if step is None or (v != value and not alone(v)):
+        tap, kernel = taps[0], program.leaf[taps[0].path]
+        if kernel not in step.inputs or not self._read_once(kernel):
             return None
-        if step.name in _SAME_CHANNELS:
-            return search(step.inputs[0])
-        if step.name == "add" and len(step.inputs) == 2:  # a norm's bias is divided as its scale is
-            for bias, rest in (step.inputs, step.inputs[::-1]):
-                path = vector(bias)
-                below = search(rest) if path is not None else None
-                if path is not None and below is not None and below.vectors:
-                    return _Fold((*below.vectors, path))
-        if step.name == "mul" and len(step.inputs) == 2:
-            for u in step.inputs:
-                path = vector(u)
-                if path is not None:
-                    return _Fold((path,))
-            for u in step.inputs:
-                layer = columns(u)
-                if layer is not None:
-                    return _Fold((), layer)
-            for u in step.inputs:
-                below = search(u)
-                if below is not None:
-                    return below
-        return None
-
-    return search(value)
+        if len(tap.axes.kernel_out) != 1 or tap.axes.result is not None:
+            return None
+        columns = program.shape(kernel).shape[tap.axes.kernel_out[0]]
+        return tap if columns == self._width else None

@@ -6,16 +6,14 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from slidejax.files import replacing
-
-if TYPE_CHECKING:
-    from slidejax.prune.model.sequential import Pruned
+from slidejax.prune.model.result import Pruned
 
 __all__ = ["Store", "fingerprint"]
 
@@ -82,8 +80,6 @@ class Store:
 
     def load(self, stage: int) -> dict[str, Pruned] | None:
         """What `save` wrote, or None."""
-        from slidejax.prune.model.sequential import Pruned
-
         if not self.has(stage):
             return None
         with np.load(self._file(stage), allow_pickle=False) as file:

@@ -7,7 +7,8 @@ from flax import nnx
 
 import slidejax as sj
 from slidejax.prune import layer_error
-from slidejax.prune.model import calibration
+from slidejax.prune.model.grams import collect
+from slidejax.prune.model.methods import WANDA, calibrated_method
 from slidejax.prune.model.stages import Stages
 from slidejax.prune.model.store import Store
 
@@ -53,6 +54,10 @@ class NnxBlock(nnx.Module):
 
     def __call__(self, x):
         return x + self.down(nnx.gelu(self.up(self.norm(x))))
+
+
+def run_of(model):
+    return sj.linen.functional(model, {}).run
 
 
 def model_error(model, dense, sparse, x):
@@ -195,7 +200,7 @@ def test_grams_add_up_over_calls_and_batches():
     model, x = Twice(), jax.random.normal(jax.random.key(0), (4, 5, 24))
     variables = model.init(jax.random.key(1), x)
     done = []
-    grams = calibration.collect(model.apply, variables, list(x), done.append)
+    grams = collect(run_of(model), variables, list(x), done.append)
     assert set(grams) == {"shared/kernel", "last/kernel"} and done == [1, 2, 3, 4]
     _, state = model.apply(variables, x.reshape(20, 24), capture_intermediates=True)
     first, second = state["intermediates"]["shared"]["__call__"]
@@ -204,7 +209,7 @@ def test_grams_add_up_over_calls_and_batches():
     np.testing.assert_allclose(
         grams["last/kernel"], np.tanh(second).T @ np.tanh(second), rtol=1e-4, atol=1e-3
     )
-    diagonals = calibration.collect(model.apply, variables, list(x), diagonal=True)
+    diagonals = collect(run_of(model), variables, list(x), diagonal=True)
     assert set(diagonals) == set(grams)
     for path, diagonal in diagonals.items():
         np.testing.assert_allclose(diagonal, np.diagonal(grams[path]), rtol=1e-5)
@@ -234,7 +239,7 @@ def test_scanned_layers_are_refused():
     model, x = Scanned(), jnp.ones((3, 8))
     variables = model.init(jax.random.key(0), x)
     with pytest.raises(NotImplementedError, match="scan"):
-        calibration.collect(model.apply, variables, [x])
+        collect(run_of(model), variables, [x])
     with pytest.raises(
         ValueError, match="no calibration inputs"
     ):  # its kernel is a stack, which is never calibrated
@@ -243,11 +248,11 @@ def test_scanned_layers_are_refused():
 
 def test_bad_arguments(blocks):
     with pytest.raises(ValueError, match="no batches"):
-        calibration.collect(lambda p, b: None, {}, [])
+        collect(lambda p, b: None, {}, [])
     with pytest.raises(ValueError, match="method"):
-        calibration.pruner("magic", {})
+        calibrated_method("magic")
     with pytest.raises(ValueError, match="no calibration inputs"):
-        calibration.pruner("wanda", {})(jnp.ones((8, 8)), sj.Pattern.parse("6:8"), "a/kernel")
+        WANDA.pruner({})(jnp.ones((8, 8)), sj.Pattern.parse("6:8"), "a/kernel")
     model, variables, x = blocks
     with pytest.raises(ValueError, match="needs params="):
         sj.prune.convert(model, "6:8", [x])
@@ -265,8 +270,8 @@ def test_bad_arguments(blocks):
 def test_a_model_is_pruned_with_what_it_was_calibrated_on(tiny_llama):
     tokens = np.random.default_rng(0).integers(0, 256, (32, 32))
     dense = tiny_llama.params["model"]["layers"]["0"]["mlp"]["down_proj"]["kernel"]
-    grams = calibration.collect(
-        lambda p, ids: tiny_llama(ids, params=p), tiny_llama.params, np.split(tokens, 2)
+    grams = collect(
+        sj.huggingface.functional(tiny_llama).run, tiny_llama.params, np.split(tokens, 2)
     )
     gram = grams["model/layers/0/mlp/down_proj/kernel"]
     errors, distances = [], []

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import slidejax as sj
 from slidejax.contraction import to_matrix
-from slidejax.prune.model.mixed import choose, measured_times, multiplications, packed_bytes
-from slidejax.prune.model.calibration import collect
-from slidejax.prune.model.inputs import contractions
+from slidejax.prune.model.choose import choose
+from slidejax.prune.model.costs import measured_times, multiplications, packed_bytes
+from slidejax.prune.model.grams import collect
 from slidejax.prune.model.sensitivity import sensitivities
 
 PATTERNS = [sj.Pattern.parse(p) for p in ("dense", "14:16", "6:8", "4:6", "2:4")]
@@ -273,5 +273,5 @@ def test_kernels_are_read_as_their_layers_read_them():
     model, ids = transformers.FlaxGPT2LMHeadModel(config), np.arange(8)[None]
     path = "transformer/h/0/attn/c_proj/kernel"
     leaf = model.params["transformer"]["h"]["0"]["attn"]["c_proj"]["kernel"]
-    found = contractions(lambda params, ids: model(ids, params=params), model.params, ids)
+    found = sj.huggingface.functional(model).layers(ids)
     np.testing.assert_array_equal(to_matrix(leaf, found[path].kernel), leaf.T)

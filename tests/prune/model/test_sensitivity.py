@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 import slidejax as sj
 from slidejax.contraction import to_matrix
-from slidejax.prune.model.inputs import contractions
+from slidejax.prune.model.program import named_leaves
 from slidejax.prune.model.sensitivity import Estimate, drawn_loss, sensitivities, shrunk
-from slidejax.prune.model.stages import named_leaves
 
 
 def test_each_row_counts_with_its_own_gradient():
     model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
-    run, params, _ = sj.nnx.functional(model)
+    made = sj.nnx.functional(model)
+    run, params = made.run, made.params
     x, changes = (
         jax.random.normal(jax.random.key(0), (3, 16, 8)),
         list(jax.random.normal(jax.random.key(1), (2, 8, 4))),
@@ -46,10 +46,8 @@ def test_rows_are_found_in_any_layout(equation):
         jax.random.key(2), [sizes[c] for c in result]
     )  # the gradient of the output
 
-    def run(params, x):
-        return sj.linen.apply(model, params, x)
-
-    axes = contractions(run, params, x)["kernel"]
+    made = sj.linen.functional(model, params)
+    run, axes = made.run, made.layers(x)["kernel"]
     change = jax.random.normal(jax.random.key(3), named_leaves(params)["kernel"].shape)
     found = sensitivities(
         lambda params, x: jnp.sum(weight * run(params, x)),
@@ -75,7 +73,8 @@ def test_the_estimate_is_the_divergence_of_a_small_change():
         def __call__(self, x):
             return self.head(jnp.tanh(self.hidden(x)))
 
-    run, params, _ = sj.nnx.functional(Model())
+    made = sj.nnx.functional(Model())
+    run, params = made.run, made.params
     x, change = (
         jax.random.normal(jax.random.key(0), (8192, 8)),
         0.03 * jax.random.normal(jax.random.key(1), (8, 16)),

@@ -4,16 +4,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import slidejax as sj
 from slidejax.prune.model.inputs import rounded
+from slidejax.prune.model.program import named_leaves
 from slidejax.prune.model.smooth import smooth
-from slidejax.prune.model.stages import Stages, named_leaves
+from slidejax.prune.model.stages import Stages
 
 INT8 = np.dtype("int8")
 
 
 def traced(model, variables, *batch):
     paths = [path for path in named_leaves(variables) if path.endswith("kernel")]
-    return Stages(lambda v, b: model.apply(v, b), variables, batch[0], dict.fromkeys(paths, INT8))
+    run = sj.linen.functional(model, variables).run
+    return Stages(run, variables, batch[0], dict.fromkeys(paths, INT8))
 
 
 class Gated(nn.Module):
@@ -106,7 +109,7 @@ def test_transformers(name, tiny_llama):
     ids = np.random.default_rng(0).integers(0, 97, (2, 16))
     paths = [p for p in named_leaves(model.params) if p.endswith("kernel") and "lm_head" not in p]
     stages = Stages(
-        lambda params, ids: model(ids, params=params), model.params, ids, dict.fromkeys(paths, INT8)
+        sj.huggingface.functional(model).run, model.params, ids, dict.fromkeys(paths, INT8)
     )
     new, smoothed = smooth(stages, model.params, [ids])
     np.testing.assert_allclose(model(ids, params=new).logits, model(ids).logits, atol=1e-4)

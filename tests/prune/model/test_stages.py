@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slidejax.prune.model.stages import SeveralDepths, Stages, named_leaves
+import slidejax as sj
+from slidejax.prune.model.program import named_leaves
+from slidejax.prune.model.stages import SeveralDepths, Stages
 
 INT8 = np.dtype("int8")
 
@@ -22,6 +24,10 @@ class Attention(nn.Module):
         return nn.Dense(5, name="head")(x)
 
 
+def run_of(model):
+    return sj.linen.functional(model, {}).run
+
+
 @pytest.fixture(scope="module")
 def attention():
     model, x = Attention(), jax.random.normal(jax.random.key(0), (3, 6, 8))
@@ -29,7 +35,7 @@ def attention():
     paths = [
         path for path in named_leaves(variables) if path.endswith("kernel") and "head" not in path
     ]
-    return model, variables, x, Stages(model.apply, variables, x, dict.fromkeys(paths, INT8))
+    return model, variables, x, Stages(run_of(model), variables, x, dict.fromkeys(paths, INT8))
 
 
 def names(stages):
@@ -82,7 +88,7 @@ def test_new_kernels_and_rounding_reach_later_stages(attention):
 def test_equal_blocks_are_one_program(attention):
     model, variables, x, _ = attention
     stages = Stages(
-        model.apply,
+        run_of(model),
         variables,
         x,
         {p: INT8 for p in named_leaves(variables) if p.endswith("kernel")},
@@ -92,11 +98,11 @@ def test_equal_blocks_are_one_program(attention):
         values, _ = stages.advance(at, values, named_leaves(variables))
     programs = {id(program) for _, _, program in stages._programs.values()}
     assert len(programs) < len(stages.taps)
-    again = Stages(model.apply, variables, x, stages.qdtypes)
+    again = Stages(run_of(model), variables, x, stages.qdtypes)
     assert all(id(again._program(at, False)[2]) in programs for at in range(len(stages.taps))), (
         "another conversion finds them"
     )
-    other = Stages(model.apply, variables, x[:2], stages.qdtypes)
+    other = Stages(run_of(model), variables, x[:2], stages.qdtypes)
     assert not any(
         id(other._program(at, False)[2]) in programs for at in range(1, len(stages.taps))
     ), "of other shapes"
@@ -123,4 +129,4 @@ def test_what_cannot_be_staged():
     ):
         variables = model.init(jax.random.key(0), x)
         with pytest.raises(error, match=r"several depths|vmap"):
-            Stages(model.apply, variables, x, {f"{path}/kernel": INT8})
+            Stages(run_of(model), variables, x, {f"{path}/kernel": INT8})

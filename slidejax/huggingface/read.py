@@ -1,16 +1,12 @@
-"""Reading and writing directories with a Hugging Face Flax model: ``config.json``, weights, ``tokenizer.json``.
+"""Reading directories with a Hugging Face Flax model: ``config.json``, weights, ``tokenizer.json``.
 
 `read_pretrained` takes what Hugging Face writes (``flax_model.msgpack``, or safetensors in PyTorch's or Flax's layout,
-whole or in shards) and what `write_pretrained` writes (``slidejax convert``): the same directory with the parameters,
+whole or in shards) and what `slidejax.huggingface.write_pretrained` writes (``slidejax convert``): the same directory with the parameters,
 packed weights among them, in slidejax's own two files. Nothing is downloaded, and pickled weights are refused.
-
-The Flax classes of transformers 4 rotate with a base of 10000 whatever ``config.rope_theta`` says;
-`with_rope_theta` mends that, so that SmolLM2 (100000) or Llama 3 (500000) compute what they were trained to compute.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -18,32 +14,19 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from slidejax.checkpoint import store
-from slidejax.checkpoint.staging import staged
+from slidejax.huggingface.model import hold, with_params, with_rope_theta
 from slidejax.weights.packed import SlideWeight
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel, PretrainedConfig, PreTrainedTokenizerFast
 
-__all__ = [
-    "build",
-    "cast",
-    "model_class",
-    "read_pretrained",
-    "with_rope_theta",
-    "write_pretrained",
-]
+__all__ = ["build", "cast", "model_class", "read_pretrained"]
 
-_ROTARY = frozenset(
-    {"FlaxLlamaRotaryEmbedding", "FlaxMistralRotaryEmbedding", "FlaxGemmaRotaryEmbedding"}
-)
-_FLAX_THETA = 10000.0  # written into transformers' Flax modules
 # Buffers that PyTorch checkpoints carry and Flax modules compute.
 _BUFFERS = (
     "rotary_emb.inv_freq",
@@ -123,10 +106,7 @@ def build(
             stacklevel=2,
         )
     params = unflatten_dict({k: flat[k] for k in shapes}, sep="/")
-    model._is_initialized = (
-        True  # what init_weights would have set; without it `params` cannot be assigned
-    )
-    model.params = cast(params, dtype)
+    hold(model, cast(params, dtype))
     return with_rope_theta(model)
 
 
@@ -177,58 +157,6 @@ def cast(params: Any, dtype: Any) -> Any:
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, SlideWeight))
-
-
-def with_rope_theta(model: Any) -> Any:
-    """Makes a Hugging Face Flax model rotate with ``config.rope_theta`` instead of 10000; returns the model.
-
-    The module is replaced by one of a subclass whose ``apply`` runs under an interceptor; the model's own class stays.
-    """
-    theta = getattr(model.config, "rope_theta", None)
-    module = model.module
-    if theta in (None, _FLAX_THETA) or getattr(module, "_slidejax_rope_theta", None) == theta:
-        return model
-
-    def rotate(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if type(context.module).__name__ in _ROTARY and context.method_name == "__call__":
-            return _rotate(context.module, *args, **kwargs)
-        return next_fun(*args, **kwargs)
-
-    def _rotate(
-        rotary: Any, key: jax.Array, query: jax.Array, position_ids: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        half = key.shape[-1] // 2
-        frequencies = (1.0 / theta ** (np.arange(half) / half)).astype(np.float32)
-        angles = position_ids[..., None].astype(jnp.float32) * frequencies
-        cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-
-        def turn(x: jax.Array) -> jax.Array:
-            a, b = x[..., :half], x[..., half:]
-            return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(
-                rotary.dtype
-            )
-
-        return turn(key), turn(query)
-
-    base = type(module)
-
-    @nn.nowrap
-    def apply(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with nn.intercept_methods(rotate):
-            return base.apply(self, *args, **kwargs)
-
-    namespace = {
-        "apply": apply,
-        "_slidejax_rope_theta": theta,
-        "__module__": __name__,
-        "__doc__": base.__doc__,
-    }
-    subclass: Any = type(base.__name__, (base,), namespace)
-    fields = [
-        f.name for f in dataclasses.fields(module) if f.init and f.name not in ("parent", "name")
-    ]
-    model._module = subclass(**{name: getattr(module, name) for name in fields})
-    return model
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -359,8 +287,7 @@ def _read_safetensors(
             f"{str(files[0])!r} is in the layout of {layout!r}; PyTorch's and Flax's can be read"
         )
     model = cls(config, _do_init=False)
-    model._is_initialized = True
-    model.params = model.params_shape_tree  # the converter looks at names and shapes only
+    hold(model, model.params_shape_tree)  # the converter looks at names and shapes only
     return convert_pytorch_state_dict_to_flax(state, model)
 
 
@@ -380,46 +307,10 @@ def _fit_prefix(
     return unflatten_dict(flat, sep="/")
 
 
-# ------------------------------------------------------------------------------------------------ converted models
-
-
-def write_pretrained(
-    path: str | os.PathLike[str],
-    model: Any,
-    tokenizer: Any = None,
-    about: dict[str, Any] | None = None,
-) -> None:
-    """Writes a model, packed weights and all, so that `read_pretrained` (and every ``slidejax`` command) reads it.
-
-    Args:
-      path: the directory; it appears when it is complete, and replaces an earlier one only then.
-      model: a Hugging Face Flax model, dense or converted.
-      tokenizer: its tokenizer, or None.
-      about: what to note about where it comes from (plain JSON values).
-
-    Raises:
-      ValueError: ``path`` is a file or holds other things.
-    """
-    content = {
-        "model": {"class": type(model).__name__, "dtype": jnp.dtype(model.dtype).name},
-        "about": about or {},
-        "params": model.params,
-    }
-    with staged(path, store.METADATA) as folder:
-        model.config.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        store.write_into(folder, content)
-
-
 def _read_converted(
     folder: Path, config: PretrainedConfig, dtype: Any
 ) -> tuple[Any, dict[str, Any]]:
     import transformers
-
-    from slidejax.huggingface.conversion import with_params
 
     content = store.load(folder)
     try:

@@ -1,0 +1,60 @@
+"""Hugging Face's Flax models as a model family (`slidejax.functional.Family`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import flax.linen as nn
+
+from slidejax import linen
+from slidejax.functional import Family, Functional, arguments_of
+from slidejax.huggingface.model import check_model, init_arguments, is_model, params_of, with_params
+from slidejax.rules import Rule
+from slidejax.weights.pattern import Pattern
+
+if TYPE_CHECKING:
+    from transformers import FlaxPreTrainedModel
+
+__all__ = ["FAMILY", "HIDDEN_LAYERS", "functional"]
+
+# All linear layers but output embeddings: the heads of language models, often tied to the input embedding.
+HIDDEN_LAYERS = r"(?!(?:.*/)?(?:lm_head|predictions/decoder)(?:/kernel)?$).*"
+
+
+def functional(
+    flax_model: FlaxPreTrainedModel, params: Mapping | None = None, example: tuple = ()
+) -> Functional:
+    """A Hugging Face Flax model as a function of its parameters.
+
+    A single pattern or `Rule` that is given to `pack` is for all linear layers but the output embedding (`HIDDEN_LAYERS`).
+
+    Args:
+      flax_model: of any Flax class of transformers.
+      params: to use in place of the model's own.
+      example: not needed; the model itself knows an example of its input.
+
+    Raises:
+      TypeError: if it is not a Flax model of transformers.
+      ValueError: if it holds no parameters and none are given.
+    """
+    check_model(flax_model)
+    rngs, args, kwargs = init_arguments(flax_model)
+
+    def run(params, batch):
+        with nn.intercept_methods(linen.show_layers):
+            return flax_model(*arguments_of(batch), params=params)
+
+    def pack(params, rules, *, prune=None, report=None):
+        if isinstance(rules, (str, Pattern, Rule)):
+            rules = [(HIDDEN_LAYERS, rules)]
+        module = flax_model.module
+        packed = linen.convert(
+            params, rules, module, *args, rngs=rngs, prune=prune, report=report, **kwargs
+        )
+        return with_params(flax_model, packed)
+
+    return Functional(run, params_of(flax_model) if params is None else params, pack)
+
+
+FAMILY = Family("a Flax model of transformers", is_model, functional)

@@ -1,0 +1,46 @@
+"""Flax Linen as a model family (`slidejax.functional.Family`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+
+from slidejax.functional import Family, Functional, arguments_of
+from slidejax.linen.conversion import convert
+from slidejax.linen.intercept import apply, show_layers
+
+__all__ = ["FAMILY", "functional"]
+
+
+def functional(model: nn.Module, variables: Mapping | None, example: tuple = ()) -> Functional:
+    """A Linen module as a function of its variables.
+
+    Args:
+      model: the module.
+      variables: what `model.init` returns.
+      example: arguments of one call, from which `pack` reads how the layers use their kernels.
+
+    Raises:
+      ValueError: if there are no variables.
+
+    >>> import jax, jax.numpy as jnp
+    >>> model, x = nn.Dense(4), jnp.ones((2, 8))
+    >>> dense = functional(model, model.init(jax.random.key(0), x), (x,))
+    >>> dense.run(dense.params, x).shape, dense.pack(dense.params, "6:8")["params"]["kernel"].shape
+    ((2, 4), (8, 4))
+    """
+    if variables is None:
+        raise ValueError("a Linen module needs params=, its variables")
+
+    def run(variables, batch):
+        with nn.intercept_methods(show_layers):
+            return apply(model, variables, *arguments_of(batch))
+
+    def pack(params, rules, *, prune=None, report=None):
+        return convert(params, rules, model, *example, prune=prune, report=report)
+
+    return Functional(run, variables, pack)
+
+
+FAMILY = Family("a module of flax.linen", lambda model: isinstance(model, nn.Module), functional)

@@ -1,0 +1,99 @@
+"""Running Linen models whose code is not ours: an interceptor computes the layers that own a packed weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from slidejax import functional
+from slidejax.linen.fused import FUSED, FusedProduct
+from slidejax.linen.gated_mlp import run_gated_mlp
+from slidejax.linen.known import PACKED, kernel_path, layer_of, own_kernel, run_layer, split_input
+from slidejax.rules import LeftDense
+
+__all__ = ["Interceptor", "apply", "interceptor", "show_layers"]
+
+
+class Interceptor:
+    """For `nn.intercept_methods`, around one call of a model: layers whose kernel is packed run sparse.
+
+    All other layers run as they are. In the MLPs of transformers' Llama, Mistral and Gemma the gate's product is computed
+    where the rows of `down_proj` are quantised. Make a new one for each call of the model: it holds the latest product of
+    fused layers (`slidejax.linen.fuse_projections`) until the call ends.
+
+    `apply` enters one. Enter one yourself where the call of the model is not yours:
+
+        with nn.intercept_methods(sj.linen.Interceptor()):
+            logits = state.apply_fn(state.params, tokens)
+    """
+
+    def __init__(self) -> None:
+        self._product = FusedProduct()
+
+    def __call__(self, next_fun, args, kwargs, context):
+        y = run_gated_mlp(args, kwargs, context)
+        if y is not None:
+            return y
+        layer = layer_of(context)
+        w = own_kernel(context.module) if layer is not None else None
+        if layer is None or not isinstance(w, (*PACKED, *FUSED)):
+            return next_fun(*args, **kwargs)
+        w.check(kernel_path(context.module))
+        x, args, kwargs = split_input(args, kwargs)
+        axes, features = layer(context.module, x, *args, **kwargs)
+        if isinstance(w, FUSED):
+            return self._product.part(context.module, w, axes, features, x)
+        return run_layer(context.module, w, axes, features, x)
+
+
+def interceptor(next_fun, args, kwargs, context):
+    """`Interceptor` without a memory, so that it serves any number of calls.
+
+    Each fused layer computes the product of all of them and takes its part. Under `jax.jit` XLA merges these products;
+    elsewhere an `Interceptor` for each call saves them.
+    """
+    return Interceptor()(next_fun, args, kwargs, context)
+
+
+def apply(model: nn.Module, variables: Mapping, *args, **kwargs) -> Any:
+    """`model.apply(variables, *args, **kwargs)` where kernels in `variables` may be packed.
+
+    Args:
+      model: any Linen module, unchanged.
+      variables: as `model.apply` takes them, from `slidejax.linen.convert`.
+      *args, **kwargs: of `model.apply`: inputs, `method`, `mutable`, `rngs`, `capture_intermediates`.
+
+    Returns:
+      What `model.apply` returns.
+
+    >>> import jax.numpy as jnp
+    >>> from slidejax.linen import convert
+    >>> model, x = nn.Dense(4), jnp.ones((1, 8))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> apply(model, convert(variables, "6:8", model, x), x).shape
+    (1, 4)
+    """
+    with nn.intercept_methods(Interceptor()):
+        return model.apply(variables, *args, **kwargs)
+
+
+def show_layers(next_fun, args, kwargs, context):
+    """For `nn.intercept_methods`: linear layers whose kernel is an array show their input and output.
+
+    Calibration watches them (`slidejax.functional.watching_inputs`).
+    """
+    module, layer = context.module, layer_of(context) if functional.watched() else None
+    kernel = None if layer is None else own_kernel(module)
+    if layer is None or not isinstance(kernel, jax.Array):
+        return next_fun(*args, **kwargs)
+    x, args, kwargs = split_input(args, kwargs)
+    try:
+        axes, _ = layer(module, x, *args, **kwargs)
+    except LeftDense:
+        return next_fun(x, *args, **kwargs)
+    path = kernel_path(module)
+    y = next_fun(functional.show_input(path, x, axes), *args, **kwargs)
+    return functional.show_output(path, y)

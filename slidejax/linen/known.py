@@ -1,0 +1,147 @@
+"""The linear layers of Flax Linen that can hold a packed weight: which axes of their kernels are inputs, and how they run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from slidejax.contraction import Contraction, contract, promote_packed
+from slidejax.rules import LeftDense
+from slidejax.weights.packed import SlideWeight, WrappedWeight
+
+__all__ = [
+    "PACKED",
+    "bias_of",
+    "body_name",
+    "kernel_path",
+    "layer_of",
+    "own_kernel",
+    "product",
+    "run_layer",
+    "split_input",
+]
+
+PACKED = (SlideWeight, WrappedWeight)  # what runs sparse where a kernel was
+
+# (module, x, *args, **kwargs) -> (contraction, sizes of the output axes)
+Layer = Callable[..., tuple[Contraction, tuple[int, ...]]]
+
+
+def _standard_dot(module) -> None:
+    if module.dot_general_cls is not None or module.dot_general not in (None, lax.dot_general):
+        raise LeftDense("it has a dot_general of its own")
+
+
+def _dense(module, x) -> tuple[Contraction, tuple[int, ...]]:
+    _standard_dot(module)
+    return Contraction.dense(jnp.ndim(x)), (module.features,)
+
+
+def _dense_general(module, x) -> tuple[Contraction, tuple[int, ...]]:
+    _standard_dot(module)
+    axis, batch, features = (
+        tuple(a) if isinstance(a, Sequence) else (a,)
+        for a in (module.axis, module.batch_dims, module.features)
+    )
+    return Contraction.general(jnp.ndim(x), axis, batch, len(features)), features
+
+
+def _einsum(module, x, einsum_str=None) -> tuple[Contraction, tuple[int, ...]]:
+    if module.preferred_element_type is not None:
+        raise LeftDense("it has a preferred_element_type")
+    axes = Contraction.einsum(
+        nn.merge_param("einsum_str", module.einsum_str, einsum_str), jnp.ndim(x)
+    )
+    return axes, tuple(module.shape[a] for a in axes.kernel_out)
+
+
+def _conv1d(module, x) -> tuple[Contraction, tuple[int, ...]]:
+    """GPT-2's Conv1D in transformers: a dense layer whose kernel is stored as `[out, in]`."""
+    return Contraction((), (1,), (0,), (), (jnp.ndim(x) - 1,)), (module.features,)
+
+
+def _name(method: Callable) -> str:
+    return f"{method.__module__}.{method.__qualname__}"
+
+
+# The body that runs says what a layer does with its kernel: a subclass that overrides `__call__` and calls the inherited
+# one is as good as the layer itself, one that does not is not known. By name, as transformers need not be installed.
+_LAYERS: dict[str, Layer] = {
+    _name(nn.Dense.__call__): _dense,
+    _name(nn.DenseGeneral.__call__): _dense_general,
+    _name(nn.Einsum.__call__): _einsum,
+    "transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D.__call__": _conv1d,
+}
+
+
+def layer_of(context) -> Layer | None:
+    """For an interceptor's context: `(module, x, *args, **kwargs) -> (contraction, output axes)` of the linear layer whose
+    `__call__` it is, or None. What is returned raises `LeftDense` for a layer that cannot hold a packed weight."""
+    return _LAYERS.get(body_name(context))
+
+
+def body_name(context) -> str:
+    """The qualified name of the function that an interceptor's context is about to run."""
+    return _name(inspect.unwrap(getattr(context.orig_method, "func", context.orig_method)))
+
+
+def own_kernel(module: nn.Module) -> Any:
+    """The kernel of this very module as the module sees it, or None."""
+    if module.scope is None or not module.has_variable("params", "kernel"):
+        return None
+    return nn.meta.unbox(module.get_variable("params", "kernel"))
+
+
+def kernel_path(module: nn.Module) -> str:
+    """The '/'-joined path of this module's kernel."""
+    return "/".join((*module.path, "kernel"))
+
+
+def split_input(args, kwargs):
+    """The input of a layer's `__call__`, and the other arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["inputs"], (), {name: value for name, value in kwargs.items() if name != "inputs"}
+
+
+def bias_of(module) -> jax.Array | None:
+    """The bias of this very module, or None if it has none."""
+    if not module.use_bias:
+        return None
+    bias = nn.meta.unbox(module.get_variable("params", "bias"))
+    if bias is None:
+        raise ValueError(f"{'/'.join(module.path)} has use_bias=True and no parameter 'bias'")
+    return bias
+
+
+def run_layer(
+    module,
+    w: SlideWeight | WrappedWeight,
+    axes: Contraction,
+    features,
+    x,
+    implementation: str | None = None,
+) -> jax.Array:
+    """A layer's result with a packed weight in place of its kernel."""
+    return product(module, w, axes, features, x, bias_of(module), implementation)
+
+
+def product(
+    module,
+    w: SlideWeight | WrappedWeight,
+    axes: Contraction,
+    features,
+    x,
+    bias,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The layer's result with this bias; dtypes are promoted as the layer does it, except that 8-bit values take no part."""
+    promote = getattr(module, "promote_dtype", nn.dtypes.promote_dtype)
+    x, w, bias = promote_packed(lambda *arrays: promote(*arrays, dtype=module.dtype), x, w, bias)
+    return contract(x, w, axes, features, bias, implementation)

@@ -1,0 +1,127 @@
+"""`SlideDense`: a Linen layer that makes its own packed weight."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from slidejax.contraction import Contraction, axis_names
+from slidejax.linen.known import PACKED, kernel_path, own_kernel, run_layer
+from slidejax.rules import LeftDense, Rule
+from slidejax.weights.packed import SlideWeight, WrappedWeight, pack
+from slidejax.weights.pattern import Pattern
+
+__all__ = ["SlideDense", "pack_boxed"]
+
+
+class SlideDense(nn.Module):
+    """`nn.Dense` with a packed sparse kernel: a drop-in that prunes and packs when parameters are initialised.
+
+    The parameters are `{"kernel": SlideWeight, "bias": [features]}`. With `qdtype=None` the values are floats and can be
+    trained (`slidejax.partition`), the mask stays as it was at initialisation; 8-bit values have no gradient. With
+    `nn.with_partitioning` around `kernel_init` the names `(in, out)` are put on the leaves of the `SlideWeight`; the
+    name of the inputs only if they are whole blocks (`Pattern.block`), as K can be cut nowhere else.
+
+    Attributes:
+      features: outputs.
+      use_bias: whether to add a bias.
+      dtype: of the computation; None: promoted from input, bias and, unless they are 8-bit, values.
+      param_dtype: of the bias and of the kernel before packing.
+      kernel_init: of the dense kernel `[in, out]`, before it is pruned by magnitude.
+      bias_init: of the bias.
+      promote_dtype: as in `nn.Dense`.
+      pattern: such as `"6:8"`.
+      qdtype: dtype of the values, see `slidejax.Rule`; None keeps `param_dtype`.
+      implementation: of `slidejax.linear`; None: the fastest that fits.
+
+    >>> layer = SlideDense(features=4, pattern="6:8", qdtype="int8")
+    >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8)))
+    >>> variables["params"]["kernel"].shape, layer.apply(variables, jnp.ones((1, 8))).shape
+    ((8, 4), (1, 4))
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Callable = nn.linear.default_kernel_init
+    bias_init: Callable = nn.initializers.zeros_init()
+    promote_dtype: Callable = nn.dtypes.promote_dtype
+    pattern: str | Pattern = "6:8"
+    qdtype: Any = "int8"
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """`inputs` `[..., in]` to `[..., features]`.
+
+        Raises:
+          ValueError: if the parameter has another pattern or shape, or is not packed.
+        """
+        rule, shape = Rule(self.pattern, self.qdtype), (jnp.shape(inputs)[-1], self.features)
+        w = own_kernel(self)
+        if w is not None:
+            _check_own(w, rule.pattern, shape, kernel_path(self))
+        if w is None or not w.is_k_shard:
+            w = self.param(
+                "kernel",
+                functools.partial(_init_kernel, self.kernel_init, rule),
+                shape,
+                self.param_dtype,
+            )
+        if self.use_bias:
+            self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        return run_layer(
+            self,
+            w,
+            Contraction.dense(jnp.ndim(inputs)),
+            (self.features,),
+            inputs,
+            self.implementation,
+        )
+
+
+def _check_own(w: Any, pattern: Pattern, shape: tuple[int, int], path: str) -> None:
+    """Raises a ValueError unless the parameter is a packed weight of this pattern and shape."""
+    if not isinstance(w, PACKED):
+        raise ValueError(
+            f"{path} is a dense array of shape {jnp.shape(w)}; SlideDense takes a SlideWeight (slidejax.linen.convert)"
+        )
+    w.check(path)
+    found = w.weight.pattern if isinstance(w, WrappedWeight) else w.pattern
+    if (
+        found != pattern
+        or w.out_features != shape[-1]
+        or not (w.is_k_shard or w.shape[-2:] == shape)
+    ):
+        raise ValueError(
+            f"{path} is a {found} weight of shape {w.shape}; expected {pattern} of shape {shape}"
+        )
+
+
+def _init_kernel(init: Callable, rule: Rule, key, shape, dtype) -> SlideWeight:
+    return pack_boxed(
+        init(key, shape, dtype),
+        Contraction.dense(1).kernel,
+        lambda kernel: pack(kernel, rule.pattern, dtype=rule.qdtype),
+    )
+
+
+def pack_boxed(kernel, axes, make: Callable[[jax.Array], SlideWeight]) -> SlideWeight:
+    """`make(kernel)`; where the kernel is boxed with the names of its axes, the leaves of the result are."""
+    if not isinstance(kernel, nn.meta.AxisMetadata):
+        return make(kernel)
+    if not isinstance(kernel, nn.Partitioned):
+        raise LeftDense(
+            f"its kernel is boxed in {type(kernel).__name__}, whose axis names are not known"
+        )
+    w = make(kernel.value)
+    leaf_names = axis_names(w, kernel.names, kernel.value.ndim, axes)
+    return jax.tree.map(
+        lambda leaf, spec: kernel.replace(value=leaf, names=tuple(spec)), w, leaf_names
+    )

@@ -1,0 +1,74 @@
+"""Flax NNX as a model family (`slidejax.functional.Family`)."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from slidejax.contraction import Contraction
+from slidejax.functional import Family, Functional, arguments_of, show_input, show_output
+from slidejax.nnx.conversion import convert
+from slidejax.nnx.layers import general_contraction
+
+__all__ = ["FAMILY", "functional"]
+
+
+class _Showing(nnx.Module):
+    """A linear layer that shows its input and output (`slidejax.functional`)."""
+
+    shown_path: str
+
+    def __call__(self, inputs, *args, **kwargs):
+        if isinstance(self, nnx.Linear):
+            axes = Contraction.dense(inputs.ndim)
+        elif isinstance(self, nnx.LinearGeneral):
+            axes = general_contraction(self, inputs.ndim)
+        else:
+            given = args[0] if args else kwargs.get("einsum_str")
+            axes = Contraction.einsum(given or self.einsum_str, inputs.ndim)  # type: ignore[attr-defined]
+        y = super().__call__(show_input(self.shown_path, inputs, axes), *args, **kwargs)
+        return show_output(self.shown_path, y)
+
+
+_SHOWING = {
+    cls: type(cls.__name__, (_Showing, cls), {})
+    for cls in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+}
+
+
+def functional(model: nnx.Module, params: dict | None = None, example: tuple = ()) -> Functional:
+    """An NNX module as a function of its parameters.
+
+    Args:
+      model: the module; it stays as it is.
+      params: nested dicts to use in place of the module's own state.
+      example: not needed.
+
+    >>> import jax.numpy as jnp
+    >>> dense = functional(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+    >>> dense.run(dense.params, jnp.ones((2, 8))).shape, dense.pack(dense.params, "6:8").kernel.shape
+    ((2, 4), (8, 4))
+    """
+    graph, state = nnx.split(model)
+    showing = nnx.clone(model)
+    for path, layer in list(nnx.iter_graph(showing)):
+        if type(layer) in _SHOWING and isinstance(vars(layer).get("kernel"), nnx.Variable):
+            layer.__class__ = _SHOWING[type(layer)]
+            layer.shown_path = "/".join(map(str, (*path, "kernel")))
+    showing_graph, _ = nnx.split(showing)
+
+    def merged(graph, params):
+        fresh = jax.tree.map(lambda leaf: leaf, state)
+        nnx.replace_by_pure_dict(fresh, params)
+        return nnx.merge(graph, fresh)
+
+    def run(params, batch):
+        return merged(showing_graph, params)(*arguments_of(batch))
+
+    def pack(params, rules, *, prune=None, report=None):
+        return convert(merged(graph, params), rules, prune=prune, report=report)
+
+    return Functional(run, nnx.to_pure_dict(state) if params is None else params, pack)
+
+
+FAMILY = Family("a module of flax.nnx", lambda model: isinstance(model, nnx.Module), functional)

@@ -1,0 +1,244 @@
+"""NNX layers that hold a packed weight: `SlideLinear`, and what `convert` makes of other linear layers.
+
+A layer keeps its packed weight in Variables: float values in a `Param`, so that `nnx.grad`, optax and `nnx.split` see what
+can be trained and nothing else; 8-bit values, zeros and scale in `Packed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from slidejax.contraction import Contraction, axis_names, contract, promote_packed
+from slidejax.rules import Rule
+from slidejax.variants.adapters import AdaptedWeight
+from slidejax.variants.trainable import MasterWeight
+from slidejax.weights import numerics
+from slidejax.weights.packed import SlideWeight, WrappedWeight, pack
+from slidejax.weights.pattern import Pattern
+
+__all__ = [
+    "Packed",
+    "SlideEinsum",
+    "SlideLayer",
+    "SlideLinear",
+    "SlideLinearGeneral",
+    "general_contraction",
+]
+
+
+class Packed(nnx.Variable):
+    """What a packed weight holds that has no gradient: zeros, scale, 8-bit values, prepared forms."""
+
+
+class SlideLayer(nnx.Module):
+    """A layer with a packed kernel; `values`, `zeros`, `scale` and `prepared` are its Variables.
+
+    With a master weight `values` are its float32 values and `master` the dtype that they run in; with an adapter there are
+    `lora_a` and `lora_b` too.
+    """
+
+    implementation: str | None = None
+    master: Any = None
+    lora: tuple[float, bool] | None = None  # scaling, masked
+    lora_a: Any = None
+    lora_b: Any = None
+    if TYPE_CHECKING:  # what the layer had before it was converted
+        bias: Any
+        dtype: Any
+        promote_dtype: Any
+        out_features: Any
+        einsum_str: str
+        kernel_shape: tuple[int, ...]
+
+    def hold(self, w: SlideWeight, kernel: nnx.Variable, axes) -> None:
+        """Takes `w` in place of the Variable `kernel`, whose axis names go over to the leaves."""
+        metadata = kernel.get_metadata()
+        kept = {
+            name: metadata[name]
+            for name in ("mesh", "sharding_rules", "eager_sharding")
+            if name in metadata
+        }
+        names = metadata.get("out_sharding")
+        specs = (
+            None if names is None else axis_names(w, tuple(names), kernel.get_value().ndim, axes)
+        )
+
+        def variable(kind, leaf):
+            named = {} if specs is None else {"out_sharding": tuple(getattr(specs, leaf))}
+            return kind(getattr(w, leaf), **kept, **named)
+
+        self.values = variable(Packed if numerics.is_quantized(w.dtype) else nnx.Param, "values")
+        self.zeros = variable(Packed, "zeros")
+        self.scale = variable(Packed, "scale")
+        self.prepared = nnx.data(Packed(dict(w.prepared)) if w.prepared else None)
+        self.pattern, self.kernel_features = w.pattern, w.in_features
+
+    def replace_kernel(self, w: SlideWeight | WrappedWeight) -> None:
+        """Takes another weight of the same shape, pattern and mask; Variables keep their metadata."""
+        packed = w.weight if isinstance(w, WrappedWeight) else w
+        self.master = w.qdtype if isinstance(w, MasterWeight) else None
+        for name in ("values", "zeros", "scale"):
+            kind = (
+                nnx.Param
+                if name == "values" and not numerics.is_quantized(packed.dtype)
+                else Packed
+            )
+            setattr(self, name, kind(getattr(packed, name), **getattr(self, name).get_metadata()))
+        self.prepared = nnx.data(Packed(dict(packed.prepared)) if packed.prepared else None)
+        adapted = w if isinstance(w, AdaptedWeight) else None
+        self.lora = None if adapted is None else (adapted.scaling, adapted.masked)
+        self.lora_a = nnx.data(None if adapted is None else nnx.LoRAParam(adapted.lora_a))
+        self.lora_b = nnx.data(None if adapted is None else nnx.LoRAParam(adapted.lora_b))
+
+    def share(self, first: SlideLayer) -> None:
+        """Takes the Variables of another layer, and what is static about its weight."""
+        for name in (
+            "values",
+            "zeros",
+            "scale",
+            "prepared",
+            "pattern",
+            "kernel_features",
+            "master",
+            "lora",
+            "lora_a",
+            "lora_b",
+        ):
+            value = getattr(first, name)
+            variable = name in ("prepared", "lora_a", "lora_b")
+            setattr(self, name, nnx.data(None) if value is None and variable else value)
+
+    @property
+    def kernel(self) -> SlideWeight | WrappedWeight:
+        """The packed weight, and what is around it, from the layer's Variables."""
+        prepared = {} if self.prepared is None else dict(self.prepared.get_value())
+        values, zeros, scale = (
+            variable.get_value() for variable in (self.values, self.zeros, self.scale)
+        )
+        w = SlideWeight(values, zeros, scale, self.pattern, self.kernel_features, prepared)
+        if self.master is not None:
+            return MasterWeight(values, zeros, self.pattern, self.kernel_features, self.master)
+        if self.lora is not None:
+            return AdaptedWeight(w, self.lora_a.get_value(), self.lora_b.get_value(), *self.lora)
+        return w
+
+    def _run(self, x, axes: Contraction, features: tuple[int, ...], out_sharding) -> jax.Array:
+        w, bias = (
+            self.kernel.check(f"kernel of {type(self).__name__}"),
+            None if self.bias is None else self.bias.get_value(),
+        )
+        x, w, bias = promote_packed(
+            lambda *arrays: self.promote_dtype(arrays, dtype=self.dtype), x, w, bias
+        )
+        y = contract(x, w, axes, features, bias, self.implementation)
+        return y if out_sharding is None else lax.with_sharding_constraint(y, out_sharding)
+
+
+class SlideLinear(SlideLayer):
+    """`nnx.Linear` with a packed sparse kernel: a drop-in that prunes and packs when it is made.
+
+    With `qdtype=None` the values are a `Param` and can be trained, the mask stays as it is; 8-bit values are `Packed` and
+    have no gradient. `kernel` gives the `SlideWeight`.
+
+    Args:
+      in_features, out_features: the sizes.
+      pattern: such as `"6:8"`.
+      qdtype: dtype of the values, see `slidejax.Rule`; None keeps `param_dtype`.
+      use_bias: whether to add a bias.
+      dtype: of the computation; None: promoted from input, bias and, unless they are 8-bit, values.
+      param_dtype: of the bias and of the kernel before packing.
+      kernel_init: of the dense kernel `[in, out]`, before it is pruned by magnitude.
+      bias_init: of the bias.
+      promote_dtype: as in `nnx.Linear`.
+      implementation: of `slidejax.linear`; None: the fastest that fits.
+      rngs: the keys.
+      kernel_metadata, bias_metadata: of the Variables; `out_sharding` names the axes `(in, out)` of the dense kernel, and
+        they are put on the packed leaves.
+
+    Raises:
+      ValueError: for a bad pattern or dtype.
+
+    >>> layer = SlideLinear(8, 4, pattern="6:8", qdtype="int8", rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 8))).shape, layer.kernel.shape
+    ((2, 4), (8, 4))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        pattern: str | Pattern = "6:8",
+        qdtype: Any = "int8",
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Callable = nnx.nn.linear.default_kernel_init,
+        bias_init: Callable = nnx.nn.linear.default_bias_init,
+        promote_dtype: Callable = nnx.nn.dtypes.promote_dtype,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        rule = Rule(pattern, qdtype)
+        kernel = nnx.Param(
+            kernel_init(rngs.params(), (in_features, out_features), param_dtype), **kernel_metadata
+        )
+        self.hold(
+            pack(kernel.get_value(), rule.pattern, dtype=rule.qdtype),
+            kernel,
+            Contraction.dense(1).kernel,
+        )
+        bias = (
+            nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata)
+            if use_bias
+            else None
+        )
+        self.bias = nnx.data(bias)
+        self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
+        self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
+        self.implementation = implementation
+
+    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
+        """`[..., in_features]` to `[..., out_features]`."""
+        return self._run(inputs, Contraction.dense(inputs.ndim), (self.out_features,), out_sharding)
+
+
+class SlideLinearGeneral(SlideLayer):
+    """What `convert` makes of an `nnx.LinearGeneral`."""
+
+    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
+        return self._run(
+            inputs, general_contraction(self, inputs.ndim), self.out_features, out_sharding
+        )
+
+
+class SlideEinsum(SlideLayer):
+    """What `convert` makes of an `nnx.Einsum` that is a product of matrices."""
+
+    def __call__(
+        self, inputs: jax.Array, einsum_str: str | None = None, out_sharding=None
+    ) -> jax.Array:
+        axes = Contraction.einsum(
+            self.einsum_str if einsum_str is None else einsum_str, inputs.ndim
+        )
+        if axes.kernel != Contraction.einsum(self.einsum_str, inputs.ndim).kernel:
+            raise ValueError(
+                f"the kernel is packed for {self.einsum_str!r}, and cannot run {einsum_str!r}"
+            )
+        return self._run(
+            inputs, axes, tuple(self.kernel_shape[a] for a in axes.kernel_out), out_sharding
+        )
+
+
+def general_contraction(layer, x_ndim: int) -> Contraction:
+    """How an `nnx.LinearGeneral` contracts an input of this rank with its kernel."""
+    return Contraction.general(x_ndim, layer.axis, tuple(layer.batch_axis), len(layer.out_features))

@@ -1,0 +1,151 @@
+"""Converting a model that is a function of its parameters: the same steps for every family and every method."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slidejax.contraction import to_matrix
+from slidejax.functional import Functional
+from slidejax.prune.model.ahead import Ahead
+from slidejax.prune.model.calibration import Calibration
+from slidejax.prune.model.grams import collect
+from slidejax.prune.model.methods import Method, method_of
+from slidejax.prune.model.program import named_leaves
+from slidejax.prune.model.result import Pruned, lookup
+from slidejax.prune.model.sequential import InOrder
+from slidejax.prune.model.smooth import smooth
+from slidejax.prune.model.stages import SeveralDepths, Stages
+from slidejax.prune.model.store import Store, fingerprint
+from slidejax.rules import Prune, Report, Rule
+
+__all__ = ["convert", "planned_rules"]
+
+_SMOOTH_ON = 2  # smoothing measures the channels on this many batches
+
+
+def convert(
+    model: Functional,
+    rules: Any,
+    method: str | Method | Prune = "magnitude",
+    calibration: Any = None,
+    report: Report | None = None,
+) -> Any:
+    """Prunes and packs a model.
+
+    Args:
+      model: as its family hands it out.
+      rules: see `slidejax.rules`.
+      method: "magnitude", "wanda", "sparsegpt", a `Method`, or a function (`slidejax.rules.Prune`).
+      calibration: a `Calibration` or its batches, for methods that need them.
+      report: an empty `Report`, filled in.
+
+    Returns:
+      What `model.pack` returns.
+
+    Raises:
+      ValueError: for bad rules, an unknown method, calibration that is missing or not used, or bad batches; if `work`
+        holds another conversion.
+      NotImplementedError: if layers that are to be calibrated run inside a loop or under `vmap`.
+    """
+    chosen = method_of(method, calibration)
+    params = model.params
+    if not isinstance(chosen, Method):
+        prune = chosen
+    elif not chosen.calibrated:
+        prune = chosen.pruner()
+    else:
+        report = Report() if report is None else report
+        params, prune = _calibrated(model, rules, chosen, Calibration.of(calibration), report)
+    return model.pack(params, rules, prune=prune, report=report)
+
+
+def planned_rules(model: Functional, rules: Any) -> dict[str, Rule]:
+    """Path -> rule of the kernels `[in, out]` that a conversion would pack; nothing is computed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the conversion itself will say it
+        report = model.planned(rules)
+    return {line.path: line.rule for line in report.converted if len(line.shape) == 2}
+
+
+def _calibrated(
+    model: Functional, rules: Any, method: Method, how: Calibration, report: Report
+) -> tuple[Any, Prune]:
+    """The parameters, smoothed where that is possible, and the `prune=` that the model is packed with.
+
+    Layers are pruned in order, with the inputs that the pruned layers before them give. Where that is not wanted or not
+    possible, all are pruned with the inputs of the original model. The report says which way it was.
+    """
+    batches, plan = how.as_batches(), planned_rules(model, rules)
+    stages, reason = None, "in_order=False"
+    if how.in_order:
+        qdtypes = {path: rule.qdtype for path, rule in plan.items()}
+        try:
+            stages = Stages(model.run, model.params, batches[0], qdtypes)
+        except SeveralDepths as error:
+            reason = str(error)
+    if stages is None:
+        report.notes.append(
+            f"{method.name}, all layers with the inputs of the dense model, nothing smoothed ({reason})"
+        )
+        return model.params, lookup(_at_once(model, batches, plan, method, how))
+    params, done, smoothed = _in_order(stages, model.params, batches, plan, method, how)
+    report.notes.append(
+        f"{method.name}, layer by layer in {len(stages.taps)} stages; the inputs of {smoothed} layers smoothed"
+    )
+    return params, lookup(done)
+
+
+def _in_order(
+    stages: Stages,
+    params: Any,
+    batches: Sequence[Any],
+    plan: Mapping[str, Rule],
+    method: Method,
+    how: Calibration,
+) -> tuple[Any, dict[str, Pruned], int]:
+    """The smoothed parameters, the pruned kernels by path, and the number of layers whose inputs were smoothed."""
+    store = None
+    if how.work is not None:
+        settings = method.name, how.smooth, how.correct, how.damping
+        rules = sorted((path, str(rule)) for path, rule in plan.items())
+        store = Store(how.work, fingerprint(params, list(batches), *settings, rules))
+    with Ahead() as ahead:
+        pruning = InOrder(
+            stages,
+            lambda path: method.solver(plan[path]),
+            correct=how.correct if method.corrects else 0.0,
+            damping=how.damping,
+            store=store,
+            offload=how.offload,
+            ahead=ahead,
+        )
+        pruning.begin(params)
+        params, smoothed = smooth(stages, params, batches[:_SMOOTH_ON], how.smooth, ahead=ahead)
+        done = pruning(params, batches, how.progress)
+    return params, done, len(smoothed)
+
+
+def _at_once(
+    model: Functional,
+    batches: Sequence[Any],
+    plan: Mapping[str, Rule],
+    method: Method,
+    how: Calibration,
+) -> dict[str, Pruned]:
+    """The kernels by path, each pruned with the inputs of the original model."""
+    progress = how.progress
+    tell = None if progress is None else lambda done: progress(done, len(batches))
+    grams = collect(model.run, model.params, batches, tell)
+    leaves, layers = named_leaves(model.params), model.layers(batches[0])
+    done = {}
+    for path in [path for path in plan if path in grams]:
+        matrix = to_matrix(jnp.asarray(leaves[path]), layers[path].kernel)
+        kernel = matrix.astype(jnp.float32)
+        pruned = method.solver(plan[path])(kernel, kernel, grams[path], how.damping)
+        done[path] = jax.device_get(pruned)
+    return done

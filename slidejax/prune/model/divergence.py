@@ -1,0 +1,53 @@
+"""How far the predictions of two models are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["divergences", "kl_divergence"]
+
+
+def kl_divergence(student: jax.Array, teacher: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """Mean over positions of `KL(teacher || student)`, in nats.
+
+    Args:
+      student, teacher: logits `[..., vocabulary]`.
+      temperature: divides both; the result is multiplied by its square, which keeps the size of the gradient.
+
+    Returns:
+      float32 scalar.
+
+    >>> float(kl_divergence(jnp.array([[0.0, 0.0]]), jnp.log(jnp.array([[0.75, 0.25]])))).__round__(4)
+    0.1308
+    """
+    log_q = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
+    log_p = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
+    return temperature**2 * jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+
+def divergences(
+    run: Callable[[Any, Any], Any], params: Any, candidates: Sequence[Any], batches: Sequence[Any]
+) -> list[float]:
+    """How far models with other parameters are from a model: the mean Kullback-Leibler divergence of their predictions.
+
+    Args:
+      run: `(params, batch) -> output` with logits.
+      params: of the model.
+      candidates: parameters of the others.
+      batches: of one shape.
+    """
+
+    @jax.jit
+    def of(params, candidates, batch):
+        ours = run(params, batch).logits
+        return jnp.stack([kl_divergence(run(other, batch).logits, ours) for other in candidates])
+
+    mean = np.mean(
+        [np.asarray(of(params, list(candidates), batch), np.float64) for batch in batches], axis=0
+    )
+    return [float(one) for one in mean]

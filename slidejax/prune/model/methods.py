@@ -1,0 +1,160 @@
+"""The methods that a model can be pruned with. To add one, write a `Method`; `convert` takes it as `method=`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from slidejax.prune.model.result import Pruned
+from slidejax.prune.rounding import round_kernel
+from slidejax.prune.sparsegpt import sparsegpt
+from slidejax.prune.wanda import wanda
+from slidejax.rules import Prune, Rule
+from slidejax.weights.magnitude import magnitude
+from slidejax.weights.pattern import Pattern
+
+__all__ = [
+    "CALIBRATED",
+    "MAGNITUDE",
+    "METHODS",
+    "SPARSEGPT",
+    "WANDA",
+    "Method",
+    "Solve",
+    "calibrated_method",
+    "method_of",
+]
+
+# (kernel [in, out], target [in, out], gram [in, in], damping) -> Pruned; traced once for each shape
+Solve = Callable[[jax.Array, jax.Array, jax.Array, Any], Pruned]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to prune the kernels of a model.
+
+    Attributes:
+      name: what users call it.
+      choose: `(kernel, pattern, gram) -> mask`, or `(mask, kernel)` where it changes the kept values: one kernel
+        `[..., in, out]` by itself. `gram` is what `reads` says.
+      reads: what it needs to know of a layer's inputs: nothing, the diagonal `[in]` of their Gram matrix, or all of the
+        matrix `[in, in]`. A method that reads something is calibrated and prunes kernels `[in, out]`.
+      solve: `(rule, kernel, target, gram, damping) -> Pruned`, for a calibrated method: one kernel on its way through the
+        whole model. `gram` is the whole matrix. `target` is the kernel that would make up for what earlier layers lost,
+        and `kernel` itself where they lost nothing.
+      corrects: whether `solve` comes near to the target.
+    """
+
+    name: str
+    choose: Callable[[jax.Array, Pattern, Any], Any]
+    reads: Literal["nothing", "diagonal", "gram"] = "nothing"
+    solve: Callable[[Rule, jax.Array, jax.Array, Any, Any], Pruned] | None = None
+    corrects: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs to know a layer's inputs."""
+        return self.reads != "nothing"
+
+    def solver(self, rule: Rule) -> Solve:
+        """`solve` for a rule. Equal rules get the same object, so that what was compiled for it serves again."""
+        return _solver(self, rule)
+
+    def pruner(self, grams: Mapping[str, jax.Array] | None = None) -> Prune:
+        """The `prune=` of conversions, with any pattern, for inputs that were measured once.
+
+        Args:
+          grams: path of a kernel -> what `reads` says of its layer's inputs (`slidejax.prune.model.grams.collect`). It is
+            not read by a method that needs no calibration.
+
+        Returns:
+          A function that raises a ValueError for a kernel that was not calibrated.
+        """
+
+        def prune(kernel: jax.Array, pattern: Pattern, path: str):
+            if not self.calibrated:
+                return self.choose(kernel, pattern, None)
+            if grams is None or path not in grams:
+                raise ValueError(
+                    f"no calibration inputs reached this layer; {self.name} needs them"
+                )
+            if kernel.ndim != 2:
+                raise ValueError(
+                    f"{self.name} prunes one kernel [in, out], got shape {kernel.shape}"
+                )
+            return self.choose(kernel, pattern, grams[path])
+
+        return prune
+
+
+@functools.cache
+def _solver(method: Method, rule: Rule) -> Solve:
+    assert method.solve is not None  # only calibrated methods are asked for it
+    return functools.partial(method.solve, rule)
+
+
+def _solve_wanda(rule: Rule, kernel, target, gram, damping) -> Pruned:
+    mask = wanda(kernel, rule.pattern, gram)
+    return Pruned(mask, jnp.where(mask, kernel, 0))
+
+
+def _solve_sparsegpt(rule: Rule, kernel, target, gram, damping) -> Pruned:
+    mask, new = sparsegpt(target, rule.pattern, gram, damping=damping)
+    if rule.qdtype is None or rule.qdtype.itemsize > 1:
+        return Pruned(mask, new)
+    return Pruned(mask, *round_kernel(target, mask, gram, new, rule.qdtype, damping=damping))
+
+
+def _choose_magnitude(kernel, pattern, gram) -> jax.Array:
+    return magnitude(kernel, pattern)
+
+
+MAGNITUDE = Method("magnitude", _choose_magnitude)
+WANDA = Method("wanda", wanda, "diagonal", _solve_wanda)
+SPARSEGPT = Method("sparsegpt", sparsegpt, "gram", _solve_sparsegpt, corrects=True)
+
+METHODS = {method.name: method for method in (MAGNITUDE, WANDA, SPARSEGPT)}
+CALIBRATED = tuple(name for name, method in METHODS.items() if method.calibrated)
+
+
+def method_of(method: str | Method | Prune, calibration: Any) -> Method | Prune:
+    """The method of a conversion, checked.
+
+    Args:
+      method: a name, a `Method`, or a function (`slidejax.rules.Prune`).
+      calibration: what it is to be calibrated on, or None.
+
+    Raises:
+      ValueError: for an unknown name, for calibration that the method does not use, or if it needs some.
+    """
+    found = method if isinstance(method, Method) else METHODS.get(method)  # type: ignore[arg-type]
+    if found is None and not callable(method):
+        raise ValueError(
+            f"method must be a function or one of {', '.join(METHODS)}, got {method!r}"
+        )
+    needs = found is not None and found.calibrated
+    name = method if found is None else found.name
+    if not needs and calibration is not None:
+        raise ValueError(f"method {name!r} uses no calibration")
+    if needs and calibration is None:
+        raise ValueError(
+            f"method {name!r} needs calibration: token ids [sequences, length] or a slidejax.prune.Calibration"
+        )
+    return method if found is None else found  # type: ignore[return-value]
+
+
+def calibrated_method(method: str | Method) -> Method:
+    """A method that needs calibration.
+
+    Raises:
+      ValueError: if it is not one.
+    """
+    found = method if isinstance(method, Method) else METHODS.get(method)
+    if found is None or not found.calibrated:
+        raise ValueError(f"method must be one of {', '.join(CALIBRATED)}, got {method!r}")
+    return found
