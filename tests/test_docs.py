@@ -1,5 +1,8 @@
-"""The documents are true: links resolve, lines are wrapped, and the README's code runs."""
+"""The documents are true: links resolve, lines are wrapped, the README's code runs, and docs/api.md
+lists the public names."""
 
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -129,3 +132,41 @@ def test_readme_code_runs(tmp_path, tiny_llama):
     assert (names["zeroed"] == sj.unpack(w)).all()
     assert len(names["report"].converted) == 2
     assert [choice.implementation for _, choice in sj.explain(sj.linear, x, w)] == ["dense"]
+
+
+# --- docs/api.md ------------------------------------------------------------------------------------------------------
+
+
+def api():
+    """(module, name, where the page says it is defined) for each public name of docs/api.md."""
+    module = None
+    for line in (ROOT / "docs" / "api.md").read_text().split("\n"):
+        if line.startswith("## "):
+            module = line[3:] if line.startswith("## slidejax") else None
+        row = re.match(r"\| `(\w+)` \| .* \| `([\w.]+)` \|$", line)
+        if module and row:
+            yield module, row[1], row[2]
+
+
+def test_api_lists_the_public_names():
+    listed = {}
+    for module, name, _ in api():
+        listed.setdefault(module, set()).add(name)
+    assert {"slidejax", "slidejax.prune", "slidejax.linen", "slidejax.train"} <= set(listed)
+    for module, names in listed.items():
+        assert names == set(importlib.import_module(module).__all__), module
+
+
+def test_api_says_where_names_are_defined():
+    wrong = []
+    for module, name, where in api():
+        thing = getattr(importlib.import_module(module), name)
+        if inspect.ismodule(thing):
+            defined = thing.__name__
+        elif inspect.isclass(thing) or inspect.isfunction(thing):
+            defined = thing.__module__
+        else:  # constants and aliases know no module: it must at least have the name
+            defined = where if getattr(importlib.import_module(where), name) is thing else None
+        if defined != where:
+            wrong.append((module, name, defined))
+    assert not wrong
