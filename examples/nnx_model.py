@@ -36,7 +36,7 @@ print(
     sparse.up.kernel.values.shape,
     sparse.up.kernel.dtype,
 )
-print("layers converted", len(report.converted), "left dense", len(report.dense))
+print("layers converted", len(report.converted), "skipped", len(report.skipped))
 print(
     "correlation with the original model above 0.9",
     bool(jnp.corrcoef(original_y.ravel(), y.ravel())[0, 1] > 0.9),

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from slidejax.ops.linear import linear
-from slidejax.rules import LeftDense
+from slidejax.rules import Skipped
 from slidejax.variants.prepared import DenseWeight
 from slidejax.weights import numerics
 from slidejax.weights.packed import SlideWeight, WrappedWeight
@@ -84,7 +84,7 @@ class Contraction:
         """An einsum of x and the kernel, such as `"btnh,nhd->btd"`; x may have an ellipsis.
 
         Raises:
-          LeftDense: if it is more than a product of matrices (sums over an axis of one operand, diagonals).
+          Skipped: if it is more than a product of matrices (sums over an axis of one operand, diagonals).
         """
         x, kernel, result = _parse_einsum(equation, x_ndim)
         batch = [c for c in kernel if c in x and c in result]
@@ -96,7 +96,7 @@ class Contraction:
             or len(batch) + len(inputs) + len(outputs) != len(kernel)
             or not set(x) - set(inputs) <= set(result)
         ):
-            raise LeftDense(f"its einsum {equation!r} is not a product of matrices")
+            raise Skipped(f"its einsum {equation!r} is not a product of matrices")
         order = batch + [c for c in x if c not in batch and c not in inputs] + outputs
 
         def places(names, operand) -> tuple[int, ...]:
@@ -129,10 +129,10 @@ def _parse_einsum(equation: str, x_ndim: int) -> tuple[list[str], list[str], lis
     equation = equation.replace(" ", "")
     operands, _, result = equation.partition("->")
     if "->" not in equation or operands.count(",") != 1:
-        raise LeftDense(f"its einsum {equation!r} is not of the form 'x,kernel->y'")
+        raise Skipped(f"its einsum {equation!r} is not of the form 'x,kernel->y'")
     x, kernel = operands.split(",")
     if "..." in kernel:
-        raise LeftDense(f"its einsum {equation!r} has an ellipsis in the kernel")
+        raise Skipped(f"its einsum {equation!r} has an ellipsis in the kernel")
     ellipsis = [f".{i}" for i in range(x_ndim - len(x.replace("...", "")))] if "..." in x else []
 
     def names(term):
@@ -141,7 +141,7 @@ def _parse_einsum(equation: str, x_ndim: int) -> tuple[list[str], list[str], lis
 
     parsed = names(x), names(kernel), names(result)
     if any(len(set(term)) != len(term) for term in parsed):
-        raise LeftDense(f"its einsum {equation!r} takes a diagonal")
+        raise Skipped(f"its einsum {equation!r} takes a diagonal")
     return parsed
 
 
@@ -179,7 +179,7 @@ def stacked_axes(shape: tuple[int, ...], layer_shape: tuple[int, ...], path: str
       path: of the kernel, for errors.
 
     Raises:
-      LeftDense: if the layers are stacked along another axis than the first, or it cannot be told which one it is.
+      Skipped: if the layers are stacked along another axis than the first, or it cannot be told which one it is.
       ValueError: if the shapes do not belong together.
     """
     hidden = len(shape) - len(layer_shape)
@@ -193,11 +193,11 @@ def stacked_axes(shape: tuple[int, ...], layer_shape: tuple[int, ...], path: str
             f"{path} has shape {shape}, but in its layer the model makes it {layer_shape}"
         )
     if ways[0] != tuple(range(hidden)):
-        raise LeftDense(
+        raise Skipped(
             f"its layers are stacked along axis {ways[0][0]} of the kernel, not along the first"
         )
     if len(ways) > 1:
-        raise LeftDense(
+        raise Skipped(
             f"the axis along which its layers are stacked cannot be told from the others: shape {shape}"
         )
     return hidden

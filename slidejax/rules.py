@@ -23,15 +23,28 @@ from slidejax.weights.magnitude import magnitude
 from slidejax.weights.packed import SlideWeight, pack
 from slidejax.weights.pattern import Pattern
 
-__all__ = ["Converted", "LeftDense", "Prune", "Report", "Rule", "RuleSet", "nbytes", "pack_by_rule"]
+__all__ = [
+    "Converted",
+    "LeftDense",
+    "Prune",
+    "Report",
+    "Rule",
+    "RuleSet",
+    "Skipped",
+    "nbytes",
+    "pack_by_rule",
+]
 
 # (kernel [..., in, out], pattern, path) -> mask, or (mask, kernel) where the method changes the kept values too, or
 # (mask, kernel, scale) where it has rounded them to 8 bit
 Prune = Callable[[jax.Array, Pattern, str], Any]
 
 
-class LeftDense(Exception):
+class Skipped(Exception):
     """A layer stays as it is; the message is the reason, for the report."""
+
+
+LeftDense = Skipped  # its former name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +95,20 @@ class Report:
 
     Attributes:
       converted: the layers that were packed.
-      dense: path -> why the layer was left as it is.
+      skipped: path -> why the layer was left as it is.
       unmatched: a line for each rule that decided no layer.
       notes: what else is to be known, such as how it was calibrated.
     """
 
     converted: list[Converted] = dataclasses.field(default_factory=list)
-    dense: dict[str, str] = dataclasses.field(default_factory=dict)
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     unmatched: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def dense(self) -> dict[str, str]:
+        """The former name of `skipped`."""
+        return self.skipped
 
     @property
     def bytes_before(self) -> int:
@@ -105,14 +123,14 @@ class Report:
     def __str__(self) -> str:
         width = max((len(layer.path) for layer in self.converted), default=0)
         lines = [
-            f"{len(self.converted)} layers converted, {_mib(self.bytes_before)} to {_mib(self.bytes_after)}; {len(self.dense)} left dense"
+            f"{len(self.converted)} layers converted, {_mib(self.bytes_before)} to {_mib(self.bytes_after)}; {len(self.skipped)} skipped"
         ]
         lines += [
             f"  {layer.path:<{width}}  {layer.rule.pattern!s:>5} {layer.dtype.name:<13} {'x'.join(map(str, layer.shape))}  "
             f"{_mib(layer.bytes_before)} to {_mib(layer.bytes_after)}"
             for layer in self.converted
         ]
-        lines += [f"  left dense: {path}: {reason}" for path, reason in self.dense.items()]
+        lines += [f"  skipped: {path}: {reason}" for path, reason in self.skipped.items()]
         return "\n".join(lines + [f"  {line}" for line in (*self.unmatched, *self.notes)])
 
 
@@ -149,7 +167,7 @@ class RuleSet:
         """The rule for a layer.
 
         Raises:
-          LeftDense: with the reason, if the layer is to stay dense.
+          Skipped: with the reason, if the layer is to stay as it is.
         """
         matching = [
             i
@@ -157,13 +175,13 @@ class RuleSet:
             if regex.fullmatch(path) or regex.fullmatch(path.removesuffix("/kernel"))
         ]
         if not matching:
-            raise LeftDense("no rule matches")
+            raise Skipped("no rule matches")
         self._decided[matching[0]] += 1
         for i in matching[1:]:
             self._shadowed[i] += 1
         rule = self._rules[matching[0]][1]
         if rule is None:
-            raise LeftDense("a rule says so")
+            raise Skipped("a rule says so")
         return rule
 
     def unmatched(self) -> list[str]:
@@ -183,7 +201,7 @@ class RuleSet:
         """Writes the unmatched rules into the report, and warns of them."""
         report.unmatched.extend(self.unmatched())
         if report.unmatched:
-            seen = [layer.path for layer in report.converted] + list(report.dense)
+            seen = [layer.path for layer in report.converted] + list(report.skipped)
             example = f" (paths look like {seen[0]!r})" if seen else " (no linear layer was found)"
             warnings.warn("slidejax: " + "; ".join(report.unmatched) + example, stacklevel=3)
         return report

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slidejax as sj
-from slidejax.rules import LeftDense, RuleSet, pack_by_rule
+from slidejax.rules import LeftDense, RuleSet, Skipped, pack_by_rule
 
 
 def test_first_match_wins_and_kernel_may_be_left_out():
@@ -24,14 +24,14 @@ def test_first_match_wins_and_kernel_may_be_left_out():
     )
     assert rules.match("m/up/kernel") == sj.Rule("4:6")
     assert rules.match("down/kernel") == sj.Rule("14:16", qdtype=None)
-    with pytest.raises(LeftDense, match="a rule says so"):
+    with pytest.raises(Skipped, match="a rule says so"):
         rules.match("head/kernel")
     (line,) = rules.unmatched()
     assert "rules[1]" in line and "earlier rules took its 1 layers" in line
 
 
 def test_the_whole_path_must_match():
-    with pytest.raises(LeftDense, match="no rule matches"):
+    with pytest.raises(Skipped, match="no rule matches"):
         RuleSet([("up", "6:8")]).match("m/up/kernel")
 
 
@@ -50,7 +50,7 @@ def test_match_is_the_first_fullmatch(regexes, path):
     if want:
         assert str(rules.match(path).pattern) == want[0]
     else:
-        with pytest.raises(LeftDense):
+        with pytest.raises(Skipped):
             rules.match(path)
 
 
@@ -75,7 +75,7 @@ def test_bad_qdtype():
 
 def test_report_prints_and_warns():
     rules, report = RuleSet([("a", "6:8"), ("nothing.*", "6:8")]), sj.Report()
-    report.dense["b/kernel"] = "no rule matches"
+    report.skipped["b/kernel"] = "no rule matches"
     rules.match("a/kernel")
     with pytest.warns(
         UserWarning,
@@ -85,9 +85,10 @@ def test_report_prints_and_warns():
     text = str(report)
     assert (
         "0 layers converted" in text
-        and "dense: b/kernel: no rule matches" in text
+        and "skipped: b/kernel: no rule matches" in text
         and "nothing" in text
     )
+    assert report.dense is report.skipped and LeftDense is Skipped, "the former names"
 
 
 def test_no_warning_when_all_rules_are_used():

@@ -21,7 +21,7 @@ from slidejax.contraction import Axes, Contraction, stacked_axes, to_matrix
 from slidejax.linen.intercept import apply
 from slidejax.linen.known import PACKED, layer_of, own_kernel, split_input
 from slidejax.linen.layer import pack_boxed
-from slidejax.rules import Converted, LeftDense, Prune, Report, Rule, RuleSet, nbytes, pack_by_rule
+from slidejax.rules import Converted, Prune, Report, Rule, RuleSet, Skipped, nbytes, pack_by_rule
 from slidejax.weights.packed import SlideWeight
 
 __all__ = ["convert"]
@@ -47,7 +47,7 @@ def convert(
       rules: see `slidejax.rules`; a single pattern or `Rule` is for all linear layers.
       model: the module, traced abstractly (nothing is computed) to find the layer that owns each kernel: Dense,
         DenseGeneral, Einsum, GPT-2's Conv1D, also inside `nn.scan`, `nn.vmap`, `nn.remat`. Without it, 2-D parameters
-        called "kernel" are taken for those of `nn.Dense`, all others stay dense.
+        called "kernel" are taken for those of `nn.Dense`, all others are skipped.
       *example_args, **example_kwargs: arguments of `model.init`: arrays or `jax.ShapeDtypeStruct`s.
       report: an empty `Report`, filled in.
       prune: `(kernel [..., in, out], pattern, path) -> mask`, or `(mask, kernel)`; None prunes by magnitude.
@@ -60,7 +60,7 @@ def convert(
 
     Raises:
       ValueError: for bad rules, parameters that are not this model's, or if the converted model does not trace, which is
-        so when other code than its layer reads a kernel (tied weights): leave that layer dense.
+        so when other code than its layer reads a kernel (tied weights): skip that layer.
       TypeError: for variables or a model of the wrong kind.
 
     Warns:
@@ -70,7 +70,7 @@ def convert(
     >>> report = Report()
     >>> convert(variables, [(".*", "6:8")], report=report)["params"]["kernel"].dtype.name
     'int8'
-    >>> len(report.converted), report.dense
+    >>> len(report.converted), report.skipped
     (1, {})
     """
     if not isinstance(variables, Mapping):
@@ -121,16 +121,16 @@ def _pack_kernels(
         try:
             rule = rules.match(path)
             if isinstance(leaf, PACKED):
-                raise LeftDense("it is packed already")
+                raise Skipped("it is packed already")
             kernel = leaf.value if isinstance(leaf, nn.Partitioned) else nn.meta.unbox(leaf)
             axes = axes_of(key, path, jnp.shape(kernel))
             if kernel.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-                raise LeftDense(f"its kernel is {np.dtype(kernel.dtype).name}")
+                raise Skipped(f"its kernel is {np.dtype(kernel.dtype).name}")
             same = (id(leaf), rule, axes)
             if same not in packed:
                 packed[same] = _convert_kernel(leaf, rule, axes, path, prune)
-        except LeftDense as reason:
-            report.dense[path] = str(reason)
+        except Skipped as reason:
+            report.skipped[path] = str(reason)
             continue
         flat[key], line = packed[same]
         report.converted.append(dataclasses.replace(line, path=path))
@@ -140,7 +140,7 @@ def _pack_kernels(
 def _convert_kernel(
     leaf, rule: Rule, axes: Axes, path: str, prune: Prune | None
 ) -> tuple[SlideWeight, Converted]:
-    """One kernel; LeftDense with the reason if it stays as it is."""
+    """One kernel; Skipped with the reason if it stays as it is."""
     shape: list[int] = []
 
     def make(kernel):
@@ -155,9 +155,7 @@ def _convert_kernel(
 
 def _axes_without_model(key: tuple, path: str, shape: tuple[int, ...]) -> Axes:
     if len(shape) != 2:
-        raise LeftDense(
-            f"{len(shape)}-D kernels need the model, which knows the axes of its inputs"
-        )
+        raise Skipped(f"{len(shape)}-D kernels need the model, which knows the axes of its inputs")
     return Contraction.dense(1).kernel
 
 
@@ -208,7 +206,7 @@ def _owner_of(context, args, kwargs, around: list[nn.Module]) -> _Owner | None:
     x, args, kwargs = split_input(args, kwargs)
     try:
         axes, _ = layer(module, x, *args, **kwargs)
-    except LeftDense as reason:
+    except Skipped as reason:
         return _Owner(None, shape, str(reason))
     return _Owner(axes.kernel, shape)
 
@@ -252,7 +250,7 @@ def _check_runs(model: nn.Module, variables, rngs, args, kwargs) -> None:
     except Exception as error:
         raise ValueError(
             f"the converted model does not run: {type(error).__name__}: {error}. A kernel that other code than its layer "
-            f"reads (tied weights) must stay dense: put (its path, None) before the other rules"
+            f"reads (tied weights) must be skipped: put (its path, None) before the other rules"
         ) from error
 
 
@@ -260,13 +258,13 @@ def _axes_in(owners: Mapping[tuple, _Owner], key: tuple, path: str, shape: tuple
     """The kernel's axes inside its layer; axes of scan and vmap come before them.
 
     Raises:
-      LeftDense: with the reason, if the kernel cannot be packed.
+      Skipped: with the reason, if the kernel cannot be packed.
       ValueError: if the parameters are not this model's.
     """
     owner = owners.get(key)
     if owner is None:
-        raise LeftDense("the model did not run it with these arguments")
+        raise Skipped("the model did not run it with these arguments")
     if owner.axes is None:
-        raise LeftDense(owner.reason)
+        raise Skipped(owner.reason)
     stacked_axes(shape, owner.shape, path)
     return owner.axes

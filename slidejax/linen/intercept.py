@@ -12,7 +12,7 @@ from slidejax import functional
 from slidejax.linen.fused import FUSED, FusedProduct
 from slidejax.linen.gated_mlp import run_gated_mlp
 from slidejax.linen.known import PACKED, kernel_path, layer_of, own_kernel, run_layer, split_input
-from slidejax.rules import LeftDense
+from slidejax.rules import Skipped
 
 __all__ = ["Interceptor", "apply", "interceptor", "show_layers"]
 
@@ -92,7 +92,7 @@ def show_layers(next_fun, args, kwargs, context):
     x, args, kwargs = split_input(args, kwargs)
     try:
         axes, _ = layer(module, x, *args, **kwargs)
-    except LeftDense:
+    except Skipped:
         return next_fun(x, *args, **kwargs)
     path = kernel_path(module)
     y = next_fun(functional.show_input(path, x, axes), *args, **kwargs)

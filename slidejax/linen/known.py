@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from slidejax.contraction import Contraction, contract, promote_packed
-from slidejax.rules import LeftDense
+from slidejax.rules import Skipped
 from slidejax.weights.packed import SlideWeight, WrappedWeight
 
 __all__ = [
@@ -35,7 +35,7 @@ Layer = Callable[..., tuple[Contraction, tuple[int, ...]]]
 
 def _standard_dot(module) -> None:
     if module.dot_general_cls is not None or module.dot_general not in (None, lax.dot_general):
-        raise LeftDense("it has a dot_general of its own")
+        raise Skipped("it has a dot_general of its own")
 
 
 def _dense(module, x) -> tuple[Contraction, tuple[int, ...]]:
@@ -54,7 +54,7 @@ def _dense_general(module, x) -> tuple[Contraction, tuple[int, ...]]:
 
 def _einsum(module, x, einsum_str=None) -> tuple[Contraction, tuple[int, ...]]:
     if module.preferred_element_type is not None:
-        raise LeftDense("it has a preferred_element_type")
+        raise Skipped("it has a preferred_element_type")
     axes = Contraction.einsum(
         nn.merge_param("einsum_str", module.einsum_str, einsum_str), jnp.ndim(x)
     )
@@ -82,7 +82,7 @@ _LAYERS: dict[str, Layer] = {
 
 def layer_of(context) -> Layer | None:
     """For an interceptor's context: `(module, x, *args, **kwargs) -> (contraction, output axes)` of the linear layer whose
-    `__call__` it is, or None. What is returned raises `LeftDense` for a layer that cannot hold a packed weight."""
+    `__call__` it is, or None. What is returned raises `Skipped` for a layer that cannot hold a packed weight."""
     return _LAYERS.get(body_name(context))
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from slidejax.contraction import Contraction, axis_names
 from slidejax.linen.known import PACKED, kernel_path, own_kernel, run_layer
-from slidejax.rules import LeftDense, Rule
+from slidejax.rules import Rule, Skipped
 from slidejax.weights.packed import SlideWeight, WrappedWeight, pack
 from slidejax.weights.pattern import Pattern
 
@@ -117,7 +117,7 @@ def pack_boxed(kernel, axes, make: Callable[[jax.Array], SlideWeight]) -> SlideW
     if not isinstance(kernel, nn.meta.AxisMetadata):
         return make(kernel)
     if not isinstance(kernel, nn.Partitioned):
-        raise LeftDense(
+        raise Skipped(
             f"its kernel is boxed in {type(kernel).__name__}, whose axis names are not known"
         )
     w = make(kernel.value)

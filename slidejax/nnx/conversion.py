@@ -20,7 +20,7 @@ from slidejax.nnx.layers import (
     SlideLinearGeneral,
     general_contraction,
 )
-from slidejax.rules import Converted, LeftDense, Prune, Report, Rule, RuleSet, nbytes, pack_by_rule
+from slidejax.rules import Converted, Prune, Report, Rule, RuleSet, Skipped, nbytes, pack_by_rule
 from slidejax.variants.prepared import prepare
 from slidejax.weights import numerics
 
@@ -33,7 +33,7 @@ def convert(
     """A model whose linear layers, as the rules choose, hold packed weights.
 
     `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` (where it is a product of matrices) convert, also when `nnx.vmap` or
-    `nnx.scan` stacked them along the first axis; subclasses stay dense, as they may use their kernel in another way.
+    `nnx.scan` stacked them along the first axis; subclasses are skipped, as they may use their kernel in another way.
 
     Args:
       model: any NNX module; it stays as it is.
@@ -78,12 +78,12 @@ def convert(
         try:
             for outer, kind in wrappers:
                 if path[: len(outer)] == outer:
-                    raise LeftDense(f"its kernel is computed by {kind}")
+                    raise Skipped(f"its kernel is computed by {kind}")
             report.converted.append(
                 _convert_layer(layer, kernel, rules.match(name), name, prune, done)
             )
-        except LeftDense as reason:
-            report.dense[name] = str(reason)
+        except Skipped as reason:
+            report.skipped[name] = str(reason)
     rules.finish(report)
     return model
 
@@ -113,16 +113,16 @@ def _convert_layer(
 ) -> Converted:
     """Makes one layer sparse, in place: so every place of the model that holds it has the sparse one."""
     if type(layer) not in _LAYERS:
-        raise LeftDense(f"{type(layer).__name__} is not a linear layer that slidejax knows")
+        raise Skipped(f"{type(layer).__name__} is not a linear layer that slidejax knows")
     cls, axes, shape = _LAYERS[type(layer)](layer)
     array, how = kernel.get_value(), (cls, axes, rule)
     stacked_axes(array.shape, shape, path)
     if array.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise LeftDense(f"its kernel is {np.dtype(array.dtype).name}")
+        raise Skipped(f"its kernel is {np.dtype(array.dtype).name}")
     first = done.get(id(kernel))
     if first is not None:  # tied: the layers go on sharing their Variables
         if first.how != how:
-            raise LeftDense(
+            raise Skipped(
                 f"it shares its kernel with {first.line.path}, which uses it in another way"
             )
         _become(layer, cls).share(first.layer)
@@ -152,7 +152,7 @@ def _own_product(layer, *names: str) -> None:
     standard = (None, lax.dot_general, jnp.einsum)
     for name in (*names, "preferred_element_type"):
         if getattr(layer, name, None) not in standard:
-            raise LeftDense(f"it has a {name} of its own")
+            raise Skipped(f"it has a {name} of its own")
 
 
 def _linear(layer):

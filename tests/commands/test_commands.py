@@ -126,7 +126,7 @@ def test_a_model_is_quantised_only(capsys, tmp_path, model, text):
     assert (
         "14 layers converted" in said
         and "dense float8_e4m3fn, sparsegpt" in said
-        and "left dense: lm_head/kernel" in said
+        and "skipped: lm_head/kernel" in said
     )
     loaded = load_model(path)
     assert loaded.about["pattern"] == "dense" and {

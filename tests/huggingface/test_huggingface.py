@@ -65,7 +65,7 @@ def test_llama(tiny_llama):
     report, before = sj.Report(), flatten_dict(tiny_llama.params)
     sparse = sj.huggingface.convert(tiny_llama, FLOAT, report=report)
     assert type(sparse) is type(tiny_llama) and len(report.converted) == 14
-    assert report.dense == {"lm_head/kernel": "no rule matches"} and not report.unmatched
+    assert report.skipped == {"lm_head/kernel": "no rule matches"} and not report.unmatched
     assert all(leaf is before[key] for key, leaf in flatten_dict(tiny_llama.params).items())
     assert not any(isinstance(leaf, sj.SlideWeight) for leaf in before.values())
 
@@ -148,7 +148,7 @@ def test_bert():
     sparse = sj.huggingface.convert(
         model, [(".*/attention/.*", None), (".*", FLOAT)], report=report
     )
-    assert len(report.dense) == 4 and all("/attention/" in path for path in report.dense)
+    assert len(report.skipped) == 4 and all("/attention/" in path for path in report.skipped)
     assert len(report.converted) == 3
     np.testing.assert_allclose(
         sparse(IDS).logits, model(IDS, params=densified(sparse, model)).logits, atol=1e-5
@@ -177,7 +177,7 @@ def test_converting_twice_packs_what_is_left(tiny_llama):
     second = sj.huggingface.convert(first, FLOAT, report=report)
     assert (
         len(report.converted) == 8
-        and "packed already" in report.dense["model/layers/0/mlp/up_proj/kernel"]
+        and "packed already" in report.skipped["model/layers/0/mlp/up_proj/kernel"]
     )
     np.testing.assert_allclose(
         second(IDS).logits, sj.huggingface.convert(tiny_llama, FLOAT)(IDS).logits, atol=1e-6

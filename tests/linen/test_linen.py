@@ -242,7 +242,7 @@ def test_attention_model():
         24,
         20,
     )
-    assert not report.dense and not report.unmatched
+    assert not report.skipped and not report.unmatched
     assert report.bytes_after == sum(
         w.nbytes
         for w in jax.tree.leaves(converted, is_leaf=lambda n: isinstance(n, sj.SlideWeight))
@@ -335,7 +335,7 @@ def test_layers_that_stay_dense_say_why():
             return nn.Dense(3, name="head")(Own(name="own")(x))
 
     _, report = check(Model(), data(2, 5, 16), [("head", None), ("(?!head).*", FLOAT)], count=0)
-    reasons = {path.removesuffix("/kernel"): reason for path, reason in report.dense.items()}
+    reasons = {path.removesuffix("/kernel"): reason for path, reason in report.skipped.items()}
     assert reasons.keys() == {"conv", "custom", "normed", "second", "square", "head", "own"}
     assert "Conv is not a linear layer" in reasons["conv"] and "Own is not" in reasons["own"]
     assert "dot_general of its own" in reasons["custom"] and "WeightNorm" in reasons["normed"]
@@ -350,8 +350,8 @@ def test_without_a_model_only_matrices_convert():
     converted = sj.linen.convert(model.init(KEY, x)["params"], FLOAT, report=report)
     assert {line.path for line in report.converted} == {"Dense_0/kernel", "Dense_1/kernel"}
     assert (
-        all("need the model" in reason for reason in report.dense.values())
-        and len(report.dense) == 4
+        all("need the model" in reason for reason in report.skipped.values())
+        and len(report.skipped) == 4
     )
     assert sj.linen.apply(model, {"params": converted}, x).shape == (2, 3, 5)
 
@@ -405,11 +405,11 @@ def test_a_kernel_that_other_code_reads_is_an_error():
 
     x = data(2, 16)
     variables = Tied().init(KEY, x)
-    with pytest.raises(ValueError, match=r"does not run.*must stay dense"):
+    with pytest.raises(ValueError, match=r"does not run.*must be skipped"):
         sj.linen.convert(variables, "6:8", Tied(), x)
     report = sj.Report()
     sj.linen.convert(variables, [("layer", None)], Tied(), x, report=report)
-    assert report.dense == {"layer/kernel": "a rule says so"}
+    assert report.skipped == {"layer/kernel": "a rule says so"}
 
 
 def test_two_uses_of_one_kernel():
@@ -420,7 +420,7 @@ def test_two_uses_of_one_kernel():
             return layer(layer(x, "bi,io->bo"), "bo,io->bi")
 
     _, report = check(Twice(), data(2, 16), count=0)
-    assert report.dense == {"layer/kernel": "its kernel is used in two ways"}
+    assert report.skipped == {"layer/kernel": "its kernel is used in two ways"}
 
 
 def test_boxed_kernels_of_a_scan():
@@ -476,7 +476,7 @@ def test_apply_runs_other_methods_and_converts_once_more():
         sj.linen.convert(converted, FLOAT, report=report)["params"]["layer"]["kernel"]
         is converted["params"]["layer"]["kernel"]
     )
-    assert report.dense == {"layer/kernel": "it is packed already"}
+    assert report.skipped == {"layer/kernel": "it is packed already"}
 
 
 def test_dtypes_promote_as_in_the_layer():

@@ -114,10 +114,10 @@ def test_convert_a_model():
     assert [line.path for line in report.converted] == [
         "attention/key/kernel", "attention/query/kernel", "attention/value/kernel", "blocks/0/kernel", "blocks/1/kernel", "einsum/kernel",
     ]  # fmt: skip
-    assert report.dense.keys() == {"attention/out/kernel", "conv/kernel"}
+    assert report.skipped.keys() == {"attention/out/kernel", "conv/kernel"}
     assert (
-        report.dense["attention/out/kernel"] == "a rule says so"
-        and "Conv is not" in report.dense["conv/kernel"]
+        report.skipped["attention/out/kernel"] == "a rule says so"
+        and "Conv is not" in report.skipped["conv/kernel"]
     )
     assert sparse.blocks[2] is sparse.blocks[0] and type(sparse.blocks[0]) is sj.nnx.SlideLinear
     assert sparse.conv.kernel[...] is model.conv.kernel[...]
@@ -191,7 +191,7 @@ def test_tied_kernels_stay_tied():
     model, x, report = Tied(nnx.Rngs(0)), data(2, 16), sj.Report()
     sparse = sj.nnx.convert(model, [("c", "2:4"), (".*", FLOAT)], report=report)
     assert sparse.b.values is sparse.a.values and sparse.b.zeros is sparse.a.zeros
-    assert report.dense == {
+    assert report.skipped == {
         "c/kernel": "it shares its kernel with a/kernel, which uses it in another way"
     }
     np.testing.assert_allclose(
@@ -214,7 +214,7 @@ def test_layers_that_stay_dense_say_why():
     )  # fmt: skip
     with pytest.warns(UserWarning, match=r"rules\[0\] \('nothing'\) decided nothing"):
         sj.nnx.convert(model, [("nothing", None), (".*", "6:8")], report=report)
-    reasons = {path.removesuffix("/kernel"): reason for path, reason in report.dense.items()}
+    reasons = {path.removesuffix("/kernel"): reason for path, reason in report.skipped.items()}
     assert (
         not report.converted
         and "Own is not" in reasons["own"]
@@ -279,7 +279,7 @@ def test_kernels_that_a_wrapper_computes_stay_dense(wrapper):
     report = sj.Report()
     with pytest.warns(UserWarning, match="matched no"):
         sparse = sj.nnx.convert(model, "6:8", report=report)
-    assert not report.converted and wrapper.__name__ in next(iter(report.dense.values()))
+    assert not report.converted and wrapper.__name__ in next(iter(report.skipped.values()))
     np.testing.assert_array_equal(sparse(data(2, 16)), model(data(2, 16)))
 
 

@@ -54,5 +54,5 @@ def lookup(done: Mapping[str, Pruned]) -> Prune:
 def not_reached() -> ValueError:
     """The error for a kernel whose layer did not run on the calibration text."""
     return ValueError(
-        "no calibration inputs reached this layer: leave it dense with the rule (its path, None)"
+        "no calibration inputs reached this layer: skip it with the rule (its path, None)"
     )

@@ -262,7 +262,7 @@ def test_a_layer_may_be_quantised_only():
         model, [(".*/2/kernel", None), (".*/1/kernel", "2:4"), (".*", "dense")], report=report
     )
     assert [str(line.rule) for line in report.converted] == ["dense int8", "2:4 int8"] and list(
-        report.dense.values()
+        report.skipped.values()
     ) == ["a rule says so"]
 
 
