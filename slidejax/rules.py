@@ -25,7 +25,6 @@ from slidejax.weights.pattern import Pattern
 
 __all__ = [
     "Converted",
-    "LeftDense",
     "Prune",
     "Report",
     "Rule",
