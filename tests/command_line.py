@@ -1,16 +1,17 @@
 """Commands run in process on a tiny model."""
 
+import shutil
+
 from slidejax.commands import main as cli
-from slidejax.huggingface import write_pretrained
 
 SENTENCES = (
     "The moon is the only natural satellite of the Earth. It turns once while it goes round. "
 )
 
 
-def write_files(folder, llama, tokenizer, pattern, text):
-    """A dense model, one converted to a pattern, and a text: `dense`, `out` and `text.txt` in the folder, which is returned."""
-    write_pretrained(folder / "dense", llama, tokenizer)
+def write_files(folder, original, pattern, text):
+    """A model, one converted to a pattern, and a text: `dense`, `out` and `text.txt` in the folder, which is returned."""
+    shutil.copytree(original, folder / "dense")
     assert (
         cli.main(["convert", str(folder / "dense"), str(folder / "out"), "--pattern", pattern]) == 0
     )

@@ -72,6 +72,16 @@ def tiny_llama(tiny_config, tiny_params):
 
 
 @pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory, tiny_config, tiny_params, tiny_tokenizer):
+    """A directory with that model and its tokenizer; tests only read it."""
+    from slidejax.huggingface import build, write_pretrained
+
+    folder = tmp_path_factory.mktemp("tiny") / "dense"
+    write_pretrained(folder, build(tiny_config, tiny_params), tiny_tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer():
     """One token for each byte, and three special ones."""
     pytest.importorskip("transformers")

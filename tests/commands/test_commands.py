@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -13,7 +14,6 @@ pytest.importorskip("rich")
 
 from slidejax import huggingface
 from slidejax.commands import main as cli
-from slidejax.huggingface import write_pretrained
 from slidejax.lm import demo
 from slidejax.lm.evaluate import evaluate
 from slidejax.lm.models import load_model
@@ -25,28 +25,29 @@ TEXT = (
 )
 
 
-@pytest.fixture
-def model(tmp_path, tiny_llama, tiny_tokenizer):
-    write_pretrained(tmp_path / "dense", tiny_llama, tiny_tokenizer)
-    return str(tmp_path / "dense")
+@pytest.fixture(scope="module")
+def model(tiny_directory):
+    return str(tiny_directory)
 
 
-@pytest.fixture
-def text(tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
-    return str(tmp_path / "text.txt")
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return str(path)
 
 
-@pytest.fixture
-def out(tmp_path, model, capsys):
-    path = str(tmp_path / "out")
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, model):
+    """The model converted to 6:8; tests only read it."""
+    path = str(tmp_path_factory.mktemp("converted") / "out")
     assert cli.main(["convert", model, path, "--pattern", "6:8"]) == 0
-    capsys.readouterr()
     return path
 
 
 def run(capsys, *args):
     """Standard output of a command that must succeed."""
+    capsys.readouterr()  # of fixtures
     status = cli.main(list(args))
     captured = capsys.readouterr()
     assert status == 0, captured.err
@@ -55,6 +56,7 @@ def run(capsys, *args):
 
 def error(capsys, *args):
     """The one line that a failing command says."""
+    capsys.readouterr()
     assert cli.main(list(args)) == 1
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if "error:" in line]
@@ -445,9 +447,10 @@ def test_wrong_values_are_named_before_a_model_is_read(capsys, tmp_path):
 
 
 def test_a_damaged_model_is_one_line(capsys, tmp_path, out):
-    file = tmp_path / "out" / "slidejax.safetensors"
+    damaged = shutil.copytree(out, tmp_path / "damaged")
+    file = damaged / "slidejax.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert "slidejax.safetensors" in error(capsys, "generate", out)
+    assert "slidejax.safetensors" in error(capsys, "generate", str(damaged))
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from slidejax.lm.models import load_model
 TEXT = SENTENCES * 8
 
 
-@pytest.fixture
-def files(tmp_path, tiny_llama, tiny_tokenizer):
-    return write_files(tmp_path, tiny_llama, tiny_tokenizer, "4:6", TEXT)
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_directory):
+    return write_files(tmp_path_factory.mktemp("recovered"), tiny_directory, "4:6", TEXT)
 
 
 def test_recover_writes_a_better_model(capsys, files):

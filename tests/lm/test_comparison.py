@@ -16,9 +16,9 @@ from slidejax.lm import comparison
 TEXT = SENTENCES * 2
 
 
-@pytest.fixture
-def files(tmp_path, tiny_llama, tiny_tokenizer):
-    return write_files(tmp_path, tiny_llama, tiny_tokenizer, "6:8", TEXT)
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_directory):
+    return write_files(tmp_path_factory.mktemp("compared"), tiny_directory, "6:8", TEXT)
 
 
 def test_side_by_side(capsys, files):
