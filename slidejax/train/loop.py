@@ -150,44 +150,19 @@ def fit(
     _check(steps, minutes, accumulate, warmup, learning_rate)
     train, rest = partition(masters(params, qdtype), trained)
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, train)
-    train = jax.tree.map(
-        lambda leaf: jnp.array(leaf, jnp.float32), train
-    )  # copies: the step gives their memory to the next
+    # Copies, because each step gives their memory to the next.
+    train = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), train)
     transform = _optimizer(optimizer)
     state = _State(train, transform.init(train), 0, steps)
-    run = {
-        "leaves": [
-            [list(leaf.shape), np.dtype(dtype).name]
-            for leaf, dtype in zip(jax.tree.leaves(train), jax.tree.leaves(dtypes), strict=True)
-        ],
-        "settings": [
-            learning_rate,
-            warmup,
-            accumulate,
-            steps,
-            minutes,
-            None if optimizer is None else "own",
-        ],
-    }
-    store = None if checkpoint is None else _Checkpoint(Path(checkpoint), run)
+    own = None if optimizer is None else "own"
+    settings = [learning_rate, warmup, accumulate, steps, minutes, own]
+    store = None if checkpoint is None else _Checkpoint(Path(checkpoint), train, dtypes, settings)
     if store is not None:
         state = store.load(state, clock)
-
-    def loss_of(train, rest, batch, args):
-        cast = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), train, dtypes)
-        return loss_fn(combine(cast, rest), batch, *args).astype(jnp.float32)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(train, memory, rest, batch, args, rate):
-        loss, gradient = _gradient(loss_of, train, rest, batch, args, accumulate)
-        change, memory = transform.update(gradient, memory, train)
-        if optimizer is None:
-            change = jax.tree.map(lambda c: -rate * c, change)
-        return jax.tree.map(jnp.add, train, change), memory, loss
-
+    update = _make_update(loss_fn, dtypes, transform, accumulate, scheduled=optimizer is None)
     losses: list[Any] = state.losses
     while state.total is None or state.step < state.total:
-        # before their number is known the steps are few and in the warm-up, which does not depend on it
+        # While the number of steps is unknown the steps are in the warm-up, which does not depend on it.
         rate = np.float32(schedule(state.step, state.total or 10**9, learning_rate, warmup))
         state.train, state.memory, loss = update(
             state.train, state.memory, rest, batches(state.step), args, rate
@@ -196,7 +171,7 @@ def fit(
         state.step += 1
         if state.total is None and minutes is not None:
             state.total = clock.steps_in(minutes, state.step, loss)
-        # the loss of the step before: waiting for this one would leave the device idle
+        # The loss of the previous step: waiting for this one would leave the device idle.
         shown = float(losses[-2] if len(losses) > 1 else loss)
         if not math.isfinite(shown):
             raise ValueError(
@@ -211,6 +186,37 @@ def fit(
     return Fitted(
         made, state.step, clock.seconds(), np.asarray([float(loss) for loss in losses], np.float32)
     )
+
+
+def _make_update(
+    loss_fn: Callable[..., jax.Array], dtypes: Any, transform: Any, accumulate: int, scheduled: bool
+) -> Callable[..., tuple[Any, Any, jax.Array]]:
+    """The jitted step.
+
+    Args:
+      loss_fn: as `fit` takes it.
+      dtypes: a tree like the trained one: the dtypes in which the model computes.
+      transform: the optax transformation.
+      accumulate: the number of parts that a batch is cut into.
+      scheduled: multiply the change by the learning rate of the step; else the transformation does that itself.
+
+    Returns:
+      `(train, memory, rest, batch, args, rate) -> (train, memory, loss)`; the first two arguments are donated.
+    """
+
+    def loss_of(train, rest, batch, args):
+        cast = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), train, dtypes)
+        return loss_fn(combine(cast, rest), batch, *args).astype(jnp.float32)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(train, memory, rest, batch, args, rate):
+        loss, gradient = _gradient(loss_of, train, rest, batch, args, accumulate)
+        change, memory = transform.update(gradient, memory, train)
+        if scheduled:
+            change = jax.tree.map(lambda c: -rate * c, change)
+        return jax.tree.map(jnp.add, train, change), memory, loss
+
+    return update
 
 
 def _check(steps, minutes, accumulate, warmup, learning_rate) -> None:
@@ -305,9 +311,12 @@ class _State:
 class _Checkpoint:
     """The state of a training in a directory, written whole or not at all."""
 
-    def __init__(self, path: Path, run: dict[str, Any]):
+    def __init__(self, path: Path, train: Any, dtypes: Any, settings: list[Any]):
+        """`settings` and the leaves of `train` say which training the state belongs to."""
+        leaves = zip(jax.tree.leaves(train), jax.tree.leaves(dtypes), strict=True)
+        named = [[list(leaf.shape), np.dtype(dtype).name] for leaf, dtype in leaves]
         self._path = path
-        self._run = json.dumps(run)
+        self._run = json.dumps({"leaves": named, "settings": settings})
 
     def save(self, state: _State, clock: _Clock) -> None:
         from slidejax.checkpoint import store
