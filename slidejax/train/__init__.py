@@ -1,7 +1,8 @@
-"""Training what will run sparse: the loop (`fit`), what to learn from a dense model (`distillation_loss`, `sample`), and a
-pruned Hugging Face model's recovery (`slidejax.recover`).
+"""Training models that will run sparse.
 
-`fit` needs optax: ``pip install 'slidejax[train]'``.
+`fit` is the training loop. `distillation_loss` and `sample` let a pruned model learn from the
+original one, and `slidejax.recover` puts all three together for a Hugging Face model. `fit` needs
+optax: ``pip install 'slidejax[train]'``.
 """
 
 from slidejax.train.distill import distillation_loss, kl_divergence, sample

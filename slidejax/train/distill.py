@@ -1,8 +1,9 @@
-"""Distillation: what a pruned model learns from the dense one.
+"""Distillation: a pruned model, the student, learns from the original one, the teacher.
 
-The loss is the Kullback-Leibler divergence of the student's distribution of the next token from the teacher's, averaged
-over positions (Hinton et al., arXiv 1503.02531); optionally also how far the hidden states are apart. No labels are
-needed, so any tokens will do, those that the teacher writes itself among them (`sample`).
+The loss is the Kullback-Leibler divergence of the student's distribution of the next token from the
+teacher's, averaged over positions (Hinton et al., arXiv 1503.02531). The distance between the hidden
+states can be added. No labels are needed, so any tokens will do, also tokens that the teacher writes
+(`sample`).
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ __all__ = ["distillation_loss", "kl_divergence", "rows_of", "sample"]
 def distillation_loss(
     model: Any, teacher: Any, *, temperature: float = 1.0, hidden: float = 0.0
 ) -> Callable[..., jax.Array]:
-    """The loss of a Hugging Face Flax language model against its dense original, for `slidejax.train.fit`.
+    """The loss of a converted language model against the original one, for `slidejax.train.fit`.
 
     Args:
-      model: the student, a converted model.
-      teacher: the dense model, with the same vocabulary.
+      model: the student, a converted Hugging Face Flax model.
+      teacher: the original model, with the same vocabulary.
       temperature: see `kl_divergence`.
-      hidden: weight of the hidden states' loss: squared distance over the teacher's squared length, mean of all layers.
+      hidden: weight of the hidden states' loss: their squared distance divided by the squared length
+        of the teacher's, averaged over all layers.
 
     Returns:
-      `(params, ids, teacher_params) -> loss`, ids int `[batch, length]`.
+      `(params, ids, teacher_params) -> loss`, with integer ids `[batch, length]`.
     """
 
     def loss(params: Any, ids: jax.Array, teacher_params: Any) -> jax.Array:
@@ -40,7 +42,7 @@ def distillation_loss(
         theirs = jax.lax.stop_gradient(teacher(ids, params=teacher_params, **options))
         total = kl_divergence(mine.logits, theirs.logits, temperature)
         if hidden:
-            # the embeddings come first, and are the same
+            # The first pair are the embeddings, which are the same in both.
             pairs = list(zip(mine.hidden_states[1:], theirs.hidden_states[1:], strict=True))
             total += hidden * sum(_distance(a, b) for a, b in pairs) / len(pairs)
         return total
@@ -49,15 +51,20 @@ def distillation_loss(
 
 
 def _distance(mine: jax.Array, theirs: jax.Array) -> jax.Array:
+    """Squared distance over the squared length of `theirs`, averaged over positions."""
     mine, theirs = mine.astype(jnp.float32), theirs.astype(jnp.float32)
     return jnp.mean(jnp.sum((mine - theirs) ** 2, -1) / jnp.maximum(jnp.sum(theirs**2, -1), 1e-6))
 
 
 def rows_of(tokens: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
-    """Token ids as int32 rows `[n, length]`: a matrix cut into rows of that length, or one long text; the rest is dropped.
+    """Token ids as int32 rows `[n, length]`; tokens that fill no row are dropped.
+
+    Args:
+      tokens: one long text `[n]`, or a matrix whose rows are cut.
+      length: tokens in a row.
 
     Raises:
-      ValueError: no row can be filled, or the ids are no integers.
+      ValueError: if no row can be filled, or the ids are not integers.
 
     >>> rows_of([1, 2, 3, 4, 5], 2).tolist()
     [[1, 2], [3, 4]]
@@ -83,29 +90,29 @@ def sample(
     batch: int = 64,
     seed: int = 0,
 ) -> np.ndarray:
-    """Text that a model writes itself, to distil it without other data (arXiv 2305.17888).
+    """Text that a model writes itself, for distillation without other data (arXiv 2305.17888).
 
     Args:
       model: a Hugging Face Flax language model.
-      prompts: token ids `[n, prompt]`, with which the rows begin; single random tokens will do.
-      length: tokens in a row, the prompt's among them.
-      params: parameters to run with; None: the model's own.
-      temperature: 1 is the model's own distribution.
+      prompts: token ids `[n, prompt]` at the beginning of the rows; single random tokens will do.
+      length: tokens in a row, with its prompt.
+      params: the parameters to run with; None: the model's own.
+      temperature: divides the logits; 1 draws from the model's own distribution.
       batch: rows written at a time.
-      seed: of the draws.
+      seed: the seed of the draws.
 
     Returns:
       int32 `[n, length]`.
 
     Raises:
-      ValueError: for prompts that are no matrix of tokens, or longer than `length`.
+      ValueError: if the prompts are not a matrix of tokens, or not shorter than `length`.
     """
     prompts = np.asarray(prompts)
     if prompts.ndim != 2 or prompts.size == 0 or not prompts.shape[1] < length:
         raise ValueError(
             f"prompts must be token ids [n, prompt] with prompt < {length}, got shape {prompts.shape}"
         )
-    never = model.config.vocab_size  # no token: text goes on to the end of the row
+    never = model.config.vocab_size  # This is no token, so no text ends before the end of its row.
     options = {
         "do_sample": True,
         "temperature": temperature,

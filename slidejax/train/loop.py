@@ -1,8 +1,9 @@
-"""A training loop for trees with packed weights: masks kept, 8-bit rounding in the loop, resumable to the bit.
+"""A training loop for trees with packed weights. Masks stay, and 8-bit rounding is in the loop.
 
-What is trained are float32 master copies (`slidejax.trainable`); everything is computed in the dtype that the tree had, and
-8-bit weights through the op that will serve them. Batches depend on the number of the step alone, so a run that was
-interrupted and resumed is the run that was not.
+The loop trains float32 master copies (`slidejax.trainable`). The model computes in the dtype that the
+tree had, and 8-bit weights run through the op that will serve them. A batch depends only on the number
+of its step, so a training that was interrupted and resumed has the same result, to the bit, as one
+that was not.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from slidejax.variants.trainable import Selection, combine, deploy, masters, par
 
 __all__ = ["Fitted", "Shuffled", "fit"]
 
-# Steps that are timed, once compiled, to find how many fit into the minutes.
+# This many steps are timed, after compilation, to find how many fit into the minutes.
 _TIMED = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """What `fit` made.
+    """The result of `fit`.
 
     Attributes:
-      params: the tree that was passed in, trained; its packed weights have the dtype that they will serve with.
-      steps: updates made, those of earlier runs that were resumed included.
-      seconds: the time they took, compilation and earlier runs included.
+      params: the trained tree; its packed weights have the dtype that they will serve with.
+      steps: the number of updates, with those of the earlier runs that this one continued.
+      seconds: the time of the training in seconds, with compilation and earlier runs.
       losses: float32 `[steps]`, the loss of each step before its update.
     """
 
@@ -48,15 +49,15 @@ class Fitted:
 
 @dataclasses.dataclass(frozen=True)
 class Shuffled:
-    """Batches of rows in an order drawn anew for each epoch: what `fit` takes as `batches`.
+    """Batches of rows, in a new random order for each epoch; `fit` takes this as `batches`.
 
     Args:
       rows: `[n, ...]`.
-      size: rows in a batch, at most n.
-      seed: of the order.
+      size: the number of rows in a batch, at most n.
+      seed: the seed of the order.
 
     Raises:
-      ValueError: no rows, or a size that is not in 1..n.
+      ValueError: if there are no rows, or `size` is not in 1..n.
 
     >>> batches = Shuffled(np.arange(4), size=2)
     >>> sorted(batches(0).tolist() + batches(1).tolist()), batches(7).tolist() == batches(7).tolist()
@@ -74,7 +75,7 @@ class Shuffled:
             )
 
     def __call__(self, step: int) -> np.ndarray:
-        # rows that fill no batch wait for the next epoch, whose order is another
+        # The last rows of an epoch may fill no batch: they are left out, and the next epoch has another order.
         epoch, batch = divmod(step, len(self.rows) // self.size)
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
         return self.rows[order[batch * self.size : (batch + 1) * self.size]]
@@ -82,6 +83,12 @@ class Shuffled:
 
 def schedule(step: int, total: int, peak: float, warmup: int) -> float:
     """The learning rate of a step: linear warm-up, then half a cosine down to zero at `total`.
+
+    Args:
+      step: the number of the step, from 0.
+      total: the number of all steps.
+      peak: the learning rate at the end of the warm-up.
+      warmup: the number of steps of the warm-up.
 
     >>> [round(schedule(s, 12, 1.0, 2), 2) for s in (0, 1, 2, 7, 12)]
     [0.5, 1.0, 1.0, 0.5, 0.0]
@@ -111,32 +118,41 @@ def fit(
     """Minimises a loss over a tree of parameters in which kernels may be packed.
 
     Args:
-      loss_fn: `(params, batch, *args) -> scalar`, which runs the model (`slidejax.linen.apply`, a converted model's
-        `__call__`, an NNX model from `nnx.merge`); it is jitted. The tree it gets has master weights in the place of 8-bit
-        ones: layers run them as `slidejax.linear` will run what is returned.
+      loss_fn: `(params, batch, *args) -> scalar`. It runs the model (`slidejax.linen.apply`, a
+        converted model's `__call__`, an NNX model from `nnx.merge`) and is jitted. The tree that it
+        gets has master weights in the place of 8-bit ones. Layers compute with them exactly as
+        `slidejax.linear` will compute with the result.
       params: the tree. 8-bit `SlideWeight`s are trained as float32 masters and come back in 8 bit.
-      batches: number of the step -> its batch, a pytree of arrays: `Shuffled`, or a function of your own.
-      *args: further arguments of `loss_fn`, such as a teacher's parameters; inside a closure they would be constants of
-        the compiled program.
-      steps: how many updates; with the same arguments, the same result to the bit.
-      minutes: in place of `steps`: as many as fit into that time, compilation included. They are counted out after
-        the first few, and `Fitted.steps` says how many it were.
-      qdtype: int8 or float8_e4m3fn, for float-packed weights that will be quantised; None leaves them unquantised.
-      trained: which leaves to train (`slidejax.partition`); None: all that are floating.
-      learning_rate: its peak: linear warm-up over `warmup` steps, then half a cosine down to zero.
-      warmup: see there.
-      optimizer: an optax transformation with a learning rate of its own, in place of Adam with that schedule.
-      accumulate: cut each batch into so many parts along its first axis, and average their gradients: less memory.
-      checkpoint: a directory for the state of the training; if it holds one, the run goes on from there.
-      every: save it after so many steps; it is saved at the end too.
-      progress: called after each step with the steps done, how many there will be (None: not known yet), and the loss.
+      batches: a function from the number of a step to its batch, a pytree of arrays: `Shuffled`, or
+        a function of your own.
+      *args: further arguments of `loss_fn`, such as a teacher's parameters. In a closure they would
+        be constants of the compiled program.
+      steps: the number of updates. The same arguments give the same result, to the bit.
+      minutes: may be given in place of `steps`: as many updates as fit into that time, with
+        compilation. Their number is known after the first few; `Fitted.steps` has it at the end.
+      qdtype: int8 or float8_e4m3fn, for float-packed weights that will be quantised; None leaves
+        them unquantised.
+      trained: the leaves to train (`slidejax.partition`); None trains all floating ones.
+      learning_rate: the peak of the learning rate, which rises linearly for `warmup` steps and then
+        falls to zero along half a cosine.
+      warmup: the number of steps of the warm-up.
+      optimizer: an optax transformation with its own learning rate, in place of Adam with that
+        schedule.
+      accumulate: the number of parts that each batch is cut into along its first axis. Their
+        gradients are averaged, which takes less memory.
+      checkpoint: a directory for the state of the training. If it holds a state, the training goes
+        on from there.
+      every: the number of steps between saved states. The last state is always saved.
+      progress: called after each step with the number of steps done, the number of all steps (None
+        while it is unknown), and the loss.
 
     Returns:
       A `Fitted`.
 
     Raises:
-      ValueError: for arguments that do not fit each other; a checkpoint of another run; a loss that is not finite.
-      ImportError: optax is missing.
+      ValueError: if arguments do not fit each other, the checkpoint belongs to another training, or
+        the loss is not finite.
+      ImportError: if optax is missing.
 
     >>> import slidejax as sj
     >>> x = np.asarray(jax.random.normal(jax.random.key(0), (64, 16)))
@@ -220,6 +236,7 @@ def _make_update(
 
 
 def _check(steps, minutes, accumulate, warmup, learning_rate) -> None:
+    """Raises ValueError for arguments of `fit` that cannot be right."""
     if (steps is None) == (minutes is None):
         raise ValueError(f"give either steps or minutes, got steps={steps} and minutes={minutes}")
     for name, value in (
@@ -235,6 +252,7 @@ def _check(steps, minutes, accumulate, warmup, learning_rate) -> None:
 
 
 def _optimizer(own: Any) -> Any:
+    """The user's transformation, or Adam with gradients clipped by their norm and no learning rate."""
     try:
         import optax
     except ImportError as e:
@@ -247,7 +265,7 @@ def _optimizer(own: Any) -> Any:
 
 
 def _gradient(loss_of, train, rest, batch, args, parts: int):
-    """The loss and its gradient, averaged over parts of the batch that are run one after the other."""
+    """The loss and its gradient, averaged over parts of the batch that run one after the other."""
     value_and_grad = jax.value_and_grad(loss_of)
     if parts == 1:
         return value_and_grad(train, rest, batch, args)
@@ -269,7 +287,7 @@ def _gradient(loss_of, train, rest, batch, args, parts: int):
 
 
 class _Clock:
-    """Seconds of training, over all the runs that one was resumed from."""
+    """Measures the seconds of a training, over all runs of it."""
 
     def __init__(self):
         self._begin = time.perf_counter()
@@ -282,15 +300,14 @@ class _Clock:
         self._begin -= seconds
 
     def steps_in(self, minutes: float, done: int, loss: jax.Array) -> int | None:
-        """How many steps will fit into that many minutes, or None while too few were timed."""
+        """The number of steps that fit into the minutes, or None while too few steps were timed."""
         if self._compiled is None:
             jax.block_until_ready(loss)
             self._compiled = self.seconds()
             self._first = done
         timed = done - self._first
-        if timed == 0 or (
-            timed < _TIMED and self.seconds() < 30 * minutes
-        ):  # half of the time, so slow are they
+        # Slow steps may take half of the time before enough of them are timed: then these few decide.
+        if timed == 0 or (timed < _TIMED and self.seconds() < 30 * minutes):
             return None
         jax.block_until_ready(loss)
         each = (self.seconds() - self._compiled) / timed
@@ -299,7 +316,7 @@ class _Clock:
 
 @dataclasses.dataclass
 class _State:
-    """Where a training stands."""
+    """The state of a training: masters, optimiser's memory, steps done, all steps, and losses."""
 
     train: Any
     memory: Any
@@ -333,7 +350,7 @@ class _Checkpoint:
         store.save(self._path, content)
 
     def load(self, state: _State, clock: _Clock) -> _State:
-        """The saved state in the form of a fresh one; the fresh one if there is none."""
+        """The saved state, in the form of `state`; `state` itself if nothing was saved."""
         from slidejax.checkpoint import store
 
         if not (self._path / store.METADATA).is_file():

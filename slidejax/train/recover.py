@@ -1,4 +1,4 @@
-"""Recovery: training the kept values of a pruned model until it predicts as the dense one does."""
+"""Recovery: training the kept values of a pruned model until it predicts as the original one does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slidejax.variants.trainable import Selection
 
 __all__ = ["HIDDEN", "recover"]
 
-# All but embeddings of tokens and positions and the output head: what is pruned, biases and norms.
+# All parameters but the embeddings of tokens and positions and the output head: pruned kernels, biases, norms.
 HIDDEN = r"(?!.*(?:embed|wte|wpe|lm_head|predictions/decoder)).*"
 
 
@@ -41,35 +41,45 @@ def recover(
     every: int = 200,
     progress: Callable[[int, int | None, float], None] | None = None,
 ) -> tuple[Any, Fitted]:
-    """Distils the dense model into its pruned version: masks stay, and 8-bit rounding is in the loop.
+    """Distils the original model into its pruned version. Masks stay, and 8-bit rounding is in the loop.
 
     Args:
-      model: a converted Hugging Face Flax language model (`slidejax.huggingface.convert`), 8-bit or float-packed.
-      teacher: the dense model.
-      tokens: token ids to train on, one long text `[n]` or rows `[rows, length]`; labels are not needed.
-      steps, minutes: how long, one of the two (`slidejax.train.fit`); with `steps` the result is the same each time.
-      qdtype: int8 or float8_e4m3fn, to quantise a float-packed model in the course of it; None: as it is.
+      model: a converted Hugging Face Flax language model (`slidejax.huggingface.convert`), 8-bit or
+        float-packed.
+      teacher: the original model.
+      tokens: token ids to train on, one long text `[n]` or rows `[rows, length]`. Labels are not
+        needed.
+      steps, minutes: how long to train; give one of the two (`slidejax.train.fit`). With `steps` the
+        result is the same each time.
+      qdtype: int8 or float8_e4m3fn quantises a float-packed model during the training; None leaves
+        the dtype as it is.
       window: tokens in a row.
-      batch: rows in a step; None: 32 on a GPU, 8 elsewhere, and no more than there are.
-      accumulate: parts of a batch that are run one after the other: less memory.
-      learning_rate, warmup: of Adam (`slidejax.train.fit`).
-      temperature, hidden: of the loss (`slidejax.train.distillation_loss`); with few tokens a step the hidden states' part
-        has the quieter gradient.
-      trained: which parameters (`slidejax.partition`): all but embeddings and the output head.
-      seed: of the order of the rows.
-      checkpoint, every: a directory for the state, saved after so many steps; a run that it holds goes on.
-      progress: called with the steps done, all steps (None: not known yet), and the loss.
+      batch: rows in a step; None: 32 on a GPU and 8 elsewhere, at most as many as there are.
+      accumulate: the number of parts of a batch that run one after the other, which takes less
+        memory.
+      learning_rate, warmup: see `slidejax.train.fit`.
+      temperature, hidden: see `slidejax.train.distillation_loss`. With few tokens in a step the
+        gradient of the hidden states' loss is less noisy than the other one.
+      trained: the parameters to train (`slidejax.partition`); by default all but the embeddings and
+        the output head.
+      seed: the seed of the order of the rows.
+      checkpoint, every: a directory for the state, and the number of steps between saved states. If
+        the directory holds a state, the training goes on from there.
+      progress: called with the number of steps done, the number of all steps (None while it is
+        unknown), and the loss.
 
     Returns:
-      `(model, fitted)`: a new model with the trained parameters, packed as they will serve, and the `Fitted`.
+      `(model, fitted)`: a new model with the trained parameters, packed as they will serve, and the
+      `Fitted`.
 
     Raises:
-      ValueError: the models have other vocabularies, `model` is dense, or `fit` refuses its arguments.
+      ValueError: if the vocabularies differ, `model` has no packed weights, or `fit` refuses its
+        arguments.
 
     Example::
 
-        sparse = sj.huggingface.convert(dense, "6:8", method="sparsegpt", calibration=tokens)
-        sparse, fitted = sj.recover(sparse, dense, tokens, minutes=5)
+        sparse = sj.huggingface.convert(original, "6:8", method="sparsegpt", calibration=tokens)
+        sparse, fitted = sj.recover(sparse, original, tokens, minutes=5)
     """
     from slidejax import huggingface
 
