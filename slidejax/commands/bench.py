@@ -16,7 +16,7 @@ EXAMPLE = "slidejax bench --shape 4096,4096 --rows 1,16 --pattern 6:8 --json ben
 
 
 def _shape(text: str) -> tuple[int, int]:
-    """Outputs and inputs, "N,K"."""
+    """Numbers of outputs and inputs from "N,K"."""
     parts = arguments.names(text)
     if len(parts) != 2:
         raise argparse.ArgumentTypeError(f"must be N,K (outputs, inputs), got {text!r}")
@@ -24,12 +24,17 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def add_measured(p: argparse.ArgumentParser, rows: str) -> None:
-    """Adds what `bench` and `tune` both measure and how long; `rows` says which rows are usual on a GPU."""
+    """Adds the flags that `bench` and `tune` share.
+
+    Args:
+      p: the command's parser.
+      rows: the default of `--rows` on a GPU, for the help.
+    """
     seconds = arguments.at_least(0, above=True)
     p.add_argument(
         "--preset",
         choices=list(PRESETS),
-        help="layer shapes (default: qwen2.5-7b on a GPU, smollm2 on a CPU)",
+        help="shapes of layers (default: qwen2.5-7b on a GPU, smollm2 on a CPU)",
     )
     p.add_argument(
         "--shape",
@@ -85,7 +90,7 @@ def add_measured(p: argparse.ArgumentParser, rows: str) -> None:
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    """What `bench` and `tune` both measure, as their libraries take it."""
+    """The values of the flags that `bench` and `tune` share, as arguments of their functions."""
     from slidejax.bench.timing import Clock
 
     clock = Clock.of_device(args.warmup, args.seconds, args.rounds)
@@ -93,7 +98,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
-    """(out, in) of the layers to measure; a layer that a block has twice is there twice."""
+    """(out, in) of the layers to measure; a layer that a block has twice appears twice."""
     return list(args.shape or PRESETS[args.preset or default_preset()])
 
 
@@ -104,7 +109,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures and shows the tables; each step is named on standard error."""
+    """Measures and prints the tables; standard error names each step."""
     from slidejax.bench import run as race
 
     race.set_flags()

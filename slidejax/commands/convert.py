@@ -32,8 +32,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         type=arguments.list_of(arguments.pattern),
         default=[],
         metavar="14:16,…",
-        help="choose one of these patterns for each layer, by how much the loss depends on it; the model then needs at most "
-        "as many multiplications as with --pattern in every layer",
+        help="choose one of these patterns for each layer, by how much the loss depends on it; the "
+        "model then needs at most as many multiplications as with --pattern in every layer",
     )
     p.add_argument(
         "--dtype",
@@ -49,7 +49,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="REGEX",
-        help="leave layers as they are, neither pruned nor quantised, if REGEX matches their whole path; may be repeated",
+        help="leave layers as they are, neither pruned nor quantised, if REGEX matches their whole "
+        "path; may be repeated",
     )
     arguments.add_method(p, "magnitude", 64)
     p.add_argument(
@@ -62,7 +63,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Converts the model and writes it; then shows the report."""
+    """Converts the model, writes it and prints the report."""
     from slidejax.checkpoint.staging import check_target
     from slidejax.checkpoint.store import METADATA
     from slidejax.huggingface import write_pretrained
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _rules(args: argparse.Namespace, rule: Any, loaded: Any, ids: Any) -> list[tuple[str, Any]]:
-    """The rules for the layers: with `--mixed` chosen by measuring, else `rule` for all that are not skipped."""
+    """The rules of the layers: chosen for `--mixed`, else `rule` for all that are not skipped."""
     from slidejax.huggingface import HIDDEN_LAYERS
     from slidejax.prune import mixed
 
@@ -114,7 +115,7 @@ def _rules(args: argparse.Namespace, rule: Any, loaded: Any, ids: Any) -> list[t
 
 
 def _calibration(args: argparse.Namespace, ids: Any, bar: Any, task: Any) -> Any:
-    """Token ids as `convert` takes them, with a place for finished layers and the progress bar; None without ids."""
+    """The token ids as `convert` takes them, with `--work` and the progress bar; or None."""
     from slidejax.prune import Calibration
 
     def show(done: int, total: int) -> None:
@@ -124,7 +125,7 @@ def _calibration(args: argparse.Namespace, ids: Any, bar: Any, task: Any) -> Any
 
 
 def _about(args: argparse.Namespace, source: str, ids: Any, report: Report) -> dict[str, Any]:
-    """How the model was made, as its directory says it."""
+    """The notes in the model's directory about how it was made."""
     return {
         "source": source,
         "pattern": args.pattern,

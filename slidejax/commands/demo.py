@@ -1,4 +1,4 @@
-"""`slidejax demo`: a model as it was and with every pattern, as a table, and what two of them write."""
+"""`slidejax demo`: a model with every pattern beside the original: a table and samples."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         type=arguments.list_of(arguments.dtype(none=True)),
         default=["int8", None],
         metavar="int8,…",
-        help="dtypes of the packed values: int8, float8_e4m3fn, none to keep the model's (default int8,none)",
+        help="dtypes of the packed values: int8, float8_e4m3fn, none to keep the model's "
+        "(default int8,none)",
     )
     p.add_argument(
         "--tokens",
@@ -54,7 +55,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Converts and measures, row by row; then shows the table and the samples."""
+    """Converts and measures row by row, then prints the table and the samples."""
     from concurrent.futures import ThreadPoolExecutor
 
     from slidejax.lm import demo, serving
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
                 f"{row.pattern} {row.dtype}: perplexity {row.perplexity:.2f}, {speed}",
                 highlight=False,
             )
-            # One sample is of the model as it was, which comes first, and one of a converted model.
+            # Two models write a sample: the original one, which comes first, and a converted one.
             if len(done) == 1 or (row.pattern == _sampled(args.pattern) and len(samples) < 2):
                 sample = serving.Sample(model, loaded, args.prompt, args.max_new_tokens, pool)
                 samples.append((f"{row.pattern} {row.dtype}", sample))
@@ -104,7 +105,7 @@ def _sampled(patterns: Sequence[str]) -> str:
 
 
 def _show(out: Any, name: str, source: str, rows: Sequence[Row]) -> None:
-    """Prints the table, with what it was measured on above it."""
+    """Prints the table, below a line about the device and the text."""
     import jax
 
     device = jax.devices()[0].device_kind
@@ -113,8 +114,8 @@ def _show(out: Any, name: str, source: str, rows: Sequence[Row]) -> None:
     prepared = max(row.prepared_bytes for row in rows)
     if prepared:
         out.print(
-            f"Weights are the linear layers' as files hold them. This device serves a prepared form of up to "
-            f"{terminal.mib(prepared)} MiB, made outside the loop.",
+            "The weights are those of the linear layers, as files hold them. This device serves a "
+            f"prepared form of up to {terminal.mib(prepared)} MiB, made outside the loop.",
             highlight=False,
         )
 

@@ -47,7 +47,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--against",
         metavar="MODEL",
-        help="measure agreement with this model: the share of equal first choices, and KL divergence",
+        help="measure agreement with this model: share of equal first choices, and KL divergence",
     )
     p.add_argument(
         "--plot",
@@ -69,7 +69,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluates the models one after the other and shows them in one table."""
+    """Evaluates the models one after the other and prints one table."""
     from slidejax.lm import comparison
 
     with terminal.progress() as bar:
@@ -116,6 +116,7 @@ def _ids(args: argparse.Namespace, loaded: list[tuple[str, Any]]) -> tuple[Any, 
     for name, model in loaded[1:]:
         if inputs.evaluation_ids(model, args.text, limit)[0].tolist() != ids.tolist():
             raise ValueError(
-                f"{name!r} has another tokenizer than {args.models[0]!r}: perplexities cannot be compared"
+                f"{name!r} has another tokenizer than {args.models[0]!r}: "
+                "perplexities cannot be compared"
             )
     return ids, source

@@ -1,4 +1,4 @@
-"""`slidejax info`: versions, devices, the CUDA library, and which implementations can run here and why the others cannot."""
+"""`slidejax info`: versions, devices, the CUDA library, and the implementations that run here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _version(package: str) -> str | None:
 
 
 def collect() -> dict[str, Any]:
-    """What there is to say, as a JSON object.
+    """The facts as a JSON object.
 
     >>> facts = collect()
     >>> sorted(facts["implementations"])

@@ -1,4 +1,4 @@
-"""What the arguments name: models, and texts as tokens."""
+"""Models and texts that the arguments name, read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 __all__ = ["calibration", "calibration_ids", "evaluation_ids", "load"]
 
-# The default text to calibrate on has this many sequences of 512 tokens; for more, docstrings are added to it.
+# The default text to calibrate on has this many sequences of 512 tokens; for more, docstrings are
+# added to it.
 _SHORT = 64
 
 
 def load(model: str, args: argparse.Namespace) -> LoadedModel:
-    """The model of that name, computing in the dtype that `--compute` names or that is usual on this device."""
+    """The model of that name; it computes in the dtype of `--compute` or the device's default."""
     from slidejax.lm.models import default_dtype, load_model
 
     return load_model(model, getattr(args, "compute", None) or default_dtype())
@@ -31,15 +32,15 @@ def evaluation_ids(
     """Token ids to evaluate on.
 
     Args:
-      loaded: the model whose tokenizer to use.
+      loaded: the model, for its tokenizer.
       file: a text file; None: part of Python's documentation.
-      limit: how many tokens to predict at most; None: all.
+      limit: the largest number of tokens to predict; None: all.
 
     Returns:
-      int32 `[tokens]`, one more than are predicted, and a description of the text.
+      int32 `[tokens]`, one token more than are predicted, and a description of the text.
 
     Raises:
-      ValueError: the text is too short.
+      ValueError: if the text is too short.
     """
     import numpy as np
 
@@ -57,14 +58,14 @@ def evaluation_ids(
 
 
 def calibration(loaded: LoadedModel, args: argparse.Namespace) -> np.ndarray | None:
-    """`calibration_ids`, or None where pruning by magnitude needs no tokens and no text was named."""
+    """`calibration_ids`, or None if the method needs none (magnitude) and no text is named."""
     if args.calibration is None and args.method == "magnitude":
         return None
     return calibration_ids(loaded, args)
 
 
 def calibration_ids(loaded: LoadedModel, args: argparse.Namespace) -> np.ndarray:
-    """Token ids `[sequences, 512]` to calibrate on; shorter sequences if the model has fewer positions."""
+    """Token ids `[sequences, 512]` to calibrate on, or as long as the model's positions allow."""
     import numpy as np
 
     from slidejax.lm import texts

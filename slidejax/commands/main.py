@@ -1,8 +1,8 @@
 """The command line: ``slidejax demo | convert | recover | eval | generate | bench | tune | info``.
 
-Each command is a module with `add_arguments` and `run`, and loads what it needs when it runs: ``slidejax --help`` loads no
-JAX, and ``info``, ``bench`` and ``tune`` work in an installation without extras. Results go to standard output, progress and
-notes to standard error.
+Each command is a module with `add_arguments` and `run`, and loads what it needs when it runs:
+``slidejax --help`` loads no JAX, and ``info``, ``bench`` and ``tune`` work in an installation
+without extras. Results go to standard output, progress and notes to standard error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
       argv: the arguments; None: those of the process.
 
     Returns:
-      The exit status: 0, or 1 after an error that is explained in one line. Bad usage exits with 2.
+      The exit status: 0, or 1 after an error that one line explains. Bad usage exits with 2.
     """
     args = make_parser().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of standard output has gone. Python would complain about that once more when it exits.
+        # The reader of standard output has gone. Python would complain about that once more when it
+        # exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except KeyboardInterrupt:
         return 130
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; `args.run` is the function of the command that was named."""
+    """The parser of all commands. It sets `args.run` to the function of the command."""
     parser = argparse.ArgumentParser(
         prog="slidejax", description="(2N-2):2N sparse weights for JAX and Flax."
     )
@@ -82,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _note(
     message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    """Shows a warning as a note: users of the command line have no use for its place in the code."""
+    """Prints a warning as a note, without its place in the code."""
     print(f"note: {message}", file=sys.stderr)
 
 

@@ -32,7 +32,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _add_text(p: argparse.ArgumentParser) -> None:
-    """What to learn from."""
+    """Adds the flags about the original model and the text."""
     p.add_argument(
         "--against",
         metavar="MODEL",
@@ -42,26 +42,27 @@ def _add_text(p: argparse.ArgumentParser) -> None:
         "--text",
         type=arguments.text_file,
         metavar="FILE",
-        help="text file to train on (default: parts of Python's documentation and docstrings that share nothing with what "
-        "eval uses)",
+        help="text file to train on (default: parts of Python's documentation and docstrings that "
+        "share nothing with the text of eval)",
     )
     p.add_argument(
         "--docstrings",
         type=arguments.share,
         metavar="SHARE",
-        help="share of the docstrings to take, 0 to 1, with the default text (default 1 on a GPU, 0.2 elsewhere)",
+        help="share of the docstrings in the default text, from 0 to 1 "
+        "(default 1 on a GPU, 0.2 elsewhere)",
     )
     p.add_argument(
         "--sample",
         type=arguments.at_least(0, whole=True),
         metavar="ROWS",
-        help="add rows that the original model writes, each begun with a piece of the text; they are written before the "
-        "minutes begin (default 768 on a GPU, else none)",
+        help="add rows that the original model writes, each beginning with a piece of the text; "
+        "they are written before the minutes begin (default 768 on a GPU, else none)",
     )
 
 
 def _add_training(p: argparse.ArgumentParser) -> None:
-    """How long and how to train."""
+    """Adds the flags about the training itself."""
     positive, above_0 = arguments.positive, arguments.at_least(0, above=True)
     p.add_argument(
         "--minutes",
@@ -74,7 +75,7 @@ def _add_training(p: argparse.ArgumentParser) -> None:
         "--steps",
         type=positive,
         metavar="N",
-        help="make N steps, however long they take: the same result each time",
+        help="make N steps, with the same result each time, in place of --minutes",
     )
     p.add_argument(
         "--batch",
@@ -143,7 +144,7 @@ def _add_training(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains the model and writes it; then says how the loss fell."""
+    """Trains the model, writes it and prints how the loss fell."""
     from slidejax.checkpoint.staging import check_target
     from slidejax.checkpoint.store import METADATA
     from slidejax.huggingface import write_pretrained
@@ -177,8 +178,8 @@ def run(args: argparse.Namespace) -> None:
     terminal.emit(args, {"out": args.out, **recovery, "first_loss": first, "last_loss": last})
     if args.json != "-":
         print(
-            f"{args.out}: {fitted.steps} steps in {fitted.seconds:.0f} s, loss {first:.4f} to {last:.4f} "
-            "(mean of the last tenth)"
+            f"{args.out}: {fitted.steps} steps in {fitted.seconds:.0f} s, "
+            f"loss {first:.4f} to {last:.4f} (mean of the last tenth)"
         )
 
 
@@ -195,7 +196,8 @@ def _original(args: argparse.Namespace, loaded: LoadedModel) -> LoadedModel:
     name = args.against or (source if source in NAMED else None)
     if name is None:
         raise ValueError(
-            f"{args.model!r} does not say where the original model is that it was converted from: name it with --against"
+            f"{args.model!r} does not say which original model it was converted from: "
+            "name it with --against"
         )
     original = inputs.load(name, args)
     if weights_of(original.model.params):
@@ -206,7 +208,7 @@ def _original(args: argparse.Namespace, loaded: LoadedModel) -> LoadedModel:
 
 
 def _tokens(args: argparse.Namespace, loaded: LoadedModel) -> tuple[np.ndarray, str]:
-    """Token ids to train on, and a description of their text."""
+    """Token ids to train on, and a description of the text."""
     import numpy as np
 
     from slidejax.lm import texts
@@ -221,7 +223,7 @@ def _tokens(args: argparse.Namespace, loaded: LoadedModel) -> tuple[np.ndarray, 
 
 
 def _rows(args: argparse.Namespace, original: LoadedModel, ids: np.ndarray) -> np.ndarray:
-    """Rows `[n, window]` to train on: the text, cut, and those that the original model writes."""
+    """Rows `[n, window]` to train on: the text, and the rows that the original model writes."""
     import numpy as np
 
     from slidejax.lm.evaluate import fitting
@@ -242,7 +244,7 @@ def _rows(args: argparse.Namespace, original: LoadedModel, ids: np.ndarray) -> n
 def _recover(
     args: argparse.Namespace, loaded: LoadedModel, original: LoadedModel, rows: Any, progress: Any
 ) -> tuple[Any, Any]:
-    """`slidejax.recover` with the arguments: the model, and what `fit` returned."""
+    """Calls `slidejax.recover` with the arguments; returns the model and the `Fitted`."""
     from slidejax.train.recover import recover
 
     return recover(
@@ -266,7 +268,7 @@ def _recover(
 
 
 def _on_gpu() -> bool:
-    """Whether JAX runs on a GPU; defaults are larger there."""
+    """Whether JAX runs on a GPU, where defaults are larger."""
     import jax
 
     return jax.default_backend() == "gpu"

@@ -1,4 +1,4 @@
-"""What the commands share on a terminal: consoles, progress bars, text files, JSON."""
+"""Consoles, progress bars, text files and JSON, for all commands."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def console(stderr: bool = False) -> Any:
         from rich.console import Console
     except ImportError as e:
         raise ImportError("this command needs the extra: pip install 'slidejax[demo]'") from e
-    # Where output is not a terminal, tables are laid out for the reader of a file.
+    # A file has no width, so its tables get one that most readers can show.
     wide = None if (sys.stderr if stderr else sys.stdout).isatty() else 120
     return Console(stderr=stderr, width=wide)
 
 
 def progress() -> Any:
-    """A progress bar on standard error that goes when it is done."""
+    """A progress bar on standard error that disappears when it is done."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn())
@@ -32,7 +32,7 @@ def progress() -> Any:
 
 
 def read_text(file: str) -> str:
-    """A text file in UTF-8; ValueError if it is something else."""
+    """The text of a file in UTF-8; ValueError if it is not UTF-8."""
     try:
         return Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
@@ -40,7 +40,7 @@ def read_text(file: str) -> str:
 
 
 def emit(args: argparse.Namespace, value: Any) -> None:
-    """Writes the JSON where ``--json`` says; figures that are no number become null."""
+    """Writes the value as JSON where ``--json`` says; infinities and nan become null."""
     from slidejax.files import write_json
 
     value = _finite(value)

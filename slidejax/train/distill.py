@@ -1,9 +1,9 @@
 """Distillation: a pruned model, the student, learns from the original one, the teacher.
 
 The loss is the Kullback-Leibler divergence of the student's distribution of the next token from the
-teacher's, averaged over positions (Hinton et al., arXiv 1503.02531). The distance between the hidden
-states can be added. No labels are needed, so any tokens will do, also tokens that the teacher writes
-(`sample`).
+teacher's, averaged over positions (Hinton et al., arXiv 1503.02531). The distance between the
+hidden states can be added. No labels are needed, so any tokens will do, also tokens that the
+teacher writes (`sample`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def distillation_loss(
       model: the student, a converted Hugging Face Flax model.
       teacher: the original model, with the same vocabulary.
       temperature: see `kl_divergence`.
-      hidden: weight of the hidden states' loss: their squared distance divided by the squared length
-        of the teacher's, averaged over all layers.
+      hidden: weight of the hidden states' loss: their squared distance divided by the squared
+        length of the teacher's, averaged over all layers.
 
     Returns:
       `(params, ids, teacher_params) -> loss`, with integer ids `[batch, length]`.
@@ -110,7 +110,8 @@ def sample(
     prompts = np.asarray(prompts)
     if prompts.ndim != 2 or prompts.size == 0 or not prompts.shape[1] < length:
         raise ValueError(
-            f"prompts must be token ids [n, prompt] with prompt < {length}, got shape {prompts.shape}"
+            f"prompts must be token ids [n, prompt] with prompt < {length}, "
+            f"got shape {prompts.shape}"
         )
     never = model.config.vocab_size  # This is no token, so no text ends before the end of its row.
     options = {

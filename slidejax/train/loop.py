@@ -1,9 +1,9 @@
 """A training loop for trees with packed weights. Masks stay, and 8-bit rounding is in the loop.
 
-The loop trains float32 master copies (`slidejax.trainable`). The model computes in the dtype that the
-tree had, and 8-bit weights run through the op that will serve them. A batch depends only on the number
-of its step, so a training that was interrupted and resumed has the same result, to the bit, as one
-that was not.
+The loop trains float32 master copies (`slidejax.trainable`). The model computes in the dtype that
+the tree had, and 8-bit weights run through the op that will serve them. A batch depends only on the
+number of its step, so a training that was interrupted and resumed has the same result, to the bit,
+as one that was not.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ class Shuffled:
       ValueError: if there are no rows, or `size` is not in 1..n.
 
     >>> batches = Shuffled(np.arange(4), size=2)
-    >>> sorted(batches(0).tolist() + batches(1).tolist()), batches(7).tolist() == batches(7).tolist()
-    ([0, 1, 2, 3], True)
+    >>> sorted(batches(0).tolist() + batches(1).tolist())
+    [0, 1, 2, 3]
+    >>> batches(7).tolist() == batches(7).tolist()
+    True
     """
 
     rows: np.ndarray
@@ -75,7 +77,8 @@ class Shuffled:
             )
 
     def __call__(self, step: int) -> np.ndarray:
-        # The last rows of an epoch may fill no batch: they are left out, and the next epoch has another order.
+        # The last rows of an epoch may fill no batch: they are left out, and the next epoch has
+        # another order.
         epoch, batch = divmod(step, len(self.rows) // self.size)
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
         return self.rows[order[batch * self.size : (batch + 1) * self.size]]
@@ -178,7 +181,8 @@ def fit(
     update = _make_update(loss_fn, dtypes, transform, accumulate, scheduled=optimizer is None)
     losses: list[Any] = state.losses
     while state.total is None or state.step < state.total:
-        # While the number of steps is unknown the steps are in the warm-up, which does not depend on it.
+        # While the number of steps is unknown the steps are in the warm-up, which does not depend
+        # on it.
         rate = np.float32(schedule(state.step, state.total or 10**9, learning_rate, warmup))
         state.train, state.memory, loss = update(
             state.train, state.memory, rest, batches(state.step), args, rate
@@ -191,7 +195,8 @@ def fit(
         shown = float(losses[-2] if len(losses) > 1 else loss)
         if not math.isfinite(shown):
             raise ValueError(
-                f"the loss is {shown} at step {len(losses) - 1}: lower learning_rate ({learning_rate}), or look at the model"
+                f"the loss is {shown} at step {len(losses) - 1}: "
+                f"lower learning_rate ({learning_rate}), or look at the model"
             )
         if progress is not None:
             progress(state.step, state.total, shown)
@@ -214,10 +219,12 @@ def _make_update(
       dtypes: a tree like the trained one: the dtypes in which the model computes.
       transform: the optax transformation.
       accumulate: the number of parts that a batch is cut into.
-      scheduled: multiply the change by the learning rate of the step; else the transformation does that itself.
+      scheduled: multiply the change by the learning rate of the step; else the transformation does
+        that itself.
 
     Returns:
-      `(train, memory, rest, batch, args, rate) -> (train, memory, loss)`; the first two arguments are donated.
+      `(train, memory, rest, batch, args, rate) -> (train, memory, loss)`; the first two arguments
+      are donated.
     """
 
     def loss_of(train, rest, batch, args):
@@ -252,7 +259,7 @@ def _check(steps, minutes, accumulate, warmup, learning_rate) -> None:
 
 
 def _optimizer(own: Any) -> Any:
-    """The user's transformation, or Adam with gradients clipped by their norm and no learning rate."""
+    """The user's transformation, or Adam without a learning rate, with clipped gradients."""
     try:
         import optax
     except ImportError as e:
@@ -283,7 +290,7 @@ def _gradient(loss_of, train, rest, batch, args, parts: int):
     return jax.tree.map(lambda leaf: leaf / parts, total)
 
 
-# --- time and state ---------------------------------------------------------------------------------------------------
+# --- time and state
 
 
 class _Clock:
@@ -306,7 +313,8 @@ class _Clock:
             self._compiled = self.seconds()
             self._first = done
         timed = done - self._first
-        # Slow steps may take half of the time before enough of them are timed: then these few decide.
+        # Slow steps may take half of the time before enough of them are timed: then these few
+        # decide.
         if timed == 0 or (timed < _TIMED and self.seconds() < 30 * minutes):
             return None
         jax.block_until_ready(loss)
@@ -358,7 +366,8 @@ class _Checkpoint:
         saved = store.load(self._path)
         if not isinstance(saved, dict) or saved.get("run") != self._run:
             raise ValueError(
-                f"checkpoint {str(self._path)!r} is of a training with other parameters or settings: name another directory"
+                f"checkpoint {str(self._path)!r} is of a training with other parameters or "
+                "settings: name another directory"
             )
 
         def like(tree, leaves):

@@ -1,4 +1,4 @@
-"""Recovery: training the kept values of a pruned model until it predicts as the original one does."""
+"""Recovery: training the kept values of a pruned model until it predicts as the original does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from slidejax.variants.trainable import Selection
 
 __all__ = ["HIDDEN", "recover"]
 
-# All parameters but the embeddings of tokens and positions and the output head: pruned kernels, biases, norms.
+# All parameters but the embeddings of tokens and positions and the output head: pruned kernels,
+# biases, norms.
 HIDDEN = r"(?!.*(?:embed|wte|wpe|lm_head|predictions/decoder)).*"
 
 
@@ -41,7 +42,9 @@ def recover(
     every: int = 200,
     progress: Callable[[int, int | None, float], None] | None = None,
 ) -> tuple[Any, Fitted]:
-    """Distils the original model into its pruned version. Masks stay, and 8-bit rounding is in the loop.
+    """Distils the original model into its pruned version.
+
+    Masks stay as they are, and 8-bit rounding is in the loop.
 
     Args:
       model: a converted Hugging Face Flax language model (`slidejax.huggingface.convert`), 8-bit or
@@ -49,8 +52,8 @@ def recover(
       teacher: the original model.
       tokens: token ids to train on, one long text `[n]` or rows `[rows, length]`. Labels are not
         needed.
-      steps, minutes: how long to train; give one of the two (`slidejax.train.fit`). With `steps` the
-        result is the same each time.
+      steps, minutes: how long to train; give one of the two (`slidejax.train.fit`). With `steps`
+        the result is the same each time.
       qdtype: int8 or float8_e4m3fn quantises a float-packed model during the training; None leaves
         the dtype as it is.
       window: tokens in a row.
@@ -85,7 +88,8 @@ def recover(
 
     if model.config.vocab_size != teacher.config.vocab_size:
         raise ValueError(
-            f"teacher has a vocabulary of {teacher.config.vocab_size} tokens, the model one of {model.config.vocab_size}"
+            f"teacher has a vocabulary of {teacher.config.vocab_size} tokens, "
+            f"the model one of {model.config.vocab_size}"
         )
     if not weights_of(model.params):
         raise ValueError("model is dense, so there is nothing to recover: convert it first")
