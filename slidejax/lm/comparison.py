@@ -88,7 +88,7 @@ def compare(
       batch: sequences at a time; None: 2 on a CPU, 8 elsewhere.
       reference: measure agreement with this one.
       prompt: let each model continue it.
-      max_new_tokens: at most so far.
+      max_new_tokens: at most this many tokens.
       progress: called with the model's name, the tokens predicted and all of them.
 
     Raises:

@@ -1,7 +1,7 @@
-"""How good a language model is on a text: perplexity, next-token accuracy, agreement with another model.
+"""The quality of a language model on a text: perplexity, accuracy, agreement with another model.
 
-The model is run as it will serve: through its own ``__call__`` under `jax.jit`, with whatever parameters it has, dense or
-packed.
+The model runs as it will serve: its own ``__call__`` under `jax.jit`, with the parameters that it
+has, packed or not.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How close a model's predictions are to another's.
+    """How close a model's predictions are to those of another model.
 
     Attributes:
-      top1: share of positions at which both would choose the same token.
+      top1: the share of positions at which both models rank the same token first.
       kl: mean Kullback-Leibler divergence of this model's distribution from the other's, in nats.
     """
 
@@ -42,14 +42,14 @@ class Agreement:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Attributes:
       perplexity: exp of the mean negative log-likelihood of a token.
-      next_token_accuracy: share of tokens that the model ranked first.
-      tokens: how many tokens were predicted.
-      agreement: with the reference model, or None if there was none.
-      losses: float32 `[tokens]`, the negative log-likelihood of each token.
+      next_token_accuracy: the share of tokens that the model ranked first.
+      tokens: the number of predicted tokens.
+      agreement: the agreement with the reference model, or None without one.
+      losses: float32 `[tokens]`, the negative log-likelihood of each token in nats.
     """
 
     perplexity: float
@@ -62,18 +62,18 @@ class Evaluation:
 
 
 def windows(tokens: Sequence[int] | np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts tokens into windows so that every token but the first is predicted exactly once.
+    """Cuts tokens into windows, in which every token but the first is predicted exactly once.
 
     Args:
       tokens: at least two token ids.
-      length: predictions in a window.
+      length: the number of predictions in a window.
 
     Returns:
-      int32 [n, length + 1], neighbours sharing one token, the last padded with zeros; and float32 [n, length], 1 where
-      a prediction counts.
+      int32 [n, length + 1] and float32 [n, length]: the windows, and 1 where a prediction counts.
+      Neighbours share one token, and the last window is padded with zeros.
 
     Raises:
-      ValueError: fewer than two tokens, or ``length`` is not positive.
+      ValueError: if there are fewer than two tokens, or ``length`` is not positive.
 
     >>> windows([1, 2, 3, 4], 2)[0].tolist(), windows([1, 2, 3, 4], 2)[1].tolist()
     ([[1, 2, 3], [3, 4, 0]], [[1.0, 1.0], [1.0, 0.0]])
@@ -93,28 +93,31 @@ def windows(tokens: Sequence[int] | np.ndarray, length: int) -> tuple[np.ndarray
 
 
 def default_batch() -> int:
-    """How many windows the commands run at a time on this device."""
+    """The number of windows that the commands run at a time on this device."""
     return 2 if jax.default_backend() == "cpu" else 8
 
 
 def fitting(window: int, *models: Any) -> int:
-    """The window, or the fewest positions that one of the models has, where these are fewer."""
+    """The largest window, up to the given one, that fits into the positions of all models."""
     return min(
         window, *(getattr(model.config, "max_position_embeddings", window) for model in models)
     )
 
 
 class Evaluator:
-    """Evaluates a model, with its own or other parameters; those of one structure share a compiled program.
+    """Evaluates a model with its own or with other parameters.
+
+    Parameters of the same structure share one compiled program.
 
     Args:
-      model: a Hugging Face Flax causal language model, dense or converted.
-      window: predictions made in one sequence; each window starts with no context but its first token.
-      batch: windows run at a time.
-      reference: another model of the same vocabulary to measure agreement with.
+      model: a Hugging Face Flax causal language model, converted or not.
+      window: the number of predictions in one sequence. The context of a window begins with its
+        first token.
+      batch: the number of windows that run at a time.
+      reference: another model with the same vocabulary, to measure agreement with.
 
     Raises:
-      ValueError: a window longer than the model's positions.
+      ValueError: if the window is longer than the model's positions.
     """
 
     def __init__(self, model: Any, *, window: int = 512, batch: int = 4, reference: Any = None):
@@ -139,12 +142,12 @@ class Evaluator:
         """Perplexity and next-token accuracy on a text.
 
         Args:
-          tokens: the text's token ids.
-          params: parameters to run with; None: the model's own.
-          progress: called with (predicted, total) tokens after each batch.
+          tokens: the token ids of the text.
+          params: the parameters to run with; None: the model's own.
+          progress: called after each batch with the numbers of predicted and of all tokens.
 
         Raises:
-          ValueError: too few tokens, or a token outside the vocabulary.
+          ValueError: if there are too few tokens, or a token outside the vocabulary.
         """
         window, params = self._window, self._params if params is None else params
         ids, counts = windows(tokens, window)
@@ -159,9 +162,8 @@ class Evaluator:
 
         losses = np.zeros(counts.shape, np.float32)
         total = int(counts.sum())
-        sums = np.zeros(
-            2 if self._reference_params is None else 4
-        )  # float64: a long text must not lose its last tokens to rounding
+        # float64, because float32 would round away the last tokens of a long text
+        sums = np.zeros(2 if self._reference_params is None else 4)
         for i in range(0, len(ids), batch):
             part, losses[i : i + batch] = self._step(
                 params, self._reference_params, ids[i : i + batch], counts[i : i + batch]
@@ -176,7 +178,7 @@ class Evaluator:
             else Agreement(top1=float(mean[2]), kl=float(mean[3]))
         )
         loss = float(mean[0])
-        # exp of a large mean overflows; of nan it is nan, which a ruined model should show
+        # exp of a large mean overflows. nan stays nan: a ruined model should show it.
         perplexity = math.exp(loss) if not loss > 700 else math.inf
         return Evaluation(perplexity, float(mean[1]), total, agreement, losses[counts == 1])
 
@@ -192,11 +194,12 @@ def _step(
     """Sums over a batch of windows, and the loss of each prediction."""
     logits = model(ids[:, :-1], params=params).logits.astype(jnp.float32)
     target = ids[:, 1:]
-    # log-softmax only where it is needed: over the whole vocabulary it would be the largest array of all
+    # The log-softmax is computed for the target only. For all tokens it would be the largest array.
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     score = jnp.take_along_axis(logits, target[..., None], axis=-1)
     loss = normaliser - score[..., 0]
-    # target == argmax(logits), which takes the first of equals; as a sum it is many times cheaper on a CPU
+    # This is target == argmax(logits), where argmax takes the first of equal values. Written as a
+    # comparison it is several times cheaper on a CPU.
     earlier = jnp.arange(logits.shape[-1]) < target[..., None]
     ahead = ~(logits <= score) | (earlier & (logits == score))
     sums = [jnp.sum(loss * counts), jnp.sum(~ahead.any(axis=-1) * counts)]
@@ -219,14 +222,17 @@ def evaluate(
     reference: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity and next-token accuracy of a causal language model on a text: `Evaluator`, used once.
+    """Perplexity and next-token accuracy of a causal language model on a text.
+
+    This calls an `Evaluator` once.
 
     Args:
-      model, window, batch, reference: as `Evaluator` takes them.
-      tokens, params, progress: as it is called with.
+      model, window, batch, reference: arguments of `Evaluator`.
+      tokens, params, progress: arguments of its call.
 
     Raises:
-      ValueError: too few tokens, a token outside the vocabulary, or a window longer than the model's positions.
+      ValueError: if there are too few tokens, a token is outside the vocabulary, or the window is
+        longer than the model's positions.
     """
     return Evaluator(model, window=window, batch=batch, reference=reference)(
         tokens, params, progress=progress

@@ -1,12 +1,13 @@
-"""A model for the Language Model Evaluation Harness (package `lm_eval`), dense or converted, as it will serve.
+"""A model for the Language Model Evaluation Harness (package `lm_eval`), as it will serve.
 
     from lm_eval import simple_evaluate
     from slidejax.lm.harness import SlideLM
     results = simple_evaluate(SlideLM("out"), tasks=["lambada_openai"])
 
-With `lm_eval` installed the class derives from its `LM` and is registered as `slidejax`, so that after this module is
-imported `simple_evaluate(model="slidejax", model_args="model=out")` works. Without it the module imports just as well:
-nothing but the methods' names and the requests' `args` is the harness's.
+If `lm_eval` is installed, the class derives from its `LM` and is registered as `slidejax`: once
+this module is imported, `simple_evaluate(model="slidejax", model_args="model=out")` works. The
+module can be imported without `lm_eval`, because it uses only the names of the methods and the
+requests' `args`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ except ImportError:
         return lambda cls: cls
 
 
-# Rows are padded to one of few lengths, so that few programs are compiled.
+# Rows are padded to one of a few lengths, so that few programs are compiled. This is the shortest.
 _SHORTEST = 32
 
 
@@ -42,16 +43,16 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
     """A causal language model that the harness can ask.
 
     Args:
-      model: as on the command line: "smollm2", a GGUF file, a Hugging Face directory or one from `slidejax convert`; or a
-        `slidejax.models.LoadedModel`.
-      batch_size: rows run at a time.
+      model: a `slidejax.models.LoadedModel`, or a name as on the command line: "smollm2", a GGUF
+        file, a Hugging Face directory, or a directory from `slidejax convert`.
+      batch_size: the number of rows that run at a time.
       max_length: tokens in a row; None: the model's positions, at most 2048.
-      max_gen_toks: tokens to generate where a request does not say.
-      dtype: of the computation; None: bfloat16 on a GPU, else as converted.
-      **ignored: what the harness passes to every model (`device`, `max_batch_size`).
+      max_gen_toks: tokens to generate if a request names no number.
+      dtype: the dtype of the computation; None: bfloat16 on a GPU, else as converted.
+      **ignored: arguments that the harness passes to every model (`device`, `max_batch_size`).
 
     Raises:
-      ValueError: there is no such model, or it came without a tokenizer.
+      ValueError: if there is no such model, or it came without a tokenizer.
     """
 
     def __init__(
@@ -84,24 +85,33 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         self._score_rows = jax.jit(functools.partial(_score_rows, self._model))
         self._writers: dict[tuple, Any] = {}
 
-    # ------------------------------------------------------------------------------------------------ what tasks ask
+    # --- called by tasks
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """For each `(context, continuation)` the log-likelihood of the continuation, and whether it is the greedy one."""
+        """Log-likelihoods of continuations, and whether each is the greedy one.
+
+        The arguments of a request are `(context, continuation)`.
+        """
         return self._score([self._encode_pair(*request.args) for request in requests])
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """For each `(text,)` its log-likelihood, every token predicted once, with as much context as fits."""
+        """Log-likelihoods of whole texts. Each token is predicted once, with all context that fits.
+
+        The arguments of a request are `(text,)`.
+        """
         parts = [list(self._rolling(self.tok_encode(request.args[0]))) for request in requests]
         scores = iter(self._score([pair for part in parts for pair in part]))
         return [sum(next(scores)[0] for _ in part) for part in parts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """For each `(context, {"until": [...], "max_gen_toks": n, ...})` what the model writes, up to the first stop."""
+        """The continuations that the model writes, each up to the first stop.
+
+        The arguments of a request are `(context, {"until": [...], "max_gen_toks": n, ...})`.
+        """
         answers: list[str] = [""] * len(requests)
         groups: dict[tuple, list[int]] = {}
         asked = [self._generation(*request.args) for request in requests]
@@ -118,7 +128,7 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
                     )
         return answers
 
-    # ------------------------------------------------------------------------------------------- what the harness asks
+    # --- called by the harness
 
     @property
     def eot_token_id(self) -> int:
@@ -129,7 +139,7 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
 
     @property
     def prefix_token_id(self) -> int:
-        """What the first token of a text is predicted from: the start of a text, where the tokenizer has one."""
+        """The token before the first one of a text: the start of a text, or else its end."""
         start = self.tokenizer.bos_token_id
         return self.eot_token_id if start is None else int(start)
 
@@ -138,7 +148,7 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         return self._loaded.name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The tokenizer's template, None where none is asked for."""
+        """The tokenizer's chat template, or None if none is asked for."""
         return (
             None
             if not chat_template
@@ -160,10 +170,13 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         """Token ids, without special tokens around them."""
         return self._loaded.encode(string)
 
-    # --------------------------------------------------------------------------------------------------------- scoring
+    # --- scoring
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Both parts as tokens: those of the whole, cut where the context ends; its trailing spaces go with what follows."""
+        """The tokens of both parts: those of the whole text, cut where the context ends.
+
+        Spaces at the end of the context belong to the continuation.
+        """
         bare = context.rstrip()
         context, continuation = bare, context[len(bare) :] + continuation
         if not context:
@@ -172,7 +185,7 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         return whole[: len(start)], whole[len(start) :]
 
     def _rolling(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """(context, continuation) pairs that predict each token once; the last one has a full context."""
+        """Pairs (context, continuation) that predict each token once; the last context is full."""
         size = self.max_length
         if ids:
             yield [self.prefix_token_id], ids[:size]
@@ -187,7 +200,8 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         for i, (context, continuation) in enumerate(pairs):
             if len(continuation) > self.max_length:
                 raise ValueError(
-                    f"a continuation of {len(continuation)} tokens does not fit max_length {self.max_length}"
+                    f"a continuation of {len(continuation)} tokens does not fit max_length "
+                    f"{self.max_length}"
                 )
             groups.setdefault(
                 _padded(
@@ -211,12 +225,12 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
                     results[i] = float(scores[row]), bool(greedy[row])
         return results
 
-    # ------------------------------------------------------------------------------------------------------ generating
+    # --- generating
 
     def _generation(
         self, context: str, options: dict[str, Any] | None = None
     ) -> tuple[list[int], list[str], tuple]:
-        """The prompt's tokens, the stops, and how to write."""
+        """The tokens of the prompt, the stops, and the number of tokens with the temperature."""
         options = dict(options or {})
         stops = options.pop("until", None) or []
         stops = [stops] if isinstance(stops, str) else list(stops)
@@ -247,10 +261,9 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
             self._writers[length, how] = jax.jit(run)
         ids = np.full((self.batch_size, length), self.eot_token_id, np.int32)
         mask = np.zeros((self.batch_size, length), np.int32)
-        mask[:, -1] = 1  # rows that fill up the batch
-        for row, prompt in enumerate(
-            prompts
-        ):  # padded on the left: the text goes on at the right end
+        mask[:, -1] = 1  # for rows that only fill up the batch
+        # Prompts are padded on the left, because the text goes on at the right end.
+        for row, prompt in enumerate(prompts):
             ids[row, length - len(prompt) :] = prompt
             mask[row, length - len(prompt) :] = 1
         new = np.asarray(
@@ -264,6 +277,7 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
 def _score_rows(
     model: Any, params: Any, ids: jax.Array, counts: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    """For each row, the log-likelihood of the counted tokens, and whether all were ranked first."""
     logits = model(ids[:, :-1], params=params).logits.astype(jnp.float32)
     target = ids[:, 1:, None]
     chosen = jnp.take_along_axis(logits, target, axis=-1)[..., 0] - jax.nn.logsumexp(

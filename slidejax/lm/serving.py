@@ -1,4 +1,4 @@
-"""A converted model as it serves on this device, what its weights are, and what it writes."""
+"""Models as they serve on this device: conversion, a summary of the weights, samples of text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ __all__ = ["Sample", "Summary", "convert", "ready", "summary"]
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What the packed weights of a model are; `pattern` and `dtype` join several with "+", and `pattern` is "dense" too where there are none."""
+    """The packed weights of a model in three words.
+
+    Attributes:
+      pattern: the patterns, joined with "+"; "dense" if there are no packed weights.
+      dtype: the dtypes, joined with "+"; "dense" if there are no packed weights.
+      bytes: the bytes of the packed weights, without prepared forms.
+    """
 
     pattern: str
     dtype: str
@@ -45,7 +51,11 @@ def summary(params: Any) -> Summary:
 def convert(
     model: Any, rule: Rule | list, method: Any, calibration: Any
 ) -> tuple[Any, Report, float]:
-    """`slidejax.huggingface.convert`, with its report and the seconds until the weights are there."""
+    """Calls `slidejax.huggingface.convert`.
+
+    Returns:
+      The converted model, the report, and the seconds until the weights were there.
+    """
     from slidejax import huggingface
 
     report = Report()
@@ -56,7 +66,11 @@ def convert(
 
 
 def ready(model: Any) -> Any:
-    """The model as it serves on this device: on a GPU with its projections fused, else as `slidejax.prepared.serving` makes it."""
+    """The model in the form in which this device serves it.
+
+    On a GPU its projections are fused. Elsewhere its weights are replaced by those that
+    `slidejax.variants.prepared.serving` makes.
+    """
     from slidejax import huggingface
 
     if jax.default_backend() == "gpu":
@@ -65,17 +79,19 @@ def ready(model: Any) -> Any:
 
 
 class Sample:
-    """What a model writes after a prompt, the likeliest token each time.
+    """The continuation of a prompt by a model that always takes the likeliest token.
+
+    The program compiles in the background from the start, and `text` waits for it.
 
     Args:
-      model: to generate with.
-      loaded: whose tokenizer to use.
-      prompt: text.
-      max_new_tokens: how many tokens to write at most.
-      pool: where to compile, from now on.
+      model: the model that writes.
+      loaded: the model that it was made from, for its tokenizer.
+      prompt: the text to continue.
+      max_new_tokens: the largest number of tokens to write.
+      pool: the executor that compiles.
 
     Raises:
-      ValueError: there is no tokenizer, or the prompt does not fit.
+      ValueError: if there is no tokenizer, or the prompt does not fit.
     """
 
     def __init__(
@@ -87,6 +103,7 @@ class Sample:
         self._compiled = pool.submit(self._generator.compile, len(self._prompt))
 
     def text(self) -> str:
+        """The continuation, without the prompt."""
         self._compiled.result()
         assert self._loaded.tokenizer is not None  # encode has raised otherwise
         return self._loaded.tokenizer.decode(self._generator(self._prompt).tokens)

@@ -1,8 +1,10 @@
-"""English text that is on every machine with Python: the language reference that `help()` shows, and docstrings.
+"""English text that every machine with Python has: the language reference, and docstrings.
 
-The reference is read from the standard library (``pydoc_data.topics``), so its wording follows the version of Python; a
-figure measured on it should name that version (`source`). Two disjoint parts: one to evaluate on, one to calibrate on.
-What a model is trained on (`training`) shares not even a run of eight words with the first.
+The reference is the text that `help()` shows. It is part of the standard library
+(``pydoc_data.topics``) and differs from version to version of Python, so a figure that was measured
+on it should name the version (`source`). It is divided into two disjoint parts, one to evaluate on
+and one to calibrate on. The text to train on (`training`) shares not even eight words in a row with
+the part to evaluate on.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from pathlib import Path
 
 __all__ = ["calibration", "evaluation", "overlaps", "source", "training"]
 
-# A paragraph with so many words in a row of the evaluation text is not trained on.
+# A paragraph that shares this many words in a row with the evaluation text is not trained on.
 _RUN = 8
-# Parts of the standard library whose docstrings are hardly prose, and its largest part by far.
+# These parts of the standard library have docstrings that are hardly prose, or are far too large.
 _NO_PROSE = {
     "test",
     "tests",
@@ -32,32 +34,37 @@ _NO_PROSE = {
 
 
 def source() -> str:
-    """What the text is, for tables.
+    """A name of the text, for tables.
 
     >>> source().startswith("Python 3")
     True
     """
-    return f"Python {'.'.join(platform.python_version_tuple()[:2])} language reference (pydoc_data.topics)"
+    version = ".".join(platform.python_version_tuple()[:2])
+    return f"Python {version} language reference (pydoc_data.topics)"
 
 
 def evaluation() -> str:
-    """The part to evaluate on: a quarter of the topics, no paragraph twice."""
+    """The part to evaluate on: about a quarter of the topics, without repeated paragraphs."""
     return "\n\n".join(_parts()[0])
 
 
 def calibration() -> str:
-    """The part to calibrate on: the other topics, without any paragraph that `evaluation` has."""
+    """The part to calibrate on: the other topics, without the paragraphs of `evaluation`."""
     return "\n\n".join(_parts()[1])
 
 
 def training(docstrings: float = 1.0) -> str:
     """Text to train on: the calibration part and the docstrings of Python's standard library.
 
-    A paragraph that shares a run of eight words with `evaluation` is left out (`overlaps`), a paragraph that comes again
-    too. Parsing the library takes some seconds.
+    A paragraph is left out if it shares eight words in a row with `evaluation` (`overlaps`), or if
+    it came before. Parsing the library takes some seconds.
 
     Args:
-      docstrings: the share of their paragraphs to take, evenly spread, in 0..1.
+      docstrings: the share of the docstrings' paragraphs to take, from 0 to 1. They are spread
+        evenly over the library.
+
+    Raises:
+      ValueError: if the share is not from 0 to 1.
     """
     if not 0 <= docstrings <= 1:
         raise ValueError(f"docstrings must be a share in 0..1, got {docstrings}")
@@ -76,25 +83,30 @@ def training(docstrings: float = 1.0) -> str:
 
     reference = fresh(_parts()[1])
     found = fresh(p for text in _docstrings() for p in text.split("\n\n")) if docstrings else []
-    # the i-th is taken where the running count of taken ones steps up
+    # Paragraph i is taken if the number of taken paragraphs grows at i.
     spread = [p for i, p in enumerate(found) if int((i + 1) * docstrings) > int(i * docstrings)]
     return "\n\n".join(reference + spread)
 
 
 def overlaps(text: str, other: str) -> int:
-    """How many runs of eight words ``text`` has that are in ``other`` too; case and punctuation do not count.
+    """The number of different runs of eight words that are in both texts.
 
-    >>> overlaps("one two three four five six seven eight", "so One, two three four five six - seven eight!")
+    Case and punctuation do not count.
+
+    >>> text = "one two three four five six seven eight"
+    >>> overlaps(text, "so One, two three four five six - seven eight!")
     1
     """
     return len(_runs(_words(text)) & _runs(_words(other)))
 
 
 def _words(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation."""
     return "".join(c if c.isalnum() else " " for c in text.lower()).split()
 
 
 def _runs(words: list[str]) -> set[tuple[str, ...]]:
+    """All runs of eight words."""
     return {tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)}
 
 
@@ -106,8 +118,8 @@ def _docstrings() -> Iterator[str]:
             try:
                 tree = ast.parse(file.read_bytes())
             except (SyntaxError, ValueError, OSError):
-                continue  # templates and deliberately broken files
-            # docstrings stand in the bodies of definitions: expressions need not be walked
+                continue  # Some files are templates, or broken on purpose.
+            # Docstrings stand in the bodies of definitions, so expressions need not be walked.
             todo: list[ast.AST] = [tree]
             while todo:
                 node = todo.pop()
@@ -121,14 +133,16 @@ def _docstrings() -> Iterator[str]:
 
 
 def _parts() -> tuple[list[str], list[str]]:
+    """The paragraphs of `evaluation` and of `calibration`."""
     try:
         from pydoc_data.topics import topics
     except ImportError as e:
         raise ValueError(
             "this Python lacks pydoc_data, the default text: name a text file instead"
         ) from e
-    # By a hash of the name, so that a topic keeps its side when others come or go. Topics quote each other at length:
-    # a paragraph counts once, where it first appears, and what was evaluated on is never calibrated on.
+    # A hash of its name decides the side of a topic, which so keeps its side when others come or
+    # go. Topics quote each other at length. A paragraph therefore counts only where it first
+    # appears, and the evaluation part, which comes first, shares none with the calibration part.
     held_out = sorted(name for name in topics if zlib.crc32(name.encode()) % 4 == 0)
     seen: set[str] = set()
     parts = []
