@@ -1,9 +1,29 @@
-"""Eight fake CPU devices for the sharding tests, and GPU tests that skip with a reason where there is no GPU;
-a tiny Llama."""
+"""Settings of all tests, and a tiny Llama for many of them."""
 
+import atexit
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
-# before jax starts; it changes nothing on a GPU machine but the number of its CPU devices
+
+def _share_compiled_programs():
+    """Lets the processes of a test run share compiled programs, so that each is compiled once.
+
+    The processes are those of pytest-xdist and those that tests start. The programs are in a
+    directory of this run alone. On a GPU nothing is shared: programs are timed there.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or list(Path("/dev").glob("nvidia[0-9]*")):
+        return
+    folder = tempfile.mkdtemp(prefix="slidejax-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+# All this is set before JAX starts. The sharding tests run on eight CPU devices that XLA makes up.
+_share_compiled_programs()
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
