@@ -2,7 +2,11 @@
 
 import shutil
 
+import jax
+import pytest
+
 from slidejax.commands import main as cli
+from slidejax.weights.packed import SlideWeight
 
 SENTENCES = (
     "The moon is the only natural satellite of the Earth. It turns once while it goes round. "
@@ -10,7 +14,7 @@ SENTENCES = (
 
 
 def write_files(folder, original, pattern, text):
-    """A model, one converted to a pattern, and a text: `dense`, `out` and `text.txt` in the folder, which is returned."""
+    """Writes `dense` (a model), `out` (the model converted to a pattern) and `text.txt`; returns the folder."""
     shutil.copytree(original, folder / "dense")
     assert (
         cli.main(["convert", str(folder / "dense"), str(folder / "out"), "--pattern", pattern]) == 0
@@ -21,7 +25,57 @@ def write_files(folder, original, pattern, text):
 
 def run(capsys, *args):
     """`(status, standard output, standard error)` of a command."""
-    capsys.readouterr()
+    capsys.readouterr()  # what fixtures have printed
     status = cli.main([str(a) for a in args])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+def output(capsys, *args):
+    """Standard output of a command that must succeed."""
+    status, out, err = run(capsys, *args)
+    assert status == 0, err
+    return out
+
+
+def error(capsys, *args):
+    """The one line that a failing command says."""
+    status, out, err = run(capsys, *args)
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert status == 1 and len(lines) == 1 and "Traceback" not in err and out == ""
+    return lines[0]
+
+
+def usage_error(capsys, *args):
+    """The one line that a command says about arguments that cannot be right; nothing is read before that."""
+    with pytest.raises(SystemExit) as stopped:
+        run(capsys, *args)
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if "error:" in line]
+    assert stopped.value.code == 2 and len(lines) == 1 and captured.out == ""
+    return lines[0]
+
+
+def packed(params):
+    """The packed weights of a tree."""
+
+    def is_weight(node):
+        return isinstance(node, SlideWeight)
+
+    return [w for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)]
+
+
+def layers():
+    """(in, out) of all linear layers of the tiny Llama's two blocks."""
+    block = [(48, 48), (48, 48), (48, 24), (48, 24), (48, 104), (48, 104), (104, 48)]
+    return block * 2
+
+
+def packed_bytes(pattern, size, inputs, outputs):
+    """Bytes of a packed weight: values, one byte of zeros for each group that has some, a float32 scale for each output.
+
+    K is padded to blocks of eight groups.
+    """
+    kept, group = (4, 4) if pattern == "dense" else map(int, pattern.split(":"))
+    groups = -(-inputs // (8 * group)) * 8
+    return outputs * (groups * (kept * size + (kept < group)) + 4)

@@ -51,18 +51,11 @@ def test_recover_writes_a_better_model(capsys, files):
     about = load_model(new).about
     assert about["pattern"] == "4:6" and about["recovery"]["steps"] == 25
     # the state holds the whole run: it is written once more without a step
-    status, said, _ = run(
-        capsys,
-        "recover",
-        out,
-        files / "again",
-        *options,
-        "--steps",
-        25,
-        "--checkpoint",
-        files / "state",
-    )
-    assert status == 0
+    again = ["--steps", 25, "--checkpoint", files / "state", "--json"]
+    status, said, _ = run(capsys, "recover", out, files / "again", *options, *again)
+    figures = json.loads(said)
+    assert status == 0 and figures["out"] == str(files / "again") and figures["steps"] == 25
+    assert 0 < figures["last_loss"] < figures["first_loss"]
     kernels = [
         load_model(f).model.params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"].values
         for f in (new, files / "again")

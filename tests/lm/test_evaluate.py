@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidejax.lm import texts
 from slidejax.lm.evaluate import Evaluator, evaluate, windows
 
 TOKENS = np.random.default_rng(3).integers(0, 256, 75)
@@ -113,19 +112,3 @@ def test_a_ruined_model_shows(tiny_llama):
 def test_bad_input(tiny_llama, tokens, window, message):
     with pytest.raises(ValueError, match=message):
         evaluate(tiny_llama, tokens, window=window)
-
-
-def test_texts_are_disjoint_and_long_enough():
-    held_out, calibration = texts.evaluation(), texts.calibration()
-    assert min(len(held_out), len(calibration)) > 100_000
-    paragraphs = [{" ".join(p.split()) for p in t.split("\n\n")} for t in (held_out, calibration)]
-    assert not paragraphs[0] & paragraphs[1]
-
-
-def test_nothing_of_the_evaluation_text_is_trained_on():
-    training, held_out = texts.training(0.02), texts.evaluation()
-    assert texts.overlaps(training, held_out) == 0  # not even eight words in a row
-    assert texts.overlaps(texts.calibration(), held_out) > 0  # so the test can fail
-    assert len(texts.training(0)) > 100_000 and len(training) > len(texts.training(0))
-    with pytest.raises(ValueError, match="share"):
-        texts.training(2)

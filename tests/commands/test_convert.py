@@ -1,0 +1,172 @@
+"""`slidejax convert` on a tiny model, in process."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+
+from command_line import error, layers, output, packed, packed_bytes
+
+from slidejax import huggingface
+from slidejax.lm.models import load_model
+from slidejax.rules import Rule
+from slidejax.weights.packed import SlideWeight
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("int8", "int8"), ("float8_e4m3fn", "float8_e4m3fn"), ("none", "float32")],
+)
+def test_convert_writes_what_convert_makes(capsys, tmp_path, model, dtype, expected):
+    path = str(tmp_path / "out")
+    said = output(capsys, "convert", model, path, "--pattern", "4:6", "--dtype", dtype)
+    assert "14 layers converted" in said
+    loaded = load_model(path)
+    qdtype = None if dtype == "none" else dtype
+    direct = huggingface.convert(load_model(model).model, Rule("4:6", qdtype=qdtype))
+    assert {w.dtype.name for w in packed(loaded.model.params)} == {expected}
+    jax.tree.map(np.testing.assert_array_equal, loaded.model.params, direct.params)
+    ids = np.arange(12)[None]
+
+    def call(m):
+        return jax.jit(lambda p: m(ids, params=p).logits)(m.params)
+
+    np.testing.assert_array_equal(call(loaded.model), call(direct))
+    assert loaded.about["pattern"] == "4:6" and loaded.about["source"] == "dense"
+
+
+def test_a_model_is_quantised_only(capsys, tmp_path, model, text):
+    """The pattern dense goes through every command, and is not taken for a model that was never converted."""
+    path, calibration = str(tmp_path / "out"), ["--calibration", text, "--sequences", "2"]
+    said = output(
+        capsys,
+        "convert",
+        model,
+        path,
+        "--pattern",
+        "dense",
+        "--method",
+        "sparsegpt",
+        "--dtype",
+        "float8_e4m3fn",
+        *calibration,
+    )
+    assert (
+        "14 layers converted" in said
+        and "dense float8_e4m3fn, sparsegpt" in said
+        and "skipped: lm_head/kernel" in said
+    )
+    loaded = load_model(path)
+    assert loaded.about["pattern"] == "dense" and {
+        str(w.pattern) for w in packed(loaded.model.params)
+    } == {"dense"}
+    before, after = json.loads(
+        output(capsys, "eval", model, path, "--text", text, "--window", "64", "--json")
+    )
+    assert [(row["pattern"], row["dtype"]) for row in (before, after)] == [
+        ("dense", "float32"),
+        ("dense", "float8_e4m3fn"),
+    ]
+    assert (
+        before["perplexity"] != after["perplexity"] == pytest.approx(before["perplexity"], rel=0.5)
+    )
+    [row] = json.loads(
+        output(
+            capsys,
+            "demo",
+            path,
+            "--text",
+            text,
+            "--tokens",
+            "40",
+            "--max-new-tokens",
+            "2",
+            "--json",
+        )
+    )
+    assert (row["pattern"], row["dtype"]) == ("dense", "float8_e4m3fn")
+    assert row["bytes"] == sum(packed_bytes("dense", 1, i, o) for i, o in layers())
+    assert "converted already" in error(
+        capsys, "convert", path, str(tmp_path / "x"), "--pattern", "6:8"
+    )
+    output(
+        capsys,
+        "recover",
+        path,
+        str(tmp_path / "new"),
+        "--against",
+        model,
+        "--text",
+        text,
+        "--window",
+        "32",
+        "--batch",
+        "2",
+        "--steps",
+        "1",
+    )
+    assert {str(w.pattern) for w in packed(load_model(str(tmp_path / "new")).model.params)} == {
+        "dense"
+    }
+
+
+def test_convert_chooses_a_pattern_for_each_layer(capsys, tmp_path, model):
+    path = str(tmp_path / "mixed")
+    said = output(
+        capsys,
+        "convert",
+        model,
+        path,
+        "--pattern",
+        "6:8",
+        "--mixed",
+        "14:16,6:8,4:6",
+        "--sequences",
+        "2",
+    )
+    assert (
+        "14 layers converted" in said
+        and "14:16, 6:8, 4:6 for the multiplications of 6:8 int8, magnitude" in said
+    )
+    weights = packed(load_model(path).model.params)
+    chosen = {str(w.pattern) for w in weights}
+    assert chosen <= {"14:16", "6:8", "4:6"} and len(chosen) > 1
+    cost = sum(math.prod(w.shape) * w.pattern.expansion / 2 for w in weights)
+    assert cost <= sum(math.prod(w.shape) for w in weights) * 0.75
+    assert "--skip" in error(
+        capsys,
+        "convert",
+        model,
+        str(tmp_path / "x"),
+        "--pattern",
+        "6:8",
+        "--mixed",
+        "2:4",
+        "--skip",
+        "a",
+    )
+
+
+@pytest.mark.parametrize("flag", ["--skip", "--dense"])
+def test_layers_can_be_skipped(capsys, tmp_path, model, flag):
+    path = str(tmp_path / "out")
+    output(capsys, "convert", model, path, "--pattern", "6:8", flag, ".*/self_attn/.*")
+    params = load_model(path).model.params
+    assert len(packed(params)) == 6
+    assert not isinstance(
+        params["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"], SlideWeight
+    )
+
+
+def test_the_figures_as_json(capsys, tmp_path, model):
+    path = str(tmp_path / "out")
+    figures = json.loads(output(capsys, "convert", model, path, "--pattern", "6:8", "--json"))
+    assert (figures["out"], figures["source"], figures["pattern"]) == (path, "dense", "6:8")
+    assert figures["layers"] == 14 and figures["seconds"] > 0
+    assert figures["bytes_before"] == sum(4 * i * o for i, o in layers())
+    assert figures["bytes_after"] == sum(packed_bytes("6:8", 1, i, o) for i, o in layers())

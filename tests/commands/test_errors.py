@@ -1,0 +1,64 @@
+"""Errors of the commands: one line each, and before a model is read where that is possible."""
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+
+from command_line import error, usage_error
+
+from slidejax.commands import main as cli
+
+
+def test_errors_are_one_line(capsys, tmp_path, model, out, text):
+    assert "not one of smollm2" in error(capsys, "eval", str(tmp_path / "nowhere"))
+    assert "converted already" in error(
+        capsys, "convert", out, str(tmp_path / "x"), "--pattern", "6:8"
+    )
+    assert "is a file" in error(capsys, "convert", model, text, "--pattern", "6:8")
+    (tmp_path / "empty").write_text("")
+    assert "at least two" in error(capsys, "eval", model, "--text", str(tmp_path / "empty"))
+    assert "chat template" in error(capsys, "generate", model, "--chat")
+    assert not (tmp_path / "x").exists()
+
+
+def test_wrong_values_are_named_before_a_model_is_read(capsys, tmp_path):
+    convert = ("convert", str(tmp_path / "nowhere"), str(tmp_path / "x"), "--pattern")
+    for pattern in ("5:8", "6:9"):
+        said = usage_error(capsys, *convert, pattern)
+        assert "--pattern: pattern must be" in said and pattern in said
+    for dtype in ("int3", "int4"):
+        said = usage_error(capsys, *convert, "6:8", "--dtype", dtype)
+        assert "--dtype: dtype must be" in said and dtype in said and "float8_e4m3fn" in said
+    said = usage_error(capsys, *convert, "6:8", "--method", "guess")
+    assert "--method: invalid choice: 'guess'" in said and "sparsegpt" in said
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for flag, value, expected in [
+        ("--skip", "(", "must be a regular expression"),
+        ("--mixed", "6:8,1:2", "--mixed: pattern must be"),
+        ("--mixed", ",", "must be names"),
+        ("--sequences", "0", "must be 1 or more"),
+        ("--sequences", "many", "must be a whole number"),
+        ("--compute", "int8", "must be bfloat16"),
+        ("--calibration", str(tmp_path / "nothing"), "must be a text file"),
+        ("--calibration", str(tmp_path), "must be a text file"),
+        ("--calibration", str(tmp_path / "binary"), "UTF-8"),
+    ]:
+        said = usage_error(capsys, *convert, "6:8", flag, value)
+        assert f"argument {flag}: " in said and expected in said
+        assert value.split(",")[-1] in said
+    assert "must be a text file" in usage_error(capsys, "eval", "m", "--text", "nothing")
+    assert "must be 0 or more" in usage_error(capsys, "generate", "m", "--temperature", "-1")
+    assert "must be from 0 to 1" in usage_error(capsys, "recover", "m", "x", "--docstrings", "2")
+    assert "must be N,K" in usage_error(capsys, "bench", "--shape", "64")
+    assert "must be more than 0" in usage_error(capsys, "bench", "--seconds", "0")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "args", [[], ["fly"], ["convert", "a", "b"], ["eval", "m", "--tokens", "0"]]
+)
+def test_bad_usage(capsys, args):
+    with pytest.raises(SystemExit) as e:
+        cli.main(args)
+    assert e.value.code == 2 and "usage:" in capsys.readouterr().err
