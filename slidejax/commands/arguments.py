@@ -48,6 +48,7 @@ _PROMPT = "The three most important things to know about the moon are"
 
 
 def _whole(text: str) -> int:
+    """A whole number."""
     try:
         return int(text)
     except ValueError:

@@ -51,6 +51,7 @@ def emit(args: argparse.Namespace, value: Any) -> None:
 
 
 def _finite(value: Any) -> Any:
+    """The value with None for every number that JSON cannot hold."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -145,6 +145,7 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
 
     @property
     def tokenizer_name(self) -> str:
+        """The name under which the harness caches tokenised requests."""
         return self._loaded.name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -242,6 +243,13 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         return ids, stops, (count, temperature if sampled else 0.0)
 
     def _write(self, prompts: list[list[int]], length: int, how: tuple) -> list[list[int]]:
+        """The new tokens after each prompt, up to the end of the text.
+
+        Args:
+          prompts: at most `batch_size` prompts.
+          length: the length that prompts are padded to.
+          how: the number of tokens to write, and the temperature.
+        """
         count, temperature = how
         if (length, how) not in self._writers:
             options = {

@@ -301,9 +301,11 @@ class _Clock:
         self._compiled: float | None = None
 
     def seconds(self) -> float:
+        """The seconds until now."""
         return time.perf_counter() - self._begin
 
     def resume(self, seconds: float) -> None:
+        """Adds the seconds of earlier runs."""
         self._begin -= seconds
 
     def steps_in(self, minutes: float, done: int, loss: jax.Array) -> int | None:
@@ -344,6 +346,7 @@ class _Checkpoint:
         self._run = json.dumps({"leaves": named, "settings": settings})
 
     def save(self, state: _State, clock: _Clock) -> None:
+        """Writes the state in the place of the one that was saved before."""
         from slidejax.checkpoint import store
 
         content = {
