@@ -63,9 +63,13 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands. It sets `args.run` to the function of the command."""
     parser = argparse.ArgumentParser(
-        prog="slidejax", description="(2N-2):2N sparse weights for JAX and Flax."
+        prog="slidejax",
+        description="(2N-2):2N sparse weights for JAX and Flax.",
+        epilog="example:\n  slidejax convert --help    what convert does, its flags and an example",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"slidejax {slidejax.__version__}")
+    version = f"slidejax {slidejax.__version__}"
+    parser.add_argument("--version", action="version", version=version, help="show it and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         p = commands.add_parser(
