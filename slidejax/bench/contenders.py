@@ -15,14 +15,16 @@ import numpy as np
 
 from slidejax.bench.timing import Contender
 from slidejax.ops import registry
+from slidejax.ops.explain import explain
 from slidejax.ops.lift_quantize import lift_rows
 from slidejax.ops.linear import linear
-from slidejax.ops.problem import Problem, device_kind
+from slidejax.ops.problem import Problem
+from slidejax.ops.tuning import Variant
 from slidejax.variants.prepared import drop_prepared, prepare
 from slidejax.weights import numerics
 from slidejax.weights.packed import SlideWeight
 
-__all__ = ["BASELINES", "BEST_DENSE", "baselines", "best_dense", "kernel_of", "sparse"]
+__all__ = ["BASELINES", "BEST_DENSE", "baselines", "best_dense", "kernel_of", "sparse", "variants"]
 
 _UNSCALED = ("dense int8 unscaled", "dense fp8 unscaled")
 BEST_DENSE = "best dense 8 bit"  # the faster of the two, layer by layer
@@ -102,55 +104,46 @@ def baselines(kernel: jax.Array) -> list[Contender]:
     ]
 
 
-def problem_of(w: SlideWeight, rows: int, x_dtype: Any = jnp.bfloat16) -> Problem:
-    """What `linear` of that many rows with this weight is, on this machine."""
-    platform = "cuda" if jax.default_backend() == "gpu" else "default"
-    device, dtype = device_kind(platform), np.dtype(x_dtype)
-    return Problem(
-        "linear",
-        platform,
-        device,
-        rows,
-        w.in_features,
-        w.out_features,
-        w.pattern,
-        dtype,
-        w.dtype,
-        dtype,
-    )
+def problem_of(w: SlideWeight, rows: int) -> Problem:
+    """What `linear` of that many rows of bfloat16 with this weight is, on this machine."""
+    [(problem, _)] = explain(linear, jax.ShapeDtypeStruct((rows, w.in_features), jnp.bfloat16), w)
+    return problem
+
+
+def variants(w: SlideWeight, rows: int) -> tuple[list[Variant], dict[str, str]]:
+    """The implementations that run `linear` of that many rows here, without and with their prepared form, and why the others do not;
+    not the reference, which is slow by intent."""
+    refused = registry.refusals(problem_of(w, rows))
+    found = []
+    for implementation in registry.competing():
+        if implementation.name not in refused:
+            found.append(Variant(implementation.name))
+            if implementation.form is not None and w.pattern.prunes:
+                found.append(Variant(implementation.name, implementation.form.name))
+    return found, refused
 
 
 def sparse(
     w: SlideWeight, rows: int, *, both: bool = False
-) -> tuple[list[Contender], dict[str, str]]:
-    """`linear` with every implementation that does not refuse, and why the others do; not the reference, which is slow by
-    intent.
+) -> tuple[dict[Variant, Contender], dict[str, str]]:
+    """`linear` with every implementation that runs here.
 
     Args:
-      w: the weight, without prepared forms.
+      w: the weight.
       rows: of x.
-      both: with and without its prepared form; else as it is best, that is with the form where there is one.
+      both: without and with the prepared form; else as it is best, that is with the form where there is one.
 
     Returns:
-      Contenders called like the entries of `slidejax.tune` ("hopper+prepared"), and reasons by implementation.
+      Contenders by `variants`, and the reasons of those that refuse.
     """
-    refused = registry.refusals(problem_of(w, rows))
+    found, refused = variants(w, rows)
+    if not both:  # of each implementation the last
+        found = list({variant.implementation: variant for variant in found}.values())
+    return {variant: _contender(w, variant) for variant in found}, refused
+
+
+def _contender(w: SlideWeight, variant: Variant) -> Contender:
+    name = variant.implementation
     plain = drop_prepared(w)
-    found = []
-    for name in registry.implementations():
-        if name in refused or name == "reference":
-            continue
-
-        def apply(x: jax.Array, w: SlideWeight, name: str = name) -> jax.Array:
-            return linear(x, w, implementation=name)
-
-        try:
-            prepared = prepare(plain, implementation=name)
-        except NotImplementedError as error:
-            refused[name] = str(error)
-            continue
-        if both or not prepared.prepared:
-            found.append(Contender(name, apply, plain))
-        if prepared.prepared:
-            found.append(Contender(f"{name}+prepared", apply, prepared))
-    return found, refused
+    weight = plain if variant.form is None else prepare(plain, name)
+    return Contender(str(variant), lambda x, w: linear(x, w, implementation=name), weight)

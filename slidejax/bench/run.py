@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import slidejax
 from slidejax.bench import contenders
 from slidejax.bench.timing import Clock, Contender, time_all
+from slidejax.ops import registry
 from slidejax.ops.cuda import calls, library
-from slidejax.ops.implementations import cusparselt
 from slidejax.ops.lift_quantize import lift_quantize, lift_rows
 from slidejax.weights import numerics
 from slidejax.weights.packed import pack
@@ -61,8 +61,8 @@ def measure(
 
     Returns:
       A JSON object: "device", "jax", "slidejax", "xla_flags", "clock"; "lift": rows with `us` and `gb_per_s` beside the
-      copy's and those of quantising alone; "linear": rows with `us` by contender, why implementations refused, and cuSPARSELt's
-      algorithm; "sums": the same added up over the shapes, for each dtype, pattern and M, with ratios to the baselines
+      copy's and those of quantising alone; "linear": rows with `us` by contender, why implementations refused, and the settings of those that
+      have some; "sums": the same added up over the shapes, for each dtype, pattern and M, with ratios to the baselines
       (above 1: slidejax is faster).
 
     Raises:
@@ -87,11 +87,17 @@ def measure(
         for m in rows:
             note(f"linear: N={n} K={k} M={m}")
             ours: list[Contender] = []
-            refused, algorithms = {}, {}
+            refused, settings = {}, {}
             for (p, d), w in weights.items():
                 found, why = contenders.sparse(w, m)
-                algorithms[p, d] = None if "cusparselt" in why else cusparselt.algorithm(w, m)
-                ours += [Contender(f"{p} {d.name} {c.name}", c.apply, c.weights) for c in found]
+                settings[p, d] = {
+                    i.name: text
+                    for i in registry.competing()
+                    if i.name not in why and (text := i.settings(w, m)) is not None
+                }
+                ours += [
+                    Contender(f"{p} {d.name} {c.name}", c.apply, c.weights) for c in found.values()
+                ]
                 refused[p, d] = why
             us = time_all([*baselines, *ours], inputs_of(m, k), clock, note)
             us[contenders.BEST_DENSE] = contenders.best_dense(us)
@@ -112,7 +118,7 @@ def measure(
                         "dtype": d.name,
                         "us": {**common, **mine},
                         "refused": refused[p, d],
-                        "cusparselt": algorithms[p, d],
+                        "settings": settings[p, d],
                     }
                 )
     return {
@@ -296,12 +302,15 @@ def table(results: dict[str, Any]) -> str:
         "sum, times as fast as",
         *_grid(["pattern", "dtype", "rows", "implementation", *contenders.BASELINES], ratios),
     ]
-    algorithms = {
-        f"{r['pattern']} {r['dtype']} M={r['rows']} {r['out']}x{r['in']}: {r['cusparselt']}"
-        for r in results["linear"]
-        if r["cusparselt"]
-    }
-    lines += ["", "cuSPARSELt's algorithm", *sorted(algorithms)] if algorithms else []
+    for name in dict.fromkeys(name for r in results["linear"] for name in r["settings"]):
+        lines += ["", f"settings of {name}"]
+        lines += sorted(
+            {
+                f"{r['pattern']} {r['dtype']} M={r['rows']} {r['out']}x{r['in']}: {r['settings'][name]}"
+                for r in results["linear"]
+                if name in r["settings"]
+            }
+        )
     refused = {
         f"{row['dtype']} {name}: {why}"
         for row in results["linear"]

@@ -1,6 +1,6 @@
 """`slidejax tune`: times `linear` with every implementation and records the times, from which the choice is made.
 
-Before cuSPARSELt is timed, its algorithms are searched for the shape, and the fastest is remembered (`slidejax.ops.implementations.cusparselt`).
+An implementation with settings of its own looks for the fastest ones before it is timed.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from slidejax.bench import contenders
 from slidejax.bench.run import inputs_of
 from slidejax.bench.timing import Clock, time_all
 from slidejax.ops import registry
-from slidejax.ops.implementations import cusparselt
 from slidejax.ops.tuning import record
 from slidejax.variants.prepared import weights_of
 from slidejax.weights import numerics
@@ -39,17 +39,25 @@ def _of_model(model: Any) -> tuple[list[tuple[int, int]], set[tuple[Pattern, Any
 
 
 def _search(w: SlideWeight, rows: int, note: Callable[[str], None]) -> None:
-    """Searches cuSPARSELt's algorithms where it can run; one that fails leaves the library's default."""
-    if "cusparselt" in registry.refusals(contenders.problem_of(w, rows)):
-        return
-    try:
-        best = cusparselt.search(w, rows)[0]
-    except (NotImplementedError, RuntimeError) as error:
-        note(f"cuSPARSELt's algorithms cannot be searched: {error}")
-    else:
-        note(
-            f"cuSPARSELt's fastest algorithm is {best['algorithm']}: {best['microseconds']:.1f} us"
-        )
+    """Lets the implementations that can run look for their fastest settings; where that fails they keep their defaults."""
+    refused = registry.refusals(contenders.problem_of(w, rows))
+    for implementation in registry.competing():
+        if implementation.name in refused:
+            continue
+        try:
+            found = implementation.search(w, rows)
+        except (NotImplementedError, RuntimeError) as error:
+            note(f"the settings of {implementation.name} cannot be searched: {error}")
+        else:
+            if found is not None:
+                note(found)
+
+
+def _is_open(pattern: Pattern, dtype: Any, rows: Sequence[int]) -> bool:
+    """Whether there is more than one way to run weights of a pattern and a dtype here, for any of the numbers of rows."""
+    kernel = jax.ShapeDtypeStruct((pattern.block, pattern.block), jnp.bfloat16)
+    w = jax.eval_shape(lambda kernel: pack(kernel, pattern, dtype=dtype), kernel)
+    return any(len(contenders.variants(w, m)[0]) > 1 for m in rows)
 
 
 def measure(
@@ -80,7 +88,7 @@ def measure(
       recorded after each shape, so that an interruption loses one shape at most.
 
     Raises:
-      ValueError: a bad pattern or dtype, or nothing but the pattern "dense", before anything is measured.
+      ValueError: a bad pattern or dtype, or nothing to choose between, before anything is measured.
     """
     gpu = jax.default_backend() == "gpu"
     clock = clock or Clock.of_device()
@@ -89,10 +97,14 @@ def measure(
     if model is not None:
         shapes, own = _of_model(model)
         forms = sorted(own, key=str) or forms
-    sparse = [(pattern, dtype) for pattern, dtype in forms if pattern.prunes]
-    if len(sparse) < len(forms):
-        why = "the pattern dense runs as the dense product alone: there is nothing to choose"
-        if not sparse:
+    rows = rows or ([1, 16, 64, 256, 1024, 4096, 16384] if gpu else [1, 16])
+    open_forms = [form for form in forms if _is_open(*form, rows)]
+    if len(open_forms) < len(forms):
+        settled = dict.fromkeys(str(p) for p, d in forms if (p, d) not in open_forms)
+        why = (
+            f"there is one way to run the pattern {', '.join(settled)}: there is nothing to choose"
+        )
+        if not open_forms:
             raise ValueError(why)
         note(why)
     device = jax.devices()[0].device_kind
@@ -101,16 +113,19 @@ def measure(
     for n, k in dict.fromkeys(shapes):
         kernel = contenders.kernel_of(n, k)
         new = []
-        for pattern, dtype in sparse:
+        for pattern, dtype in open_forms:
             w = pack(kernel, pattern, dtype=dtype)
-            for m in rows or ([1, 16, 64, 256, 1024, 4096, 16384] if gpu else [1, 16]):
+            for m in rows:
                 note(f"N={n} K={k} {pattern} {dtype.name} M={m}")
                 if not dry_run:
                     _search(w, m, note)
-                timed = time_all(
-                    contenders.sparse(w, m, both=True)[0], inputs_of(m, k), clock, note
-                )
-                us = {name: round(t, 2) for name, t in timed.items() if t is not None}
+                found, _ = contenders.sparse(w, m, both=True)
+                timed = time_all(list(found.values()), inputs_of(m, k), clock, note)
+                us = {
+                    variant: round(time, 2)
+                    for variant, contender in found.items()
+                    if (time := timed[contender.name]) is not None
+                }
                 if us:
                     new.append(
                         {

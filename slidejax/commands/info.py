@@ -48,35 +48,36 @@ def collect() -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from slidejax.bench.contenders import problem_of
     from slidejax.ops import registry
     from slidejax.ops.cuda import library
+    from slidejax.ops.explain import explain
+    from slidejax.ops.linear import linear
     from slidejax.weights.packed import pack
 
     weights = {
         dtype: pack(jnp.ones((512, 512), jnp.bfloat16), "6:8", dtype=dtype)
         for dtype in ("int8", "float8_e4m3fn", "bfloat16")
     }
-    refused = {dtype: registry.refusals(problem_of(w, 16)) for dtype, w in weights.items()}
-    cusparselt = library.cusparselt_version()
+    x = jax.ShapeDtypeStruct((16, 512), jnp.bfloat16)
+    choices = {dtype: explain(linear, x, w)[0][1] for dtype, w in weights.items()}
+    every = [registry.get(name) for name in registry.implementations()]
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "platform": jax.default_backend(),
         "devices": [f"{d.id}: {d.device_kind}" for d in jax.devices()],
         "cuda_library": {
-            "usable": library.missing("library") is None,
+            "usable": library.missing() is None,
             "build": library.build_info(),
-            "missing": {
-                part: library.missing(part) for part in ("library", "cusparselt", "hopper")
-            },
-            "cusparselt_version": None if cusparselt is None else ".".join(map(str, cusparselt)),
+            "missing": {"library": library.missing()}
+            | {i.name: i.available() for i in every if i.cuda_only},
+            **{name: fact for i in every for name, fact in i.facts().items()},
         },
         "implementations": {
-            name: {dtype: refused[dtype].get(name) for dtype in weights}
-            for name in registry.implementations()
+            i.name: {dtype: choice.refused.get(i.name) for dtype, choice in choices.items()}
+            for i in every
         },
-        "choice": {dtype: str(registry.choose(problem_of(w, 16))) for dtype, w in weights.items()},
+        "choice": {dtype: str(choice) for dtype, choice in choices.items()},
     }
 
 
@@ -95,8 +96,9 @@ def text(facts: dict[str, Any]) -> str:
     lines += [f"  {part}: {reason or 'usable'}" for part, reason in library["missing"].items()]
     if library["build"]:
         lines += [f"  built with {', '.join(f'{k} {v}' for k, v in library['build'].items())}"]
-    if library["cusparselt_version"]:
-        lines += [f"  cuSPARSELt {library['cusparselt_version']}"]
+    for name, fact in library.items():
+        if name not in ("usable", "build", "missing") and fact is not None:
+            lines.append(f"  {name.replace('_', ' ')} {fact}")
     lines += ["", "implementations of linear (6:8, 512 x 512, 16 rows):"]
     for name, by_dtype in facts["implementations"].items():
         for reason in dict.fromkeys(by_dtype.values()):

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
+from slidejax.ops.choice import Choice, choose
 from slidejax.ops.problem import Problem
-from slidejax.ops.registry import Choice, choose
 
 __all__ = ["explain"]
 

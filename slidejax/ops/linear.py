@@ -3,7 +3,7 @@
 The primitive takes x as it is, so that rows of x, outputs of W, and K by whole blocks can each be split over a mesh
 without gathering x or W; what runs on a shard is the same custom call. With K split the rows' absmax is max-reduced,
 the raw accumulators are summed, then come the scales, then the bias once. Which implementation runs is decided when the
-op is lowered for a platform (`slidejax.ops.registry`). A prologue (`slidejax.ops.prologue`) goes where the rows are quantised.
+op is lowered for a platform (`slidejax.ops.choice`). A prologue (`slidejax.ops.prologue`) goes where the rows are quantised.
 
 The derivative treats quantisation as straight-through; 8-bit values have no gradient, and the mask stays.
 """
@@ -22,9 +22,9 @@ from jax.experimental.custom_partitioning import (
     custom_partitioning,
 )
 
-from slidejax.ops import registry, sparse_matmul
-from slidejax.ops.cuda import prologues
-from slidejax.ops.lift_quantize import lift_rows, lift_shard
+from slidejax.ops import sparse_matmul
+from slidejax.ops.choice import implementation_for
+from slidejax.ops.lift_quantize import lift_shard
 from slidejax.ops.primitive import check_input, make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem
 from slidejax.ops.prologue import Prologue, inputs_of
@@ -35,11 +35,6 @@ from slidejax.weights.layout import scatter_values
 from slidejax.weights.packed import SlideWeight, WrappedWeight, check_weight
 
 __all__ = ["linear", "linear_p"]
-
-
-# Up to so many rows the lift and the Hopper kernel are one call, so that one can begin while the other runs. Beyond, calls of their
-# own are better: XLA merges the lifts of layers that share an input, such as q, k and v.
-_FEW_ROWS = 64
 
 
 # --- primitive --------------------------------------------------------------------------------------------------------
@@ -58,33 +53,9 @@ def _split(operands, settings: Settings) -> tuple[tuple, SlideWeight, jax.Array 
 
 def _lowering(*operands, platform, settings):
     xs, w, bias = _split(operands, settings)
-    problem = Problem.of("linear", xs[0], w, settings, platform)
-    name = registry.choose(problem).implementation
-    kernel = sparse_matmul.dense_codes(w, padded=not w.pattern.prunes) if name == "dense" else None
-    fused = name == "hopper" if kernel is None else registry.fused_dense(xs[0], kernel, platform)
-    if fused and 0 < xs[0].shape[0] <= _FEW_ROWS and xs[0].size and w.out_features:
-        return [_in_one_call(xs, kernel, w, bias, settings)]
-    codes, scale_x = lift_rows(xs, w.pattern if kernel is None else None, w.dtype, settings.inputs)
-    if kernel is not None:
-        kernel = kernel[:, : codes.shape[1]]  # without padding
-        return [
-            sparse_matmul.dense_product(
-                codes, kernel, scale_x, w.scale, bias, settings.out_dtype, platform
-            )
-        ]
-    return [sparse_matmul.run(name, codes, scale_x, w, bias, settings.out_dtype, platform)]
-
-
-def _in_one_call(xs, kernel, w: SlideWeight, bias, settings: Settings) -> jax.Array:
-    """The lift and the Hopper kernel; `kernel`: the dense one, if that is what runs."""
-    from slidejax.ops.implementations import hopper
-
-    x, prologue = xs[0], settings.inputs.prologue(xs)
-    if prologue is not None and not prologues.fused(x, w.dtype, prologue):
-        x, prologue = settings.inputs.apply(xs), None
-    if kernel is None:
-        return hopper.linear(x, prologue, w, bias, settings.out_dtype)
-    return hopper.dense_linear(x, prologue, kernel, w.scale, bias, settings.out_dtype)
+    prologue = settings.inputs.prologue(xs)
+    runs = implementation_for(Problem.of("linear", xs[0], w, settings, platform))
+    return [runs.linear(xs[0], prologue, w, bias, settings.out_dtype, platform)]
 
 
 linear_p = make_primitive("slidejax_linear", _shapes, _lowering)
@@ -112,7 +83,7 @@ def _partitioned(settings: Settings):
         return _bind(xs, w, bias, settings)
 
     def rule(mesh, operands, results):
-        weight = sparse_matmul.weight_factors(settings)
+        weight = sparse_matmul.weight_factors(settings, operands)
         whole_blocks = settings.in_features == settings.pattern.padded(settings.in_features)
         if whole_blocks:
             xs = settings.inputs.mappings(CompoundFactor("g", "c"))
@@ -140,7 +111,7 @@ def _partitioned(settings: Settings):
 
         shardings = (
             *settings.inputs.shardings(cut),
-            *sparse_matmul.weight_shardings(cut, settings),
+            *sparse_matmul.weight_shardings(cut, settings, operands),
         )
         return mesh, local, cut.sharding("rows", "out"), shardings
 

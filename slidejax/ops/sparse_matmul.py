@@ -3,7 +3,7 @@
     y[m, o] = float32(sum over K' of lifted[m, k'] * W'[o, k']) * scale_x[m] * scale_w[o] + bias[o]
 
 with `W'` the weight in lifted order, which is 2:4: window `w` of a group holds kept values `2w` and `2w + 1`. 8-bit
-integers accumulate in int32, everything else in float32. `expand_lifted` below is the specification of `W'`.
+integers accumulate in int32, everything else in float32. The formula in plain JAX is the implementation "reference".
 """
 
 from __future__ import annotations
@@ -23,27 +23,22 @@ from jax.experimental.custom_partitioning import (
 )
 
 from slidejax.ops import registry
-from slidejax.ops.lift_quantize import unlift
+from slidejax.ops.choice import implementation_for
+from slidejax.ops.implementations.reference import expand_lifted, finish
 from slidejax.ops.primitive import make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem
 from slidejax.ops.prologue import PLAIN, Inputs
 from slidejax.ops.sharding import Cut, axis_names, first_axes, spec_of, vary, varying_axes
 from slidejax.weights import numerics
-from slidejax.weights.layout import kept_values, scatter_values, split_zeros
+from slidejax.weights.layout import kept_values
 from slidejax.weights.packed import SlideWeight, check_weight
 from slidejax.weights.pattern import Pattern
 
 __all__ = [
-    "accumulate",
-    "exact_int8_dot",
     "expand_lifted",
-    "finish",
     "sparse_matmul",
     "sparse_matmul_p",
 ]
-
-# 127 * 127 * 1040 < 2**24: a float32 sum of so many products of int8 codes is exact.
-_EXACT_K = 1040
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +77,10 @@ class Settings:
         prepared = dict(zip(self.prepared, rest, strict=True))
         return SlideWeight(values, zeros, scale, self.pattern, self.in_features, prepared), bias
 
+    def prepared_of(self, operands) -> tuple:
+        """The prepared forms, the last of an op's operands."""
+        return tuple(operands[len(operands) - len(self.prepared) :])
+
     def raw(self, in_features: int) -> Settings:
         """The same product without scales and bias, over a shard of K with so many inputs."""
         return dataclasses.replace(
@@ -93,78 +92,6 @@ class Settings:
             reduce_axis=(),
             inputs=PLAIN,
         )
-
-
-# --- reference --------------------------------------------------------------------------------------------------------
-
-
-def expand_lifted(w: SlideWeight) -> jax.Array:
-    """The weight in lifted order with its zeros, `[out, K']`, values as they are packed: 2:4 along every row, unless nothing is pruned."""
-    if not w.pattern.prunes:
-        return w.values.reshape(w.out_features, -1)
-    z1, z2 = split_zeros(w.zeros)
-    j = jnp.arange(w.pattern.kept)
-    column = j + (j >= z1) + (j >= z2 - 1)  # the column that kept value j comes from
-    lane = (column - 2 * (j // 2)).reshape(*column.shape[:-1], w.pattern.windows, 2)
-    values = w.values.reshape(lane.shape)
-    chosen = lane[..., None] == jnp.arange(4)  # [..., windows, 2, 4]
-    windows = jnp.where(chosen, values[..., None], jnp.zeros((), values.dtype))
-    first, second = windows[..., 0, :], windows[..., 1, :]
-    merged = jnp.where(chosen[..., 0, :], first, second)
-    return merged.reshape(*merged.shape[:-3], -1)
-
-
-def accumulate(codes: jax.Array, kernel: jax.Array, platform: str = "default") -> jax.Array:
-    """`codes [M, K] @ kernel [out, K]^T` in the accumulator's dtype: int32 for int8, float32 for everything else."""
-    if codes.dtype == jnp.int8:
-        if platform == "default":
-            return exact_int8_dot(codes, kernel)
-        return jax.lax.dot_general(
-            codes, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
-        )
-    if platform == "default":  # XLA's CPU dot of narrow floats may accumulate in the narrow type
-        codes, kernel = codes.astype(jnp.float32), kernel.astype(jnp.float32)
-    return jax.lax.dot_general(
-        codes,
-        kernel,
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST,
-    )
-
-
-def exact_int8_dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`int8 [M, K] @ int8 [out, K]^T` in int32 through float32 products of at most 1040 columns: exact, and on a CPU
-    many times faster than an integer dot."""
-    total = None
-    for start in range(0, codes.shape[1], _EXACT_K):
-        part = slice(start, start + _EXACT_K)
-        product = jax.lax.dot_general(
-            codes[:, part].astype(jnp.float32),
-            kernel[:, part].astype(jnp.float32),
-            (((1,), (1,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        total = (
-            product
-            if total is None and codes.shape[1] <= _EXACT_K
-            else product.astype(jnp.int32) + (0 if total is None else total)
-        )
-    return (
-        jnp.zeros((codes.shape[0], kernel.shape[0]), jnp.int32)
-        if total is None
-        else total.astype(jnp.int32)
-    )
-
-
-def finish(
-    acc: jax.Array, scale_x: jax.Array, scale_w: jax.Array, bias: jax.Array | None, out_dtype
-) -> jax.Array:
-    """Scales, bias and the final rounding: `float32(acc) * scale_x * scale_w + bias`."""
-    y = acc.astype(jnp.float32) * scale_x * scale_w
-    if bias is not None:
-        y = y + bias.astype(jnp.float32)
-    return y.astype(out_dtype)
 
 
 # --- primitive --------------------------------------------------------------------------------------------------------
@@ -180,50 +107,8 @@ def _shapes(lifted, scale_x, values, *rest, settings):
 def _lowering(lifted, scale_x, *operands, platform, settings):
     w, bias = settings.weight(operands)
     problem = Problem.of("sparse_matmul", lifted, w, settings, platform)
-    name = registry.choose(problem).implementation
-    return [run(name, lifted, scale_x, w, bias, settings.out_dtype, platform)]
-
-
-def run(name: str, lifted, scale_x, w: SlideWeight, bias, out_dtype, platform: str) -> jax.Array:
-    """One product with the implementation of that name; `out_dtype` None gives the raw accumulators."""
-    if name in registry.CUSTOM_CALLS and math.prod(lifted.shape) and w.out_features:
-        return registry.CUSTOM_CALLS[name](lifted, scale_x, w, bias, out_dtype)
-    if name == "dense":  # each column once instead of once for every window that reads it
-        return dense_product(
-            unlift(lifted, w.pattern),
-            dense_codes(w, padded=True),
-            scale_x,
-            w.scale,
-            bias,
-            out_dtype,
-            platform,
-        )
-    acc = accumulate(lifted, expand_lifted(w), platform)
-    return acc if out_dtype is None else finish(acc, scale_x, w.scale, bias, out_dtype)
-
-
-def dense_product(codes, kernel, scale_x, scale_w, bias, out_dtype, platform: str) -> jax.Array:
-    """`codes [M, K] @ kernel [out, K]^T` with scales `[M, 1]`, `[out]` and bias: in one kernel on a Hopper GPU, where XLA would write
-    the accumulators to memory and read them again; `out_dtype` None gives the raw accumulators."""
-    if out_dtype is not None and registry.fused_dense(codes, kernel, platform):
-        from slidejax.ops.implementations import hopper
-
-        return hopper.dense_matmul(codes, scale_x, kernel, scale_w, bias, out_dtype)
-    acc = accumulate(codes, kernel, platform)
-    return acc if out_dtype is None else finish(acc, scale_x, scale_w, bias, out_dtype)
-
-
-def dense_codes(w: SlideWeight, padded: bool = False) -> jax.Array:
-    """The dense kernel `[out, in]` in the values' dtype, unscaled; with `padded`, padding columns included."""
-    codes = w.prepared.get("dense")
-    if codes is None:
-        codes = scatter_values(w.values, w.zeros)
-        codes = codes.reshape(*codes.shape[:-2], -1)
-        if not padded:
-            codes = codes[..., : w.in_features]
-    elif padded:
-        codes = jnp.pad(codes, ((0, 0), (0, w.groups * w.pattern.group - codes.shape[1])))
-    return codes
+    runs = implementation_for(problem)
+    return [runs.matmul(lifted, scale_x, w, bias, settings.out_dtype, platform)]
 
 
 sparse_matmul_p = make_primitive("slidejax_sparse_matmul", _shapes, _lowering)
@@ -238,21 +123,21 @@ def bind(lifted, scale_x, w: SlideWeight, bias, settings: Settings) -> jax.Array
 # --- sharding ---------------------------------------------------------------------------------------------------------
 
 
-def weight_factors(settings: Settings) -> tuple:
-    """The Shardy factors of the weight's operands: outputs "o" and groups "g" can be cut; zeros of no groups go with the outputs."""
+def weight_factors(settings: Settings, operands) -> tuple:
+    """The Shardy factors of the weight's operands, the last of an op's: outputs "o" and groups "g" can be cut; zeros of no groups go
+    with the outputs."""
     prepared = (
-        ArrayMapping(*(f"p{i}_{axis}" for axis in range(2 if name == "dense" else 1)))
-        for i, name in enumerate(settings.prepared)
+        ArrayMapping(*(f"p{i}_{axis}" for axis in range(len(form.shape))))
+        for i, form in enumerate(settings.prepared_of(operands))
     )
     bias = (ArrayMapping("o"),) if settings.has_bias else ()
     zeros = ArrayMapping("o", "g" if settings.pattern.prunes else "none")
     return (ArrayMapping("o", "g", "v"), zeros, ArrayMapping("o"), *bias, *prepared)
 
 
-def weight_shardings(cut: Cut, settings: Settings) -> tuple:
-    prepared = tuple(
-        cut.sharding(*([None] * (2 if name == "dense" else 1))) for name in settings.prepared
-    )
+def weight_shardings(cut: Cut, settings: Settings, operands) -> tuple:
+    """The shardings of the weight's operands in a cut; prepared forms are whole on every device."""
+    prepared = (cut.sharding(*([None] * len(f.shape))) for f in settings.prepared_of(operands))
     bias = (cut.sharding("out"),) if settings.has_bias else ()
     zeros = cut.sharding("out", "k" if settings.pattern.prunes else None)
     return (cut.sharding("out", "k", None), zeros, cut.sharding("out"), *bias, *prepared)
@@ -279,7 +164,7 @@ def _partitioned(settings: Settings):
     def rule(mesh, operands, results):
         lifted = ArrayMapping("m", CompoundFactor("g", "l"))
         return SdyShardingRule(
-            (lifted, ArrayMapping("m", "one"), *weight_factors(settings)),
+            (lifted, ArrayMapping("m", "one"), *weight_factors(settings, operands)),
             (ArrayMapping("m", "o"),),
             l=settings.pattern.windows * 4,
             reduction_factors=("g",),
@@ -301,7 +186,7 @@ def _partitioned(settings: Settings):
         shardings = (
             cut.sharding("rows", "k"),
             cut.sharding("rows", None),
-            *weight_shardings(cut, settings),
+            *weight_shardings(cut, settings, operands),
         )
         return mesh, local, cut.sharding("rows", "out"), shardings
 

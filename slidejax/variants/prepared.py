@@ -24,10 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.ops import registry, tuning
+from slidejax.ops import choice, registry
+from slidejax.ops.cuda import library
+from slidejax.ops.implementations.base import Form
+from slidejax.ops.implementations.dense import DENSE
+from slidejax.ops.implementations.reference import accumulate, finish
 from slidejax.ops.lift_quantize import quantize_rows
 from slidejax.ops.primitive import check_input
-from slidejax.ops.sparse_matmul import accumulate, check_result, dense_codes, finish
+from slidejax.ops.sparse_matmul import check_result
 from slidejax.weights.packed import SlideWeight, WrappedWeight, check_weight
 
 __all__ = ["DenseWeight", "drop_prepared", "map_weights", "prepare", "serving", "weights_of"]
@@ -76,27 +80,37 @@ def prepare(tree: Any, implementation: str | None = None) -> Any:
     >>> w.prepared["dense"].shape, w.prepared["dense"].dtype.name
     ((4, 8), 'int8')
     """
-    registry.check_name(implementation)
-    if implementation == "reference":
-        raise ValueError("implementation 'reference' has no prepared form")
+    if implementation is not None:
+        _form(implementation)
     return map_weights(lambda w: _prepare(check_weight(w), implementation), tree)
 
 
 def _prepare(w: SlideWeight, implementation: str | None) -> SlideWeight:
     if not w.pattern.prunes:
         return w
-    names = _wanted(w) if implementation is None else (implementation,)
     forms = dict(w.prepared)
-    for name in names:
-        if name not in forms:
-            forms[name] = _MAKERS[name](w.replace(prepared={}))
+    for form in _wanted(w) if implementation is None else (_form(implementation),):
+        if form.name not in forms:
+            forms[form.name] = form.of(w.replace(prepared={}))
     return w.replace(prepared=forms)
 
 
-def _wanted(w: SlideWeight) -> tuple[str, ...]:
-    if jax.default_backend() not in ("gpu", "cuda"):
-        return ("dense",)
-    return tuning.forms(w)
+def _form(implementation: str) -> Form:
+    form = registry.get(implementation).form
+    if form is None:
+        raise ValueError(f"implementation {implementation!r} has no prepared form")
+    return form
+
+
+def _wanted(w: SlideWeight) -> tuple[Form, ...]:
+    """The forms that pay here: by the measured table on a GPU, else that of what runs everywhere."""
+    names = choice.forms(w) if library.on_gpu() else None
+    return tuple(
+        i.form
+        for i in registry.competing()
+        if i.form is not None
+        and (i is registry.FALLBACK if names is None else i.form.name in names)
+    )
 
 
 # --- the dense form alone ---------------------------------------------------------------------------------------------
@@ -119,7 +133,7 @@ def serving(tree: Any) -> Any:
     """
     if jax.default_backend() != "cpu":
         return prepare(tree)
-    return map_weights(lambda w: DenseWeight(_MAKERS["dense"](check_weight(w)), w.scale), tree)
+    return map_weights(lambda w: DenseWeight(DENSE.form.of(check_weight(w)), w.scale), tree)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -179,7 +193,7 @@ class DenseWeight(WrappedWeight):
         self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None
     ) -> jax.Array:
         self.check()
-        if implementation not in (None, "dense") or reduce_axis is not None:
+        if implementation not in (None, DENSE.name) or reduce_axis is not None:
             raise NotImplementedError(
                 f"a weight made to serve runs dense on one device, not implementation={implementation!r}, {reduce_axis=}"
             )
@@ -230,34 +244,3 @@ def _dense_backward(out_dtype, saved, dy):
 
 
 _dense_product.defvjp(_dense_forward, _dense_backward)
-
-
-# --- making prepared forms --------------------------------------------------------------------------------------------
-
-
-def _over_batch(make: Callable[[SlideWeight], jax.Array]) -> Callable[[SlideWeight], jax.Array]:
-    """Lifts a maker for one weight `[out, groups, kept]` over leading batch axes."""
-
-    def over_batch(w: SlideWeight) -> jax.Array:
-        return make(w) if w.values.ndim == 3 else jax.lax.map(over_batch, w)
-
-    return over_batch
-
-
-def _hopper(w: SlideWeight) -> jax.Array:
-    from slidejax.ops.implementations import hopper
-
-    return hopper.metadata(w)
-
-
-def _cusparselt(w: SlideWeight) -> jax.Array:
-    from slidejax.ops.implementations import cusparselt
-
-    return cusparselt.compressed(w)
-
-
-_MAKERS: dict[str, Callable[[SlideWeight], jax.Array]] = {
-    "dense": jax.jit(dense_codes),
-    "cusparselt": _over_batch(_cusparselt),
-    "hopper": _over_batch(_hopper),
-}

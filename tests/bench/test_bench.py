@@ -10,9 +10,11 @@ import pytest
 
 import slidejax as sj
 from slidejax.bench import contenders, run, shapes, timing, tuning
-from slidejax.ops import registry
+from slidejax.ops.choice import choose
 from slidejax.ops.cuda import library as cuda_library
 from slidejax.ops.implementations import cusparselt
+from slidejax.ops.implementations.base import nothing_to_skip
+from slidejax.ops.implementations.cusparselt import CUSPARSELT
 
 QUICK = timing.Clock(warmup=0.001, seconds=0.005)
 
@@ -94,10 +96,10 @@ def test_the_table_shows_every_column(results):
     text = run.table(results)
     for word in (*contenders.BASELINES, "over quantise", "64x96, 32x96", "not timed: int8 hopper"):
         assert word in text
-    assert "cuSPARSELt's algorithm" not in text  # it does not run here
+    assert "settings of" not in text  # what has some does not run here
     row = dict(
         results["linear"][0],
-        cusparselt="3, the fastest of a search at M=4 (1.0 us for the product alone)",
+        settings={"cusparselt": "3, the fastest of a search at M=4 (1.0 us for the product alone)"},
     )
     assert "6:8 int8 M=4 64x96: 3, the fastest" in run.table({**results, "linear": [row]})
 
@@ -135,28 +137,28 @@ def library(monkeypatch, tmp_path):
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
     monkeypatch.setattr(cuda_library, "load", lambda: (module, None))
     monkeypatch.setattr(cuda_library, "on_gpu", lambda: True)
-    monkeypatch.setattr(cuda_library, "missing", lambda part: None)
-    monkeypatch.setattr(cuda_library, "cusparselt_version", lambda: (0, 8, 0))
-    monkeypatch.setattr(registry, "refusals", lambda problem: {"hopper": "not this time"})
+    monkeypatch.setattr(cusparselt, "missing", lambda: None)
+    monkeypatch.setattr(cusparselt, "version", lambda: (0, 8, 0))
+    monkeypatch.setattr(CUSPARSELT, "refuses", nothing_to_skip)
     monkeypatch.setattr(
-        contenders, "sparse", lambda w, rows, both: ([], {})
+        contenders, "sparse", lambda w, rows, both: ({}, {})
     )  # a CPU cannot run the library
     return module
 
 
 def test_tune_searches_cusparselt_and_calls_use_what_it_found(library, tmp_path):
     w = sj.pack(contenders.kernel_of(64, 96), "6:8", dtype="int8")
-    assert cusparselt.algorithm(w, 256).startswith("the library's default")
+    assert CUSPARSELT.settings(w, 256).startswith("the library's default")
     notes = []
     tuning.measure([(64, 96)], rows=[256, 4096], dtypes=["int8"], clock=QUICK, note=notes.append)
     columns = sj.Pattern.parse("6:8").lifted(96)
     assert library.searched == [("int8", "int32", 64, rows, columns) for rows in (256, 4096)]
     assert any("fastest algorithm is 7: 12.5 us" in note for note in notes)
     assert (
-        cusparselt.algorithm(w, 256)
+        CUSPARSELT.settings(w, 256)
         == "7, the fastest of a search at M=256 (12.5 us for the product alone)"
     )
-    assert "M=4096" in cusparselt.algorithm(w, 8192) and "default" in cusparselt.algorithm(w, 16)
+    assert "M=4096" in CUSPARSELT.settings(w, 8192) and "default" in CUSPARSELT.settings(w, 16)
     assert cusparselt._choice(w.dtype, np.int32, 64, 256, columns) == {
         "algorithm": 7,
         "split_k": 1,
@@ -173,7 +175,7 @@ def test_tune_searches_cusparselt_and_calls_use_what_it_found(library, tmp_path)
 
 def test_the_pattern_dense_is_timed_and_not_tuned(library):
     w = sj.pack(contenders.kernel_of(64, 96), "dense", dtype="int8")
-    assert registry.choose(contenders.problem_of(w, 16)).implementation == "dense"
+    assert choose(contenders.problem_of(w, 16)).implementation == "dense"
     options = {"rows": [16], "dtypes": ["int8"], "clock": QUICK, "dry_run": True}
     with pytest.raises(ValueError, match="nothing to choose"):
         tuning.measure([(64, 96)], patterns=["dense"], **options)

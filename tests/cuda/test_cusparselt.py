@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.ops.cuda import calls, library
+from slidejax.ops.cuda import calls
 from slidejax.ops.implementations import cusparselt
+from slidejax.ops.implementations.cusparselt import CUSPARSELT
 
 pytestmark = pytest.mark.gpu
 
@@ -18,7 +19,7 @@ ids = lambda d: np.dtype(d).name  # noqa: E731
 
 @pytest.fixture(autouse=True)
 def _library():
-    if reason := library.missing("cusparselt"):
+    if reason := CUSPARSELT.available():
         pytest.skip(reason)
 
 
@@ -58,7 +59,7 @@ def check(y, want, dtype):
     np.testing.assert_allclose(y, want, rtol=step, atol=sums * np.abs(want).max())
 
 
-linear = jax.jit(cusparselt.linear, static_argnames="out_dtype")
+linear = jax.jit(CUSPARSELT.matmul, static_argnames="out_dtype")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
@@ -129,25 +130,6 @@ def test_nan_stays_in_its_row(dtype):
     assert np.isnan(y[[2, 4]]).all() and np.isfinite(np.delete(y, [2, 4], 0)).all()
 
 
-def test_scale_inside_the_product():
-    lifted, scale, w, bias = problem(64, 1024, 96)
-    compressed = cusparselt.compressed(w)
-    y = calls.cusparselt_matmul_call(
-        lifted,
-        scale[:, 0],
-        compressed,
-        w.scale,
-        bias,
-        dtype=jnp.bfloat16,
-        workspace_bytes=1 << 21,
-        alpha_vector=True,
-    )
-    want = expected(lifted, scale, w, bias)[1]
-    np.testing.assert_allclose(
-        np.asarray(y).astype(np.float32), want, rtol=2**-6, atol=2**-7 * np.abs(want).max()
-    )
-
-
 def test_minus_zero_is_a_zero():
     kernel = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
     kernel[::3] = -0.0
@@ -168,7 +150,7 @@ def test_search_is_remembered(tmp_path, monkeypatch):
     assert (
         choice["algorithm"] == timings[0]["algorithm"] and len(list(tmp_path.rglob("*.json"))) == 1
     )
-    after = jax.jit(cusparselt.linear, static_argnames="out_dtype")(
+    after = jax.jit(CUSPARSELT.matmul, static_argnames="out_dtype")(
         lifted, scale, w, bias, jnp.bfloat16
     )
     np.testing.assert_array_equal(np.asarray(before), np.asarray(after))
@@ -185,7 +167,7 @@ def test_errors_say_what_was_asked():
     compressed = cusparselt.compressed(w)
     with pytest.raises(Exception, match=r"sparse_matmul_cusparselt.*workspace.*int8\[32,96\]"):
         jax.block_until_ready(
-            calls.cusparselt_matmul_call(
+            cusparselt.matmul_call(
                 lifted,
                 scale[:, 0],
                 compressed,

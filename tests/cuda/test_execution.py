@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.ops.cuda import library
+from slidejax.ops import registry
 
 pytestmark = pytest.mark.gpu
 
@@ -20,7 +20,7 @@ IMPLEMENTATIONS = ("cusparselt", "hopper")
 
 
 def need(implementation):
-    if reason := library.missing(implementation):
+    if reason := registry.get(implementation).available():
         pytest.skip(reason)
     if implementation == "hopper" and jax.devices()[0].compute_capability != "9.0":
         pytest.skip("needs a Hopper GPU")

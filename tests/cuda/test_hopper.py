@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.ops.cuda import library
 from slidejax.ops.implementations import hopper
+from slidejax.ops.implementations.hopper import HOPPER, HopperWeight
 
 DTYPES = (jnp.int8, jnp.float8_e4m3fn)
 
@@ -26,7 +26,7 @@ def problem(rows, columns, out, pattern="6:8", dtype=jnp.int8, seed=0):
 def test_raw_accumulators_are_what_a_mesh_can_sum(dtype):
     """With K split over a mesh the call has int32 results of int8 operands, float32 ones of e4m3."""
     lifted, scale, w, _ = problem(16, 128, 64, dtype=dtype)
-    traced = jax.jit(lambda lifted, scale: hopper.matmul(lifted, scale, w, None, None)).trace(
+    traced = jax.jit(lambda lifted, scale: HOPPER.matmul(lifted, scale, w, None, None)).trace(
         lifted, scale
     )
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -36,7 +36,7 @@ def test_raw_accumulators_are_what_a_mesh_can_sum(dtype):
 
 @pytest.fixture
 def on_hopper():
-    if reason := library.missing("hopper"):
+    if reason := HOPPER.available():
         pytest.skip(reason)
     if jax.devices()[0].compute_capability != "9.0":
         pytest.skip("needs a Hopper GPU")
@@ -50,7 +50,7 @@ def on_hopper():
 )
 def test_int8_equals_the_formulas_bit_for_bit(on_hopper, rows, columns, out, pattern, out_dtype):
     lifted, scale, w, bias = problem(rows, columns, out, pattern)
-    got = jax.jit(hopper.matmul, static_argnums=4)(lifted, scale, w, bias, out_dtype)
+    got = jax.jit(HOPPER.matmul, static_argnums=4)(lifted, scale, w, bias, out_dtype)
     acc = formulas.accumulate(
         np.asarray(lifted), formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros))
     )
@@ -67,7 +67,7 @@ def test_int8_equals_the_formulas_bit_for_bit(on_hopper, rows, columns, out, pat
 def test_e4m3_is_as_exact_as_its_sums(on_hopper, rows):
     lifted, scale, w, _ = problem(rows, 3584, 1000, dtype=jnp.float8_e4m3fn)
     got = np.asarray(
-        jax.jit(hopper.matmul, static_argnums=4)(lifted, scale, w, None, None), np.float64
+        jax.jit(HOPPER.matmul, static_argnums=4)(lifted, scale, w, None, None), np.float64
     )
     want = formulas.accumulate(
         np.asarray(lifted), formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros))
@@ -78,6 +78,12 @@ def test_e4m3_is_as_exact_as_its_sums(on_hopper, rows):
 
 
 # --- the lift and the product in one call -----------------------------------------------------------------------------
+
+
+def in_one_call(x, prologue, w, bias, out_dtype):
+    return hopper.linear_call(
+        x, prologue, HopperWeight.packed(w), bias, w.lifted_columns, out_dtype
+    )
 
 
 def in_two_calls(x, w, bias, out_dtype, prologue):
@@ -116,7 +122,7 @@ def test_one_call_equals_two(on_hopper, rows, columns, out, dtype, prepared):
     @jax.jit
     def often(xs, ws):
         return [
-            [hopper.linear(x * 1, None, w, bias, jnp.bfloat16) for w in ws]
+            [in_one_call(x * 1, None, w, bias, jnp.bfloat16) for w in ws]
             for x in xs
             for _ in range(3)
         ]
@@ -143,7 +149,7 @@ def test_one_call_with_a_prologue_equals_two(on_hopper, rows, kind, pattern):
     two = jax.jit(lambda x, w, prologue: in_two_calls(x, w, None, jnp.float32, prologue))(
         x, w, prologue
     )
-    one = jax.jit(lambda x, w, prologue: hopper.linear(x, prologue, w, None, jnp.float32))(
+    one = jax.jit(lambda x, w, prologue: in_one_call(x, prologue, w, None, jnp.float32))(
         x, w, prologue
     )
     np.testing.assert_array_equal(formulas.bits(one), formulas.bits(two))
@@ -260,9 +266,13 @@ def test_dense_int8_equals_the_formulas_bit_for_bit(on_hopper, rows, columns, ou
     codes, kernel = (rng.integers(-127, 128, (n, columns)).astype(np.int8) for n in (rows, out))
     scale_x, scale_w, b = (rng.random(n).astype(np.float32) for n in (rows, out, out))
     b = jnp.asarray(b) if bias else None
-    got = jax.jit(hopper.dense_matmul, static_argnums=5)(
-        codes, jnp.asarray(scale_x)[:, None], kernel, jnp.asarray(scale_w), b, out_dtype
-    )
+
+    @jax.jit
+    def product(codes, scale_x, kernel, scale_w, bias):
+        weight = HopperWeight.dense(kernel, scale_w)
+        return hopper.matmul_call(codes, scale_x, weight, bias, out_dtype)
+
+    got = product(codes, jnp.asarray(scale_x), kernel, jnp.asarray(scale_w), b)
     want = formulas.finish(formulas.accumulate(codes, kernel), scale_x, scale_w, b)
     np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want.astype(got.dtype)))
 

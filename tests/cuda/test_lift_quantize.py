@@ -19,7 +19,7 @@ OUT = (jnp.int8, jnp.float8_e4m3fn, jnp.bfloat16, jnp.float16, jnp.float32)
 
 @pytest.fixture(autouse=True)
 def _library():
-    if reason := library.missing("library"):
+    if reason := library.missing():
         pytest.fail(f"a GPU without the library: {reason}")
 
 

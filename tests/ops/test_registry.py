@@ -1,13 +1,18 @@
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy_implementation import Toy
 
 import slidejax as sj
-from slidejax.ops import tuning
-from slidejax.ops.problem import device_kind
+from slidejax.bench import run as race
+from slidejax.bench import tuning
+from slidejax.bench.timing import Clock
+from slidejax.commands import info
+from slidejax.ops import registry
+from slidejax.ops.tuning import Variant
+
+QUICK = Clock(0.001, 0.005)
 
 cpu_only = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="tests what a machine without a GPU does"
@@ -82,84 +87,122 @@ def test_every_refusal_has_a_reason():
     assert set(choice.refused) == {"hopper", "cusparselt"} and choice.implementation == "dense"
 
 
-def test_explain_sees_through_transformations():
-    x, w = problem()
+# --- an implementation of one's own -----------------------------------------------------------------------------------
 
-    def model(x, w):
-        x = jax.jit(sj.linear)(x, w)[:, : 128 // 2]
-        return jax.lax.scan(
-            lambda c, _: (c + sj.linear(jnp.pad(c, ((0, 0), (0, 64))), w), None), x, None, length=2
-        )[0]
 
-    found = sj.explain(jax.checkpoint(model), x, w, platform="cpu")
-    assert len(found) == 2 and all(choice.implementation == "dense" for _, choice in found)
-    assert found[0][0].rows == 16 and "plain JAX" in str(found[0][1])
-    grad = sj.explain(
-        jax.grad(lambda x: sj.linear(x, w).astype(jnp.float32).sum()), x, platform="cpu"
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(registry, "_IMPLEMENTATIONS", list(registry._IMPLEMENTATIONS))
+    monkeypatch.setattr(Toy, "searched", [])
+    registry.register(Toy())
+
+
+def random_problem(rows=4):
+    kernel, x, bias = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(100, 48), (rows, 100), (48,)])
     )
-    assert len(grad) == 1
-    with pytest.raises(ValueError, match="platform"):
-        sj.explain(model, x, w, platform="tpu")
+    return x, sj.pack(kernel, "6:8", dtype="int8"), bias
 
 
-def entry(rows, us, **changes):
-    return {
-        "in": 128,
-        "out": 64,
-        "pattern": "6:8",
-        "dtype": "int8",
-        "rows": rows,
-        "us": us,
-    } | changes
+@pytest.mark.parametrize("prologue", [None, sj.Activation("silu")])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_registered_implementation_runs(toy, prepared, prologue):
+    assert sj.implementations() == ("toy", "hopper", "cusparselt", "dense", "reference")
+    x, w, bias = random_problem()
+    if prepared:
+        w = sj.prepare(w, "toy")
+        assert w.prepared["toy_codes"].shape == (100, 48)
+
+    def run(implementation):
+        return jax.jit(lambda x: sj.linear(x, w, bias, implementation, prologue=prologue))(x)
+
+    np.testing.assert_array_equal(run("toy"), run("reference"))
+    # nothing reaches it but what it can compute
+    assert sj.linear(x[:0], w, bias, "toy").shape == (0, 48)
+    with pytest.raises(NotImplementedError, match="'toy' refuses: at most 64 rows, not 65"):
+        sj.linear(jnp.ones((65, 100)), w, bias, "toy")
+    with pytest.raises(NotImplementedError, match="whole layers only"):
+        sj.sparse_matmul(*sj.lift_quantize(x, "6:8"), w, implementation="toy")
+
+
+@pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 CPU devices")
+def test_a_registered_implementation_runs_over_a_mesh(toy):
+    x, w, bias = random_problem(rows=8)
+    w = sj.prepare(w, "toy")
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:8]), ("m",))
+    rows, whole = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)) for spec in (["m"], [])
+    )
+    y = jax.jit(lambda x, w: sj.linear(x, w, bias, "toy"))(
+        jax.device_put(x, rows), jax.device_put(w, whole)
+    )
+    np.testing.assert_array_equal(y, sj.linear(x, w, bias, "reference"))
+    assert y.sharding.is_equivalent_to(rows, 2)
 
 
 @cpu_only
-def test_the_choice_follows_the_table(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
-    device = device_kind("cuda")
-    _x, w = problem()
-    tuning.record(
-        device,
-        [entry(16, {"hopper": 2.0, "dense": 1.0}), entry(4096, {"hopper": 50.0, "dense": 60.0})],
-    )
+def test_a_registered_implementation_is_tuned_and_then_chosen(toy, tmp_path):
+    _, w, _ = random_problem()
 
     def choice(rows, w=w):
-        [(_, choice)] = sj.explain(
-            sj.linear, jnp.ones((rows, 128), jnp.bfloat16), w, platform="cuda"
-        )
-        return choice
+        [(_, found)] = sj.explain(sj.linear, jax.ShapeDtypeStruct((rows, 100), jnp.float32), w)
+        return found
 
-    assert choice(16).implementation == "dense" and choice(4096).implementation == "hopper"
-    assert "hopper 50 us, dense 60 us" in choice(4096).reason and "M=4096" in choice(4096).reason
-    # what carries a prepared form is judged by the figure with it
-    tuning.record(device, [entry(16, {"hopper": 2.0, "dense": 1.0, "hopper+prepared": 0.5})])
-    assert choice(16).implementation == "dense"
-    prepared = w.replace(prepared={"hopper": jnp.zeros(4, jnp.uint8)})
-    assert choice(16, prepared).implementation == "hopper"
-    # far from anything measured: dense, and it says so
-    far = sj.pack(jnp.ones((4096, 8192), jnp.bfloat16), "6:8", dtype="int8")
-    [(_, unknown)] = sj.explain(sj.linear, jnp.ones((16, 4096), jnp.bfloat16), far, platform="cuda")
-    assert unknown.implementation in ("dense", "hopper") and unknown.reason
+    assert choice(4).implementation == "dense" and "no measurement" in choice(4).reason
+    assert choice(65).refused["toy"] == "at most 64 rows, not 65"
+    notes = []
+    entries, path = tuning.measure(
+        [(48, 100)], patterns=["6:8"], dtypes=["int8"], rows=[4, 65], clock=QUICK, note=notes.append
+    )
+    assert [[str(variant) for variant in e["us"]] for e in entries] == [
+        ["toy", "toy+prepared", "dense", "dense+prepared"],
+        ["dense", "dense+prepared"],
+    ]
+    assert Toy.searched == [4] and "toy has nothing to find at 4 rows" in notes
+    assert list(sj.tune.entries(jax.devices()[0].device_kind)) == entries
+    assert path is not None and path.is_relative_to(tmp_path)
+    for e in entries:
+        e["us"] |= {Variant("dense"): 9.0, Variant("toy"): 10.0, Variant("toy", "toy_codes"): 8.0}
+    sj.tune.record("cpu", entries)
+    assert choice(4).implementation == "dense" and choice(65).implementation == "dense"
+    assert choice(4, sj.prepare(w, "toy")).implementation == "toy"
+    assert "toy 8 us, dense 9 us" in choice(4, sj.prepare(w, "toy")).reason
 
 
 @cpu_only
-def test_tables_are_merged_and_damaged_ones_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
-    path = tuning.record("Test GPU", [entry(1, {"dense": 3.0})])
-    tuning.record("Test GPU", [entry(1, {"dense": 2.0}), entry(2, {"dense": 5.0})])
-    assert [e["us"]["dense"] for e in tuning.entries("Test GPU")] == [2.0, 5.0]
-    assert json.loads(path.read_text())["device"] == "Test GPU"
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"test-gpu\.json"):
-        tuning.entries("Test GPU")
+def test_a_registered_implementation_is_in_the_race_and_in_the_report(toy):
+    results = race.measure(
+        [(48, 100)], patterns=["6:8"], dtypes=["int8"], rows=[4, 65], clock=QUICK
+    )
+    few, many = results["linear"]
+    assert few["us"]["toy+prepared"] > 0 and "toy+prepared" not in many["us"]
+    assert few["settings"] == {"toy": "toy settings of 4 rows"} and not many["settings"]
+    text = race.table(results)
+    assert "settings of toy" in text and "not timed: int8 toy: at most 64 rows, not 65" in text
+    facts = info.collect()
+    assert facts["implementations"]["toy"] == {
+        "int8": None,
+        "float8_e4m3fn": "values must be int8, not float8_e4m3fn",
+        "bfloat16": "values must be int8, not bfloat16",
+    }
+    assert facts["cuda_library"]["toy_version"] == "0.1" and "toy version 0.1" in info.text(facts)
 
 
-def test_shipped_tables_are_sound():
-    for path in sorted(tuning._SHIPPED.glob("*.json")):
-        for e in tuning._read(path):
-            sj.Pattern.parse(e["pattern"])
-            assert (
-                np.dtype(jnp.dtype(e["dtype"]))
-                and e["rows"] > 0
-                and all(us > 0 for us in e["us"].values())
-            )
+def test_what_cannot_be_registered(toy):
+    with pytest.raises(TypeError, match="an object of a subclass of Implementation"):
+        registry.register(Toy)
+    with pytest.raises(ValueError, match="an implementation called 'toy' already"):
+        registry.register(Toy())
+
+    class Other(Toy):
+        name = "other"
+
+    with pytest.raises(ValueError, match="a prepared form called 'toy_codes' already"):
+        registry.register(Other())
+    badly_named = type("BadlyNamed", (Other,), {"name": "toy+prepared"})
+    with pytest.raises(ValueError, match="must be an identifier"):
+        registry.register(badly_named())
+    with pytest.raises(ValueError, match="one of toy, hopper"):
+        sj.linear(jnp.ones((1, 100)), random_problem()[1], implementation="magic")

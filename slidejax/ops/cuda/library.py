@@ -1,4 +1,4 @@
-"""The compiled CUDA library: loading it, and saying why it, or a part of it, cannot be used.
+"""The compiled CUDA library: loading it, and saying why it cannot be used.
 
 Nothing here is needed to import slidejax.
 """
@@ -6,9 +6,7 @@ Nothing here is needed to import slidejax.
 from __future__ import annotations
 
 import functools
-import glob
 import importlib.util
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ import jax
 
 __all__ = [
     "build_info",
-    "cusparselt_version",
     "load",
     "missing",
     "on_gpu",
@@ -92,7 +89,8 @@ def register() -> None:
 
 
 @functools.cache
-def _library_reason() -> str | None:
+def missing() -> str | None:
+    """Why the compiled library cannot be used on this machine, or None."""
     module, reason = load()
     if module is None or not on_gpu():
         return reason
@@ -105,65 +103,13 @@ def _library_reason() -> str | None:
     return None
 
 
-def _wheel_libraries() -> list[str]:
-    """Paths of cuSPARSELt in NVIDIA's wheels, where these are installed."""
-    spec = importlib.util.find_spec("nvidia")
-    roots = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return sorted(
-        path
-        for root in roots
-        for path in glob.glob(os.path.join(glob.escape(root), "*", "lib", "libcusparseLt.so*"))
-    )
-
-
-@functools.cache
-def _cusparselt_reason() -> str | None:
-    if reason := _library_reason():
-        return reason
-    system = ["libcusparseLt.so.0", "/usr/local/cuda/lib64/libcusparseLt.so.0"]
-    reason = load()[0].load_cusparselt([*_wheel_libraries(), *system])
-    return f"cuSPARSELt: {reason} (pip install nvidia-cusparselt-cu13)" if reason else None
-
-
-@functools.cache
-def _hopper_reason() -> str | None:
-    if reason := _library_reason():
-        return reason
-    return (
-        None
-        if load()[0].build_info()["hopper"]
-        else "the CUDA library was built without architecture 90a"
-    )
-
-
-_REASONS = {"library": _library_reason, "cusparselt": _cusparselt_reason, "hopper": _hopper_reason}
-
-
-def missing(part: str) -> str | None:
-    """Why a part of the compiled library cannot be used on this machine, or None.
-
-    Args:
-      part: "library" (all of it), "cusparselt" or "hopper".
-    """
-    return _REASONS[part]()
-
-
 def build_info() -> dict[str, Any] | None:
     """What the compiled library was built with: CUDA, architectures, jaxlib, FFI interface; None without it."""
     module, _ = load()
     return None if module is None else module.build_info()
 
 
-def cusparselt_version() -> tuple[int, int, int] | None:
-    """The version of the cuSPARSELt that is used, or None without one (`missing("cusparselt")` says why)."""
-    return None if missing("cusparselt") else load()[0].cusparselt_version()
-
-
-def unusable(part: str = "library") -> str | None:
-    """Why a program that is lowered for CUDA here may not call a part of the library, or None. On a machine without a GPU it
-    always may, since it will run on another one.
-
-    Args:
-      part: as in `missing`.
-    """
-    return missing(part) if on_gpu() else None
+def unusable() -> str | None:
+    """Why a program that is lowered for CUDA here may not call the library, or None. On a machine without a GPU it always may,
+    since it will run on another one."""
+    return missing() if on_gpu() else None

@@ -1,4 +1,4 @@
-"""`sparse_matmul` through cuSPARSELt: its compressed form, the product, and the search for its fastest algorithm.
+"""The implementation "cusparselt": NVIDIA's library for 2:4 products, its compressed form, and the search for its fastest algorithm.
 
 The search is remembered beside the tuning table; calls lowered afterwards use what it found.
 """
@@ -6,10 +6,13 @@ The search is remembered beside the tuning table; calls lowered afterwards use w
 from __future__ import annotations
 
 import functools
+import glob
+import importlib.util
 import json
 import math
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +20,49 @@ import numpy as np
 
 from slidejax.files import write_json
 from slidejax.ops.cuda import calls, library
+from slidejax.ops.implementations.base import (
+    Form,
+    Implementation,
+    cuda_refusal,
+    nothing_to_skip,
+)
 from slidejax.ops.tuning import table_path
 from slidejax.weights.numerics import is_quantized
+from slidejax.weights.packed import SlideWeight
 
-if TYPE_CHECKING:
-    from slidejax.weights.packed import SlideWeight
+__all__ = ["CUSPARSELT", "compressed", "search"]
 
-__all__ = ["algorithm", "compressed", "linear", "search"]
+
+# --- the library ------------------------------------------------------------------------------------------------------
+
+
+def _wheel_libraries() -> list[str]:
+    """Paths of cuSPARSELt in NVIDIA's wheels, where these are installed."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return sorted(
+        path
+        for root in roots
+        for path in glob.glob(os.path.join(glob.escape(root), "*", "lib", "libcusparseLt.so*"))
+    )
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why cuSPARSELt cannot be used on this machine, or None."""
+    if reason := library.missing():
+        return reason
+    system = ["libcusparseLt.so.0", "/usr/local/cuda/lib64/libcusparseLt.so.0"]
+    reason = library.load()[0].load_cusparselt([*_wheel_libraries(), *system])
+    return f"cuSPARSELt: {reason} (pip install nvidia-cusparselt-cu13)" if reason else None
+
+
+def version() -> tuple[int, int, int] | None:
+    """The version of the cuSPARSELt that is used, or None without one (`missing` says why)."""
+    return None if missing() else library.load()[0].cusparselt_version()
+
+
+# --- the product ------------------------------------------------------------------------------------------------------
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -37,7 +76,7 @@ def _multiple(dtype) -> int:
 
 def _compressed_bytes(w: SlideWeight) -> int:
     out, columns = _round_up(w.out_features, _multiple(w.dtype)), w.lifted_columns
-    if library.on_gpu() and library.missing("cusparselt") is None:
+    if library.on_gpu() and missing() is None:
         return library.load()[0].cusparselt_compressed_bytes(w.dtype.name, out, columns)
     # Ahead of time: half of the values, and a nibble for each window of whole 128 columns, as 0.8 has it. The call checks it.
     return out * columns // 2 * w.dtype.itemsize + out * _round_up(columns, 128) // 8
@@ -45,48 +84,41 @@ def _compressed_bytes(w: SlideWeight) -> int:
 
 def compressed(w: SlideWeight) -> jax.Array:
     """The library's own form of a weight, uint8; `sj.prepare` keeps it."""
-    return calls.cusparselt_compress_call(w.values, w.zeros, compressed_bytes=_compressed_bytes(w))
+    out_type = jax.ShapeDtypeStruct((_compressed_bytes(w),), jnp.uint8)
+    return calls.call("slidejax_cusparselt_compress", out_type, w.values, w.zeros)
 
 
-def linear(
-    lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: jax.Array | None, out_dtype
+def matmul_call(
+    lifted: jax.Array,
+    scale_x: jax.Array,
+    compressed: jax.Array,
+    scale_w: jax.Array,
+    bias: jax.Array,
+    *,
+    dtype,
+    workspace_bytes: int,
+    raw: bool = False,
+    algorithm: int = -1,
+    split_k: int = 1,
+    split_k_mode: int = 0,
 ) -> jax.Array:
-    """`sparse_matmul` through cuSPARSELt: `lifted` `[M, K']`, `scale_x` `[M, 1]`; `out_dtype` None: raw accumulators.
+    """`lifted` `[M, K']`, `scale_x` `[M]`, `compressed` uint8, `scale_w` `[out]`, `bias` `[out]` or `[0]` -> `[M, out]`.
 
-    Raises:
-      NotImplementedError: for raw accumulators of 16-bit values, which the library does not give.
+    `raw` gives the accumulators (int32 or float32); algorithm and split are those of `search`.
     """
-    raw = out_dtype is None
-    accumulator = calls.accumulator(w.dtype)
-    if raw and accumulator.itemsize < 4:
-        raise NotImplementedError(
-            f"cuSPARSELt gives no float32 accumulators of {w.dtype.name} values"
-        )
-    dtype = accumulator if raw else np.dtype(out_dtype)
-    form = w.prepared["cusparselt"] if "cusparselt" in w.prepared else compressed(w)
-    bias = jnp.zeros(0, jnp.float32) if bias is None or raw else bias.astype(jnp.float32)
-    rows, columns = lifted.shape
-    tokens, out = _round_up(rows, _multiple(w.dtype)), _round_up(w.out_features, _multiple(w.dtype))
-    choice = _choice(w.dtype, accumulator, w.out_features, rows, columns)
-    direct = accumulator == dtype and tokens == rows and out == w.out_features
-    parts = (
-        0 if direct else tokens * out * accumulator.itemsize,
-        0 if tokens == rows else tokens * columns * w.dtype.itemsize,
-        choice.pop("workspace_bytes"),
+    out_types = (
+        jax.ShapeDtypeStruct((lifted.shape[0], scale_w.shape[0]), dtype),
+        jax.ShapeDtypeStruct((workspace_bytes,), jnp.uint8),
     )
-    workspace = calls.ALIGN + sum(_round_up(part, calls.ALIGN) for part in parts)
-    return calls.cusparselt_matmul_call(
-        lifted,
-        scale_x[:, 0],
-        form,
-        w.scale,
-        bias,
-        dtype=dtype,
-        workspace_bytes=workspace,
-        raw=raw,
-        **choice,
-    )
+    y, _ = calls.call(
+        "slidejax_sparse_matmul_cusparselt", out_types, lifted, scale_x, compressed, scale_w, bias,
+        raw=np.bool_(raw), alpha_vector=np.bool_(False),
+        algorithm=np.int32(algorithm), split_k=np.int32(split_k), split_k_mode=np.int32(split_k_mode),
+    )  # fmt: skip
+    return y
 
+
+# --- the search for its fastest algorithm -----------------------------------------------------------------------------
 
 # What an algorithm may use as workspace: the library is asked only when the program runs.
 _WORKSPACE = 64 << 20
@@ -97,9 +129,9 @@ _REACH = 1.0
 
 def _search_path() -> Path:
     """The file of the searches made on this kind of device with this release: ids mean nothing to another one."""
-    version = library.cusparselt_version() or (0, 0, 0)
+    release = version() or (0, 0, 0)
     table = table_path(jax.devices()[0].device_kind)
-    return table.with_name(f"{table.stem}-cusparselt-{'.'.join(map(str, version))}.json")
+    return table.with_name(f"{table.stem}-cusparselt-{'.'.join(map(str, release))}.json")
 
 
 @functools.cache
@@ -124,7 +156,7 @@ def _nearest_search(
     dtype, result, out: int, rows: int, columns: int
 ) -> tuple[str, dict[str, Any]] | None:
     """The nearest search within reach: its rows, and the algorithm that was fastest."""
-    if not library.on_gpu() or library.missing("cusparselt") is not None:
+    if not library.on_gpu() or missing() is not None:
         return None
     found = _read_searches()[1].get(_search_key(dtype, result, out, columns), {})
     near = min(found, key=lambda r: abs(math.log2(int(r) / max(rows, 1))), default=None)
@@ -144,17 +176,6 @@ def _choice(dtype, result, out: int, rows: int, columns: int) -> dict[str, Any]:
     )
 
 
-def algorithm(w: SlideWeight, rows: int) -> str:
-    """Which of the library's algorithms `linear` of so many rows uses, in words."""
-    found = _nearest_search(
-        w.dtype, calls.accumulator(w.dtype), w.out_features, rows, w.lifted_columns
-    )
-    if found is None:
-        return "the library's default; slidejax tune searches for the fastest"
-    near, choice = found
-    return f"{choice['algorithm']}, the fastest of a search at M={near} ({choice['microseconds']:.1f} us for the product alone)"
-
-
 def search(w: SlideWeight, rows: int) -> list[dict[str, Any]]:
     """Times the library's algorithms for one weight's shape and a number of rows, and remembers the fastest.
 
@@ -167,7 +188,7 @@ def search(w: SlideWeight, rows: int) -> list[dict[str, Any]]:
     Raises:
       NotImplementedError: without a GPU or the library, with the reason.
     """
-    reason = "there is no CUDA GPU" if not library.on_gpu() else library.missing("cusparselt")
+    reason = "there is no CUDA GPU" if not library.on_gpu() else missing()
     if reason is not None:
         raise NotImplementedError(f"cusparselt.search: {reason}")
     result, columns = calls.accumulator(w.dtype), w.lifted_columns
@@ -178,3 +199,81 @@ def search(w: SlideWeight, rows: int) -> list[dict[str, Any]]:
     key = _search_key(w.dtype, result, w.out_features, columns)
     write_json(path, entries | {key: entries.get(key, {}) | {str(rows): timings[0]}})
     return timings
+
+
+class Cusparselt(Implementation):
+    """16- and 8-bit values of all patterns but "dense"."""
+
+    name = "cusparselt"
+    form = Form("cusparselt", compressed)
+    cuda_only = True
+
+    def refuses(self, problem):
+        reason = nothing_to_skip(problem) or cuda_refusal(problem)
+        if reason is None and library.on_gpu():
+            reason = missing()
+        if reason is None and problem.dtype == jnp.float32:
+            reason = "float32 values are not supported"
+        if reason is None and problem.out_dtype is None and not is_quantized(problem.dtype):
+            reason = f"K is split over a mesh, and the library gives no float32 accumulators of {problem.dtype.name} values"
+        return reason
+
+    def matmul(self, lifted, scale_x, w, bias, out_dtype, platform="default"):
+        raw = out_dtype is None
+        accumulator = calls.accumulator(w.dtype)
+        if raw and accumulator.itemsize < 4:
+            raise NotImplementedError(
+                f"cuSPARSELt gives no float32 accumulators of {w.dtype.name} values"
+            )
+        dtype = accumulator if raw else np.dtype(out_dtype)
+        form = w.prepared["cusparselt"] if "cusparselt" in w.prepared else compressed(w)
+        bias = jnp.zeros(0, jnp.float32) if bias is None or raw else bias.astype(jnp.float32)
+        rows, columns = lifted.shape
+        tokens, out = (
+            _round_up(rows, _multiple(w.dtype)),
+            _round_up(w.out_features, _multiple(w.dtype)),
+        )
+        choice = _choice(w.dtype, accumulator, w.out_features, rows, columns)
+        direct = accumulator == dtype and tokens == rows and out == w.out_features
+        parts = (
+            0 if direct else tokens * out * accumulator.itemsize,
+            0 if tokens == rows else tokens * columns * w.dtype.itemsize,
+            choice.pop("workspace_bytes"),
+        )
+        workspace = calls.ALIGN + sum(_round_up(part, calls.ALIGN) for part in parts)
+        return matmul_call(
+            lifted,
+            scale_x[:, 0],
+            form,
+            w.scale,
+            bias,
+            dtype=dtype,
+            workspace_bytes=workspace,
+            raw=raw,
+            **choice,
+        )
+
+    def available(self):
+        return missing()
+
+    def facts(self):
+        release = version()
+        return {"cusparselt_version": None if release is None else ".".join(map(str, release))}
+
+    def settings(self, w, rows):
+        found = _nearest_search(
+            w.dtype, calls.accumulator(w.dtype), w.out_features, rows, w.lifted_columns
+        )
+        if found is None:
+            return "the library's default; slidejax tune searches for the fastest"
+        near, choice = found
+        return f"{choice['algorithm']}, the fastest of a search at M={near} ({choice['microseconds']:.1f} us for the product alone)"
+
+    def search(self, w, rows):
+        best = search(w, rows)[0]
+        return (
+            f"cuSPARSELt's fastest algorithm is {best['algorithm']}: {best['microseconds']:.1f} us"
+        )
+
+
+CUSPARSELT = Cusparselt()

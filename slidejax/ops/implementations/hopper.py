@@ -1,140 +1,215 @@
-"""Linear layers and products through the Hopper kernel, of packed weights and of dense 8-bit ones: its prepared metadata, and how much
-workspace it takes."""
+"""The implementation "hopper": products of 8-bit values in slidejax's own kernel for Hopper GPUs.
+
+The kernel also multiplies dense 8-bit weights, which the implementation "dense" uses.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.ops.cuda import calls, library
+from slidejax.ops.cuda import calls, library, prologues
+from slidejax.ops.implementations.base import (
+    Form,
+    Implementation,
+    cuda_refusal,
+    nothing_to_skip,
+)
+from slidejax.ops.prologue import Prologue
+from slidejax.weights.numerics import is_quantized
+from slidejax.weights.packed import SlideWeight
 
-if TYPE_CHECKING:
-    from slidejax.ops.prologue import Prologue
-    from slidejax.weights.packed import SlideWeight
+__all__ = ["FEW_ROWS", "HOPPER", "HopperWeight", "linear_call", "matmul_call", "refuses_device"]
 
-__all__ = ["dense_linear", "dense_matmul", "linear", "matmul", "metadata"]
+# Up to so many rows the lift and the kernel are one call, so that one can begin while the other runs. Beyond, calls of their
+# own are better: XLA merges the lifts of layers that share an input, such as q, k and v.
+FEW_ROWS = 64
 
+_DEVICES = ("H100", "H200", "H800", "H20", "GH200")
 _AHEAD_OF_TIME_MULTIPROCESSORS = 132  # a program lowered without a GPU is taken to run on an H100
 
 
-def _metadata_bytes(w: SlideWeight) -> int:
+# --- where it runs ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why the kernel cannot be used on this machine, or None."""
+    if reason := library.missing():
+        return reason
+    if _module() is None:
+        return "the CUDA library was built without architecture 90a"
+    return None
+
+
+def _module():
+    """The compiled module, if it holds the kernel."""
     module, _ = library.load()
-    if module is not None and module.build_info()["hopper"]:
-        return module.hopper_metadata_bytes(w.out_features, w.groups, w.pattern.group)
+    return module if module is not None and module.build_info()["hopper"] else None
+
+
+def refuses_device(device: str, dtype: np.dtype) -> str | None:
+    """Why the kernel does not run on a CUDA device with values of a dtype, or None."""
+    if library.on_gpu() and (reason := _missing()):
+        return reason
+    if not any(name in device for name in _DEVICES):
+        return f"needs a Hopper GPU (compute capability 9.0), not {device}"
+    if not is_quantized(dtype):
+        return f"values must be int8 or float8_e4m3fn, not {dtype.name}"
+    return None
+
+
+# --- the weight -------------------------------------------------------------------------------------------------------
+
+
+def _metadata_bytes(out: int, groups: int, group: int) -> int:
+    module = _module()
+    if module is not None:
+        return module.hopper_metadata_bytes(out, groups, group)
     # ahead of time: 1 KB for 64 outputs and 128 lifted columns, whole pairs of the latter; the call checks it
-    return -(-w.out_features // 64) * 2 * -(-w.lifted_columns // 256) * 1024
+    return -(-out // 64) * 2 * -(-groups * (2 * group - 4) // 256) * 1024
 
 
-def metadata(w: SlideWeight) -> jax.Array:
+def _metadata(w: SlideWeight) -> jax.Array:
     """The 2:4 metadata of a weight in the order in which the kernel's lanes read it, uint8; `sj.prepare` keeps it."""
-    return calls.hopper_metadata_call(
-        w.zeros, group=w.pattern.group, metadata_bytes=_metadata_bytes(w)
-    )
+    size, group = _metadata_bytes(w.out_features, w.groups, w.pattern.group), w.pattern.group
+    out_type = jax.ShapeDtypeStruct((size,), jnp.uint8)
+    return calls.call("slidejax_hopper_metadata", out_type, w.zeros, group=np.int32(group))
 
 
-def _workspace(rows: int, out: int, groups: int, group: int, dtype, metadata_bytes: int) -> int:
-    """Of a weight with so many groups, or with `groups` columns if `group` is 0; `metadata_bytes`: of what is not prepared."""
-    module, _ = library.load()
-    if (
-        module is None or not module.build_info()["hopper"]
-    ):  # ahead of time: enough for the metadata, K is not split
-        return calls.ALIGN + metadata_bytes
-    multiprocessors = (
-        jax.devices()[0].core_count if library.on_gpu() else _AHEAD_OF_TIME_MULTIPROCESSORS
-    )
-    return calls.ALIGN + module.hopper_workspace_bytes(
-        rows, out, groups, group, np.dtype(dtype).name, metadata_bytes == 0, multiprocessors
-    )
+@dataclasses.dataclass(frozen=True)
+class HopperWeight:
+    """A packed or a dense weight as the kernel takes it.
+
+    Attributes:
+      values: `[out, groups, kept]`; of a dense weight the codes `[out, K]`, K a multiple of 16.
+      zeros: `[out, groups]`; of a dense weight `[0]`.
+      scale: float32 `[out]`.
+      metadata: the prepared metadata; `[0]` of a dense weight, or where the call is to make it in its workspace.
+      group: columns of a group; 0 of a dense weight.
+    """
+
+    values: jax.Array
+    zeros: jax.Array
+    scale: jax.Array
+    metadata: jax.Array
+    group: int
+
+    @classmethod
+    def packed(cls, w: SlideWeight) -> HopperWeight:
+        metadata = w.prepared["hopper"] if "hopper" in w.prepared else jnp.zeros(0, jnp.uint8)
+        return cls(w.values, w.zeros, w.scale, metadata, w.pattern.group)
+
+    @classmethod
+    def dense(cls, kernel: jax.Array, scale: jax.Array) -> HopperWeight:
+        none = jnp.zeros(0, jnp.uint8)
+        return cls(kernel, none, scale, none, 0)
+
+    def raw(self) -> HopperWeight:
+        """The same with scales of one."""
+        return dataclasses.replace(self, scale=jnp.ones(self.scale.shape, jnp.float32))
+
+    def operands(self, bias: jax.Array | None) -> tuple[jax.Array, ...]:
+        given = jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32)
+        return self.values, self.zeros, self.scale, given, self.metadata
+
+    def workspace_bytes(self, rows: int) -> int:
+        """Workspace of a product with that many rows."""
+        out, groups = self.values.shape[:2]  # columns, of a dense weight
+        has_metadata = not self.group or self.metadata.size > 0
+        made = 0 if has_metadata else _metadata_bytes(out, groups, self.group)
+        module = _module()
+        if module is None:  # ahead of time: enough for the metadata, K is not split
+            return calls.ALIGN + made
+        multiprocessors = (
+            jax.devices()[0].core_count if library.on_gpu() else _AHEAD_OF_TIME_MULTIPROCESSORS
+        )
+        return calls.ALIGN + module.hopper_workspace_bytes(
+            rows, out, groups, self.group, self.values.dtype.name, has_metadata, multiprocessors
+        )
 
 
-def _weight(w: SlideWeight, bias: jax.Array | None, raw: bool = False) -> tuple[jax.Array, ...]:
-    """The operands of a packed weight, as both calls take them; `raw`: without scales and bias."""
-    form = w.prepared.get("hopper")
-    return (
-        w.values,
-        w.zeros,
-        jnp.ones(w.out_features, jnp.float32) if raw else w.scale,
-        jnp.zeros(0, jnp.float32) if bias is None or raw else bias.astype(jnp.float32),
-        jnp.zeros(0, jnp.uint8) if form is None else form,
-    )
+# --- the calls --------------------------------------------------------------------------------------------------------
 
 
-def _weight_workspace(rows: int, w: SlideWeight) -> int:
-    expanded = 0 if "hopper" in w.prepared else _metadata_bytes(w)
-    return _workspace(rows, w.out_features, w.groups, w.pattern.group, w.dtype, expanded)
-
-
-def _dense_weight(
-    kernel: jax.Array, scale: jax.Array, bias: jax.Array | None
-) -> tuple[jax.Array, ...]:
-    none = jnp.zeros(0, jnp.uint8)
-    return (
-        kernel,
-        none,
-        scale,
-        jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32),
-        none,
-    )
-
-
-def matmul(
-    lifted: jax.Array, scale_x: jax.Array, w: SlideWeight, bias: jax.Array | None, out_dtype
+def matmul_call(
+    lifted: jax.Array, scale_x: jax.Array, w: HopperWeight, bias: jax.Array | None, dtype
 ) -> jax.Array:
-    """`sparse_matmul` through the Hopper kernel: `lifted` `[M, K']`, `scale_x` `[M, 1]`; `out_dtype` None: raw accumulators,
-    int32 of int8 values and float32 of e4m3."""
-    raw = out_dtype is None
+    """`lifted` `[M, K']`, or codes `[M, K]` for a dense weight, and `scale_x` `[M]` -> `[M, out]`."""
     rows = lifted.shape[0]
-    return calls.hopper_matmul_call(
-        lifted, jnp.ones(rows, jnp.float32) if raw else scale_x[:, 0], *_weight(w, bias, raw),
-        dtype=calls.accumulator(w.dtype) if raw else out_dtype, workspace_bytes=_weight_workspace(rows, w),
-    )  # fmt: skip
-
-
-def dense_matmul(
-    codes: jax.Array,
-    scale_x: jax.Array,
-    kernel: jax.Array,
-    scale_w: jax.Array,
-    bias: jax.Array | None,
-    out_dtype,
-) -> jax.Array:
-    """The product of 8-bit codes `[M, K]` and a dense kernel `[out, K]` with the scales `[M, 1]` and `[out]`, through the same kernel;
-    K is a multiple of 16."""
-    (rows, k), out = codes.shape, kernel.shape[0]
-    return calls.hopper_matmul_call(
-        codes,
-        scale_x[:, 0],
-        *_dense_weight(kernel, scale_w, bias),
-        dtype=out_dtype,
-        workspace_bytes=_workspace(rows, out, k, 0, kernel.dtype, 0),
+    out_types = (
+        jax.ShapeDtypeStruct((rows, w.values.shape[0]), dtype),
+        jax.ShapeDtypeStruct((w.workspace_bytes(rows),), jnp.uint8),
     )
-
-
-def linear(
-    x: jax.Array, prologue: Prologue | None, w: SlideWeight, bias: jax.Array | None, out_dtype
-) -> jax.Array:
-    """`linear` of x `[M, K]` as it is, in one call: the product's kernel begins while the lift's still runs. `prologue`: one that
-    the lift computes itself (`prologues.fused`)."""
-    return calls.hopper_linear_call(
-        x, prologue, *_weight(w, bias), group=w.pattern.group, lifted_columns=w.lifted_columns, dtype=out_dtype,
-        workspace_bytes=_weight_workspace(x.shape[0], w),
+    y, _ = calls.call(
+        "slidejax_sparse_matmul_hopper", out_types, lifted, scale_x, *w.operands(bias),
+        # tile and schedule: chosen by the cost model
+        config=np.int32(-1), token_group=np.int32(0), split=np.int32(-1),
     )  # fmt: skip
+    return y
 
 
-def dense_linear(
+def linear_call(
     x: jax.Array,
     prologue: Prologue | None,
-    kernel: jax.Array,
-    scale_w: jax.Array,
+    w: HopperWeight,
     bias: jax.Array | None,
-    out_dtype,
+    lifted_columns: int,
+    dtype,
 ) -> jax.Array:
-    """The same with a dense kernel `[out, K']` of 8-bit codes, K' at least K and a multiple of 16."""
-    out, columns = kernel.shape
-    return calls.hopper_linear_call(
-        x, prologue, *_dense_weight(kernel, scale_w, bias), group=0, lifted_columns=columns, dtype=out_dtype,
-        workspace_bytes=_workspace(x.shape[0], out, columns, 0, kernel.dtype, 0),
+    """Lift and product of x `[M, in]` in one call: the product's kernel begins while the lift's still runs.
+
+    `lifted_columns` is K'; of a dense weight K, at least `in`. A prologue that the lift does not compute itself is computed by XLA.
+    """
+    if prologue is not None and not prologues.fused(x, w.values.dtype, prologue):
+        x, prologue = prologue.apply(x), None
+    rows = x.shape[0]
+    out_types = (
+        jax.ShapeDtypeStruct((rows, w.values.shape[0]), dtype),
+        jax.ShapeDtypeStruct((rows, lifted_columns), w.values.dtype),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+        jax.ShapeDtypeStruct((w.workspace_bytes(rows),), jnp.uint8),
+    )
+    operands, attributes = prologues.operands_of(x, prologue)
+    y, *_ = calls.call(
+        "slidejax_linear_hopper", out_types, x, *operands, *w.operands(bias), group=np.int32(w.group), **attributes
     )  # fmt: skip
+    return y
+
+
+# --- the implementation -----------------------------------------------------------------------------------------------
+
+
+class Hopper(Implementation):
+    """8-bit values of all patterns but "dense", on GPUs of compute capability 9.0."""
+
+    name = "hopper"
+    form = Form("hopper", _metadata)
+    cuda_only = True
+
+    def refuses(self, problem):
+        if reason := nothing_to_skip(problem) or cuda_refusal(problem):
+            return reason
+        return refuses_device(problem.device, problem.dtype)
+
+    def matmul(self, lifted, scale_x, w, bias, out_dtype, platform="default"):
+        weight = HopperWeight.packed(w)
+        if out_dtype is None:
+            ones = jnp.ones(lifted.shape[0], jnp.float32)
+            return matmul_call(lifted, ones, weight.raw(), None, calls.accumulator(w.dtype))
+        return matmul_call(lifted, scale_x[:, 0], weight, bias, out_dtype)
+
+    def linear(self, x, prologue, w, bias, out_dtype, platform="default"):
+        if x.shape[0] > FEW_ROWS:
+            return super().linear(x, prologue, w, bias, out_dtype, platform)
+        return linear_call(x, prologue, HopperWeight.packed(w), bias, w.lifted_columns, out_dtype)
+
+    def available(self):
+        return _missing()
+
+
+HOPPER = Hopper()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from slidejax.ops import tuning
+from slidejax.ops.choice import time_of
 from slidejax.ops.problem import device_kind
 from slidejax.rules import Rule
 from slidejax.weights.pattern import Pattern
@@ -54,7 +54,7 @@ def measured_times(rows: int, qdtype: Any = "int8", device: str | None = None) -
     kind = device_kind("cuda") if device is None else device
 
     def cost(shape: tuple[int, int], pattern: Pattern) -> float:
-        time = tuning.time_of(kind, rows, shape, pattern, dtype)
+        time = time_of(kind, rows, shape, pattern, dtype)
         if time is None:
             raise ValueError(
                 f"nothing was measured near {rows} rows of a kernel {shape} with {pattern} {dtype.name} on {kind}: run slidejax tune"

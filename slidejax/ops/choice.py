@@ -1,0 +1,177 @@
+"""Which implementation runs a problem: the one that was asked for, or the fastest by measurement.
+
+The choice is made when an op is lowered for a platform, and is explained by `slidejax.explain`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from slidejax.ops import registry
+from slidejax.ops.implementations.base import Implementation
+from slidejax.ops.problem import Problem, device_kind
+from slidejax.ops.tuning import Variant, alike, distance, entries, log_ratio
+from slidejax.weights.packed import SlideWeight
+from slidejax.weights.pattern import Pattern
+
+__all__ = ["Choice", "choose", "forms", "implementation_for", "lookup", "time_of"]
+
+# How far, in factors of two summed over rows, inputs and outputs, an entry may be from the problem to speak for it.
+_REACH = 3.0
+# A weight does without a prepared form where it is within this many times of its shortest time.
+_NEARLY = 1.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The implementation that runs a problem, and why."""
+
+    implementation: str
+    reason: str
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        refused = "".join(f"; not {name}: {why}" for name, why in self.refused.items())
+        return f"{self.implementation} ({self.reason}{refused})"
+
+
+def choose(problem: Problem) -> Choice:
+    """The implementation for a problem.
+
+    Raises:
+      NotImplementedError: if the one that was asked for refuses, with its reason.
+    """
+    refused = registry.refusals(problem)
+    if problem.requested is not None:
+        if problem.requested in refused:
+            raise NotImplementedError(
+                f"slidejax {problem.op}: implementation {problem.requested!r} refuses: {refused[problem.requested]}"
+            )
+        return Choice(problem.requested, "asked for")
+    candidates = [i.name for i in registry.competing() if i.name not in refused]
+    fallback = registry.FALLBACK.name
+    if candidates == [fallback]:
+        if problem.platform != "cuda":
+            return Choice(fallback, "plain JAX", refused)
+        if not problem.pattern.prunes:
+            return Choice(fallback, "nothing is pruned", refused)
+    measured = lookup(problem, candidates)
+    if measured is not None:
+        return Choice(*measured, refused)
+    # nothing measured near this shape: the dense product is never slower than what the user had
+    return Choice(
+        fallback, "no measurement for this device, shape and dtype: run slidejax tune", refused
+    )
+
+
+def implementation_for(problem: Problem) -> Implementation:
+    """The object of `choose`; for empty operands the reference, so that no other one has to expect them."""
+    chosen = registry.get(choose(problem).implementation)
+    empty = 0 in (problem.rows, problem.in_features, problem.out_features)
+    return registry.REFERENCE if empty else chosen
+
+
+# --- by the measured table --------------------------------------------------------------------------------------------
+
+
+def _times(entry: dict[str, Any]) -> dict[Variant, float]:
+    """The times of an entry, without those of implementations and forms that there are no more."""
+    known = {
+        Variant(i.name, form)
+        for i in registry.competing()
+        for form in (None, None if i.form is None else i.form.name)
+    }
+    return {variant: us for variant, us in entry["us"].items() if variant in known}
+
+
+def _nearest(problem: Problem) -> dict[str, Any] | None:
+    def far(entry: dict[str, Any]) -> float:
+        return distance(entry, problem.rows, problem.in_features, problem.out_features)
+
+    near = [e for e in alike(problem.device, problem.pattern, problem.dtype) if far(e) <= _REACH]
+    return min(near, key=far, default=None)
+
+
+def lookup(problem: Problem, candidates: Sequence[str]) -> tuple[str, str] | None:
+    """The fastest of `candidates` by the nearest measurement, and the reason in words; None where nothing near is known."""
+    entry = _nearest(problem)
+    if entry is None:
+        return None
+    times = {}
+    for name in candidates:
+        form = registry.get(name).form
+        held = form is not None and form.name in problem.prepared
+        variant = Variant(name, form.name if form is not None and held else None)
+        if variant in entry["us"]:
+            times[name] = entry["us"][variant]
+    if not times:
+        return None
+    best = min(times, key=times.__getitem__)
+    figures = ", ".join(
+        f"{name} {us:.0f} us" for name, us in sorted(times.items(), key=lambda item: item[1])
+    )
+    where = f"M={entry['rows']} K={entry['in']} N={entry['out']}" + (
+        f" {entry['dtype']}" if entry["dtype"] != problem.dtype.name else ""
+    )
+    return best, f"measured at {where}: {figures}"
+
+
+def time_of(
+    device: str, rows: int, shape: tuple[int, int], pattern: Pattern, dtype: np.dtype
+) -> float | None:
+    """Microseconds of one linear of shape `(in, out)` with the fastest implementation, by the nearest measurement and in proportion to
+    the products; None where nothing near is known. With the pattern "dense" it is the time of dense products, whatever pattern they were measured with."""
+    times: list[tuple[float, float]] = []  # how far the entry is, and the time
+    for e in entries(device):
+        if e["dtype"] != dtype.name or (pattern.prunes and e["pattern"] != str(pattern)):
+            continue
+        us = [
+            time
+            for variant, time in _times(e).items()
+            if pattern.prunes or variant.implementation == registry.FALLBACK.name
+        ]
+        if us and (far := distance(e, rows, *shape)) <= _REACH:
+            times.append(
+                (far, min(us) * rows * math.prod(shape) / (e["rows"] * e["in"] * e["out"]))
+            )
+    return min(times, key=lambda one: one[0])[1] if times else None
+
+
+def forms(w: SlideWeight) -> tuple[str, ...]:
+    """The prepared forms for a weight of this shape: as few as let every number of rows that was measured run nearly as fast as with all;
+    of as many, those that are faster on the whole. That of the fallback where nothing near was measured, as the choice then falls on it."""
+    gains = {i.form.name: i.form.must_gain for i in registry.competing() if i.form is not None}
+    near = [
+        times
+        for e in alike(device_kind("cuda"), w.pattern, w.dtype)
+        if log_ratio(e["in"], w.in_features) + log_ratio(e["out"], w.out_features) <= _REACH
+        and (times := _times(e))
+    ]
+    if not near:
+        fallback = registry.FALLBACK.form
+        return () if fallback is None else (fallback.name,)
+    names = sorted({v.form for us in near for v in us if v.form is not None})
+
+    def times_best(us: dict[Variant, float], held: tuple[str, ...]) -> float:
+        possible = (t for v, t in us.items() if v.form is None or v.form in held)
+        return min(possible, default=math.inf) / min(us.values())
+
+    def cost(held: tuple[str, ...]) -> float:
+        slower = sum(math.log(times_best(us, held)) for us in near) / len(near)
+        return slower + sum(math.log(gains[name]) for name in held)
+
+    for count in range(len(names)):
+        enough = [
+            held
+            for held in itertools.combinations(names, count)
+            if all(times_best(us, held) <= _NEARLY for us in near)
+        ]
+        if enough:
+            return min(enough, key=cost)
+    return tuple(names)

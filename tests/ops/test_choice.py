@@ -1,0 +1,149 @@
+"""What is read off the measured table: the implementation that runs, and the forms that a weight carries."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import slidejax as sj
+from slidejax.ops import choice, tuning
+from slidejax.ops.problem import device_kind
+
+cpu_only = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="tests what a machine without a GPU does"
+)
+DEVICE = "A GPU of this test"
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """`measured(*us)`: makes a table of one entry for each, at rows 1, 16, 256, ... of one shape; returns a weight of that shape."""
+    monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(choice, "device_kind", lambda platform: DEVICE)
+
+    def write(*times):
+        entries = [
+            {"in": 64, "out": 32, "pattern": "6:8", "dtype": "int8", "rows": 16**i, "us": us}
+            for i, us in enumerate(times)
+        ]
+        path = tuning.table_path(DEVICE)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"format": 1, "device": DEVICE, "jax": "", "entries": entries}))
+        return sj.pack(jnp.ones((64, 32)), "6:8", dtype="int8")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("times", "forms"),
+    [
+        ([], ("dense",)),
+        ([{"hopper+prepared": 10.0, "dense+prepared": 15.0}], ("hopper",)),
+        # nearly as fast everywhere: one form is enough, and it is the one that leaves nobody slow
+        (
+            [
+                {"hopper+prepared": 10.0, "dense+prepared": 15.0},
+                {"hopper+prepared": 10.5, "dense+prepared": 10.0},
+            ],
+            ("hopper",),
+        ),
+        (
+            [
+                {"hopper+prepared": 10.0, "dense+prepared": 15.0},
+                {"hopper+prepared": 13.0, "dense+prepared": 10.0},
+            ],
+            ("hopper", "dense"),
+        ),
+        ([{"hopper": 10.2, "hopper+prepared": 10.0, "dense+prepared": 15.0}], ()),
+        (
+            [
+                {"cusparselt+prepared": 7.0, "dense+prepared": 10.0},
+                {"cusparselt+prepared": 20.0, "dense+prepared": 10.0},
+            ],
+            ("cusparselt", "dense"),
+        ),
+        # one is enough, and the large one has to be more than 5 % faster
+        ([{"hopper+prepared": 10.4, "dense+prepared": 10.0}], ("hopper",)),
+        ([{"hopper+prepared": 10.8, "dense+prepared": 10.0}], ("dense",)),
+        ([{"cusparselt+prepared": 11.0, "hopper+prepared": 10.0}], ("hopper",)),
+    ],
+    ids=[
+        "nothing measured",
+        "one",
+        "nearly",
+        "both",
+        "none needed",
+        "far apart",
+        "large for little",
+        "large for more",
+        "the faster",
+    ],
+)
+def test_a_weight_carries_few_prepared_forms(measured, times, forms):
+    assert set(choice.forms(measured(*times))) == set(forms)
+
+
+def test_what_ships_wants_one_form(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(choice, "device_kind", lambda platform: "NVIDIA H200")
+    for inputs, out in ((3584, 4608), (3584, 3584), (3584, 37888), (18944, 3584)):
+        kernel = jax.ShapeDtypeStruct((inputs, out), jnp.float32)
+
+        def weight(pattern, dtype, kernel=kernel):
+            return jax.eval_shape(lambda k: sj.pack(k, pattern, dtype=dtype), kernel)
+
+        assert choice.forms(weight("6:8", "int8")) == ("hopper",)
+        assert choice.forms(weight("4:6", "float8_e4m3fn")) == (
+            "hopper",
+        )  # measured with int8 only
+        assert choice.forms(weight("8:10", "int8")) == (
+            "dense",
+        )  # nothing to be gained by sparse products
+
+
+def test_a_dtype_that_was_not_measured_is_taken_for_its_twin(measured):
+    measured({"hopper+prepared": 10.0, "dense+prepared": 15.0})
+    assert choice.forms(sj.pack(jnp.ones((64, 32)), "6:8", dtype="float8_e4m3fn")) == ("hopper",)
+    assert choice.forms(sj.pack(jnp.ones((64, 32)), "6:8")) == ("dense",)
+    assert choice.forms(sj.pack(jnp.ones((64, 32)), "4:6", dtype="int8")) == ("dense",)
+
+
+def entry(rows, us, **changes):
+    return {
+        "in": 128,
+        "out": 64,
+        "pattern": "6:8",
+        "dtype": "int8",
+        "rows": rows,
+        "us": us,
+    } | changes
+
+
+@cpu_only
+def test_the_choice_follows_the_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
+    device = device_kind("cuda")
+    w = sj.pack(jnp.ones((128, 64)), "6:8", dtype="int8")
+    tuning.record(
+        device,
+        [entry(16, {"hopper": 2.0, "dense": 1.0}), entry(4096, {"hopper": 50.0, "dense": 60.0})],
+    )
+
+    def chosen(rows, w=w):
+        [(_, found)] = sj.explain(
+            sj.linear, jnp.ones((rows, 128), jnp.bfloat16), w, platform="cuda"
+        )
+        return found
+
+    assert chosen(16).implementation == "dense" and chosen(4096).implementation == "hopper"
+    assert "hopper 50 us, dense 60 us" in chosen(4096).reason and "M=4096" in chosen(4096).reason
+    # what carries a prepared form is judged by the figure with it
+    tuning.record(device, [entry(16, {"hopper": 2.0, "dense": 1.0, "hopper+prepared": 0.5})])
+    assert chosen(16).implementation == "dense"
+    prepared = w.replace(prepared={"hopper": jnp.zeros(4, jnp.uint8)})
+    assert chosen(16, prepared).implementation == "hopper"
+    # far from anything measured: dense, and it says so
+    far = sj.pack(jnp.ones((4096, 8192), jnp.bfloat16), "6:8", dtype="int8")
+    [(_, unknown)] = sj.explain(sj.linear, jnp.ones((16, 4096), jnp.bfloat16), far, platform="cuda")
+    assert unknown.implementation in ("dense", "hopper") and unknown.reason
