@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     note = lambda text: print(text, file=sys.stderr)  # noqa: E731
     options = {"model": model, "dry_run": args.dry_run, "note": note}
     entries, path = tuning.measure(bench.shapes(args), **options, **bench.measured(args))
-    terminal.emit(args, entries)
+    terminal.emit(args, [{**e, "us": {str(v): us for v, us in e["us"].items()}} for e in entries])
     if args.json != "-":
         print(tuning.table(entries))
     if path is not None:
