@@ -17,9 +17,7 @@ import jax.numpy as jnp
 
 from slidejax.ops.linear import linear
 from slidejax.rules import Skipped
-from slidejax.variants.prepared import DenseWeight
-from slidejax.weights import numerics
-from slidejax.weights.packed import SlideWeight, WrappedWeight
+from slidejax.weights.packed import LinearWeight, SlideWeight
 
 __all__ = [
     "Axes",
@@ -222,31 +220,24 @@ def axis_names(w: SlideWeight, names: tuple, ndim: int, axes: Axes) -> SlideWeig
     return w.replace(prepared={}).partition_spec(out=out, k=k, batch=(*names[:lead], *batch))
 
 
-def promote_packed(promote: Callable[..., Any], x, w: SlideWeight | WrappedWeight, bias) -> tuple:
+def promote_packed(promote: Callable[..., Any], x, w: LinearWeight, bias) -> tuple:
     """`(x, w, bias)` promoted as a layer does it, except that 8-bit values, and what trains, take no part.
 
     Args:
       promote: `(x, values, bias) -> (x, values, bias)`, where values may be None.
       x, w, bias: the operands of the layer.
     """
-    values = (
-        w.values
-        if isinstance(w, (SlideWeight, DenseWeight)) and not numerics.is_quantized(w.dtype)
-        else None
-    )
+    values = w.promoted
+    before = None if values is None else values.dtype
     x, values, bias = promote(x, values, bias)
-    if isinstance(w, (SlideWeight, DenseWeight)) and values is not None and values.dtype != w.dtype:
-        w = (
-            w.replace(values=values, prepared={})
-            if isinstance(w, SlideWeight)
-            else w.replace(values=values)
-        )
+    if values is not None and values.dtype != before:
+        w = w.with_promoted(values)
     return x, w, bias
 
 
 def contract(
     x: jax.Array,
-    w: SlideWeight | WrappedWeight,
+    w: LinearWeight,
     axes: Contraction,
     features: tuple[int, ...],
     bias: jax.Array | None = None,

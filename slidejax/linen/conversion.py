@@ -19,10 +19,10 @@ from flax.core import FrozenDict, freeze, unfreeze
 
 from slidejax.contraction import Axes, Contraction, stacked_axes, to_matrix
 from slidejax.linen.intercept import apply
-from slidejax.linen.known import PACKED, layer_of, own_kernel, split_input
+from slidejax.linen.known import layer_of, own_kernel, split_input
 from slidejax.linen.layer import pack_boxed
 from slidejax.rules import Converted, Prune, Report, Rule, RuleSet, Skipped, nbytes, pack_by_rule
-from slidejax.weights.packed import SlideWeight
+from slidejax.weights.packed import LinearWeight, SlideWeight
 
 __all__ = ["convert"]
 
@@ -120,7 +120,7 @@ def _pack_kernels(
         path = "/".join(map(str, key))
         try:
             rule = rules.match(path)
-            if isinstance(leaf, PACKED):
+            if isinstance(leaf, LinearWeight):
                 raise Skipped("it is packed already")
             kernel = leaf.value if isinstance(leaf, nn.Partitioned) else nn.meta.unbox(leaf)
             axes = axes_of(key, path, jnp.shape(kernel))

@@ -11,8 +11,9 @@ import jax
 from slidejax import functional
 from slidejax.linen.fused import FUSED, FusedProduct
 from slidejax.linen.gated_mlp import run_gated_mlp
-from slidejax.linen.known import PACKED, kernel_path, layer_of, own_kernel, run_layer, split_input
+from slidejax.linen.known import kernel_path, layer_of, own_kernel, run_layer, split_input
 from slidejax.rules import Skipped
+from slidejax.weights.packed import LinearWeight
 
 __all__ = ["Interceptor", "apply", "interceptor", "show_layers"]
 
@@ -39,7 +40,7 @@ class Interceptor:
             return y
         layer = layer_of(context)
         w = own_kernel(context.module) if layer is not None else None
-        if layer is None or not isinstance(w, (*PACKED, *FUSED)):
+        if layer is None or not isinstance(w, (LinearWeight, *FUSED)):
             return next_fun(*args, **kwargs)
         w.check(kernel_path(context.module))
         x, args, kwargs = split_input(args, kwargs)

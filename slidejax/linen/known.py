@@ -13,10 +13,9 @@ from jax import lax
 
 from slidejax.contraction import Contraction, contract, promote_packed
 from slidejax.rules import Skipped
-from slidejax.weights.packed import SlideWeight, WrappedWeight
+from slidejax.weights.packed import LinearWeight
 
 __all__ = [
-    "PACKED",
     "bias_of",
     "body_name",
     "kernel_path",
@@ -27,7 +26,6 @@ __all__ = [
     "split_input",
 ]
 
-PACKED = (SlideWeight, WrappedWeight)  # what runs sparse where a kernel was
 
 # (module, x, *args, **kwargs) -> (contraction, sizes of the output axes)
 Layer = Callable[..., tuple[Contraction, tuple[int, ...]]]
@@ -122,7 +120,7 @@ def bias_of(module) -> jax.Array | None:
 
 def run_layer(
     module,
-    w: SlideWeight | WrappedWeight,
+    w: LinearWeight,
     axes: Contraction,
     features,
     x,
@@ -134,7 +132,7 @@ def run_layer(
 
 def product(
     module,
-    w: SlideWeight | WrappedWeight,
+    w: LinearWeight,
     axes: Contraction,
     features,
     x,

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from slidejax.contraction import Contraction, axis_names
-from slidejax.linen.known import PACKED, kernel_path, own_kernel, run_layer
+from slidejax.linen.known import kernel_path, own_kernel, run_layer
 from slidejax.rules import Rule, Skipped
-from slidejax.weights.packed import SlideWeight, WrappedWeight, pack
+from slidejax.weights.packed import LinearWeight, SlideWeight, pack
 from slidejax.weights.pattern import Pattern
 
 __all__ = ["SlideDense", "pack_boxed"]
@@ -88,12 +88,12 @@ class SlideDense(nn.Module):
 
 def _check_own(w: Any, pattern: Pattern, shape: tuple[int, int], path: str) -> None:
     """Raises a ValueError unless the parameter is a packed weight of this pattern and shape."""
-    if not isinstance(w, PACKED):
+    if not isinstance(w, LinearWeight):
         raise ValueError(
             f"{path} is a dense array of shape {jnp.shape(w)}; SlideDense takes a SlideWeight (slidejax.linen.convert)"
         )
     w.check(path)
-    found = w.weight.pattern if isinstance(w, WrappedWeight) else w.pattern
+    found = w.weight.pattern
     if (
         found != pattern
         or w.out_features != shape[-1]

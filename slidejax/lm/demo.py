@@ -2,7 +2,7 @@
 
 Each row runs the deployed path: the model is converted, its own ``__call__`` is evaluated under `jax.jit` and its own
 ``.generate`` is timed under `jax.jit`. Parameters are arguments of both programs, so that rows whose parameters have one
-structure share them: on a CPU those of one dtype (`slidejax.prepared.serving`). Programs for generating are compiled in a
+structure share them: on a CPU those of one dtype (`slidejax.variants.serving`). Programs for generating are compiled in a
 thread while the model is evaluated; nothing else runs while generation is timed.
 """
 
@@ -22,7 +22,8 @@ from slidejax.lm.generate import Generator
 from slidejax.lm.models import LoadedModel
 from slidejax.lm.serving import Summary, convert, ready, summary
 from slidejax.rules import Rule
-from slidejax.variants.prepared import DenseWeight, map_weights, weights_of
+from slidejax.variants.prepared import map_weights, weights_of
+from slidejax.variants.serving import ServingWeight
 from slidejax.weights import numerics
 from slidejax.weights.packed import SlideWeight, quantize
 from slidejax.weights.pattern import Pattern
@@ -67,7 +68,7 @@ def _prepared_bytes(params: Any) -> int:
 
 
 def _is_dense_form(node: Any) -> bool:
-    return isinstance(node, DenseWeight)
+    return isinstance(node, ServingWeight)
 
 
 def rows(

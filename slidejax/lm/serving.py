@@ -12,7 +12,8 @@ import jax
 from slidejax.lm.generate import Generator
 from slidejax.lm.models import LoadedModel
 from slidejax.rules import Report, Rule
-from slidejax.variants.prepared import serving, weights_of
+from slidejax.variants.prepared import weights_of
+from slidejax.variants.serving import serving
 
 __all__ = ["Sample", "Summary", "convert", "ready", "summary"]
 
@@ -69,7 +70,7 @@ def ready(model: Any) -> Any:
     """The model in the form in which this device serves it.
 
     On a GPU its projections are fused. Elsewhere its weights are replaced by those that
-    `slidejax.variants.prepared.serving` makes.
+    `slidejax.variants.serving` makes.
     """
     from slidejax import huggingface
 

@@ -20,7 +20,7 @@ from slidejax.rules import Rule
 from slidejax.variants.adapters import AdaptedWeight
 from slidejax.variants.trainable import MasterWeight
 from slidejax.weights import numerics
-from slidejax.weights.packed import SlideWeight, WrappedWeight, pack
+from slidejax.weights.packed import LinearWeight, SlideWeight, pack
 from slidejax.weights.pattern import Pattern
 
 __all__ = [
@@ -80,9 +80,9 @@ class SlideLayer(nnx.Module):
         self.prepared = nnx.data(Packed(dict(w.prepared)) if w.prepared else None)
         self.pattern, self.kernel_features = w.pattern, w.in_features
 
-    def replace_kernel(self, w: SlideWeight | WrappedWeight) -> None:
+    def replace_kernel(self, w: LinearWeight) -> None:
         """Takes another weight of the same shape, pattern and mask; Variables keep their metadata."""
-        packed = w.weight if isinstance(w, WrappedWeight) else w
+        packed = w.weight
         self.master = w.qdtype if isinstance(w, MasterWeight) else None
         for name in ("values", "zeros", "scale"):
             kind = (
@@ -116,7 +116,7 @@ class SlideLayer(nnx.Module):
             setattr(self, name, nnx.data(None) if value is None and variable else value)
 
     @property
-    def kernel(self) -> SlideWeight | WrappedWeight:
+    def kernel(self) -> LinearWeight:
         """The packed weight, and what is around it, from the layer's Variables."""
         prepared = {} if self.prepared is None else dict(self.prepared.get_value())
         values, zeros, scale = (

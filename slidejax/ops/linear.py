@@ -32,7 +32,7 @@ from slidejax.ops.sharding import vary, varying_axes
 from slidejax.ops.sparse_matmul import Settings
 from slidejax.weights import numerics
 from slidejax.weights.layout import scatter_values
-from slidejax.weights.packed import SlideWeight, WrappedWeight, check_weight
+from slidejax.weights.packed import LinearWeight, SlideWeight, WrappedWeight, check_weight
 
 __all__ = ["linear", "linear_p"]
 
@@ -164,7 +164,7 @@ def _op(settings: Settings):
 
 def linear(
     x: jax.Array,
-    w: SlideWeight | WrappedWeight,
+    w: LinearWeight,
     bias: jax.Array | None = None,
     implementation: str | None = None,
     out_dtype=None,
@@ -205,7 +205,7 @@ def linear(
         return w.linear(
             x, bias, implementation=implementation, out_dtype=out_dtype, reduce_axis=reduce_axis
         )
-    check_weight(w)
+    w = check_weight(w)
     x = check_input(x)
     expected = w.groups * w.pattern.group if w.is_k_shard else w.in_features
     if x.shape[-1] != expected:

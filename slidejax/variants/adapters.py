@@ -63,8 +63,16 @@ class AdaptedWeight(WrappedWeight):
     masked: bool = False
 
     @property
-    def weight(self) -> SlideWeight:
+    def packed(self) -> SlideWeight:
         return self.base
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def is_k_shard(self) -> bool:
+        return self.base.is_k_shard
 
     def trained(self) -> AdaptedWeight:
         frozen = [False] * len(jax.tree.leaves(self.base))

@@ -49,8 +49,16 @@ class FusedWeight(WrappedWeight):
     sizes: tuple[int, ...]
 
     @property
-    def weight(self) -> SlideWeight:
+    def packed(self) -> SlideWeight:
         return self.fused
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.fused.shape
+
+    def check(self, name: str = "w") -> FusedWeight:
+        self.fused.check(name)
+        return self
 
     def bounds(self, layer: str) -> tuple[int, int]:
         """First output of a layer, and the first of the one after."""
@@ -97,13 +105,17 @@ class FusedPart(WrappedWeight):
     holder: str
 
     @property
-    def weight(self) -> SlideWeight:
+    def packed(self) -> SlideWeight:
         raise ValueError(f"this kernel is in the one of {self.holder}: {_INSTEAD}")
 
     def linear(
         self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None
     ) -> jax.Array:
-        return self.weight  # type: ignore[return-value]  # raises
+        return self.packed  # type: ignore[return-value]  # raises
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.packed.shape  # raises
 
     def check(self, name: str = "w") -> FusedPart:
         return self

@@ -32,7 +32,7 @@ from slidejax.ops.linear import linear
 from slidejax.ops.sparse_matmul import values_gradient
 from slidejax.weights import numerics
 from slidejax.weights.layout import scatter_values
-from slidejax.weights.packed import SlideWeight, WrappedWeight, quantize
+from slidejax.weights.packed import LinearWeight, SlideWeight, WrappedWeight, quantize
 from slidejax.weights.pattern import Pattern
 
 __all__ = ["MasterWeight", "combine", "deploy", "map_wrapped", "masters", "partition"]
@@ -114,17 +114,14 @@ def path_of(keys) -> str:
 
 
 def is_packed(node) -> bool:
-    """Whether a node of a tree is a packed weight, with or without more around it."""
-    return isinstance(node, (SlideWeight, WrappedWeight))
+    """Whether a node of a tree is a weight of slidejax's."""
+    return isinstance(node, LinearWeight)
 
 
 def _trained(node):
-    """For a leaf whether it can be trained; for a packed weight the same for each of its leaves."""
-    if isinstance(node, WrappedWeight):
+    """For a leaf whether it can be trained; for a weight the same for each of its leaves."""
+    if isinstance(node, LinearWeight):
         return node.trained()
-    if isinstance(node, SlideWeight):
-        rest = jax.tree.map(lambda _: False, node)
-        return rest.replace(values=not numerics.is_quantized(node.dtype))
     return hasattr(node, "dtype") and jnp.issubdtype(node.dtype, jnp.floating)
 
 
@@ -136,7 +133,7 @@ def _trained(node):
 class MasterWeight(WrappedWeight):
     """Float32 kept values that run as their 8-bit form: quantisation-aware training with the mask kept.
 
-    `slidejax.linear(x, master)` computes `linear(x, quantize(master.weight, qdtype))`, the very op that will serve. Its
+    `slidejax.linear(x, master)` computes `linear(x, quantize(master.packed, qdtype))`, the very op that will serve. Its
     derivative is straight-through (Bengio et al., arXiv 1308.3432): rounding counts as the identity, so with the codes
     `qx`, `qw` and their scales
 
@@ -165,13 +162,21 @@ class MasterWeight(WrappedWeight):
     qdtype: Any
 
     @property
-    def weight(self) -> SlideWeight:
+    def packed(self) -> SlideWeight:
         scale = jnp.ones(jnp.shape(self.values)[:-2], jnp.float32)
         return SlideWeight(self.values, self.zeros, scale, self.pattern, self.in_features)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.values.shape[:-3], self.in_features, self.values.shape[-3])
+
+    def check(self, name: str = "w") -> MasterWeight:
+        self.packed.check(name)
+        return self
+
+    @property
+    def is_k_shard(self) -> bool:
+        return self.packed.is_k_shard
 
     def trained(self) -> MasterWeight:
         return jax.tree.unflatten(jax.tree.structure(self), [True, False])
@@ -256,7 +261,7 @@ _straight_through.defvjp(_forward, _backward)
 
 
 def map_wrapped(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """Applies `fn` to every `SlideWeight` and `WrappedWeight` of a tree; other leaves stay."""
+    """Applies `fn` to every `LinearWeight` of a tree; other leaves stay."""
     return jax.tree.map(lambda node: fn(node) if is_packed(node) else node, tree, is_leaf=is_packed)
 
 
@@ -304,5 +309,5 @@ def deploy(tree: Any) -> Any:
     The result computes what the masters computed: the same codes, scales and accumulators bit for bit.
     """
     return map_wrapped(
-        lambda w: quantize(w.weight, w.qdtype) if isinstance(w, MasterWeight) else w, tree
+        lambda w: quantize(w.packed, w.qdtype) if isinstance(w, MasterWeight) else w, tree
     )

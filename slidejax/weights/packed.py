@@ -8,10 +8,11 @@ pads, casts or quantises.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from slidejax.weights.magnitude import magnitude
 from slidejax.weights.pattern import Pattern
 
 __all__ = [
+    "LinearWeight",
     "SlideWeight",
     "WrappedWeight",
     "check_weight",
@@ -39,9 +41,88 @@ __all__ = [
 ]
 
 
+class LinearWeight(abc.ABC):
+    """The weight of a linear layer: what may stand in a tree of parameters where a kernel `[..., in, out]` stands.
+
+    It is a pytree, `slidejax.linear` multiplies with it, and every subclass does all that is said here: `SlideWeight`,
+    `slidejax.trainable.MasterWeight`, `slidejax.adapters.AdaptedWeight` and `slidejax.variants.serving.ServingWeight`.
+    """
+
+    @property
+    @abc.abstractmethod
+    def packed(self) -> SlideWeight | None:
+        """The packed weight inside; itself, if it is one; None where there is none (`ServingWeight`)."""
+
+    @property
+    def weight(self) -> SlideWeight:
+        """`packed`, for code that cannot do without.
+
+        Raises:
+          ValueError: where there is none.
+        """
+        packed = self.packed
+        if packed is None:
+            raise ValueError(
+                f"a {type(self).__name__} was made to serve (slidejax.variants.serving) and holds no packed form: use what it "
+                f"was made from"
+            )
+        return packed
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the kernel that this stands for, `[..., in, out]`."""
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def is_k_shard(self) -> bool:
+        """Whether this holds only some of the groups of K (inside `shard_map`)."""
+        return False
+
+    @abc.abstractmethod
+    def check(self, name: str = "w") -> Self:
+        """Returns itself if its leaves are what they were made to be.
+
+        Raises:
+          ValueError: naming the leaf, its dtype or shape and what was expected.
+        """
+
+    @abc.abstractmethod
+    def trained(self) -> Self:
+        """Itself with a bool in place of each leaf: whether `slidejax.partition` counts it as trained."""
+
+    @property
+    def promoted(self) -> jax.Array | None:
+        """The values that take part when a layer promotes its dtypes; None where none do: 8-bit values, and those that train."""
+        return None
+
+    def with_promoted(self, values: jax.Array) -> Self:
+        """Itself with `promoted` in another dtype; only where that is not None."""
+        raise ValueError(f"the values of a {type(self).__name__} take no part in promotion")
+
+
+class WrappedWeight(LinearWeight):
+    """A weight that computes its own product: `slidejax.linear` calls its `linear`."""
+
+    @abc.abstractmethod
+    def linear(
+        self,
+        x: jax.Array,
+        bias: jax.Array | None,
+        *,
+        implementation: str | None = None,
+        out_dtype: Any = None,
+        reduce_axis: Any = None,
+    ) -> jax.Array:
+        """The product; arguments and result are those of `slidejax.linear`."""
+
+
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
-class SlideWeight:
+class SlideWeight(LinearWeight):
     """A pruned and packed weight, the pytree that takes the place of a kernel `[in, out]`.
 
     Attributes:
@@ -68,6 +149,10 @@ class SlideWeight:
     pattern: Pattern
     in_features: int
     prepared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def packed(self) -> SlideWeight:
+        return self
 
     @property
     def out_features(self) -> int:
@@ -106,6 +191,18 @@ class SlideWeight:
     def is_k_shard(self) -> bool:
         """Whether this holds only some of the groups of K (inside `shard_map`)."""
         return self.groups != self.pattern.groups(self.in_features)
+
+    @property
+    def promoted(self) -> jax.Array | None:
+        return None if numerics.is_quantized(self.dtype) else self.values
+
+    def with_promoted(self, values: jax.Array) -> SlideWeight:
+        return self.replace(values=values, prepared={})
+
+    def trained(self) -> SlideWeight:
+        """The values of float-packed weights are trained, nothing else is."""
+        frozen = jax.tree.map(lambda _: False, self)
+        return frozen.replace(values=not numerics.is_quantized(self.dtype))
 
     def replace(self, **changes) -> SlideWeight:
         return dataclasses.replace(self, **changes)
@@ -197,50 +294,6 @@ class SlideWeight:
                 f"A cast of the whole tree (tree.map(astype), to_bf16) ruins packed weights: cast before packing"
             )
         return self
-
-
-class WrappedWeight:
-    """A packed weight with more around it, which may stand wherever a `SlideWeight` may: `slidejax.linear` calls its `linear`.
-
-    Subclasses are pytrees: `slidejax.trainable.MasterWeight`, `slidejax.adapters.AdaptedWeight`.
-    """
-
-    @property
-    def weight(self) -> SlideWeight:
-        """The packed weight inside."""
-        raise NotImplementedError
-
-    def linear(
-        self,
-        x: jax.Array,
-        bias: jax.Array | None,
-        *,
-        implementation: str | None = None,
-        out_dtype: Any = None,
-        reduce_axis: Any = None,
-    ) -> jax.Array:
-        """The product; arguments and result are those of `slidejax.linear`."""
-        raise NotImplementedError
-
-    def trained(self) -> WrappedWeight:
-        """Itself with a bool in place of each leaf: whether `slidejax.partition` counts it as trained."""
-        raise NotImplementedError
-
-    def check(self, name: str = "w") -> WrappedWeight:
-        self.weight.check(name)
-        return self
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.out_features
-
-    @property
-    def is_k_shard(self) -> bool:
-        return self.weight.is_k_shard
 
 
 def pack(

@@ -7,7 +7,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import slidejax as sj
-from slidejax.variants.prepared import serving
+from slidejax.variants.serving import serving
 
 transformers = pytest.importorskip("transformers")
 if not hasattr(transformers, "FlaxPreTrainedModel"):

@@ -11,7 +11,9 @@ from jax.sharding import PartitionSpec as P
 from patterns import PATTERNS, SPARSE
 
 import slidejax as sj
-from slidejax.ops.sparse_matmul import expand_lifted
+from slidejax.ops.implementations.reference import expand_lifted
+from slidejax.variants.serving import ServingWeight
+from slidejax.weights.packed import LinearWeight
 
 patterns = st.sampled_from(PATTERNS)
 seeds = st.integers(0, 2**32 - 1)
@@ -235,3 +237,42 @@ def test_a_scale_that_does_not_fit():
         sj.pack(jnp.ones((8, 4)), "6:8", scale=jnp.ones(4))
     with pytest.raises(ValueError, match=r"shape of the outputs, \(4,\)"):
         sj.pack(jnp.ones((8, 4)), "6:8", "int8", scale=jnp.ones(8))
+
+
+# --- what may stand where a kernel stands -----------------------------------------------------------------------------
+
+
+def every_weight():
+    w = sj.pack(random_kernel(0, (64, 4)), "6:8", dtype="int8")
+    return {
+        "packed": w,
+        "float": sj.pack(random_kernel(0, (64, 4)), "6:8"),
+        "master": sj.trainable.masters(w),
+        "adapted": sj.adapters.add({"kernel": w}, rank=2)["kernel"],
+        "serving": ServingWeight(sj.prepare(w, "dense").prepared["dense"], w.scale),
+    }
+
+
+@pytest.mark.parametrize("name", every_weight())
+def test_every_linear_weight_does_what_the_interface_says(name):
+    w = every_weight()[name]
+    assert isinstance(w, LinearWeight)
+    assert w.shape == (64, 4) and w.out_features == 4 and not w.is_k_shard and w.check() is w
+    trained = w.trained()
+    assert jax.tree.structure(trained) == jax.tree.structure(w)
+    assert all(isinstance(leaf, bool) for leaf in jax.tree.leaves(trained))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 64)), jnp.float32)
+    y = jax.jit(sj.linear)(x, w, jnp.ones(4))
+    assert y.shape == (3, 4)
+    np.testing.assert_allclose(y, sj.linear(x, every_weight()["float"], jnp.ones(4)), atol=0.2)
+    if w.packed is None:
+        with pytest.raises(ValueError, match="holds no packed form"):
+            w.weight  # noqa: B018
+    else:
+        assert isinstance(w.packed, sj.SlideWeight) and w.weight.shape == w.shape
+    assert (w.promoted is None) == (name != "float")
+    if w.promoted is not None:
+        half = w.with_promoted(w.promoted.astype(jnp.bfloat16))
+        assert (
+            type(half) is type(w) and half.promoted.dtype == jnp.bfloat16 and half.check() is half
+        )
