@@ -27,8 +27,8 @@ from jax.experimental.custom_partitioning import (
 
 from slidejax.ops.cuda import calls, library, prologues
 from slidejax.ops.primitive import check_input, make_primitive, map_batched, with_rules
-from slidejax.ops.prologue import PLAIN, Inputs, Prologue, inputs_of
-from slidejax.ops.sharding import Cut, axis_names, first_axes, spec_of, vary, varying_axes
+from slidejax.ops.prologue import PLAIN, InputLayout, Prologue, inputs_of
+from slidejax.ops.sharding import MeshPartition, axis_names, first_axes, spec_of, vary, varying_axes
 from slidejax.weights import numerics
 from slidejax.weights.pattern import Pattern
 
@@ -138,7 +138,7 @@ def lift_rows(
     xs: Sequence[jax.Array],
     pattern: Pattern | None,
     dtype,
-    inputs: Inputs = PLAIN,
+    inputs: InputLayout = PLAIN,
     absmax: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Binds the primitive on x `[M, K]` and its prologue's arrays; `absmax` `[M, 1]` replaces the rows' own (K split over a mesh)."""
@@ -154,7 +154,7 @@ def lift_rows(
 
 
 def lift_shard(
-    xs: Sequence[jax.Array], pattern: Pattern, dtype, inputs: Inputs, axes: tuple[str, ...]
+    xs: Sequence[jax.Array], pattern: Pattern, dtype, inputs: InputLayout, axes: tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """Lifts one shard of rows whose columns are split over the mesh axes `axes`: they share a max-reduced scale."""
     x = inputs.apply(xs, axes)
@@ -168,7 +168,7 @@ def lift_shard(
 # --- sharding ---------------------------------------------------------------------------------------------------------
 
 
-def _partitioned(pattern: Pattern, dtype, inputs: Inputs):
+def _partitioned(pattern: Pattern, dtype, inputs: InputLayout):
     @custom_partitioning
     def op(*xs):
         return lift_rows(xs, pattern, dtype, inputs)
@@ -191,7 +191,7 @@ def _partitioned(pattern: Pattern, dtype, inputs: Inputs):
 
     def partition(mesh, operands, results):
         (rows, k), (_, lifted_k) = spec_of(operands[0]), spec_of(results[0])
-        cut = Cut(mesh, rows=first_axes(rows), k=first_axes(k, lifted_k))
+        cut = MeshPartition(mesh, rows=first_axes(rows), k=first_axes(k, lifted_k))
         if cut.k:
             cut.check_k("lift_quantize", pattern, operands[0].shape[1])
 
@@ -217,7 +217,7 @@ def _partitioned(pattern: Pattern, dtype, inputs: Inputs):
 
 
 @functools.cache
-def _op(pattern: Pattern, dtype, inputs: Inputs, reduce_axis: tuple[str, ...]):
+def _op(pattern: Pattern, dtype, inputs: InputLayout, reduce_axis: tuple[str, ...]):
     partitioned = _partitioned(pattern, dtype, inputs)
 
     def primal(*xs):

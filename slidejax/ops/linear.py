@@ -29,7 +29,7 @@ from slidejax.ops.primitive import check_input, make_primitive, map_batched, wit
 from slidejax.ops.problem import Problem
 from slidejax.ops.prologue import Prologue, inputs_of
 from slidejax.ops.sharding import vary, varying_axes
-from slidejax.ops.sparse_matmul import Settings
+from slidejax.ops.sparse_matmul import LinearParams
 from slidejax.weights import numerics
 from slidejax.weights.layout import scatter_values
 from slidejax.weights.packed import LinearWeight, SlideWeight, WrappedWeight, check_weight
@@ -45,7 +45,7 @@ def _shapes(*operands, settings):
     return [((x.shape[0], values.shape[0]), settings.out_dtype)]
 
 
-def _split(operands, settings: Settings) -> tuple[tuple, SlideWeight, jax.Array | None]:
+def _split(operands, settings: LinearParams) -> tuple[tuple, SlideWeight, jax.Array | None]:
     """x with its prologue's arrays, the weight and the bias."""
     count = settings.inputs.count
     return operands[:count], *settings.weight(operands[count:])
@@ -61,7 +61,7 @@ def _lowering(*operands, platform, settings):
 linear_p = make_primitive("slidejax_linear", _shapes, _lowering)
 
 
-def _bind(xs, w: SlideWeight, bias, settings: Settings) -> jax.Array:
+def _bind(xs, w: SlideWeight, bias, settings: LinearParams) -> jax.Array:
     operands = (*xs, *settings.operands(w, bias))
     (y,) = linear_p.bind(*vary(varying_axes(*operands), *operands), settings=settings)
     return y
@@ -70,13 +70,13 @@ def _bind(xs, w: SlideWeight, bias, settings: Settings) -> jax.Array:
 # --- sharding ---------------------------------------------------------------------------------------------------------
 
 
-def _split_k(xs, w: SlideWeight, bias, settings: Settings, axes: tuple[str, ...]) -> jax.Array:
+def _split_k(xs, w: SlideWeight, bias, settings: LinearParams, axes: tuple[str, ...]) -> jax.Array:
     """One shard of a product whose K is split over the mesh axes `axes`."""
     codes, scale_x = lift_shard(xs, w.pattern, w.dtype, settings.inputs, axes)
     return sparse_matmul.split_k(codes, scale_x, w, bias, settings, axes)
 
 
-def _partitioned(settings: Settings):
+def _partitioned(settings: LinearParams):
     @custom_partitioning
     def op(*operands):
         xs, w, bias = _split(operands, settings)
@@ -97,7 +97,7 @@ def _partitioned(settings: Settings):
         return SdyShardingRule((*settings.inputs.mappings("k"), *weight), (ArrayMapping("m", "o"),))
 
     def partition(mesh, operands, result):
-        cut = sparse_matmul.cut_of(
+        cut = sparse_matmul.partition_of(
             "linear", mesh, operands, result, settings, values_at=settings.inputs.count
         )
 
@@ -123,7 +123,7 @@ def _partitioned(settings: Settings):
 
 
 @functools.cache
-def _op(settings: Settings):
+def _op(settings: LinearParams):
     partitioned = _partitioned(settings)
 
     def primal(*operands):

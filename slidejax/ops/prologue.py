@@ -23,14 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import ArrayMapping
 
-from slidejax.ops.sharding import Cut
+from slidejax.ops.sharding import MeshPartition
 
 __all__ = [
     "ACTIVATIONS",
     "GLU",
     "PLAIN",
     "Activation",
-    "Inputs",
+    "InputLayout",
     "LayerNorm",
     "Prologue",
     "RMSNorm",
@@ -198,7 +198,7 @@ class GLU(Prologue):
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
+class InputLayout:
     """How x and a prologue's arrays are laid out among the operands of an op: x first, then the arrays; a parameter of the primitives.
 
     Attributes:
@@ -224,7 +224,7 @@ class Inputs:
             for i in range(self.count)
         )
 
-    def shardings(self, cut: Cut) -> tuple:
+    def shardings(self, cut: MeshPartition) -> tuple:
         """The operands' shardings in a cut."""
         return tuple(
             cut.sharding("rows", "k") if i < self.rows else cut.sharding("k")
@@ -250,10 +250,10 @@ class Inputs:
         return pull(dy.astype(xs[0].dtype))
 
 
-PLAIN = Inputs(jax.tree.structure(None), 1)  # x alone
+PLAIN = InputLayout(jax.tree.structure(None), 1)  # x alone
 
 
-def inputs_of(x: jax.Array, prologue: Prologue | None) -> tuple[Inputs, list[jax.Array]]:
+def inputs_of(x: jax.Array, prologue: Prologue | None) -> tuple[InputLayout, list[jax.Array]]:
     """The operands `[rows, in]` and `[in]` that x `[..., in]` and its prologue are, and what is static about them.
 
     Raises:
@@ -271,7 +271,7 @@ def inputs_of(x: jax.Array, prologue: Prologue | None) -> tuple[Inputs, list[jax
     leaves, tree = jax.tree.flatten(prologue)
     if prologue.ROWS:
         leaves = [leaf.reshape(rows.shape) for leaf in leaves]
-    return Inputs(tree, 1 + (len(leaves) if prologue.ROWS else 0)), [
+    return InputLayout(tree, 1 + (len(leaves) if prologue.ROWS else 0)), [
         rows,
         *map(jnp.asarray, leaves),
     ]

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
 
 __all__ = [
-    "Cut",
+    "MeshPartition",
     "axis_names",
     "first_axes",
     "spec_axes",
@@ -67,7 +67,7 @@ def spec_entry(axes: Sequence[str]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class MeshPartition:
     """How an op is cut over a mesh: the axes that split rows, outputs and K."""
 
     mesh: Any
@@ -81,7 +81,7 @@ class Cut:
             self.mesh, P(*(None if e is None else spec_entry(getattr(self, e)) for e in entries))
         )
 
-    def check_k(self, op: str, pattern: Pattern, in_features: int) -> Cut:
+    def check_k(self, op: str, pattern: Pattern, in_features: int) -> MeshPartition:
         """Returns self; ValueError if K does not divide into whole blocks over the axes that split it."""
         shards = int(np.prod([self.mesh.shape[axis] for axis in self.k], initial=1))
         if in_features % (pattern.block * shards):

@@ -27,8 +27,8 @@ from slidejax.ops.choice import implementation_for
 from slidejax.ops.implementations.reference import expand_lifted, finish
 from slidejax.ops.primitive import make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem
-from slidejax.ops.prologue import PLAIN, Inputs
-from slidejax.ops.sharding import Cut, axis_names, first_axes, spec_of, vary, varying_axes
+from slidejax.ops.prologue import PLAIN, InputLayout
+from slidejax.ops.sharding import MeshPartition, axis_names, first_axes, spec_of, vary, varying_axes
 from slidejax.weights import numerics
 from slidejax.weights.layout import kept_values
 from slidejax.weights.packed import SlideWeight, check_weight
@@ -42,7 +42,7 @@ __all__ = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class LinearParams:
     """What is static about one product; a parameter of the primitives.
 
     Attributes:
@@ -63,7 +63,7 @@ class Settings:
     has_bias: bool = False
     prepared: tuple[str, ...] = ()
     reduce_axis: tuple[str, ...] = ()
-    inputs: Inputs = PLAIN
+    inputs: InputLayout = PLAIN
 
     def operands(self, w: SlideWeight, bias: jax.Array | None) -> tuple:
         """The weight's operands in the order that `weight` reads them."""
@@ -81,7 +81,7 @@ class Settings:
         """The prepared forms, the last of an op's operands."""
         return tuple(operands[len(operands) - len(self.prepared) :])
 
-    def raw(self, in_features: int) -> Settings:
+    def raw(self, in_features: int) -> LinearParams:
         """The same product without scales and bias, over a shard of K with so many inputs."""
         return dataclasses.replace(
             self,
@@ -114,7 +114,7 @@ def _lowering(lifted, scale_x, *operands, platform, settings):
 sparse_matmul_p = make_primitive("slidejax_sparse_matmul", _shapes, _lowering)
 
 
-def bind(lifted, scale_x, w: SlideWeight, bias, settings: Settings) -> jax.Array:
+def bind(lifted, scale_x, w: SlideWeight, bias, settings: LinearParams) -> jax.Array:
     operands = (lifted, scale_x, *settings.operands(w, bias))
     (y,) = sparse_matmul_p.bind(*vary(varying_axes(*operands), *operands), settings=settings)
     return y
@@ -123,7 +123,7 @@ def bind(lifted, scale_x, w: SlideWeight, bias, settings: Settings) -> jax.Array
 # --- sharding ---------------------------------------------------------------------------------------------------------
 
 
-def weight_factors(settings: Settings, operands) -> tuple:
+def weight_factors(settings: LinearParams, operands) -> tuple:
     """The Shardy factors of the weight's operands, the last of an op's: outputs "o" and groups "g" can be cut; zeros of no groups go
     with the outputs."""
     prepared = (
@@ -135,7 +135,7 @@ def weight_factors(settings: Settings, operands) -> tuple:
     return (ArrayMapping("o", "g", "v"), zeros, ArrayMapping("o"), *bias, *prepared)
 
 
-def weight_shardings(cut: Cut, settings: Settings, operands) -> tuple:
+def weight_shardings(cut: MeshPartition, settings: LinearParams, operands) -> tuple:
     """The shardings of the weight's operands in a cut; prepared forms are whole on every device."""
     prepared = (cut.sharding(*([None] * len(f.shape))) for f in settings.prepared_of(operands))
     bias = (cut.sharding("out"),) if settings.has_bias else ()
@@ -143,20 +143,22 @@ def weight_shardings(cut: Cut, settings: Settings, operands) -> tuple:
     return (cut.sharding("out", "k", None), zeros, cut.sharding("out"), *bias, *prepared)
 
 
-def cut_of(op: str, mesh, operands, result, settings: Settings, values_at: int) -> Cut:
+def partition_of(
+    op: str, mesh, operands, result, settings: LinearParams, values_at: int
+) -> MeshPartition:
     """How the partitioner wants to cut a product: read off the shardings of x (first), values and y."""
     (x_rows, x_k), (w_out, w_k, _), (y_rows, y_out) = (
         spec_of(operands[0]),
         spec_of(operands[values_at]),
         spec_of(result),
     )
-    cut = Cut(
+    cut = MeshPartition(
         mesh, rows=first_axes(y_rows, x_rows), out=first_axes(y_out, w_out), k=first_axes(x_k, w_k)
     )
     return cut.check_k(op, settings.pattern, settings.in_features) if cut.k else cut
 
 
-def _partitioned(settings: Settings):
+def _partitioned(settings: LinearParams):
     @custom_partitioning
     def op(lifted, scale_x, *operands):
         return bind(lifted, scale_x, *settings.weight(operands), settings)
@@ -171,7 +173,7 @@ def _partitioned(settings: Settings):
         )
 
     def partition(mesh, operands, result):
-        cut = cut_of("sparse_matmul", mesh, operands, result, settings, values_at=2)
+        cut = partition_of("sparse_matmul", mesh, operands, result, settings, values_at=2)
 
         def local(lifted, scale_x, *operands):
             w, bias = settings.weight(operands)
@@ -195,7 +197,7 @@ def _partitioned(settings: Settings):
 
 
 def split_k(
-    lifted, scale_x, w: SlideWeight, bias, settings: Settings, axes: tuple[str, ...]
+    lifted, scale_x, w: SlideWeight, bias, settings: LinearParams, axes: tuple[str, ...]
 ) -> jax.Array:
     """One shard of a product whose K is split: raw accumulators summed over `axes`, then scales, then the bias once."""
     w = w.replace(prepared={}, in_features=w.groups * w.pattern.group)
@@ -213,7 +215,7 @@ def values_gradient(d_kernel: jax.Array, w: SlideWeight) -> jax.Array:
 
 
 @functools.cache
-def _op(settings: Settings):
+def _op(settings: LinearParams):
     partitioned = _partitioned(settings)
 
     def primal(lifted, scale_x, *operands):
@@ -325,7 +327,7 @@ def sparse_matmul(
     return y.reshape(*lifted.shape[:-1], w.out_features)
 
 
-def align(lifted: list, scales: list, w: SlideWeight, bias, settings: Settings) -> list:
+def align(lifted: list, scales: list, w: SlideWeight, bias, settings: LinearParams) -> list:
     """The operands of a product, varying over the same manual mesh axes, so that each gradient has its operand's type.
 
     What has a K axis varies over all of them; scales and bias vary over all but the axes that split K, over which their
@@ -358,7 +360,7 @@ def check_result(out_features: int, bias, out_dtype) -> tuple[jax.Array | None, 
 
 def product_settings(
     w: SlideWeight, bias, out_dtype, implementation, reduce_axis
-) -> tuple[Settings, jax.Array | None]:
+) -> tuple[LinearParams, jax.Array | None]:
     """Checks what `sparse_matmul` and `linear` have in common."""
     if w.values.ndim != 3:
         raise ValueError(
@@ -373,7 +375,7 @@ def product_settings(
             f"is split with reduce_axis="
         )
     prepared = tuple(sorted(w.prepared))
-    settings = Settings(
+    settings = LinearParams(
         w.pattern, w.in_features, out_dtype, implementation, bias is not None, prepared, reduce_axes
     )
     return settings, bias
