@@ -23,6 +23,7 @@ from slidejax.ops.tuning import Variant
 from slidejax.variants.prepared import drop_prepared, prepare
 from slidejax.weights import numerics
 from slidejax.weights.packed import SlideWeight
+from slidejax.weights.pattern import UNPRUNED
 
 __all__ = ["BASELINES", "BEST_DENSE", "baselines", "best_dense", "kernel_of", "sparse", "variants"]
 
@@ -71,7 +72,7 @@ def _per_tensor(x: jax.Array, weights: Any) -> jax.Array:
 
 def _unscaled(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Codes by slidejax's kernel and their product: int32 for int8, bfloat16 for FP8, with XLA's default (fast) accumulation."""
-    codes, scale = lift_rows([x], None, w.dtype)
+    codes, scale = lift_rows([x], UNPRUNED, w.dtype, pads=False)
     return jax.lax.dot_general(
         codes, w, _LAST, preferred_element_type=jnp.int32 if w.dtype == jnp.int8 else x.dtype
     ), scale

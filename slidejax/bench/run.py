@@ -17,7 +17,7 @@ from slidejax.ops.cuda import calls, library
 from slidejax.ops.lift_quantize import lift_quantize, lift_rows
 from slidejax.weights import numerics
 from slidejax.weights.packed import pack
-from slidejax.weights.pattern import Pattern
+from slidejax.weights.pattern import UNPRUNED, Pattern
 
 __all__ = ["measure", "set_flags", "table"]
 
@@ -158,7 +158,7 @@ def _lift(
         return lambda x, _: lift_quantize(x, p, d)
 
     def quantise(d: Any) -> Callable[[jax.Array, Any], Any]:
-        return lambda x, _: lift_rows([x], None, d)
+        return lambda x, _: lift_rows([x], UNPRUNED, d, pads=False)
 
     cases = {f"{p} {d.name}": (p, d) for p in patterns for d in dtypes}
     plain = {f"quantise {d.name}": d for d in dtypes}

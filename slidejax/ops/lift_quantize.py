@@ -102,17 +102,22 @@ def _reference(x, absmax, pattern, dtype):
 # --- primitive --------------------------------------------------------------------------------------------------------
 
 
-def _shapes(x, *rest, pattern, dtype, inputs):
-    columns = x.shape[1] if pattern is None else pattern.lifted(x.shape[1])
+def _columns(x, pattern: Pattern, pads: bool) -> int:
+    """Columns of the result: K', or K where nothing is padded."""
+    return pattern.lifted(x.shape[1]) if pads else x.shape[1]
+
+
+def _shapes(x, *rest, pattern, dtype, inputs, pads):
+    columns = _columns(x, pattern, pads)
     return [((x.shape[0], columns), dtype), ((x.shape[0], 1), np.float32)]
 
 
-def _lowering(*operands, platform, pattern, dtype, inputs):
+def _lowering(*operands, platform, pattern, dtype, inputs, pads):
     xs, given = operands[: inputs.count], operands[inputs.count :]
     x, absmax = xs[0], given[0] if given else None
     if platform == "cuda" and library.unusable() is None and math.prod(x.shape):
-        columns = x.shape[1] if pattern is None else pattern.lifted(x.shape[1])
-        group = 0 if pattern is None else pattern.group
+        columns = _columns(x, pattern, pads)
+        group = pattern.group if pads else 0  # 0 quantises alone
         prologue = inputs.prologue(xs)
         if absmax is None and prologues.fused(x, dtype, prologue):
             codes, scale = calls.lift_quantize_fused_call(
@@ -125,30 +130,41 @@ def _lowering(*operands, platform, pattern, dtype, inputs):
             )
         return codes, scale[:, None]
     x = inputs.apply(xs)
-    if pattern is None:
+    if not pads:
         return quantize_rows(x, dtype, absmax)
     return _reference(x, absmax, pattern, dtype)
 
 
-# pattern None: quantise only, for dense implementations
 lift_quantize_p = make_primitive("slidejax_lift_quantize", _shapes, _lowering)
 
 
 def lift_rows(
     xs: Sequence[jax.Array],
-    pattern: Pattern | None,
+    pattern: Pattern,
     dtype,
     inputs: InputLayout = PLAIN,
     absmax: jax.Array | None = None,
+    pads: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Binds the primitive on x `[M, K]` and its prologue's arrays; `absmax` `[M, 1]` replaces the rows' own (K split over a mesh)."""
+    """Binds the primitive.
+
+    Args:
+      xs: x `[M, K]` and its prologue's arrays, as `inputs` says.
+      pattern: of the lift; "dense" lifts nothing.
+      dtype: of the codes.
+      inputs: the layout of `xs`.
+      absmax: `[M, 1]`, in place of the rows' own, where K is split over a mesh.
+      pads: whether the result is padded to whole blocks. Only the pattern "dense" can do without.
+
+    Returns:
+      `(codes, scale)`: `[M, K']`, or `[M, K]` without padding, and float32 `[M, 1]`.
+    """
     columns = xs[0].shape[1]
-    if pattern is not None and not pattern.prunes and pattern.padded(columns) == columns:
-        pattern = None  # "dense" lifts nothing, and here it pads nothing
+    pads = pattern.prunes or (pads and pattern.padded(columns) != columns)
     operands = [*xs] if absmax is None else [*xs, absmax]
     operands = vary(varying_axes(*operands), *operands)
     codes, scale = lift_quantize_p.bind(
-        *operands, pattern=pattern, dtype=np.dtype(dtype), inputs=inputs
+        *operands, pattern=pattern, dtype=np.dtype(dtype), inputs=inputs, pads=pads
     )
     return codes, scale
 

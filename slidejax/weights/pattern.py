@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-__all__ = ["BLOCK_GROUPS", "Pattern"]
+__all__ = ["BLOCK_GROUPS", "UNPRUNED", "Pattern"]
 
 # K is padded to whole blocks of this many groups: K' becomes a multiple of 32 and a row of 8-bit values a multiple of
 # 16 bytes for every pattern. Blocks are also the unit in which K can be cut over a mesh.
@@ -117,3 +117,6 @@ class Pattern:
 
     def __str__(self) -> str:
         return f"{self.kept}:{self.group}" if self.prunes else "dense"
+
+
+UNPRUNED = Pattern(4, 4)  # "dense"

@@ -18,6 +18,7 @@ from slidejax.ops.problem import device_kind
 from slidejax.ops.prologue import inputs_of
 from slidejax.weights.layout import scatter_values
 from slidejax.weights.packed import SlideWeight
+from slidejax.weights.pattern import UNPRUNED
 
 __all__ = ["DENSE", "dense_codes"]
 
@@ -78,7 +79,7 @@ class Dense(Implementation):
             weight = hopper.HopperWeight.dense(kernel, w.scale)
             return hopper.linear_call(x, prologue, weight, bias, kernel.shape[1], out_dtype)
         inputs, xs = inputs_of(x, prologue)
-        codes, scale_x = lift_rows(xs, None, w.dtype, inputs)
+        codes, scale_x = lift_rows(xs, UNPRUNED, w.dtype, inputs, pads=False)
         kernel = kernel[:, : codes.shape[1]]  # without padding
         return _product(codes, kernel, scale_x, w.scale, bias, out_dtype, platform)
 
