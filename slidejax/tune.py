@@ -1,4 +1,4 @@
-"""The measured table of implementations (`slidejax.ops.tuning`), and what is read off it (`slidejax.ops.choice`)."""
+"""The measured table of implementations (`slidejax.ops.tuning`) and the choice by it."""
 
 from slidejax.ops.choice import forms, lookup, time_of
 from slidejax.ops.tuning import Variant, entries, record, table_path

@@ -1,1 +1,4 @@
-"""`slidejax bench` and `slidejax tune`: linear layers timed side by side, as users write them in JAX and with slidejax."""
+"""Timing linear layers side by side: those of plain JAX, and those of slidejax.
+
+`run` is `slidejax bench`, `tuning` is `slidejax tune`.
+"""

@@ -1,8 +1,9 @@
-"""What is timed: JAX as its users write it, and `slidejax.linear` with every implementation that runs here.
+"""The contenders: linear layers in plain JAX, and `slidejax.linear` with every implementation.
 
-Everything goes from bfloat16 x to bfloat16 y. Baselines keep W as `[out, in]`, the layout that suits the vendor's
-8-bit products best. The last two baselines are a bound: slidejax's own quantisation of x, without lifting, and the bare
-product of the codes in its cheapest form, whose scales are left out. No dense layer made of these parts is faster.
+All of them take bfloat16 x and return bfloat16 y. Baselines keep W as `[out, in]`, which suits the
+vendor's 8-bit products best. The last two baselines are a bound. They are slidejax's quantisation
+of x without lifting, followed by the bare product of the codes, without scales. No dense layer made
+of these parts is faster.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from slidejax.weights.pattern import UNPRUNED
 __all__ = ["BASELINES", "BEST_DENSE", "baselines", "best_dense", "kernel_of", "sparse", "variants"]
 
 _UNSCALED = ("dense int8 unscaled", "dense fp8 unscaled")
-BEST_DENSE = "best dense 8 bit"  # the faster of the two, layer by layer
+BEST_DENSE = "best dense 8 bit"  # the faster of the two for each layer
 BASELINES = ("jax bf16", "jax int8", "jax fp8", "jax fp8 per tensor", *_UNSCALED, BEST_DENSE)
 _LAST = (((1,), (1,)), ((), ()))  # contract the last axis of x with the last of W
 _E4M3 = jnp.dtype(jnp.float8_e4m3fn)
@@ -54,7 +55,7 @@ def _quantise(
 
 
 def _per_row(x: jax.Array, weights: Any) -> jax.Array:
-    """Dynamic, per token and per output channel."""
+    """A layer with dynamic scales for each token, and scales for each output channel."""
     w, scale_w = weights
     codes, scale_x = _quantise(x, numerics.QMAX[np.dtype(w.dtype)], w.dtype, axis=1)
     acc = jax.lax.dot_general(
@@ -64,14 +65,20 @@ def _per_row(x: jax.Array, weights: Any) -> jax.Array:
 
 
 def _per_tensor(x: jax.Array, weights: Any) -> jax.Array:
-    """The form that XLA turns into one scaled FP8 product of cuBLASLt; x is quantised with a scale known beforehand."""
+    """A layer that XLA turns into one scaled FP8 product of cuBLASLt.
+
+    x is quantised with a scale that is known beforehand.
+    """
     w, scale_x, scale_w = weights
     codes = jnp.clip(x / scale_x, -448, 448).astype(w.dtype)
     return jax.lax.dot_general(codes.astype(x.dtype) * scale_x, w.astype(x.dtype) * scale_w, _LAST)
 
 
 def _unscaled(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Codes by slidejax's kernel and their product: int32 for int8, bfloat16 for FP8, with XLA's default (fast) accumulation."""
+    """Codes by slidejax's kernel, and their product: int32 for int8, bfloat16 for FP8.
+
+    The product uses XLA's default accumulation, which is fast.
+    """
     codes, scale = lift_rows([x], UNPRUNED, w.dtype, pads=False)
     return jax.lax.dot_general(
         codes, w, _LAST, preferred_element_type=jnp.int32 if w.dtype == jnp.int8 else x.dtype
@@ -79,12 +86,12 @@ def _unscaled(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def best_dense(us: dict[str, float | None]) -> float | None:
-    """The time of `BEST_DENSE` from those of the baselines."""
+    """The time of `BEST_DENSE`, from the times of the baselines."""
     return min((t for name in _UNSCALED if (t := us.get(name)) is not None), default=None)
 
 
 def baselines(kernel: jax.Array) -> list[Contender]:
-    """JAX without slidejax, for a kernel `[in, out]`, and the bounds of a dense layer with its quantisation."""
+    """Layers without slidejax for a kernel `[in, out]`, and the bounds of a dense layer."""
     w = kernel.T
 
     def per_row(dtype: Any) -> Any:
@@ -106,14 +113,18 @@ def baselines(kernel: jax.Array) -> list[Contender]:
 
 
 def problem_of(w: SlideWeight, rows: int) -> Problem:
-    """What `linear` of that many rows of bfloat16 with this weight is, on this machine."""
+    """The problem of `linear` with `rows` rows of bfloat16 on this machine."""
     [(problem, _)] = explain(linear, jax.ShapeDtypeStruct((rows, w.in_features), jnp.bfloat16), w)
     return problem
 
 
 def variants(w: SlideWeight, rows: int) -> tuple[list[Variant], dict[str, str]]:
-    """The implementations that run `linear` of that many rows here, without and with their prepared form, and why the others do not;
-    not the reference, which is slow by intent."""
+    """The ways to run `linear` of `rows` rows here.
+
+    Returns:
+      Every implementation that competes, without and with its prepared form; and the reasons of
+      those that refuse, by name.
+    """
     refused = registry.refusals(problem_of(w, rows))
     found = []
     for implementation in registry.competing():
@@ -132,13 +143,14 @@ def sparse(
     Args:
       w: the weight.
       rows: of x.
-      both: without and with the prepared form; else as it is best, that is with the form where there is one.
+      both: time each implementation without and with its prepared form. Otherwise with the form,
+        if it has one.
 
     Returns:
       Contenders by `variants`, and the reasons of those that refuse.
     """
     found, refused = variants(w, rows)
-    if not both:  # of each implementation the last
+    if not both:  # the last variant of each implementation
         found = list({variant.implementation: variant for variant in found}.values())
     return {variant: _contender(w, variant) for variant in found}, refused
 

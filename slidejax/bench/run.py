@@ -1,4 +1,4 @@
-"""`slidejax bench`: lift+quantise against a plain copy, and whole linear layers against JAX."""
+"""`slidejax bench`: the lift compared with a copy, and whole linear layers compared with JAX."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _LIFT_BYTES = 1 << 30  # x of the lift is at most this large
 
 
 def set_flags() -> None:
-    """Lets XLA's baselines use cuBLAS, their faster choice on Hopper; before JAX starts its backend, else without effect."""
+    """Lets XLA's baselines use cuBLAS, which is faster on Hopper.
+
+    It has an effect only before JAX starts its backend.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_enable_triton_gemm" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}".strip()
@@ -52,18 +55,23 @@ def measure(
     """Measures the lift and whole linear layers.
 
     Args:
-      shapes: (out, in) of the layers (`slidejax.bench.shapes.PRESETS`); a shape counts in the sums as often as it is given.
+      shapes: (out, in) of the layers (`slidejax.bench.shapes.PRESETS`). A shape counts in the sums
+        as often as it is given.
       patterns: of the weights.
-      dtypes: of the values; None: int8, on a GPU float8_e4m3fn too.
-      rows: numbers of rows of x; None: 16, 256, 1024, 4096 and 16384 on a GPU, else 1 and 16.
-      clock: how long to measure; None: `Clock.of_device()`.
-      note: called with a line for each step, and for what could not run.
+      dtypes: of the values. None takes int8, and on a GPU float8_e4m3fn too.
+      rows: numbers of rows of x. None takes 16, 256, 1024, 4096 and 16384 on a GPU, and 1 and 16 on
+        a CPU.
+      clock: how long to measure. None takes `Clock.of_device()`.
+      note: called with a line of text for each step, and for each contender that could not run.
 
     Returns:
-      A JSON object: "device", "jax", "slidejax", "xla_flags", "clock"; "lift": rows with `us` and `gb_per_s` beside the
-      copy's and those of quantising alone; "linear": rows with `us` by contender, why implementations refused, and the settings of those that
-      have some; "sums": the same added up over the shapes, for each dtype, pattern and M, with ratios to the baselines
-      (above 1: slidejax is faster).
+      A JSON object with "device", "jax", "slidejax", "xla_flags", "clock", "shapes" and
+
+      - "lift": rows with `us` and `gb_per_s`, also of the copy and of quantising alone;
+      - "linear": rows with `us` by contender, the reasons of implementations that refuse, and the
+        settings of those that have any;
+      - "sums": the same added up over the shapes, for each dtype, pattern and M, with ratios to the
+        baselines. A ratio above 1 means that slidejax is faster.
 
     Raises:
       ValueError: a bad pattern or dtype, before anything is measured.
@@ -202,7 +210,10 @@ def _lift(
 
 
 def _sums(linear: list[dict], shapes: Sequence[tuple[int, int]]) -> list[dict]:
-    """Times added up over the shapes, a shape as often as it was asked for; None where a layer is missing."""
+    """Times added up over the shapes, each as often as it is given.
+
+    A sum is None if a layer's time is missing.
+    """
     groups: dict[tuple, list[dict]] = {}
     for row in linear:
         groups.setdefault((row["pattern"], row["dtype"], row["rows"]), []).append(row)
@@ -224,8 +235,7 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 
 
 def _ratios(us: dict[str, float | None]) -> dict[str, dict[str, float | None]]:
-    """For each of our contenders, how many times as fast as each baseline it is."""
-
+    """How many times as fast as each baseline each of slidejax's contenders is."""
     ours = [name for name in us if name not in contenders.BASELINES]
     return {
         name: {base: _ratio(us.get(base), us[name]) for base in contenders.BASELINES}
@@ -233,7 +243,7 @@ def _ratios(us: dict[str, float | None]) -> dict[str, dict[str, float | None]]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- tables
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def _us(value: float | None) -> str:
@@ -270,8 +280,10 @@ def table(results: dict[str, Any]) -> str:
     """The results of `measure` as text."""
     clock = results["clock"]
     lines = [
-        f"{results['device']}, jax {results['jax']}, slidejax {results['slidejax']}; each measured for {clock['seconds']} s after "
-        f"{clock['warmup_s']} s, {clock['rounds']} round(s); bfloat16 x to bfloat16 y, microseconds",
+        f"{results['device']}, jax {results['jax']}, slidejax {results['slidejax']}; each measured "
+        f"for {clock['seconds']} s after "
+        f"{clock['warmup_s']} s, {clock['rounds']} round(s); bfloat16 x to bfloat16 y, "
+        "microseconds",
         "",
         "lift_quantize",
     ]
@@ -306,7 +318,8 @@ def table(results: dict[str, Any]) -> str:
         lines += ["", f"settings of {name}"]
         lines += sorted(
             {
-                f"{r['pattern']} {r['dtype']} M={r['rows']} {r['out']}x{r['in']}: {r['settings'][name]}"
+                f"{r['pattern']} {r['dtype']} M={r['rows']} {r['out']}x{r['in']}: "
+                f"{r['settings'][name]}"
                 for r in results["linear"]
                 if name in r["settings"]
             }

@@ -1,9 +1,11 @@
 """Timing functions side by side on the device, without the cost of dispatching them.
 
-A contender is a function of `(x, weights)`. One jitted program applies it to several distinct inputs, and to several
-copies of the weights where they would otherwise stay in the cache from one application to the next, which they do not in
-a model; on a GPU in a loop, as a model generates: its buffers stay where they are, so that XLA launches what it has recorded.
-Barriers order the applications, so that XLA can neither merge products that share an operand nor take them out of the loop.
+A contender is a function of `(x, weights)`. One jitted program applies it to several distinct
+inputs. It also uses several copies of the weights, if one copy would stay in the cache from one
+application to the next; in a model it would not. On a GPU the program is a loop, as in a model that
+generates: buffers stay where they are, and XLA launches a recorded graph. Barriers order the
+applications. Without them XLA could merge products that share an operand, or move them out of the
+loop.
 """
 
 from __future__ import annotations
@@ -23,9 +25,8 @@ import jax.numpy as jnp
 __all__ = ["Clock", "Contender", "time_all"]
 
 _OUTSIDE_CACHE = 192 << 20  # bytes of weights that no cache holds
-_BUSY = (
-    1200 << 20
-)  # bytes that a program should at least read on a GPU, so that it runs longer than its dispatch
+# Bytes that a program reads at least on a GPU, so that it runs longer than its dispatch takes.
+_BUSY = 1200 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Contender:
     """Something to time.
 
     Attributes:
-      name: in the table.
+      name: its name in the table.
       apply: `(x, weights) -> any arrays`.
       weights: any pytree.
     """
@@ -45,7 +46,13 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """How long to measure: seconds before and during a measurement, and how many turns each contender gets."""
+    """How long to measure.
+
+    Attributes:
+      warmup: seconds before a measurement.
+      seconds: seconds of a measurement.
+      rounds: turns of each contender.
+    """
 
     warmup: float = 0.3
     seconds: float = 0.4
@@ -55,7 +62,10 @@ class Clock:
     def of_device(
         cls, warmup: float | None = None, seconds: float | None = None, rounds: int = 1
     ) -> Clock:
-        """What is not given follows from the device: 0.3 s and 0.4 s on a GPU, 0.02 s and 0.05 s elsewhere."""
+        """A clock for this device: 0.3 s and 0.4 s on a GPU, 0.02 s and 0.05 s on a CPU.
+
+        Arguments that are given replace these.
+        """
         usual = (0.3, 0.4) if jax.default_backend() == "gpu" else (0.02, 0.05)
         return cls(warmup or usual[0], seconds or usual[1], rounds)
 
@@ -66,8 +76,11 @@ def _nbytes(tree: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """A compiled program that applies a contender `applications` times. Its results are room for those of the next call: to clear room
-    each time would cost a layer with many outputs a tenth of its time."""
+    """A compiled program that applies a contender `applications` times.
+
+    Its results are the buffers of the next call's results. Clearing new buffers each time would
+    cost a layer with many outputs a tenth of its time.
+    """
 
     compiled: Callable[[Any, Any, Any], Any]
     operands: tuple[Any, Any]
@@ -82,7 +95,10 @@ class _Program:
 
 
 def _program(contender: Contender, xs: Sequence[jax.Array], loops: int | None = None) -> _Program:
-    """Applies the contender to every input, `loops` times (None: as often as it wants to)."""
+    """The program that applies a contender to every input, `loops` times.
+
+    None loops until a program on a GPU reads enough bytes.
+    """
     size = _nbytes(contender.weights)
     gpu = jax.default_backend() == "gpu"
     copies = min(16, -(-_OUTSIDE_CACHE // size)) if gpu and size else 1
@@ -90,16 +106,15 @@ def _program(contender: Contender, xs: Sequence[jax.Array], loops: int | None = 
         contender.weights,
         *(jax.tree.map(jnp.copy, contender.weights) for _ in range(copies - 1)),
     ]
-    repeats = max(2, len(xs), copies)  # in the loop's body; each waits for the one before it
+    repeats = max(2, len(xs), copies)  # applications in the loop's body, one after the other
     if loops is None:
         loops = min(64, -(-_BUSY // (repeats * (size + xs[0].nbytes + 1)))) if gpu else 1
 
     @functools.partial(jax.jit, donate_argnums=2)
     def program(xs: Any, weights: Any, results: Any) -> Any:
         def body(_: Any, results: list[Any]) -> list[Any]:
-            for i in range(
-                repeats
-            ):  # every result is kept: XLA drops what nobody reads, barrier or not
+            # Every result is kept. XLA drops one that nobody reads, even behind a barrier.
+            for i in range(repeats):
                 x, results[i - 1] = jax.lax.optimization_barrier((xs[i % len(xs)], results[i - 1]))
                 results[i] = contender.apply(x, weights[i % len(weights)])
             return results
@@ -113,7 +128,7 @@ def _program(contender: Contender, xs: Sequence[jax.Array], loops: int | None = 
 
 
 def _run_for(program: _Program, seconds: float) -> float:
-    """Runs for at least that long; seconds of one application."""
+    """Runs a program for at least `seconds`; returns the seconds of one application."""
     result = jax.block_until_ready(program(program.room()))
     begin, calls, chunk = time.perf_counter(), 0, 1
     while True:
@@ -124,7 +139,7 @@ def _run_for(program: _Program, seconds: float) -> float:
         passed = time.perf_counter() - begin
         if passed >= seconds:
             return passed / calls / program.applications
-        # wait for the device seldom, but do not queue for much longer than asked
+        # Wait for the device seldom, but do not queue much longer than `seconds`.
         chunk = max(1, min(200, int(calls * max(0.1, (seconds - passed) / max(passed, 1e-9)) / 2)))
 
 
@@ -137,19 +152,19 @@ def time_all(
     """Times contenders on the same inputs, in turns.
 
     Args:
-      contenders: what to time; names are distinct.
+      contenders: functions with distinct names.
       xs: distinct inputs of one shape.
-      clock: how long.
+      clock: how long to measure.
       note: called with a line for a contender that could not run.
 
     Returns:
-      Microseconds of one application by name, the median over the rounds; None where it could not run.
+      Microseconds of one application by name, the median over the rounds. None for a contender that
+      could not run.
     """
     programs: dict[str, _Program] = {}
     found: dict[str, list[float]] = {c.name: [] for c in contenders}
-    with ThreadPoolExecutor(
-        os.cpu_count()
-    ) as pool:  # compiling is most of the time, and XLA does it side by side
+    # Compiling takes most of the time, and XLA compiles in parallel.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         built = {c.name: pool.submit(_program, c, xs) for c in contenders}
     for contender in contenders:
         try:

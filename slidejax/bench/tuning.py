@@ -1,6 +1,6 @@
-"""`slidejax tune`: times `linear` with every implementation and records the times, from which the choice is made.
+"""`slidejax tune`: times `linear` with every implementation, and records the times for the choice.
 
-An implementation with settings of its own looks for the fastest ones before it is timed.
+An implementation with settings searches for the fastest ones before it is timed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["measure", "table"]
 
 
 def _of_model(model: Any) -> tuple[list[tuple[int, int]], set[tuple[Pattern, Any]]]:
-    """(out, in) of the layers of a model; of a converted one also the patterns and dtypes."""
+    """(out, in) of the layers of a model; for a converted model also its patterns and dtypes."""
     from slidejax import huggingface
 
     weights = weights_of(model.params)
@@ -39,7 +39,10 @@ def _of_model(model: Any) -> tuple[list[tuple[int, int]], set[tuple[Pattern, Any
 
 
 def _search(w: SlideWeight, rows: int, note: Callable[[str], None]) -> None:
-    """Lets the implementations that can run look for their fastest settings; where that fails they keep their defaults."""
+    """Lets the implementations that run here search for their fastest settings.
+
+    If a search fails, the implementation keeps its defaults.
+    """
     refused = registry.refusals(contenders.problem_of(w, rows))
     for implementation in registry.competing():
         if implementation.name in refused:
@@ -54,7 +57,7 @@ def _search(w: SlideWeight, rows: int, note: Callable[[str], None]) -> None:
 
 
 def _is_open(pattern: Pattern, dtype: Any, rows: Sequence[int]) -> bool:
-    """Whether there is more than one way to run weights of a pattern and a dtype here, for any of the numbers of rows."""
+    """Whether weights of this pattern and dtype can run in several ways, for any number of rows."""
     kernel = jax.ShapeDtypeStruct((pattern.block, pattern.block), jnp.bfloat16)
     w = jax.eval_shape(lambda kernel: pack(kernel, pattern, dtype=dtype), kernel)
     return any(len(contenders.variants(w, m)[0]) > 1 for m in rows)
@@ -71,24 +74,27 @@ def measure(
     dry_run: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[dict[str, Any]], Path | None]:
-    """Measures every combination, and records it.
+    """Measures and records every combination.
 
     Args:
       shapes: (out, in) of the layers, where no model is given.
-      model: a Hugging Face Flax model, to measure its layers; a converted one also says which patterns and dtypes.
+      model: a Hugging Face Flax model whose layers to measure. A converted one also gives patterns
+        and dtypes.
       patterns: of the weights.
-      dtypes: of the values; None: int8 and float8_e4m3fn.
-      rows: numbers of rows of x; None: 1, 16, 64, 256, 1024, 4096 and 16384 on a GPU, else 1 and 16.
-      clock: how long to measure; None: `Clock.of_device()`.
-      dry_run: measure, and record nothing.
-      note: called with a line for each step.
+      dtypes: of the values. None takes int8 and float8_e4m3fn.
+      rows: numbers of rows of x. None takes 1, 16, 64, 256, 1024, 4096 and 16384 on a GPU, and 1
+        and 16 on a CPU.
+      clock: how long to measure. None takes `Clock.of_device()`.
+      dry_run: whether to record nothing.
+      note: called with a line of text for each step.
 
     Returns:
-      Entries as `slidejax.tune` keeps them, and the table that they went to (None for a dry run). What was measured is
-      recorded after each shape, so that an interruption loses one shape at most.
+      The entries, as `slidejax.tune` keeps them, and the path of the table, None for a dry run.
+      Each shape is recorded when it has been measured, so that an interruption loses at most one.
 
     Raises:
-      ValueError: a bad pattern or dtype, or nothing to choose between, before anything is measured.
+      ValueError: for a bad pattern or dtype, or if there is nothing to choose between. It is raised
+        before anything is measured.
     """
     gpu = jax.default_backend() == "gpu"
     clock = clock or Clock.of_device()
@@ -144,7 +150,7 @@ def measure(
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    """The entries as text, the fastest first."""
+    """The entries as text, with the fastest implementation first."""
     lines = []
     for e in entries:
         times = ", ".join(

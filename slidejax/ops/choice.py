@@ -1,6 +1,6 @@
-"""Which implementation runs a problem: the one that was asked for, or the fastest by measurement.
+"""The choice of an implementation: the one that the caller asks for, or the fastest by measurement.
 
-The choice is made when an op is lowered for a platform, and is explained by `slidejax.explain`.
+It is made when an op is lowered for a platform. `slidejax.explain` shows it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,22 @@ from slidejax.weights.pattern import Pattern
 
 __all__ = ["Choice", "choose", "forms", "implementation_for", "lookup", "time_of"]
 
-# How far, in factors of two summed over rows, inputs and outputs, an entry may be from the problem to speak for it.
+# The largest distance between a problem and an entry of the table that speaks for it, in factors of
+# two summed over rows, inputs and outputs.
 _REACH = 3.0
-# A weight does without a prepared form where it is within this many times of its shortest time.
+# A weight can do without a prepared form if it takes at most this many times its shortest time.
 _NEARLY = 1.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The implementation that runs a problem, and why."""
+    """The implementation that runs a problem, and why.
+
+    Attributes:
+      implementation: its name.
+      reason: why it was chosen.
+      refused: the reasons of the implementations that refuse the problem, by name.
+    """
 
     implementation: str
     reason: str
@@ -42,16 +49,17 @@ class Choice:
 
 
 def choose(problem: Problem) -> Choice:
-    """The implementation for a problem.
+    """Chooses the implementation for a problem.
 
     Raises:
-      NotImplementedError: if the one that was asked for refuses, with its reason.
+      NotImplementedError: if the caller asks for an implementation that refuses, with its reason.
     """
     refused = registry.refusals(problem)
     if problem.requested is not None:
         if problem.requested in refused:
             raise NotImplementedError(
-                f"slidejax {problem.op}: implementation {problem.requested!r} refuses: {refused[problem.requested]}"
+                f"slidejax {problem.op}: implementation {problem.requested!r} refuses: "
+                f"{refused[problem.requested]}"
             )
         return Choice(problem.requested, "asked for")
     candidates = [i.name for i in registry.competing() if i.name not in refused]
@@ -64,24 +72,27 @@ def choose(problem: Problem) -> Choice:
     measured = lookup(problem, candidates)
     if measured is not None:
         return Choice(*measured, refused)
-    # nothing measured near this shape: the dense product is never slower than what the user had
+    # Nothing near this shape was measured. The fallback is never slower than an unpruned layer.
     return Choice(
         fallback, "no measurement for this device, shape and dtype: run slidejax tune", refused
     )
 
 
 def implementation_for(problem: Problem) -> Implementation:
-    """The object of `choose`; for empty operands the reference, so that no other one has to expect them."""
+    """The implementation that `choose` names.
+
+    Empty operands go to the reference, so that no other implementation has to expect them.
+    """
     chosen = registry.get(choose(problem).implementation)
     empty = 0 in (problem.rows, problem.in_features, problem.out_features)
     return registry.REFERENCE if empty else chosen
 
 
-# --- by the measured table --------------------------------------------------------------------------------------------
+# --- by the measured table ------------------------------------------------------------------------
 
 
 def _times(entry: dict[str, Any]) -> dict[Variant, float]:
-    """The times of an entry, without those of implementations and forms that there are no more."""
+    """The times of an entry, for the implementations and forms that are registered."""
     known = {
         Variant(i.name, form)
         for i in registry.competing()
@@ -99,7 +110,11 @@ def _nearest(problem: Problem) -> dict[str, Any] | None:
 
 
 def lookup(problem: Problem, candidates: Sequence[str]) -> tuple[str, str] | None:
-    """The fastest of `candidates` by the nearest measurement, and the reason in words; None where nothing near is known."""
+    """The fastest of `candidates` by the nearest measurement.
+
+    Returns:
+      Its name and the reason in words; None if nothing near was measured.
+    """
     entry = _nearest(problem)
     if entry is None:
         return None
@@ -125,9 +140,22 @@ def lookup(problem: Problem, candidates: Sequence[str]) -> tuple[str, str] | Non
 def time_of(
     device: str, rows: int, shape: tuple[int, int], pattern: Pattern, dtype: np.dtype
 ) -> float | None:
-    """Microseconds of one linear of shape `(in, out)` with the fastest implementation, by the nearest measurement and in proportion to
-    the products; None where nothing near is known. With the pattern "dense" it is the time of dense products, whatever pattern they were measured with."""
-    times: list[tuple[float, float]] = []  # how far the entry is, and the time
+    """The time of one `linear` with the fastest implementation, from the nearest measurement.
+
+    It is scaled by the number of multiplications. For the pattern "dense" it is the time of the
+    fallback, measured with any pattern.
+
+    Args:
+      device: kind of the device.
+      rows: rows of x.
+      shape: `(in, out)` of the kernel.
+      pattern: of the weight.
+      dtype: of the weight's values.
+
+    Returns:
+      Microseconds; None if nothing near was measured.
+    """
+    times: list[tuple[float, float]] = []  # distance of the entry, and scaled time
     for e in entries(device):
         if e["dtype"] != dtype.name or (pattern.prunes and e["pattern"] != str(pattern)):
             continue
@@ -144,8 +172,12 @@ def time_of(
 
 
 def forms(w: SlideWeight) -> tuple[str, ...]:
-    """The prepared forms for a weight of this shape: as few as let every number of rows that was measured run nearly as fast as with all;
-    of as many, those that are faster on the whole. That of the fallback where nothing near was measured, as the choice then falls on it."""
+    """Names of the prepared forms that pay for a weight of this shape.
+
+    These are as few forms as possible: every number of rows that was measured must take at most
+    1.2 times as long as with all forms. Of several such sets the one that is faster on the whole is
+    taken. If nothing near was measured it is the form of the fallback, which then is chosen.
+    """
     gains = {i.form.name: i.form.must_gain for i in registry.competing() if i.form is not None}
     near = [
         times

@@ -1,4 +1,4 @@
-"""Saying which implementation each op of a function runs, and why."""
+"""`explain`: which implementation each op of a function runs, and why."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ __all__ = ["explain"]
 def explain(
     fn: Callable[..., Any], *args, platform: str | None = None, **kwargs
 ) -> list[tuple[Problem, Choice]]:
-    """Which implementation each slidejax op of `fn(*args, **kwargs)` will run, and why. Nothing is computed.
+    """Says which implementation each slidejax op of `fn(*args, **kwargs)` runs, and why.
+
+    The function is traced, and nothing is computed.
 
     Args:
       fn: any traceable function.
-      *args, **kwargs: its arguments; `jax.ShapeDtypeStruct`s will do.
+      *args, **kwargs: its arguments; a `jax.ShapeDtypeStruct` may stand for an array.
       platform: "cuda" or "cpu"; None for the platform of this process.
 
     Returns:
-      A list of `(Problem, Choice)` in the order of the program.
+      A list of `(Problem, Choice)`, in the order of the program.
+
+    Raises:
+      ValueError: if `platform` is something else.
 
     >>> import jax.numpy as jnp
     >>> import slidejax as sj

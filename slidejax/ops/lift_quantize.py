@@ -1,12 +1,14 @@
 """Lifting and quantisation of activations, in one pass.
 
-The GEMM runs over lifted columns: window `w` of group `g` reads its four columns of x,
+The GEMM runs over lifted columns. Window `w` of group `g` reads its four columns of x
+(SlideSparse, arXiv 2603.05232):
 
     lifted[m, g, w, l] = code(x[m, 2N g + 2 w + l])        flattened, K' = groups * (N - 1) * 4
 
-(SlideSparse, arXiv 2603.05232), each row quantised with its own scale (`slidejax.numerics`). For 16- and 32-bit values
-nothing is quantised: the scale is 1, or nan for a row that holds inf or nan, so that its outputs are nan on every
-implementation. What a model computes right before, a norm or an activation, can be part of the op (`slidejax.ops.prologue`).
+Each row is quantised with its own scale (`slidejax.weights.numerics`). 16- and 32-bit values are
+not quantised. Their scale is 1, or nan for a row that holds inf or nan, so that the row's outputs
+are nan on every implementation. The norm or activation before the layer can be part of the op
+(`slidejax.ops.prologue`).
 """
 
 from __future__ import annotations
@@ -44,11 +46,14 @@ __all__ = [
 ]
 
 
-# --- reference --------------------------------------------------------------------------------------------------------
+# --- reference ------------------------------------------------------------------------------------
 
 
 def lift(x: jax.Array, pattern: Pattern) -> jax.Array:
-    """Lifts the columns of `x` `[..., K]` to `[..., K']`, zero-padded to whole blocks. Nothing is quantised."""
+    """Lifts the columns of `x` `[..., K]` to `[..., K']`, zero-padded to whole blocks.
+
+    Nothing is quantised.
+    """
     missing = pattern.padded(x.shape[-1]) - x.shape[-1]
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
     groups = x.reshape(*x.shape[:-1], x.shape[-1] // pattern.group, pattern.group)
@@ -57,8 +62,8 @@ def lift(x: jax.Array, pattern: Pattern) -> jax.Array:
 
 
 def unlift(lifted: jax.Array, pattern: Pattern) -> jax.Array:
-    """The columns `[..., padded K]` that were lifted: each is read from the first window that holds it."""
-    if pattern.windows == 1:  # 2:4 and "dense": no window overlaps another
+    """The columns `[..., padded K]` that were lifted, each from the first window that holds it."""
+    if pattern.windows == 1:  # 2:4 and "dense" have one window, which overlaps no other
         return lifted
     groups = lifted.shape[-1] // (4 * pattern.windows)
     windows = lifted.reshape(*lifted.shape[:-1], groups, pattern.windows, 4)
@@ -76,9 +81,16 @@ def row_absmax(x: jax.Array) -> jax.Array:
 def quantize_rows(
     x: jax.Array, dtype, absmax: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Quantises each row of `x` without lifting: `(codes [..., K], scale float32 [..., 1])`; the plain-JAX formula.
+    """Quantises each row of `x` in plain JAX, without lifting.
 
-    For 16- and 32-bit `dtype` the "codes" are x itself and the scale is 1 (nan for a row with inf or nan).
+    Args:
+      x: `[..., K]`.
+      dtype: of the codes. For 16- and 32-bit dtypes the codes are x itself, and the scale is 1, or
+        nan for a row with inf or nan.
+      absmax: float32 `[..., 1]`, the largest magnitude of each row; None to compute it.
+
+    Returns:
+      `(codes, scale)`: `[..., K]` and float32 `[..., 1]`.
     """
     if absmax is None:
         absmax = row_absmax(x)
@@ -88,7 +100,7 @@ def quantize_rows(
 
 
 def row_scale(absmax: jax.Array, dtype) -> jax.Array:
-    """The scale of each row from its largest magnitude, float32 of the same shape."""
+    """The scale of each row from its largest magnitude, in float32 and the same shape."""
     if numerics.is_quantized(dtype):
         return numerics.scale_from_absmax(absmax, dtype)
     return jnp.where(jnp.isfinite(absmax), np.float32(1), np.float32(np.nan))
@@ -99,11 +111,11 @@ def _reference(x, absmax, pattern, dtype):
     return lift(codes, pattern), scale
 
 
-# --- primitive --------------------------------------------------------------------------------------------------------
+# --- primitive ------------------------------------------------------------------------------------
 
 
 def _columns(x, pattern: Pattern, pads: bool) -> int:
-    """Columns of the result: K', or K where nothing is padded."""
+    """The number of columns of the result: K', or K without padding."""
     return pattern.lifted(x.shape[1]) if pads else x.shape[1]
 
 
@@ -117,7 +129,7 @@ def _lowering(*operands, platform, pattern, dtype, inputs, pads):
     x, absmax = xs[0], given[0] if given else None
     if platform == "cuda" and library.unusable() is None and math.prod(x.shape):
         columns = _columns(x, pattern, pads)
-        group = pattern.group if pads else 0  # 0 quantises alone
+        group = pattern.group if pads else 0  # the call only quantises if the group is 0
         prologue = inputs.prologue(xs)
         if absmax is None and prologues.fused(x, dtype, prologue):
             codes, scale = calls.lift_quantize_fused_call(
@@ -153,8 +165,8 @@ def lift_rows(
       pattern: of the lift; "dense" lifts nothing.
       dtype: of the codes.
       inputs: the layout of `xs`.
-      absmax: `[M, 1]`, in place of the rows' own, where K is split over a mesh.
-      pads: whether the result is padded to whole blocks. Only the pattern "dense" can do without.
+      absmax: `[M, 1]`, in place of the rows' own if K is split over a mesh.
+      pads: whether to pad the result to whole blocks. Only the pattern "dense" can do without.
 
     Returns:
       `(codes, scale)`: `[M, K']`, or `[M, K]` without padding, and float32 `[M, 1]`.
@@ -172,16 +184,18 @@ def lift_rows(
 def lift_shard(
     xs: Sequence[jax.Array], pattern: Pattern, dtype, inputs: InputLayout, axes: tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """Lifts one shard of rows whose columns are split over the mesh axes `axes`: they share a max-reduced scale."""
+    """Lifts one shard of rows whose columns are split over the mesh axes `axes`.
+
+    The shards of a row share one scale, from the largest magnitude of them all.
+    """
     x = inputs.apply(xs, axes)
     absmax = jax.lax.pmax(row_absmax(x), axes)
     codes, _ = lift_rows([x], pattern, dtype, absmax=absmax)
-    return codes, row_scale(
-        absmax, dtype
-    )  # from the reduced absmax, so that JAX knows it is the same on every shard
+    # From the reduced absmax, so that JAX knows that the scale is the same on every shard.
+    return codes, row_scale(absmax, dtype)
 
 
-# --- sharding ---------------------------------------------------------------------------------------------------------
+# --- sharding -------------------------------------------------------------------------------------
 
 
 def _partitioned(pattern: Pattern, dtype, inputs: InputLayout):
@@ -192,7 +206,7 @@ def _partitioned(pattern: Pattern, dtype, inputs: InputLayout):
     def rule(mesh, operands, results):
         columns = operands[0].shape[1]
         if columns == pattern.padded(columns):
-            # groups stay whole: both sides are cut by groups
+            # Groups stay whole: x and the result are both cut between groups.
             per_group = pattern.windows * 4
             return SdyShardingRule(
                 inputs.mappings(CompoundFactor("g", "c")),
@@ -229,7 +243,7 @@ def _partitioned(pattern: Pattern, dtype, inputs: InputLayout):
     return op
 
 
-# --- batching, derivative ---------------------------------------------------------------------------------------------
+# --- batching, derivative -------------------------------------------------------------------------
 
 
 @functools.cache
@@ -246,7 +260,7 @@ def _op(pattern: Pattern, dtype, inputs: InputLayout, reduce_axis: tuple[str, ..
 
     def residuals(xs, results):
         _, scale = results
-        # without a prologue only the shape and the dtype of x are needed
+        # Without a prologue only the shape and the dtype of x are needed.
         return scale, xs if inputs.has_prologue else [jnp.zeros((0, xs[0].shape[1]), xs[0].dtype)]
 
     def backward(residuals, cotangents):
@@ -257,7 +271,7 @@ def _op(pattern: Pattern, dtype, inputs: InputLayout, reduce_axis: tuple[str, ..
                 jnp.zeros((scale.shape[0], xs[0].shape[1]), xs[0].dtype),
                 *map(jnp.zeros_like, xs[1:]),
             )
-        # straight through: code ~ x / scale, a column of x feeds every window that holds it
+        # Straight-through: code ~ x / scale. A column of x feeds every window that holds it.
         d_columns = _lift_transpose(d_lifted.astype(jnp.float32) / scale, pattern, xs[0].shape[1])
         return inputs.pull_back(xs, d_columns, reduce_axis)
 
@@ -270,7 +284,7 @@ def _lift_transpose(d_lifted: jax.Array, pattern: Pattern, columns: int) -> jax.
     return d_x
 
 
-# --- public -----------------------------------------------------------------------------------------------------------
+# --- public ---------------------------------------------------------------------------------------
 
 
 def lift_quantize(
@@ -285,17 +299,18 @@ def lift_quantize(
     Args:
       x: `[..., in]`, bfloat16, float16 or float32; leading axes are rows.
       pattern: of the weight, such as `"6:8"`.
-      dtype: of the weight's values: int8 or float8_e4m3fn quantise each row with its own scale; bfloat16, float16 and
-        float32 only lift.
-      reduce_axis: inside `shard_map` with K split, the mesh axes over which it is.
-      prologue: what is computed on x before: an `RMSNorm`, `LayerNorm`, `Activation` or `GLU` of slidejax.
+      dtype: of the weight's values. int8 and float8_e4m3fn quantise each row with its own scale;
+        bfloat16, float16 and float32 only lift.
+      reduce_axis: inside `shard_map`, the mesh axes over which K is split.
+      prologue: an `RMSNorm`, `LayerNorm`, `Activation` or `GLU` of slidejax to apply to x first.
 
     Returns:
-      `(lifted, scale)`: `[..., K']` of `dtype` with `K' = pattern.lifted(in)`, and float32 `[..., 1]`.
+      `(lifted, scale)`: `[..., K']` of `dtype` with `K' = pattern.lifted(in)`, and float32
+      `[..., 1]`.
 
     Raises:
       ValueError: for a bad shape, dtype or pattern.
-      TypeError: if `prologue` is something else.
+      TypeError: if `prologue` is none of these.
 
     >>> xl, s = lift_quantize(jnp.arange(8.)[None], "6:8", "int8")
     >>> xl[0, :12].tolist()

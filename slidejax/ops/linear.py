@@ -1,11 +1,14 @@
-"""`linear`: what layers call. Equal to `sparse_matmul(*lift_quantize(x), w, bias)`, but takes un-lifted x.
+"""`linear`, the op that layers call: `sparse_matmul(*lift_quantize(x), w, bias)` of un-lifted x.
 
-The primitive takes x as it is, so that rows of x, outputs of W, and K by whole blocks can each be split over a mesh
-without gathering x or W; what runs on a shard is the same custom call. With K split the rows' absmax is max-reduced,
-the raw accumulators are summed, then come the scales, then the bias once. Which implementation runs is decided when the
-op is lowered for a platform (`slidejax.ops.choice`). A prologue (`slidejax.ops.prologue`) goes where the rows are quantised.
+The primitive takes x as it is. Rows of x, outputs of W, and K by whole blocks can then each be
+split over a mesh without gathering x or W, and every shard runs the same custom call. If K is
+split, the rows' largest magnitudes are max-reduced and the raw accumulators are summed; the scales
+follow, and the bias is added once. The implementation is chosen when the op is lowered for a
+platform (`slidejax.ops.choice`). A prologue (`slidejax.ops.prologue`) is applied where the rows are
+quantised.
 
-The derivative treats quantisation as straight-through; 8-bit values have no gradient, and the mask stays.
+The derivative treats quantisation as straight-through. 8-bit values have no gradient, and the mask
+stays.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from slidejax.weights.packed import LinearWeight, SlideWeight, WrappedWeight, ch
 __all__ = ["linear", "linear_p"]
 
 
-# --- primitive --------------------------------------------------------------------------------------------------------
+# --- primitive ------------------------------------------------------------------------------------
 
 
 def _shapes(*operands, settings):
@@ -46,7 +49,7 @@ def _shapes(*operands, settings):
 
 
 def _split(operands, settings: LinearParams) -> tuple[tuple, SlideWeight, jax.Array | None]:
-    """x with its prologue's arrays, the weight and the bias."""
+    """Returns x with its prologue's arrays, the weight and the bias."""
     count = settings.inputs.count
     return operands[:count], *settings.weight(operands[count:])
 
@@ -67,7 +70,7 @@ def _bind(xs, w: SlideWeight, bias, settings: LinearParams) -> jax.Array:
     return y
 
 
-# --- sharding ---------------------------------------------------------------------------------------------------------
+# --- sharding -------------------------------------------------------------------------------------
 
 
 def _split_k(xs, w: SlideWeight, bias, settings: LinearParams, axes: tuple[str, ...]) -> jax.Array:
@@ -93,7 +96,7 @@ def _partitioned(settings: LinearParams):
                 c=settings.pattern.group,
                 reduction_factors=("g",),
             )
-        # K of x and the groups of W do not line up: `partition` refuses to cut either
+        # K of x and the groups of W do not line up, and `partition` refuses to cut either.
         return SdyShardingRule((*settings.inputs.mappings("k"), *weight), (ArrayMapping("m", "o"),))
 
     def partition(mesh, operands, result):
@@ -119,7 +122,7 @@ def _partitioned(settings: LinearParams):
     return op
 
 
-# --- batching, derivative ---------------------------------------------------------------------------------------------
+# --- batching, derivative -------------------------------------------------------------------------
 
 
 @functools.cache
@@ -138,7 +141,7 @@ def _op(settings: LinearParams):
     def backward(operands, dy):
         xs, w, bias = _split(operands, settings)
         dy = dy.astype(jnp.float32)
-        codes = scatter_values(w.values, w.zeros)  # prepared forms may be missing on a shard
+        codes = scatter_values(w.values, w.zeros)  # a shard may have no prepared forms
         codes = codes.reshape(codes.shape[0], -1).astype(jnp.float32)
         dx = ((dy * w.scale) @ codes)[:, : xs[0].shape[1]]
         d_values = None
@@ -159,7 +162,7 @@ def _op(settings: LinearParams):
     return with_rules(primal, vmap_rule, backward)
 
 
-# --- public -----------------------------------------------------------------------------------------------------------
+# --- public ---------------------------------------------------------------------------------------
 
 
 def linear(
@@ -171,27 +174,29 @@ def linear(
     reduce_axis: str | tuple[str, ...] | None = None,
     prologue: Prologue | None = None,
 ) -> jax.Array:
-    """`x @ kernel + bias` for a packed kernel; 8-bit weights quantise each row of x dynamically.
+    """Computes `x @ kernel + bias` for a packed kernel.
+
+    With an 8-bit weight each row of x is quantised dynamically.
 
     Args:
       x: `[..., in]`, bfloat16, float16 or float32; leading axes are rows.
-      w: the packed weight, or one with more around it (`slidejax.trainable.MasterWeight`, `slidejax.adapters.AdaptedWeight`).
-      bias: `[out]`, added in float32.
-      implementation: one of `slidejax.implementations()`, or None for the fastest that fits by the measured table
-        (`slidejax.explain` says which and why).
-      out_dtype: bfloat16, float16 or float32; None: the dtype of x.
-      reduce_axis: inside `shard_map` with K split over a mesh, the axes over which it is; x then has exactly the columns
-        of the shard.
-      prologue: what is computed on x before: an `RMSNorm`, `LayerNorm`, `Activation` or `GLU` of slidejax.
+      w: a `SlideWeight`, or another `LinearWeight` such as `slidejax.trainable.MasterWeight` and
+        `slidejax.adapters.AdaptedWeight`.
+      bias: floating `[out]`, added in float32.
+      implementation: one of `slidejax.implementations()`. None takes the fastest by the measured
+        table; `slidejax.explain` says which one and why.
+      out_dtype: bfloat16, float16 or float32. None takes the dtype of x.
+      reduce_axis: inside `shard_map`, the mesh axes over which K is split. x then has the columns
+        of its shard, and no others.
+      prologue: an `RMSNorm`, `LayerNorm`, `Activation` or `GLU` of slidejax to apply to x first.
 
     Returns:
       `[..., out]`.
 
     Raises:
       ValueError: for shapes or dtypes that do not fit each other.
-      TypeError: if `w` is not a `SlideWeight`, or `prologue` something else.
-      NotImplementedError: if the implementation refuses, or all do, with the reasons; or if it needs CUDA and is lowered
-        for another platform.
+      TypeError: if `w` is no `LinearWeight`, or `prologue` none of these.
+      NotImplementedError: if the implementation refuses, with the reason.
 
     >>> from slidejax import pack
     >>> w = pack(jnp.arange(1., 9.)[:, None], "6:8")

@@ -1,4 +1,4 @@
-"""What the ops share: making a primitive, its vmap and derivative, and the check of x."""
+"""Making a primitive with its vmap rule and derivative, and checking x: shared by the ops."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ __all__ = ["check_input", "make_primitive", "map_batched", "with_rules"]
 def make_primitive(
     name: str, shape_rule: Callable[..., list], lowering: Callable[..., Any]
 ) -> Primitive:
-    """A primitive with several results, a shape rule and one lowering for each platform.
+    """Makes a primitive with several results, a shape rule and one lowering for each platform.
 
     Args:
       name: of the primitive, as jaxprs show it.
-      shape_rule: `(*avals, **params) -> [(shape, dtype), ...]`, all of rank 2 with rows like the first operand.
-      lowering: `(*operands, platform=..., **params) -> list of results`, written in JAX; `platform` is "cuda" or
-        "default".
+      shape_rule: `(*avals, **params) -> [(shape, dtype), ...]`. All results have two axes and as
+        many rows as the first operand.
+      lowering: `(*operands, platform=..., **params) -> list of results`, written in JAX. `platform`
+        is "cuda" or "default".
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
 
     def abstract_eval(x, *avals, **params):
-        # from x's own aval, so that it keeps the mesh axes over which x varies inside shard_map
+        # Made from x's own aval: inside shard_map it keeps the mesh axes over which x varies.
         return [
             x.update(shape=shape, dtype=np.dtype(dtype), weak_type=False)
             for shape, dtype in shape_rule(x, *avals, **params)
@@ -61,13 +62,16 @@ def with_rules(
     backward: Callable[[Any, Any], tuple],
     residuals: Callable[[tuple, Any], Any] = lambda operands, results: operands,
 ) -> Callable[..., Any]:
-    """`primal` with a vmap rule inside a reverse-mode rule: `custom_partitioning` brings neither.
+    """Gives `primal` a vmap rule and a reverse-mode derivative.
+
+    A function with `custom_partitioning` has neither.
 
     Args:
       primal: `(*operands) -> results`.
-      vmap_rule: `(op, axis_size, in_batched, *operands) -> (results, out_batched)`, where `op` is the op itself, so that maps nest.
+      vmap_rule: `(op, axis_size, in_batched, *operands) -> (results, out_batched)`. `op` is the op
+        itself, so that maps nest.
       backward: `(residuals, cotangents) -> cotangents of the operands`.
-      residuals: `(operands, results) -> what backward needs`; all operands by default.
+      residuals: `(operands, results) -> residuals`. By default these are the operands.
     """
 
     @custom_vmap
@@ -91,8 +95,10 @@ def with_rules(
 
 
 def map_batched(op, axis_size: int, in_batched, x_operands: int, operands):
-    """The vmap rule of an op whose first `x_operands` operands and whose results have rows: a batch of rows is just more rows; a batch
-    of anything else runs one after the other."""
+    """The vmap rule of an op whose first `x_operands` operands, and whose results, have rows.
+
+    A batch of rows becomes more rows. A batch of anything else runs one element after the other.
+    """
     batched = list(jax.tree.leaves(in_batched))
     if not any(batched[x_operands:]):
         x_parts = [
@@ -112,7 +118,7 @@ def map_batched(op, axis_size: int, in_batched, x_operands: int, operands):
 
 
 def check_input(x, name: str = "x") -> jax.Array:
-    """`x` as a float array with at least one axis; ValueError otherwise."""
+    """Returns `x` as a float array with at least one axis; raises ValueError otherwise."""
     x = jnp.asarray(x)
     if x.ndim < 1:
         raise ValueError(f"{name} must be [..., in], got a scalar")

@@ -1,4 +1,4 @@
-"""What the choice of an implementation depends on."""
+"""A problem: the facts that the choice of an implementation depends on."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from slidejax.weights.pattern import Pattern
 
 __all__ = ["Problem", "device_kind"]
 
-# A program lowered for CUDA on a machine without a GPU is taken to run on this device.
+# The device that a program is lowered for on a machine without a GPU.
 _AHEAD_OF_TIME_DEVICE = "NVIDIA H100 80GB HBM3"
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What the choice of an implementation depends on.
+    """One product to be computed, as the choice of an implementation sees it.
 
     Attributes:
       op: "linear" or "sparse_matmul".
       platform: "cuda" or "default".
-      device: the device's kind, such as "NVIDIA H100 80GB HBM3"; "cpu" where it is not CUDA.
+      device: the kind of the device, such as "NVIDIA H100 80GB HBM3"; "cpu" without CUDA.
       rows, in_features, out_features: the sizes M, K and N.
-      pattern: of the weight.
-      x_dtype, dtype, out_dtype: of the input, of the weight's values, and of the result (None: raw accumulators).
+      pattern: the weight's `Pattern`.
+      x_dtype: dtype of the input.
+      dtype: dtype of the weight's values.
+      out_dtype: dtype of the result; None for raw accumulators.
       prepared: names of the prepared forms that the weight carries.
       requested: the implementation that the caller named, or None.
     """
@@ -47,10 +49,29 @@ class Problem:
 
     @classmethod
     def of(cls, op: str, x, w: SlideWeight, settings, platform: str) -> Problem:
+        """The problem of an op that is lowered for a platform.
+
+        Args:
+          op: "linear" or "sparse_matmul".
+          x: its input, with rows.
+          w: its weight.
+          settings: its `LinearParams`.
+          platform: "cuda" or "default".
+        """
         return cls(
-            op, platform, device_kind(platform), x.shape[0], w.in_features, w.out_features, w.pattern, np.dtype(x.dtype), w.dtype,
-            settings.out_dtype, settings.prepared, settings.implementation,
-        )  # fmt: skip
+            op,
+            platform,
+            device_kind(platform),
+            x.shape[0],
+            w.in_features,
+            w.out_features,
+            w.pattern,
+            np.dtype(x.dtype),
+            w.dtype,
+            settings.out_dtype,
+            settings.prepared,
+            settings.implementation,
+        )
 
 
 @functools.cache

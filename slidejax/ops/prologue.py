@@ -1,14 +1,17 @@
-"""What a model computes right before a linear layer, fused into its lift: norms, activations, gated activations.
+"""Prologues: norms, activations and gated activations, fused into the lift of a linear layer.
 
-| prologue | y, quantised in place of x |
+| prologue | y, which is quantised instead of x |
 |---|---|
 | `RMSNorm(weight, eps)` | `x * (rsqrt(mean(x^2) + eps) * weight)` |
-| `LayerNorm(weight, bias, eps)` | `(x - mean(x)) * (rsqrt(max(0, mean(x^2) - mean(x)^2) + eps) * weight) + bias` |
+| `LayerNorm(weight, bias, eps)` | `(x - mean(x)) * (rsqrt(variance + eps) * weight) + bias` |
 | `Activation("silu")` | `activation(x)` |
 | `GLU(up, "silu")` | `activation(x) * up` |
 
-The formulas are those of `flax.linen` and `flax.nnx` (fast variance), computed in float32 and rounded once, to x's dtype: what XLA
-makes of the unfused model, whose elementwise steps it computes without rounding between them.
+The variance is `max(0, mean(x^2) - mean(x)^2)`, the fast one.
+
+The formulas are those of `flax.linen` and `flax.nnx`. They are computed in float32 and rounded
+once, to x's dtype. XLA does the same with the unfused model: it does not round between elementwise
+steps.
 """
 
 from __future__ import annotations
@@ -46,17 +49,23 @@ ACTIVATIONS = {
 
 
 class Prologue:
-    """What `slidejax.lift_quantize` and `slidejax.linear` take as `prologue=`: a pytree whose leaves are arrays like x (`ROWS`) or
-    `[in]`."""
+    """The `prologue=` of `slidejax.lift_quantize` and `slidejax.linear`.
+
+    It is a pytree. Its leaves have the shape of x if `ROWS` is true, and `[in]` otherwise.
+    """
 
     ROWS: ClassVar[bool] = False
 
     def apply(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
-        """y, in x's dtype; inside `shard_map` with the columns split over the mesh axes `axes`, this shard's part of it."""
+        """Computes y from x `[..., in]`, in x's dtype.
+
+        `axes` are the mesh axes over which the columns are split inside `shard_map`. x and y are
+        then one shard.
+        """
         raise NotImplementedError
 
     def check(self, x: jax.Array) -> None:
-        """ValueError for arrays that do not fit x."""
+        """Raises ValueError for arrays that do not fit x."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             name, leaf = field.name, getattr(self, field.name)
             if leaf is None or field.metadata.get("static"):
@@ -65,7 +74,8 @@ class Prologue:
             what = f"{type(self).__name__}: {name}"
             if jnp.shape(leaf) != expected:
                 raise ValueError(
-                    f"{what} must have shape {expected} for x of shape {x.shape}, got {jnp.shape(leaf)}"
+                    f"{what} must have shape {expected} for x of shape {x.shape}, got "
+                    f"{jnp.shape(leaf)}"
                 )
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
                 raise ValueError(f"{what} must be floating, got {jnp.result_type(leaf)}")
@@ -100,7 +110,8 @@ class RMSNorm(Prologue):
       eps: added to the mean of squares.
 
     >>> from slidejax import lift_quantize
-    >>> codes, scale = lift_quantize(jnp.array([[3.0, 4.0]]), "2:4", prologue=RMSNorm(jnp.ones(2), eps=0.0))
+    >>> norm = RMSNorm(jnp.ones(2), eps=0.0)
+    >>> codes, scale = lift_quantize(jnp.array([[3.0, 4.0]]), "2:4", prologue=norm)
     >>> codes[0, :2].tolist(), round(float(scale[0, 0]), 6)
     ([95, 127], 0.008908)
     """
@@ -170,10 +181,10 @@ class Activation(Prologue):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GLU(Prologue):
-    """A gated activation: x is the gate.
+    """A gated activation. x is the gate.
 
     Attributes:
-      up: like x.
+      up: an array of x's shape and dtype.
       activation: of the gate: "silu", "gelu" (exact), "gelu_tanh" or "relu".
 
     >>> from slidejax import linear, pack
@@ -194,16 +205,18 @@ class GLU(Prologue):
         return (gate * self.up.astype(jnp.float32)).astype(x.dtype)
 
 
-# --- as operands ------------------------------------------------------------------------------------------------------
+# --- as operands ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class InputLayout:
-    """How x and a prologue's arrays are laid out among the operands of an op: x first, then the arrays; a parameter of the primitives.
+    """The layout of x and a prologue's arrays among an op's operands.
+
+    It is a parameter of the primitives. x comes first, and the arrays follow.
 
     Attributes:
-      tree: the prologue's structure, that of None without one.
-      rows: how many of the operands have rows: x, and `up` of a `GLU`.
+      tree: the structure of the prologue, or of None.
+      rows: the number of operands that have rows: x, and `up` of a `GLU`.
     """
 
     tree: jax.tree_util.PyTreeDef
@@ -218,7 +231,7 @@ class InputLayout:
         return self != PLAIN
 
     def mappings(self, columns) -> tuple[ArrayMapping, ...]:
-        """The Shardy factors of the operands: rows "m", and those of the columns."""
+        """The Shardy factors of the operands: "m" for rows, and `columns`."""
         return tuple(
             ArrayMapping("m", columns) if i < self.rows else ArrayMapping(columns)
             for i in range(self.count)
@@ -232,7 +245,7 @@ class InputLayout:
         )
 
     def apply(self, xs: Sequence[jax.Array], axes: tuple[str, ...] = ()) -> jax.Array:
-        """What is quantised: x, after the prologue if there is one. `axes`: as in `Prologue.apply`."""
+        """x after the prologue, if there is one. `axes` is that of `Prologue.apply`."""
         prologue = self.prologue(xs)
         return xs[0] if prologue is None else prologue.apply(xs[0], axes)
 
@@ -243,7 +256,7 @@ class InputLayout:
     def pull_back(
         self, xs: Sequence[jax.Array], dy: jax.Array, axes: tuple[str, ...] = ()
     ) -> tuple[jax.Array, ...]:
-        """The gradients of the operands from that of what is quantised."""
+        """The gradients of the operands, from that of `apply`."""
         if not self.has_prologue:
             return (dy.astype(xs[0].dtype),)
         _, pull = jax.vjp(lambda *xs: self.apply(xs, axes), *xs)
@@ -254,10 +267,12 @@ PLAIN = InputLayout(jax.tree.structure(None), 1)  # x alone
 
 
 def inputs_of(x: jax.Array, prologue: Prologue | None) -> tuple[InputLayout, list[jax.Array]]:
-    """The operands `[rows, in]` and `[in]` that x `[..., in]` and its prologue are, and what is static about them.
+    """The layout and the operands of x `[..., in]` and its prologue.
+
+    Operands are `[rows, in]` and `[in]`.
 
     Raises:
-      TypeError: if `prologue` is something else.
+      TypeError: if `prologue` is no `Prologue`.
       ValueError: for arrays that do not fit x.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -265,7 +280,8 @@ def inputs_of(x: jax.Array, prologue: Prologue | None) -> tuple[InputLayout, lis
         return PLAIN, [rows]
     if not isinstance(prologue, Prologue):
         raise TypeError(
-            f"prologue must be an RMSNorm, LayerNorm, Activation or GLU of slidejax, got {type(prologue).__name__}"
+            "prologue must be an RMSNorm, LayerNorm, Activation or GLU of slidejax, got "
+            f"{type(prologue).__name__}"
         )
     prologue.check(x)
     leaves, tree = jax.tree.flatten(prologue)

@@ -1,6 +1,7 @@
-"""The implementations of the products, in order.
+"""The ordered list of implementations.
 
-Nothing else in slidejax names one of them: `explain`, `prepare`, `bench`, `tune` and `info` ask this list.
+`explain`, `prepare`, `bench`, `tune` and `info` read this list. None of them knows an
+implementation by name.
 """
 
 from __future__ import annotations
@@ -23,28 +24,30 @@ __all__ = [
     "register",
 ]
 
-# What runs where nothing is known to be faster. It refuses nothing.
+# It runs where nothing is known to be faster. It refuses nothing.
 FALLBACK: Implementation = DENSE
 
 _IMPLEMENTATIONS: list[Implementation] = [HOPPER, CUSPARSELT, DENSE, REFERENCE]
 
 
 def register(implementation: Implementation) -> None:
-    """Adds an implementation of one's own, before the others.
+    """Adds an implementation, before the others.
 
-    Programs that are lowered from now on may run it: where it is asked for, or where the measured table (`slidejax tune`) finds it
-    the fastest. Programs that were compiled before stay as they are.
+    Programs that are lowered from now on run it if the caller asks for it, or if it is the fastest
+    in the measured table (`slidejax tune`). Programs that were compiled before stay as they are.
 
     Args:
-      implementation: an object of a subclass of `slidejax.ops.implementations.base.Implementation`.
+      implementation: an object of a subclass of
+        `slidejax.ops.implementations.base.Implementation`.
 
     Raises:
-      TypeError: if it is something else.
-      ValueError: if its name, or that of its prepared form, is taken or cannot be one.
+      TypeError: if it is no such object.
+      ValueError: if its name, or the name of its prepared form, is taken or no identifier.
     """
     if not isinstance(implementation, Implementation):
         raise TypeError(
-            f"implementation must be an object of a subclass of Implementation, got {implementation!r}"
+            "implementation must be an object of a subclass of Implementation, got "
+            f"{implementation!r}"
         )
     name, form = implementation.name, implementation.form
     taken = {i.form.name for i in _IMPLEMENTATIONS if i.form is not None}
@@ -60,7 +63,7 @@ def register(implementation: Implementation) -> None:
 
 
 def implementations() -> tuple[str, ...]:
-    """The names that `implementation=` takes.
+    """The names that `implementation=` accepts.
 
     >>> implementations()
     ('hopper', 'cusparselt', 'dense', 'reference')
@@ -69,7 +72,7 @@ def implementations() -> tuple[str, ...]:
 
 
 def get(name: str) -> Implementation:
-    """The implementation of a name.
+    """The implementation with this name.
 
     Raises:
       ValueError: if there is none.
@@ -83,7 +86,7 @@ def get(name: str) -> Implementation:
 
 
 def check_name(name: str | None) -> None:
-    """ValueError unless it is None or the name of an implementation."""
+    """Raises ValueError unless `name` is None or the name of an implementation."""
     if name is not None:
         get(name)
 

@@ -1,4 +1,4 @@
-"""Mesh axes: over which of them arrays vary inside `shard_map`, and how an op is cut over a mesh by the partitioner."""
+"""Mesh axes: those over which arrays vary in `shard_map`, and those along which an op is cut."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def varying_axes(*arrays) -> frozenset:
-    """The manual mesh axes over which any of the arrays varies; empty outside `shard_map`."""
+    """The manual mesh axes over which any of the arrays varies. Empty outside `shard_map`."""
     axes: frozenset = frozenset()
     for array in arrays:
         aval = jax.typeof(array)
@@ -36,7 +36,10 @@ def varying_axes(*arrays) -> frozenset:
 
 
 def vary(axes: frozenset, *arrays) -> list:
-    """The arrays, made varying over all of `axes`: a primitive's operands must agree. Its transpose is a sum."""
+    """Makes the arrays vary over all of `axes`, as a primitive's operands must agree.
+
+    The transpose is a sum over the axes that are added.
+    """
     out = []
     for array in arrays:
         missing = tuple(sorted(axes - varying_axes(array)))
@@ -45,7 +48,7 @@ def vary(axes: frozenset, *arrays) -> list:
 
 
 def axis_names(reduce_axis) -> tuple[str, ...]:
-    """`reduce_axis` as a tuple of mesh axis names."""
+    """Returns `reduce_axis` as a tuple of mesh axis names."""
     if reduce_axis is None:
         return ()
     names = (reduce_axis,) if isinstance(reduce_axis, str) else tuple(reduce_axis)
@@ -55,7 +58,7 @@ def axis_names(reduce_axis) -> tuple[str, ...]:
 
 
 def spec_axes(entry) -> tuple[str, ...]:
-    """A PartitionSpec entry as a tuple of mesh axis names."""
+    """Returns a PartitionSpec entry as a tuple of mesh axis names."""
     if entry is None:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
@@ -68,7 +71,12 @@ def spec_entry(axes: Sequence[str]):
 
 @dataclasses.dataclass(frozen=True)
 class MeshPartition:
-    """How an op is cut over a mesh: the axes that split rows, outputs and K."""
+    """How an op is cut over a mesh.
+
+    Attributes:
+      mesh: the mesh.
+      rows, out, k: the mesh axes that split rows, outputs and K.
+    """
 
     mesh: Any
     rows: tuple[str, ...] = ()
@@ -76,29 +84,30 @@ class MeshPartition:
     k: tuple[str, ...] = ()
 
     def sharding(self, *entries: str | None) -> NamedSharding:
-        """The sharding of an operand whose axes are named "rows", "out", "k" or None."""
+        """The sharding of an operand whose axes are each "rows", "out", "k" or None."""
         return NamedSharding(
             self.mesh, P(*(None if e is None else spec_entry(getattr(self, e)) for e in entries))
         )
 
     def check_k(self, op: str, pattern: Pattern, in_features: int) -> MeshPartition:
-        """Returns self; ValueError if K does not divide into whole blocks over the axes that split it."""
+        """Returns self if each shard of K holds whole blocks; raises ValueError otherwise."""
         shards = int(np.prod([self.mesh.shape[axis] for axis in self.k], initial=1))
         if in_features % (pattern.block * shards):
             raise ValueError(
-                f"{op}: K is split {shards} ways over mesh axes {self.k}, but {in_features} inputs are not a whole number "
-                f"of blocks of {pattern.block} columns ({BLOCK_GROUPS} groups of pattern {pattern}) for each shard"
+                f"{op}: K is split {shards} ways over mesh axes {self.k}, but {in_features} inputs "
+                f"are not a whole number of blocks of {pattern.block} columns ({BLOCK_GROUPS} "
+                f"groups of pattern {pattern}) for each shard"
             )
         return self
 
 
 def first_axes(*entries) -> tuple[str, ...]:
-    """The first of several PartitionSpec entries that names an axis."""
+    """The mesh axes of the first of several PartitionSpec entries that names one."""
     return next((axes for axes in map(spec_axes, entries) if axes), ())
 
 
 def spec_of(shape_with_sharding) -> tuple:
-    """The PartitionSpec entries of a `custom_partitioning` argument, one for each axis."""
+    """The PartitionSpec entries of an argument of `custom_partitioning`, one for each axis."""
     spec = getattr(shape_with_sharding.sharding, "spec", None)
     entries = tuple(spec) if spec is not None else ()
     return entries + (None,) * (len(shape_with_sharding.shape) - len(entries))

@@ -2,8 +2,9 @@
 
     y[m, o] = float32(sum over K' of lifted[m, k'] * W'[o, k']) * scale_x[m] * scale_w[o] + bias[o]
 
-with `W'` the weight in lifted order, which is 2:4: window `w` of a group holds kept values `2w` and `2w + 1`. 8-bit
-integers accumulate in int32, everything else in float32. The formula in plain JAX is the implementation "reference".
+`W'` is the weight in lifted order, which is 2:4: window `w` of a group holds kept values `2w` and
+`2w + 1`. int8 accumulates in int32, everything else in float32. The implementation "reference"
+computes this formula in plain JAX.
 """
 
 from __future__ import annotations
@@ -43,17 +44,18 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class LinearParams:
-    """What is static about one product; a parameter of the primitives.
+    """The static part of one product, a parameter of the primitives.
 
     Attributes:
-      pattern: of the weight.
+      pattern: the weight's `Pattern`.
       in_features: inputs held here, without padding.
-      out_dtype: of the result; None for the raw accumulators (int32 or float32, no scales, no bias).
-      implementation: the name asked for, None to choose.
+      out_dtype: of the result. None gives the raw accumulators, int32 or float32, without scales
+        and bias.
+      implementation: the name that the caller asked for, or None.
       has_bias: whether a bias follows the weight's leaves among the operands.
-      prepared: names of the prepared forms that follow.
+      prepared: names of the prepared forms, which follow the bias.
       reduce_axis: inside `shard_map`, the mesh axes over which K is split.
-      inputs: of `linear`, how x and its prologue precede the weight's leaves.
+      inputs: the layout of x and its prologue, which precede the weight's leaves in `linear`.
     """
 
     pattern: Pattern
@@ -82,7 +84,7 @@ class LinearParams:
         return tuple(operands[len(operands) - len(self.prepared) :])
 
     def raw(self, in_features: int) -> LinearParams:
-        """The same product without scales and bias, over a shard of K with so many inputs."""
+        """The same product without scales and bias, over a shard of K with `in_features` inputs."""
         return dataclasses.replace(
             self,
             in_features=in_features,
@@ -94,7 +96,7 @@ class LinearParams:
         )
 
 
-# --- primitive --------------------------------------------------------------------------------------------------------
+# --- primitive ------------------------------------------------------------------------------------
 
 
 def _shapes(lifted, scale_x, values, *rest, settings):
@@ -120,12 +122,15 @@ def bind(lifted, scale_x, w: SlideWeight, bias, settings: LinearParams) -> jax.A
     return y
 
 
-# --- sharding ---------------------------------------------------------------------------------------------------------
+# --- sharding -------------------------------------------------------------------------------------
 
 
 def weight_factors(settings: LinearParams, operands) -> tuple:
-    """The Shardy factors of the weight's operands, the last of an op's: outputs "o" and groups "g" can be cut; zeros of no groups go
-    with the outputs."""
+    """The Shardy factors of the weight's operands, which are an op's last ones.
+
+    Outputs "o" and groups "g" can be cut. The zeros of the pattern "dense", which has none, are cut
+    with the outputs.
+    """
     prepared = (
         ArrayMapping(*(f"p{i}_{axis}" for axis in range(len(form.shape))))
         for i, form in enumerate(settings.prepared_of(operands))
@@ -136,7 +141,7 @@ def weight_factors(settings: LinearParams, operands) -> tuple:
 
 
 def weight_shardings(cut: MeshPartition, settings: LinearParams, operands) -> tuple:
-    """The shardings of the weight's operands in a cut; prepared forms are whole on every device."""
+    """The shardings of the weight's operands in a cut. Prepared forms are whole on each device."""
     prepared = (cut.sharding(*([None] * len(f.shape))) for f in settings.prepared_of(operands))
     bias = (cut.sharding("out"),) if settings.has_bias else ()
     zeros = cut.sharding("out", "k" if settings.pattern.prunes else None)
@@ -146,7 +151,10 @@ def weight_shardings(cut: MeshPartition, settings: LinearParams, operands) -> tu
 def partition_of(
     op: str, mesh, operands, result, settings: LinearParams, values_at: int
 ) -> MeshPartition:
-    """How the partitioner wants to cut a product: read off the shardings of x (first), values and y."""
+    """How the partitioner wants to cut a product, from the shardings of x, values and y.
+
+    x is the first operand, and the values are operand `values_at`.
+    """
     (x_rows, x_k), (w_out, w_k, _), (y_rows, y_out) = (
         spec_of(operands[0]),
         spec_of(operands[values_at]),
@@ -199,17 +207,20 @@ def _partitioned(settings: LinearParams):
 def split_k(
     lifted, scale_x, w: SlideWeight, bias, settings: LinearParams, axes: tuple[str, ...]
 ) -> jax.Array:
-    """One shard of a product whose K is split: raw accumulators summed over `axes`, then scales, then the bias once."""
+    """One shard of a product whose K is split.
+
+    Raw accumulators are summed over `axes`; scales follow, and the bias is added once.
+    """
     w = w.replace(prepared={}, in_features=w.groups * w.pattern.group)
     acc = jax.lax.psum(bind(lifted, scale_x, w, None, settings.raw(w.in_features)), axes)
     return finish(acc, scale_x, w.scale, bias, settings.out_dtype)
 
 
-# --- batching, derivative ---------------------------------------------------------------------------------------------
+# --- batching, derivative -------------------------------------------------------------------------
 
 
 def values_gradient(d_kernel: jax.Array, w: SlideWeight) -> jax.Array:
-    """The gradient of the kept values from that of the dense kernel `[out, padded in]`; zero for 8-bit values."""
+    """The gradient of the kept values, from that of the whole kernel `[out, padded in]`."""
     groups = d_kernel.reshape(*w.values.shape[:-1], w.pattern.group)
     return kept_values(groups, w.zeros).astype(w.values.dtype)
 
@@ -241,7 +252,6 @@ def _op(settings: LinearParams):
         d_scale_x = None
         d_values = None
         if not numerics.is_quantized(w.dtype):
-            # every column of a window is read through its first window: kept values pair up by window
             d_lifted_kernel = (dy.astype(jnp.float32) * scale_x).T @ lifted.astype(jnp.float32)
             d_values = _kept_lifted(d_lifted_kernel, w).astype(w.dtype)
         d_bias = (dy.astype(jnp.float32).sum(0).astype(bias.dtype),) if bias is not None else ()
@@ -259,7 +269,10 @@ def _op(settings: LinearParams):
 
 
 def _kept_lifted(lifted_kernel: jax.Array, w: SlideWeight) -> jax.Array:
-    """The transpose of `expand_lifted`: the entries of `[out, K']` at the kept lanes, `[out, groups, kept]`."""
+    """The entries of `[out, K']` at the kept lanes, `[out, groups, kept]`.
+
+    This is the transpose of `expand_lifted`.
+    """
     (values,) = jax.linear_transpose(
         lambda values: expand_lifted(w.replace(values=values)),
         jnp.zeros(w.values.shape, jnp.float32),
@@ -267,7 +280,7 @@ def _kept_lifted(lifted_kernel: jax.Array, w: SlideWeight) -> jax.Array:
     return values
 
 
-# --- public -----------------------------------------------------------------------------------------------------------
+# --- public ---------------------------------------------------------------------------------------
 
 
 def sparse_matmul(
@@ -282,13 +295,14 @@ def sparse_matmul(
     """Multiplies lifted activations with a packed weight.
 
     Args:
-      lifted: `[..., K']` in the dtype of `w.values`, as `lift_quantize` makes it.
+      lifted: `[..., K']` in the dtype of `w.values`, from `lift_quantize`.
       scale: float32 `[..., 1]`, the scale of each row.
       w: the packed weight.
       bias: `[out]`, added in float32.
-      out_dtype: bfloat16, float16 or float32; None: the dtype of 16- and 32-bit values, bfloat16 for 8-bit ones.
-      implementation: one of `slidejax.implementations()`, or None for the fastest that fits.
-      reduce_axis: inside `shard_map` with K split, the mesh axes over which it is.
+      out_dtype: bfloat16, float16 or float32. None takes the dtype of 16- and 32-bit values, and
+        bfloat16 for 8-bit ones.
+      implementation: one of `slidejax.implementations()`. None takes the fastest.
+      reduce_axis: inside `shard_map`, the mesh axes over which K is split.
 
     Returns:
       `[..., out]`.
@@ -307,12 +321,14 @@ def sparse_matmul(
     columns = w.lifted_columns
     if lifted.ndim < 1 or lifted.shape[-1] != columns:
         raise ValueError(
-            f"lifted must be [..., {columns}] for a weight with {w.in_features} inputs and pattern {w.pattern}, "
+            f"lifted must be [..., {columns}] for a weight with {w.in_features} inputs and pattern "
+            f"{w.pattern}, "
             f"got shape {lifted.shape}"
         )
     if lifted.dtype != w.dtype:
         raise ValueError(
-            f"lifted must have the dtype of the weight's values, {w.dtype.name}, got {lifted.dtype.name}"
+            f"lifted must have the dtype of the weight's values, {w.dtype.name}, got "
+            f"{lifted.dtype.name}"
         )
     if scale.shape != (*lifted.shape[:-1], 1) or scale.dtype != jnp.float32:
         raise ValueError(
@@ -328,10 +344,11 @@ def sparse_matmul(
 
 
 def align(lifted: list, scales: list, w: SlideWeight, bias, settings: LinearParams) -> list:
-    """The operands of a product, varying over the same manual mesh axes, so that each gradient has its operand's type.
+    """The operands of a product, made to vary over the same manual mesh axes.
 
-    What has a K axis varies over all of them; scales and bias vary over all but the axes that split K, over which their
-    gradients must not be summed.
+    Each gradient then has its operand's type. Operands with a K axis vary over all axes. Scales and
+    bias vary over all but the axes that split K, since their gradients must not be summed over
+    these.
     """
     operands = [*lifted, *scales, *settings.operands(w, bias)]
     axes = varying_axes(*operands)
@@ -344,7 +361,11 @@ def align(lifted: list, scales: list, w: SlideWeight, bias, settings: LinearPara
 
 
 def check_result(out_features: int, bias, out_dtype) -> tuple[jax.Array | None, np.dtype]:
-    """The bias as an array and the dtype of a product's result; ValueError if they cannot be."""
+    """Returns the bias as an array, and the dtype of a product's result.
+
+    Raises:
+      ValueError: if one of them is not possible.
+    """
     out_dtype = jnp.dtype(out_dtype)
     if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype.name}")
@@ -361,17 +382,19 @@ def check_result(out_features: int, bias, out_dtype) -> tuple[jax.Array | None, 
 def product_settings(
     w: SlideWeight, bias, out_dtype, implementation, reduce_axis
 ) -> tuple[LinearParams, jax.Array | None]:
-    """Checks what `sparse_matmul` and `linear` have in common."""
+    """Checks the arguments that `sparse_matmul` and `linear` share; returns settings and bias."""
     if w.values.ndim != 3:
         raise ValueError(
-            f"w must be one weight [out, groups, kept], got values of shape {w.values.shape}: vmap over the batch"
+            f"w must be one weight [out, groups, kept], got values of shape {w.values.shape}: vmap "
+            "over the batch"
         )
     bias, out_dtype = check_result(w.out_features, bias, out_dtype)
     registry.check_name(implementation)
     reduce_axes = axis_names(reduce_axis)
     if w.is_k_shard and not reduce_axes:
         raise ValueError(
-            f"w holds {w.groups} of {w.pattern.groups(w.in_features)} groups, a shard of K: name the mesh axis over which K "
+            f"w holds {w.groups} of {w.pattern.groups(w.in_features)} groups, a shard of K: name "
+            "the mesh axis over which K "
             f"is split with reduce_axis="
         )
     prepared = tuple(sorted(w.prepared))

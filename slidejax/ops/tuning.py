@@ -1,14 +1,16 @@
-"""The measured table: which implementation is fastest for a shape on a device.
+"""The measured table: the times of all implementations, by shape and device.
 
-A table is one JSON file for each kind of device. Those in `slidejax/data/tuning` ship with the package; what `slidejax
-tune` measures on this machine goes to `$SLIDEJAX_CACHE` (default `~/.cache/slidejax`) and wins over them. An entry is
+A table is one JSON file for each kind of device. Those in `slidejax/data/tuning` are shipped.
+`slidejax tune` measures on this machine and writes to `$SLIDEJAX_CACHE` (by default
+`~/.cache/slidejax`). Its entries replace the shipped ones. An entry is
 
     {"in": 3584, "out": 18944, "pattern": "6:8", "dtype": "int8", "rows": 4096, "times": [
-        {"implementation": "hopper", "form": "hopper", "us": 80.1}, {"implementation": "dense", "form": null, "us": 95.0}]}
+        {"implementation": "hopper", "form": "hopper", "us": 80.1},
+        {"implementation": "dense", "form": null, "us": 95.0}]}
 
-with the time of a whole `linear`, bfloat16 x to bfloat16 y, for each implementation without and with its prepared form. In memory
-an entry has `"us": {Variant: microseconds}` in place of `"times"`. Files of format 1 are read too; they name a variant by a string,
-"hopper+prepared".
+A time is that of a whole `linear`, from bfloat16 x to bfloat16 y, without or with the prepared form
+of the implementation. In memory an entry has `"us": {Variant: microseconds}` instead of `"times"`.
+Files of format 1 are read too. They name a variant by a string such as "hopper+prepared".
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _FORMAT = 2
 
 
 class Variant(NamedTuple):
-    """An implementation, and the prepared form that a weight has for it: a key of the table.
+    """A key of the table: an implementation, and the prepared form that the weight has for it.
 
     >>> str(Variant("dense")), str(Variant("hopper", "hopper"))
     ('dense', 'hopper+prepared')
@@ -50,7 +52,7 @@ class Variant(NamedTuple):
 
     @classmethod
     def of(cls, key: str | tuple[str, str | None]) -> Variant:
-        """A key of an entry; strings are those of format 1, where a form was called like its implementation.
+        """Reads a key. A string is one of format 1, where a form has its implementation's name.
 
         >>> Variant.of("hopper+prepared")
         Variant(implementation='hopper', form='hopper')
@@ -62,7 +64,7 @@ class Variant(NamedTuple):
 
 
 def device_slug(device: str) -> str:
-    """A device's kind as a file name; memory sizes and form factors of one chip share a table.
+    """A device's kind as a file name, without memory size and form factor.
 
     >>> device_slug("NVIDIA H100 80GB HBM3"), device_slug("NVIDIA H200")
     ('nvidia-h100', 'nvidia-h200')
@@ -72,7 +74,7 @@ def device_slug(device: str) -> str:
 
 
 def table_path(device: str) -> Path:
-    """Where measurements made on this machine for that kind of device are kept."""
+    """The file of this machine's measurements for a kind of device."""
     root = os.environ.get("SLIDEJAX_CACHE") or Path.home() / ".cache" / "slidejax"
     return Path(root) / "tuning" / f"{device_slug(device)}.json"
 
@@ -122,7 +124,7 @@ def _entries(shipped: Path, local: Path, stamp: int) -> tuple[dict[str, Any], ..
 
 
 def entries(device: str) -> tuple[dict[str, Any], ...]:
-    """All measurements for a kind of device, local ones over shipped ones.
+    """All measurements for a kind of device. Local ones replace shipped ones.
 
     Raises:
       ValueError: if a table is damaged.
@@ -130,13 +132,21 @@ def entries(device: str) -> tuple[dict[str, Any], ...]:
     local = table_path(device)
     shipped = _SHIPPED / local.name
     if not shipped.exists() and device_slug(device) in ("nvidia-h100", "nvidia-h200"):
-        shipped = _SHIPPED / "nvidia-h200.json"  # the same processor with other memory
+        shipped = _SHIPPED / "nvidia-h200.json"  # the same processor with another memory
     stamp = local.stat().st_mtime_ns if local.exists() else 0
     return _entries(shipped, local, stamp)
 
 
 def record(device: str, measured: Iterable[dict[str, Any]]) -> Path:
-    """Adds measurements to this machine's table; the file is replaced as a whole."""
+    """Adds measurements to this machine's table. The file is replaced as a whole.
+
+    Args:
+      device: kind of the device.
+      measured: entries as they are in memory.
+
+    Returns:
+      The path of the file.
+    """
     path = table_path(device)
     merged = {_key(e): e for e in (*_read(path), *map(_normal, measured))}
     write_json(
@@ -152,18 +162,24 @@ def record(device: str, measured: Iterable[dict[str, Any]]) -> Path:
 
 
 def distance(entry: dict[str, Any], rows: int, in_features: int, out_features: int) -> float:
-    """How far an entry is from other sizes, in factors of two summed over rows, inputs and outputs."""
+    """The distance of an entry from other sizes, in factors of two.
+
+    It is summed over rows, inputs and outputs.
+    """
     pairs = ((entry["rows"], rows), (entry["in"], in_features), (entry["out"], out_features))
     return sum(log_ratio(a, b) for a, b in pairs)
 
 
 def log_ratio(a: int, b: int) -> float:
-    """How many factors of two lie between two sizes."""
+    """The distance between two sizes, in factors of two."""
     return abs(math.log2(max(a, 1) / max(b, 1)))
 
 
 def alike(device: str, pattern: Pattern, dtype: np.dtype) -> list[dict[str, Any]]:
-    """The measurements on a device with a pattern and a dtype; if there are none, with the other 8-bit dtype."""
+    """The measurements on a device with a pattern and a dtype.
+
+    If there are none for an 8-bit dtype, they are those for the other 8-bit dtype.
+    """
     same = [e for e in entries(device) if e["pattern"] == str(pattern)]
     mine = [e for e in same if e["dtype"] == dtype.name]
     return mine or (same if numerics.is_quantized(dtype) else [])

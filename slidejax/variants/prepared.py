@@ -1,12 +1,16 @@
-"""Prepared forms: what an implementation needs beyond the packed form, made once outside the loop.
+"""Prepared forms: arrays that implementations keep beside the packed form.
 
-| name | what it holds | where it pays |
+They are made once, outside the loop. An implementation names its form and makes it
+(`slidejax.ops.implementations.base.Form`):
+
+| name | contents | where it pays |
 |---|---|---|
-| `dense` | the kernel's codes `[out, in]` in the values' dtype, zeros included | a CPU, and a GPU where dense is the faster choice: nothing is unpacked in the loop. Not with the pattern "dense", whose values are these codes already |
-| `cusparselt` | cuSPARSELt's opaque compressed form, uint8 | every use of that library |
-| `hopper` | the 2:4 metadata in the order in which the kernel's lanes read it, uint8 | every use of the kernel |
+| `dense` | the values with their zeros, `[out, in]` | a CPU, and a GPU where "dense" is faster |
+| `cusparselt` | cuSPARSELt's compressed form, uint8 | every use of that library |
+| `hopper` | the 2:4 metadata in the order of the kernel's lanes, uint8 | every use of that kernel |
 
-A prepared form is counted in a weight's bytes, never saved, and dropped by `drop_prepared`.
+A weight of the pattern "dense" needs no form. Prepared forms count in a weight's bytes and are
+never saved; `drop_prepared` removes them.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ __all__ = ["drop_prepared", "map_weights", "prepare", "weights_of"]
 
 
 def map_weights(fn: Callable[[SlideWeight], Any], tree: Any) -> Any:
-    """Applies `fn` to every `SlideWeight` of a tree; other leaves stay."""
+    """Applies `fn` to every `SlideWeight` of a tree. Other leaves stay."""
     return jax.tree.map(
         lambda node: fn(node) if _is_weight(node) else node, tree, is_leaf=_is_weight
     )
@@ -41,25 +45,25 @@ def _is_weight(node: Any) -> bool:
 
 
 def drop_prepared(tree: Any) -> Any:
-    """The tree without prepared forms: what is saved, and what moves to another device."""
+    """The tree without prepared forms, to be saved or moved to another device."""
     return map_weights(lambda w: w.replace(prepared={}) if w.prepared else w, tree)
 
 
 def prepare(tree: Any, implementation: str | None = None) -> Any:
-    """Adds to every `SlideWeight` of a tree the prepared form that an implementation wants.
+    """Adds prepared forms to every `SlideWeight` of a tree.
 
     Args:
       tree: any pytree, such as a model's variables.
-      implementation: "dense", "cusparselt" or "hopper"; None: what the measured choice for this device and each weight's
-        shape wants ("dense" on a CPU).
+      implementation: the implementation whose form to add: "dense", "cusparselt" or "hopper". None
+        adds the forms that pay on this device for each weight's shape, by the measured table. On a
+        CPU this is "dense".
 
     Returns:
-      The tree; other leaves, and weights for which nothing pays, as they were: among them those of the pattern "dense", which runs
-      from its values.
+      The tree. Weights for which no form pays, and other leaves, stay as they were.
 
     Raises:
-      ValueError: for an unknown name, or under tracing of a form that needs the device ("cusparselt").
-      NotImplementedError: if the implementation that was asked for cannot run here.
+      ValueError: for an unknown name, or an implementation without a form.
+      NotImplementedError: if the implementation cannot run here.
 
     >>> from slidejax import pack
     >>> import jax.numpy as jnp
@@ -90,7 +94,7 @@ def _form(implementation: str) -> Form:
 
 
 def _wanted(w: SlideWeight) -> tuple[Form, ...]:
-    """The forms that pay here: by the measured table on a GPU, else that of what runs everywhere."""
+    """The forms that pay here: by the table on a GPU, and that of the fallback elsewhere."""
     names = choice.forms(w) if library.on_gpu() else None
     return tuple(
         i.form

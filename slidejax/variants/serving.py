@@ -1,7 +1,8 @@
-"""What serves a tree of parameters on a device: weights without what its programs do not read.
+"""`serving`: parameters for a device, without the parts that its programs do not read.
 
-On a CPU products run from the dense codes. The packed form is not read any more, and with it goes the pattern: `serving` leaves the
-codes and scales alone (`ServingWeight`), so that one compiled program serves every pattern.
+On a CPU products read the weight with its zeros, and not its packed form. `serving` keeps only
+these codes and the scales, in a `ServingWeight`. This no longer depends on the pattern, so that one
+compiled program serves every pattern.
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ __all__ = ["DenseWeight", "ServingWeight", "serving"]
 
 
 def serving(tree: Any) -> Any:
-    """What serves a tree of parameters on this device: prepared, and without what the programs do not read.
+    """Turns a tree of parameters into the form that serves on this device.
 
     Args:
       tree: any pytree, such as a converted model's parameters.
 
     Returns:
-      The tree: on a CPU a `ServingWeight` in place of each `SlideWeight`, so that weights of every pattern run in one
-      program; on a GPU as `prepare` makes it, since kernels read the packed form. Wrapped weights and other leaves stay.
+      The tree. On a CPU a `ServingWeight` takes the place of each `SlideWeight`. On a GPU it is the
+      tree that `prepare` makes, since kernels read the packed form. Other leaves stay.
 
     >>> from slidejax import pack
-    >>> w = pack(jax.random.normal(jax.random.key(0), (64, 4)), "6:8", dtype="int8")
-    >>> jax.tree.structure(serving(w)) == jax.tree.structure(serving(pack(jnp.ones((64, 4)), "2:4", dtype="int8")))
+    >>> kernel = jax.random.normal(jax.random.key(0), (64, 4))
+    >>> one, other = (serving(pack(kernel, p, dtype="int8")) for p in ("6:8", "2:4"))
+    >>> jax.tree.structure(one) == jax.tree.structure(other)
     True
     """
     if jax.default_backend() != "cpu":
@@ -50,12 +52,14 @@ def serving(tree: Any) -> Any:
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class ServingWeight(WrappedWeight):
-    """The "dense" prepared form of a weight, alone: `slidejax.linear` computes with it what the implementation "dense" computes
-    in plain JAX with the weight that it was made from, bit for bit. It serves and is neither trained nor saved; layers that
-    hold packed weights by themselves (`SlideDense`, `SlideLinear`) do not take it.
+    """A weight with its zeros, and nothing else: the form that serves on a CPU.
+
+    `slidejax.linear` computes with it the same bits as the implementation "dense" in plain JAX with
+    the weight that it was made from. It is neither trained nor saved. `SlideDense` and
+    `SlideLinear` hold packed weights and do not accept it.
 
     Attributes:
-      values: `[..., out, in]`, the codes in the values' dtype, zeros included.
+      values: `[..., out, in]`, the codes, zeros included.
       scale: float32 `[..., out]`.
     """
 
@@ -86,11 +90,13 @@ class ServingWeight(WrappedWeight):
         return ServingWeight(False, False)  # type: ignore[arg-type]
 
     def check(self, name: str = "w") -> ServingWeight:
-        """Returns self if the leaves are what `serving` makes; ValueError otherwise."""
+        """Returns self if the leaves are as `serving` makes them; raises ValueError otherwise."""
         if self.scale.dtype != jnp.float32 or self.scale.shape != self.values.shape[:-1]:
             raise ValueError(
-                f"{name} has leaves values {self.values.dtype} {self.values.shape}, scale {self.scale.dtype} {self.scale.shape}; serving makes "
-                f"scale float32 {self.values.shape[:-1]}. A cast of the whole tree ruins packed weights: cast before packing"
+                f"{name} has leaves values {self.values.dtype} {self.values.shape}, scale "
+                f"{self.scale.dtype} {self.scale.shape}; serving makes "
+                f"scale float32 {self.values.shape[:-1]}. A cast of the whole tree ruins packed "
+                "weights: cast before packing"
             )
         return self
 
@@ -100,7 +106,8 @@ class ServingWeight(WrappedWeight):
         self.check()
         if implementation not in (None, DENSE.name) or reduce_axis is not None:
             raise NotImplementedError(
-                f"a weight made to serve runs dense on one device, not implementation={implementation!r}, {reduce_axis=}"
+                "a weight made to serve runs dense on one device, not "
+                f"implementation={implementation!r}, {reduce_axis=}"
             )
         x = check_input(x)
         out, k = self.values.shape

@@ -1,4 +1,7 @@
-"""How a kernel lies in groups: the reshapes, gathers and scatters that packing, pruning and gradients share."""
+"""The layout of a kernel in groups: reshapes, gathers and scatters.
+
+Packing, pruning and gradients share them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,12 @@ __all__ = [
 
 
 def check_kernel(kernel, name: str = "kernel") -> jax.Array:
-    """`kernel` as an array `[..., in, out]`; ValueError when it cannot be one."""
+    """Returns `kernel` as an array `[..., in, out]`.
+
+    Raises:
+      TypeError: if it is packed already.
+      ValueError: if it has fewer than two axes.
+    """
     if hasattr(kernel, "out_features"):  # a weight, not an array
         raise TypeError(f"{name} is packed already; unpack it first")
     kernel = jnp.asarray(kernel)
@@ -28,7 +36,7 @@ def check_kernel(kernel, name: str = "kernel") -> jax.Array:
 
 
 def to_groups(kernel: jax.Array, pattern: Pattern, fill=0) -> jax.Array:
-    """`[..., in, out]` to `[..., out, groups, group]`, padded with `fill` to whole blocks."""
+    """Turns `[..., in, out]` into `[..., out, groups, group]`; `fill` pads it to whole blocks."""
     rows = jnp.swapaxes(kernel, -1, -2)
     missing = pattern.padded(rows.shape[-1]) - rows.shape[-1]
     rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)], constant_values=fill)
@@ -36,20 +44,23 @@ def to_groups(kernel: jax.Array, pattern: Pattern, fill=0) -> jax.Array:
 
 
 def from_groups(groups: jax.Array, in_features: int) -> jax.Array:
-    """The inverse of `to_groups`: `[..., out, groups, group]` to `[..., in, out]`, padding cut off."""
+    """Turns `[..., out, groups, group]` into `[..., in, out]` and cuts off the padding."""
     rows = groups.reshape(*groups.shape[:-2], -1)[..., :in_features]
     return jnp.swapaxes(rows, -1, -2)
 
 
 def split_zeros(zeros: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`(z1, z2)` as int32 `[..., out, groups, 1]` from the packed byte."""
+    """The zeros `(z1, z2)` of each group, int32 `[..., out, groups, 1]`, from the packed byte."""
     zeros = zeros.astype(jnp.int32)[..., None]
     return zeros & 15, zeros >> 4
 
 
 def kept_values(groups: jax.Array, zeros: jax.Array) -> jax.Array:
-    """The values at the kept columns: `[..., out, groups, group]` to `[..., out, groups, group - 2]`; all, where there are no zeros."""
-    if zeros.shape[-1] < groups.shape[-2]:  # the pattern "dense"
+    """The kept columns of `[..., out, groups, group]`: `[..., out, groups, group - 2]`.
+
+    The pattern "dense" has no zeros, `zeros` `[..., out, 0]`, and keeps all columns.
+    """
+    if zeros.shape[-1] < groups.shape[-2]:
         return groups
     z1, z2 = split_zeros(zeros)
     kept = groups.shape[-1] - 2
@@ -62,7 +73,7 @@ def kept_values(groups: jax.Array, zeros: jax.Array) -> jax.Array:
 
 
 def scatter_values(values: jax.Array, zeros: jax.Array) -> jax.Array:
-    """The inverse of `kept_values`: `[..., out, groups, kept]` to `[..., out, groups, kept + 2]`, zero elsewhere."""
+    """The inverse of `kept_values`: `[..., out, groups, kept + 2]`, zero where nothing is kept."""
     if zeros.shape[-1] < values.shape[-2]:
         return values
     z1, z2 = split_zeros(zeros)

@@ -1,4 +1,4 @@
-"""Magnitude pruning: of every group, the columns of smallest magnitude go."""
+"""Magnitude pruning: every group loses its two columns of smallest magnitude."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def magnitude(kernel: jax.Array, pattern: str | Pattern) -> jax.Array:
     """The mask that keeps the largest magnitudes of every group of inputs.
 
     Args:
-      kernel: `[..., in, out]`, any float or integer dtype. A nan counts as the largest magnitude, so that it stays
-        visible.
+      kernel: `[..., in, out]`, any float or integer dtype. A nan counts as the largest magnitude,
+        so that it stays visible.
       pattern: such as `"6:8"`.
 
     Returns:
-      bool `[..., in, out]`, True where a weight is kept. In a last partial group the missing columns count as pruned
-      first; of equal magnitudes the column that comes first goes.
+      bool `[..., in, out]`, True where a weight is kept. Missing columns of a last partial group
+      count as pruned first. Of equal magnitudes the first column is pruned.
 
     Raises:
       ValueError: if `kernel` has fewer than two axes, or for a bad pattern.
@@ -41,11 +41,13 @@ def _magnitude(kernel: jax.Array, pattern: Pattern) -> jax.Array:
 
 
 def keep_largest(score: jax.Array, pattern: Pattern) -> jax.Array:
-    """The mask that drops the two columns of lowest score of every group, with the pattern "dense" none; the core of magnitude and Wanda
-    pruning.
+    """The mask that drops the two columns of lowest score of every group.
+
+    Magnitude and Wanda pruning share it. The pattern "dense" drops nothing.
 
     Args:
-      score: float32 `[..., in, out]`, not negative; nan counts as infinite.
+      score: float32 `[..., in, out]`, not negative. A nan counts as infinite.
+      pattern: the `Pattern`.
 
     Returns:
       bool `[..., in, out]`.
@@ -58,7 +60,8 @@ def keep_largest(score: jax.Array, pattern: Pattern) -> jax.Array:
     column = jnp.arange(pattern.group)
     first = column == jnp.argmin(groups, axis=-1, keepdims=True)
     second = column == jnp.argmin(jnp.where(first, jnp.inf, groups), axis=-1, keepdims=True)
-    # with all others at inf the second argmin could fall on the first again: then the next column is as good
+    # If all others are inf, the second argmin may find the first column again. Then any other is
+    # as good, and the next one is taken.
     again = jnp.any(first & second, axis=-1, keepdims=True)
     following = jnp.roll(first, 1, axis=-1)
     return from_groups(~(first | jnp.where(again, following, second)), score.shape[-2])

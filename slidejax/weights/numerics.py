@@ -1,10 +1,12 @@
-"""Symmetric 8-bit quantisation, one scale for a row: the formulas that every kernel of slidejax follows bit for bit.
+"""Symmetric 8-bit quantisation with one scale for each row.
+
+Every kernel of slidejax follows these formulas bit for bit:
 
     scale = absmax * float32(1 / qmax)          qmax = 127 (int8), 448 (float8_e4m3fn)
     code  = clip(round_half_even(x * (1 / scale)), -qmax, qmax)
 
-Reciprocals are written out because XLA turns a division by a constant into a multiplication by its reciprocal, while a
-CUDA kernel would not: as it is written here, both compute the same thing.
+Reciprocals are written out on purpose. XLA turns a division by a constant into a multiplication
+by its reciprocal, and a CUDA compiler does not. Written this way, both compute the same numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _TINY = np.finfo(np.float32).tiny  # the smallest normal number
 
 
 def check_dtype(dtype, name: str = "dtype") -> np.dtype:
-    """The dtype of packed values or lifted activations as a `numpy.dtype`.
+    """Returns the dtype of packed values or lifted activations as a `numpy.dtype`.
 
     Raises:
       ValueError: if it is not int8, float8_e4m3fn, bfloat16, float16 or float32.
@@ -38,20 +40,20 @@ def check_dtype(dtype, name: str = "dtype") -> np.dtype:
 
 
 def is_quantized(dtype) -> bool:
-    """Whether values of this dtype are codes that need a scale (8 bit)."""
+    """Whether values of this dtype are 8-bit codes, which need a scale."""
     return np.dtype(dtype) in QMAX
 
 
 def absmax(x: jax.Array, axis) -> jax.Array:
-    """The largest magnitude along `axis` in float32, axis kept; nan or inf if any element is."""
+    """The largest magnitude along `axis` in float32. The axis is kept; nan and inf come through."""
     return jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axis, keepdims=True, initial=0.0)
 
 
 def scale_from_absmax(absmax: jax.Array, dtype) -> jax.Array:
-    """The scale that belongs to a largest magnitude, float32.
+    """The scale of a row with this largest magnitude, float32.
 
-    A zero row, or one whose scale would be subnormal, has scale 1 (`encode` gives it codes 0); a row with inf or nan
-    has scale nan, which makes the outputs of that row nan and of no other.
+    A zero row, or one whose scale would be subnormal, has scale 1, and `encode` gives it codes 0.
+    A row with inf or nan has scale nan. This makes the outputs of that row nan, and of no other.
     """
     scale = absmax * np.float32(1.0 / QMAX[np.dtype(dtype)])
     scale = jnp.where(scale < _TINY, np.float32(1), scale)
@@ -59,26 +61,27 @@ def scale_from_absmax(absmax: jax.Array, dtype) -> jax.Array:
 
 
 def encode(x: jax.Array, absmax: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """Quantises `x` with the scale of `absmax`, which broadcasts against it.
+    """Quantises `x` with the scale of `absmax`, which broadcasts against `x`.
 
     Returns:
-      `(codes, scale)`: codes of `dtype` in the shape of `x`, scale float32 in the shape of `absmax`.
+      `(codes, scale)`: codes of `dtype` in the shape of `x`, and scales, float32 in the shape of
+      `absmax`.
     """
     dtype = np.dtype(dtype)
     qmax = np.float32(QMAX[dtype])
     scale = scale_from_absmax(absmax, dtype)
     inverse = 1.0 / scale
-    silent = ~(absmax * np.float32(1.0 / QMAX[dtype]) >= _TINY) | ~jnp.isfinite(absmax)
-    scaled = jnp.where(silent, np.float32(0), x.astype(jnp.float32) * inverse)
+    without_scale = ~(absmax * np.float32(1.0 / QMAX[dtype]) >= _TINY) | ~jnp.isfinite(absmax)
+    scaled = jnp.where(without_scale, np.float32(0), x.astype(jnp.float32) * inverse)
     if dtype == jnp.int8:
         return jnp.clip(jnp.round(scaled), -qmax, qmax).astype(dtype), scale
     return _round_e4m3(jnp.clip(scaled, -qmax, qmax)).astype(dtype), scale
 
 
 def _round_e4m3(x: jax.Array) -> jax.Array:
-    """Rounds float32 within ±448 to the nearest e4m3 number, ties to even, still as float32.
+    """Rounds float32 within ±448 to the nearest e4m3 number, ties to even. The result is float32.
 
-    The cast alone is not enough: XLA's goes through float16 on some platforms and rounds twice.
+    XLA's cast alone is not enough: on some platforms it goes through float16 and rounds twice.
     """
     normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
     subnormal = jnp.round(x * np.float32(512)) * np.float32(

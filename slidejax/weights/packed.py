@@ -1,9 +1,10 @@
-"""The packed weight and what makes it: `SlideWeight`, `pack`, `unpack`, `quantize`.
+"""The packed weight, `SlideWeight`, and the functions around it: `pack`, `unpack`, `quantize`.
 
-Sort the kept columns of a group: pair number `w` always lies inside window `w`. So packing needs no search. With the
-two zeros of a group at `z1 < z2`, kept value `j` comes from column `j + (j >= z1) + (j >= z2 - 1)`, and packing and
-unpacking are three shifted copies and a selection between them. With the pattern "dense" a group has no zeros, and packing only
-pads, casts or quantises.
+Sort the kept columns of a group. Pair number `w` then always lies inside window `w`, so packing
+needs no search. With the two zeros of a group at `z1 < z2`, kept value `j` comes from column
+`j + (j >= z1) + (j >= z2 - 1)`. Packing and unpacking are therefore three shifted copies and a
+selection between them. With the pattern "dense" a group has no zeros, and packing only pads,
+casts or quantises.
 """
 
 from __future__ import annotations
@@ -42,29 +43,30 @@ __all__ = [
 
 
 class LinearWeight(abc.ABC):
-    """The weight of a linear layer: what may stand in a tree of parameters where a kernel `[..., in, out]` stands.
+    """The weight of a linear layer. In a tree of parameters it takes the place of a kernel.
 
-    It is a pytree, `slidejax.linear` multiplies with it, and every subclass does all that is said here: `SlideWeight`,
-    `slidejax.trainable.MasterWeight`, `slidejax.adapters.AdaptedWeight` and `slidejax.variants.serving.ServingWeight`.
+    It is a pytree, and `slidejax.linear` multiplies with it. Its subclasses are `SlideWeight`,
+    `slidejax.trainable.MasterWeight`, `slidejax.adapters.AdaptedWeight` and
+    `slidejax.variants.serving.ServingWeight`. Each of them does everything that is said here.
     """
 
     @property
     @abc.abstractmethod
     def packed(self) -> SlideWeight | None:
-        """The packed weight inside; itself, if it is one; None where there is none (`ServingWeight`)."""
+        """The packed weight inside; None for a `ServingWeight`, which has none."""
 
     @property
     def weight(self) -> SlideWeight:
-        """`packed`, for code that cannot do without.
+        """The packed weight inside, for code that needs one.
 
         Raises:
-          ValueError: where there is none.
+          ValueError: if there is none.
         """
         packed = self.packed
         if packed is None:
             raise ValueError(
-                f"a {type(self).__name__} was made to serve (slidejax.variants.serving) and holds no packed form: use what it "
-                f"was made from"
+                f"a {type(self).__name__} was made to serve (slidejax.variants.serving) and holds "
+                f"no packed form: use what it was made from"
             )
         return packed
 
@@ -92,15 +94,18 @@ class LinearWeight(abc.ABC):
 
     @abc.abstractmethod
     def trained(self) -> Self:
-        """Itself with a bool in place of each leaf: whether `slidejax.partition` counts it as trained."""
+        """Itself with a bool in place of each leaf: whether `slidejax.partition` trains it."""
 
     @property
     def promoted(self) -> jax.Array | None:
-        """The values that take part when a layer promotes its dtypes; None where none do: 8-bit values, and those that train."""
+        """The values that a layer promotes together with its input and bias, or None.
+
+        8-bit values and master values keep their dtype, so they take no part.
+        """
         return None
 
     def with_promoted(self, values: jax.Array) -> Self:
-        """Itself with `promoted` in another dtype; only where that is not None."""
+        """Itself with promoted values. Only called where `promoted` is not None."""
         raise ValueError(f"the values of a {type(self).__name__} take no part in promotion")
 
 
@@ -126,17 +131,17 @@ class SlideWeight(LinearWeight):
     """A pruned and packed weight, the pytree that takes the place of a kernel `[in, out]`.
 
     Attributes:
-      values: `[..., out, groups, kept]`, int8, float8_e4m3fn, bfloat16, float16 or float32: the kept values in column
-        order. A row is the compressed operand of the 2:4 instruction as it is.
-      zeros: `[..., out, groups]`, uint8: where the two zeros of a group are, `z1 | z2 << 4` with `z1 < z2`. With the pattern
-        "dense" there are none: `[..., out, 0]`.
-      scale: `[..., out]`, float32: `kernel = values * scale`; ones when the values are not quantised.
+      values: `[..., out, groups, kept]`, int8, float8_e4m3fn, bfloat16, float16 or float32: the
+        kept values in column order. A row is the compressed operand of the 2:4 instruction.
+      zeros: `[..., out, groups]`, uint8: the columns of a group's two zeros, `z1 | z2 << 4` with
+        `z1 < z2`. The pattern "dense" has none: `[..., out, 0]`.
+      scale: `[..., out]`, float32: `kernel = values * scale`. Ones if the values are not quantised.
       pattern: the `Pattern`. Static.
       in_features: inputs of the whole kernel, without padding. Static.
-      prepared: name -> array: what an implementation needs beyond the packed form, made by `slidejax.prepare`; never
-        saved.
+      prepared: name -> array: the forms that implementations use beside the packed one.
+        `slidejax.prepare` makes them; they are never saved.
 
-    Leading axes are a batch of weights (under `vmap`, `scan`).
+    Leading axes are a batch of weights, as under `vmap` and `scan`.
 
     >>> w = pack(jnp.ones((10, 4)), "6:8")
     >>> w.values.shape, w.zeros.shape, w.scale.shape, w.in_features, w.out_features
@@ -160,12 +165,12 @@ class SlideWeight(LinearWeight):
 
     @property
     def groups(self) -> int:
-        """Groups held here, padding included: fewer than the whole weight's inside a shard of K."""
+        """Groups held here, padding included. A shard of K holds fewer than the whole weight."""
         return self.values.shape[-2]
 
     @property
     def lifted_columns(self) -> int:
-        """K', the lifted columns of the groups held here, padding included."""
+        """K': the lifted columns of the groups held here, padding included."""
         return self.groups * self.pattern.windows * 4
 
     @property
@@ -200,7 +205,7 @@ class SlideWeight(LinearWeight):
         return self.replace(values=values, prepared={})
 
     def trained(self) -> SlideWeight:
-        """The values of float-packed weights are trained, nothing else is."""
+        """Trains the values if they are floats, and nothing else."""
         frozen = jax.tree.map(lambda _: False, self)
         return frozen.replace(values=not numerics.is_quantized(self.dtype))
 
@@ -219,8 +224,8 @@ class SlideWeight(LinearWeight):
           A `SlideWeight` whose leaves are `PartitionSpec`s, for `NamedSharding` and `shard_map`.
 
         Raises:
-          ValueError: if K is split and `in_features` is not a whole number of blocks, or prepared forms are present
-            (they belong to one device: `prepare` again after sharding).
+          ValueError: if K is split and `in_features` is not a whole number of blocks; or if there
+            are prepared forms. These belong to one device: `prepare` again after sharding.
 
         >>> w = pack(jnp.ones((128, 4)), "6:8")
         >>> tuple(w.partition_spec(out="o", k="k").values)
@@ -228,12 +233,14 @@ class SlideWeight(LinearWeight):
         """
         if k is not None and self.in_features % self.pattern.block:
             raise ValueError(
-                f"k={k!r}: in_features {self.in_features} is not a whole number of blocks of {self.pattern.block} columns "
-                f"(pattern {self.pattern}), so K cannot be split over a mesh"
+                f"k={k!r}: in_features {self.in_features} is not a whole number of blocks of "
+                f"{self.pattern.block} columns (pattern {self.pattern}), so K cannot be split over "
+                f"a mesh"
             )
         if self.prepared:
             raise ValueError(
-                f"prepared forms {sorted(self.prepared)} cannot be split over a mesh: drop them first"
+                f"prepared forms {sorted(self.prepared)} cannot be split over a mesh: drop them "
+                f"first"
             )
         zeros = PartitionSpec(*batch, out, k if self.pattern.prunes else None)
         return self.replace(
@@ -272,7 +279,8 @@ class SlideWeight(LinearWeight):
         )
         if self.values.ndim < 3 or self.values.shape[-1] != self.pattern.kept:
             raise ValueError(
-                f"{name}.values must be [..., out, groups, {self.pattern.kept}] for pattern {self.pattern}, "
+                f"{name}.values must be [..., out, groups, {self.pattern.kept}] for pattern "
+                f"{self.pattern}, "
                 f"got shape {self.values.shape}"
             )
         *rows, groups, _ = self.values.shape
@@ -290,8 +298,10 @@ class SlideWeight(LinearWeight):
             good = False
         if not good:
             raise ValueError(
-                f"{name} has leaves values {self.values.dtype}, zeros {dtypes[0]}, scale {dtypes[1]}; pack makes {expected}. "
-                f"A cast of the whole tree (tree.map(astype), to_bf16) ruins packed weights: cast before packing"
+                f"{name} has leaves values {self.values.dtype}, zeros {dtypes[0]}, scale "
+                f"{dtypes[1]}; pack makes {expected}. "
+                "A cast of the whole tree (tree.map(astype), to_bf16) ruins packed weights: cast "
+                "before packing"
             )
         return self
 
@@ -308,18 +318,21 @@ def pack(
     Args:
       kernel: `[..., in, out]`; leading axes are a batch of kernels.
       pattern: such as `"6:8"`; "dense" prunes nothing.
-      dtype: of the values. None keeps the kernel's; int8 or float8_e4m3fn quantises a float kernel with one scale for
-        each output (`slidejax.numerics`).
-      mask: bool `[..., in, out]`, True = kept. None prunes by magnitude.
-      scale: `[..., out]`, positive: the scale of each output of 8-bit values, such as `slidejax.prune.round_kernel` finds
-        it; what is larger than the largest code is clipped. None: the smallest that clips nothing.
+      dtype: of the values. None keeps the kernel's dtype. int8 or float8_e4m3fn quantises a float
+        kernel with one scale for each output (`slidejax.weights.numerics`).
+      mask: bool `[..., in, out]`, True where a weight is kept. None prunes by magnitude.
+      scale: `[..., out]`, positive: the scales of 8-bit values, such as those that
+        `slidejax.prune.round_kernel` finds. Values beyond the largest code are clipped. None takes
+        the smallest scales that clip nothing.
 
     Returns:
-      The `SlideWeight`. Unquantised it is lossless: `unpack(w) == where(mask & (kernel != 0), kernel, +0)`.
+      The `SlideWeight`. Without quantisation nothing is lost:
+      `unpack(w) == where(mask & (kernel != 0), kernel, +0)`.
 
     Raises:
-      ValueError: for a bad shape, pattern or dtype; or if a group would keep more than `pattern.kept` non-zeros (the
-        row and group are named). Under tracing, where values are not known, such a row becomes nan instead.
+      ValueError: for a bad shape, pattern or dtype; or if a group would keep more than
+        `pattern.kept` non-zeros. The message names the row and the group. Under tracing values are
+        not known, and such a row becomes nan instead.
 
     >>> w = pack(jnp.arange(1., 9.).reshape(8, 1), "6:8")
     >>> unpack(w).ravel().tolist()
@@ -336,14 +349,16 @@ def pack(
         mask = jnp.asarray(mask)
         if mask.shape != kernel.shape or mask.dtype != jnp.bool_:
             raise ValueError(
-                f"mask must be bool of the kernel's shape {kernel.shape}, got {mask.dtype} of shape {mask.shape}"
+                f"mask must be bool of the kernel's shape {kernel.shape}, got {mask.dtype} of "
+                f"shape {mask.shape}"
             )
     rounds = numerics.is_quantized(dtype) and not numerics.is_quantized(kernel.dtype)
     if scale is not None:
         scale = jnp.asarray(scale, jnp.float32)
         if not rounds or scale.shape != (*kernel.shape[:-2], kernel.shape[-1]):
             raise ValueError(
-                f"scale is for an 8-bit dtype and has the shape of the outputs, {(*kernel.shape[:-2], kernel.shape[-1])}; "
+                "scale is for an 8-bit dtype and has the shape of the outputs, "
+                f"{(*kernel.shape[:-2], kernel.shape[-1])}; "
                 f"got shape {scale.shape} for {dtype.name} values of a {kernel.dtype.name} kernel"
             )
     w, crowded = _pack(kernel, mask, scale, pattern, dtype)
@@ -351,8 +366,10 @@ def pack(
         *batch, row, group = (int(i) for i in np.argwhere(np.asarray(crowded))[0])
         where = f"kernel {tuple(batch)}, " if batch else ""
         raise ValueError(
-            f"mask keeps more than {pattern.kept} non-zeros in {where}output {row}, group {group} (inputs "
-            f"{group * pattern.group} to {group * pattern.group + pattern.group - 1}); pattern {pattern} allows "
+            f"mask keeps more than {pattern.kept} non-zeros in {where}output {row}, group {group} "
+            "(inputs "
+            f"{group * pattern.group} to {group * pattern.group + pattern.group - 1}); pattern "
+            f"{pattern} allows "
             f"{pattern.kept}. {int(crowded.sum())} group(s) are too full"
         )
     return w
@@ -360,9 +377,9 @@ def pack(
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _pack(kernel, mask, given_scale, pattern: Pattern, dtype) -> tuple[SlideWeight, jax.Array]:
-    """Packs, and says which groups `[..., out, groups]` hold too many non-zeros."""
+    """The packed weight, and a bool `[..., out, groups]`: True where too much would be kept."""
     nonzero = to_groups(mask & (kernel != 0), pattern, fill=False)
-    # -0.0 counts as a non-zero for some 2:4 compressors: only +0 is stored for what is not kept
+    # Some 2:4 compressors count -0.0 as a non-zero, so only +0 is stored for weights that go.
     groups = jnp.where(nonzero, to_groups(kernel, pattern), jnp.zeros((), kernel.dtype))
     crowded = jnp.sum(nonzero, axis=-1) > pattern.kept
     zeros = _zeros_of(nonzero) if pattern.prunes else jnp.zeros((*nonzero.shape[:-2], 0), jnp.uint8)
@@ -385,8 +402,11 @@ def _pack(kernel, mask, given_scale, pattern: Pattern, dtype) -> tuple[SlideWeig
 
 
 def _zeros_of(nonzero: jax.Array) -> jax.Array:
-    """The packed byte of each group `[..., out, groups, group]`: its two zeros with the largest index, so that the missing columns of a
-    last partial group count first."""
+    """The packed byte of each group of `nonzero` `[..., out, groups, group]`.
+
+    It names the two zeros with the largest index. In a last partial group these are the missing
+    columns.
+    """
     column = jnp.arange(nonzero.shape[-1])
     z2 = jnp.max(jnp.where(nonzero, 1, column), axis=-1)
     z1 = jnp.max(jnp.where(nonzero | (column >= z2[..., None]), 0, column), axis=-1)
@@ -396,9 +416,8 @@ def _zeros_of(nonzero: jax.Array) -> jax.Array:
 def _quantize_values(
     values: jax.Array, dtype, scale: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    if (
-        scale is not None
-    ):  # of a value that is code * scale, whatever the last bit of the scale, the code comes back
+    if scale is not None:
+        # A value that is code * scale gives this code back, whatever the last bit of the scale is.
         codes, _ = numerics.encode(
             values, scale[..., None, None] * numerics.QMAX[np.dtype(dtype)], dtype
         )
@@ -408,7 +427,9 @@ def _quantize_values(
 
 
 def quantize(w: SlideWeight, dtype) -> SlideWeight:
-    """Quantises float-packed values to 8 bit, one scale for each output; prepared forms are dropped.
+    """Quantises float-packed values to 8 bit, with one scale for each output.
+
+    Prepared forms are dropped.
 
     Raises:
       ValueError: if `dtype` is not int8 or float8_e4m3fn, or the values are quantised already.
@@ -430,7 +451,7 @@ def quantize(w: SlideWeight, dtype) -> SlideWeight:
 
 
 def unpack(w: SlideWeight) -> jax.Array:
-    """The dense kernel `[..., in, out]`: float32 for 8-bit values, else in the values' dtype.
+    """The kernel `[..., in, out]` with its zeros: float32 for 8-bit values, else their own dtype.
 
     Raises:
       ValueError: if the leaves are not what `pack` makes, or hold only a shard of K.
@@ -438,7 +459,8 @@ def unpack(w: SlideWeight) -> jax.Array:
     check_weight(w)
     if w.is_k_shard:
         raise ValueError(
-            f"w holds {w.groups} of {w.pattern.groups(w.in_features)} groups: a shard of K cannot be unpacked"
+            f"w holds {w.groups} of {w.pattern.groups(w.in_features)} groups: a shard of K cannot "
+            "be unpacked"
         )
     return _unpack(w.replace(prepared={}))
 
@@ -452,7 +474,7 @@ def _unpack(w: SlideWeight) -> jax.Array:
 
 
 def check_weight(w, name: str = "w") -> SlideWeight:
-    """`w` if it is a sound `SlideWeight`; TypeError or ValueError otherwise."""
+    """Returns `w` if it is a sound `SlideWeight`; raises TypeError or ValueError otherwise."""
     if not isinstance(w, SlideWeight):
         raise TypeError(f"{name} must be a SlideWeight (see slidejax.pack), got {type(w).__name__}")
     return w.check(name)

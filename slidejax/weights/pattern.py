@@ -1,10 +1,12 @@
-"""Sparsity patterns `(2N-2):2N`, and "dense": how many weights of every group are kept, and the shapes that follow from it.
+"""Sparsity patterns `(2N-2):2N` and "dense", and the shapes that follow from them.
 
-A group of `2N` consecutive inputs is covered by `N - 1` windows of four columns, neighbours overlapping by two
-(SlideSparse, arXiv 2603.05232). Each window holds at most two kept weights, which is what a 2:4 sparse tensor core runs.
+A group of `2N` consecutive inputs is covered by `N - 1` windows of four columns. Neighbouring
+windows overlap by two columns (SlideSparse, arXiv 2603.05232). Each window holds at most two kept
+weights, and this is what a 2:4 sparse tensor core multiplies.
 
-"dense" prunes nothing: 8-bit weights and activations alone, or unquantised the kernel as it was. Its group is one window that is kept
-whole, 4:4, so that all formulas of shapes hold: expansion 1, density 1, blocks of 32 columns, and a lift that only pads.
+The pattern "dense" prunes nothing. It only quantises, or packs a kernel as it is. Its group is one
+window that is kept whole, 4:4, so that all formulas of shapes hold: expansion 1, density 1, blocks
+of 32 columns, and a lift that only pads.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import re
 
 __all__ = ["BLOCK_GROUPS", "UNPRUNED", "Pattern"]
 
-# K is padded to whole blocks of this many groups: K' becomes a multiple of 32 and a row of 8-bit values a multiple of
-# 16 bytes for every pattern. Blocks are also the unit in which K can be cut over a mesh.
+# K is padded to whole blocks of this many groups. K' then is a multiple of 32, and a row of 8-bit
+# values a multiple of 16 bytes, for every pattern. A mesh cuts K between blocks.
 BLOCK_GROUPS = 8
 
 _TEXT = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
@@ -23,14 +25,14 @@ _TEXT = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """A `(2N-2):2N` pattern: at most `kept` non-zeros in every group of `group` consecutive inputs; or "dense", which is 4:4.
+    """A sparsity pattern: at most `kept` non-zeros in every group of `group` consecutive inputs.
 
     Attributes:
-      kept: non-zeros kept in a group, `group - 2`; of "dense" all 4.
-      group: columns of a group, even, 4 to 16.
+      kept: non-zeros kept in a group, `group - 2`. "dense" keeps all 4.
+      group: columns of a group, an even number from 4 to 16. 4 for "dense".
 
     Raises:
-      ValueError: if `group` is not an even number from 4 to 16, or `kept` is not `group - 2`; unless it is 4:4.
+      ValueError: for any other numbers.
 
     >>> p = Pattern.parse("6:8")
     >>> p.kept, p.group, p.windows, p.expansion, str(p)
@@ -53,10 +55,10 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str | Pattern) -> Pattern:
-        """Reads `"6:8"` or `"dense"` (also `"4:4"`); a `Pattern` is returned as it is.
+        """Reads `"6:8"` or `"dense"` (also `"4:4"`). A `Pattern` is returned as it is.
 
         Raises:
-          ValueError: if the text is neither `kept:group` nor "dense", or names a pattern outside the family.
+          ValueError: if the text is neither `kept:group` nor "dense", or there is no such pattern.
           TypeError: if it is neither a string nor a `Pattern`.
         """
         if isinstance(text, Pattern):
@@ -76,12 +78,12 @@ class Pattern:
 
     @property
     def prunes(self) -> bool:
-        """Whether any weight goes: all patterns but "dense"."""
+        """Whether any weight is pruned. True for all patterns but "dense"."""
         return self.kept < self.group
 
     @property
     def windows(self) -> int:
-        """Windows of four columns that cover a group, `group / 2 - 1`."""
+        """The number of windows of four columns that cover a group, `group / 2 - 1`."""
         return self.group // 2 - 1
 
     @property
@@ -96,15 +98,15 @@ class Pattern:
 
     @property
     def block(self) -> int:
-        """Input columns of a block (8 groups): the unit of padding and of cutting K."""
+        """Input columns of a block of 8 groups, the unit of padding and of cutting K."""
         return BLOCK_GROUPS * self.group
 
     def groups(self, in_features: int) -> int:
-        """Groups that `in_features` columns fill, padded to whole blocks."""
+        """The number of groups of `in_features` columns, padded to whole blocks."""
         return -(-in_features // self.block) * BLOCK_GROUPS
 
     def padded(self, in_features: int) -> int:
-        """Columns after padding to whole blocks."""
+        """The number of columns after padding to whole blocks."""
         return self.groups(in_features) * self.group
 
     def lifted(self, in_features: int) -> int:

@@ -110,7 +110,7 @@ def test_presets():
     assert shapes.default_preset() in shapes.PRESETS
 
 
-# ---------------------------------------------------------------------------------------------- cuSPARSELt's search
+# --- cuSPARSELt's search --------------------------------------------------------------------------
 
 
 class Library:

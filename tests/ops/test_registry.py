@@ -87,7 +87,7 @@ def test_every_refusal_has_a_reason():
     assert set(choice.refused) == {"hopper", "cusparselt"} and choice.implementation == "dense"
 
 
-# --- an implementation of one's own -----------------------------------------------------------------------------------
+# --- an implementation of one's own ---------------------------------------------------------------
 
 
 @pytest.fixture

@@ -239,7 +239,7 @@ def test_a_scale_that_does_not_fit():
         sj.pack(jnp.ones((8, 4)), "6:8", "int8", scale=jnp.ones(8))
 
 
-# --- what may stand where a kernel stands -----------------------------------------------------------------------------
+# --- what may stand where a kernel stands ---------------------------------------------------------
 
 
 def every_weight():

@@ -1,1 +1,1 @@
-"""The compiled CUDA library: loading it, and its calls."""
+"""The compiled CUDA library: loading it, and calling it."""

@@ -1,6 +1,9 @@
-"""Custom calls of the compiled CUDA library: any by its name, and those of the lift. Implementations of products keep their own.
+"""Custom calls of the compiled CUDA library: `call` by name, and the calls of the lift.
 
-Lowering a call needs its name only: a program can be lowered for CUDA on a machine that has neither a GPU nor the library.
+The calls of a product are with its implementation.
+
+To lower a call only its name is needed. A program can therefore be lowered for CUDA on a machine
+that has neither a GPU nor the library.
 """
 
 from __future__ import annotations
@@ -22,18 +25,20 @@ __all__ = [
     "memcpy_call",
 ]
 
-ALIGN = 256  # of the parts of a workspace
+ALIGN = 256  # alignment of the parts of a workspace, in bytes
 
 
 def accumulator(dtype) -> np.dtype:
-    """What the sparse products add up 8-bit operands in, and give as raw results: int32 or float32. cuSPARSELt has no float32 results for
-    16-bit operands, which keep their dtype."""
+    """The dtype of raw results: int32 for int8, float32 for float8_e4m3fn.
+
+    16-bit operands keep their dtype, since cuSPARSELt has no float32 results for them.
+    """
     wide = {np.dtype(np.int8): np.int32, np.dtype(jnp.float8_e4m3fn): np.float32}
     return np.dtype(wide.get(np.dtype(dtype), dtype))
 
 
 def call(target: str, out_types, *operands: jax.Array, **attributes):
-    """The results of a custom call; attributes are numpy scalars."""
+    """The results of the custom call `target`. Attributes are numpy scalars."""
     register()
     return jax.ffi.ffi_call(target, out_types)(*operands, **attributes)
 
@@ -41,9 +46,17 @@ def call(target: str, out_types, *operands: jax.Array, **attributes):
 def lift_quantize_call(
     x: jax.Array, absmax: jax.Array, *, group: int, lifted_columns: int, dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """`x` `[M, K]`, `absmax` float32 `[M]` or `[0]` -> `(lifted [M, lifted_columns], scale float32 [M])`.
+    """Lifts and quantises rows.
 
-    `group` 0 quantises without lifting.
+    Args:
+      x: `[M, K]`.
+      absmax: float32 `[M]`, the largest magnitudes of the rows; `[0]` to compute them.
+      group: columns of a group; 0 quantises without lifting.
+      lifted_columns: columns of the result.
+      dtype: of the codes.
+
+    Returns:
+      `(lifted, scale)`: `[M, lifted_columns]` and float32 `[M]`.
     """
     rows = x.shape[0]
     out_types = (
@@ -56,7 +69,7 @@ def lift_quantize_call(
 def lift_quantize_fused_call(
     x: jax.Array, prologue: Prologue, *, group: int, lifted_columns: int, dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """`lift_quantize_call` of `prologue.apply(x)` for 8-bit `dtype`, in one pass over x."""
+    """`lift_quantize_call` of `prologue.apply(x)`, for an 8-bit `dtype`, in one pass over x."""
     rows = x.shape[0]
     out_types = (
         jax.ShapeDtypeStruct((rows, lifted_columns), dtype),
@@ -69,5 +82,5 @@ def lift_quantize_fused_call(
 
 
 def memcpy_call(x: jax.Array) -> jax.Array:
-    """A copy of x by the driver, the yardstick of `slidejax bench`."""
+    """A copy of x by the driver. `slidejax bench` compares the lift with it."""
     return call("slidejax_memcpy", jax.ShapeDtypeStruct(x.shape, x.dtype), x)

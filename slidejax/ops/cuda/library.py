@@ -1,7 +1,4 @@
-"""The compiled CUDA library: loading it, and saying why it cannot be used.
-
-Nothing here is needed to import slidejax.
-"""
+"""Loading the compiled CUDA library, or saying why it cannot be used."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ def on_gpu() -> bool:
 
 
 def _ffi_interface() -> tuple[int, int]:
-    """Version of the FFI interface of the jaxlib that is running, read from the headers that it ships."""
+    """The version of jaxlib's FFI interface, from the headers that jaxlib ships."""
     header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
     found = (re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR"))
     major, minor = (int(m[1]) if m else 0 for m in found)
@@ -39,7 +36,7 @@ def _ffi_interface() -> tuple[int, int]:
 
 
 def _runs_on(architectures: str, capability: str) -> bool:
-    """Whether code for these architectures (CMake's words) runs on a device of this compute capability.
+    """Whether code for these architectures, in CMake's notation, runs on a compute capability.
 
     >>> [_runs_on("80-real,90a-real,120", c) for c in ("8.0", "8.6", "9.0", "10.0", "12.1")]
     [True, True, True, False, True]
@@ -60,11 +57,16 @@ def _runs_on(architectures: str, capability: str) -> bool:
 
 @functools.cache
 def load() -> tuple[Any, str | None]:
-    """The compiled module, its handlers registered; or None and the reason."""
+    """Loads the compiled module and registers its handlers.
+
+    Returns:
+      `(module, None)`, or `(None, reason)` if there is none.
+    """
     if importlib.util.find_spec("slidejax._cuda") is None:
         return (
             None,
-            "slidejax was installed without its CUDA library: reinstall with nvcc on PATH and SLIDEJAX_CUDA=1",
+            "slidejax was installed without its CUDA library: reinstall with nvcc on PATH and "
+            "SLIDEJAX_CUDA=1",
         )
     try:
         from slidejax import _cuda
@@ -73,8 +75,9 @@ def load() -> tuple[Any, str | None]:
     built, running = _cuda.build_info()["ffi_api"], _ffi_interface()
     if built > running:
         return None, (
-            f"the CUDA library was built against FFI {built[0]}.{built[1]} (jaxlib {_cuda.build_info()['jaxlib']}), and this "
-            f"jaxlib has FFI {running[0]}.{running[1]}: reinstall slidejax with this jaxlib"
+            f"the CUDA library was built against FFI {built[0]}.{built[1]} (jaxlib "
+            f"{_cuda.build_info()['jaxlib']}), and this jaxlib has FFI {running[0]}.{running[1]}: "
+            f"reinstall slidejax with this jaxlib"
         )
     for name, kind in _cuda.types().items():
         jax.ffi.register_ffi_type(name, kind, platform=_TARGETS)
@@ -84,13 +87,13 @@ def load() -> tuple[Any, str | None]:
 
 
 def register() -> None:
-    """Registers the custom calls with XLA, once; without the compiled library it does nothing."""
+    """Registers the custom calls with XLA, once. Without the library it does nothing."""
     load()
 
 
 @functools.cache
 def missing() -> str | None:
-    """Why the compiled library cannot be used on this machine, or None."""
+    """The reason why the compiled library cannot be used on this machine, or None."""
     module, reason = load()
     if module is None or not on_gpu():
         return reason
@@ -99,17 +102,22 @@ def missing() -> str | None:
         jax.devices()[0].compute_capability,
     )
     if not _runs_on(architectures, capability):
-        return f"the CUDA library was built for architectures {architectures}, not for compute capability {capability}"
+        return (
+            f"the CUDA library was built for architectures {architectures}, "
+            f"not for compute capability {capability}"
+        )
     return None
 
 
 def build_info() -> dict[str, Any] | None:
-    """What the compiled library was built with: CUDA, architectures, jaxlib, FFI interface; None without it."""
+    """CUDA version, architectures, jaxlib and FFI interface of the build, or None."""
     module, _ = load()
     return None if module is None else module.build_info()
 
 
 def unusable() -> str | None:
-    """Why a program that is lowered for CUDA here may not call the library, or None. On a machine without a GPU it always may,
-    since it will run on another one."""
+    """The reason why a program that is lowered for CUDA here cannot call the library, or None.
+
+    On a machine without a GPU there is no reason, since the program will run on another machine.
+    """
     return missing() if on_gpu() else None

@@ -1,4 +1,4 @@
-"""A prologue as the lift kernel takes it: its operands and attributes, and which rows it can be computed on."""
+"""Prologues in the lift kernel: when it computes them, and as which operands and attributes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from slidejax.weights.numerics import is_quantized
 
 __all__ = ["fused", "operands_of"]
 
-# slidejax/ops/prologue.py's names, numbered as in cuda/lift/lift.h
+# The names of slidejax/ops/prologue.py, with their numbers in cuda/lift/lift.h
 _PROLOGUES = {"RMSNorm": 1, "LayerNorm": 2, "Activation": 3, "GLU": 4}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-# Bytes of a row of x (and up) that fit beside the codes in the shared memory of a block, by the GPU's compute capability (lift/ring.cuh); 64 KB fit everywhere.
+# Bytes of a row of x (and of up) that fit beside the codes in a block's shared memory, by the GPU's
+# compute capability (cuda/lift/ring.cuh). 64 KB fit everywhere.
 _FUSED_ROW = {"8.0": 130 << 10, "9.0": 190 << 10, "10.0": 190 << 10, "10.3": 190 << 10}
 
 
 def fused(x: jax.Array, dtype, prologue: Prologue | None) -> bool:
-    """Whether the lift kernel computes this prologue itself: for 8-bit results, of rows that fit in shared memory."""
+    """Whether the lift kernel computes this prologue itself.
+
+    It does for 8-bit results, if the rows fit in shared memory.
+    """
     if prologue is None or not is_quantized(dtype):
         return False
     capability = jax.devices()[0].compute_capability if on_gpu() else "9.0"
@@ -31,7 +35,10 @@ def fused(x: jax.Array, dtype, prologue: Prologue | None) -> bool:
 def operands_of(
     x: jax.Array, prologue: Prologue | None
 ) -> tuple[tuple[jax.Array, ...], dict[str, np.generic]]:
-    """The operands that follow x, `up`, `weight` and `bias` (`[0]` where there is none), and the attributes."""
+    """The operands that follow x, and the attributes of a call.
+
+    The operands are `up`, `weight` and `bias`; `[0]` stands for an array that there is not.
+    """
     none = jnp.zeros(0, jnp.float32)
 
     def parameter(name: str) -> jax.Array:

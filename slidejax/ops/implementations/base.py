@@ -1,18 +1,20 @@
-"""What an implementation of the products is: one object, in one file.
+"""`Implementation`: one way to compute the products is one object in one file.
 
-To add one, write a subclass of `Implementation`:
+To add an implementation, write a subclass of `Implementation` with:
 
-1. `name`: what users pass as `implementation=`, and what tables and reports show.
-2. `refuses(problem)`: why it cannot run a problem, as a sentence for users; None if it can.
-3. `matmul(...)`: the product of lifted activations and a packed weight. `linear(...)` too, if it computes a whole layer better
-   than by lifting first and multiplying then.
-4. `form`: if it wants more than the packed form of a weight, what that is and how it is made.
-5. `available()`, `facts()`, `settings(...)`, `search(...)`: what `slidejax info`, `bench` and `tune` say about it, where there is
-   something to say.
+1. `name`: the name that users pass as `implementation=`, and that tables and reports show.
+2. `refuses(problem)`: the reason why it cannot run a problem, for users to read; None if it can.
+3. `matmul(...)`: the product of lifted activations and a packed weight. Override `linear(...)` if a
+   whole layer can be computed in a better way than by lifting first and multiplying afterwards.
+4. `form`: the array that it needs beside a weight's packed form, and how to make it. Leave it out
+   if the packed form is enough.
+5. `available()`, `facts()`, `settings(...)` and `search(...)`: what `slidejax info`, `bench` and
+   `tune` report about it. All of these are optional.
 
-Then give an object of it to `slidejax.ops.registry.register`. From then on `slidejax.implementations()` lists it, `explain` names
-it or its reason to refuse, `prepare` makes its form, `bench` and `tune` time it, and the measured table chooses it where it is
-the fastest. `slidejax.ops.implementations.reference` is the specification that its results are tested against.
+Then pass an object of this class to `slidejax.ops.registry.register`. From then on
+`slidejax.implementations()` lists it, `explain` names it or its reason to refuse, `prepare` makes
+its form, and `bench` and `tune` time it. The measured table chooses it where it is the fastest.
+Test its results against `slidejax.ops.implementations.reference`, the specification.
 """
 
 from __future__ import annotations
@@ -35,15 +37,16 @@ __all__ = ["Form", "Implementation", "cuda_refusal", "nothing_to_skip"]
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What an implementation keeps of a weight beside its packed form, made once outside the loop by `slidejax.prepare`.
+    """An array that an implementation keeps beside a weight's packed form.
 
-    Weights of the pattern "dense" have none: their values are what a product reads.
+    `slidejax.prepare` makes it once, outside the loop. Weights of the pattern "dense" have no
+    forms: a product reads their values as they are.
 
     Attributes:
       name: of the array in `SlideWeight.prepared`, and in the tuning table.
-      make: from a weight with values `[out, groups, kept]`, without prepared forms, to an array.
-      must_gain: how many times as fast a weight must be with this form than with another one to be given this one; more than 1
-        for a form that takes much memory.
+      make: makes the array from a weight with values `[out, groups, kept]` and no prepared forms.
+      must_gain: `prepare` prefers this form to another one only if the layer is this many times as
+        fast with it. Use more than 1 for a form that takes much memory.
     """
 
     name: str
@@ -51,7 +54,7 @@ class Form:
     must_gain: float = 1.0
 
     def of(self, w: SlideWeight) -> jax.Array:
-        """The form of a weight, or of a batch of weights."""
+        """Makes the form of a weight, or of a batch of weights."""
         return self.make(w) if w.values.ndim == 3 else jax.lax.map(self.of, w)
 
 
@@ -59,10 +62,11 @@ class Implementation(abc.ABC):
     """One way to compute `slidejax.sparse_matmul` and `slidejax.linear`.
 
     Attributes:
-      name: how users and tables call it.
-      form: what it wants beyond the packed form of a weight, or None.
+      name: its name for users and in tables.
+      form: the `Form` that it keeps of a weight, or None.
       cuda_only: whether it runs on CUDA alone.
-      competes: whether it is timed, and chosen where it is the fastest; else it runs only where it is asked for.
+      competes: whether it is timed, and chosen where it is the fastest. Otherwise it runs only if
+        the caller asks for it.
     """
 
     name: ClassVar[str]
@@ -72,7 +76,7 @@ class Implementation(abc.ABC):
 
     @abc.abstractmethod
     def refuses(self, problem: Problem) -> str | None:
-        """Why it does not run a problem, or None. It is asked when a program is lowered."""
+        """The reason why it does not run a problem, or None. Called when a program is lowered."""
 
     def matmul(
         self,
@@ -83,18 +87,20 @@ class Implementation(abc.ABC):
         out_dtype: Any,
         platform: str = "default",
     ) -> jax.Array:
-        """The product of lifted activations and a weight, `float32(acc) * scale_x * scale_w + bias`.
+        """Multiplies lifted activations with a weight: `float32(acc) * scale_x * scale_w + bias`.
 
-        It may be left out by an implementation that overrides `linear` and refuses problems whose `op` is "sparse_matmul".
+        An implementation that overrides `linear` may leave this out. It then has to refuse problems
+        whose `op` is "sparse_matmul".
 
         Args:
-          lifted: `[M, K']`, in the dtype of the weight's values; neither it nor the weight is empty.
+          lifted: `[M, K']` in the dtype of the weight's values. Neither this nor the weight is
+            empty.
           scale_x: float32 `[M, 1]`.
-          w: values `[out, groups, kept]`; with its prepared form if it has been prepared.
+          w: one weight, values `[out, groups, kept]`, with its prepared form if that was made.
           bias: floating `[out]`, or None.
-          out_dtype: of the result; None gives the raw accumulators, int32 of int8 values and float32 of all others, without
-            scales and bias.
-          platform: "cuda" or "default", for which it is lowered.
+          out_dtype: dtype of the result. None asks for the raw accumulators, without scales and
+            bias: int32 for int8 values, float32 for all others.
+          platform: the platform that the product is lowered for, "cuda" or "default".
 
         Returns:
           `[M, out]`.
@@ -110,12 +116,12 @@ class Implementation(abc.ABC):
         out_dtype: Any,
         platform: str = "default",
     ) -> jax.Array:
-        """A whole linear layer: prologue, quantisation of the rows, product, scales and bias.
+        """Computes a whole linear layer: prologue, quantised rows, product, scales and bias.
 
         Args:
           x: `[M, in]`, not empty.
-          prologue: what is computed on x first, or None.
-          w, bias, out_dtype, platform: as in `matmul`; `out_dtype` is never None.
+          prologue: is applied to x first; or None.
+          w, bias, out_dtype, platform: as in `matmul`, but `out_dtype` is never None.
 
         Returns:
           `[M, out]`.
@@ -125,34 +131,41 @@ class Implementation(abc.ABC):
         return self.matmul(lifted, scale_x, w, bias, out_dtype, platform)
 
     def available(self) -> str | None:
-        """Why nothing of it can run in this process, or None: for `slidejax info`. `refuses` says the same of a problem."""
+        """The reason why it cannot run in this process at all, or None, for `slidejax info`."""
         return None
 
     def facts(self) -> dict[str, str | None]:
-        """What `slidejax info` says about it, by name, such as the version of a library behind it."""
+        """Further lines of `slidejax info` by name, such as the version of a library."""
         return {}
 
     def settings(self, w: SlideWeight, rows: int) -> str | None:
-        """How it runs a product of a weight and that many rows here, in words for `slidejax bench`; None if there is nothing to choose."""
+        """The settings with which it runs `rows` rows, in words, for `slidejax bench`.
+
+        None if it has no settings.
+        """
         return None
 
     def search(self, w: SlideWeight, rows: int) -> str | None:
-        """Looks for the fastest settings of its own for a weight and that many rows, before `slidejax tune` times it, and remembers
-        them. Says in words what it found; None if there is nothing to choose.
+        """Finds and remembers its fastest settings for `rows` rows.
+
+        `slidejax tune` calls it before it times the implementation.
+
+        Returns:
+          What it found, in words; None if it has no settings.
 
         Raises:
-          NotImplementedError, RuntimeError: if the search fails; `tune` then goes on without.
+          NotImplementedError, RuntimeError: if the search fails. `tune` then times it as it is.
         """
         return None
 
 
 def cuda_refusal(problem: Problem) -> str | None:
-    """Why custom calls of the compiled library cannot run a problem, or None."""
+    """The reason why custom calls of the compiled library cannot run a problem, or None."""
     return library.unusable() if problem.platform == "cuda" else "runs on CUDA only"
 
 
 def nothing_to_skip(problem: Problem) -> str | None:
-    """Why a sparse product does not take the pattern of a problem, or None."""
+    """The reason why a sparse product does not take a problem's pattern, or None."""
     if problem.pattern.prunes:
         return None
     return f"the pattern {problem.pattern} prunes nothing, so there are no zeros to skip"

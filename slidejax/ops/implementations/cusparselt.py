@@ -1,6 +1,7 @@
-"""The implementation "cusparselt": NVIDIA's library for 2:4 products, its compressed form, and the search for its fastest algorithm.
+"""The implementation "cusparselt": products by cuSPARSELt, NVIDIA's library for 2:4 weights.
 
-The search is remembered beside the tuning table; calls lowered afterwards use what it found.
+The library has many algorithms. `search` finds the fastest one for a shape and remembers it in a
+file beside the tuning table. Calls that are lowered afterwards use it.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from slidejax.weights.packed import SlideWeight
 __all__ = ["CUSPARSELT", "compressed", "search"]
 
 
-# --- the library ------------------------------------------------------------------------------------------------------
+# --- the library ----------------------------------------------------------------------------------
 
 
 def _wheel_libraries() -> list[str]:
-    """Paths of cuSPARSELt in NVIDIA's wheels, where these are installed."""
+    """Paths of cuSPARSELt in NVIDIA's wheels, if these are installed."""
     spec = importlib.util.find_spec("nvidia")
     roots = list(spec.submodule_search_locations or ()) if spec is not None else []
     return sorted(
@@ -49,7 +50,7 @@ def _wheel_libraries() -> list[str]:
 
 @functools.cache
 def missing() -> str | None:
-    """Why cuSPARSELt cannot be used on this machine, or None."""
+    """The reason why cuSPARSELt cannot be used on this machine, or None."""
     if reason := library.missing():
         return reason
     system = ["libcusparseLt.so.0", "/usr/local/cuda/lib64/libcusparseLt.so.0"]
@@ -58,11 +59,11 @@ def missing() -> str | None:
 
 
 def version() -> tuple[int, int, int] | None:
-    """The version of the cuSPARSELt that is used, or None without one (`missing` says why)."""
+    """The version of cuSPARSELt that is loaded, or None. `missing` says why there is none."""
     return None if missing() else library.load()[0].cusparselt_version()
 
 
-# --- the product ------------------------------------------------------------------------------------------------------
+# --- the product ----------------------------------------------------------------------------------
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -70,7 +71,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _multiple(dtype) -> int:
-    """What the library wants rows and outputs to be multiples of."""
+    """The number that the library wants rows and outputs to be multiples of."""
     return 32 if is_quantized(dtype) else 16
 
 
@@ -78,12 +79,13 @@ def _compressed_bytes(w: SlideWeight) -> int:
     out, columns = _round_up(w.out_features, _multiple(w.dtype)), w.lifted_columns
     if library.on_gpu() and missing() is None:
         return library.load()[0].cusparselt_compressed_bytes(w.dtype.name, out, columns)
-    # Ahead of time: half of the values, and a nibble for each window of whole 128 columns, as 0.8 has it. The call checks it.
+    # Ahead of time: half of the values, and a nibble for each window of whole 128 columns, as in
+    # version 0.8. The call checks this.
     return out * columns // 2 * w.dtype.itemsize + out * _round_up(columns, 128) // 8
 
 
 def compressed(w: SlideWeight) -> jax.Array:
-    """The library's own form of a weight, uint8; `sj.prepare` keeps it."""
+    """The library's own form of a weight, uint8."""
     out_type = jax.ShapeDtypeStruct((_compressed_bytes(w),), jnp.uint8)
     return calls.call("slidejax_cusparselt_compress", out_type, w.values, w.zeros)
 
@@ -102,9 +104,21 @@ def matmul_call(
     split_k: int = 1,
     split_k_mode: int = 0,
 ) -> jax.Array:
-    """`lifted` `[M, K']`, `scale_x` `[M]`, `compressed` uint8, `scale_w` `[out]`, `bias` `[out]` or `[0]` -> `[M, out]`.
+    """The custom call of the product.
 
-    `raw` gives the accumulators (int32 or float32); algorithm and split are those of `search`.
+    Args:
+      lifted: `[M, K']`.
+      scale_x: float32 `[M]`.
+      compressed: uint8, from `compressed`.
+      scale_w: float32 `[out]`.
+      bias: float32 `[out]`, or `[0]` if there is none.
+      dtype: of the result.
+      workspace_bytes: bytes that the call may use.
+      raw: whether the result is the accumulators, int32 or float32, without scales and bias.
+      algorithm, split_k, split_k_mode: an entry of `search`. -1, 1 and 0 are the library's default.
+
+    Returns:
+      `[M, out]`.
     """
     out_types = (
         jax.ShapeDtypeStruct((lifted.shape[0], scale_w.shape[0]), dtype),
@@ -113,22 +127,27 @@ def matmul_call(
     y, _ = calls.call(
         "slidejax_sparse_matmul_cusparselt", out_types, lifted, scale_x, compressed, scale_w, bias,
         raw=np.bool_(raw), alpha_vector=np.bool_(False),
-        algorithm=np.int32(algorithm), split_k=np.int32(split_k), split_k_mode=np.int32(split_k_mode),
+        algorithm=np.int32(algorithm), split_k=np.int32(split_k),
+        split_k_mode=np.int32(split_k_mode),
     )  # fmt: skip
     return y
 
 
-# --- the search for its fastest algorithm -----------------------------------------------------------------------------
+# --- the search for its fastest algorithm ---------------------------------------------------------
 
-# What an algorithm may use as workspace: the library is asked only when the program runs.
+# Bytes of workspace that an algorithm may use. The library knows its needs only when the program
+# runs, and memory is planned before.
 _WORKSPACE = 64 << 20
 _DEFAULT_CHOICE = {"algorithm": -1, "split_k": 1, "split_k_mode": 0, "workspace_bytes": _WORKSPACE}
-# How far, in factors of two, the rows of a search may be from those of a call.
+# The largest distance, in factors of two, between the rows of a search and those of a call.
 _REACH = 1.0
 
 
 def _search_path() -> Path:
-    """The file of the searches made on this kind of device with this release: ids mean nothing to another one."""
+    """The file of searches for this kind of device and this release of the library.
+
+    Another release gives other meanings to the algorithms' numbers.
+    """
     release = version() or (0, 0, 0)
     table = table_path(jax.devices()[0].device_kind)
     return table.with_name(f"{table.stem}-cusparselt-{'.'.join(map(str, release))}.json")
@@ -139,7 +158,7 @@ def _searches(path: Path, stamp: int) -> dict[str, dict[str, Any]]:
     try:
         entries = json.loads(path.read_text())
     except (OSError, ValueError):
-        return {}  # a cache: what cannot be read is searched again
+        return {}  # This is a cache: an algorithm that cannot be read is searched again.
     return entries if isinstance(entries, dict) else {}
 
 
@@ -155,7 +174,7 @@ def _search_key(dtype, result, out: int, columns: int) -> str:
 def _nearest_search(
     dtype, result, out: int, rows: int, columns: int
 ) -> tuple[str, dict[str, Any]] | None:
-    """The nearest search within reach: its rows, and the algorithm that was fastest."""
+    """The nearest search within reach: its rows, and its fastest algorithm. None without one."""
     if not library.on_gpu() or missing() is not None:
         return None
     found = _read_searches()[1].get(_search_key(dtype, result, out, columns), {})
@@ -166,8 +185,10 @@ def _nearest_search(
 
 
 def _choice(dtype, result, out: int, rows: int, columns: int) -> dict[str, Any]:
-    """The algorithm of the nearest search, else the library's default. The call falls back to the default by itself where
-    the library refuses the algorithm for this number of rows."""
+    """The algorithm of the nearest search, or the library's default.
+
+    If the library refuses the algorithm for this number of rows, the call takes the default.
+    """
     found = _nearest_search(dtype, result, out, rows, columns)
     return (
         dict(_DEFAULT_CHOICE)
@@ -177,13 +198,14 @@ def _choice(dtype, result, out: int, rows: int, columns: int) -> dict[str, Any]:
 
 
 def search(w: SlideWeight, rows: int) -> list[dict[str, Any]]:
-    """Times the library's algorithms for one weight's shape and a number of rows, and remembers the fastest.
+    """Times the library's algorithms for a weight's shape and `rows` rows.
 
-    The choice is kept in memory and in a small JSON file beside the tuning table, for the device, the library's version
-    and the shape; calls lowered from now on use it.
+    The fastest is kept in a JSON file beside the tuning table, by device, version of the library
+    and shape. Calls that are lowered from now on use it.
 
     Returns:
-      Every algorithm that ran, fastest first: `algorithm`, `split_k`, `split_k_mode`, `microseconds`, `workspace_bytes`.
+      All algorithms that ran, the fastest first. Each has `algorithm`, `split_k`, `split_k_mode`,
+      `microseconds` and `workspace_bytes`.
 
     Raises:
       NotImplementedError: without a GPU or the library, with the reason.
@@ -215,7 +237,10 @@ class Cusparselt(Implementation):
         if reason is None and problem.dtype == jnp.float32:
             reason = "float32 values are not supported"
         if reason is None and problem.out_dtype is None and not is_quantized(problem.dtype):
-            reason = f"K is split over a mesh, and the library gives no float32 accumulators of {problem.dtype.name} values"
+            reason = (
+                "K is split over a mesh, and the library gives no float32 accumulators of "
+                f"{problem.dtype.name} values"
+            )
         return reason
 
     def matmul(self, lifted, scale_x, w, bias, out_dtype, platform="default"):
@@ -267,7 +292,10 @@ class Cusparselt(Implementation):
         if found is None:
             return "the library's default; slidejax tune searches for the fastest"
         near, choice = found
-        return f"{choice['algorithm']}, the fastest of a search at M={near} ({choice['microseconds']:.1f} us for the product alone)"
+        return (
+            f"{choice['algorithm']}, the fastest of a search at M={near} "
+            f"({choice['microseconds']:.1f} us for the product alone)"
+        )
 
     def search(self, w, rows):
         best = search(w, rows)[0]

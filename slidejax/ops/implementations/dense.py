@@ -1,7 +1,8 @@
-"""The implementation "dense": the weight with its zeros, each column multiplied once instead of once for every window that reads it.
+"""The implementation "dense": the product of un-lifted rows and the weight with its zeros.
 
-It runs everywhere, and is what runs where nothing is known to be faster. On a Hopper GPU 8-bit products run in the Hopper kernel,
-scales and bias included, where XLA would write the accumulators to memory and read them again.
+Each column is multiplied once, and not once for every window that reads it. It runs everywhere, and
+is chosen where nothing is known to be faster. On a Hopper GPU 8-bit products run in the Hopper
+kernel, scales and bias included. XLA would write the accumulators to memory and read them again.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from slidejax.weights.pattern import UNPRUNED
 
 __all__ = ["DENSE", "dense_codes"]
 
-# Bytes from which on the Hopper kernel multiplies a dense one with one row: 3584 x 3584 took as long either way; SmolLM2-135M, whose kernels have
-# a megabyte at most, wrote 857 tokens a second with XLA's products and 590 with the kernel's.
+# Smallest dense kernel, in bytes, for which one row uses the Hopper kernel instead of XLA. A kernel
+# of 3584 x 3584 took as long either way. SmolLM2-135M, whose kernels have a megabyte at most, wrote
+# 857 tokens a second with XLA's products and 590 with the Hopper kernel's.
 _SMALL_KERNEL = 8 << 20
 
 
 def dense_codes(w: SlideWeight, padded: bool = False) -> jax.Array:
-    """The dense kernel `[out, in]` in the values' dtype, unscaled; with `padded`, padding columns included."""
+    """The weight's values with its zeros, `[out, in]`, unscaled.
+
+    With `padded` they keep the padding of K.
+    """
     codes = w.prepared.get("dense")
     if codes is None:
         codes = scatter_values(w.values, w.zeros)
@@ -41,8 +46,11 @@ def dense_codes(w: SlideWeight, padded: bool = False) -> jax.Array:
 
 
 def _in_hopper_kernel(x: jax.Array, kernel: jax.Array, platform: str) -> bool:
-    """Whether a dense 8-bit product `[M, K] @ [out, K]^T` runs in the Hopper kernel. Its bulk copies want rows of the kernel of whole
-    16 bytes; and one row times a small kernel is faster as XLA has it, without tensor cores."""
+    """Whether a dense 8-bit product `[M, K] @ [out, K]^T` runs in the Hopper kernel.
+
+    The kernel's bulk copies need rows of whole 16 bytes. One row times a small kernel is faster in
+    XLA, which uses no tensor cores for it.
+    """
     if platform != "cuda" or hopper.refuses_device(device_kind(platform), np.dtype(kernel.dtype)):
         return False
     if x.shape[0] == 1 and kernel.shape[0] * kernel.shape[1] < _SMALL_KERNEL:
@@ -51,7 +59,10 @@ def _in_hopper_kernel(x: jax.Array, kernel: jax.Array, platform: str) -> bool:
 
 
 def _product(codes, kernel, scale_x, scale_w, bias, out_dtype, platform: str) -> jax.Array:
-    """`codes [M, K] @ kernel [out, K]^T` with scales `[M, 1]`, `[out]` and bias; `out_dtype` None gives the raw accumulators."""
+    """`codes [M, K] @ kernel [out, K]^T` with scales `[M, 1]` and `[out]`, and bias `[out]`.
+
+    `out_dtype` None gives the raw accumulators.
+    """
     if out_dtype is not None and _in_hopper_kernel(codes, kernel, platform):
         weight = hopper.HopperWeight.dense(kernel, scale_w)
         return hopper.matmul_call(codes, scale_x[:, 0], weight, bias, out_dtype)
@@ -60,10 +71,10 @@ def _product(codes, kernel, scale_x, scale_w, bias, out_dtype, platform: str) ->
 
 
 class Dense(Implementation):
-    """Multiplies the dense codes. It refuses nothing."""
+    """Multiplies with the dense codes. It refuses nothing."""
 
     name = "dense"
-    # as large as the weight itself, where other forms are a fifth of it
+    # The form is as large as the weight itself. Other forms have a fifth of its size.
     form = Form("dense", jax.jit(dense_codes), must_gain=1.05)
 
     def refuses(self, problem):
@@ -80,7 +91,7 @@ class Dense(Implementation):
             return hopper.linear_call(x, prologue, weight, bias, kernel.shape[1], out_dtype)
         inputs, xs = inputs_of(x, prologue)
         codes, scale_x = lift_rows(xs, UNPRUNED, w.dtype, inputs, pads=False)
-        kernel = kernel[:, : codes.shape[1]]  # without padding
+        kernel = kernel[:, : codes.shape[1]]  # cuts off padding
         return _product(codes, kernel, scale_x, w.scale, bias, out_dtype, platform)
 
 

@@ -25,20 +25,21 @@ from slidejax.weights.packed import SlideWeight
 
 __all__ = ["FEW_ROWS", "HOPPER", "HopperWeight", "linear_call", "matmul_call", "refuses_device"]
 
-# Up to so many rows the lift and the kernel are one call, so that one can begin while the other runs. Beyond, calls of their
-# own are better: XLA merges the lifts of layers that share an input, such as q, k and v.
+# Up to this number of rows, lift and product are one custom call, so that the product's kernel can
+# begin while the lift's still runs. With more rows two calls are better, since XLA merges the lifts
+# of layers that share an input, such as q, k and v.
 FEW_ROWS = 64
 
 _DEVICES = ("H100", "H200", "H800", "H20", "GH200")
-_AHEAD_OF_TIME_MULTIPROCESSORS = 132  # a program lowered without a GPU is taken to run on an H100
+_AHEAD_OF_TIME_MULTIPROCESSORS = 132  # those of an H100, for programs lowered without a GPU
 
 
-# --- where it runs ----------------------------------------------------------------------------------------------------
+# --- where it runs --------------------------------------------------------------------------------
 
 
 @functools.cache
 def _missing() -> str | None:
-    """Why the kernel cannot be used on this machine, or None."""
+    """The reason why the kernel cannot be used on this machine, or None."""
     if reason := library.missing():
         return reason
     if _module() is None:
@@ -47,13 +48,13 @@ def _missing() -> str | None:
 
 
 def _module():
-    """The compiled module, if it holds the kernel."""
+    """The compiled module, or None if it does not hold the kernel."""
     module, _ = library.load()
     return module if module is not None and module.build_info()["hopper"] else None
 
 
 def refuses_device(device: str, dtype: np.dtype) -> str | None:
-    """Why the kernel does not run on a CUDA device with values of a dtype, or None."""
+    """The reason why the kernel does not run on a kind of CUDA device with a dtype, or None."""
     if library.on_gpu() and (reason := _missing()):
         return reason
     if not any(name in device for name in _DEVICES):
@@ -63,19 +64,20 @@ def refuses_device(device: str, dtype: np.dtype) -> str | None:
     return None
 
 
-# --- the weight -------------------------------------------------------------------------------------------------------
+# --- the weight -----------------------------------------------------------------------------------
 
 
 def _metadata_bytes(out: int, groups: int, group: int) -> int:
     module = _module()
     if module is not None:
         return module.hopper_metadata_bytes(out, groups, group)
-    # ahead of time: 1 KB for 64 outputs and 128 lifted columns, whole pairs of the latter; the call checks it
+    # Ahead of time: 1 KB for 64 outputs and 128 lifted columns, in whole pairs of 128 columns. The
+    # call checks this.
     return -(-out // 64) * 2 * -(-groups * (2 * group - 4) // 256) * 1024
 
 
 def _metadata(w: SlideWeight) -> jax.Array:
-    """The 2:4 metadata of a weight in the order in which the kernel's lanes read it, uint8; `sj.prepare` keeps it."""
+    """The 2:4 metadata of a weight, uint8, in the order in which the kernel's lanes read it."""
     size, group = _metadata_bytes(w.out_features, w.groups, w.pattern.group), w.pattern.group
     out_type = jax.ShapeDtypeStruct((size,), jnp.uint8)
     return calls.call("slidejax_hopper_metadata", out_type, w.zeros, group=np.int32(group))
@@ -83,14 +85,15 @@ def _metadata(w: SlideWeight) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class HopperWeight:
-    """A packed or a dense weight as the kernel takes it.
+    """A packed or a dense weight as the operands of the kernel.
 
     Attributes:
-      values: `[out, groups, kept]`; of a dense weight the codes `[out, K]`, K a multiple of 16.
-      zeros: `[out, groups]`; of a dense weight `[0]`.
+      values: `[out, groups, kept]`. For a dense weight the codes `[out, K]`, K a multiple of 16.
+      zeros: `[out, groups]`. For a dense weight `[0]`.
       scale: float32 `[out]`.
-      metadata: the prepared metadata; `[0]` of a dense weight, or where the call is to make it in its workspace.
-      group: columns of a group; 0 of a dense weight.
+      metadata: the prepared metadata. `[0]` if there is none: the call then makes it in its
+        workspace. A dense weight needs none.
+      group: columns of a group. For a dense weight 0.
     """
 
     values: jax.Array
@@ -118,12 +121,12 @@ class HopperWeight:
         return self.values, self.zeros, self.scale, given, self.metadata
 
     def workspace_bytes(self, rows: int) -> int:
-        """Workspace of a product with that many rows."""
-        out, groups = self.values.shape[:2]  # columns, of a dense weight
+        """Bytes of workspace for a product of `rows` rows."""
+        out, groups = self.values.shape[:2]  # a dense weight has columns in place of groups
         has_metadata = not self.group or self.metadata.size > 0
         made = 0 if has_metadata else _metadata_bytes(out, groups, self.group)
         module = _module()
-        if module is None:  # ahead of time: enough for the metadata, K is not split
+        if module is None:  # Ahead of time: enough for the metadata. K is then not split.
             return calls.ALIGN + made
         multiprocessors = (
             jax.devices()[0].core_count if library.on_gpu() else _AHEAD_OF_TIME_MULTIPROCESSORS
@@ -133,13 +136,16 @@ class HopperWeight:
         )
 
 
-# --- the calls --------------------------------------------------------------------------------------------------------
+# --- the calls ------------------------------------------------------------------------------------
 
 
 def matmul_call(
     lifted: jax.Array, scale_x: jax.Array, w: HopperWeight, bias: jax.Array | None, dtype
 ) -> jax.Array:
-    """`lifted` `[M, K']`, or codes `[M, K]` for a dense weight, and `scale_x` `[M]` -> `[M, out]`."""
+    """Multiplies `lifted` `[M, K']` with scales `scale_x` `[M]`. The result is `[M, out]`.
+
+    For a dense weight `lifted` is un-lifted codes `[M, K]`.
+    """
     rows = lifted.shape[0]
     out_types = (
         jax.ShapeDtypeStruct((rows, w.values.shape[0]), dtype),
@@ -147,7 +153,7 @@ def matmul_call(
     )
     y, _ = calls.call(
         "slidejax_sparse_matmul_hopper", out_types, lifted, scale_x, *w.operands(bias),
-        # tile and schedule: chosen by the cost model
+        # The kernel's cost model chooses tile and schedule.
         config=np.int32(-1), token_group=np.int32(0), split=np.int32(-1),
     )  # fmt: skip
     return y
@@ -161,9 +167,20 @@ def linear_call(
     lifted_columns: int,
     dtype,
 ) -> jax.Array:
-    """Lift and product of x `[M, in]` in one call: the product's kernel begins while the lift's still runs.
+    """Lifts and multiplies x `[M, in]` in one call.
 
-    `lifted_columns` is K'; of a dense weight K, at least `in`. A prologue that the lift does not compute itself is computed by XLA.
+    The product's kernel begins while the lift's still runs.
+
+    Args:
+      x: `[M, in]`.
+      prologue: is applied to x first. XLA computes it if the lift's kernel does not.
+      w: the weight.
+      bias: `[out]`, or None.
+      lifted_columns: K'. For a dense weight K, which is at least `in`.
+      dtype: of the result.
+
+    Returns:
+      `[M, out]`.
     """
     if prologue is not None and not prologues.fused(x, w.values.dtype, prologue):
         x, prologue = prologue.apply(x), None
@@ -174,14 +191,15 @@ def linear_call(
         jax.ShapeDtypeStruct((rows,), jnp.float32),
         jax.ShapeDtypeStruct((w.workspace_bytes(rows),), jnp.uint8),
     )
-    operands, attributes = prologues.operands_of(x, prologue)
+    arrays, attributes = prologues.operands_of(x, prologue)
+    operands = (x, *arrays, *w.operands(bias))
     y, *_ = calls.call(
-        "slidejax_linear_hopper", out_types, x, *operands, *w.operands(bias), group=np.int32(w.group), **attributes
-    )  # fmt: skip
+        "slidejax_linear_hopper", out_types, *operands, group=np.int32(w.group), **attributes
+    )
     return y
 
 
-# --- the implementation -----------------------------------------------------------------------------------------------
+# --- the implementation ---------------------------------------------------------------------------
 
 
 class Hopper(Implementation):

@@ -1,4 +1,6 @@
-"""The implementation "reference": the formula of `sparse_matmul` in plain JAX, the specification of all others.
+"""The implementation "reference": the formula of `sparse_matmul` in plain JAX.
+
+It is the specification of all other implementations:
 
     y[m, o] = float32(sum over K' of lifted[m, k'] * W'[o, k']) * scale_x[m] * scale_w[o] + bias[o]
 
@@ -16,12 +18,15 @@ from slidejax.weights.packed import SlideWeight
 
 __all__ = ["REFERENCE", "accumulate", "exact_int8_dot", "expand_lifted", "finish"]
 
-# 127 * 127 * 1040 < 2**24: a float32 sum of so many products of int8 codes is exact.
+# 127 * 127 * 1040 < 2**24: a float32 sum of 1040 products of int8 codes is exact.
 _EXACT_K = 1040
 
 
 def expand_lifted(w: SlideWeight) -> jax.Array:
-    """The weight in lifted order with its zeros, `[out, K']`, values as they are packed: 2:4 along every row, unless nothing is pruned."""
+    """The weight in lifted order with its zeros, `[out, K']`, unscaled.
+
+    Each row is 2:4, unless the pattern prunes nothing.
+    """
     if not w.pattern.prunes:
         return w.values.reshape(w.out_features, -1)
     z1, z2 = split_zeros(w.zeros)
@@ -37,7 +42,7 @@ def expand_lifted(w: SlideWeight) -> jax.Array:
 
 
 def accumulate(codes: jax.Array, kernel: jax.Array, platform: str = "default") -> jax.Array:
-    """`codes [M, K] @ kernel [out, K]^T` in the accumulator's dtype: int32 for int8, float32 for everything else."""
+    """`codes [M, K] @ kernel [out, K]^T`: int32 for int8, float32 for all other dtypes."""
     if codes.dtype == jnp.int8:
         if platform == "default":
             return exact_int8_dot(codes, kernel)
@@ -56,8 +61,10 @@ def accumulate(codes: jax.Array, kernel: jax.Array, platform: str = "default") -
 
 
 def exact_int8_dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`int8 [M, K] @ int8 [out, K]^T` in int32 through float32 products of at most 1040 columns: exact, and on a CPU
-    many times faster than an integer dot."""
+    """`int8 [M, K] @ int8 [out, K]^T` in int32, through float32 products of at most 1040 columns.
+
+    The result is exact. On a CPU this is many times faster than an integer product.
+    """
     total = None
     for start in range(0, codes.shape[1], _EXACT_K):
         part = slice(start, start + _EXACT_K)
@@ -82,7 +89,7 @@ def exact_int8_dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
 def finish(
     acc: jax.Array, scale_x: jax.Array, scale_w: jax.Array, bias: jax.Array | None, out_dtype
 ) -> jax.Array:
-    """Scales, bias and the final rounding: `float32(acc) * scale_x * scale_w + bias`."""
+    """Applies scales and bias and rounds once: `float32(acc) * scale_x * scale_w + bias`."""
     y = acc.astype(jnp.float32) * scale_x * scale_w
     if bias is not None:
         y = y + bias.astype(jnp.float32)
@@ -90,7 +97,7 @@ def finish(
 
 
 class Reference(Implementation):
-    """Lifts, expands the weight and multiplies, as the formulas are written. It is slow by intent, and refuses nothing."""
+    """Lifts x, expands the weight and multiplies. It is slow, and refuses nothing."""
 
     name = "reference"
     competes = False
