@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from slidejax.ops import registry
 from slidejax.ops.cuda import calls, library
 from slidejax.ops.lift_quantize import lift_quantize, lift_rows
 from slidejax.weights import numerics
-from slidejax.weights.packed import pack
+from slidejax.weights.packed import SlideWeight, pack
 from slidejax.weights.pattern import UNPRUNED, Pattern
 
 __all__ = ["measure", "set_flags", "table"]
@@ -91,44 +91,9 @@ def measure(
     for n, k in dict.fromkeys(shapes):
         kernel = contenders.kernel_of(n, k)
         baselines = contenders.baselines(kernel)
-        weights = {(p, d): pack(kernel, p, dtype=d) for p in parsed for d in resolved}
+        weights = [pack(kernel, p, dtype=d) for p in parsed for d in resolved]
         for m in rows:
-            note(f"linear: N={n} K={k} M={m}")
-            ours: list[Contender] = []
-            refused, settings = {}, {}
-            for (p, d), w in weights.items():
-                found, why = contenders.sparse(w, m)
-                settings[p, d] = {
-                    i.name: text
-                    for i in registry.competing()
-                    if i.name not in why and (text := i.settings(w, m)) is not None
-                }
-                ours += [
-                    Contender(f"{p} {d.name} {c.name}", c.apply, c.weights) for c in found.values()
-                ]
-                refused[p, d] = why
-            us = time_all([*baselines, *ours], inputs_of(m, k), clock, note)
-            us[contenders.BEST_DENSE] = contenders.best_dense(us)
-            common = {name: us[name] for name in contenders.BASELINES}
-            for p, d in weights:
-                prefix = f"{p} {d.name} "
-                mine = {
-                    name.removeprefix(prefix): t
-                    for name, t in us.items()
-                    if name.startswith(prefix)
-                }
-                linear.append(
-                    {
-                        "out": n,
-                        "in": k,
-                        "rows": m,
-                        "pattern": str(p),
-                        "dtype": d.name,
-                        "us": {**common, **mine},
-                        "refused": refused[p, d],
-                        "settings": settings[p, d],
-                    }
-                )
+            linear += _linear(m, weights, baselines, clock, note)
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -151,6 +116,52 @@ def _version() -> str:
         return f"not installed ({os.path.dirname(slidejax.__file__)})"
 
 
+def _linear(
+    m: int,
+    weights: Sequence[SlideWeight],
+    baselines: Sequence[Contender],
+    clock: Clock,
+    note: Callable[[str], None],
+) -> list[dict]:
+    """One row of results for each weight; all have one shape, and share the baselines."""
+    n, k = weights[0].out_features, weights[0].in_features
+    note(f"linear: N={n} K={k} M={m}")
+    found = [contenders.sparse(w, m) for w in weights]
+    prefixes = [f"{w.pattern} {w.dtype.name} " for w in weights]
+    ours = [
+        Contender(prefix + c.name, c.apply, c.weights)
+        for prefix, (variants, _) in zip(prefixes, found, strict=True)
+        for c in variants.values()
+    ]
+    us = time_all([*baselines, *ours], inputs_of(m, k), clock, note)
+    us[contenders.BEST_DENSE] = contenders.best_dense(us)
+    common = {name: us[name] for name in contenders.BASELINES}
+    return [
+        {
+            "out": n,
+            "in": k,
+            "rows": m,
+            "pattern": str(w.pattern),
+            "dtype": w.dtype.name,
+            "us": common | {c.name: us[prefix + c.name] for c in variants.values()},
+            "refused": refused,
+            "settings": _settings(w, m, refused),
+        }
+        for w, prefix, (variants, refused) in zip(weights, prefixes, found, strict=True)
+    ]
+
+
+def _settings(w: SlideWeight, rows: int, refused: Mapping[str, str]) -> dict[str, str]:
+    """The settings of the implementations that have any, by name."""
+    texts = {i.name: i.settings(w, rows) for i in registry.competing() if i.name not in refused}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _copy(x: jax.Array) -> jax.Array:
+    """A copy by the driver if there is the library; else a negation, which moves as many bytes."""
+    return calls.memcpy_call(x) if library.on_gpu() and library.missing() is None else -x
+
+
 def _lift(
     m: int,
     k: int,
@@ -170,17 +181,8 @@ def _lift(
 
     cases = {f"{p} {d.name}": (p, d) for p in patterns for d in dtypes}
     plain = {f"quantise {d.name}": d for d in dtypes}
-    # by the driver where the library is; else as many bytes as a copy, and not elided
-    copy = Contender(
-        "copy",
-        lambda x, _: (
-            calls.memcpy_call(x)
-            if jax.default_backend() == "gpu" and library.missing("library") is None
-            else -x
-        ),
-    )
     timed = [
-        copy,
+        Contender("copy", lambda x, _: _copy(x)),
         *(Contender(name, quantise(d)) for name, d in plain.items()),
         *(Contender(name, lift(*c)) for name, c in cases.items()),
     ]

@@ -63,6 +63,46 @@ def _is_open(pattern: Pattern, dtype: Any, rows: Sequence[int]) -> bool:
     return any(len(contenders.variants(w, m)[0]) > 1 for m in rows)
 
 
+def _open_forms(
+    forms: list[tuple[Pattern, Any]], rows: Sequence[int], note: Callable[[str], None]
+) -> list[tuple[Pattern, Any]]:
+    """The patterns and dtypes that can run in several ways. The others are named to `note`.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    found = [form for form in forms if _is_open(*form, rows)]
+    if len(found) < len(forms):
+        settled = ", ".join(dict.fromkeys(str(form[0]) for form in forms if form not in found))
+        why = f"there is one way to run the pattern {settled}: there is nothing to choose"
+        if not found:
+            raise ValueError(why)
+        note(why)
+    return found
+
+
+def _entry(
+    w: SlideWeight, rows: int, clock: Clock, note: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The times of a weight with `rows` rows, as one entry; none if nothing could run."""
+    found, _ = contenders.sparse(w, rows, both=True)
+    timed = time_all(list(found.values()), inputs_of(rows, w.in_features), clock, note)
+    us = {
+        variant: round(time, 2)
+        for variant, contender in found.items()
+        if (time := timed[contender.name]) is not None
+    }
+    entry = {
+        "in": w.in_features,
+        "out": w.out_features,
+        "pattern": str(w.pattern),
+        "dtype": w.dtype.name,
+        "rows": rows,
+        "us": us,
+    }
+    return [entry] if us else []
+
+
 def measure(
     shapes: Sequence[tuple[int, int]],
     *,
@@ -104,45 +144,20 @@ def measure(
         shapes, own = _of_model(model)
         forms = sorted(own, key=str) or forms
     rows = rows or ([1, 16, 64, 256, 1024, 4096, 16384] if gpu else [1, 16])
-    open_forms = [form for form in forms if _is_open(*form, rows)]
-    if len(open_forms) < len(forms):
-        settled = dict.fromkeys(str(p) for p, d in forms if (p, d) not in open_forms)
-        why = (
-            f"there is one way to run the pattern {', '.join(settled)}: there is nothing to choose"
-        )
-        if not open_forms:
-            raise ValueError(why)
-        note(why)
+    forms = _open_forms(forms, rows, note)
     device = jax.devices()[0].device_kind
     entries: list[dict[str, Any]] = []
     path = None
     for n, k in dict.fromkeys(shapes):
         kernel = contenders.kernel_of(n, k)
         new = []
-        for pattern, dtype in open_forms:
+        for pattern, dtype in forms:
             w = pack(kernel, pattern, dtype=dtype)
             for m in rows:
                 note(f"N={n} K={k} {pattern} {dtype.name} M={m}")
                 if not dry_run:
                     _search(w, m, note)
-                found, _ = contenders.sparse(w, m, both=True)
-                timed = time_all(list(found.values()), inputs_of(m, k), clock, note)
-                us = {
-                    variant: round(time, 2)
-                    for variant, contender in found.items()
-                    if (time := timed[contender.name]) is not None
-                }
-                if us:
-                    new.append(
-                        {
-                            "in": k,
-                            "out": n,
-                            "pattern": str(pattern),
-                            "dtype": dtype.name,
-                            "rows": m,
-                            "us": us,
-                        }
-                    )
+                new += _entry(w, m, clock, note)
         if new and not dry_run:
             path = record(device, new)
         entries += new
