@@ -22,18 +22,6 @@ def problem(rows, columns, out, pattern="6:8", dtype=jnp.int8, seed=0):
     return lifted, scale, w, jnp.asarray(rng.standard_normal(out), jnp.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_raw_accumulators_are_what_a_mesh_can_sum(dtype):
-    """With K split over a mesh the call has int32 results of int8 operands, float32 ones of e4m3."""
-    lifted, scale, w, _ = problem(16, 128, 64, dtype=dtype)
-    traced = jax.jit(lambda lifted, scale: HOPPER.matmul(lifted, scale, w, None, None)).trace(
-        lifted, scale
-    )
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    [call] = [line for line in text.splitlines() if "slidejax_sparse_matmul_hopper" in line]
-    assert f"tensor<16x64x{'i32' if dtype == jnp.int8 else 'f32'}>" in call.rsplit("->", 1)[1]
-
-
 @pytest.fixture
 def on_hopper():
     if reason := HOPPER.available():
@@ -222,37 +210,6 @@ def test_what_follows_waits_for_both_launches(on_hopper):
 
 def dense_linear(x, w, bias=None):
     return sj.linear(x, w, bias, implementation="dense")
-
-
-@pytest.mark.parametrize(
-    ("columns", "dtype", "fused"),
-    [(608, "int8", True), (608, "float8_e4m3fn", True), (600, "int8", False), (608, None, False)],
-)
-def test_dense_products_of_8_bit_codes_are_lowered_to_the_kernel(columns, dtype, fused):
-    """Its rows of K bytes must be whole 16 bytes; everything else is XLA's product."""
-    w = jax.eval_shape(
-        lambda k: sj.pack(k, "6:8", dtype=dtype), jax.ShapeDtypeStruct((columns, 24), jnp.float32)
-    )
-    x = jax.ShapeDtypeStruct((5, columns), jnp.bfloat16)
-    text = jax.jit(dense_linear).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
-    assert ("slidejax_linear_hopper" in text) == fused
-    assert (
-        "slidejax_linear_hopper"
-        not in jax.jit(dense_linear).trace(x, w).lower(lowering_platforms=("cpu",)).as_text()
-    )
-
-
-@pytest.mark.parametrize(
-    ("rows", "columns", "fused"), [(1, 2048, False), (2, 2048, True), (1, 8192, True)]
-)
-def test_one_row_times_a_small_dense_kernel_is_left_to_xla(rows, columns, fused):
-    w = jax.eval_shape(
-        lambda k: sj.pack(k, "6:8", dtype="int8"),
-        jax.ShapeDtypeStruct((columns, 1024), jnp.float32),
-    )
-    x = jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16)
-    text = jax.jit(dense_linear).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
-    assert ("slidejax_linear_hopper" in text) == fused != ("dot_general" in text)
 
 
 @pytest.mark.gpu

@@ -187,29 +187,6 @@ def test_gradients_of_float_packed(pattern):
     close(batched.sum(0), got[1], 1e-5)
 
 
-@pytest.mark.parametrize("pattern", ["6:8", "dense"])
-def test_gradients_of_lifted_products(pattern):
-    x, w, bias = problem(0, 5, 50, 6, pattern, "float32")
-
-    def parts(x, values, bias):
-        return (
-            sj.sparse_matmul(
-                *sj.lift_quantize(x, pattern, "float32"), w.replace(values=values), bias
-            )
-            ** 2
-        ).sum()
-
-    def whole(x, values, bias):
-        return (sj.linear(x, w.replace(values=values), bias) ** 2).sum()
-
-    for a, b in zip(
-        jax.grad(parts, (0, 1, 2))(x, w.values, bias),
-        jax.grad(whole, (0, 1, 2))(x, w.values, bias),
-        strict=True,
-    ):
-        close(a, b, 1e-5)
-
-
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 def test_quantisation_is_straight_through(dtype):
     x, w, bias = problem(0, 5, 50, 6, "6:8", dtype)
@@ -241,13 +218,6 @@ def test_bad_arguments():
         sj.linear(x, sj.unpack(w))
     with pytest.raises(ValueError, match="vmap over the batch"):
         sj.linear(x, sj.pack(jnp.ones((2, 40, 8)), "6:8"))
-    with pytest.raises(ValueError, match="lifted must be"):
-        sj.sparse_matmul(x.astype(jnp.int8), jnp.ones((3, 1)), w)
-    lifted, scale = sj.lift_quantize(x, "6:8")
-    with pytest.raises(ValueError, match="dtype of the weight's values"):
-        sj.sparse_matmul(lifted.astype(jnp.float32), scale, w)
-    with pytest.raises(ValueError, match="scale must be float32"):
-        sj.sparse_matmul(lifted, scale[:, 0], w)
     shard = w.replace(values=w.values[:, :4], zeros=w.zeros[:, :4])
     with pytest.raises(ValueError, match="name the mesh axis"):
         sj.linear(x[:, :32], shard)

@@ -39,13 +39,6 @@ def test_cuda_programs_are_lowered_ahead_of_time(implementation, target):
 
 
 @cpu_only
-def test_dense_on_cuda_quantises_and_multiplies_in_one_call():
-    x, w = problem()
-    text = cuda_text(lambda x, w: sj.linear(x, w, implementation="dense"), x, w)
-    assert "slidejax_linear_hopper" in text and "dot_general" not in text
-
-
-@cpu_only
 def test_the_pattern_dense_is_the_dense_product():
     x, w = problem(pattern="dense")
     [(_, choice)] = sj.explain(sj.linear, x, w, platform="cuda")

@@ -1,0 +1,33 @@
+"""The specification itself, against numpy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slidejax as sj
+from slidejax.ops.implementations import reference
+from slidejax.ops.implementations.reference import REFERENCE
+
+
+@pytest.mark.parametrize("columns", [0, 1, 1040, 1041, 2500])
+def test_sums_of_int8_products_are_exact(columns):
+    codes = np.full((2, columns), 127, np.int8)
+    kernel = np.stack([np.full(columns, 127), np.full(columns, -127)]).astype(np.int8)
+    got = reference.exact_int8_dot(jnp.asarray(codes), jnp.asarray(kernel))
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, codes.astype(np.int64) @ kernel.T.astype(np.int64))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16", "dense"])
+def test_the_product_is_that_of_numpy(pattern):
+    rng = np.random.default_rng(0)
+    w = sj.pack(jnp.asarray(rng.standard_normal((70, 5)), jnp.float32), pattern, dtype="int8")
+    lifted, scale = sj.lift_quantize(
+        jnp.asarray(rng.standard_normal((3, 70)), jnp.float32), pattern
+    )
+    acc = np.asarray(lifted, np.int64) @ np.asarray(reference.expand_lifted(w), np.int64).T
+    np.testing.assert_array_equal(REFERENCE.matmul(lifted, scale, w, None, None), acc)
+    bias = rng.standard_normal(5).astype(np.float32)
+    got = REFERENCE.matmul(lifted, scale, w, jnp.asarray(bias), jnp.float32)
+    want = acc.astype(np.float32) * np.asarray(scale) * np.asarray(w.scale) + bias
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
