@@ -1,1 +1,1 @@
-"""What a weight is: patterns, number formats, the packed form."""
+"""Weights: patterns, number formats, the packed form."""

@@ -41,7 +41,7 @@ def test_the_table_shows_every_column(results):
     text = run.table(results)
     for word in (*contenders.BASELINES, "over quantise", "64x96, 32x96", "not timed: int8 hopper"):
         assert word in text
-    assert "settings of" not in text  # what has some does not run here
+    assert "settings of" not in text  # no implementation with settings runs here
     row = dict(
         results["linear"][0],
         settings={"cusparselt": "3, the fastest of a search at M=4 (1.0 us for the product alone)"},

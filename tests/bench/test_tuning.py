@@ -44,9 +44,8 @@ def library(monkeypatch, tmp_path):
     monkeypatch.setattr(cusparselt, "missing", lambda: None)
     monkeypatch.setattr(cusparselt, "version", lambda: (0, 8, 0))
     monkeypatch.setattr(CUSPARSELT, "refuses", nothing_to_skip)
-    monkeypatch.setattr(
-        contenders, "sparse", lambda w, rows, both: ({}, {})
-    )  # a CPU cannot run the library
+    # A CPU cannot run the library.
+    monkeypatch.setattr(contenders, "sparse", lambda w, rows, both: ({}, {}))
     return module
 
 
@@ -69,9 +68,8 @@ def test_tune_searches_cusparselt_and_calls_use_what_it_found(library, tmp_path)
         "split_k_mode": 0,
         "workspace_bytes": 1024,
     }
-    [saved] = tmp_path.rglob(
-        "*cusparselt-0.8.0.json"
-    )  # for this device and this release of the library
+    # The file is for this device and this release of the library.
+    [saved] = tmp_path.rglob("*cusparselt-0.8.0.json")
     assert {
         int(rows) for entries in json.loads(saved.read_text()).values() for rows in entries
     } == {256, 4096}

@@ -1,4 +1,4 @@
-"""What is read off the measured table: the implementation that runs, and the forms that a weight carries."""
+"""The measured table decides which implementation runs, and which forms a weight carries."""
 
 import json
 
@@ -18,7 +18,10 @@ DEVICE = "A GPU of this test"
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
-    """`measured(*us)`: makes a table of one entry for each, at rows 1, 16, 256, ... of one shape; returns a weight of that shape."""
+    """`measured(*us)`: makes a table with one entry for each, and returns a weight of its shape.
+
+    The entries are for 1, 16, 256, ... rows.
+    """
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
     monkeypatch.setattr(choice, "device_kind", lambda platform: DEVICE)
 
@@ -40,7 +43,7 @@ def measured(monkeypatch, tmp_path):
     [
         ([], ("dense",)),
         ([{"hopper+prepared": 10.0, "dense+prepared": 15.0}], ("hopper",)),
-        # nearly as fast everywhere: one form is enough, and it is the one that leaves nobody slow
+        # Nearly as fast for all rows: one form is enough, and it is slow for none of them.
         (
             [
                 {"hopper+prepared": 10.0, "dense+prepared": 15.0},
@@ -63,7 +66,7 @@ def measured(monkeypatch, tmp_path):
             ],
             ("cusparselt", "dense"),
         ),
-        # one is enough, and the large one has to be more than 5 % faster
+        # One form is enough, and the large one has to be more than 5 % faster.
         ([{"hopper+prepared": 10.4, "dense+prepared": 10.0}], ("hopper",)),
         ([{"hopper+prepared": 10.8, "dense+prepared": 10.0}], ("dense",)),
         ([{"cusparselt+prepared": 11.0, "hopper+prepared": 10.0}], ("hopper",)),
@@ -138,12 +141,12 @@ def test_the_choice_follows_the_table(tmp_path, monkeypatch):
 
     assert chosen(16).implementation == "dense" and chosen(4096).implementation == "hopper"
     assert "hopper 50 us, dense 60 us" in chosen(4096).reason and "M=4096" in chosen(4096).reason
-    # what carries a prepared form is judged by the figure with it
+    # A weight with a prepared form is judged by its time with this form.
     tuning.record(device, [entry(16, {"hopper": 2.0, "dense": 1.0, "hopper+prepared": 0.5})])
     assert chosen(16).implementation == "dense"
     prepared = w.replace(prepared={"hopper": jnp.zeros(4, jnp.uint8)})
     assert chosen(16, prepared).implementation == "hopper"
-    # far from anything measured: dense, and it says so
+    # Nothing near was measured: the choice is dense, and says so.
     far = sj.pack(jnp.ones((4096, 8192), jnp.bfloat16), "6:8", dtype="int8")
     [(_, unknown)] = sj.explain(sj.linear, jnp.ones((16, 4096), jnp.bfloat16), far, platform="cuda")
     assert unknown.implementation in ("dense", "hopper") and unknown.reason

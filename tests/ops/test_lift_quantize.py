@@ -86,7 +86,7 @@ def test_gradient_adds_up_over_windows():
     grad = jax.grad(lambda x: (sj.lift_quantize(x, "6:8", "float32")[0] * cotangent).sum())(x)
     expected = jax.grad(lambda x: (lift(x, sj.Pattern.parse("6:8")) * cotangent).sum())(x)
     np.testing.assert_allclose(grad, expected, rtol=1e-6)
-    # straight through the quantisation: the same, over the scale, with the cotangent in the codes' own dtype
+    # Straight-through: the same over the scale, with the cotangent in the codes' own dtype.
     rounded = cotangent.astype(jnp.float8_e4m3fn)
     codes, pullback = jax.vjp(lambda x: sj.lift_quantize(x, "6:8", "float8_e4m3fn")[0], x)
     assert codes.dtype == rounded.dtype

@@ -10,7 +10,7 @@ from patterns import PATTERNS
 import slidejax as sj
 
 DTYPES = ["int8", "float8_e4m3fn", "bfloat16", "float16", "float32"]
-# what one rounding of a row and of the weights may cost, relative to the largest output
+# The largest error of one rounding of a row and of the weights, relative to the largest output.
 TOLERANCE = {
     "int8": 0.03,
     "float8_e4m3fn": 0.08,
@@ -158,7 +158,10 @@ def test_a_batch_of_weights(in_axes, pattern):
     w = sj.pack(kernel, pattern, dtype="int8")
     y = jax.jit(jax.vmap(sj.linear, in_axes=in_axes))(x, w, bias)
     for i in range(2):
-        pick = lambda a, axis: a if axis is None else jax.tree.map(lambda leaf: leaf[i], a)  # noqa: B023, E731
+
+        def pick(a, axis, i=i):
+            return a if axis is None else jax.tree.map(lambda leaf: leaf[i], a)
+
         one = sj.linear(pick(x, in_axes[0]), pick(w, in_axes[1]), pick(bias, in_axes[2]))
         close(
             y[i], one, 1e-6
@@ -179,7 +182,7 @@ def test_gradients_of_float_packed(pattern):
     got = jax.grad(sparse, (0, 1, 2))(x, w.values, bias)
     want = jax.grad(dense, (0, 1, 2))(x, sj.unpack(w), bias)
     close(got[0], want[0], 1e-5)
-    # the gradient of kept values is the dense one at the kept places, whatever value it happens to be
+    # The gradient of kept values is the kernel's gradient at the kept places.
     close(sj.unpack(w.replace(values=got[1])), jnp.where(mask, want[1], 0), 1e-5)
     close(got[2], want[2], 1e-5)
     check_grads(sparse, (x, w.values, bias), order=1, modes=["rev"], rtol=1e-2, atol=1e-2)

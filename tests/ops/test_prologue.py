@@ -1,4 +1,4 @@
-"""What precedes a linear layer as part of it: equal to computing it first."""
+"""A prologue gives the same result as computing it before the layer."""
 
 import flax.linen as nn
 import jax
@@ -107,7 +107,7 @@ def test_under_vmap(kind):
             strict=True,
         ):
             assert close(a, b)
-        # one x, and a batch of prologues: norm weights run one after the other
+        # One x and a batch of prologues: norm weights run one after the other.
         one = prologue_of(kind, x[0])
         batch = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf * 2]), one)
         if jax.tree.leaves(one):
@@ -120,7 +120,7 @@ def test_under_vmap(kind):
 @pytest.mark.parametrize("dtype", ["int8", "float32"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients(kind, dtype):
-    """Of x, of the prologue's arrays and of float values: those of computing it first."""
+    """The gradients of x, of the prologue's arrays and of float values are the same, too."""
     x, w = random(0, (ROWS, COLUMNS)), weight(dtype)
     prologue = prologue_of(kind, x)
     target = random(7, (ROWS, 16))
@@ -209,7 +209,8 @@ def test_sharded(mesh, kind, cut):
 
     mapped = jax.shard_map(
         lambda x, w, p: sj.linear(x, w, reduce_axis=k, prologue=p), mesh=mesh,
-        in_specs=(P(rows, k), w.partition_spec(k=k), specs(prologue, rows, k)), out_specs=P(rows, None),
+        in_specs=(P(rows, k), w.partition_spec(k=k), specs(prologue, rows, k)),
+        out_specs=P(rows, None),
     )  # fmt: skip
     np.testing.assert_allclose(jax.jit(mapped)(*placed), expected, rtol=1e-4, atol=2e-2)
     if jax.tree.leaves(prologue):

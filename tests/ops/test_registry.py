@@ -50,7 +50,7 @@ def test_the_pattern_dense_is_the_dense_product():
     for name in ("hopper", "cusparselt"):
         with pytest.raises(NotImplementedError, match="the pattern dense prunes nothing"):
             cuda_text(lambda x, w, name=name: sj.linear(x, w, implementation=name), x, w)
-    # quantised without lifting, in one step and in two
+    # It is quantised without lifting, in one step and in two.
     for run, call in (
         (sj.linear, "linear"),
         (lambda x, w: sj.sparse_matmul(*sj.lift_quantize(x, "dense"), w), "sparse_matmul"),
@@ -112,7 +112,7 @@ def test_a_registered_implementation_runs(toy, prepared, prologue):
         return jax.jit(lambda x: sj.linear(x, w, bias, implementation, prologue=prologue))(x)
 
     np.testing.assert_array_equal(run("toy"), run("reference"))
-    # nothing reaches it but what it can compute
+    # It gets no problems that it cannot compute.
     assert sj.linear(x[:0], w, bias, "toy").shape == (0, 48)
     with pytest.raises(NotImplementedError, match="'toy' refuses: at most 64 rows, not 65"):
         sj.linear(jnp.ones((65, 100)), w, bias, "toy")

@@ -1,4 +1,4 @@
-"""Each way of cutting a product over a mesh of eight fake devices: equal results, and no gathering of x or W."""
+"""All ways to cut a product over eight fake devices: equal results, without gathering x or W."""
 
 import functools
 import re

@@ -37,7 +37,7 @@ def test_matches_numpy_bit_for_bit(dtype, qmax, seed, spread):
 
 @pytest.mark.parametrize(("dtype", "qmax"), DTYPES)
 def test_every_e4m3_tie_and_neighbour(dtype, qmax):
-    """All midpoints between codes, and the floats just beside them, round as the type's own cast does."""
+    """Midpoints between codes, and the floats just beside them, round as the type's own cast."""
     grid = (
         np.arange(-qmax, qmax + 1)
         if dtype == "int8"

@@ -54,7 +54,7 @@ def test_lossless_for_any_mask_that_fits(pattern, rows, seed, density):
 
 @pytest.mark.parametrize("pattern", SPARSE)
 def test_packed_layout(pattern):
-    """Kept values in column order, zeros as z1 | z2 << 4, for every position of the two zeros in a group."""
+    """Values are in column order and zeros are z1 | z2 << 4, wherever the two zeros are."""
     p = sj.Pattern.parse(pattern)
     pairs = list(itertools.combinations(range(p.group), 2))
     kernel = np.tile(np.arange(1.0, p.group + 1, dtype=np.float32), (len(pairs), 1))
@@ -75,7 +75,7 @@ def test_packed_layout(pattern):
 
 
 def test_dense_holds_the_codes_in_rows():
-    """Values are the rows of the kernel, zero-padded; there are no zeros to name, and nothing is too full."""
+    """Values are the kernel's rows, zero-padded. There are no zeros, and no group is too full."""
     kernel = random_kernel(0, (50, 3))
     w = sj.pack(kernel, "dense", mask=jnp.ones((50, 3), bool))
     assert w.values.shape == (3, 16, 4) and w.zeros.shape == (3, 0) and w.zeros.dtype == jnp.uint8

@@ -26,7 +26,7 @@ def problem(rows, columns, out, pattern="6:8", dtype=jnp.int8, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_raw_accumulators_are_what_a_mesh_can_sum(dtype):
-    """With K split over a mesh the call has int32 results of int8 operands, float32 ones of e4m3."""
+    """If K is split over a mesh, int8 operands give int32 results, and e4m3 gives float32."""
     lifted, scale, w, _ = problem(16, 128, 64, dtype=dtype)
     traced = jax.jit(lambda lifted, scale: HOPPER.matmul(lifted, scale, w, None, None)).trace(
         lifted, scale
