@@ -24,9 +24,9 @@ __all__ = ["Choice", "choose", "forms", "implementation_for", "lookup", "time_of
 
 # The largest distance between a problem and an entry of the table that speaks for it, in factors of
 # two summed over rows, inputs and outputs.
-_REACH = 3.0
+_MAX_DISTANCE = 3.0
 # A weight can do without a prepared form if it takes at most this many times its shortest time.
-_NEARLY = 1.2
+_CLOSE_ENOUGH = 1.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,9 @@ def _nearest(problem: Problem) -> dict[str, Any] | None:
     def far(entry: dict[str, Any]) -> float:
         return distance(entry, problem.rows, problem.in_features, problem.out_features)
 
-    near = [e for e in alike(problem.device, problem.pattern, problem.dtype) if far(e) <= _REACH]
+    near = [
+        e for e in alike(problem.device, problem.pattern, problem.dtype) if far(e) <= _MAX_DISTANCE
+    ]
     return min(near, key=far, default=None)
 
 
@@ -164,11 +166,11 @@ def time_of(
             for variant, time in _times(e).items()
             if pattern.prunes or variant.implementation == registry.FALLBACK.name
         ]
-        if us and (far := distance(e, rows, *shape)) <= _REACH:
+        if us and (far := distance(e, rows, *shape)) <= _MAX_DISTANCE:
             times.append(
                 (far, min(us) * rows * math.prod(shape) / (e["rows"] * e["in"] * e["out"]))
             )
-    return min(times, key=lambda one: one[0])[1] if times else None
+    return min(times, key=lambda timed: timed[0])[1] if times else None
 
 
 def forms(w: SlideWeight) -> tuple[str, ...]:
@@ -182,7 +184,7 @@ def forms(w: SlideWeight) -> tuple[str, ...]:
     near = [
         times
         for e in alike(device_kind("cuda"), w.pattern, w.dtype)
-        if log_ratio(e["in"], w.in_features) + log_ratio(e["out"], w.out_features) <= _REACH
+        if log_ratio(e["in"], w.in_features) + log_ratio(e["out"], w.out_features) <= _MAX_DISTANCE
         and (times := _times(e))
     ]
     if not near:
@@ -202,7 +204,7 @@ def forms(w: SlideWeight) -> tuple[str, ...]:
         enough = [
             held
             for held in itertools.combinations(names, count)
-            if all(times_best(us, held) <= _NEARLY for us in near)
+            if all(times_best(us, held) <= _CLOSE_ENOUGH for us in near)
         ]
         if enough:
             return min(enough, key=cost)

@@ -140,7 +140,7 @@ def matmul_call(
 _WORKSPACE = 64 << 20
 _DEFAULT_CHOICE = {"algorithm": -1, "split_k": 1, "split_k_mode": 0, "workspace_bytes": _WORKSPACE}
 # The largest distance, in factors of two, between the rows of a search and those of a call.
-_REACH = 1.0
+_MAX_DISTANCE = 1.0
 
 
 def _search_path() -> Path:
@@ -179,7 +179,7 @@ def _nearest_search(
         return None
     found = _read_searches()[1].get(_search_key(dtype, result, out, columns), {})
     near = min(found, key=lambda r: abs(math.log2(int(r) / max(rows, 1))), default=None)
-    if near is None or abs(math.log2(int(near) / max(rows, 1))) > _REACH:
+    if near is None or abs(math.log2(int(near) / max(rows, 1))) > _MAX_DISTANCE:
         return None
     return near, found[near]
 
