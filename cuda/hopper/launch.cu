@@ -23,7 +23,7 @@ constexpr int kEarlyTokens = 512;
 // that share W as well as X, as a part of that without: it takes less energy, which is what binds,
 // but the clocks of a short stage do not hide what four blocks have to tell each other.
 // docs/hopper-kernel.md has the measurements.
-struct Entry {
+struct TileInfo {
   HopperTile tile;
   const void* kernel[2];
   int threads, shared, partial, slab_tokens;
@@ -36,27 +36,27 @@ struct Entry {
 template <class T>
 constexpr uint32_t Divisions() {
   uint32_t all = 0;
-  for (int parts : kParts) {
-    const bool fits = T::kDivides && parts * T::kCluster <= 8 &&
-                      (T::kJobs + parts - 1) / parts * parts <= T::kMostJobs;
+  for (int parts : kClusterSplits) {
+    const bool fits = T::kCanSplitInCluster && parts * T::kCtas <= 8 &&
+                      (T::kUnits + parts - 1) / parts * parts <= T::kMaxUnits;
     all |= fits ? 1u << parts : 0;
   }
   return all;
 }
 
-template <int kWarpGroups, int kBlocks, int kTokens, int kCluster, int kStages, int kCopies,
+template <int kWarpGroups, int kM64Blocks, int kTokens, int kCtas, int kStagesX, int kStagesW,
           bool kSparse = true>
-Entry MakeEntry(const char* name, float stage_clocks, float tile_clocks, float abreast = 1) {
-  using T = Tile<true, kWarpGroups, kBlocks, kTokens, kCluster, kStages, kCopies, kSparse>;
-  using S = Tile<false, kWarpGroups, kBlocks, kTokens, kCluster, kStages, kCopies, kSparse>;
-  return {{name, T::kRows, kTokens, kCluster, kWarpGroups, kStages},
+TileInfo MakeTileInfo(const char* name, float stage_clocks, float tile_clocks, float abreast = 1) {
+  using T = Tile<true, kWarpGroups, kM64Blocks, kTokens, kCtas, kStagesX, kStagesW, kSparse>;
+  using S = Tile<false, kWarpGroups, kM64Blocks, kTokens, kCtas, kStagesX, kStagesW, kSparse>;
+  return {{name, T::kRows, kTokens, kCtas, kWarpGroups, kStagesX},
           {reinterpret_cast<const void*>(SparseMatmulKernel<T>),
            reinterpret_cast<const void*>(SparseMatmulKernel<S>)},
           T::kThreads,
-          T::kShared,
-          T::kPartial * kCluster * 4,
+          T::kSharedBytes,
+          T::kAccumulators * kCtas * 4,
           T::kSlabTokens,
-          T::kWidthW,
+          T::kSlicesW,
           Divisions<T>(),
           kSparse,
           stage_clocks,
@@ -64,23 +64,23 @@ Entry MakeEntry(const char* name, float stage_clocks, float tile_clocks, float a
           abreast};
 }
 
-const Entry kEntries[] = {
-    MakeEntry<2, 2, 192, 2, 4, 2>("256x192", 977, 3000, 0.96),
-    MakeEntry<2, 1, 256, 2, 4, 3>("128x256", 665, 2500, 0.98),
-    MakeEntry<2, 2, 160, 2, 4, 3>("256x160", 843, 2600, 0.95),
-    MakeEntry<2, 2, 128, 2, 4, 3>("256x128", 710, 2000, 0.96),
-    MakeEntry<2, 1, 128, 2, 6, 4>("128x128", 400, 1500, 1.08),
-    MakeEntry<2, 1, 128, 4, 6, 4>("128x128 in fours", 395, 1500),
-    MakeEntry<2, 1, 64, 1, 5, 6>("128x64", 255, 1000),
-    MakeEntry<2, 1, 32, 1, 7, 7>("128x32", 240, 800),
-    MakeEntry<2, 1, 16, 1, 8, 8>("128x16", 200, 800),
-    MakeEntry<2, 2, 192, 2, 3, 3, false>("dense 256x192", 1520, 2900, 0.97),
-    MakeEntry<2, 1, 256, 2, 4, 4, false>("dense 128x256", 1040, 2500, 0.96),
-    MakeEntry<2, 1, 128, 2, 6, 6, false>("dense 128x128", 560, 1500, 0.97),
-    MakeEntry<2, 1, 64, 1, 7, 7, false>("dense 128x64", 340, 1000),
-    MakeEntry<2, 1, 16, 1, 10, 10, false>("dense 128x16", 400, 800),
+const TileInfo kTiles[] = {
+    MakeTileInfo<2, 2, 192, 2, 4, 2>("256x192", 977, 3000, 0.96),
+    MakeTileInfo<2, 1, 256, 2, 4, 3>("128x256", 665, 2500, 0.98),
+    MakeTileInfo<2, 2, 160, 2, 4, 3>("256x160", 843, 2600, 0.95),
+    MakeTileInfo<2, 2, 128, 2, 4, 3>("256x128", 710, 2000, 0.96),
+    MakeTileInfo<2, 1, 128, 2, 6, 4>("128x128", 400, 1500, 1.08),
+    MakeTileInfo<2, 1, 128, 4, 6, 4>("128x128 in clusters_2x2", 395, 1500),
+    MakeTileInfo<2, 1, 64, 1, 5, 6>("128x64", 255, 1000),
+    MakeTileInfo<2, 1, 32, 1, 7, 7>("128x32", 240, 800),
+    MakeTileInfo<2, 1, 16, 1, 8, 8>("128x16", 200, 800),
+    MakeTileInfo<2, 2, 192, 2, 3, 3, false>("dense 256x192", 1520, 2900, 0.97),
+    MakeTileInfo<2, 1, 256, 2, 4, 4, false>("dense 128x256", 1040, 2500, 0.96),
+    MakeTileInfo<2, 1, 128, 2, 6, 6, false>("dense 128x128", 560, 1500, 0.97),
+    MakeTileInfo<2, 1, 64, 1, 7, 7, false>("dense 128x64", 340, 1000),
+    MakeTileInfo<2, 1, 16, 1, 10, 10, false>("dense 128x16", 400, 800),
 };
-constexpr int kEntryCount = sizeof(kEntries) / sizeof(kEntries[0]);
+constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
 int CeilDiv(int a, int b) { return (a + b - 1) / b; }
 bool IsSparse(const HopperArgs& a) { return a.group != 0; }
@@ -112,27 +112,27 @@ struct Split {
 
 // Teams that are expected to run side by side in clusters of `parts`: larger clusters do not fill a
 // device to the last multiprocessor.
-int PlannedTeams(const Entry& e, int multiprocessors, int parts) {
+int PlannedGroups(const TileInfo& e, int multiprocessors, int parts) {
   const int all = multiprocessors / e.tile.cluster, size = e.tile.cluster * parts;
   const int fit = size <= 2 ? all : size % 3 == 0 ? all * 9 / 11 : all * 10 / 11;
   return parts == 1 ? std::max(1, fit) : fit / parts * parts;
 }
 
 // Tiles of a team along the outputs and, of `teams` abreast, along the tokens.
-int RowTiles(const Entry& e, const HopperArgs& a) {
+int RowTiles(const TileInfo& e, const HopperArgs& a) {
   return CeilDiv(a.out, e.tile.rows * e.tile.cluster);
 }
-int TokenTiles(const Entry& e, const HopperArgs& a, int teams) {
-  return CeilDiv(a.M, teams * e.tile.tokens);
+int TokenTiles(const TileInfo& e, const HopperArgs& a, int cta_groups) {
+  return CeilDiv(a.M, cta_groups * e.tile.tokens);
 }
 
 // A step of two stages, with so many blocks side by side, of teams of which `teams` share W: no
 // faster than L2 gives all of them what each reads of it.
-float StepClocks(const Entry& e, const HopperArgs& a, int blocks, int teams) {
+float StepClocks(const TileInfo& e, const HopperArgs& a, int blocks, int cta_groups) {
   const float kBytesPerClock = 5500;  // fitted together with the 72 bytes of a row below; W and its
                                       // metadata have 80 (weight_bytes)
   const float x = 128.0f * e.tile.tokens / e.tile.cluster,
-              w = (e.sparse ? 72.0f : 128.0f) * e.tile.rows / teams;
+              w = (e.sparse ? 72.0f : 128.0f) * e.tile.rows / cta_groups;
   // Where power does not bind, the tile with the longest stages hides the least of what each wave
   // waits for.
   const float exposed = a.M < kAbreastTokens && e.tile.rows * e.tile.tokens >= 256 * 192 ? 1.1f : 1;
@@ -141,12 +141,14 @@ float StepClocks(const Entry& e, const HopperArgs& a, int blocks, int teams) {
 
 // Whole waves first; the rest either as one more wave, or cut along K by way of memory. clusters:
 // of `teams` teams, each with its tile.
-Split CutInMemory(const Entry& e, const HopperArgs& a, int clusters, int teams, int want) {
-  const int tiles = RowTiles(e, a) * TokenTiles(e, a, teams), steps = StepsOf(a);
-  const int rest = tiles % clusters, waves = tiles / clusters, blocks = e.tile.cluster * teams;
-  auto step_of = [&](int side_by_side) { return StepClocks(e, a, side_by_side * blocks, teams); };
+Split CutInMemory(const TileInfo& e, const HopperArgs& a, int clusters, int cta_groups, int want) {
+  const int tiles = RowTiles(e, a) * TokenTiles(e, a, cta_groups), steps = StepsOf(a);
+  const int rest = tiles % clusters, waves = tiles / clusters, blocks = e.tile.cluster * cta_groups;
+  auto step_of = [&](int side_by_side) {
+    return StepClocks(e, a, side_by_side * blocks, cta_groups);
+  };
   const float tile = steps * step_of(std::min(tiles, clusters)) + e.tile_clocks;
-  Split best{tiles * teams, 0, 0, 1, 0, (waves + (rest > 0)) * tile, teams > 1};
+  Split best{tiles * cta_groups, 0, 0, 1, 0, (waves + (rest > 0)) * tile, cta_groups > 1};
   if (rest == 0 || want == 0) return best;
   const float kBytesPerClock = 24, kLatency = 6500;  // of a multiprocessor, partial sums both ways;
                                                      // clearing the counters and waiting
@@ -159,12 +161,12 @@ Split CutInMemory(const Entry& e, const HopperArgs& a, int clusters, int teams, 
     // Equal parts run through K side by side; unequal ones each read their own W and X from memory,
     // teams abreast at half of its rate.
     const float bytes = rest * (e.tile.rows * e.tile.cluster * WeightBytes(a) / a.out +
-                                teams * e.tile.tokens * 256.0f * steps);
-    const float apart = sharers % rest ? teams * bytes / 2900 : 0;
+                                cta_groups * e.tile.tokens * 256.0f * steps);
+    const float apart = sharers % rest ? cta_groups * bytes / 2900 : 0;
     const float shared = std::max(CeilDiv(rest * steps, sharers) * step_of(sharers), apart);
     const float clocks = waves * tile + late * (shared + e.tile_clocks + move + kLatency);
     if (want > 0 || clocks < best.clocks)
-      best = {waves * clusters * teams, rest, sharers, 1, 0, clocks, teams > 1};
+      best = {waves * clusters * cta_groups, rest, sharers, 1, 0, clocks, cta_groups > 1};
   };
   if (want > 0) {
     consider(want);
@@ -177,28 +179,31 @@ Split CutInMemory(const Entry& e, const HopperArgs& a, int clusters, int teams, 
 
 // The last, partial wave divided along K within clusters of several teams, on as many as fit. Not
 // better than `best`: that.
-Split DivideInClusters(const Entry& e, const HopperArgs& a, int multiprocessors, Split best) {
+Split DivideInClusters(const TileInfo& e, const HopperArgs& a, int multiprocessors, Split best) {
   const int tiles = RowTiles(e, a) * TokenTiles(e, a, 1), steps = StepsOf(a);
   const float meeting =
       1500 + 40.0f * e.tile.tokens * e.tile.rows / 128;  // of a cluster, and sending sums around
-  for (int parts : kParts) {
+  for (int parts : kClusterSplits) {
     if (!(e.divides >> parts & 1) || parts > steps || (a.parts > 0 && parts != a.parts)) continue;
-    const int teams = PlannedTeams(e, multiprocessors, parts);
-    if (teams == 0) continue;
-    const int full = tiles / teams, divided = tiles % teams;
-    if (divided == 0 || divided > teams / parts) continue;
-    const float step = StepClocks(e, a, (full > 0 ? teams : divided * parts) * e.tile.cluster, 1);
+    const int cta_groups = PlannedGroups(e, multiprocessors, parts);
+    if (cta_groups == 0) continue;
+    const int full = tiles / cta_groups, divided = tiles % cta_groups;
+    if (divided == 0 || divided > cta_groups / parts) continue;
+    const float step =
+        StepClocks(e, a, (full > 0 ? cta_groups : divided * parts) * e.tile.cluster, 1);
     const float clocks = full * (steps * step + e.tile_clocks) + CeilDiv(steps, parts) * step +
                          e.tile_clocks + meeting;
     if (a.parts > 0 || clocks < best.clocks)
-      best = {full * teams, 0, full > 0 ? teams : divided * parts, parts, divided, clocks};
+      best = {full * cta_groups, 0,     full > 0 ? cta_groups : divided * parts, parts,
+              divided,           clocks};
   }
   return best;
 }
 
 // The best way for the tiles of a configuration to fall on `clusters` teams. want:
 // HopperArgs::split.
-Split SplitTiles(const Entry& e, const HopperArgs& a, int multiprocessors, int clusters, int want) {
+Split SplitTiles(const TileInfo& e, const HopperArgs& a, int multiprocessors, int clusters,
+                 int want) {
   const bool can = e.tile.cluster == 2 && clusters > 1 && a.parts <= 1;
   const int cut = a.parts > 0 ? 0 : want;
   Split best{};
@@ -222,12 +227,12 @@ struct Plan {
 Plan MakePlan(const HopperArgs& a, int multiprocessors) {
   Plan best{-1, 0, {}};
   float best_time = 0;
-  for (int c = 0; c < kEntryCount; ++c) {
-    const Entry& e = kEntries[c];
+  for (int c = 0; c < kTileCount; ++c) {
+    const TileInfo& e = kTiles[c];
     if (e.sparse != IsSparse(a) || (a.config >= 0 && a.config != c)) continue;
     if (a.config < 0 && a.M <= kFewTokens && e.tile.tokens > kFewTokens) continue;
     const Split split =
-        SplitTiles(e, a, multiprocessors, PlannedTeams(e, multiprocessors, 1), a.split);
+        SplitTiles(e, a, multiprocessors, PlannedGroups(e, multiprocessors, 1), a.split);
     // Weights once for every token tile that does not fit beside the others; at 1.4 GHz a clock
     // moves about 2.9 KB.
     const float time = std::max(split.clocks, WeightBytes(a) / 2900.0f) + 0.1f * split.clocks;
@@ -236,7 +241,7 @@ Plan MakePlan(const HopperArgs& a, int multiprocessors) {
       best_time = time;
     }
   }
-  const Entry& e = kEntries[best.config];
+  const TileInfo& e = kTiles[best.config];
   const int fit =
       static_cast<int>((16 << 20) / (static_cast<int64_t>(e.tile.tokens) * ColumnsOf(a)));
   best.token_group =
@@ -247,18 +252,18 @@ Plan MakePlan(const HopperArgs& a, int multiprocessors) {
 size_t PartialBytes(const Plan& plan) {
   if (plan.split.shared == 0) return 0;
   return kCounterBytes + static_cast<size_t>(plan.split.shared + plan.split.clusters) *
-                             plan.split.teams_of_cluster() * kEntries[plan.config].partial;
+                             plan.split.teams_of_cluster() * kTiles[plan.config].partial;
 }
 
 // What the driver and the device say once.
 struct Device {
   std::once_flag once;
   cudaError_t status = cudaErrorInitializationError;
-  int clusters[kEntryCount][9] = {};  // of so many teams, that run side by side; of numbers that
-                                      // can divide K, and of two that can share W
+  int clusters[kTileCount][9] = {};  // of so many teams, that run side by side; of numbers that
+                                     // can divide K, and of two that can share W
   int multiprocessors = 0;
 
-  int Teams(int config, int parts) const { return clusters[config][parts] * parts; }
+  int CtaGroups(int config, int parts) const { return clusters[config][parts] * parts; }
 };
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
@@ -266,7 +271,7 @@ EncodeTiled encode_tiled = nullptr;
 Device devices[kMaxDevices];
 
 // A launch of so many blocks in clusters of `size`, which is written into `attribute`.
-cudaLaunchConfig_t InClusters(const Entry& e, unsigned blocks, unsigned size,
+cudaLaunchConfig_t InClusters(const TileInfo& e, unsigned blocks, unsigned size,
                               cudaLaunchAttribute& attribute) {
   attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -281,7 +286,7 @@ cudaLaunchConfig_t InClusters(const Entry& e, unsigned blocks, unsigned size,
   return config;
 }
 
-cudaError_t ReadyDevice(int id, Device& device) {
+cudaError_t PrepareDevice(int id, Device& device) {
   int major = 0;
   if (auto s = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id)) return s;
   if (major != 9) return cudaErrorNoKernelImageForDevice;
@@ -294,8 +299,8 @@ cudaError_t ReadyDevice(int id, Device& device) {
     return s;
   if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
   encode_tiled = reinterpret_cast<EncodeTiled>(entry);
-  for (int c = 0; c < kEntryCount; ++c) {
-    const Entry& e = kEntries[c];
+  for (int c = 0; c < kTileCount; ++c) {
+    const TileInfo& e = kTiles[c];
     for (const void* kernel : e.kernel)
       if (auto s =
               cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, e.shared))
@@ -319,7 +324,7 @@ cudaError_t GetDevice(Device** device) {
   if (auto s = cudaGetDevice(&id)) return s;
   if (id >= kMaxDevices) return cudaErrorInvalidDevice;
   *device = &devices[id];
-  std::call_once(devices[id].once, [&] { devices[id].status = ReadyDevice(id, devices[id]); });
+  std::call_once(devices[id].once, [&] { devices[id].status = PrepareDevice(id, devices[id]); });
   return devices[id].status;
 }
 
@@ -335,7 +340,8 @@ bool MakeMap(CUtensorMap* map, CUtensorMapDataType type, int rank, const void* b
 bool Aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
 
 // W and its metadata, which so many blocks copy together.
-bool MakeWeightMaps(Params& p, const HopperArgs& a, const Entry& e, const void* meta, int sharers) {
+bool MakeWeightMaps(Params& p, const HopperArgs& a, const TileInfo& e, const void* meta,
+                    int sharers) {
   const cuuint64_t columns = e.sparse ? ColumnsOf(a) / 2 : ColumnsOf(a),
                    stages = MetadataStages(a.groups, a.group);
   const cuuint32_t rows = e.tile.rows / sharers;
@@ -350,7 +356,7 @@ bool MakeWeightMaps(Params& p, const HopperArgs& a, const Entry& e, const void* 
                                e_box, CU_TENSOR_MAP_SWIZZLE_NONE));
 }
 
-bool MakeMaps(Params& p, const HopperArgs& a, const Entry& e, const void* meta) {
+bool MakeMaps(Params& p, const HopperArgs& a, const TileInfo& e, const void* meta) {
   const cuuint64_t columns = ColumnsOf(a);
   const cuuint64_t x_size[] = {columns, static_cast<cuuint64_t>(a.M)}, x_stride[] = {columns};
   const cuuint32_t x_box[] = {128, static_cast<cuuint32_t>(e.tile.tokens / e.tile.cluster)},
@@ -377,15 +383,15 @@ bool MakeMaps(Params& p, const HopperArgs& a, const Entry& e, const void* meta) 
 // A call's plan on the current device, and what is where in its workspace.
 struct Ready {
   Plan plan;
-  int teams;  // of all launches
-  int fours;  // clusters of two teams that share W, beside which the other teams run in pairs of
-              // blocks
+  int cta_groups;    // of all launches
+  int clusters_2x2;  // clusters of two teams that share W, beside which the other teams run in
+                     // pairs of blocks
   const uint32_t* meta;
   uint32_t* own_meta;  // where it is to be expanded, or null
   uint8_t* workspace;  // behind it
 
   HopperCounters counters() const {
-    const HopperTile& tile = kEntries[plan.config].tile;
+    const HopperTile& tile = kTiles[plan.config].tile;
     return {
         reinterpret_cast<unsigned long long*>(workspace),
         plan.split.shared * plan.split.teams_of_cluster() * tile.cluster * tile.warp_groups * 4};
@@ -412,13 +418,13 @@ cudaError_t MakeReady(const HopperArgs& args, Ready* ready) {
 
   Plan& plan = ready->plan;
   plan = MakePlan(a, device->multiprocessors);
-  const Entry& e = kEntries[plan.config];
-  const int planned = PlannedTeams(e, device->multiprocessors, 1),
-            clusters = std::min(planned, device->Teams(plan.config, 1));
+  const TileInfo& e = kTiles[plan.config];
+  const int planned = PlannedGroups(e, device->multiprocessors, 1),
+            clusters = std::min(planned, device->CtaGroups(plan.config, 1));
   bool fits = clusters == planned;
   if (plan.split.abreast) fits = fits && device->clusters[plan.config][2] > 0;
   if (plan.split.parts > 1)
-    fits = plan.split.clusters <= device->Teams(plan.config, plan.split.parts);
+    fits = plan.split.clusters <= device->CtaGroups(plan.config, plan.split.parts);
   if (!fits || a.workspace_bytes - meta_bytes <
                    PartialBytes(plan)) {  // fewer fit than planned for, or no room
     a.config = plan.config, a.parts = 1, a.abreast = fits && plan.split.abreast ? 2 : 1;
@@ -426,10 +432,11 @@ cudaError_t MakeReady(const HopperArgs& args, Ready* ready) {
   }
   const Split& s = plan.split;
   // In whole clusters, as many teams as there is work for.
-  ready->teams = s.parts > 1 ? s.clusters
-                             : std::min(s.abreast ? clusters & ~1 : clusters,
-                                        std::max(s.whole, s.clusters * s.teams_of_cluster()));
-  ready->fours = s.abreast ? std::min(ready->teams / 2, device->clusters[plan.config][2]) : 0;
+  ready->cta_groups = s.parts > 1 ? s.clusters
+                                  : std::min(s.abreast ? clusters & ~1 : clusters,
+                                             std::max(s.whole, s.clusters * s.teams_of_cluster()));
+  ready->clusters_2x2 =
+      s.abreast ? std::min(ready->cta_groups / 2, device->clusters[plan.config][2]) : 0;
   static_assert(132 * 2 * 4 * sizeof(*HopperCounters::first) <= kCounterBytes);
   if (ready->counters().count * sizeof(*HopperCounters::first) > kCounterBytes)
     return cudaErrorInvalidValue;
@@ -455,7 +462,7 @@ const char* slidejax_hopper_check(const HopperArgs& a) {
   if (!IsSparse(a) && (a.groups < 16 || a.groups % 16))
     return "columns of a dense weight must be a multiple of 16";
   if (a.groups > (1 << (IsSparse(a) ? 20 : 24))) return "too many groups";
-  if (a.config >= kEntryCount || (a.config >= 0 && kEntries[a.config].sparse != IsSparse(a)))
+  if (a.config >= kTileCount || (a.config >= 0 && kTiles[a.config].sparse != IsSparse(a)))
     return "no such config";
   if (a.output == HopperOutput::kS32 && a.input != HopperInput::kS8)
     return "int32 results need int8 operands";
@@ -484,8 +491,8 @@ cudaError_t slidejax_hopper_expand_metadata(const uint8_t* zeros, uint32_t* meta
                           kMetadataThreads, parameters, 0, stream);
 }
 
-int slidejax_hopper_tile_count() { return kEntryCount; }
-HopperTile slidejax_hopper_tile(int config) { return kEntries[config].tile; }
+int slidejax_hopper_tile_count() { return kTileCount; }
+HopperTile slidejax_hopper_tile(int config) { return kTiles[config].tile; }
 
 void slidejax_hopper_plan(HopperArgs& a, int multiprocessors) {
   const Plan plan = MakePlan(a, multiprocessors);
@@ -515,7 +522,7 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
   Ready ready;
   if (auto s = MakeReady(a, &ready)) return s;
   const Plan& plan = ready.plan;
-  const Entry& e = kEntries[plan.config];
+  const TileInfo& e = kTiles[plan.config];
   const HopperCounters counters = ready.counters();
   if (!a.after_lift) {
     if (auto s = ready.ExpandMetadata(a, stream)) return s;
@@ -540,20 +547,20 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
   p.row_tiles = RowTiles(e, a);
   p.token_tiles = TokenTiles(e, a, split.teams_of_cluster());
   const int groups = std::min(p.token_tiles, CeilDiv(TokenTiles(e, a, 1), plan.token_group));
-  p.group_tokens = p.token_tiles / groups;
-  p.wide_groups = p.token_tiles % groups;
+  p.token_group_tiles = p.token_tiles / groups;
+  p.wide_token_groups = p.token_tiles % groups;
   p.whole_tiles = split.whole;
-  p.split_tiles = split.shared;
-  p.split_clusters = p.split_tiles > 0 ? split.clusters : 0;
-  p.parts = split.parts;
-  p.divided_tiles = split.divided;
-  p.teams = ready.teams;
+  p.stream_k_tiles = split.shared;
+  p.stream_k_workers = p.stream_k_tiles > 0 ? split.clusters : 0;
+  p.cluster_groups = split.parts;
+  p.cluster_split_tiles = split.divided;
+  p.cta_groups = ready.cta_groups;
   p.output = static_cast<int>(a.output);
 
   // `teams` from params.first_team on in clusters of `size` blocks.
-  auto launch = [&](Params& params, int teams, int size, bool early) {
+  auto launch = [&](Params& params, int cta_groups, int size, bool early) {
     cudaLaunchAttribute attributes[2] = {};
-    cudaLaunchConfig_t config = InClusters(e, teams * e.tile.cluster, size, attributes[0]);
+    cudaLaunchConfig_t config = InClusters(e, cta_groups * e.tile.cluster, size, attributes[0]);
     config.stream = stream;
     if (early) {
       attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -564,14 +571,15 @@ cudaError_t slidejax_hopper_sparse_matmul(const HopperArgs& a, cudaStream_t stre
     return cudaLaunchKernelExC(&config, e.kernel[static_cast<int>(a.input)], arguments);
   };
   if (!split.abreast)
-    return launch(p, ready.teams, e.tile.cluster * p.parts, a.after_lift && a.M <= kEarlyTokens);
+    return launch(p, ready.cta_groups, e.tile.cluster * p.cluster_groups,
+                  a.after_lift && a.M <= kEarlyTokens);
 
   Params four = p;
   if (!MakeWeightMaps(four, a, e, ready.meta, 2)) return cudaErrorInvalidValue;
-  const int left = ready.teams - 2 * ready.fours;
-  four.companion = kFirst;
-  if (auto s = launch(four, 2 * ready.fours, 2 * e.tile.cluster, false)) return s;
-  p.first_team = 2 * ready.fours;
-  p.companion = kSecond;
-  return left > 0 ? launch(p, left, e.tile.cluster, true) : cudaSuccess;
+  const int inherited = ready.cta_groups - 2 * ready.clusters_2x2;
+  four.role = kPrimary;
+  if (auto s = launch(four, 2 * ready.clusters_2x2, 2 * e.tile.cluster, false)) return s;
+  p.first_group = 2 * ready.clusters_2x2;
+  p.role = kSecondary;
+  return inherited > 0 ? launch(p, inherited, e.tile.cluster, true) : cudaSuccess;
 }

@@ -30,16 +30,16 @@ SJ_DEVICE int FreshThread() {
   return thread;
 }
 
-// Whether others have counted up to n, after looking `patience` times at most; what they wrote
+// Whether others have counted up to n, after looking `spins` times at most; what they wrote
 // before a fence and their count can then be read.
-SJ_DEVICE bool WaitCount(const int* counter, int n, int patience) {
+SJ_DEVICE bool WaitCount(const int* counter, int n, int spins) {
   int v;
   do {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
-  } while (v < n && --patience > 0);
+  } while (v < n && --spins > 0);
   return v >= n;
 }
-inline constexpr int kPatience =
+inline constexpr int kSpinLimit =
     4096;  // some milliseconds: far more than clusters that run side by side need
 
 // ---- mbarrier. Arrive and wait carry no .release.cluster / .acquire.cluster: those forms compile

@@ -75,7 +75,7 @@ def test_all_kernels_are_in_the_report(log):
         TILE.search(name).groups() for name in ENTRY.findall(log) if "SparseMatmulKernel" in name
     ]
     tiles = re.findall(
-        r"MakeEntry<(\d+), (\d+), (\d+), \d+, \d+, \d+(, false)?>\(",
+        r"MakeTileInfo<(\d+), (\d+), (\d+), \d+, \d+, \d+(, false)?>\(",
         (ROOT / "cuda/hopper/launch.cu").read_text(),
     )
     assert sorted(kernels) == sorted(

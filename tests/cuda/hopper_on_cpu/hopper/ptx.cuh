@@ -115,9 +115,9 @@ inline void NamedSync(int id, int threads) {
   emulator::WaitUntil("named barrier",
                       [&meeting, generation] { return meeting.generation != generation; });
 }
-inline constexpr int kPatience = 50;  // times that a thread's turn comes: now and then too few
-inline bool WaitCount(const int* counter, int n, int patience) {
-  emulator::WaitUntil("count", [=]() mutable { return *counter >= n || --patience <= 0; });
+inline constexpr int kSpinLimit = 50;  // times that a thread's turn comes: now and then too few
+inline bool WaitCount(const int* counter, int n, int spins) {
+  emulator::WaitUntil("count", [=]() mutable { return *counter >= n || --spins <= 0; });
   return *counter >= n;
 }
 
