@@ -1,24 +1,23 @@
-// The FFI handlers; module.cc hands them out.
+// The FFI handlers, which module.cc hands out. Each folder's handlers.cc defines its own.
 #pragma once
 
-#include "xla/ffi/api/c_api.h"
+#include "xla/ffi/api/ffi.h"
 
-// State types: what the instantiate stage of a handler makes and XLA destroys with the executable.
+// A state type: what the instantiate stage of a handler makes, and XLA destroys with the
+// executable.
 XLA_FFI_TypeId* slidejax_cusparselt_state_id();
 const XLA_FFI_TypeInfo* slidejax_cusparselt_state_info();
 
-extern "C" {
-XLA_FFI_Error* slidejax_lift_quantize(XLA_FFI_CallFrame*);
-XLA_FFI_Error* slidejax_lift_quantize_fused(XLA_FFI_CallFrame*);
-XLA_FFI_Error* slidejax_memcpy(XLA_FFI_CallFrame*);
-XLA_FFI_Error* slidejax_cusparselt_compress(XLA_FFI_CallFrame*);
-XLA_FFI_Error* slidejax_cusparselt_instantiate(XLA_FFI_CallFrame*);
-XLA_FFI_Error* slidejax_cusparselt_initialize(XLA_FFI_CallFrame*);
-XLA_FFI_Error* slidejax_cusparselt_execute(XLA_FFI_CallFrame*);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_lift_quantize);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_lift_quantize_fused);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_memcpy);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_compress_cusparselt);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_sparse_matmul_cusparselt_instantiate);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_sparse_matmul_cusparselt_initialize);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_sparse_matmul_cusparselt_execute);
 #ifdef SLIDEJAX_HOPPER
-XLA_FFI_Error* slidejax_hopper_initialize_handler(XLA_FFI_CallFrame*);
-XLA_FFI_Error* slidejax_hopper_execute_handler(XLA_FFI_CallFrame*);
-XLA_FFI_Error* slidejax_hopper_metadata_handler(XLA_FFI_CallFrame*);
-XLA_FFI_Error* slidejax_hopper_linear_handler(XLA_FFI_CallFrame*);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_hopper_initialize);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_metadata_hopper);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_sparse_matmul_hopper);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_linear_hopper);
 #endif
-}

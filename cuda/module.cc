@@ -1,5 +1,5 @@
-// The Python module slidejax._cuda: hands out the FFI handlers, and the few host functions that
-// Python needs beside them. Importing it needs neither a GPU nor a CUDA driver.
+// The Python module slidejax._cuda (slidejax/_cuda.pyi): it hands out the FFI handlers, and the few
+// host functions that Python needs beside them. Importing it needs neither a GPU nor a CUDA driver.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -7,7 +7,7 @@
 #include "cusparselt/plan.h"
 #include "handlers.h"
 #ifdef SLIDEJAX_HOPPER
-#include "hopper/hopper.h"
+#include "hopper/plan.h"
 #endif
 
 namespace nb = nanobind;
@@ -19,32 +19,29 @@ nb::capsule Capsule(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
   return nb::capsule(reinterpret_cast<void*>(handler));
 }
 
-// {target: capsule, or {stage: capsule}}, for jax.ffi.register_ffi_target.
 nb::dict Registrations() {
   nb::dict targets, matmul;
   targets["slidejax_lift_quantize"] = Capsule(slidejax_lift_quantize);
   targets["slidejax_lift_quantize_fused"] = Capsule(slidejax_lift_quantize_fused);
   targets["slidejax_memcpy"] = Capsule(slidejax_memcpy);
-  targets["slidejax_cusparselt_compress"] = Capsule(slidejax_cusparselt_compress);
-  matmul["instantiate"] = Capsule(slidejax_cusparselt_instantiate);
-  matmul["initialize"] = Capsule(slidejax_cusparselt_initialize);
-  matmul["execute"] = Capsule(slidejax_cusparselt_execute);
+  targets["slidejax_compress_cusparselt"] = Capsule(slidejax_compress_cusparselt);
+  matmul["instantiate"] = Capsule(slidejax_sparse_matmul_cusparselt_instantiate);
+  matmul["initialize"] = Capsule(slidejax_sparse_matmul_cusparselt_initialize);
+  matmul["execute"] = Capsule(slidejax_sparse_matmul_cusparselt_execute);
   targets["slidejax_sparse_matmul_cusparselt"] = matmul;
 #ifdef SLIDEJAX_HOPPER
-  nb::dict hopper;
-  hopper["initialize"] = Capsule(slidejax_hopper_initialize_handler);
-  hopper["execute"] = Capsule(slidejax_hopper_execute_handler);
-  targets["slidejax_sparse_matmul_hopper"] = hopper;
-  nb::dict linear;
-  linear["initialize"] = Capsule(slidejax_hopper_initialize_handler);
-  linear["execute"] = Capsule(slidejax_hopper_linear_handler);
+  nb::dict sparse_matmul, linear;
+  sparse_matmul["initialize"] = Capsule(slidejax_hopper_initialize);
+  sparse_matmul["execute"] = Capsule(slidejax_sparse_matmul_hopper);
+  targets["slidejax_sparse_matmul_hopper"] = sparse_matmul;
+  linear["initialize"] = Capsule(slidejax_hopper_initialize);
+  linear["execute"] = Capsule(slidejax_linear_hopper);
   targets["slidejax_linear_hopper"] = linear;
-  targets["slidejax_hopper_metadata"] = Capsule(slidejax_hopper_metadata_handler);
+  targets["slidejax_metadata_hopper"] = Capsule(slidejax_metadata_hopper);
 #endif
   return targets;
 }
 
-// {name: {"type_id": capsule, "type_info": capsule}}, for jax.ffi.register_ffi_type.
 nb::dict Types() {
   nb::dict types, state;
   state["type_id"] = nb::capsule(static_cast<void*>(slidejax_cusparselt_state_id()));
@@ -69,10 +66,7 @@ nb::dict BuildInfo() {
 }
 
 DType ToDType(const std::string& name) {
-  for (const DType type :
-       {DType::kS8, DType::kE4M3, DType::kBF16, DType::kF16, DType::kF32, DType::kS32}) {
-    if (name == slidejax::Name(type)) return type;
-  }
+  if (const auto type = slidejax::DTypeNamed(name)) return *type;
   throw nb::value_error(("unknown dtype " + name).c_str());
 }
 
@@ -86,16 +80,15 @@ size_t CompressedBytes(const std::string& dtype, int64_t outputs, int64_t column
   return slidejax::cusparselt::SizeOfCompressed(ToDType(dtype), outputs, columns).compressed;
 }
 
-nb::list Tune(const std::string& dtype, const std::string& result, bool alpha_vector,
-              int64_t outputs, int64_t tokens, int64_t columns, size_t workspace_limit,
-              int repeats) {
+nb::list Tune(const std::string& dtype, const std::string& result, int64_t outputs, int64_t tokens,
+              int64_t columns, size_t workspace_limit, int repeats) {
   std::vector<slidejax::cusparselt::Timing> timings;
   {
-    const DType operand_type = ToDType(dtype), result_type = ToDType(result);
+    slidejax::cusparselt::Problem problem = {};
+    problem.operand = ToDType(dtype), problem.result = ToDType(result);
+    problem.outputs = outputs, problem.tokens = tokens, problem.columns = columns;
     nb::gil_scoped_release release;
-    timings = slidejax::cusparselt::Tune(
-        {operand_type, result_type, alpha_vector, outputs, tokens, columns, {}}, workspace_limit,
-        repeats);
+    timings = slidejax::cusparselt::Tune(problem, workspace_limit, repeats);
   }
   nb::list list;
   for (const auto& timing : timings) {
@@ -110,6 +103,14 @@ nb::list Tune(const std::string& dtype, const std::string& result, bool alpha_ve
   return list;
 }
 
+#ifdef SLIDEJAX_HOPPER
+size_t HopperWorkspaceBytes(int M, int out, int columns, int group, bool metadata_prepared,
+                            int multiprocessors) {
+  return slidejax::hopper::WorkspaceBytes({M, out, columns, group}, {}, metadata_prepared,
+                                          multiprocessors);
+}
+#endif
+
 }  // namespace
 
 NB_MODULE(_cuda, m) {
@@ -118,35 +119,15 @@ NB_MODULE(_cuda, m) {
   m.def("registrations", &Registrations);
   m.def("types", &Types);
   m.def("build_info", &BuildInfo);
-  m.def("load_cusparselt", &slidejax::cusparselt::Load, nb::arg("candidates"),
-        "Loads cuSPARSELt from the first of these paths that works; returns '' or why none does.");
-  m.def("cusparselt_version", &CusparseltVersion,
-        "(major, minor, patch) of the library that is loaded, or None.");
+  m.def("load_cusparselt", &slidejax::cusparselt::Load, nb::arg("candidates"));
+  m.def("cusparselt_version", &CusparseltVersion);
   m.def("cusparselt_compressed_bytes", &CompressedBytes, nb::arg("dtype"), nb::arg("outputs"),
-        nb::arg("columns"), "Bytes of a weight's compressed form. Needs a GPU.");
-  m.def("cusparselt_tune", &Tune, nb::arg("dtype"), nb::arg("result"), nb::arg("alpha_vector"),
-        nb::arg("outputs"), nb::arg("tokens"), nb::arg("columns"), nb::arg("workspace_limit"),
-        nb::arg("repeats") = 10,
-        "Times the library's kernels on the current GPU: [{algorithm, split_k, "
-        "split_k_mode, microseconds, workspace_bytes}], fastest first.");
+        nb::arg("columns"));
+  m.def("cusparselt_tune", &Tune, nb::arg("dtype"), nb::arg("result"), nb::arg("outputs"),
+        nb::arg("tokens"), nb::arg("columns"), nb::arg("workspace_limit"), nb::arg("repeats") = 10);
 #ifdef SLIDEJAX_HOPPER
-  m.def("hopper_metadata_bytes", &slidejax_hopper_metadata_bytes, nb::arg("out"), nb::arg("groups"),
-        nb::arg("group"), "Bytes of a weight's metadata in the kernel's order. Needs no GPU.");
-  m.def(
-      "hopper_workspace_bytes",
-      [](int M, int out, int groups, int group, const std::string& dtype, bool has_metadata,
-         int multiprocessors) {
-        slidejax::HopperArgs args = {};
-        args.M = M, args.out = out, args.groups = groups, args.group = group;
-        args.input = ToDType(dtype) == DType::kS8 ? slidejax::HopperInput::kS8
-                                                  : slidejax::HopperInput::kE4M3;
-        args.meta =
-            has_metadata ? reinterpret_cast<const uint32_t*>(16) : nullptr;  // only tested for null
-        args.config = -1, args.split = -1;
-        return slidejax_hopper_workspace(args, multiprocessors);
-      },
-      nb::arg("M"), nb::arg("out"), nb::arg("groups"), nb::arg("group"), nb::arg("dtype"),
-      nb::arg("has_metadata"), nb::arg("multiprocessors"),
-      "Bytes of workspace of slidejax_sparse_matmul_hopper. Needs no GPU.");
+  m.def("hopper_workspace_bytes", &HopperWorkspaceBytes, nb::arg("M"), nb::arg("out"),
+        nb::arg("columns"), nb::arg("group"), nb::arg("metadata_prepared"),
+        nb::arg("multiprocessors"));
 #endif
 }

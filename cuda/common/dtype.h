@@ -1,8 +1,9 @@
-// The element types of slidejax's kernels. The numbers are those of the `dtype` arguments in the
-// Python module.
+// The element types of slidejax's kernels.
 #pragma once
 
 #include <cstddef>
+#include <optional>
+#include <string_view>
 
 namespace slidejax {
 
@@ -14,10 +15,18 @@ inline constexpr std::size_t Bytes(DType type) {
                                                        : 4;
 }
 
+// The name that NumPy and JAX give it.
 inline constexpr const char* Name(DType type) {
   constexpr const char* kNames[] = {"int8",    "float8_e4m3fn", "bfloat16",
                                     "float16", "float32",       "int32"};
   return kNames[static_cast<int>(type)];
+}
+
+inline std::optional<DType> DTypeNamed(std::string_view name) {
+  for (int i = 0; i <= static_cast<int>(DType::kS32); ++i) {
+    if (name == Name(static_cast<DType>(i))) return static_cast<DType>(i);
+  }
+  return std::nullopt;
 }
 
 }  // namespace slidejax

@@ -36,6 +36,11 @@ inline std::string Describe(const ffi::AnyBuffer& buffer) {
   return text + "]";
 }
 
+template <typename Buffer>
+int64_t Count(const Buffer& buffer) {
+  return static_cast<int64_t>(buffer.element_count());
+}
+
 inline ffi::Error InvalidArgument(const std::string& op, const std::string& message) {
   return ffi::Error::InvalidArgument("slidejax " + op + ": " + message);
 }

@@ -51,7 +51,7 @@ enum AlgorithmAttribute : int {
   kConfigMaxId = 1,
   kSplitK = 3,
   kSplitKMode = 4,
-  kSplitKBuffers = 5
+
 };
 
 // Function name without its prefix, and parameters; every one returns Status.

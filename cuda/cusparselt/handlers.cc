@@ -1,6 +1,6 @@
 // FFI targets of the cuSPARSELt implementation.
 //
-//   slidejax_cusparselt_compress: values [out, groups, kept], zeros u8 [out, groups] -> compressed
+//   slidejax_compress_cusparselt: values [out, groups, kept], zeros u8 [out, groups] -> compressed
 //   u8 [bytes] slidejax_sparse_matmul_cusparselt: lifted [M, K'], scale_x f32 [M], compressed u8
 //   [bytes], scale_w f32 [out],
 //       bias f32 [out] or [0] -> y [M, out], workspace u8 [W]
@@ -20,24 +20,19 @@
 #include "cusparselt/helpers.h"
 #include "cusparselt/plan.h"
 
-namespace slidejax {
+namespace slidejax::cusparselt {
 namespace {
 
-using cusparselt::Failure;
-using cusparselt::Multiple;
-using cusparselt::Plan;
-using cusparselt::Problem;
-using cusparselt::RoundUp;
-
-constexpr char kCompress[] = "cusparselt_compress";
+constexpr char kCompress[] = "compress_cusparselt";
 constexpr char kMatmul[] = "sparse_matmul_cusparselt";
 constexpr int64_t kAlignment = 256;  // of the parts of the workspace
 
 ffi::Error CompressImpl(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer values,
                         ffi::Buffer<ffi::U8> zeros, ffi::ResultBuffer<ffi::U8> compressed) {
   const auto fail = [&](const std::string& message) {
-    return InvalidArgument(kCompress, message + " (values " + Describe(values) + ", zeros u8[" +
-                                          std::to_string(zeros.element_count()) + "])");
+    return InvalidArgument(kCompress, message + " (values " + slidejax::Describe(values) +
+                                          ", zeros u8[" + std::to_string(zeros.element_count()) +
+                                          "])");
   };
   const auto type = DTypeOf(values.element_type());
   if (!type || Bytes(*type) > 2)
@@ -54,8 +49,7 @@ ffi::Error CompressImpl(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi:
   const int64_t columns = args.groups * (args.group / 2 - 1) * 4;
   args.padded_outputs = RoundUp(args.outputs, Multiple(*type));
   try {
-    const cusparselt::CompressedSize size =
-        cusparselt::SizeOfCompressed(*type, args.outputs, columns);
+    const CompressedSize size = SizeOfCompressed(*type, args.outputs, columns);
     if (compressed->element_count() != size.compressed) {
       return fail("the compressed form takes " + std::to_string(size.compressed) + " bytes, not " +
                   std::to_string(compressed->element_count()));
@@ -67,15 +61,14 @@ ffi::Error CompressImpl(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi:
     if (!dense || !buffer) {
       return ffi::Error(
           ffi::ErrorCode::kResourceExhausted,
-          "slidejax cusparselt_compress: XLA has no scratch memory for a dense copy of values " +
-              Describe(values));
+          "slidejax compress_cusparselt: XLA has no scratch memory for a dense copy of values " +
+              slidejax::Describe(values));
     }
     args.values = values.untyped_data(), args.zeros = zeros.typed_data(), args.lifted = *dense,
     args.type = *type;
     const cudaError_t status = ExpandLifted(args, stream);
     if (status != cudaSuccess) return CudaError(kCompress, status);
-    cusparselt::Compress(*type, args.outputs, columns, *dense, compressed->typed_data(), *buffer,
-                         stream);
+    Compress(*type, args.outputs, columns, *dense, compressed->typed_data(), *buffer, stream);
   } catch (const Failure& failure) {
     return ffi::Error::Internal(std::string("slidejax ") + kCompress + ": " + failure.what());
   }
@@ -162,65 +155,78 @@ struct Operands {
   }
 };
 
-// Throws Failure.
-Call CheckCall(const Operands& o) {
-  const auto fail = [&](const std::string& message) -> Failure {
-    return Failure(message + " " + o.Describe());
-  };
-  const auto type = DTypeOf(o.lifted.element_type()), y_type = DTypeOf(o.y.element_type());
-  if (!type || Bytes(*type) > 2)
-    throw fail("lifted must be int8, float8_e4m3fn, bfloat16 or float16");
-  if (!y_type || Bytes(*y_type) == 1) throw fail("y must be bfloat16, float16, float32 or int32");
-  if (o.lifted.dimensions().size() != 2 || o.y.dimensions().size() != 2)
-    throw fail("lifted and y must be matrices");
-  Call call = {};
-  call.rows = o.lifted.dimensions()[0], call.columns = o.lifted.dimensions()[1],
-  call.outputs = o.y.dimensions()[1];
-  call.y_type = *y_type, call.raw = o.raw;
-  if (call.columns % 32 != 0) throw fail("lifted columns must be a multiple of 32");
-  if (o.y.dimensions()[0] != call.rows) throw fail("lifted and y must have the same rows");
-  if (static_cast<int64_t>(o.scale_x.element_count()) != call.rows)
-    throw fail("scale_x must have one element for each row");
-  if (static_cast<int64_t>(o.scale_w.element_count()) != call.outputs)
-    throw fail("scale_w must have one element for each output");
-  const int64_t biases = static_cast<int64_t>(o.bias.element_count());
-  if (biases != 0 && biases != call.outputs)
-    throw fail("bias must have one element for each output, or none");
+// The failure to report about a call's operands.
+Failure FailureOf(const std::string& message, const Operands& o) {
+  return Failure(message + " " + o.Describe());
+}
 
-  Problem& p = call.problem;
-  p.operand = *type;
-  p.outputs = RoundUp(call.outputs, Multiple(*type)),
-  p.tokens = RoundUp(call.rows, Multiple(*type)), p.columns = call.columns;
+// Throws Failure.
+void CheckShapes(const Operands& o) {
+  const auto type = DTypeOf(o.lifted.element_type()), y_type = DTypeOf(o.y.element_type());
+  const auto require = [&](bool holds, const char* message) {
+    if (!holds) throw FailureOf(message, o);
+  };
+  require(type && Bytes(*type) <= 2, "lifted must be int8, float8_e4m3fn, bfloat16 or float16");
+  require(y_type && Bytes(*y_type) > 1, "y must be bfloat16, float16, float32 or int32");
+  require(o.lifted.dimensions().size() == 2 && o.y.dimensions().size() == 2,
+          "lifted and y must be matrices");
+  const int64_t rows = o.lifted.dimensions()[0], outputs = o.y.dimensions()[1];
+  require(o.lifted.dimensions()[1] % 32 == 0, "lifted columns must be a multiple of 32");
+  require(o.y.dimensions()[0] == rows, "lifted and y must have the same rows");
+  require(Count(o.scale_x) == rows, "scale_x must have one element for each row");
+  require(Count(o.scale_w) == outputs, "scale_w must have one element for each output");
+  require(Count(o.bias) == 0 || Count(o.bias) == outputs,
+          "bias must have one element for each output, or none");
+  if (o.raw) {
+    require(*y_type == (*type == DType::kS8 ? DType::kS32 : DType::kF32),
+            "raw y must be int32 for int8 codes, float32 for others");
+  } else {
+    require(*y_type != DType::kS32, "y must be a float");
+  }
+  // A product of codes and one scale fits bfloat16's range, not float16's.
+  require(!o.alpha_vector || (*type == DType::kS8 && *y_type == DType::kBF16 && !o.raw &&
+                              outputs % Multiple(*type) == 0),
+          "a scale for each output inside the product takes int8 codes, bfloat16 y and whole "
+          "multiples of outputs");
+}
+
+Problem ProblemOf(const Operands& o) {
+  Problem p = {};
+  p.operand = *DTypeOf(o.lifted.element_type());
+  p.outputs = RoundUp(o.y.dimensions()[1], Multiple(p.operand));
+  p.tokens = RoundUp(o.lifted.dimensions()[0], Multiple(p.operand));
+  p.columns = o.lifted.dimensions()[1];
   p.choice = {o.algorithm, o.split_k, o.split_k_mode};
   p.alpha_vector = o.alpha_vector;
-  if (o.alpha_vector) {  // a product of codes and one scale fits bfloat16's range, not float16's
-    if (*type != DType::kS8 || *y_type != DType::kBF16 || o.raw || p.outputs != call.outputs) {
-      throw fail(
-          "a scale for each output inside the product takes int8 codes, bfloat16 y and "
-          "whole multiples of outputs");
-    }
-    p.result = DType::kBF16;
-  } else {
-    p.result = *type == DType::kS8 ? DType::kS32 : *type == DType::kE4M3 ? DType::kF32 : *type;
-  }
-  if (o.raw ? *y_type != (*type == DType::kS8 ? DType::kS32 : DType::kF32)
-            : *y_type == DType::kS32) {
-    throw fail(o.raw ? "raw y must be int32 for int8 codes, float32 for others"
-                     : "y must be a float");
+  p.result = o.alpha_vector              ? DType::kBF16
+             : p.operand == DType::kS8   ? DType::kS32
+             : p.operand == DType::kE4M3 ? DType::kF32
+                                         : p.operand;
+  return p;
+}
+
+// Throws Failure.
+Call CheckCall(const Operands& o) {
+  CheckShapes(o);
+  Call call = {};
+  call.rows = o.lifted.dimensions()[0], call.columns = o.lifted.dimensions()[1];
+  call.outputs = o.y.dimensions()[1];
+  call.y_type = *DTypeOf(o.y.element_type()), call.raw = o.raw;
+  const Problem& p = call.problem = ProblemOf(o);
+  if (o.raw && p.result != call.y_type) {
+    throw FailureOf("the library has no float32 accumulators for this dtype", o);
   }
   call.padded_rows = p.tokens != call.rows;
-  call.direct = p.result == *y_type && !call.padded_rows && p.outputs == call.outputs;
-  if (o.raw && p.result != *y_type)
-    throw fail("the library has no float32 accumulators for this dtype");
-  call.accumulator_bytes =
-      call.direct ? 0 : p.tokens * p.outputs * static_cast<int64_t>(Bytes(p.result));
-  call.padded_bytes =
-      call.padded_rows ? p.tokens * p.columns * static_cast<int64_t>(Bytes(*type)) : 0;
+  call.direct = p.result == call.y_type && !call.padded_rows && p.outputs == call.outputs;
+  const int64_t result_bytes = Bytes(p.result), operand_bytes = Bytes(p.operand);
+  call.accumulator_bytes = call.direct ? 0 : p.tokens * p.outputs * result_bytes;
+  call.padded_bytes = call.padded_rows ? p.tokens * p.columns * operand_bytes : 0;
   const int64_t used = kAlignment + RoundUp(call.accumulator_bytes, kAlignment) +
                        RoundUp(call.padded_bytes, kAlignment);
-  const int64_t all = static_cast<int64_t>(o.workspace.element_count());
-  if (all < used) throw fail("workspace must have at least " + std::to_string(used) + " bytes");
-  call.library_bytes = static_cast<size_t>(all - used);
+  if (Count(o.workspace) < used) {
+    throw FailureOf("workspace must have at least " + std::to_string(used) + " bytes", o);
+  }
+  call.library_bytes = static_cast<size_t>(Count(o.workspace) - used);
   return call;
 }
 
@@ -323,16 +329,16 @@ auto BindOperands(Binding binding) {
 }
 
 }  // namespace
-}  // namespace slidejax
+}  // namespace slidejax::cusparselt
 
-XLA_FFI_TypeId* slidejax_cusparselt_state_id() { return &slidejax::State::id; }
+XLA_FFI_TypeId* slidejax_cusparselt_state_id() { return &slidejax::cusparselt::State::id; }
 
 const XLA_FFI_TypeInfo* slidejax_cusparselt_state_info() {
-  static const XLA_FFI_TypeInfo info = xla::ffi::MakeTypeInfo<slidejax::State>();
+  static const XLA_FFI_TypeInfo info = xla::ffi::MakeTypeInfo<slidejax::cusparselt::State>();
   return &info;
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_cusparselt_compress, slidejax::CompressImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_compress_cusparselt, slidejax::cusparselt::CompressImpl,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Ctx<xla::ffi::ScratchAllocator>()
@@ -340,23 +346,25 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_cusparselt_compress, slidejax::CompressIm
                                   .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::U8>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_cusparselt_instantiate, slidejax::Instantiate,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_sparse_matmul_cusparselt_instantiate,
+                              slidejax::cusparselt::Instantiate,
                               xla::ffi::Ffi::BindInstantiate().Attrs());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    slidejax_cusparselt_initialize,
-    [](slidejax::State* state, auto... operands) {
-      return slidejax::Initialize(state, slidejax::Gather(operands...));
+    slidejax_sparse_matmul_cusparselt_initialize,
+    [](slidejax::cusparselt::State* state, auto... operands) {
+      return slidejax::cusparselt::Initialize(state, slidejax::cusparselt::Gather(operands...));
     },
-    slidejax::BindOperands(
-        xla::ffi::Ffi::BindInitialize().Ctx<xla::ffi::State<slidejax::State>>()));
+    slidejax::cusparselt::BindOperands(
+        xla::ffi::Ffi::BindInitialize().Ctx<xla::ffi::State<slidejax::cusparselt::State>>()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    slidejax_cusparselt_execute,
-    [](cudaStream_t stream, slidejax::State* state, auto... operands) {
-      return slidejax::Execute(stream, state, slidejax::Gather(operands...));
+    slidejax_sparse_matmul_cusparselt_execute,
+    [](cudaStream_t stream, slidejax::cusparselt::State* state, auto... operands) {
+      return slidejax::cusparselt::Execute(stream, state,
+                                           slidejax::cusparselt::Gather(operands...));
     },
-    slidejax::BindOperands(xla::ffi::Ffi::Bind()
-                               .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                               .Ctx<xla::ffi::State<slidejax::State>>()),
+    slidejax::cusparselt::BindOperands(xla::ffi::Ffi::Bind()
+                                           .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                           .Ctx<xla::ffi::State<slidejax::cusparselt::State>>()),
     {xla::ffi::Traits::kCmdBufferCompatible});

@@ -5,7 +5,7 @@
 
 #include "cusparselt/helpers.h"
 
-namespace slidejax {
+namespace slidejax::cusparselt {
 namespace {
 
 constexpr int kThreads = 256;
@@ -199,4 +199,4 @@ cudaError_t FillRandom(DType type, void* data, int64_t count, bool two_of_four,
   return cudaPeekAtLastError();
 }
 
-}  // namespace slidejax
+}  // namespace slidejax::cusparselt

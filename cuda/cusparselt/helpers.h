@@ -8,7 +8,7 @@
 
 #include "common/dtype.h"
 
-namespace slidejax {
+namespace slidejax::cusparselt {
 
 // The packed form as a dense 2:4 matrix over lifted columns.
 struct ExpandArgs {
@@ -39,4 +39,4 @@ cudaError_t Dequantize(const DequantizeArgs& args, cudaStream_t stream);
 cudaError_t FillRandom(DType type, void* data, int64_t count, bool two_of_four,
                        cudaStream_t stream);
 
-}  // namespace slidejax
+}  // namespace slidejax::cusparselt

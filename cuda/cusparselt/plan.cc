@@ -252,7 +252,6 @@ std::vector<Timing> Tune(Problem problem, size_t workspace_limit, int repeats) {
   const CompressedSize size = SizeOfCompressed(problem.operand, problem.outputs, problem.columns);
   void* compressed = bench.Allocate(size.compressed);
   void* x = bench.Allocate(problem.tokens * problem.columns * element);
-  void* alpha_vector = bench.Allocate(problem.outputs * sizeof(float));
   void* d = bench.Allocate(problem.tokens * problem.outputs * Bytes(problem.result));
   void* workspace = bench.Allocate(workspace_limit);
   {
@@ -267,14 +266,11 @@ std::vector<Timing> Tune(Problem problem, size_t workspace_limit, int repeats) {
     CheckCuda(
         FillRandom(problem.operand, x, problem.tokens * problem.columns, false, scratch.stream),
         "filling activations");
-    CheckCuda(FillRandom(DType::kF32, alpha_vector, problem.outputs, false, scratch.stream),
-              "filling scales");
     CheckCuda(cudaStreamSynchronize(scratch.stream), "preparing the search");
   }
 
   const std::vector<Choice> splits = Splits();
   const float one = 1.0f;
-  const void* alpha = problem.alpha_vector ? alpha_vector : &one;
   std::vector<Timing> timings;
   for (int algorithm = 0; algorithm < algorithms; ++algorithm) {
     for (Choice choice : splits) {
@@ -283,10 +279,10 @@ std::vector<Timing> Tune(Problem problem, size_t workspace_limit, int repeats) {
       try {
         const Plan plan(problem);
         if (plan.workspace_bytes() > workspace_limit) continue;
-        plan.Run(alpha, compressed, x, d, workspace, bench.stream);
+        plan.Run(&one, compressed, x, d, workspace, bench.stream);
         CheckCuda(cudaStreamSynchronize(bench.stream), "running " + problem.Describe());
-        const double us = bench.Time(
-            repeats, [&] { plan.Run(alpha, compressed, x, d, workspace, bench.stream); });
+        const double us =
+            bench.Time(repeats, [&] { plan.Run(&one, compressed, x, d, workspace, bench.stream); });
         timings.push_back({choice, us, plan.workspace_bytes()});
       } catch (const Failure&) {
         if (choice.split_k == 1)

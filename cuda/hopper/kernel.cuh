@@ -1,302 +1,286 @@
-// The GEMM kernel: a persistent grid of clusters, in each thread block two consumer warp groups
-// that issue wgmma.sp and write y, and two producer threads that issue bulk copies, of X and of W.
+// The GEMM kernel: a persistent grid of clusters. Each CTA has two consumer warp groups, which
+// issue wgmma and write y, and two producer threads, which copy X and W (pipeline.cuh).
 //
-// The sparse operand of wgmma must be A, so a block computes D = W' X^T: rows of D are outputs,
-// columns are tokens. X [tokens][128 bytes] comes in stages of 128 lifted columns, in small tiles
-// of 256; W [rows][128 bytes] and its metadata [rows / 64][2][1 KB] in copies of 256. The same
-// kernel multiplies dense weights: both have 128 columns as they are, and there is no metadata.
-// Work is counted in steps of 256 columns: the metadata registers alternate, and ptxas follows
-// wgmma's asynchronous use of them only through a loop without other exits.
+// The sparse operand of wgmma must be A, so a CTA computes D = W' X^T: rows of D are outputs,
+// columns are tokens. The same kernel multiplies dense weights, without metadata.
+//
+// Work is counted in steps of two slices (256 columns of the product) because the metadata
+// registers alternate, and ptxas follows wgmma's asynchronous use of them only through a loop
+// without other exits.
 #pragma once
 
-#include <type_traits>
-
 #include "hopper/epilogue.cuh"
-#include "hopper/tile.cuh"
+#include "hopper/pipeline.cuh"
+#include "hopper/split_k.cuh"
 #include "hopper/wgmma.cuh"
 
 namespace slidejax::hopper {
 
-// A block's place in its cluster: `rank` in its team, which is number `part` there and number
-// `team` of `teams` in all.
-struct CtaPlace {
-  uint32_t in_cluster, rank;
-  int group_in_cluster, cta_group, cta_groups;
-};
+inline constexpr int kStartBarrier = 8;  // a named barrier of both consumer warp groups
 
-// Copies the X of a team's work, stage after stage; with the first of each piece goes a note of
-// what it is.
+// What a thread of a consumer warp group does: it waits for stages, issues wgmma and hands the sums
+// to the epilogue.
+//
+// The accumulators are declared inside the loop over work tiles and passed around by reference:
+// carried from tile to tile, ptxas would keep them alive through the epilogue and spill there.
 template <class T>
-SJ_DEVICE void LoadActivations(const Params& p, const Shared& shared, const CtaPlace& place) {
-  if (p.role != kSecondary) GridWait();
-  const int rank = static_cast<int>(place.rank), share = rank * T::kTokensOfCta;
-  const uint16_t group_mask = ((1 << T::kCtas) - 1) << (place.in_cluster - place.rank);
-  RingPosition<T::kStagesX> to{0, 1};  // the first turn of the ring waits for nothing
-  for (int i = 0;; ++i) {
-    const WorkTile work = GetWorkTile(p, place.cta_group, place.cta_groups, i);
-    const int row = (work.row_tile * T::kCtas + rank) * T::kRows,
-              token = work.token_tile * T::kTokens;
-    // Tokens beyond M are left out: zeros in their place would take three times as long to arrive
-    // as data do. What is multiplied instead is whatever lies there, and goes no further.
-    const int inside = min(max(p.M - token, 0), T::kTokens),
-              mine = min(max(inside - share, 0), T::kTokensOfCta);
-    BarrierWait(shared.x.empty + 8 * to.stage, to.parity);
-    StoreShared4(shared.work_info + 16 * to.stage, row, token, work.end - work.begin, work.split);
-    if (work.begin == work.end) {  // the last note: no more work
-      BarrierArrive(shared.x.full + 8 * to.stage);
-      return;
-    }
-#pragma unroll 1
-    for (int k = 2 * work.begin; k < 2 * work.end; k += T::kSlicesX) {
-      const uint32_t bar = shared.x.full + 8 * to.stage,
-                     dst = shared.x.data + to.stage * T::kStageBytesX;
-      BarrierWait(shared.x.empty + 8 * to.stage, to.parity);
-      BarrierExpect(bar, T::kSlicesX * inside * 128);
-      if (mine > 0) {
-        const CUtensorMap* const map = mine == T::kTokensOfCta ? &p.map_x : &p.map_x_end;
-        if constexpr (T::kCtas == 1) {
-#pragma unroll
-          for (int h = 0; h < T::kSlicesX; ++h)
-            TmaLoad2d(dst + h * (T::kTokens * 128), map, (k + h) * 128, token, bar, kEvictLast);
-        } else {
-          TmaLoad2dMulticast(dst + share * 128, map, k * 128, token + share, bar, group_mask,
-                             kEvictLast);
-        }
-      }
-      to.Advance();
-    }
-  }
-}
+class Consumer {
+ public:
+  SJ_DEVICE Consumer(const Params& p, const Shared& shared, const CtaPlace& place)
+      : p_(p),
+        shared_(shared),
+        place_(place),
+        thread_(threadIdx.x & 127),
+        warp_(__shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0)),
+        group_(warp_ >> 2) {}
 
-// Copies the W of a team's work, and its metadata: weights are there before the activations are.
-// kSharesW: the other team of the cluster multiplies the same rows, of which each copies half to
-// both.
-template <class T, bool kSharesW>
-SJ_DEVICE void LoadWeights(const Params& p, const Shared& shared, const CtaPlace& place) {
-  // W stays in L2 when more than one group of tokens passes over it.
-  const uint64_t policy = p.token_tiles == p.token_group_tiles ? kEvictFirst : kEvictNormal;
-  const int part = static_cast<int>(place.in_cluster / T::kCtas);
-  const uint16_t pair_mask = (1 | 1 << T::kCtas) << place.rank;
-  RingPosition<T::kStagesW> to{0, 1};
-  for (int i = 0;; ++i) {
-    const WorkTile work = GetWorkTile(p, place.cta_group, place.cta_groups, i);
-    if (work.begin == work.end) return;
-    const int row = (work.row_tile * T::kCtas + static_cast<int>(place.rank)) * T::kRows;
-#pragma unroll 1
-    for (int k = 2 / T::kSlicesW * work.begin; k < 2 / T::kSlicesW * work.end; ++k) {
-      const uint32_t bar = shared.w.full + 8 * to.stage,
-                     dst = shared.w.data + to.stage * T::kStageBytesW;
-      BarrierWait(shared.w.empty + 8 * to.stage, to.parity);
-      BarrierExpect(bar, T::kStageBytesW);
-      if constexpr (kSharesW) {
-        TmaLoad2dMulticast(dst + part * (T::kValueBytes / 2), &p.map_w, k * 128,
-                           row + part * (T::kRows / 2), bar, pair_mask, policy);
-        if constexpr (T::kSparse)
-          TmaLoad3dMulticast(dst + T::kValueBytes + part * (T::kMetadataBytes / 2), &p.map_e, 0,
-                             k * T::kSlicesW, row / 64 + part * (T::kRows / 128), bar, pair_mask,
-                             policy);
-      } else {
-        TmaLoad2d(dst, &p.map_w, k * 128, row, bar, policy);
-        if constexpr (T::kSparse)
-          TmaLoad3d(dst + T::kValueBytes, &p.map_e, 0, k * T::kSlicesW, row / 64, bar, policy);
-      }
-      to.Advance();
+  SJ_DEVICE void Run() {
+    for (bool start = true;; start = false, scale_set_ ^= 1) {
+      BarrierWait(shared_.x.full + 8 * x_.stage, x_.parity);
+      const int4 info = LoadShared4I(shared_.work_info + 16 * x_.stage);
+      const int steps = __shfl_sync(~0u, info.z, 0), split = __shfl_sync(~0u, info.w, 0);
+      const int row = __shfl_sync(~0u, info.x, 0) + group_ * T::kM64Blocks * 64;
+      const int token = __shfl_sync(~0u, info.y, 0);
+      if (steps == 0) break;
+      MultiplyTile(start, steps, {split, row, token});
     }
+    if (const Worker me = WorkerOf<T>(p_, place_.cta_group, place_.rank);
+        me.index < p_.stream_k_workers) {
+      FixUp<T>(p_, shared_, me, warp_, inherited_);
+    }
+    if (thread_ == 0) BulkWaitRead<0>();  // shared memory must outlive the stores from it
   }
-}
 
-template <class T>
-SJ_DEVICE void Consume(const Params& p, const Shared& shared, const CtaPlace& place) {
+ private:
   using Instruction = Wgmma<T::kFp8, T::kTokens>;
-  using A = typename Instruction::Accumulator;
-  const int thread = threadIdx.x & 127;
-  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0), group = warp >> 2;
-  RingPosition<T::kStagesX> x{0, 0};
-  RingPosition<T::kStagesW> w{0, 0};
-  auto copy = [&] { return T::kRingsInStep ? x.stage * T::kSlicesX / T::kSlicesW : w.stage; };
+  using Accumulator = typename Instruction::Accumulator;
+  using Sums = Accumulator[T::kM64Blocks][T::kTokens / 2];
+  using Metadata = uint32_t[T::kM64Blocks][2];
+  static constexpr int kInstructions = T::kSparse ? 2 : 4;  // for a slice of an m64 block
 
-  // One thread for each block that wrote into this one: of X those of the team, whose places differ
-  // in their last bits; of W, where it is shared, besides this one that of the same rank in the
-  // other team.
-  auto release_x = [&](int stage) {
+  struct Target {
+    int split;       // WorkTile::split
+    int row, token;  // the warp group's first output, the tile's first token
+  };
+  struct Slice {
+    uint32_t x, w;  // where it lies in shared memory
+  };
+
+  SJ_DEVICE int StageW() const {
+    return T::kRingsInStep ? x_.stage * T::kSlicesX / T::kSlicesW : w_.stage;
+  }
+
+  // A stage is released to every CTA that wrote into this one, by one thread for each. X comes from
+  // the CTAs of the group, whose places in the cluster differ in their last bits.
+  SJ_DEVICE void ReleaseX(int stage) {
     if constexpr (T::kCtas == 1) {
-      if (thread == 0) BarrierArrive(shared.x.empty + 8 * stage);
-    } else {
-      if (thread < T::kCtas) BarrierArriveAt(shared.x.empty + 8 * stage, place.in_cluster ^ thread);
+      if (thread_ == 0) BarrierArrive(shared_.x.empty + 8 * stage);
+    } else if (thread_ < T::kCtas) {
+      BarrierArriveAt(shared_.x.empty + 8 * stage, place_.in_cluster ^ thread_);
     }
-  };
-  auto release_w = [&](int copy) {
-    if (thread == 32) BarrierArrive(shared.w.empty + 8 * copy);
-    if (T::kCanShareW && thread == 33 && p.role == kPrimary)
-      BarrierArriveAt(shared.w.empty + 8 * copy, place.in_cluster ^ T::kCtas);
-  };
+  }
+  // Shared W comes from this CTA and from the one of the same rank in the other CTA group.
+  SJ_DEVICE void ReleaseW(int stage) {
+    if (thread_ == 32) BarrierArrive(shared_.w.empty + 8 * stage);
+    if (T::kCanShareW && thread_ == 33 && p_.role == kPrimary) {
+      BarrierArriveAt(shared_.w.empty + 8 * stage, place_.in_cluster ^ T::kCtas);
+    }
+  }
 
-  auto load_metadata = [&](uint32_t (&meta)[T::kM64Blocks][2], uint32_t from, int half) {
-    if constexpr (!T::kSparse) return;
-    const uint32_t m =
-        from + T::kValueBytes + (group * T::kM64Blocks * T::kSlicesW + half) * 1024 + thread * 8;
-#pragma unroll
-    for (int b = 0; b < T::kM64Blocks; ++b) {
-      const uint2 v = LoadShared2(m + b * T::kSlicesW * 1024);
-      meta[b][0] = v.x;
-      meta[b][1] = v.y;
-    }
-  };
-  // The k-th instruction of 128 columns for block b: 64 columns, 32 of a dense weight. from_w:
-  // those columns in the first row of W.
-  constexpr int kInstructions = T::kSparse ? 2 : 4;
-  auto multiply = [&](A(&sums)[T::kTokens / 2], uint32_t from_x, uint32_t from_w, int b, int k,
-                      const uint32_t (&meta)[2], int add) {
-    const uint64_t rows =
-        Descriptor<128>(from_w + (group * T::kM64Blocks + b) * (64 * 128) + 32 * k);
+  SJ_DEVICE void LoadMetadata(Metadata& meta, uint32_t stage, int slice) {
     if constexpr (T::kSparse) {
-      Instruction::Mma(sums, rows, Descriptor<128>(from_x + 64 * k), meta[k], add);
-    } else {
-      Instruction::Dense(sums, rows, Descriptor<128>(from_x + 32 * k), add);
+      const uint32_t from = stage + T::kValueBytes +
+                            (group_ * T::kM64Blocks * T::kSlicesW + slice) * 1024 + thread_ * 8;
+#pragma unroll
+      for (int b = 0; b < T::kM64Blocks; ++b) {
+        const uint2 v = LoadShared2(from + b * T::kSlicesW * 1024);
+        meta[b][0] = v.x;
+        meta[b][1] = v.y;
+      }
     }
-  };
+  }
 
-  uint32_t inherited = 0;  // sums that other clusters have left to this warp
-  int set = 0;             // which scales: those of the tile before may still be in use
-  for (bool start = true;; start = false, set ^= 1) {
-    BarrierWait(shared.x.full + 8 * x.stage, x.parity);
-    const int4 info = LoadShared4I(shared.work_info + 16 * x.stage);
-    const int steps = __shfl_sync(~0u, info.z, 0), split = __shfl_sync(~0u, info.w, 0);
-    const int row = __shfl_sync(~0u, info.x, 0) + group * T::kM64Blocks * 64,
-              token = __shfl_sync(~0u, info.y, 0);
-    if (steps == 0) break;
-    A d[T::kM64Blocks]
-       [T::kTokens / 2];  // in here: carried from tile to tile it would have to be moved about
-    uint32_t e[2][T::kM64Blocks][2];  // metadata of two stages: running instructions read one while
-                                      // the other is loaded
+  // Instruction k of a slice for m64 block b: 64 columns, or 32 of a dense weight. Where `add` is 0
+  // the sums need no clearing.
+  SJ_DEVICE void Multiply(Accumulator (&sums)[T::kTokens / 2], const Slice& at, int b, int k,
+                          const uint32_t (&meta)[2], int add) {
+    const uint64_t rows =
+        Descriptor<128>(at.w + (group_ * T::kM64Blocks + b) * (64 * 128) + 32 * k);
+    if constexpr (T::kSparse) {
+      Instruction::Mma(sums, rows, Descriptor<128>(at.x + 64 * k), meta[k], add);
+    } else {
+      Instruction::Dense(sums, rows, Descriptor<128>(at.x + 32 * k), add);
+    }
+  }
 
-    // Once, at the start, the second warp group lets the first one get ahead: from then on the
+  // Waits for slice kIndex of a step and loads its metadata. kFirst: it is the first of a tile,
+  // whose X has been waited for.
+  template <int kIndex, bool kFirst>
+  SJ_DEVICE Slice Arrive(Metadata& meta) {
+    constexpr int kSliceX = kIndex % T::kSlicesX, kSliceW = kIndex % T::kSlicesW;
+    if (!kFirst && kSliceX == 0) BarrierWait(shared_.x.full + 8 * x_.stage, x_.parity);
+    if (kSliceW == 0) {
+      BarrierWait(shared_.w.full + 8 * StageW(), T::kRingsInStep ? x_.parity : w_.parity);
+    }
+    const uint32_t stage_w = shared_.w.data + StageW() * T::kStageBytesW;
+    LoadMetadata(meta, stage_w, kSliceW);
+    return {shared_.x.data + x_.stage * T::kStageBytesX + kSliceX * (T::kTokens * 128),
+            stage_w + 64 * kSliceW};
+  }
+
+  // Goes on to the slice after slice kIndex of a step.
+  template <int kIndex>
+  SJ_DEVICE void Advance() {
+    if (kIndex % T::kSlicesW == T::kSlicesW - 1) {
+      previous_w_ = StageW();
+      if (!T::kRingsInStep) w_.Advance();
+    }
+    if (kIndex % T::kSlicesX == T::kSlicesX - 1) {
+      previous_x_ = x_.stage;
+      x_.Advance();
+    }
+  }
+
+  // Issues a slice and, when the slice before it is done with, releases what that has read.
+  template <int kIndex, bool kFirst>
+  SJ_DEVICE void SliceStep(Sums& d, Metadata& meta) {
+    const Slice at = Arrive<kIndex, kFirst>(meta);
+    WgmmaFence();
+#pragma unroll
+    for (int k = 0; k < kInstructions; ++k) {
+#pragma unroll
+      for (int b = 0; b < T::kM64Blocks; ++b) {
+        Multiply(d[b], at, b, k, meta[b], kFirst && k == 0 ? 0 : 1);
+      }
+    }
+    WgmmaCommit();
+    WgmmaWait<1>();
+    if (!kFirst && kIndex % T::kSlicesX == 0) ReleaseX(previous_x_);
+    if (!kFirst && kIndex % T::kSlicesW == 0) ReleaseW(previous_w_);
+    Advance<kIndex>();
+  }
+
+  SJ_DEVICE void MultiplyTile(bool start, int steps, const Target& target) {
+    Sums d;
+    Metadata e[2];  // of two slices: running instructions read one while the other is loaded
+    // Once, at the start, the second warp group lets the first one get ahead. From then on the
     // epilogue of one runs while the instructions of the other keep the tensor cores busy.
-    if (start && group == 1) NamedSync(8, 256);
-    // Waits for the 128 columns that are number kIndex of a step, and loads their metadata.
-    struct Columns {
-      uint32_t x, w;
-    };
-    auto arrive = [&](uint32_t (&meta)[T::kM64Blocks][2], auto index, auto first) {
-      constexpr int kIndex = decltype(index)::value, kSliceX = kIndex % T::kSlicesX,
-                    kSliceW = kIndex % T::kSlicesW;
-      if (!decltype(first)::value && kSliceX == 0)
-        BarrierWait(shared.x.full + 8 * x.stage, x.parity);
-      if (kSliceW == 0)
-        BarrierWait(shared.w.full + 8 * copy(), T::kRingsInStep ? x.parity : w.parity);
-      const uint32_t from_w = shared.w.data + copy() * T::kStageBytesW;
-      load_metadata(meta, from_w, kSliceW);
-      return Columns{shared.x.data + x.stage * T::kStageBytesX + kSliceX * (T::kTokens * 128),
-                     from_w + 64 * kSliceW};
-    };
-    int previous_x = 0, previous_w = 0;
-    // Goes on to the next columns.
-    auto advance = [&](auto index) {
-      constexpr int kIndex = decltype(index)::value;
-      if (kIndex % T::kSlicesW == T::kSlicesW - 1) {
-        previous_w = copy();
-        if (!T::kRingsInStep) w.Advance();
-      }
-      if (kIndex % T::kSlicesX == T::kSlicesX - 1) {
-        previous_x = x.stage;
-        x.Advance();
-      }
-    };
-    // 128 columns.
-    auto column_step = [&](uint32_t (&meta)[T::kM64Blocks][2], auto index, auto first) {
-      constexpr int kIndex = decltype(index)::value;
-      constexpr bool kFirst = decltype(first)::value;
-      const Columns at = arrive(meta, index, first);
-      WgmmaFence();
-#pragma unroll
-      for (int k = 0; k < kInstructions; ++k)
-#pragma unroll
-        for (int b = 0; b < T::kM64Blocks; ++b)
-          multiply(d[b], at.x, at.w, b, k, meta[b], kFirst && k == 0 ? 0 : 1);
-      WgmmaCommit();
-      WgmmaWait<1>();  // the columns before these are done with
-      if (!kFirst && kIndex % T::kSlicesX == 0) release_x(previous_x);
-      if (!kFirst && kIndex % T::kSlicesW == 0) release_w(previous_w);
-      advance(index);
-    };
-    constexpr std::integral_constant<int, 0> kEven{};
-    constexpr std::integral_constant<int, 1> kOdd{};
-    column_step(e[0], kEven, std::true_type());
-    if (start && group == 0) NamedArrive(8, 256);
-    if (split < 0) PrefetchScales<T>(p, ScalesOf<T>(shared, group, set), row, token);
-    column_step(e[1], kOdd, std::false_type());
-    // With two blocks, a tile's last step is left for below.
+    if (start && group_ == 1) NamedSync(kStartBarrier, 256);
+    previous_x_ = previous_w_ = 0;
+    SliceStep<0, true>(d, e[0]);
+    if (start && group_ == 0) NamedArrive(kStartBarrier, 256);
+    if (target.split < 0) {
+      PrefetchScales<T>(p_, ScalesOf<T>(shared_, group_, scale_set_), target.row, target.token);
+    }
+    SliceStep<1, false>(d, e[1]);
+    // With two m64 blocks, the last step of a whole tile is left to StoreUnderLastStep.
     constexpr bool kTail = T::kM64Blocks == 2;
-    const int plain = kTail && split == kWholeTile ? steps - 1 : steps;
+    const int plain = kTail && target.split == kWholeTile ? steps - 1 : steps;
 #pragma unroll 1
     for (int k = 1; k < plain; ++k) {
-      column_step(e[0], kEven, std::false_type());
-      column_step(e[1], kOdd, std::false_type());
+      SliceStep<0, false>(d, e[0]);
+      SliceStep<1, false>(d, e[1]);
     }
-    if (!kTail || split != kWholeTile) {
+    if (!kTail || target.split != kWholeTile) {
       WgmmaWait<0>();
-      release_x(previous_x);
-      release_w(previous_w);
+      ReleaseX(previous_x_);
+      ReleaseW(previous_w_);
 #pragma unroll
       for (int b = 0; b < T::kM64Blocks; ++b) Pin(d[b]);
-      if (T::kCanSplitInCluster && split == kSplitInCluster) {
-        ClusterSync();  // nobody needs the rings any more
-        SendPartials<T>(p, d, shared, place.rank, place.group_in_cluster, warp);
-        CopyAsyncWait();
-        if (thread == 0) BulkWaitRead<0>();
-        ClusterSync();  // all sums and scales are there, and the slots are free
-        ReduceInbox<T>(p, shared, place.group_in_cluster, warp, set, row, token);
-      } else if (split >= 0) {
-        const Worker me = WorkerOf<T>(p, place.cta_group, place.rank);
-        inherited |= StorePartial<T>(p, d, split, me, warp)
-                     << (split == FirstStep(p, me.index) / p.steps ? 0 : 16);
-      } else {
-        CopyAsyncWait();
-        if (T::kSlabs == 1 && thread == 0) BulkWaitRead<0>();
-        NamedSync(1 + group, 128);
-        if constexpr (!kTail) StoreBlock<T, 0>(p, d[0], shared, warp, set, row, token);
-      }
+      HandOver(d, target);
     } else if constexpr (kTail) {
-      // The last step: all of its columns for the first block, then all for the second, under which
-      // the first is stored.
-      static_assert(T::kSlicesX == 1);
-      const int before_x = previous_x, before_w = previous_w;
-      const Columns even = arrive(e[0], kEven, std::false_type());
-      advance(kEven);
-      const int even_x = previous_x, even_w = previous_w;
-      const Columns odd = arrive(e[1], kOdd, std::false_type());
-      advance(kOdd);
-      auto block_step = [&](int b) {
-#pragma unroll
-        for (int k = 0; k < kInstructions; ++k) multiply(d[b], even.x, even.w, b, k, e[0][b], 1);
-#pragma unroll
-        for (int k = 0; k < kInstructions; ++k) multiply(d[b], odd.x, odd.w, b, k, e[1][b], 1);
-        WgmmaCommit();
-      };
-      WgmmaFence();
-      block_step(0);
-      WgmmaWait<1>();
-      release_x(before_x);
-      release_w(before_w);
-      block_step(1);
-      CopyAsyncWait();
-      NamedSync(1 + group,
-                128);  // the scales are there, and all have read those of the tile before
-      WgmmaWait<1>();
-      Pin(d[0]);
-      StoreBlock<T, 0>(p, d[0], shared, warp, set, row, token);
-      WgmmaWait<0>();
-      Pin(d[1]);
-      release_x(even_x);
-      release_x(previous_x);
-      if (T::kSlicesW == 1) release_w(even_w);
-      release_w(previous_w);
-      StoreBlock<T, 1>(p, d[1], shared, warp, set, row, token);
+      StoreUnderLastStep(d, e, target);
     }
   }
-  if (const Worker me = WorkerOf<T>(p, place.cta_group, place.rank); me.index < p.stream_k_workers)
-    FixUp<T>(p, shared, me, warp, inherited);
-  if (thread == 0) BulkWaitRead<0>();  // shared memory must outlive the stores from it
+
+  // Passes on the sums of a tile, or of a part of its K, when all instructions have run.
+  SJ_DEVICE void HandOver(Sums& d, const Target& target) {
+    if (T::kCanSplitInCluster && target.split == kSplitInCluster) {
+      ClusterSync();  // nobody needs the rings any more
+      SendPartials<T>(p_, d, shared_, place_.rank, place_.group_in_cluster, warp_);
+      CopyAsyncWait();
+      if (thread_ == 0) BulkWaitRead<0>();
+      ClusterSync();  // all sums and scales have arrived, and the staging buffers are free
+      ReduceInbox<T>(p_, shared_, place_.group_in_cluster, warp_, scale_set_, target.row,
+                     target.token);
+    } else if (target.split >= 0) {
+      const Worker me = WorkerOf<T>(p_, place_.cta_group, place_.rank);
+      inherited_ |= StorePartial<T>(p_, d, target.split, me, warp_)
+                    << (target.split == FirstStep(p_, me.index) / p_.steps ? 0 : 16);
+    } else {
+      CopyAsyncWait();
+      if (T::kSlabs == 1 && thread_ == 0) BulkWaitRead<0>();
+      NamedSync(1 + group_, 128);
+      if constexpr (T::kM64Blocks == 1) {
+        StoreBlock<T, 0>(p_, d[0], shared_, warp_, scale_set_, target.row, target.token);
+      }
+    }
+  }
+
+  // The last step of a whole tile: all of its columns for the first m64 block, then all for the
+  // second, under which the first is stored.
+  SJ_DEVICE void StoreUnderLastStep(Sums& d, Metadata (&e)[2], const Target& target) {
+    static_assert(T::kSlicesX == 1);
+    const int before_x = previous_x_, before_w = previous_w_;
+    const Slice even = Arrive<0, false>(e[0]);
+    Advance<0>();
+    const int even_x = previous_x_, even_w = previous_w_;
+    const Slice odd = Arrive<1, false>(e[1]);
+    Advance<1>();
+    auto block_step = [&](int b) {
+#pragma unroll
+      for (int k = 0; k < kInstructions; ++k) Multiply(d[b], even, b, k, e[0][b], 1);
+#pragma unroll
+      for (int k = 0; k < kInstructions; ++k) Multiply(d[b], odd, b, k, e[1][b], 1);
+      WgmmaCommit();
+    };
+    WgmmaFence();
+    block_step(0);
+    WgmmaWait<1>();
+    ReleaseX(before_x);
+    ReleaseW(before_w);
+    block_step(1);
+    CopyAsyncWait();
+    NamedSync(1 + group_, 128);  // the scales have arrived, and all have read those before them
+    WgmmaWait<1>();
+    Pin(d[0]);
+    StoreBlock<T, 0>(p_, d[0], shared_, warp_, scale_set_, target.row, target.token);
+    WgmmaWait<0>();
+    Pin(d[1]);
+    ReleaseX(even_x);
+    ReleaseX(previous_x_);
+    if (T::kSlicesW == 1) ReleaseW(even_w);
+    ReleaseW(previous_w_);
+    StoreBlock<T, 1>(p_, d[1], shared_, warp_, scale_set_, target.row, target.token);
+  }
+
+  const Params& p_;
+  const Shared& shared_;
+  const CtaPlace& place_;
+  const int thread_;  // of the warp group
+  const int warp_, group_;
+  RingPosition<T::kStagesX> x_{0, 0};
+  RingPosition<T::kStagesW> w_{0, 0};
+  int previous_x_ = 0, previous_w_ = 0;  // the stages that the slice before has read
+  uint32_t inherited_ = 0;  // reduction units that other workers have left to this warp
+  int scale_set_ = 0;       // the scales of the tile before may still be in use
+};
+
+template <class T>
+SJ_DEVICE void InitBarriers(const Params& p, const Shared& shared) {
+  for (int i = 0; i < T::kStagesX; ++i) {
+    BarrierInit(shared.x.full + 8 * i, 1);
+    BarrierInit(shared.x.empty + 8 * i, T::kWarpGroups * T::kCtas);
+  }
+  for (int i = 0; i < T::kStagesW; ++i) {
+    BarrierInit(shared.w.full + 8 * i, 1);
+    BarrierInit(shared.w.empty + 8 * i, T::kWarpGroups * (p.role == kPrimary ? 2 : 1));
+  }
+  FenceBarrierInit();
+  PrefetchMap(&p.map_x);
+  if (p.M % T::kTokensOfCta != 0) PrefetchMap(&p.map_x_end);
+  PrefetchMap(&p.map_w);
+  if constexpr (T::kSparse) PrefetchMap(&p.map_e);
 }
 
 template <class T>
@@ -310,21 +294,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       T::kCanSplitInCluster || T::kCanShareW ? static_cast<int>(in_cluster / T::kCtas) : 0,
       p.first_group + static_cast<int>(blockIdx.x / T::kCtas), p.cta_groups};
 
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < T::kStagesX; ++i) {
-      BarrierInit(shared.x.full + 8 * i, 1);
-      BarrierInit(shared.x.empty + 8 * i, T::kWarpGroups * T::kCtas);
-    }
-    for (int i = 0; i < T::kStagesW; ++i) {
-      BarrierInit(shared.w.full + 8 * i, 1);
-      BarrierInit(shared.w.empty + 8 * i, T::kWarpGroups * (p.role == kPrimary ? 2 : 1));
-    }
-    FenceBarrierInit();
-    PrefetchMap(&p.map_x);
-    if (p.M % T::kTokensOfCta != 0) PrefetchMap(&p.map_x_end);
-    PrefetchMap(&p.map_w);
-    if constexpr (T::kSparse) PrefetchMap(&p.map_e);
-  }
+  if (threadIdx.x == 0) InitBarriers<T>(p, shared);
   __syncthreads();
   if constexpr (T::kCtas > 1) ClusterSync();
 
@@ -342,18 +312,17 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     }
     __syncwarp();
     if (T::kCanSplitInCluster && p.cluster_groups > 1 &&
-        place.cta_group / p.cluster_groups <
-            p.cluster_split_tiles) {  // with the consumers, when they hand over their sums
-      ClusterSync();
+        place.cta_group / p.cluster_groups < p.cluster_split_tiles) {
+      ClusterSync();  // both with the consumers, when they hand over their sums
       ClusterSync();
     }
   } else {
     RegistersIncrease<T::kConsumerRegisters>();
     if (p.role != kSecondary) GridWait();
-    Consume<T>(p, shared, place);
+    Consumer<T>(p, shared, place).Run();
   }
   __syncwarp();
-  // A block may not leave while its neighbour still writes into its shared memory or arrives at its
+  // A CTA may not leave while another still writes into its shared memory or arrives at its
   // barriers.
   if constexpr (T::kCtas > 1) ClusterSync();
   if (p.role == kSecondary) GridWait();  // whoever waits for this launch waits for both

@@ -2,19 +2,28 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include "common/ffi_util.h"
 #include "lift/lift.h"
 
-namespace slidejax {
+namespace slidejax::lift {
 
-// Fills in the arguments of a lift with a prologue (0: none, else lift.h's numbers): x [M, K], up
-// like x or [0], weight [K] or [0], bias [K] or [0] -> lifted [M, K'] in 8 bits, scale [M]. Returns
-// what is wrong with them, or "".
-std::string LiftArguments(const ffi::AnyBuffer& x, const ffi::AnyBuffer& up,
-                          const ffi::Buffer<ffi::F32>& weight, const ffi::Buffer<ffi::F32>& bias,
-                          const ffi::AnyBuffer& lifted, const ffi::Buffer<ffi::F32>& scale,
-                          int32_t group, int32_t prologue, int32_t activation, float eps,
-                          LiftArgs& args);
+// The operands, results and attributes of a lift with a prologue, as a handler receives them.
+struct FusedOperands {
+  ffi::AnyBuffer x;              // [M, K]
+  ffi::AnyBuffer up;             // like x, or [0]
+  ffi::Buffer<ffi::F32> weight;  // [K] or [0]
+  ffi::Buffer<ffi::F32> bias;    // [K] or [0]
+  ffi::AnyBuffer lifted;         // [M, K'] of 8 bits
+  ffi::Buffer<ffi::F32> scale;   // [M]
+  int32_t group;                 // 2N, or 0
+  std::string_view prologue, activation;
+  float eps;
+};
 
-}  // namespace slidejax
+// Checks the operands and fills in the arguments of the lift. Returns what is wrong with them, or
+// "".
+std::string FusedArguments(const FusedOperands& operands, Args& args);
+
+}  // namespace slidejax::lift

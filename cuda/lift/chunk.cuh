@@ -10,11 +10,11 @@
 #include <cstdint>
 #include <type_traits>
 
-namespace slidejax {
+#include "lift/geometry.h"
+
+namespace slidejax::lift {
 
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kLanes = 32;
-constexpr int kChunk = 8;  // columns
 
 // Eight columns, as they lie in memory.
 template <typename T>
@@ -189,4 +189,4 @@ __device__ inline Chunk<Out> Convert(const Chunk<In>& chunk, float factor) {
   }
 }
 
-}  // namespace slidejax
+}  // namespace slidejax::lift

@@ -1,14 +1,14 @@
 // The lift with a prologue (lift/prologue.cuh): a norm or an activation, and what it feeds, in one
 // pass over x.
+#include "lift/launch.cuh"
 #include "lift/lift.h"
-#include "lift/ring.cuh"
 
-namespace slidejax {
+namespace slidejax::lift {
 namespace {
 
 template <typename In, typename Out, typename Prologue>
 cudaError_t Launch(RingParams p, cudaStream_t stream) {
-  RingDevice device;
+  DeviceLimits device;
   if (const cudaError_t status = CurrentDevice(&device); status != cudaSuccess) return status;
   const RingGeometry geometry =
       ChooseGeometry(p, Prologue::kSources, sizeof(In), sizeof(Out), device);
@@ -18,7 +18,7 @@ cudaError_t Launch(RingParams p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t LaunchFused(const LiftArgs& a, cudaStream_t stream) {
+cudaError_t LaunchFused(const Args& a, cudaStream_t stream) {
   const RingParams p = RingParamsOf(a);
   return WithFloat(a.x_type, [&](auto x) {
     return WithCode(a.lifted_type, [&](auto code) {
@@ -35,4 +35,4 @@ cudaError_t LaunchFused(const LiftArgs& a, cudaStream_t stream) {
   });
 }
 
-}  // namespace slidejax
+}  // namespace slidejax::lift

@@ -1,11 +1,11 @@
 // FFI targets of the lift.
 //
 //   slidejax_lift_quantize: x [M, K], absmax f32 [M] or [0] -> lifted [M, K'], scale f32 [M];
-//   attribute group slidejax_lift_quantize_fused: x [M, K], up [M, K] or [0], weight f32 [K] or
-//   [0], bias f32 [K] or [0]
-//       -> lifted [M, K'] in 8 bits, scale f32 [M]; attributes group, prologue, activation
-//       (lift.h's enums), eps
-//   slidejax_memcpy: x -> a copy, by the driver; what `slidejax bench` holds the lift against
+//       attribute group
+//   slidejax_lift_quantize_fused: x [M, K], up [M, K] or [0], weight f32 [K] or [0],
+//       bias f32 [K] or [0] -> lifted [M, K'] in 8 bits, scale f32 [M]; attributes group, prologue
+//       and activation (names: lift.h), eps
+//   slidejax_memcpy: x -> a copy by the driver, with which `slidejax bench` compares the lift
 #include "handlers.h"
 
 #include <algorithm>
@@ -14,29 +14,27 @@
 #include "lift/arguments.h"
 #include "lift/lift.h"
 
-namespace slidejax {
+namespace slidejax::lift {
 namespace {
-
-template <typename Buffer>
-int64_t Count(const Buffer& buffer) {
-  return static_cast<int64_t>(buffer.element_count());
-}
 
 // Fills in what both targets have; returns what is wrong with it, or "".
 std::string CheckShapes(const ffi::AnyBuffer& x, const ffi::AnyBuffer& lifted,
-                        const ffi::Buffer<ffi::F32>& scale, int32_t group, LiftArgs& args) {
+                        const ffi::Buffer<ffi::F32>& scale, int32_t group, Args& args) {
   const auto x_type = DTypeOf(x.element_type()), lifted_type = DTypeOf(lifted.element_type());
   if (!x_type || (*x_type != DType::kBF16 && *x_type != DType::kF16 && *x_type != DType::kF32)) {
     return "x must be bfloat16, float16 or float32";
   }
-  if (!lifted_type || *lifted_type == DType::kS32)
+  if (!lifted_type || *lifted_type == DType::kS32) {
     return "lifted must be int8, float8_e4m3fn, bfloat16, float16 or float32";
-  if (group != 0 && (group < 4 || group > 16 || group % 2))
+  }
+  if (group != 0 && (group < 4 || group > 16 || group % 2)) {
     return "group must be 0 or even, 4 to 16";
-  if (x.dimensions().size() != 2 || lifted.dimensions().size() != 2)
+  }
+  if (x.dimensions().size() != 2 || lifted.dimensions().size() != 2) {
     return "x and lifted must be matrices";
-  const int64_t rows = x.dimensions()[0], columns = x.dimensions()[1],
-                lifted_columns = lifted.dimensions()[1];
+  }
+  const int64_t rows = x.dimensions()[0], columns = x.dimensions()[1];
+  const int64_t lifted_columns = lifted.dimensions()[1];
   const int64_t expected = group == 0 ? columns : LiftedColumns(columns, group);
   if (lifted.dimensions()[0] != rows ||
       (group == 0 ? lifted_columns < expected : lifted_columns != expected)) {
@@ -49,13 +47,13 @@ std::string CheckShapes(const ffi::AnyBuffer& x, const ffi::AnyBuffer& lifted,
   args.x = x.untyped_data(), args.x_type = *x_type;
   args.lifted = lifted.untyped_data(), args.lifted_type = *lifted_type;
   args.scale = scale.typed_data();
-  args.rows = rows, args.columns = columns, args.lifted_columns = lifted_columns,
+  args.rows = rows, args.columns = columns, args.lifted_columns = lifted_columns;
   args.group = group;
   return "";
 }
 
 ffi::Error Launch(const char* op, const ffi::AnyBuffer& x, const ffi::AnyBuffer& lifted,
-                  const std::string& wrong, const LiftArgs& args, cudaStream_t stream) {
+                  const std::string& wrong, const Args& args, cudaStream_t stream) {
   if (!wrong.empty()) {
     return InvalidArgument(op, wrong + " (x " + Describe(x) + ", lifted " + Describe(lifted) +
                                    ", group " + std::to_string(args.group) + ")");
@@ -67,7 +65,7 @@ ffi::Error Launch(const char* op, const ffi::AnyBuffer& x, const ffi::AnyBuffer&
 ffi::Error LiftQuantizeImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> absmax,
                             ffi::Result<ffi::AnyBuffer> lifted, ffi::ResultBuffer<ffi::F32> scale,
                             int32_t group) {
-  LiftArgs args = {};
+  Args args = {};
   args.group = group;
   std::string wrong = CheckShapes(x, *lifted, *scale, group, args);
   if (wrong.empty() && Count(absmax) != 0) {
@@ -80,16 +78,18 @@ ffi::Error LiftQuantizeImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::Buffer<f
 ffi::Error FusedImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer up,
                      ffi::Buffer<ffi::F32> weight, ffi::Buffer<ffi::F32> bias,
                      ffi::Result<ffi::AnyBuffer> lifted, ffi::ResultBuffer<ffi::F32> scale,
-                     int32_t group, int32_t prologue, int32_t activation, float eps) {
-  LiftArgs args = {};
-  const std::string wrong =
-      LiftArguments(x, up, weight, bias, *lifted, *scale, group, prologue, activation, eps, args);
+                     int32_t group, std::string_view prologue, std::string_view activation,
+                     float eps) {
+  Args args = {};
+  const std::string wrong = FusedArguments(
+      {x, up, weight, bias, *lifted, *scale, group, prologue, activation, eps}, args);
   return Launch("lift_quantize_fused", x, *lifted, wrong, args, stream);
 }
 
 ffi::Error MemcpyImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
-  if (x.size_bytes() != y->size_bytes())
+  if (x.size_bytes() != y->size_bytes()) {
     return InvalidArgument("memcpy", "x and y must have as many bytes");
+  }
   return CudaError("memcpy of " + Describe(x),
                    cudaMemcpyAsync(y->untyped_data(), x.untyped_data(), x.size_bytes(),
                                    cudaMemcpyDeviceToDevice, stream));
@@ -97,45 +97,44 @@ ffi::Error MemcpyImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::An
 
 }  // namespace
 
-std::string LiftArguments(const ffi::AnyBuffer& x, const ffi::AnyBuffer& up,
-                          const ffi::Buffer<ffi::F32>& weight, const ffi::Buffer<ffi::F32>& bias,
-                          const ffi::AnyBuffer& lifted, const ffi::Buffer<ffi::F32>& scale,
-                          int32_t group, int32_t prologue, int32_t activation, float eps,
-                          LiftArgs& args) {
-  args.group = group, args.prologue = static_cast<PrologueKind>(prologue),
-  args.activation = static_cast<Activation>(activation);
-  args.eps = eps;
-  const bool norm =
-      args.prologue == PrologueKind::kRmsNorm || args.prologue == PrologueKind::kLayerNorm;
-  if (std::string wrong = CheckShapes(x, lifted, scale, group, args); !wrong.empty()) return wrong;
-  if (prologue < 0 || prologue > static_cast<int>(PrologueKind::kGlu))
-    return "prologue must be 0 to 4";
-  if (activation < 0 || activation > static_cast<int>(Activation::kRelu))
-    return "activation must be 0 to 3";
-  if (Bytes(args.lifted_type) != 1) return "lifted must be int8 or float8_e4m3fn";
-  if (args.prologue == PrologueKind::kGlu &&
-      (up.element_type() != x.element_type() || Count(up) != Count(x))) {
-    return "up must be like x, not " + Describe(up);
+std::string FusedArguments(const FusedOperands& o, Args& args) {
+  args.group = o.group, args.eps = o.eps;
+  if (std::string wrong = CheckShapes(o.x, o.lifted, o.scale, o.group, args); !wrong.empty()) {
+    return wrong;
   }
-  if (norm && Count(weight) != args.columns) return "weight must have one element for each column";
-  if (Count(bias) != 0 && Count(bias) != args.columns)
+  const auto prologue = PrologueOf(o.prologue);
+  const auto activation = ActivationOf(o.activation);
+  if (!prologue) return "there is no prologue " + std::string(o.prologue);
+  if (!activation) return "there is no activation " + std::string(o.activation);
+  if (Bytes(args.lifted_type) != 1) return "lifted must be int8 or float8_e4m3fn";
+  args.prologue = *prologue, args.activation = *activation;
+  const bool glu = *prologue == PrologueKind::kGlu;
+  const bool norm = *prologue == PrologueKind::kRmsNorm || *prologue == PrologueKind::kLayerNorm;
+  if (glu && (o.up.element_type() != o.x.element_type() || Count(o.up) != Count(o.x))) {
+    return "up must be like x, not " + Describe(o.up);
+  }
+  if (norm && Count(o.weight) != args.columns) {
+    return "weight must have one element for each column";
+  }
+  if (Count(o.bias) != 0 && Count(o.bias) != args.columns) {
     return "bias must have one element for each column, or none";
-  if (args.prologue == PrologueKind::kGlu) args.up = up.untyped_data();
-  if (norm) args.weight = weight.typed_data();
-  if (Count(bias) != 0) args.bias = bias.typed_data();
+  }
+  if (glu) args.up = o.up.untyped_data();
+  if (norm) args.weight = o.weight.typed_data();
+  if (Count(o.bias) != 0) args.bias = o.bias.typed_data();
   return "";
 }
 
-}  // namespace slidejax
+}  // namespace slidejax::lift
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_memcpy, slidejax::MemcpyImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_memcpy, slidejax::lift::MemcpyImpl,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>(),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_lift_quantize, slidejax::LiftQuantizeImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_lift_quantize, slidejax::lift::LiftQuantizeImpl,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<xla::ffi::AnyBuffer>()
@@ -145,7 +144,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_lift_quantize, slidejax::LiftQuantizeImpl
                                   .Attr<int32_t>("group"),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_lift_quantize_fused, slidejax::FusedImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_lift_quantize_fused, slidejax::lift::FusedImpl,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<xla::ffi::AnyBuffer>()
@@ -155,7 +154,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_lift_quantize_fused, slidejax::FusedImpl,
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<int32_t>("group")
-                                  .Attr<int32_t>("prologue")
-                                  .Attr<int32_t>("activation")
+                                  .Attr<std::string_view>("prologue")
+                                  .Attr<std::string_view>("activation")
                                   .Attr<float>("eps"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -8,12 +8,12 @@
 // what comes before the linear layer. Here are the dispatch, and the streaming kernel for all other
 // rows: those that are too long are read twice from global memory, the second time mostly out of
 // the L2 cache; rows whose absmax is given, and casts without quantisation, need one pass only.
+#include "lift/launch.cuh"
 #include "lift/lift.h"
-#include "lift/ring.cuh"
 
-namespace slidejax {
+namespace slidejax::lift {
 
-cudaError_t LaunchFused(const LiftArgs& args, cudaStream_t stream);  // fused.cu
+cudaError_t LaunchFused(const Args& args, cudaStream_t stream);  // fused.cu
 
 // A row of x in global memory.
 template <typename T>
@@ -123,7 +123,7 @@ cudaError_t LaunchStream(RingParams p, const float* absmax, cudaStream_t stream)
 
 template <typename In, typename Out>
 cudaError_t LaunchQuantised(RingParams p, const float* absmax, cudaStream_t stream) {
-  RingDevice device;
+  DeviceLimits device;
   if (const cudaError_t status = CurrentDevice(&device); status != cudaSuccess) return status;
   const RingGeometry geometry = ChooseGeometry(p, 1, sizeof(In), sizeof(Out), device);
   if (absmax == nullptr && geometry.warps > 0)
@@ -133,7 +133,7 @@ cudaError_t LaunchQuantised(RingParams p, const float* absmax, cudaStream_t stre
 
 }  // namespace
 
-cudaError_t LiftQuantize(const LiftArgs& a, cudaStream_t stream) {
+cudaError_t LiftQuantize(const Args& a, cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
   if (a.prologue != PrologueKind::kNone) return LaunchFused(a, stream);
   const RingParams p = RingParamsOf(a);
@@ -150,4 +150,4 @@ cudaError_t LiftQuantize(const LiftArgs& a, cudaStream_t stream) {
   });
 }
 
-}  // namespace slidejax
+}  // namespace slidejax::lift

@@ -13,7 +13,7 @@
 #include "lift/chunk.cuh"
 #include "lift/lift.h"
 
-namespace slidejax {
+namespace slidejax::lift {
 
 struct PrologueParams {
   const void* second;   // GLU: up, [rows, columns] like x
@@ -160,4 +160,4 @@ struct GluPrologue {
   }
 };
 
-}  // namespace slidejax
+}  // namespace slidejax::lift

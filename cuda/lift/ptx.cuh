@@ -5,12 +5,9 @@
 
 #include <cstdint>
 
-namespace slidejax {
+#include "lift/geometry.h"
 
-constexpr int kGranule = 16;    // bytes of one asynchronous copy
-constexpr int kMaxPending = 7;  // groups of copies that a wait can leave under way
-
-#ifdef __CUDACC__  // else tests/cuda/lift_on_cpu brings its own
+namespace slidejax::lift {
 
 // Sixteen bytes to shared memory; zeros if they are not wanted.
 __device__ inline void CopyGranule(void* shared, const void* global, bool wanted) {
@@ -44,6 +41,4 @@ __device__ inline void WaitForCopies(int pending) {
   }
 }
 
-#endif
-
-}  // namespace slidejax
+}  // namespace slidejax::lift

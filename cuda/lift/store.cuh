@@ -10,17 +10,7 @@
 
 #include "lift/chunk.cuh"
 
-namespace slidejax {
-
-// The odd part of N: chunks of a lane in one tile, so that 256 * TileSteps(N) columns are whole
-// groups.
-__host__ __device__ constexpr int TileSteps(int n) { return n % 2 ? n : TileSteps(n / 2); }
-
-// Bytes of a tile of `steps` chunks a lane: 256 * steps columns are 128 * steps / n groups of n-1
-// windows of four. n = 1: the columns as they are.
-__host__ __device__ constexpr int TileBytes(int n, int steps, int out_bytes) {
-  return n == 1 ? kLanes * kChunk * steps * out_bytes : 128 * steps / n * (n - 1) * 4 * out_bytes;
-}
+namespace slidejax::lift {
 
 // Writes chunk number `index` of a tile, lifted, to the tile's shared memory. Called by whole
 // warps; `next`: what lane 0 has at the next index of lane 31 (anything after the last chunk of a
@@ -172,4 +162,4 @@ __device__ inline void StoreChunk(Out* row, int column, const Chunk<Out>& c, int
   }
 }
 
-}  // namespace slidejax
+}  // namespace slidejax::lift

@@ -23,7 +23,7 @@ class Library:
     def __init__(self):
         self.searched = []
 
-    def cusparselt_tune(self, dtype, result, alpha_vector, out, rows, columns, workspace_limit):
+    def cusparselt_tune(self, dtype, result, out, rows, columns, workspace_limit):
         self.searched.append((dtype, result, out, rows, columns))
         fast = {
             "algorithm": 7,

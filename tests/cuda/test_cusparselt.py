@@ -130,6 +130,27 @@ def test_nan_stays_in_its_row(dtype):
     assert np.isnan(y[[2, 4]]).all() and np.isfinite(np.delete(y, [2, 4], 0)).all()
 
 
+def test_scale_inside_the_product():
+    """The call can apply the scale of each output itself; slidejax does not use that yet."""
+    lifted, scale, w, bias = problem(64, 1024, 96)
+    y_type = jax.ShapeDtypeStruct((64, 96), jnp.bfloat16)
+    workspace = jax.ShapeDtypeStruct((1 << 21,), jnp.uint8)
+    default = {"algorithm": np.int32(-1), "split_k": np.int32(1), "split_k_mode": np.int32(0)}
+    operands = (lifted, scale[:, 0], cusparselt.compressed(w), w.scale, bias)
+    y, _ = calls.call(
+        "slidejax_sparse_matmul_cusparselt",
+        (y_type, workspace),
+        *operands,
+        raw=np.bool_(False),
+        alpha_vector=np.bool_(True),
+        **default,
+    )
+    want = expected(lifted, scale, w, bias)[1]
+    np.testing.assert_allclose(
+        np.asarray(y).astype(np.float32), want, rtol=2**-6, atol=2**-7 * np.abs(want).max()
+    )
+
+
 def test_minus_zero_is_a_zero():
     kernel = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
     kernel[::3] = -0.0

@@ -75,11 +75,12 @@ def test_all_kernels_are_in_the_report(log):
         TILE.search(name).groups() for name in ENTRY.findall(log) if "SparseMatmulKernel" in name
     ]
     tiles = re.findall(
-        r"MakeTileInfo<(\d+), (\d+), (\d+), \d+, \d+, \d+(, false)?>\(",
-        (ROOT / "cuda/hopper/launch.cu").read_text(),
+        r'F\("[^"]+", (\d+), (\d+), (\d+), \d+, \d+, \d+, (true|false),',
+        (ROOT / "cuda/hopper/tile.h").read_text(),
     )
+    assert tiles
     assert sorted(kernels) == sorted(
-        (fp8, *tile, "0" if dense else "1") for *tile, dense in tiles for fp8 in "01"
+        (fp8, *tile, "1" if sparse == "true" else "0") for *tile, sparse in tiles for fp8 in "01"
     )
 
 

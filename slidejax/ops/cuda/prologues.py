@@ -7,17 +7,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.ops.cuda.library import on_gpu
-from slidejax.ops.prologue import Prologue
+from slidejax.ops.prologue import GLU, Activation, LayerNorm, Prologue, RMSNorm
 from slidejax.weights.numerics import is_quantized
 
-__all__ = ["fused", "operands_of"]
+__all__ = ["NAMES", "fused", "longest_row", "operands_of"]
 
-# The names of slidejax/ops/prologue.py, with their numbers in cuda/lift/lift.h
-_PROLOGUES = {"RMSNorm": 1, "LayerNorm": 2, "Activation": 3, "GLU": 4}
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-# Bytes of a row of x (and of up) that fit beside the codes in a block's shared memory, by the GPU's
-# compute capability (cuda/lift/ring.cuh). 64 KB fit everywhere.
-_FUSED_ROW = {"8.0": 130 << 10, "9.0": 190 << 10, "10.0": 190 << 10, "10.3": 190 << 10}
+# The names by which the lift kernel knows prologues (cuda/lift/lift.h). Activations have the names
+# that slidejax gives them.
+NAMES: dict[type[Prologue], str] = {
+    RMSNorm: "rms_norm",
+    LayerNorm: "layer_norm",
+    Activation: "activation",
+    GLU: "glu",
+}
+# Bytes of a row of x, and of `up`, that fit beside the codes in the shared memory of a thread
+# block, by the GPU's compute capability. tests/cuda/test_lift_emulated.py holds the kernel to them.
+_LONGEST_ROW = {"8.0": 130 << 10, "9.0": 190 << 10, "10.0": 190 << 10, "10.3": 190 << 10}
+_LONGEST_ROW_ELSEWHERE = 64 << 10
+
+
+def longest_row(capability: str) -> int:
+    """Bytes of the longest row of x, or of x and `up`, on which the kernel computes a prologue.
+
+    Args:
+      capability: the GPU's compute capability.
+
+    >>> longest_row("9.0") // 1024, longest_row("8.6") // 1024
+    (190, 64)
+    """
+    return _LONGEST_ROW.get(capability, _LONGEST_ROW_ELSEWHERE)
 
 
 def fused(x: jax.Array, dtype, prologue: Prologue | None) -> bool:
@@ -25,16 +43,16 @@ def fused(x: jax.Array, dtype, prologue: Prologue | None) -> bool:
 
     It does for 8-bit results, if the rows fit in shared memory.
     """
-    if prologue is None or not is_quantized(dtype):
+    if prologue is None or type(prologue) not in NAMES or not is_quantized(dtype):
         return False
     capability = jax.devices()[0].compute_capability if on_gpu() else "9.0"
     row = x.shape[1] * x.dtype.itemsize * (2 if prologue.ROWS else 1)
-    return row <= _FUSED_ROW.get(capability, 64 << 10)
+    return row <= longest_row(capability)
 
 
 def operands_of(
     x: jax.Array, prologue: Prologue | None
-) -> tuple[tuple[jax.Array, ...], dict[str, np.generic]]:
+) -> tuple[tuple[jax.Array, ...], dict[str, np.generic | str]]:
     """The operands that follow x, and the attributes of a call.
 
     The operands are `up`, `weight` and `bias`; `[0]` stands for an array that there is not.
@@ -50,10 +68,8 @@ def operands_of(
         parameter("weight"),
         parameter("bias"),
     )
-    kind = 0 if prologue is None else _PROLOGUES[type(prologue).__name__]
-    activation = _ACTIVATIONS[getattr(prologue, "activation", "silu")]
     return operands, {
-        "prologue": np.int32(kind),
-        "activation": np.int32(activation),
+        "prologue": "none" if prologue is None else NAMES[type(prologue)],
+        "activation": getattr(prologue, "activation", "silu"),
         "eps": np.float32(getattr(prologue, "eps", 0)),
     }

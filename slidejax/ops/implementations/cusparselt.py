@@ -87,7 +87,7 @@ def _compressed_bytes(w: SlideWeight) -> int:
 def compressed(w: SlideWeight) -> jax.Array:
     """The library's own form of a weight, uint8."""
     out_type = jax.ShapeDtypeStruct((_compressed_bytes(w),), jnp.uint8)
-    return calls.call("slidejax_cusparselt_compress", out_type, w.values, w.zeros)
+    return calls.call("slidejax_compress_cusparselt", out_type, w.values, w.zeros)
 
 
 def matmul_call(
@@ -215,7 +215,7 @@ def search(w: SlideWeight, rows: int) -> list[dict[str, Any]]:
         raise NotImplementedError(f"cusparselt.search: {reason}")
     result, columns = calls.accumulator(w.dtype), w.lifted_columns
     timings = library.load()[0].cusparselt_tune(
-        w.dtype.name, result.name, False, w.out_features, rows, columns, workspace_limit=_WORKSPACE
+        w.dtype.name, result.name, w.out_features, rows, columns, workspace_limit=_WORKSPACE
     )
     path, entries = _read_searches()
     key = _search_key(w.dtype, result, w.out_features, columns)

@@ -67,20 +67,19 @@ def refuses_device(device: str, dtype: np.dtype) -> str | None:
 # --- the weight -----------------------------------------------------------------------------------
 
 
-def _metadata_bytes(out: int, groups: int, group: int) -> int:
-    module = _module()
-    if module is not None:
-        return module.hopper_metadata_bytes(out, groups, group)
-    # Ahead of time: 1 KB for 64 outputs and 128 lifted columns, in whole pairs of 128 columns. The
-    # call checks this.
-    return -(-out // 64) * 2 * -(-groups * (2 * group - 4) // 256) * 1024
+def _metadata_bytes(out: int, columns: int) -> int:
+    """Bytes of metadata: 1 KB for 64 outputs and 128 lifted columns, in whole pairs of 128 columns.
+
+    The call checks this, and tests/cuda/test_plans.py compares it with the kernel's own size.
+    """
+    return -(-out // 64) * 2 * -(-columns // 256) * 1024
 
 
 def _metadata(w: SlideWeight) -> jax.Array:
     """The 2:4 metadata of a weight, uint8, in the order in which the kernel's lanes read it."""
-    size, group = _metadata_bytes(w.out_features, w.groups, w.pattern.group), w.pattern.group
-    out_type = jax.ShapeDtypeStruct((size,), jnp.uint8)
-    return calls.call("slidejax_hopper_metadata", out_type, w.zeros, group=np.int32(group))
+    size = _metadata_bytes(w.out_features, w.lifted_columns)
+    out_type, group = jax.ShapeDtypeStruct((size,), jnp.uint8), np.int32(w.pattern.group)
+    return calls.call("slidejax_metadata_hopper", out_type, w.zeros, group=group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +121,11 @@ class HopperWeight:
 
     def workspace_bytes(self, rows: int) -> int:
         """Bytes of workspace for a product of `rows` rows."""
-        out, groups = self.values.shape[:2]  # a dense weight has columns in place of groups
+        out, columns = self.values.shape[:2]
+        if self.group:  # until here they are groups
+            columns *= 2 * (self.group - 2)
         has_metadata = not self.group or self.metadata.size > 0
-        made = 0 if has_metadata else _metadata_bytes(out, groups, self.group)
+        made = 0 if has_metadata else _metadata_bytes(out, columns)
         module = _module()
         if module is None:  # Ahead of time: enough for the metadata. K is then not split.
             return calls.ALIGN + made
@@ -132,7 +133,7 @@ class HopperWeight:
             jax.devices()[0].core_count if library.on_gpu() else _AHEAD_OF_TIME_MULTIPROCESSORS
         )
         return calls.ALIGN + module.hopper_workspace_bytes(
-            rows, out, groups, self.group, self.values.dtype.name, has_metadata, multiprocessors
+            rows, out, columns, self.group, has_metadata, multiprocessors
         )
 
 
@@ -151,11 +152,8 @@ def matmul_call(
         jax.ShapeDtypeStruct((rows, w.values.shape[0]), dtype),
         jax.ShapeDtypeStruct((w.workspace_bytes(rows),), jnp.uint8),
     )
-    y, _ = calls.call(
-        "slidejax_sparse_matmul_hopper", out_types, lifted, scale_x, *w.operands(bias),
-        # The kernel's cost model chooses tile and schedule.
-        config=np.int32(-1), token_group=np.int32(0), split=np.int32(-1),
-    )  # fmt: skip
+    operands = (lifted, scale_x, *w.operands(bias))
+    y, _ = calls.call("slidejax_sparse_matmul_hopper", out_types, *operands)
     return y
 
 

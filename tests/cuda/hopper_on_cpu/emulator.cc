@@ -8,7 +8,7 @@
 #include <random>
 #include <string>
 
-#include "hopper/tile.cuh"
+#include "hopper/scheduler.cuh"
 
 uint3 threadIdx, blockIdx;
 dim3 gridDim;
@@ -19,8 +19,9 @@ ucontext_t scheduler;
 Fiber* running = nullptr;
 std::vector<std::function<void()>> jobs;
 std::mt19937 random_bits(1);
-int multiprocessors = 8, resident = 8;  // how many there are, and how many of them are free
-int chance = 50;                        // that something which could happen does, in percent
+int multiprocessors = 8;
+int resident = 8;  // multiprocessors that are free
+int chance = 50;   // of what could happen next to happen, in percent
 std::function<void()> body;
 bool failed = false;
 unsigned grid_y = 0;
@@ -136,8 +137,8 @@ void Run(int blocks, int threads, int cluster_size, int resident) {
         std::fprintf(stderr, "emulator: %d threads wait for %s\n", n, what.c_str());
       failed = true;
     }
-    // A block's shared memory is gone with it: what still was to be written there would be an error
-    // of the kernel's.
+    // A block's shared memory goes with it: a job that would still write there is an error of the
+    // kernel.
     if (jobs.empty()) running_clusters.remove_if([](const Running& one) { return one.left == 0; });
   }
   jobs.clear();
@@ -160,7 +161,7 @@ void WaitUntil(const char* what, std::function<bool()> ready) {
 }
 void Later(std::function<void()> job) { jobs.push_back(std::move(job)); }
 uint32_t SharedOffset(const void* variable) {
-  if (variable == nullptr) return 0x400;  // as it is for kernels without static variables
+  if (variable == nullptr) return 0x400;  // where it begins without static variables
   static std::map<const void*, uint32_t>
       offsets;  // of variables of up to 256 bytes, of all kernels
   const auto [found, fresh] =
@@ -246,7 +247,7 @@ void RunInstruction(Block& block, Instruction& i) {
 
 }  // namespace emulator
 
-// ---- the CUDA runtime, as far as hopper/launch.cu calls it
+// ---- What hopper/launch.cu calls of the CUDA runtime
 
 extern "C" {
 
@@ -258,8 +259,8 @@ void emulator_configure(int multiprocessors, int resident, int chance, int seed)
   emulator::failed = false;
 }
 
-// The kernel before the next launch writes these bytes; it may still run when that begins, if it is
-// launched so.
+// The kernel before the next launch writes these bytes. It may still run when the next one begins,
+// if that is launched so.
 void emulator_lift(void* to, const void* from, size_t bytes) {
   const auto* begin = static_cast<const uint8_t*>(from);
   emulator::lift.push_back({to, {begin, begin + bytes}});
@@ -276,7 +277,7 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
 }
 cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*,
                                            const cudaLaunchConfig_t* config) {
-  const int size = config->attrs[0].val.clusterDim.x;  // larger clusters do not fill a device
+  const int size = config->attrs[0].val.clusterDim.x;  // larger clusters do not fill the device
   *count = emulator::multiprocessors / size - (size > 2);
   return cudaSuccess;
 }
@@ -355,7 +356,7 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a
                                        *static_cast<uint2**>(a[1]), number(2), number(3),
                                        number(4));
     };
-    emulator::Run(grid.x, block.x, 1, 1);  // its static shared memory is there once
+    emulator::Run(grid.x, block.x, 1, 1);  // one block at a time: they share their static variables
   }
   emulator::grid_y = 0;
   return emulator::failed ? cudaErrorLaunchTimeout : cudaSuccess;

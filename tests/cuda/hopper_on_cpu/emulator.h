@@ -1,7 +1,7 @@
-// Runs CUDA kernels on the CPU: every thread is a fiber, and what Hopper does asynchronously (bulk
+// Runs CUDA kernels on the CPU. Every thread is a fiber. What Hopper does asynchronously (bulk
 // copies, wgmma) happens at random later moments, as late as the kernel's own waits allow. So a
 // missing wait, fence or barrier shows as a wrong result, and a wait for something that never comes
-// as a message instead of a hang.
+// shows as a message instead of a hang.
 #pragma once
 
 #include <cuda.h>
@@ -9,7 +9,7 @@
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __shared__
-#define __shared__ static  // told apart by block in shared_address
+#define __shared__ static  // SharedAddress tells the blocks apart
 #include <ucontext.h>
 
 #include <cstdint>
@@ -22,7 +22,8 @@
 
 namespace emulator {
 
-struct Barrier {  // an mbarrier
+// An mbarrier.
+struct Barrier {
   int count = 0, pending = 0, bytes = 0;
   uint32_t phase = 0;
   void Settle() {
@@ -32,7 +33,8 @@ struct Barrier {  // an mbarrier
   }
 };
 
-struct Rendezvous {  // of a warp, of a named barrier, of a block, of a cluster
+// A barrier of a fixed number of threads: of a warp, a block, a cluster, or named.
+struct Rendezvous {
   int arrived = 0;
   uint64_t generation = 0;
   void Arrive(int of) {
@@ -48,10 +50,10 @@ struct Warp {
   uint32_t registers[32][4], addresses[32];
 };
 
-// One wgmma as a warp group has issued it; it runs once all 128 threads have.
+// One wgmma. It runs at some moment after all 128 threads of the warp group have issued it.
 struct Instruction {
   int issued = 0, tokens = 0, add = 0;
-  bool sparse = true;  // else 32 columns and no metadata
+  bool sparse = true;  // if not: 32 columns and no metadata
   uint64_t a = 0, b = 0;
   bool fp8 = false;
   uint32_t metadata[128];
@@ -64,15 +66,15 @@ struct WarpGroup {
 
 struct Block {
   std::vector<uint8_t> shared;
-  std::map<uint32_t, int>
-      unfenced;  // 16 bytes that a thread has written and no bulk copy may read yet
+  // Which thread has written 16 bytes that no bulk copy may read yet, for want of a fence.
+  std::map<uint32_t, int> unfenced;
   std::map<uint32_t, Barrier> barriers;
   Rendezvous named[16], all;
   std::vector<Warp> warps;
   std::vector<WarpGroup> groups;
   struct Cluster* cluster = nullptr;
   uint32_t rank = 0, index = 0;
-  bool begun = false;  // one of its threads has
+  bool begun = false;  // one of its threads has run
 };
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
@@ -80,7 +82,7 @@ struct Cluster {
   int threads = 0;
 };
 
-// Accumulators that instructions still write: the kernel's own variables hold garbage meanwhile.
+// Accumulators that instructions still write. The kernel's own variables hold garbage meanwhile.
 struct Shadow {
   uint32_t* variable;
   std::vector<uint32_t> values;
@@ -96,24 +98,25 @@ struct Fiber {
   std::function<bool()> waits_for;
   const char* what = "";
   std::list<Shadow> shadows;
-  size_t instructions = 0;                    // issued
-  std::vector<size_t> groups;                 // their number at each commit
+  size_t instructions = 0;                    // that it has issued
+  std::vector<size_t> groups;                 // the number of instructions at each commit
   std::vector<std::function<void()>> copies;  // cp.async that have not happened
-  std::vector<std::shared_ptr<bool>>
-      stores;  // bulk stores of the groups, in order; true: the source has been read
+  // Bulk stores, in order: whether the source has been read.
+  std::vector<std::shared_ptr<bool>> stores;
   Warp& CurrentWarp() { return block->warps[thread / 32]; }
 };
 
 Fiber& Current();
 void WaitUntil(const char* what, std::function<bool()> ready);
-void Later(std::function<void()> job);  // at some later moment, in any order
+void Later(std::function<void()> job);  // runs it at some later moment, in any order
 [[noreturn]] void Fail(const char* what);
-uint32_t SharedOffset(const void* variable);  // nullptr: the dynamic part
+uint32_t SharedOffset(const void* variable);  // nullptr: the dynamic shared memory
 uint8_t* SharedBytes(Block& block, uint32_t address, size_t size);
 Block& BlockOfCluster(uint32_t rank);
-extern bool lift_has_ended;  // the kernel that this one was launched to follow
+extern bool lift_has_ended;  // it is the kernel that this one was launched to follow
 
-struct Tensor {  // what a CUtensorMap holds here
+// What a CUtensorMap holds here.
+struct Tensor {
   uint8_t* base;
   int rank, element, swizzle;  // swizzle: 0, 1, 2, 3 bits
   uint64_t size[3], stride[3];

@@ -2,8 +2,8 @@
 // is tested where there is no GPU.
 //
 // The threads of a block are fibres that run one at a time, in an order that the test chooses, from
-// one barrier or warp-wide operation to the next: what is only right because of a certain order
-// goes wrong in another. Asynchronous copies arrive either when they are issued or only when they
+// one barrier or warp-wide operation to the next. What is right in one order only goes wrong in
+// another. Asynchronous copies arrive either when they are issued or only when they
 // are waited for. What it cannot show: speed, and how real hardware orders memory.
 #pragma once
 
@@ -18,6 +18,7 @@
 #define __host__
 #define __device__
 #define __global__ static
+#define __forceinline__ inline
 #define __shared__
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
@@ -50,7 +51,8 @@ struct alignas(16) float4 {
 
 namespace emulated {
 
-struct Thread {  // of the fibre that runs
+// Of the fibre that runs.
+struct Thread {
   dim3 thread, block;
 };
 extern Thread* current;
@@ -76,7 +78,8 @@ void CheckRead(const void* address,
 #define blockDim (emulated::block_dim)
 #define gridDim (emulated::grid_dim)
 
-inline cudaError_t cudaGetDevice(int* device) {  // each that a test makes up has its own number
+inline cudaError_t cudaGetDevice(
+    int* device) {  // each device that a test makes up has its own number
   return *device = emulated::shared_of_block + emulated::multiprocessors, cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -151,12 +154,6 @@ constexpr T max(T a, T b) {
   return a < b ? b : a;
 }
 
-namespace slidejax {
-extern char shared[];
-inline void CopyGranule(void* to, const void* from, bool wanted) {
-  emulated::CopyGranule(to, from, wanted);
-}
-inline void LetNextBegin() {}
-inline void CommitCopies() { emulated::CommitCopies(); }
-inline void WaitForCopies(int pending) { emulated::WaitForCopies(pending); }
-}  // namespace slidejax
+namespace slidejax::lift {
+extern char shared[];  // what the kernels declare: a block's shared memory
+}  // namespace slidejax::lift

@@ -1,4 +1,4 @@
-// The lift kernels on a CPU (cuda_runtime_api.h): the emulation's engine, and one C function that
+// The lift kernels on a CPU (cuda_runtime_api.h): the emulator, and the C function that
 // tests/cuda/test_lift_emulated.py calls.
 #include "lift/lift.h"
 
@@ -15,9 +15,9 @@
 
 #include "cuda_runtime_api.h"
 
-namespace slidejax {
+namespace slidejax::lift {
 alignas(16) char shared[emulated::kSharedBytes];
-}  // namespace slidejax
+}  // namespace slidejax::lift
 
 namespace emulated {
 
@@ -38,9 +38,9 @@ struct Fibre : Thread {
   std::unique_ptr<char[]> stack;
   bool done = false;
   std::function<bool()> ready = [] { return true; };
-  uint32_t value = 0;        // what it brought to the warp
-  std::vector<Copy> copies;  // under way
-  int groups = 0;            // committed
+  uint32_t value = 0;        // for the other lanes of its warp
+  std::vector<Copy> copies;  // that have not arrived
+  int groups = 0;            // of copies, committed
 };
 
 constexpr size_t kStack = 64 << 10;
@@ -124,7 +124,7 @@ void CheckRead(const void* address, size_t bytes) {
 
 void CopyGranule(void* to, const void* from, bool wanted) {
   const char* const target = static_cast<char*>(to);
-  if (target < slidejax::shared || target + 16 > slidejax::shared + shared_of_block)
+  if (target < slidejax::lift::shared || target + 16 > slidejax::lift::shared + shared_of_block)
     Fail("a copy leaves shared memory");
   if (reinterpret_cast<uintptr_t>(to) % 16) Fail("a copy's target is not aligned");
   if (wanted) CheckRead(from, 16);
@@ -160,7 +160,7 @@ cudaError_t Launch(const std::function<void()>& run, dim3 grid, dim3 block, size
     return cudaErrorInvalidValue;
   run_kernel = &run, grid_dim = grid, block_dim = block;
   for (unsigned b = 0; b < grid.x; ++b) {
-    std::memset(slidejax::shared, 0xa5, sizeof(slidejax::shared));
+    std::memset(slidejax::lift::shared, 0xa5, sizeof(slidejax::lift::shared));
     const unsigned threads = block.x;
     fibres = std::vector<Fibre>(threads);
     warps.assign(threads / 32, {}), block_meeting = {};
@@ -175,7 +175,7 @@ cudaError_t Launch(const std::function<void()>& run, dim3 grid, dim3 block, size
     }
     std::vector<unsigned> turn(threads);
     for (unsigned t = 0; t < threads; ++t) turn[t] = t;
-    // Half of the orders are fair; in the others one warp runs as far as it can, then another.
+    // Half of the orders are fair. In the others one warp runs as far as it can, then another.
     const bool greedy = order() % 2;
     unsigned favoured = 0;
     for (size_t left = threads; left > 0;) {
@@ -194,8 +194,8 @@ cudaError_t Launch(const std::function<void()>& run, dim3 grid, dim3 block, size
       }
       if (!moved) Fail("threads wait for each other");
     }
-    for (size_t i = shared; i < sizeof(slidejax::shared); ++i) {
-      if (slidejax::shared[i] != static_cast<char>(0xa5))
+    for (size_t i = shared; i < sizeof(slidejax::lift::shared); ++i) {
+      if (slidejax::lift::shared[i] != static_cast<char>(0xa5))
         Fail("a write beyond the block's shared memory");
     }
   }
@@ -204,32 +204,36 @@ cudaError_t Launch(const std::function<void()>& run, dim3 grid, dim3 block, size
 
 }  // namespace emulated
 
-// One call of LiftQuantize on a device of `multiprocessors`; dtypes and enums as numbers. Returns
-// the status.
-extern "C" int lift_quantize(const void* x, int x_type, const float* absmax, const void* up,
-                             const float* weight, const float* bias, void* lifted, int lifted_type,
-                             float* scale, int64_t rows, int64_t columns, int64_t lifted_columns,
-                             int group, int prologue, int activation, float eps,
-                             int multiprocessors, int shared_of_block, int lazy, int seed) {
+// One call of LiftQuantize on a device of `multiprocessors`; dtypes, prologue and activation by
+// name. Returns the status, or -1 for an unknown name.
+extern "C" int lift_quantize(const void* x, const char* x_type, const float* absmax, const void* up,
+                             const float* weight, const float* bias, void* lifted,
+                             const char* lifted_type, float* scale, int64_t rows, int64_t columns,
+                             int64_t lifted_columns, int group, const char* prologue,
+                             const char* activation, float eps, int multiprocessors,
+                             int shared_of_block, int lazy, int seed) {
   using namespace slidejax;
   emulated::multiprocessors = multiprocessors, emulated::shared_of_block = shared_of_block;
   emulated::shared_of_multiprocessor = shared_of_block + 1024;
   emulated::lazy_copies = lazy != 0, emulated::order.seed(seed);
+  const auto x_dtype = DTypeNamed(x_type), lifted_dtype = DTypeNamed(lifted_type);
+  const auto kind = lift::PrologueOf(prologue);
+  const auto function = lift::ActivationOf(activation);
+  if (!x_dtype || !lifted_dtype || !kind || !function) return -1;
+
   emulated::readable.clear();
-  const auto allow = [](const void* from,
-                        int64_t bytes) {  // whole granules, as allocations have them
+  const auto allow = [](const void* from, int64_t bytes) {  // whole granules, as allocations are
     const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
     if (from != nullptr) emulated::readable.push_back({begin, (begin + bytes + 15) / 16 * 16});
   };
-  LiftArgs args = {};
-  args.x = x, args.x_type = static_cast<DType>(x_type), args.absmax = absmax, args.lifted = lifted;
-  args.lifted_type = static_cast<DType>(lifted_type), args.scale = scale, args.rows = rows,
-  args.columns = columns;
-  args.lifted_columns = lifted_columns, args.group = group,
-  args.prologue = static_cast<PrologueKind>(prologue);
-  args.activation = static_cast<Activation>(activation), args.up = up, args.weight = weight,
-  args.bias = bias, args.eps = eps;
-  const int64_t x_bytes = rows * columns * static_cast<int64_t>(Bytes(args.x_type));
+  const int64_t x_bytes = rows * columns * static_cast<int64_t>(Bytes(*x_dtype));
   allow(x, x_bytes), allow(up, x_bytes), allow(weight, 4 * columns), allow(bias, 4 * columns);
+
+  lift::Args args = {};
+  args.x = x, args.x_type = *x_dtype, args.absmax = absmax;
+  args.lifted = lifted, args.lifted_type = *lifted_dtype, args.scale = scale;
+  args.rows = rows, args.columns = columns, args.lifted_columns = lifted_columns;
+  args.group = group, args.prologue = *kind, args.activation = *function;
+  args.up = up, args.weight = weight, args.bias = bias, args.eps = eps;
   return LiftQuantize(args, nullptr);
 }

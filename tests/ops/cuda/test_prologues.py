@@ -11,20 +11,23 @@ from slidejax.ops.cuda import prologues
 @pytest.mark.parametrize(
     ("prologue", "kind", "activation", "eps"),
     [
-        (None, 0, 0, 0.0),
-        (sj.RMSNorm(jnp.ones(4), 0.5), 1, 0, 0.5),
-        (sj.LayerNorm(jnp.ones(4), jnp.ones(4), 0.25), 2, 0, 0.25),
-        (sj.Activation("gelu_tanh"), 3, 2, 0.0),
-        (sj.GLU(jnp.ones((2, 4)), "relu"), 4, 3, 0.0),
+        (None, "none", "silu", 0.0),
+        (sj.RMSNorm(jnp.ones(4), 0.5), "rms_norm", "silu", 0.5),
+        (sj.LayerNorm(jnp.ones(4), jnp.ones(4), 0.25), "layer_norm", "silu", 0.25),
+        (sj.Activation("gelu_tanh"), "activation", "gelu_tanh", 0.0),
+        (sj.GLU(jnp.ones((2, 4)), "relu"), "glu", "relu", 0.0),
     ],
     ids=["none", "rms", "layer", "activation", "glu"],
 )
 def test_attributes_and_operands(prologue, kind, activation, eps):
     (up, weight, bias), attributes = prologues.operands_of(jnp.ones((2, 4)), prologue)
     assert attributes == {"prologue": kind, "activation": activation, "eps": np.float32(eps)}
-    assert up.shape == ((2, 4) if kind == 4 else (0,))
-    assert weight.shape == ((4,) if kind in (1, 2) else (0,)) and weight.dtype == jnp.float32
-    assert bias.shape == ((4,) if kind == 2 else (0,))
+    assert up.shape == ((2, 4) if kind == "glu" else (0,))
+    assert (
+        weight.shape == ((4,) if kind in ("rms_norm", "layer_norm") else (0,))
+        and weight.dtype == jnp.float32
+    )
+    assert bias.shape == ((4,) if kind == "layer_norm" else (0,))
 
 
 def test_rows_that_fit_are_fused_for_8_bit_results():

@@ -115,7 +115,7 @@ inline void NamedSync(int id, int threads) {
   emulator::WaitUntil("named barrier",
                       [&meeting, generation] { return meeting.generation != generation; });
 }
-inline constexpr int kSpinLimit = 50;  // times that a thread's turn comes: now and then too few
+inline constexpr int kSpinLimit = 50;  // turns of a thread; now and then they are too few
 inline bool WaitCount(const int* counter, int n, int spins) {
   emulator::WaitUntil("count", [=]() mutable { return *counter >= n || --spins <= 0; });
   return *counter >= n;
@@ -227,8 +227,8 @@ inline void StoreMatricesTransposed(uint32_t address, uint32_t a, uint32_t b, ui
   const uint32_t values[4] = {a, b, c, d};
   std::memcpy(warp.registers[lane], values, 16);
   __syncwarp();
-  // Lane i writes row i % 8 of matrix i / 8: transposed, so element j of it is in lane 4 j + row /
-  // 2, half row % 2.
+  // Lane i writes row i % 8 of matrix i / 8. As they are transposed, element j of the row is in
+  // lane 4 j + row / 2, half row % 2.
   const int matrix = lane / 8, row = lane % 8;
   uint16_t line[8];
   for (int j = 0; j < 8; ++j)

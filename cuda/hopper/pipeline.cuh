@@ -1,0 +1,138 @@
+// The rings of X and W in shared memory, and the two producer threads that fill them.
+#pragma once
+
+#include "hopper/scheduler.cuh"
+
+namespace slidejax::hopper {
+
+// A ring of stages in shared memory, as addresses. Barrier full[i]: stage i has arrived. Barrier
+// empty[i]: all CTAs that receive it have read it.
+struct Ring {
+  uint32_t data, full, empty;
+};
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity;  // of the barriers, which changes with each turn of the ring
+
+  SJ_DEVICE void Advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The shared memory of a CTA, as addresses.
+struct Shared {
+  Ring x;              // [stage][slice][tokens][128 bytes]
+  Ring w;              // [stage]: values [rows][128 bytes], metadata [rows / 64][slice][1 KB]
+  uint32_t staging;    // results on their way to y, then scales (epilogue.cuh)
+  uint32_t work_info;  // [stage of x]: first row, first token, steps and split of the work tile
+                       // that begins there
+};
+template <class T>
+SJ_DEVICE Shared MakeShared(uint32_t base) {
+  const uint32_t staging = base + T::kRingBytes;
+  const uint32_t barriers = staging + T::kWarpGroups * (4 * T::kStagingBytes + 2 * T::kScaleBytes);
+  const uint32_t barriers_w = barriers + 16 * T::kStagesX;
+  return {{base, barriers, barriers + 8 * T::kStagesX},
+          {base + T::kStagesX * T::kStageBytesX, barriers_w, barriers_w + 8 * T::kStagesW},
+          staging,
+          barriers + T::kBarrierBytes};
+}
+
+// Where a CTA stands: in its cluster, in its CTA group (`rank`), and its CTA group in the cluster
+// and in the call.
+struct CtaPlace {
+  uint32_t in_cluster, rank;
+  int group_in_cluster, cta_group, cta_groups;
+};
+
+// Copies the X of a CTA group's work tiles, stage after stage. With the first stage of each work
+// tile goes its description, so that consumers need no division.
+template <class T>
+SJ_DEVICE void LoadActivations(const Params& p, const Shared& shared, const CtaPlace& place) {
+  if (p.role != kSecondary) GridWait();
+  const int rank = static_cast<int>(place.rank), share = rank * T::kTokensOfCta;
+  const uint16_t group_mask = ((1 << T::kCtas) - 1) << (place.in_cluster - place.rank);
+  RingPosition<T::kStagesX> to{0, 1};  // the first turn of the ring waits for nothing
+  for (int i = 0;; ++i) {
+    const WorkTile work = GetWorkTile(p, place.cta_group, place.cta_groups, i);
+    const int row = (work.row_tile * T::kCtas + rank) * T::kRows;
+    const int token = work.token_tile * T::kTokens;
+    // Tokens beyond M are not copied: zeros in their place would take three times as long as data.
+    // What is multiplied instead is whatever lies there; its products are never stored.
+    const int inside = min(max(p.M - token, 0), T::kTokens);
+    const int mine = min(max(inside - share, 0), T::kTokensOfCta);
+    BarrierWait(shared.x.empty + 8 * to.stage, to.parity);
+    StoreShared4(shared.work_info + 16 * to.stage, row, token, work.end - work.begin, work.split);
+    if (work.begin == work.end) {  // no more work, which consumers see by 0 steps
+      BarrierArrive(shared.x.full + 8 * to.stage);
+      return;
+    }
+#pragma unroll 1
+    for (int k = 2 * work.begin; k < 2 * work.end; k += T::kSlicesX) {
+      const uint32_t full = shared.x.full + 8 * to.stage;
+      const uint32_t stage = shared.x.data + to.stage * T::kStageBytesX;
+      BarrierWait(shared.x.empty + 8 * to.stage, to.parity);
+      BarrierExpect(full, T::kSlicesX * inside * 128);
+      if (mine > 0) {
+        const CUtensorMap* const map = mine == T::kTokensOfCta ? &p.map_x : &p.map_x_end;
+        if constexpr (T::kCtas == 1) {
+#pragma unroll
+          for (int slice = 0; slice < T::kSlicesX; ++slice) {
+            TmaLoad2d(stage + slice * (T::kTokens * 128), map, (k + slice) * 128, token, full,
+                      kEvictLast);
+          }
+        } else {
+          TmaLoad2dMulticast(stage + share * 128, map, k * 128, token + share, full, group_mask,
+                             kEvictLast);
+        }
+      }
+      to.Advance();
+    }
+  }
+}
+
+// Copies the W of a CTA group's work tiles, and its metadata. It waits for nothing but room: W is
+// under way before the activations exist. kSharesW: the other CTA group of the cluster multiplies
+// the same rows, and each of the two copies half of them to both.
+template <class T, bool kSharesW>
+SJ_DEVICE void LoadWeights(const Params& p, const Shared& shared, const CtaPlace& place) {
+  // W stays in L2 when more than one token group passes over it.
+  const uint64_t policy = p.token_tiles == p.token_group_tiles ? kEvictFirst : kEvictNormal;
+  const int half = static_cast<int>(place.in_cluster / T::kCtas);
+  const uint16_t pair_mask = (1 | 1 << T::kCtas) << place.rank;
+  RingPosition<T::kStagesW> to{0, 1};
+  for (int i = 0;; ++i) {
+    const WorkTile work = GetWorkTile(p, place.cta_group, place.cta_groups, i);
+    if (work.begin == work.end) return;
+    const int row = (work.row_tile * T::kCtas + static_cast<int>(place.rank)) * T::kRows;
+#pragma unroll 1
+    for (int k = 2 / T::kSlicesW * work.begin; k < 2 / T::kSlicesW * work.end; ++k) {
+      const uint32_t full = shared.w.full + 8 * to.stage;
+      const uint32_t values = shared.w.data + to.stage * T::kStageBytesW;
+      const uint32_t metadata = values + T::kValueBytes;
+      BarrierWait(shared.w.empty + 8 * to.stage, to.parity);
+      BarrierExpect(full, T::kStageBytesW);
+      if constexpr (kSharesW) {
+        TmaLoad2dMulticast(values + half * (T::kValueBytes / 2), &p.map_w, k * 128,
+                           row + half * (T::kRows / 2), full, pair_mask, policy);
+        if constexpr (T::kSparse) {
+          TmaLoad3dMulticast(metadata + half * (T::kMetadataBytes / 2), &p.map_e, 0,
+                             k * T::kSlicesW, row / 64 + half * (T::kRows / 128), full, pair_mask,
+                             policy);
+        }
+      } else {
+        TmaLoad2d(values, &p.map_w, k * 128, row, full, policy);
+        if constexpr (T::kSparse) {
+          TmaLoad3d(metadata, &p.map_e, 0, k * T::kSlicesW, row / 64, full, policy);
+        }
+      }
+      to.Advance();
+    }
+  }
+}
+
+}  // namespace slidejax::hopper

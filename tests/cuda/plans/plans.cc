@@ -1,0 +1,59 @@
+// What tests/cuda/test_plans.py calls: the cost models as C functions. It is compiled with nothing
+// but the host's C++ compiler.
+#include "hopper/plan.h"
+#include "lift/geometry.h"
+
+using namespace slidejax;
+
+extern "C" {
+
+// ---- hopper/plan.h
+
+struct HopperPlan {
+  const char* tile;
+  int32_t rows, tokens, ctas;  // of the tile
+  int32_t token_group, whole, stream_k_tiles, stream_k_workers, cluster_groups;
+  int32_t cluster_split_tiles, share_w;
+  uint64_t workspace_bytes;
+};
+HopperPlan hopper_plan(const hopper::Problem& problem, const hopper::Schedule& schedule,
+                       bool metadata_prepared, int multiprocessors) {
+  const hopper::Plan plan = hopper::MakePlan(problem, schedule, multiprocessors);
+  const hopper::TileInfo& t = hopper::GetTile(plan.tile);
+  const hopper::Split& s = plan.split;
+  return {t.name,
+          t.rows,
+          t.tokens,
+          t.ctas,
+          plan.token_group,
+          s.whole,
+          s.stream_k_tiles,
+          s.stream_k_workers,
+          s.cluster_groups,
+          s.cluster_split_tiles,
+          s.share_w,
+          hopper::WorkspaceBytes(problem, schedule, metadata_prepared, multiprocessors)};
+}
+int hopper_counters(const hopper::Problem& problem, int multiprocessors) {
+  const hopper::Plan plan = hopper::MakePlan(problem, {}, multiprocessors);
+  const hopper::TileInfo& t = hopper::GetTile(plan.tile);
+  return plan.split.stream_k_tiles * plan.split.groups_per_worker() * t.ctas * t.warp_groups * 4;
+}
+uint64_t hopper_counter_bytes() { return hopper::kCounterBytes; }
+uint64_t hopper_metadata_bytes(const hopper::Problem& problem) {
+  return hopper::MetadataBytes(problem);
+}
+const char* hopper_check(const hopper::Problem& problem, const hopper::Schedule& schedule) {
+  return hopper::Check(problem, schedule);
+}
+
+// ---- lift/geometry.h
+
+lift::RingGeometry lift_geometry(const lift::RowShape& shape, int sources, int in_bytes,
+                                 int out_bytes, const lift::DeviceLimits& device) {
+  return lift::ChooseGeometry(shape, sources, in_bytes, out_bytes, device);
+}
+int lift_steps(int n) { return lift::StepsOf(n); }
+int64_t lift_columns(int64_t columns, int group) { return lift::LiftedColumns(columns, group); }
+
+}  // extern "C"

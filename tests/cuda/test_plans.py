@@ -1,0 +1,275 @@
+"""The cost models of the kernels (cuda/hopper/plan.h, cuda/lift/geometry.h), compiled with the host's
+C++ compiler alone: no nvcc, no CUDA headers, no GPU."""
+
+import ctypes
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hopper_emulator import Schedule, Shape, make_schedule
+
+import slidejax as sj
+from slidejax.ops.implementations.hopper import HOPPER
+
+ROOT = Path(__file__).parents[2]
+H200 = 132  # multiprocessors
+
+
+class Plan(ctypes.Structure):
+    _fields_ = [
+        ("tile", ctypes.c_char_p),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "rows",
+                "tokens",
+                "ctas",
+                "token_group",
+                "whole",
+                "stream_k_tiles",
+                "stream_k_workers",
+                "cluster_groups",
+                "cluster_split_tiles",
+                "share_w",
+            )
+        ),
+        ("workspace_bytes", ctypes.c_uint64),
+    ]
+
+
+class RowShape(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("n", "steps", "tiles")),
+        *((name, ctypes.c_bool) for name in ("x_aligned", "out_aligned", "normed")),
+    ]
+
+
+class Limits(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in ("multiprocessors", "shared_of_block", "shared_of_multiprocessor")
+    ]
+
+
+class Geometry(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("warps", "blocks", "depth", "bytes")]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    target = tmp_path_factory.mktemp("plans") / "plans.so"
+    sources = ["tests/cuda/plans/plans.cc", "cuda/hopper/plan.cc", "cuda/lift/geometry.cc"]
+    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{ROOT / 'cuda'}"]
+    command = ["g++", *flags, *(ROOT / source for source in sources), "-o", target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(str(target))
+    pointer = ctypes.POINTER
+    for name, result, *arguments in (
+        ("hopper_plan", Plan, pointer(Shape), pointer(Schedule), ctypes.c_bool, ctypes.c_int),
+        ("hopper_counters", ctypes.c_int, pointer(Shape), ctypes.c_int),
+        ("hopper_counter_bytes", ctypes.c_uint64),
+        ("hopper_metadata_bytes", ctypes.c_uint64, pointer(Shape)),
+        ("hopper_check", ctypes.c_char_p, pointer(Shape), pointer(Schedule)),
+        ("lift_geometry", Geometry, pointer(RowShape), *[ctypes.c_int] * 3, pointer(Limits)),
+        ("lift_steps", ctypes.c_int, ctypes.c_int),
+        ("lift_columns", ctypes.c_int64, ctypes.c_int64, ctypes.c_int),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def sparse(rows, columns, out, group=8):
+    """A product of `columns` columns of x, before they are lifted."""
+    return Shape(M=rows, out=out, columns=columns // group * 2 * (group - 2), group=group)
+
+
+def plan(library, shape, prepared=True, multiprocessors=H200, **schedule):
+    return library.hopper_plan(shape, make_schedule(**schedule), prepared, multiprocessors)
+
+
+# --- the Hopper kernel ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "out", "tile", "share_w", "way"),
+    [
+        (1, 3584, 4608, "128x16", False, "3 groups"),
+        (1, 3584, 3584, "128x16", False, "4 groups"),
+        (1, 3584, 37888, "128x16", False, "2 groups"),
+        (1, 18944, 3584, "128x16", False, "4 groups"),
+        (16, 3584, 4608, "128x16", False, "3 groups"),
+        (16, 3584, 3584, "128x16", False, "4 groups"),
+        (16, 3584, 37888, "128x16", False, "2 groups"),
+        (16, 18944, 3584, "128x16", False, "4 groups"),
+        (64, 3584, 4608, "128x64", False, "3 groups"),
+        (64, 3584, 3584, "128x64", False, "3 groups"),
+        (64, 3584, 37888, "128x64", False, "2 groups"),
+        (64, 18944, 3584, "128x64", False, "3 groups"),
+        (256, 3584, 4608, "128x128 in fours", False, "whole tiles"),
+        (256, 3584, 3584, "128x64", False, "whole tiles"),
+        (256, 3584, 37888, "128x256", False, "2 groups"),
+        (256, 18944, 3584, "128x256", False, "4 groups"),
+        (1024, 3584, 4608, "256x160", False, "whole tiles"),
+        (1024, 3584, 3584, "128x256", True, "whole tiles"),
+        (1024, 3584, 37888, "128x256", True, "whole tiles"),
+        (1024, 18944, 3584, "128x256", True, "whole tiles"),
+        (4096, 3584, 4608, "256x192", True, "whole tiles"),
+        (4096, 3584, 3584, "256x160", True, "whole tiles"),
+        (4096, 3584, 37888, "256x192", True, "whole tiles"),
+        (4096, 18944, 3584, "256x192", True, "stream-K"),
+    ],
+)
+def test_what_runs_on_an_h200(library, rows, columns, out, tile, share_w, way):
+    """Layers of Qwen2.5-7B at 6:8. A change of the model shows here; whether it is a good one, only
+    measurements show."""
+    chosen = plan(library, sparse(rows, columns, out))
+    taken = (
+        "stream-K"
+        if chosen.stream_k_tiles
+        else f"{chosen.cluster_groups} groups"
+        if chosen.cluster_groups > 1
+        else "whole tiles"
+    )
+    assert (chosen.tile.decode(), bool(chosen.share_w), taken) == (tile, share_w, way)
+
+
+@pytest.mark.parametrize(("want", "rows"), [(1, 1024), (0, 1023)])
+def test_cta_pairs_share_w_where_there_are_many_rows(library, want, rows):
+    """A tile for every CTA group either way: what decides is that sharing saves energy."""
+    assert plan(library, sparse(rows, 3584, 38400)).share_w == want
+
+
+def random_shape(rng):
+    group = rng.choice([0, 4, 6, 8, 10, 12, 14, 16])
+    columns = 16 * rng.randint(1, 1300) if group == 0 else 16 * rng.randint(1, 300) * (group - 2)
+    rows, out = int(2 ** rng.uniform(0, 14)), rng.randint(1, 40000)
+    return Shape(M=rows, out=out, columns=columns, group=group)
+
+
+def test_every_tile_of_y_is_computed_once(library):
+    """What is whole and what is cut along K is together all there is."""
+    rng = random.Random(0)
+    kinds = set()
+    for _ in range(2000):
+        shape = random_shape(rng)
+        chosen = plan(library, shape, multiprocessors=rng.choice([H200, 114, 78, 12]))
+        pair = 2 if chosen.share_w else 1
+        row_tiles = -(-shape.out // (chosen.rows * chosen.ctas))
+        tiles = row_tiles * -(-shape.M // (chosen.tokens * pair)) * pair
+        cut = chosen.stream_k_tiles * pair + chosen.cluster_split_tiles
+        assert chosen.whole + cut == tiles
+        kinds.add((bool(chosen.share_w), chosen.stream_k_tiles > 0, chosen.cluster_groups > 1))
+    assert len(kinds) == 5  # with shared W no cluster divides K
+
+
+def test_counters_fit_in_their_part_of_the_workspace(library):
+    rng = random.Random(1)
+    for _ in range(2000):
+        shape = random_shape(rng)
+        assert 8 * library.hopper_counters(shape, H200) <= library.hopper_counter_bytes()
+
+
+def test_workspace_holds_metadata_that_is_not_prepared(library):
+    rng = random.Random(2)
+    for _ in range(200):
+        shape = random_shape(rng)
+        prepared, expanded = (plan(library, shape, p).workspace_bytes for p in (True, False))
+        assert expanded - prepared == library.hopper_metadata_bytes(shape)
+        whole = plan(library, shape, stream_k=0)
+        assert whole.workspace_bytes == 0 and whole.stream_k_tiles == 0
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:6", "6:8", "14:16"])
+@pytest.mark.parametrize(("columns", "out"), [(64, 7), (600, 520), (3584, 1000)])
+def test_python_knows_the_size_of_metadata(library, pattern, columns, out):
+    kernel = jax.ShapeDtypeStruct((columns, out), jnp.float32)
+    w = jax.eval_shape(lambda k: sj.pack(k, pattern, dtype="int8"), kernel)
+    shape = Shape(M=1, out=out, columns=w.lifted_columns, group=w.pattern.group)
+    assert jax.eval_shape(HOPPER.form.make, w).shape == (library.hopper_metadata_bytes(shape),)
+
+
+@pytest.mark.parametrize(
+    ("shape", "schedule", "message"),
+    [
+        ({"columns": 24}, {}, b"multiple of 16"),
+        ({"columns": 0}, {}, b"multiple of 16"),
+        ({}, {"tile": 0}, b"no such tile"),
+        ({"group": 8, "columns": 192}, {"tile": 9}, b"no such tile"),
+        ({}, {"tile": 99}, b"no such tile"),
+        ({"group": 8, "columns": 36}, {}, b"multiple of 8"),
+        ({"group": 2}, {}, b"or 0 for a dense weight"),
+        ({"M": 0}, {}, b"at least 1"),
+    ],
+)
+def test_what_is_refused(library, shape, schedule, message):
+    given = Shape(**{"M": 1, "out": 1, "columns": 32, "group": 0, **shape})
+    assert message in library.hopper_check(given, make_schedule(**schedule))
+
+
+# --- the lift ---------------------------------------------------------------------------------------
+
+H100 = Limits(132, 232448, 233472)
+A100 = Limits(108, 166912, 167936)
+SMALL = Limits(46, 101376, 102400)
+
+
+def row_shape(library, rows, columns, group=8, aligned=True, normed=False):
+    n = max(1, group // 2)
+    lifted = library.lift_columns(columns, group) if group else columns
+    padded = lifted if n == 1 else lifted // (4 * (n - 1)) * 2 * n
+    steps = library.lift_steps(n)
+    tiles = max(1, -(-padded // (256 * steps)))
+    return RowShape(rows, n, steps, tiles, aligned, aligned, normed)
+
+
+@pytest.mark.parametrize("device", [H100, A100, SMALL], ids=["h100", "a100", "small"])
+def test_what_is_chosen_fits(library, device):
+    rng = random.Random(3)
+    fitted = 0
+    for _ in range(3000):
+        group = rng.choice([0, 4, 6, 8, 10, 12, 14, 16])
+        rows, columns = int(2 ** rng.uniform(0, 16)), int(2 ** rng.uniform(0, 17))
+        sources, in_bytes = rng.choice([1, 2]), rng.choice([2, 4])
+        shape = row_shape(
+            library, rows, columns, group, rng.random() < 0.5, sources == 1 and rng.random() < 0.3
+        )
+        chosen = library.lift_geometry(shape, sources, in_bytes, 1, device)
+        if chosen.warps == 0:
+            continue
+        fitted += 1
+        own = -(-shape.tiles // chosen.warps)  # tiles of a row that a warp has
+        assert 1 <= chosen.warps <= min(32, shape.tiles)
+        assert own <= chosen.depth <= own + 7
+        assert chosen.bytes <= device.shared_of_block
+        assert chosen.blocks * (chosen.bytes + 1024) <= device.shared_of_multiprocessor
+    assert fitted > 2000
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "want"),
+    [
+        (1, 3584, (4, 8, 1)),
+        (1, 18944, (19, 2, 1)),
+        (16, 3584, (4, 8, 1)),
+        (16, 18944, (19, 2, 1)),
+        (1024, 3584, (4, 8, 1)),
+        (1024, 18944, (10, 2, 4)),
+        (4096, 3584, (4, 8, 1)),
+        (4096, 18944, (10, 1, 4)),
+        (16384, 3584, (4, 8, 1)),
+        (16384, 18944, (10, 1, 4)),
+    ],
+)
+def test_how_rows_are_shared_out_on_an_h100(library, rows, columns, want):
+    """Warps of a block, blocks of a multiprocessor, tiles in a warp's ring, for bfloat16 to int8."""
+    chosen = library.lift_geometry(row_shape(library, rows, columns), 1, 2, 1, H100)
+    assert (chosen.warps, chosen.blocks, chosen.depth) == want
