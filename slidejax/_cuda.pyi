@@ -39,6 +39,6 @@ def cusparselt_tune(
 def hopper_workspace_bytes(
     M: int, out: int, columns: int, group: int, metadata_prepared: bool, multiprocessors: int
 ) -> int:
-    """Bytes of workspace of `slidejax_sparse_matmul_hopper` for a weight of `columns` lifted columns
-    and groups of `group` columns (2N), or for a dense one (`group` 0). Needs no GPU. It is there only
-    where `build_info()["hopper"]` is true."""
+    """Bytes of workspace of `slidejax_sparse_matmul_hopper` for a weight of `columns` lifted
+    columns and groups of `group` columns (2N), or for a dense one (`group` 0). Needs no GPU. It is
+    there only where `build_info()["hopper"]` is true."""

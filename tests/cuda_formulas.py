@@ -1,4 +1,5 @@
-"""docs/design.md's formulas in numpy, apart from slidejax's own reference: what the kernels are held against; and rows to do it on."""
+"""The formulas of docs/design.md in NumPy, independent of slidejax's own reference, and rows to try
+them on. The kernels are compared with them."""
 
 import ml_dtypes
 import numpy as np
@@ -57,7 +58,8 @@ def lift(codes, group):
 
 
 def lifted_weight(values, zeros):
-    """The packed form as a dense 2:4 matrix [out, K'], with pair w of a group's kept values in window w."""
+    """The packed form as a dense 2:4 matrix [out, K'], with pair w of a group's kept values in
+    window w."""
     out, groups, kept = values.shape
     columns = np.arange(kept)
     z1, z2 = (zeros & 15)[..., None], (zeros >> 4)[..., None]

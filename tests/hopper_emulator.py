@@ -72,7 +72,7 @@ class Tile(ctypes.Structure):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A product of random operands: of a sparse weight with `groups`, or of a dense one with `K`."""
+    """A product of random operands. The weight is sparse with `groups`, or dense with `K`."""
 
     M: int
     out: int
@@ -255,7 +255,7 @@ def cuda_headers():
 
 
 def build(directory):
-    """Compiles the kernel for the emulator into a folder; skips without a compiler or CUDA's headers."""
+    """Compiles the kernel for the emulator; skips without a compiler or the headers of CUDA."""
     include = cuda_headers()
     if include is None or shutil.which("g++") is None:
         pytest.skip("needs g++ and the headers of the CUDA toolkit")
@@ -265,7 +265,7 @@ def build(directory):
     ) as lock:  # one worker of pytest builds for all
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            # The emulator's folder comes first: its headers take the place of those of the same name.
+            # The emulator's headers come first, in place of the kernel's of the same name.
             folders = [f"-I{folder}" for folder in (EMULATOR, SOURCES, include)]
             flags = ["-std=c++20", "-O2", "-w", "-fPIC", "-shared", *folders]
             sources = [SOURCES / "hopper/launch.cu", SOURCES / "hopper/plan.cc"]

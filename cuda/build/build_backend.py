@@ -1,11 +1,12 @@
 """The build backend: scikit-build-core, told whether there is a CUDA library to build.
 
-`pip install .` has to work on a machine with no nvcc, no CUDA and no C++ compiler, and to build the CUDA library where it
-can. That is decided here, before anything is asked of CMake: without the library the wheel is pure Python and needs no build
-tool at all.
+`pip install .` has to work on a machine with no nvcc, no CUDA and no C++ compiler, and to build the
+CUDA library where it can. This module decides that before CMake runs. Without the library the wheel
+is pure Python and needs no build tool at all.
 
-The environment variable SLIDEJAX_CUDA says what is wanted: unset, the library is built if nvcc and a C++ compiler are found;
-1, it is built or the installation fails and says why; 0, it is not built.
+The environment variable SLIDEJAX_CUDA says what is wanted. If it is unset, the library is built
+where nvcc and a C++ compiler are found. With 1 it is built, or the installation fails and says why.
+With 0 it is not built.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
-# A handler that was compiled with newer FFI headers is refused by an older jaxlib, not the other way round: these are the
-# headers of the oldest interface (0.3) that the supported versions of JAX share.
+# An older jaxlib refuses a handler that was compiled with newer FFI headers; the opposite works.
+# These versions have the headers of the oldest interface (0.3) of all supported versions of JAX.
 _CUDA_REQUIRES = ["nanobind>=2.4", "jaxlib>=0.10,<0.11.1"]
 
 Settings = dict[str, Any] | None
@@ -61,7 +62,8 @@ def cuda_compiler() -> str | None:
     """The nvcc to build the library with; None for a pure Python wheel.
 
     Raises:
-      SystemExit: if SLIDEJAX_CUDA=1 and the library cannot be built, or for another value than 0 and 1.
+      SystemExit: if SLIDEJAX_CUDA is 1 and the library cannot be built, or if it is neither 0 nor
+      1.
     """
     wanted = os.environ.get("SLIDEJAX_CUDA", "")
     if wanted not in ("", "0", "1"):

@@ -1,7 +1,7 @@
 """Runs a compiler and keeps what it says: python compiler_log.py FILE COMMAND [ARGUMENT ...]
 
-The build runs nvcc through this for the Hopper kernels, so that a test can read what ptxas said about them without compiling
-them again.
+The build runs nvcc through this for the Hopper kernels, so that a test can read the report of ptxas
+without compiling them again.
 """
 
 import subprocess

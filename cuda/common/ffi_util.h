@@ -1,4 +1,4 @@
-// What the FFI handlers share: dtypes, shapes in words, traits.
+// What the FFI handlers share: dtypes, shapes in words, errors.
 #pragma once
 
 #include <cuda_runtime_api.h>

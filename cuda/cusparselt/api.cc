@@ -11,7 +11,7 @@ namespace {
 
 std::atomic<const Api*> loaded{nullptr};
 
-// Returns the library at `path`, or nullptr and why not.
+// Returns the library at `path`, or nullptr and the reason.
 std::unique_ptr<Api> Open(const std::string& path, std::string& reason) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {

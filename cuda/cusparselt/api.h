@@ -1,9 +1,9 @@
-// The part of cuSPARSELt's C interface that slidejax uses, found at run time.
+// The part of cuSPARSELt's C interface that slidejax uses. It is found at run time.
 //
-// It is declared here instead of taken from the library's header, so that one build runs with every
-// release whose interface was checked against these declarations (0.8, 0.9 and 0.10: their headers
-// differ in comments and version numbers only), needs no wheel to build, and has no load-time
-// dependency. Any other release is refused by name, because sizes of the opaque structs and
+// It is declared here, and not taken from the library's header, so that one build runs with every
+// release that was checked against these declarations, needs no wheel to build, and has no
+// load-time dependency. The releases are 0.8, 0.9 and 0.10, whose headers differ in comments and
+// version numbers only. Others are refused by name, because the sizes of opaque structs and the
 // enumerators have changed between releases before.
 #pragma once
 
@@ -54,7 +54,7 @@ enum AlgorithmAttribute : int {
 
 };
 
-// Function name without its prefix, and parameters; every one returns Status.
+// The functions: name without its prefix, and parameters. Each returns Status.
 #define SLIDEJAX_CUSPARSELT_FUNCTIONS(F)                                                        \
   F(Init, (Handle*))                                                                            \
   F(GetProperty, (libraryPropertyType, int*))                                                   \
@@ -96,8 +96,8 @@ struct Api {
 };
 
 // Loads the library from the first of `candidates` (paths, or a name for the system's search) that
-// can be loaded and has a release this code was checked with. Returns an empty string, or why there
-// is none. A second call keeps what is loaded.
+// can be loaded and is a release this code was checked with. Returns an empty string, or why there
+// is none. A second call keeps the library that is loaded.
 std::string Load(const std::vector<std::string>& candidates);
 
 // The loaded library, or nullptr.

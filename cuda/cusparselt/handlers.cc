@@ -1,14 +1,18 @@
 // FFI targets of the cuSPARSELt implementation.
 //
-//   slidejax_compress_cusparselt: values [out, groups, kept], zeros u8 [out, groups] -> compressed
-//   u8 [bytes] slidejax_sparse_matmul_cusparselt: lifted [M, K'], scale_x f32 [M], compressed u8
-//   [bytes], scale_w f32 [out],
-//       bias f32 [out] or [0] -> y [M, out], workspace u8 [W]
+//   slidejax_compress_cusparselt: values [out, groups, kept], zeros u8 [out, groups]
+//       -> compressed u8 [bytes]
+//   slidejax_sparse_matmul_cusparselt: lifted [M, K'], scale_x f32 [M], compressed u8 [bytes],
+//       scale_w f32 [out], bias f32 [out] or [0] -> y [M, out], workspace u8 [W];
+//       attributes raw, alpha_vector, algorithm, split_k, split_k_mode
 //
-// y is int32 or float32 accumulators when the attribute `raw` is set. A GEMM plan is made in the
-// initialize stage, once for each device, and kept in the state that the instantiate stage made;
-// execute only copies, multiplies and finishes, all on the stream and all into buffers of XLA's, so
-// that it can be captured in a CUDA graph.
+// With the attribute raw, y is the int32 or float32 accumulators. With alpha_vector the library
+// applies scale_w inside the product (int8 to bfloat16), which rounds once more and moves less
+// memory; slidejax does not use that yet.
+//
+// The initialize stage makes a plan, once for each device, and keeps it in the state that the
+// instantiate stage has made. The execute stage only copies, multiplies and finishes, all on the
+// stream and into XLA's buffers, so that it can be captured in a CUDA graph.
 #include "handlers.h"
 
 #include <cstring>
@@ -54,7 +58,7 @@ ffi::Error CompressImpl(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi:
       return fail("the compressed form takes " + std::to_string(size.compressed) + " bytes, not " +
                   std::to_string(compressed->element_count()));
     }
-    // 16 is the largest alignment that XLA takes here; what it allocates is aligned to more.
+    // XLA takes no larger alignment than 16 here, and aligns to more.
     const auto dense =
         scratch.Allocate(std::max<size_t>(args.padded_outputs * columns * Bytes(*type), 16), 16);
     const auto buffer = scratch.Allocate(std::max<size_t>(size.buffer, 16), 16);
@@ -77,15 +81,16 @@ ffi::Error CompressImpl(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi:
 
 // ---- The product --------------------------------------------------------------------------------
 
-// Plans of one call in one executable; the devices that run the executable share it, each with its
-// own plan.
+// The plans of one call in one executable. The devices that run the executable share it, each with
+// a plan of its own.
 class State {
  public:
   static ffi::TypeId id;
 
-  // The plan for a problem on the current device, made if there is none. The problem's algorithm is
-  // one that was measured at a nearby number of tokens: where the library refuses it here, or it
-  // wants more workspace than there is, the library's default takes its place. Throws Failure.
+  // Returns the plan for a problem on the current device, and makes it if there is none. The
+  // problem's algorithm was measured at a nearby number of tokens. Where the library refuses it
+  // here, or it wants more workspace than there is, the library's default takes its place. Throws
+  // Failure.
   const Plan& Get(const Problem& problem, size_t workspace_limit) {
     int device = 0;
     if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess)
@@ -124,7 +129,7 @@ ffi::ErrorOr<std::unique_ptr<State>> Instantiate(ffi::Dictionary) {
   return std::make_unique<State>();
 }
 
-// A call, its shapes checked.
+// A call whose shapes have been checked.
 struct Call {
   Problem problem;
   int64_t rows, outputs, columns;
@@ -134,7 +139,7 @@ struct Call {
   bool direct;       // the library writes y
   // Bytes of the workspace's parts.
   int64_t accumulator_bytes, padded_bytes;
-  size_t library_bytes;  // all that is left
+  size_t library_bytes;  // what is left
 };
 
 struct Operands {
@@ -230,7 +235,7 @@ Call CheckCall(const Operands& o) {
   return call;
 }
 
-// Handlers' arguments, results dereferenced, as Operands.
+// Makes Operands of a handler's arguments.
 template <typename... Rest>
 Operands Gather(ffi::AnyBuffer lifted, ffi::Buffer<ffi::F32> scale_x,
                 ffi::Buffer<ffi::U8> compressed, ffi::Buffer<ffi::F32> scale_w,
@@ -253,7 +258,7 @@ ffi::Error Initialize(State* state, const Operands& o) {
 // Runs a checked call; throws Failure.
 void Run(const Call& call, const Plan& plan, const Operands& o, cudaStream_t stream) {
   const Problem& p = call.problem;
-  // The workspace's parts, in this order: accumulators, padded x, the library's own.
+  // The parts of the workspace are accumulators, padded x and the library's own, in this order.
   char* next = reinterpret_cast<char*>(
       RoundUp(reinterpret_cast<intptr_t>(o.workspace.untyped_data()), kAlignment));
   const auto take = [&](int64_t bytes) {
@@ -280,7 +285,7 @@ void Run(const Call& call, const Plan& plan, const Operands& o, cudaStream_t str
   plan.Run(alpha, o.compressed.typed_data(), x, d, plan.workspace_bytes() > 0 ? scratch : nullptr,
            stream);
   if (call.raw && call.direct) return;
-  if (call.raw) {  // only padding to drop
+  if (call.raw) {  // there is only padding to drop
     const int64_t element = Bytes(p.result);
     check(cudaMemcpy2DAsync(o.y.untyped_data(), call.outputs * element, d, p.outputs * element,
                             call.outputs * element, call.rows, cudaMemcpyDeviceToDevice, stream),
@@ -310,7 +315,7 @@ ffi::Error Execute(cudaStream_t stream, State* state, const Operands& o) {
   return ffi::Error::Success();
 }
 
-// The operands and attributes, as every stage after instantiate sees them.
+// Binds the operands and attributes, as every stage after instantiate sees them.
 template <typename Binding>
 auto BindOperands(Binding binding) {
   return std::move(binding)

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Blocks of a grid-stride loop: enough for any GPU.
+// Thread blocks of a grid-stride loop, enough for any GPU.
 unsigned Blocks(int64_t threads) {
   return static_cast<unsigned>(
       std::max<int64_t>(1, std::min<int64_t>((threads + kThreads - 1) / kThreads, 1 << 16)));
@@ -96,13 +96,13 @@ __global__ void __launch_bounds__(kThreads) DequantizeKernel(const DequantizeArg
     if (row >= a.rows) return;
     const float scale_x = a.scale_x[row];
     if (keep && scale_x == 1.0f) continue;
-    // whole vectors of accumulators: a row's pitch is padded
+    // Vectors of accumulators are whole, because the pitch of rows is padded.
     const Vector<Acc> acc = *reinterpret_cast<const Vector<Acc>*>(
         static_cast<const Acc*>(a.accumulators) + row * a.pitch + column);
     Vector<Y> y;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      // Separate roundings, as XLA's unfused formula has them.
+      // Each operation rounds, as in XLA's unfused formula.
       const float scaled = __fmul_rn(__fmul_rn(ToFloat(acc.element[i]), scale_x), scale_w[i]);
       y.element[i] = FromFloat<Y>(a.bias != nullptr ? __fadd_rn(scaled, bias[i]) : scaled);
     }
@@ -146,14 +146,15 @@ __global__ void FillKernel(DType type, void* data, int64_t count, bool two_of_fo
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
     const uint32_t h = Hash(i);
     const float uniform = static_cast<float>(h & 0xffff) / 32768.0f - 1.0f;
-    const uint32_t first = Hash(i / 4 + (int64_t{1} << 40)) % 4;  // kept: one column, and another
+    const uint32_t first =
+        Hash(i / 4 + (int64_t{1} << 40)) % 4;  // one column that is kept, then another
     const uint32_t second = (first + 1 + Hash(i / 4 + (int64_t{1} << 41)) % 3) % 4;
     const bool zero = two_of_four && i % 4 != first && i % 4 != second;
     switch (type) {
       case DType::kS8:
         static_cast<int8_t*>(data)[i] = zero ? 0 : static_cast<int8_t>(uniform * 127.0f);
         break;
-      // sign, 7 of the 16 exponents, mantissa: finite
+      // The sign, 7 of the 16 exponents, the mantissa: always finite.
       case DType::kE4M3:
         static_cast<uint8_t*>(data)[i] =
             zero ? 0 : static_cast<uint8_t>((h & 0x87) | (4 + h / 256 % 7) << 3);

@@ -1,5 +1,5 @@
-// Small kernels around the library GEMM: expanding the packed form, finishing accumulators, random
-// operands for tuning.
+// Small kernels around the library's product: they expand the packed form, finish accumulators, and
+// make random operands for tuning.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -35,7 +35,7 @@ struct DequantizeArgs {
 };
 cudaError_t Dequantize(const DequantizeArgs& args, cudaStream_t stream);
 
-// Pseudo-random finite elements; with `two_of_four`, two of each four are zero.
+// Writes pseudo-random finite elements. With `two_of_four`, two of each four are zero.
 cudaError_t FillRandom(DType type, void* data, int64_t count, bool two_of_four,
                        cudaStream_t stream);
 

@@ -38,8 +38,9 @@ cudaDataType CudaType(DType type) {
   throw Failure("unknown dtype");
 }
 
-// The library's handle for the current device. It holds the device's properties and no stream, and
-// is only read after this. Kept until the process ends, when the CUDA context may be gone first.
+// Returns the library's handle for the current device. It holds the device's properties and no
+// stream, and is only read after this. It is never destroyed: when the process ends, the CUDA
+// context may be gone first.
 const Handle* HandleOfDevice() {
   static std::mutex mutex;
   static auto* handles = new std::map<int, std::unique_ptr<Handle>>;
@@ -107,7 +108,7 @@ Plan::Plan(const Problem& problem)
                                    kRowMajor),
           "DenseDescriptorInit", context);
     cleanup_.push_back([this] { api_.MatDescriptorDestroy(&x_); });
-    // The library computes D^T = W X^T; column-major, it is D as we keep it.
+    // The library computes D^T = W X^T. Column-major, that is D as it is kept here.
     Check(api_.DenseDescriptorInit(handle_, &d_, p.outputs, p.tokens, p.outputs, kAlignment,
                                    CudaType(p.result), kColumnMajor),
           "DenseDescriptorInit", context);
@@ -179,7 +180,7 @@ void Compress(DType operand, int64_t outputs, int64_t columns, const void* dense
 
 namespace {
 
-// Device memory and a stream for the length of one search, outside of XLA's pool.
+// Device memory and a stream for one search, outside of XLA's pool.
 class Bench {
  public:
   explicit Bench(std::string context) : context_(std::move(context)) {
@@ -202,7 +203,7 @@ class Bench {
     return memory;
   }
 
-  // Microseconds of one call of `run`, the least of a few groups of calls.
+  // Returns the microseconds of one call of `run`, the least of a few groups of calls.
   template <typename F>
   double Time(int repeats, const F& run) {
     double best = 1e30;
@@ -226,10 +227,10 @@ class Bench {
   std::vector<void*> memory_;
 };
 
-// Splits of K that are worth a try; the modes are CUSPARSELT_SPLIT_K_MODE_ONE_KERNEL and
-// _TWO_KERNELS. From compute capability 9.0 on the library's kernels schedule K themselves, and a
-// forced split has been seen to end in an illegal instruction, which takes the whole process's CUDA
-// context with it: there only the algorithms themselves are tried.
+// Returns the splits of K that are worth a try. The modes are CUSPARSELT_SPLIT_K_MODE_ONE_KERNEL
+// and _TWO_KERNELS. From compute capability 9.0 on, the library's kernels schedule K themselves,
+// and a forced split has ended in an illegal instruction, which loses the CUDA context of the
+// process. So there only the algorithms are tried.
 std::vector<Choice> Splits() {
   int device = 0, major = 0;
   CheckCuda(cudaGetDevice(&device), "finding the current device");
@@ -286,7 +287,7 @@ std::vector<Timing> Tune(Problem problem, size_t workspace_limit, int repeats) {
         timings.push_back({choice, us, plan.workspace_bytes()});
       } catch (const Failure&) {
         if (choice.split_k == 1)
-          break;  // the library refuses this algorithm; a refused split says nothing about the next
+          break;  // the library refuses the algorithm; a refused split says nothing about others
       }
     }
   }

@@ -18,8 +18,8 @@
 
 namespace slidejax::cusparselt {
 
-// What went wrong, with the sizes; handlers turn it into an FFI error, the Python module into an
-// exception.
+// Says what went wrong, with the sizes. Handlers turn it into an FFI error, the Python module into
+// an exception.
 class Failure : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -29,7 +29,7 @@ class Failure : public std::runtime_error {
 struct Choice {
   int algorithm = -1;  // -1: the library's default
   int split_k = 1;
-  int split_k_mode = 0;  // 0: the library's default
+  int split_k_mode = 0;  // of split_k > 1
 };
 
 struct Problem {
@@ -49,14 +49,15 @@ struct Problem {
   std::string Describe() const;
 };
 
-// What the library wants outputs and tokens to be multiples of.
+// Outputs and tokens must be multiples of this.
 inline constexpr int64_t Multiple(DType operand) { return Bytes(operand) == 1 ? 32 : 16; }
 inline constexpr int64_t RoundUp(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// A plan at its final address: the library's structs point at each other. Made and used with its
-// device current. Running it changes nothing in it, so that threads and streams may share it.
+// A plan, which cannot be moved, because the library's structs point at each other. Its device must
+// be current when it is made and when it is used. Running it changes nothing in it, so that threads
+// and streams may share it.
 class Plan {
  public:
   explicit Plan(const Problem& problem);  // throws Failure
@@ -67,12 +68,12 @@ class Plan {
   size_t workspace_bytes() const { return workspace_bytes_; }
   const Problem& problem() const { return problem_; }
 
-  // alpha: host pointer to a float, or device pointer to outputs floats with alpha_vector. Throws
-  // Failure.
+  // alpha: a host pointer to a float; with alpha_vector, a device pointer to a float for each
+  // output. Throws Failure.
   void Run(const void* alpha, const void* compressed, const void* x, void* d, void* workspace,
            cudaStream_t stream) const;
 
-  // Number of algorithm ids that the library has for this problem.
+  // Returns the number of algorithms that the library has for this problem.
   int AlgorithmCount() const;
 
  private:
@@ -95,7 +96,7 @@ struct CompressedSize {
 // Throws Failure. `outputs` is rounded up to Multiple(operand).
 CompressedSize SizeOfCompressed(DType operand, int64_t outputs, int64_t columns);
 
-// Compresses dense 2:4 [outputs rounded up, columns]. Throws Failure.
+// Compresses a dense 2:4 matrix [outputs rounded up, columns]. Throws Failure.
 void Compress(DType operand, int64_t outputs, int64_t columns, const void* dense, void* compressed,
               void* buffer, cudaStream_t stream);
 
@@ -105,8 +106,8 @@ struct Timing {
   size_t workspace_bytes;
 };
 
-// Times the library's kernels for a problem on the current device, fastest first; kernels that
-// refuse the problem or want more workspace than the limit are left out. Allocates and
+// Times the library's kernels for a problem on the current device, fastest first. It leaves out
+// kernels that refuse the problem or want more workspace than the limit. It allocates memory and
 // synchronises. Throws Failure.
 std::vector<Timing> Tune(Problem problem, size_t workspace_limit, int repeats);
 

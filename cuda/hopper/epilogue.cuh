@@ -1,8 +1,8 @@
 // From accumulators to y: scales, bias, conversion, transposition, stores.
 //
-// D is [outputs][tokens], y is [tokens][outputs]. Of every 8 tokens j a lane holds the outputs g
-// and g + 8 of its warp's 16, for the tokens 8 j + 2 c and 8 j + 2 c + 1, where g = lane / 4 and c
-// = lane % 4.
+// D is [outputs][tokens], y is [tokens][outputs]. With g = lane / 4 and c = lane % 4, a lane holds
+// the outputs g and g + 8 of its warp's 16, and of every 8 tokens j the tokens 8 j + 2 c and 8 j +
+// 2 c + 1.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -120,8 +120,8 @@ SJ_DEVICE void LoadScales(const Fragment& f, int first, float2 (&s)[kTokens / 8]
   for (int j = 0; j < kTokens / 8; ++j) s[j] = LoadShared2F(f.scale_x + (first + 8 * j) * 4);
 }
 
-// Stores 32-bit results, float32 or the sums themselves: a warp's store covers whole sectors as
-// the sums lie.
+// Stores 32-bit results, float32 or the sums themselves. A warp's store covers whole sectors, so
+// the sums need no transposing.
 template <int kTokens, class A>
 SJ_DEVICE void StoreSlab32(const Params& p, const A (&d)[kTokens / 2], const Fragment& f,
                            int first) {
@@ -144,8 +144,8 @@ SJ_DEVICE void StoreSlab32(const Params& p, const A (&d)[kTokens / 2], const Fra
   __syncwarp();  // before the scales are overwritten
 }
 
-// Stores 16-bit results through shared memory, 32 bytes a token, whose halves change places every
-// 4 tokens against bank conflicts.
+// Stores 16-bit results through shared memory, 32 bytes a token. The halves of a token's bytes
+// change places every 4 tokens, against bank conflicts.
 template <int kTokens, class A>
 SJ_DEVICE void StoreSlab16(const Params& p, const A (&d)[kTokens / 2], const Fragment& f, int first,
                            uint32_t staging) {
@@ -184,8 +184,8 @@ SJ_DEVICE void StoreSlab16(const Params& p, const A (&d)[kTokens / 2], const Fra
   __syncwarp();
 }
 
-// Stores up to 32 tokens by the warp alone, of any output type and alignment. `staging`: 1 KB of
-// the warp's shared memory.
+// Stores up to 32 tokens of a warp, of any output type and alignment. staging: 1 KB of the warp's
+// shared memory.
 template <int kTokens, class A>
 SJ_DEVICE void StoreSlab(const Params& p, const A (&d)[kTokens / 2], const Fragment& f, int first,
                          uint32_t staging) {

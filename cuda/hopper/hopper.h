@@ -1,13 +1,13 @@
 // y[m, o] = sum_k lifted[m, k] * W'[o, k] * scale_x[m] * scale_w[o] + bias[o] on Hopper's 2:4
-// sparse tensor cores (sm_90a), for (2N-2):2N weights in the packed form of SlideWeight; and the
-// same on the dense tensor cores, for weights with all their columns. docs/hopper-kernel.md says
-// how it works.
+// sparse tensor cores (sm_90a), for (2N-2):2N weights in the packed form of SlideWeight. Weights
+// with all their columns are multiplied on the dense tensor cores. docs/hopper-kernel.md says how
+// it works.
 //
-// Nothing here allocates, synchronises or, after Init, looks anything up: calls can be captured in
-// a CUDA graph. Pointers are device pointers unless a comment says otherwise.
+// Nothing here allocates or synchronises, and after Init nothing looks anything up, so that calls
+// can be captured in a CUDA graph. Pointers are device pointers.
 //
-// Where K is split through memory, CTAs wait for each other at the end, but not for ever: a sum
-// whose parts do not come is left to the CTA that brings the last one.
+// Where K is split through memory, CTAs wait for each other at the end, but not for ever: a CTA
+// leaves a sum whose parts do not come to the last arriver.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -36,10 +36,12 @@ struct Args {
   const float* scale_w;      // [out]
   const float* bias;         // [out] or null
   void* y;                   // [M, out]
-  void* workspace;  // of any contents, 128-byte aligned, WorkspaceBytes long. With less, down
-  size_t workspace_bytes;  // to what metadata needs, K is not split through memory.
-  // Whether BeforeLift was called, and the launch before this one on the stream is the lift's. The
-  // lift clears the counters and lets this kernel begin early: it loads weights then, and waits for
+  // The workspace may hold anything, is 128-byte aligned and has WorkspaceBytes. If it is smaller,
+  // K is not split through memory; metadata that is not prepared must fit.
+  void* workspace;
+  size_t workspace_bytes;
+  // True if BeforeLift was called, and the previous launch on the stream is the lift's. The lift
+  // then clears the counters and lets this kernel begin early, which loads weights and waits for
   // the activations.
   bool after_lift;
 };
@@ -54,11 +56,11 @@ struct Counters {
 // capture; repeating it costs nothing.
 cudaError_t Init();
 
-// Null if the arguments can be run, else what is wrong with them. Looks at no device memory.
+// Returns null if the arguments can be run, else what is wrong with them. Reads no device memory.
 const char* Check(const Args& args);
 
-// Precedes a lift and a SparseMatmul with `after_lift` of the same arguments: expands metadata that
-// is not prepared, and says which counters the lift has to clear.
+// Must be called before a lift and a SparseMatmul with `after_lift`, with the same arguments.
+// Expands metadata that is not prepared, and says which counters the lift has to clear.
 cudaError_t BeforeLift(const Args& args, cudaStream_t stream, Counters* counters);
 
 cudaError_t SparseMatmul(const Args& args, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// Host side of the Hopper GEMM: what the device can run, tensor maps, the launch.
+// The host side of the Hopper GEMM: what the device can run, tensor maps, and the launch.
 #include <cuda.h>
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace slidejax::hopper {
 namespace {
 
 constexpr int kMaxDevices = 64;
-// With at most this many tokens it pays to begin before the lift has ended; with 1024 it costs
+// With at most this many tokens it pays to begin before the lift has ended. With 1024 it costs
 // time.
 constexpr int kEarlyTokens = 512;
 
@@ -36,18 +36,17 @@ constexpr int kTileCount = sizeof(kKernels) / sizeof(kKernels[0]);
 int CeilDiv(int a, int b) { return (a + b - 1) / b; }
 bool Aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
 
-// ---- The device
-// -----------------------------------------------------------------------------------
+// ---- The device ---------------------------------------------------------------------------------
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 EncodeTiled encode_tiled = nullptr;
 
-// What the driver and the device say once.
+// What the driver and the device say, asked for once.
 struct Device {
   std::once_flag once;
   cudaError_t status = cudaErrorInitializationError;
   int multiprocessors = 0;
-  // Clusters that run side by side, of each tile and number of CTA groups in a cluster; 0 where the
+  // How many clusters run side by side, by tile and by CTA groups in a cluster. It is 0 where a
   // tile has no such clusters.
   int clusters[kTileCount][kMaxClusterCtas + 1] = {};
 
@@ -57,7 +56,8 @@ struct Device {
 };
 Device devices[kMaxDevices];
 
-// A launch of `ctas` CTAs in clusters of `size`, which is written into `attribute`.
+// Returns the configuration of a launch of `ctas` CTAs in clusters of `size`. It points to
+// `attribute`, which receives the size.
 cudaLaunchConfig_t LaunchConfig(const TileInfo& t, unsigned ctas, unsigned size,
                                 cudaLaunchAttribute& attribute) {
   attribute = {};
@@ -121,11 +121,10 @@ cudaError_t GetDevice(Device** device) {
   return devices[id].status;
 }
 
-// ---- Tensor maps
-// ----------------------------------------------------------------------------------
+// ---- Tensor maps --------------------------------------------------------------------------------
 
-// Sizes and strides of a tensor in memory, and the box of it that one copy moves; innermost first.
-// stride: bytes, of all dimensions but the innermost.
+// The sizes of a tensor in memory, its strides in bytes (without the innermost, which is an
+// element), and the box of it that one copy moves. The innermost dimension comes first.
 struct TensorMap {
   CUtensorMapDataType type;
   int rank;
@@ -143,7 +142,7 @@ bool Encode(CUtensorMap* to, const TensorMap& map) {
                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Of W and its metadata, which `sharers` CTAs copy together.
+// Makes the maps of W and its metadata, of which `sharers` CTAs copy a part each.
 bool MakeWeightMaps(Params& p, const Args& a, const TileInfo& t, const uint32_t* metadata,
                     int sharers) {
   const cuuint64_t out = a.problem.out, columns = a.problem.columns / (t.sparse ? 2 : 1);
@@ -164,8 +163,8 @@ bool MakeWeightMaps(Params& p, const Args& a, const TileInfo& t, const uint32_t*
 
 bool MakeMaps(Params& p, const Args& a, const TileInfo& t, const uint32_t* metadata) {
   const cuuint64_t M = a.problem.M, out = a.problem.out, columns = a.problem.columns;
-  // bfloat16 leaves by bulk copies where a tensor map can describe y: 64 outputs, which are a line,
-  // of up to 32 tokens at a time.
+  // bfloat16 leaves by bulk copies where a tensor map can describe y. A copy has up to 32 tokens of
+  // 64 outputs, which are a line of memory.
   p.vector_stores = Aligned(a.y, 16) && a.problem.out % 8 == 0;
   p.bulk_stores = p.vector_stores && a.result == DType::kBF16;
   if (p.bulk_stores) {
@@ -187,8 +186,7 @@ bool MakeMaps(Params& p, const Args& a, const TileInfo& t, const uint32_t* metad
   return MakeWeightMaps(p, a, t, metadata, 1);
 }
 
-// ---- A call
-// ---------------------------------------------------------------------------------------
+// ---- A call -------------------------------------------------------------------------------------
 
 // A call's plan on the current device, and what lies where in its workspace.
 struct Call {
@@ -196,7 +194,7 @@ struct Call {
   int cta_groups;    // of all launches
   int clusters_2x2;  // of the primary launch, where CTA pairs share W
   const uint32_t* metadata;
-  uint32_t* own_metadata;  // where it is to be expanded, or null
+  uint32_t* own_metadata;  // where this call expands it, or null
   uint8_t* stream_k_workspace;
 
   Counters counters() const {
@@ -210,8 +208,8 @@ struct Call {
   }
 };
 
-// Makes the plan that the device can run: another split where fewer CTA groups run side by side
-// than the cost model expects, or where the workspace has no room.
+// Makes a plan that the device can run. The split is another one where fewer CTA groups run side by
+// side than the cost model expects, or where the workspace has no room.
 void PlanFor(const Args& a, const Device& device, size_t stream_k_bytes, Call* call) {
   Plan& plan = call->plan;
   plan = MakePlan(a.problem, a.schedule, device.multiprocessors);
@@ -230,7 +228,7 @@ void PlanFor(const Args& a, const Device& device, size_t stream_k_bytes, Call* c
     plan.split = SplitTiles(t, a.problem, whole_tiles, device.multiprocessors, groups);
   }
   const Split& s = plan.split;
-  // In whole clusters, as many CTA groups as there is work for.
+  // The launch has as many CTA groups as there is work for, in whole clusters.
   const int work = std::max(s.whole, s.stream_k_workers * s.groups_per_worker());
   call->cta_groups =
       s.cluster_groups > 1 ? s.launched_groups : std::min(s.share_w ? groups & ~1 : groups, work);
@@ -282,7 +280,7 @@ Params MakeParams(const Args& a, const Call& call, const TileInfo& t) {
 }
 
 // Launches `cta_groups` CTA groups, from params.first_group on, in clusters of `cluster_size` CTAs.
-// early: it may begin before the launch before it has ended.
+// early: the launch may begin before the previous one has ended.
 cudaError_t Launch(Params& params, const Args& a, int tile, int cta_groups, int cluster_size,
                    bool early, cudaStream_t stream) {
   const TileInfo& t = GetTile(tile);
@@ -361,7 +359,7 @@ cudaError_t SparseMatmul(const Args& a, cudaStream_t stream) {
     const bool early = a.after_lift && a.problem.M <= kEarlyTokens;
     return Launch(params, a, tile, call.cta_groups, t.ctas * split.cluster_groups, early, stream);
   }
-  // The primary launch, of 2x2 clusters, then the secondary one, of CTA pairs.
+  // The primary launch has the 2x2 clusters, the secondary one the other CTA pairs.
   const int in_2x2 = 2 * call.clusters_2x2, left = call.cta_groups - in_2x2;
   Params primary = params;
   primary.role = kPrimary;

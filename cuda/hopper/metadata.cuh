@@ -1,5 +1,5 @@
-// From the two zero positions of each group to the 2:4 metadata, in the order in which wgmma's
-// threads hold it.
+// The kernel that makes 2:4 metadata, in the order in which wgmma's threads hold it, from the two
+// zero positions of each group.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,23 +9,23 @@
 
 namespace slidejax::hopper {
 
-// A block expands 128 groups of 64 rows, which fill 4 * windows stages exactly; 128 threads share
-// every fourth stage.
+// A thread block expands 128 groups of 64 rows, which fill 4 * windows slices exactly. Each 128 of
+// its threads write every fourth slice.
 inline constexpr int kMetadataGroups = 128, kMetadataThreads = 512;
 
-// The windows of a group whose zeros are z1 < z2 are `windows` nibbles first | second << 2, window
-// 0 lowest. Kept column number p of the group is p, + 1 if that reaches z1, + 1 if it then reaches
-// z2; in window w it is counted from 2 w.
+// The metadata of a group whose zeros are z1 < z2: a nibble first | second << 2 for each window,
+// window 0 lowest. Kept value number p of the group is in column p, plus 1 if that reaches z1, plus
+// 1 if it then reaches z2. In window w columns are counted from 2 w on.
 __host__ __device__ inline uint32_t GroupMetadata(uint32_t zeros, int windows) {
   const uint32_t mask = (1u << (4 * windows)) - 1, z1 = zeros & 15, z2 = zeros >> 4;
   return (0x4444444u & mask) + ((0x5555555u << (2 * z1)) & mask) +
          ((0x5555555u << (2 * ((z2 - 1) & 15))) & mask);
 }
 
-// meta[row block of 64][stage of 128 lifted columns][thread][k64 step]: thread 32 q + l of a warp
-// group holds row 16 q + l / 4 + 8 (l % 2), columns 32 (l / 2 % 2) .. + 31 of each k64 step, as
-// eight nibbles, K ascending. A row's metadata is the concatenation of its groups'; beyond the last
-// column and the last row stands the legal nibble 4.
+// Writes meta[m64 block][slice of 128 lifted columns][thread][k64 step]. Thread 32 q + l of a warp
+// group holds row 16 q + l / 4 + 8 (l % 2) and, of each k64 step, the 32 columns from
+// 32 (l / 2 % 2) on, as eight nibbles with K ascending. The metadata of a row is that of its groups
+// one after another. Beyond the last column and the last row stands 4, which is a legal nibble.
 template <int kWindows>
 __global__ void __launch_bounds__(kMetadataThreads)
     ExpandMetadataKernel(const uint8_t* zeros, uint2* meta, int out, int groups, int stages) {

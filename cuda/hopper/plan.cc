@@ -8,24 +8,25 @@
 namespace slidejax::hopper {
 namespace {
 
-// Rates and delays of the model. They are fitted to measurements on an H200
-// (docs/hopper-kernel.md); clocks are a multiprocessor's.
+// Rates and delays of the model, fitted to measurements on an H200 (docs/hopper-kernel.md). Clocks
+// are a multiprocessor's.
 constexpr float kL2BytesPerClock = 5500;      // from L2 to all multiprocessors
 constexpr float kMemoryBytesPerClock = 2900;  // from device memory, at 1.4 GHz
-constexpr float kPartialBytesPerClock = 24;   // partial sums, both ways, of a multiprocessor
+constexpr float kPartialBytesPerClock = 24;   // of a multiprocessor: partial sums, both ways
 constexpr float kStreamKClocks = 6500;        // clearing the counters, and waiting
-constexpr float kClusterSplitClocks = 1500;   // of a cluster's meeting
-constexpr float kClusterSumClocks = 40;       // for each token of 128 rows: sending sums around
-// Bytes of W and its metadata in a slice of a row. The first pair is what fits the rate of L2.
+constexpr float kClusterSplitClocks = 1500;   // for the CTAs of a cluster to meet
+constexpr float kClusterSumClocks = 40;       // to send sums around, for each token of 128 rows
+// Bytes of W and its metadata: of a row in a slice, as they fit the rate of L2, and of a column in
+// memory.
 constexpr float kSparseRowBytes = 72, kDenseRowBytes = 128;
-constexpr float kSparseBytesPerColumn = 0.625f, kDenseBytesPerColumn = 1;  // of W in memory
+constexpr float kSparseBytesPerColumn = 0.625f, kDenseBytesPerColumn = 1;
 
 constexpr int kStepColumns = 256;
 constexpr int64_t kTokenGroupBytes = 16 << 20;  // of X, kept in L2 while all of W passes
 constexpr int kPowerLimitedTokens = 1024;       // with fewer, power does not limit
 constexpr int kFewTokens = 64;                  // up to here no larger tile was ever faster
-// With fewer than kPowerLimitedTokens, stream-K costs more than modelled, and the tile with the
-// longest stages hides the least of what each wave waits for.
+// With fewer than kPowerLimitedTokens, stream-K costs more than modelled, and large tiles, which
+// have the longest stages, hide the least of what each wave waits for.
 constexpr float kFewTokensStreamKFactor = 2;
 constexpr float kExposedStageFactor = 1.1f;
 constexpr int kExposedTileArea = 256 * 192;
@@ -71,8 +72,8 @@ float WeightBytes(const Problem& p) {
   return static_cast<float>(p.out) * p.columns * per_column;
 }
 
-// Clocks of a step with `ctas` CTAs side by side, in CTA groups of which `sharing` share W. It is
-// no faster than L2 gives each CTA what it reads.
+// Returns the clocks of a step with `ctas` CTAs side by side, in CTA groups of which `sharing`
+// share W. A step is no faster than L2 gives each CTA what it reads.
 float StepClocks(const TileInfo& t, const Problem& p, int ctas, int sharing) {
   const float x = 128.0f * t.tokens / t.ctas;
   const float w = (t.sparse ? kSparseRowBytes : kDenseRowBytes) * t.rows / sharing;
@@ -81,8 +82,9 @@ float StepClocks(const TileInfo& t, const Problem& p, int ctas, int sharing) {
                       (x + w) * ctas / kL2BytesPerClock);
 }
 
-// Whole waves first; the rest is either one more wave, or cut along K through memory. Work is dealt
-// out to `workers`, of `paired` CTA groups with a tile each. stream_k: Schedule::stream_k.
+// Returns a split in which whole waves come first. The rest is either one more wave, or cut along K
+// through memory. Work is dealt out to `workers`; a worker is `paired` CTA groups with a tile each.
+// stream_k: Schedule::stream_k.
 Split CutThroughMemory(const TileInfo& t, const Problem& p, int workers, int paired, int stream_k) {
   const int tiles = RowTiles(t, p) * TokenTiles(t, p, paired), steps = Steps(p);
   const int rest = tiles % workers, waves = tiles / workers, ctas = t.ctas * paired;
@@ -124,8 +126,8 @@ Split CutThroughMemory(const TileInfo& t, const Problem& p, int workers, int pai
   return best;
 }
 
-// The last, partial wave divided along K within clusters of several CTA groups, on as many clusters
-// as fit. Returns `best` where that is no better.
+// Returns a split whose last, partial wave is divided along K within clusters of several CTA
+// groups, on as many clusters as fit; or `best` where that is no better.
 Split SplitInClusters(const TileInfo& t, const Problem& p, const Schedule& schedule,
                       int multiprocessors, Split best) {
   const int tiles = RowTiles(t, p) * TokenTiles(t, p, 1), steps = Steps(p);
@@ -161,7 +163,7 @@ int RowTiles(const TileInfo& t, const Problem& p) { return CeilDiv(p.out, t.rows
 int TokenTiles(const TileInfo& t, const Problem& p, int paired_groups) {
   return CeilDiv(p.M, paired_groups * t.tokens);
 }
-// The kernel wants two steps; what lies beyond K' is zero.
+// The kernel needs two steps. What lies beyond K' is zero.
 int Steps(const Problem& p) { return std::max(2, CeilDiv(p.columns, kStepColumns)); }
 
 // Larger clusters do not fill a device to the last multiprocessor.
@@ -173,7 +175,7 @@ int PlannedGroups(const TileInfo& t, int multiprocessors, int cluster_groups) {
 
 Split SplitTiles(const TileInfo& t, const Problem& p, const Schedule& schedule, int multiprocessors,
                  int cta_groups) {
-  const bool in_clusters = schedule.cluster_split > 1;  // is asked for
+  const bool in_clusters = schedule.cluster_split > 1;
   const bool can_share_w = t.ctas == 2 && cta_groups > 1 && !in_clusters;
   const int stream_k = in_clusters ? 0 : schedule.stream_k;
   Split best;
@@ -200,7 +202,8 @@ Plan MakePlan(const Problem& p, const Schedule& schedule, int multiprocessors) {
     if (schedule.tile == kAuto && p.M <= kFewTokens && t.tokens > kFewTokens) continue;
     const Split split =
         SplitTiles(t, p, schedule, multiprocessors, PlannedGroups(t, multiprocessors, 1));
-    // No faster than memory gives W. The tenth decides between tiles that memory limits alike.
+    // A product is no faster than memory gives W. The tenth decides between tiles that memory
+    // limits alike.
     const float time =
         std::max(split.clocks, WeightBytes(p) / kMemoryBytesPerClock) + 0.1f * split.clocks;
     if (best.tile == kAuto || time < best_time) {

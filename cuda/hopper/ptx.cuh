@@ -1,5 +1,5 @@
-// Thin names for the Hopper instructions that CUDA C++ does not spell: barriers, bulk tensor
-// copies, warp-group fences.
+// Hopper's instructions that CUDA C++ has no names for: barriers, bulk tensor copies, warp-group
+// fences.
 #pragma once
 
 #include <cuda.h>
@@ -22,16 +22,16 @@ SJ_DEVICE uint32_t ClusterRank() {
   return r;
 }
 
-// The thread, in a form that the compiler reads again each time instead of keeping what follows
-// from it in registers.
+// threadIdx.x, which the compiler reads again each time. So it keeps no registers for what follows
+// from it.
 SJ_DEVICE int FreshThread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
 
-// Whether others have counted up to n, after looking `spins` times at most; what they wrote
-// before a fence and their count can then be read.
+// Looks `spins` times at most whether others have counted up to n. If they have, what they wrote
+// before a fence and before counting can be read.
 SJ_DEVICE bool WaitCount(const int* counter, int n, int spins) {
   int v;
   do {
@@ -39,13 +39,13 @@ SJ_DEVICE bool WaitCount(const int* counter, int n, int spins) {
   } while (v < n && --spins > 0);
   return v >= n;
 }
-inline constexpr int kSpinLimit =
-    4096;  // some milliseconds: far more than clusters that run side by side need
+// Some milliseconds: far more than clusters that run side by side need.
+inline constexpr int kSpinLimit = 4096;
 
-// ---- mbarrier. Arrive and wait carry no .release.cluster / .acquire.cluster: those forms compile
-// to MEMBAR.ALL.GPU and CCTL.IVALL, once a stage. What is handed over is read and written by the
-// asynchronous proxy alone (TMA, wgmma) or by LDS of data that TMA wrote, which the barrier's
-// completion itself orders.
+// ---- mbarrier. Arrive and wait carry no .release.cluster and no .acquire.cluster, because those
+// forms compile to MEMBAR.ALL.GPU and CCTL.IVALL for each stage. They are not needed: what is
+// handed over is read and written by the asynchronous proxy alone (TMA, wgmma), or TMA has written
+// it and LDS reads it, which the barrier's completion orders.
 SJ_DEVICE void BarrierInit(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
@@ -73,7 +73,7 @@ SJ_DEVICE bool BarrierTry(uint32_t barrier, uint32_t parity) {
   return done != 0;
 }
 SJ_DEVICE void BarrierWait(uint32_t barrier, uint32_t parity) {
-#ifdef SLIDEJAX_HOPPER_TRAP  // a development build: a hang becomes an error
+#ifdef SLIDEJAX_HOPPER_TRAP  // for development: a hang becomes an error
   for (uint32_t i = 0; !BarrierTry(barrier, parity); ++i)
     if (i > (1u << 22)) __trap();
 #else
@@ -88,10 +88,11 @@ SJ_DEVICE void FenceBarrierInit() {
 SJ_DEVICE void ClusterSync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-// Waits until the kernel that this one was launched to follow has ended and what it wrote can be
-// read; returns at once where it was launched to begin after that.
+// Waits until the kernel before this one has ended and what it wrote can be read. Returns at once
+// where this kernel was launched to begin after that.
 SJ_DEVICE void GridWait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// Lets the kernel that was launched to follow this one begin, once all blocks have said so.
+// Lets the kernel after this one begin, if it was launched to begin early, when all CTAs have
+// called this.
 SJ_DEVICE void GridRelease() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 SJ_DEVICE void NamedSync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -101,7 +102,7 @@ SJ_DEVICE void NamedArrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- bulk tensor copies. `policy` is an L2 eviction policy in the encoding of createpolicy.
+// ---- Bulk tensor copies. `policy` is an L2 eviction policy in the encoding of createpolicy.
 inline constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
 inline constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
@@ -117,8 +118,8 @@ SJ_DEVICE void TmaLoad2d(uint32_t dst, const CUtensorMap* map, int x, int y, uin
 SJ_DEVICE void TmaLoad2dMulticast(uint32_t dst, const CUtensorMap* map, int x, int y,
                                   uint32_t barrier, uint16_t ctas, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(dst),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(dst),
       "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(ctas), "l"(policy)
       : "memory");
 }
@@ -133,13 +134,13 @@ SJ_DEVICE void TmaLoad3d(uint32_t dst, const CUtensorMap* map, int x, int y, int
 SJ_DEVICE void TmaLoad3dMulticast(uint32_t dst, const CUtensorMap* map, int x, int y, int z,
                                   uint32_t barrier, uint16_t ctas, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;" ::"r"(dst),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;" ::"r"(dst),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(ctas), "l"(policy)
       : "memory");
 }
-// From shared memory to a tensor, behind the thread's back; groups of stores are waited for by the
-// thread that issued them.
+// Copies from shared memory to a tensor, asynchronously. The thread that has issued groups of
+// stores can wait for them.
 SJ_DEVICE void TmaStore2d(const CUtensorMap* map, uint32_t src, int x, int y, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint "
@@ -157,7 +158,7 @@ SJ_DEVICE void PrefetchMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// ---- warp groups
+// ---- Warp groups
 template <int kRegisters>
 SJ_DEVICE void RegistersIncrease() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -173,9 +174,9 @@ SJ_DEVICE void WgmmaWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Shared-memory matrix descriptor of a K-major operand whose rows are exactly one swizzle span (64
-// or 128 bytes) wide. Eight rows are 8 spans apart; the leading offset is unused. A step along K
-// inside the span adds bytes / 16 to it.
+// The shared-memory matrix descriptor of a K-major operand whose rows are exactly one swizzle span
+// wide (64 or 128 bytes). Eight rows are 8 spans apart, and the leading offset is unused. A step
+// along K inside the span adds bytes / 16 to the descriptor.
 template <int kSpan>
 SJ_DEVICE uint64_t Descriptor(uint32_t address) {
   static_assert(kSpan == 64 || kSpan == 128);
@@ -184,7 +185,7 @@ SJ_DEVICE uint64_t Descriptor(uint32_t address) {
   return kFixed | (address >> 4);
 }
 
-// ---- small copies
+// ---- Small copies
 SJ_DEVICE uint2 LoadShared2(uint32_t address) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
@@ -221,7 +222,7 @@ SJ_DEVICE void StoreShared4(uint32_t address, int a, int b, int c, int d) {
                "r"(d)
                : "memory");
 }
-// The same into the shared memory of another block of the cluster.
+// The same into the shared memory of another CTA of the cluster.
 SJ_DEVICE void StoreRemote4(uint32_t address, uint32_t rank, uint4 v) {
   asm volatile(
       "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
@@ -237,8 +238,8 @@ SJ_DEVICE void StoreShared4(uint32_t address, uint4 v) {
 SJ_DEVICE void StoreSharedF32(uint32_t address, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
-// Four 8x8 matrices of 16-bit elements, transposed on the way: lane i gives the address of row i%8
-// of matrix i/8.
+// Stores four 8x8 matrices of 16-bit elements, transposed. Lane i gives the address of row i % 8 of
+// matrix i / 8.
 SJ_DEVICE void StoreMatricesTransposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
                                        uint32_t d) {
   asm volatile(
@@ -246,7 +247,7 @@ SJ_DEVICE void StoreMatricesTransposed(uint32_t address, uint32_t a, uint32_t b,
       "r"(a), "r"(b), "r"(c), "r"(d)
       : "memory");
 }
-// Four bytes, asynchronously; zero where `inside` is false (then nothing is read).
+// Copies four bytes asynchronously. Where `inside` is false it writes zeros and reads nothing.
 SJ_DEVICE void CopyAsync4(uint32_t dst, const void* src, bool inside) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src),
                "r"(inside ? 4 : 0)

@@ -1,6 +1,6 @@
-// Tiles whose K several CTA groups share: how their partial sums come together. There are two ways,
-// through memory (stream-K) and through the shared memory of a cluster. Both add in the order of K,
-// so that results do not depend on timing.
+// How the partial sums of tiles come together whose K several CTA groups share. There are two ways:
+// through memory (stream-K), and through the shared memory of a cluster. Both add in the order of
+// K, so that results do not depend on timing.
 //
 // In both, a reduction unit is what one warp adds up and stores at a time: 16 outputs of up to 32
 // tokens.
@@ -53,8 +53,8 @@ SJ_DEVICE int PartialCount(const Params& p, int tile) {
   return WorkerOfStep(p, (tile + 1) * p.steps - 1) - WorkerOfStep(p, tile * p.steps) + 1;
 }
 
-// Leaves a partial sum in memory. If it is the last to arrive, returns the units, a bit each, whose
-// owners have given up waiting for it.
+// Leaves a partial sum in memory. If it is the last to arrive, returns the units whose owners have
+// given up waiting for it, a bit each.
 template <class T, class A>
 SJ_DEVICE uint32_t StorePartial(const Params& p, const A (&d)[T::kM64Blocks][T::kTokens / 2],
                                 int tile, const Worker& me, int warp) {
@@ -133,8 +133,8 @@ SJ_DEVICE void ReduceUnit(const Params& p, const Shared& shared, int rank, int t
                             staging);
 }
 
-// The fix-up of a warp. `inherited`: what StorePartial has returned for the first shared tile of
-// the worker, and 16 bits further up for another one.
+// The fix-up of a warp. inherited: what StorePartial has returned for the first shared tile of the
+// worker, and for a second one 16 bits further up.
 template <class T>
 SJ_DEVICE void FixUp(const Params& p, const Shared& shared, const Worker& me, int warp,
                      uint32_t inherited) {
@@ -158,7 +158,7 @@ SJ_DEVICE void FixUp(const Params& p, const Shared& shared, const Worker& me, in
       if (lane == 0) {
         unsigned long long* counter = CounterOf<T>(p, tile, me.rank, warp);
         mine = WaitCount(reinterpret_cast<int*>(counter), wanted, spins);
-        // Unless the last partial sum has arrived just now, its bringer will see this bit.
+        // The last arriver will see this bit, unless it has arrived just now.
         if (!mine) mine = static_cast<int>(atomicOr(counter, 1ull << (32 + unit))) == wanted;
       }
       mine = __shfl_sync(~0u, mine, 0);
@@ -176,8 +176,8 @@ SJ_DEVICE void FixUp(const Params& p, const Shared& shared, const Worker& me, in
 // ---- Within a cluster. The units of all warps are dealt out to the CTA groups. Each group sends
 // its partial sum of a unit to the unit's owner; when all have, the same warp there adds up.
 
-// Where the partial sum of CTA group `from` for a unit arrives in its owner's shared memory: in
-// place of the rings, which no group needs any more by then.
+// Returns where the partial sum of CTA group `from` for a unit arrives in its owner's shared
+// memory: in place of the rings, which no group needs any more by then.
 template <class T>
 SJ_DEVICE uint32_t InboxAddress(const Shared& shared, int groups, int unit, int from) {
   return shared.x.data + (unit / groups * groups + from) * T::kUnitBytes +

@@ -1,5 +1,5 @@
 // The tiles of the Hopper kernel: their shapes, and what follows from a shape (bytes of shared
-// memory, registers, ways to divide K). Host code only, so that the cost model (plan.h) can be
+// memory, registers, ways to divide K). This is host code, so that the cost model (plan.h) can be
 // compiled and tested without nvcc.
 #pragma once
 
@@ -14,10 +14,10 @@ namespace slidejax::hopper {
 // The first seven numbers are the parameters of Tile, below. The others are measured (H200):
 //   clocks of a stage     of 128 columns of the product, in the full pipeline
 //   clocks of a tile      what a tile costs beyond its stages
-//   time with shared W    where two CTA groups share W by multicast, the time as a part of the time
-//                         without: sharing saves energy, which limits large products, but a short
-//                         stage does not hide the signals between four CTAs. 1 where a tile is
-//                         never launched so.
+//   time with shared W    the time where two CTA groups share W by multicast, as a part of the time
+//                         where they do not. Sharing saves energy, which limits large products, but
+//                         a short stage does not hide the signals between four CTAs. It is 1 for
+//                         tiles that cannot share W.
 #define SLIDEJAX_HOPPER_TILES(F)                                   \
   F("256x192", 2, 2, 192, 2, 4, 2, true, 977, 3000, 0.96f)         \
   F("128x256", 2, 1, 256, 2, 4, 3, true, 665, 2500, 0.98f)         \
@@ -34,7 +34,7 @@ namespace slidejax::hopper {
   F("dense 128x64", 2, 1, 64, 1, 7, 7, false, 340, 1000, 1)        \
   F("dense 128x16", 2, 1, 16, 1, 10, 10, false, 400, 800, 1)
 
-// Into how many parts the CTA groups of a cluster can divide K.
+// The numbers of parts into which the CTA groups of a cluster can divide K.
 inline constexpr int kClusterSplits[] = {2, 3, 4, 6, 8};
 inline constexpr int kMaxClusterCtas = 8;  // what every Hopper GPU can launch
 

@@ -1,9 +1,10 @@
-// wgmma.sp, and wgmma, for 8-bit operands, both from shared memory: one specialisation per
-// accumulator width.
+// wgmma.sp and wgmma for 8-bit operands in shared memory, specialised for each width of the
+// accumulators.
 //
-// D[64, n] (+)= A[64, 64] (2:4 sparse, 32 bytes a row) * B[n, 64]^T, or A[64, 32] * B[n, 32]^T
-// dense; e4m3 with float32 accumulators or s8 with int32 ones. PTX has no way to pass an array, so
-// the operand lists are pasted together from groups of eight registers.
+// Sparse: D[64, n] (+)= A[64, 64] * B[n, 64]^T, where A is 2:4 sparse with 32 bytes a row. Dense:
+// D[64, n] (+)= A[64, 32] * B[n, 32]^T. Operands are e4m3 with float32 accumulators, or s8 with
+// int32 ones. PTX cannot take an array, so macros paste the operand lists together from groups of
+// eight registers.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +39,7 @@ namespace slidejax::hopper {
 #define SJ_R_96 SJ_R_64 "," SJ_R8 "," SJ_R9 "," SJ_R10 "," SJ_R11
 #define SJ_R_128 SJ_R_96 "," SJ_R12 "," SJ_R13 "," SJ_R14 "," SJ_R15
 
-// The accumulators as read-write operands; c is the constraint.
+// The accumulators as read-write operands with the constraint c.
 #define SJ_O8(c, i) \
   c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
 #define SJ_O_8(c) SJ_O8(c, 0)
@@ -49,13 +50,13 @@ namespace slidejax::hopper {
 #define SJ_O_96(c) SJ_O_64(c), SJ_O8(c, 64), SJ_O8(c, 72), SJ_O8(c, 80), SJ_O8(c, 88)
 #define SJ_O_128(c) SJ_O_96(c), SJ_O8(c, 96), SJ_O8(c, 104), SJ_O8(c, 112), SJ_O8(c, 120)
 
-// kFp8: e4m3 (float accumulators) or s8 (int32); kN: tokens.
+// kFp8: e4m3 with float accumulators, or s8 with int32 ones. kN: tokens.
 template <bool kFp8, int kN>
 struct Wgmma;
 
-// n, its number of accumulators, and the numbers of the operands that follow them: A and B
-// descriptors, metadata, and whether to add to D (0 on the first step of a tile: the accumulators
-// need no clearing).
+// The parameters are n, its number of accumulators, and the numbers of the operands after them: the
+// descriptors of A and B, metadata, and whether to add to D. On the first step of a tile that is 0,
+// so that the accumulators need no clearing.
 #define SJ_WGMMA_TYPE(FP8, C, CONSTRAINT, NAME, TAIL, n, acc, a, b, e, p)                          \
   template <>                                                                                      \
   struct Wgmma<FP8, n> {                                                                           \
@@ -91,8 +92,8 @@ SJ_WGMMA(256, 128, 128, 129, 130, 131)
 #undef SJ_WGMMA
 #undef SJ_WGMMA_TYPE
 
-// The compiler does not know that wgmma still writes d after its asm statement: no read of d may
-// move above this.
+// The compiler does not know that wgmma still writes d after its asm statement. No read of d moves
+// above this.
 template <int kSize>
 SJ_DEVICE void Pin(float (&d)[kSize]) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// What FFI handlers that lift have in common.
+// What the FFI handlers that lift have in common.
 #pragma once
 
 #include <string>

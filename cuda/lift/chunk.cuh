@@ -1,5 +1,5 @@
-// Arithmetic of the lift and quantise kernels on a *chunk*, eight neighbouring columns of a row:
-// what a lane handles at once.
+// The arithmetic of the lift kernels on a *chunk*: eight neighbouring columns of a row, which a
+// lane handles at once.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -28,8 +28,8 @@ constexpr bool kQuantised = sizeof(T) == 1;
 
 // ---- Rows that start anywhere -------------------------------------------------------------------
 
-// A chunk out of the 16-byte granules that hold it: it begins `shift` bytes into the first.
-// Granules come from `granule(i)`.
+// Takes a chunk out of the 16-byte granules that hold it. It begins `shift` bytes into the first
+// granule; `granule(i)` gives granule number i.
 template <typename T, typename Granule>
 __device__ inline Chunk<T> Shifted(int shift, const Granule& granule) {
   constexpr int kWords = Chunk<T>::kWords;
@@ -93,8 +93,8 @@ __device__ inline void SetPair(Chunk<T>& chunk, int pair, float2 v) {
   }
 }
 
-// Running maximum of |x|; inf and nan win over every number, so that one comparison finds them at
-// the end.
+// The running maximum of |x|. Inf and nan win over every number, so that one comparison at the end
+// finds them.
 template <typename T>
 class AbsMax {
  public:
@@ -114,7 +114,8 @@ class AbsMax {
     }
   }
 
-  // Float32 bits, sign clear: ordered as unsigned integers, inf and nan on top.
+  // The bits of a float32 without sign. As unsigned integers they have the order of the floats,
+  // with inf and nan on top.
   __device__ uint32_t Bits() const {
     if constexpr (std::is_same_v<T, float>) {
       return bits_;
@@ -132,7 +133,7 @@ class AbsMax {
 
 // ---- Codes --------------------------------------------------------------------------------------
 
-// A row's scale, and the factor that makes codes; factor 0 stands for "every code is 0".
+// A row's scale, and the factor that makes its codes. Factor 0 stands for "every code is 0".
 struct RowScale {
   float scale;
   float factor;
@@ -150,8 +151,8 @@ __device__ RowScale ScaleOf(uint32_t absmax_bits) {
   return {scale, __frcp_rn(scale)};
 }
 
-// round_half_even(v) in the low bits: adding 1.5 * 2^23 leaves no fraction bits. A row's own absmax
-// makes |v| < 127.5, so that nothing needs clipping; an absmax that was given (kClip) promises
+// Gives round_half_even(v) in the low bits: adding 1.5 * 2^23 leaves no fraction bits. With a row's
+// own absmax |v| < 127.5, so that nothing needs clipping. An absmax that was given (kClip) promises
 // nothing.
 template <bool kClip>
 __device__ inline uint32_t RoundToInt8(float v) {

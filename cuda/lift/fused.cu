@@ -1,5 +1,5 @@
-// The lift with a prologue (lift/prologue.cuh): a norm or an activation, and what it feeds, in one
-// pass over x.
+// The lift with a prologue (prologue.cuh): a norm or an activation, and the lift of its result, in
+// one pass over x.
 #include "lift/launch.cuh"
 #include "lift/lift.h"
 

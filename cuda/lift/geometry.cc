@@ -7,19 +7,20 @@ namespace {
 
 constexpr int kMaxRows = 3;           // of a block, in the ring at once
 constexpr int kReservedBytes = 1024;  // of shared memory, which a block takes beside its own
-constexpr int kFewWarps = 8;          // a block is not halved below
+constexpr int kFewWarps = 8;          // a block with no more is not halved
 constexpr int64_t kManyRows = 16;     // of a multiprocessor: it is busy all the time
 constexpr int64_t kKilobyte = 1024;
 
-// Tiles of a row that a warp has, at most; and no more warps than share them evenly.
+// TilesOfWarp: the tiles of a row that a warp has at most. EvenWarps: as many of `warps` as share
+// the tiles evenly.
 int TilesOfWarp(const RowShape& s, int warps) { return (s.tiles + warps - 1) / warps; }
 int EvenWarps(const RowShape& s, int warps) {
   return TilesOfWarp(s, TilesOfWarp(s, std::max(1, std::min(warps, s.tiles))));
 }
 
-// What a multiprocessor works best with if all of it fits: measured,
-// docs/journal/2026-11-24-lift.md. It wants enough bytes on their way; what is asked for further
-// ahead only comes between the stores.
+// What a multiprocessor works best with, if all of it fits. It is measured
+// (docs/journal/2026-11-24-lift.md). A multiprocessor needs enough bytes on their way; what it asks
+// for further ahead only gets in the way of the stores.
 struct Wish {
   int blocks;
   int warps;      // of a block
@@ -27,8 +28,8 @@ struct Wish {
   int64_t ahead;  // bytes of the rings of all blocks, at most
 };
 
-// For rows that arrive shifted, or that are gated or normed before they are converted: all warps
-// work, on a row for each block.
+// Rows that arrive shifted, or that are gated or normed before they are converted: all warps work,
+// and each block has a row.
 Wish WishForComputedRows(const RowShape& s, int sources, int64_t ahead) {
   Wish wish = {1, 1, kMaxRows, ahead};
   wish.warps =
@@ -59,7 +60,7 @@ Wish WishForManyRows(const RowShape& s, int64_t row_bytes) {
   return wish;
 }
 
-// Few rows: as many blocks as leave each two rows. Four hide each other's copies.
+// Few rows: as many blocks as leave two rows to each. Four blocks hide each other's copies.
 Wish WishForFewRows(const RowShape& s, int64_t row_bytes, int64_t shared) {
   Wish wish = {1, 1, kMaxRows, shared};
   while (wish.blocks < kMaxWarps && 4 * wish.blocks * row_bytes <= shared) wish.blocks *= 2;

@@ -1,6 +1,6 @@
-// How rows are cut into tiles, what the tiles take of shared memory, and how many warps and blocks
-// work on them. Host code only, but for what the kernels share: it needs no CUDA header, no nvcc
-// and no GPU.
+// How rows are cut into tiles, how much shared memory the tiles take, and how many warps and blocks
+// work on them. This is host code, some of which the kernels share. It needs no CUDA header, no
+// nvcc and no GPU.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@ constexpr int kLine = 128;      // bytes, of memory
 constexpr int kMaxWarps = 32;   // of a block
 constexpr int kMaxPending = 7;  // groups of asynchronous copies that a wait can leave under way
 
-// Columns that lifting `columns` columns gives: whole blocks of 8 groups, four for each of a
-// group's N-1 windows.
+// Returns how many columns lifting gives: four for each of a group's N-1 windows, in whole blocks
+// of 8 groups.
 inline int64_t LiftedColumns(int64_t columns, int group) {
   const int64_t groups = (columns + 8 * group - 1) / (8 * group) * 8;
   return groups * (group / 2 - 1) * 4;

@@ -12,7 +12,7 @@
 namespace slidejax::lift {
 
 inline cudaError_t CurrentDevice(DeviceLimits* device) {
-  thread_local int known = -1;  // asked for once; again where a thread changes devices
+  thread_local int known = -1;  // the device that `copy` describes
   thread_local DeviceLimits copy;
   int current = 0;
   if (const cudaError_t status = cudaGetDevice(&current); status != cudaSuccess) return status;
@@ -49,7 +49,7 @@ cudaError_t LaunchRing(RingParams p, const DeviceLimits& device, const RingGeome
                           dim3(kLanes * geometry.warps), arguments, geometry.bytes, stream);
 }
 
-// The kernel for p.n: one of its own where models use it, else the one that reads N.
+// Launches the kernel for p.n: one of its own where models use it, else the kernel that reads N.
 template <typename In, typename Out, typename Prologue>
 cudaError_t LaunchRingForN(const RingParams& p, const DeviceLimits& device,
                            const RingGeometry& geometry, cudaStream_t stream) {
@@ -72,7 +72,7 @@ cudaError_t LaunchRingForN(const RingParams& p, const DeviceLimits& device,
   return LaunchRing<In, Out, 0, Prologue>(p, device, geometry, stream);
 }
 
-// launch(T{}) with the C++ type of a dtype: of x and of casts, and of codes.
+// Calls launch(T{}) with the C++ type of a dtype: of x and of casts, and of codes.
 template <typename Launch>
 cudaError_t WithFloat(DType type, const Launch& launch) {
   switch (type) {
@@ -103,7 +103,7 @@ inline RingParams RingParamsOf(const Args& a) {
   const auto aligned = [](const void* address) {
     return reinterpret_cast<uintptr_t>(address) % kGranule == 0;
   };
-  // a.up is nullptr, which is aligned, where there is none.
+  // Where there is no a.up, it is nullptr, which is aligned.
   p.x_aligned = a.columns % kChunk == 0 && aligned(a.x) && aligned(a.up);
   p.out_aligned = a.lifted_columns % kChunk == 0 && aligned(a.lifted);
   p.normed = a.weight != nullptr;

@@ -1,13 +1,13 @@
-// Activation lifting fused with dynamic quantisation (SlideSparse, arXiv 2603.05232; the formulas
-// are docs/design.md's).
+// Activation lifting fused with dynamic quantisation (SlideSparse, arXiv 2603.05232). The formulas
+// are those of docs/design.md.
 //
 //   lifted[m, g, w, l] = code(x[m, 2N*g + 2*w + l]),  scale[m] = absmax[m] * float32(1/qmax),
 //   code(v) = round_half_even(v * (1/scale)) clipped to +-qmax.
 //
-// ring.cuh holds the kernel for rows that fit in shared memory, fused.cu its variants that compute
-// what comes before the linear layer. Here are the dispatch, and the streaming kernel for all other
-// rows: those that are too long are read twice from global memory, the second time mostly out of
-// the L2 cache; rows whose absmax is given, and casts without quantisation, need one pass only.
+// ring.cuh holds the kernel for rows that fit in shared memory, fused.cu its variants with a
+// prologue. This file holds the dispatch and the streaming kernel for all other rows. Rows that are
+// too long are read twice from global memory, the second time mostly out of the L2 cache. Rows
+// whose absmax is given, and casts without quantisation, need one pass only.
 #include "lift/launch.cuh"
 #include "lift/lift.h"
 
@@ -24,7 +24,7 @@ class GlobalRow {
         columns_(p.columns),
         aligned_(p.x_aligned) {}
 
-  // Columns column .. column+7; zeros past the end of the row.
+  // Returns the eight columns from `column` on, with zeros past the end of the row.
   __device__ Chunk<T> Load(int column) const {
     Chunk<T> chunk = {};
     if (column >= columns_) return chunk;
@@ -38,8 +38,8 @@ class GlobalRow {
       }
       return chunk;
     }
-    // Every aligned granule that holds a byte of the row. A granule that is partly outside the
-    // array lies in the same 16 bytes as a byte inside it, so it is never outside the allocation.
+    // Reads every aligned granule that holds a byte of the row. A granule that is partly outside
+    // the array shares its 16 bytes with a byte inside, so it is never outside the allocation.
     const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(address) & 15);
     const char* const end = begin_ + static_cast<int64_t>(columns_) * sizeof(T);
     chunk = Shifted<T>(shift, [&](int i) {
@@ -57,7 +57,7 @@ class GlobalRow {
 
 constexpr int kStreamingWarps = 8;
 
-// One row to a thread block.
+// Each thread block takes one row.
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kLanes* kStreamingWarps)
     StreamKernel(const RingParams p, const float* const absmax_of_rows) {
@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(kLanes* kStreamingWarps)
                                     [&](int index) { return load(tile, index); });
     }
   } else {
-    for (int tile = warp; tile < p.tiles; tile += warps) {  // absmax only to find inf and nan
+    for (int tile = warp; tile < p.tiles;
+         tile += warps) {  // absmax is there to find inf and nan only
       EmitTile<0, 0, false, In, Out>(p, row_index, tile, stage, 1.0f, [&](int index) {
         const Chunk<In> chunk = load(tile, index);
         absmax.Add(chunk);

@@ -1,13 +1,13 @@
-// What a model computes right before a linear layer, fused into the lift: the kernel applies it to
-// the chunks of a row before it looks for absmax. Computed in float32 and rounded once to x's dtype
-// (slidejax/ops/prologue.py holds the formulas).
+// Prologues: what a model computes right before a linear layer. The kernel applies it to the chunks
+// of a row before it looks for absmax. It is computed in float32 and rounded once, to x's dtype.
+// slidejax/ops/prologue.py holds the formulas.
 //
 // A prologue is a type with kSources (inputs as large as x), kSums (sums over the row that it needs
-// first) and
-//   void Sum(chunk, float (&sums)[])              adds a chunk of x to the sums
-//   void Finish(const float (&sums)[], params)    gets them
-//   Chunk Apply(chunk, second, column, params)    the chunk of results; zeros past the end of the
-//   row stay zeros
+// first) and these functions. The first two are there only where kSums is not 0.
+//   void Sum(chunk, float (&sums)[])             adds a chunk of x to the sums
+//   void Finish(const float (&sums)[], params)   receives the sums of the row
+//   Chunk Apply(chunk, second, column, params)   returns the chunk of results; zeros past the end
+//                                                of the row stay zeros
 #pragma once
 
 #include "lift/chunk.cuh"
@@ -29,7 +29,7 @@ struct NoPrologue {
   static constexpr int kSources = 1, kSums = 0;
 };
 
-// A norm's weight or bias for a chunk; zeros past the end of the row.
+// Loads a norm's weight or bias for a chunk, with zeros past the end of the row.
 __device__ inline void LoadParameter(const float* from, int column, int columns,
                                      float (&v)[kChunk]) {
   if (column + kChunk <= columns) {

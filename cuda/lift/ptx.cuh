@@ -1,4 +1,4 @@
-// The PTX of the lift kernels.
+// The instructions of the lift kernels that CUDA C++ has no names for.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,7 +9,7 @@
 
 namespace slidejax::lift {
 
-// Sixteen bytes to shared memory; zeros if they are not wanted.
+// Copies sixteen bytes to shared memory asynchronously; writes zeros if they are not wanted.
 __device__ inline void CopyGranule(void* shared, const void* global, bool wanted) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
@@ -17,8 +17,8 @@ __device__ inline void CopyGranule(void* shared, const void* global, bool wanted
                : "memory");
 }
 
-// From now on a kernel that was launched to begin before this one has ended may do so, where there
-// is room.
+// Lets the next kernel begin where there is room, if it was launched to begin before this one has
+// ended.
 __device__ inline void LetNextBegin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -27,7 +27,8 @@ __device__ inline void LetNextBegin() {
 
 __device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits for all of the thread's groups of copies but the latest `pending`, at most kMaxPending.
+// Waits for all of the thread's groups of copies but the latest `pending`, which is at most
+// kMaxPending.
 __device__ inline void WaitForCopies(int pending) {
   switch (pending) {
     case 0: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;

@@ -1,15 +1,14 @@
 // The ring kernel: rows pass through a ring in shared memory, where a prologue is applied in place.
 //
-// Everything is bytes moved, so x is read once and its memory never rests: thread blocks are
-// persistent, take rows in turn, and hold a ring of rows. A row's *tiles* (store.cuh) are dealt out
-// to the block's warps. For each row a warp
-//   1. waits for its tiles of the row (asynchronous copies, which a lane waits for and reads
-//      itself: no barrier),
+// The time is that of the bytes moved, so x is read once, and reading never pauses. Thread blocks
+// are persistent, take rows in turn, and hold a ring of rows. A row's *tiles* (store.cuh) are dealt
+// out to the block's warps. For each row a warp
+//   1. waits for its tiles of the row (asynchronous copies; a lane mostly reads what it has copied
+//      itself, without a barrier),
 //   2. applies the prologue, if there is one, and finds absmax,
-//   3. agrees on it with the block's other warps: the one barrier of a row (two for norms),
-//   4. converts, lifts and stores its tiles, and as soon as a tile is read, asks for the one that
-//      comes `depth` tiles later, of a later row. So reading goes on under the conversion and the
-//      stores.
+//   3. agrees on absmax with the block's other warps, at the one barrier of a row (norms have two),
+//   4. converts, lifts and stores its tiles. As soon as a tile is read, it asks for the tile that
+//      comes `depth` tiles later, so that reading goes on under the conversion and the stores.
 // Rows that start at any address arrive as the 16-byte granules that cover them, from the beginning
 // of a line on so that each copy of a warp is whole lines. They are shifted into place in step 2.
 #pragma once
@@ -34,7 +33,7 @@ struct RingParams : RowShape {
   int counter_count;
 };
 
-// What both kernels do first.
+// Both kernels begin with this.
 __device__ inline void Begin(const RingParams& p) {
   LetNextBegin();
   if (blockIdx.x == 0) {
@@ -76,8 +75,8 @@ __device__ inline void BlockSum(float (&sums)[kSums], float* words) {
 
 // ---- Ring kernel --------------------------------------------------------------------------------
 
-// Writes one tile of results. `chunk(index)` gives the tile's chunk of that number, `stage` is the
-// warp's own shared memory. kN: N where it is known, and 8-bit results; 1 for no lifting; 0 for
+// Writes one tile of results. chunk(index) gives the tile's chunk of that number; stage is the
+// warp's own shared memory. kN: N where it is known and results are 8-bit, 1 for no lifting, 0 for
 // p.n.
 template <int kN, int kSteps, bool kClip, typename In, typename Out, typename ChunkOf>
 __device__ inline void EmitTile(const RingParams& p, int64_t row, int tile, char* stage,
@@ -165,11 +164,11 @@ class WarpRing {
     if (++next_ == count_) next_ = 0, next_row_ += stride_;
   }
 
-  // Chunk number `index` of the tile in a slot, which lies where Put has written it.
+  // Returns chunk number `index` of the tile in a slot, where it lies as Put has written it.
   __device__ __forceinline__ Chunk<In> Read(int slot, int index) const {
     return ReadAt(ChunkAt(slot, 0, index));
   }
-  // The same as it has arrived, of the row's i-th tile.
+  // Returns that chunk as it has arrived. The tile is the warp's i-th of the row.
   __device__ __forceinline__ Chunk<In> ReadRaw(int64_t row, int slot, int i, int source,
                                                int index) const {
     const uint4* at = ChunkAt(slot, source, index);
@@ -179,7 +178,7 @@ class WarpRing {
     return Masked(Shifted<In>(shift % kGranule, [&](int granule) { return at[granule]; }),
                   p_.columns - ColumnOf(i, index));
   }
-  // Puts the lane's chunk where ReadRaw has found it, from now on in place.
+  // Writes the lane's chunk to where ReadRaw has found it. From then on Read finds it.
   __device__ __forceinline__ void Put(int slot, int index, const Chunk<In>& chunk) {
     if (!p_.x_aligned) __syncwarp();
     uint4* const to = ChunkAt(slot, 0, index);
@@ -214,8 +213,8 @@ class WarpRing {
     return chunk;
   }
 
-  // Asks for tile number `i` of a row, if there is such a row. Commits a group of copies in any
-  // case.
+  // Asks for tile number `i` of a row, if there is such a row. Commits a group of copies even if
+  // there is none.
   __device__ __forceinline__ void Fill(int slot, int i, int64_t row) {
     if (row < p_.rows) {
 #pragma unroll

@@ -1,9 +1,12 @@
-// Writing a tile of codes. A lane's chunk is not a whole number of 16-byte stores after lifting, so
-// a warp passes each *tile* through shared memory: 32 chunks, times the odd part of N so that a
-// tile is whole groups and whole 16-byte stores. There the unit is a *pair* of columns: pair p of
-// group g is the first half of window p and the second half of window p-1. So window number q =
-// pair - group begins with a pair and ends with the one after: a word of 8-bit codes, two stores of
-// wider ones.
+// Writing a tile of codes.
+//
+// After lifting, a lane's chunk is not a whole number of 16-byte stores. So a warp passes each
+// *tile* through shared memory. A tile is 32 chunks, times the odd part of N, which makes it whole
+// groups and whole 16-byte stores.
+//
+// In a tile the unit is a *pair* of columns. Pair p of group g is the first half of window p and
+// the second half of window p-1. So window number pair - group begins with that pair and ends with
+// the one after it. A window of 8-bit codes is one word; wider codes take two stores.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +15,13 @@
 
 namespace slidejax::lift {
 
-// Writes chunk number `index` of a tile, lifted, to the tile's shared memory. Called by whole
-// warps; `next`: what lane 0 has at the next index of lane 31 (anything after the last chunk of a
-// tile, whose last pair begins no window).
+// Lifts chunk number `index` of a tile and writes it to the tile's shared memory. Whole warps call
+// this. next: the chunk after lane 31's, which lane 0 has. After the last chunk of a tile it may be
+// anything, because the last pair begins no window.
 template <typename Out>
 __device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c,
                                    const Chunk<Out>& next, int n) {
-  if (n <= 2) {  // for 2:4 lifting is the identity
+  if (n <= 2) {  // 2:4 needs no lifting
     if constexpr (sizeof(Out) == 1)
       reinterpret_cast<uint2*>(tile)[index] = {c.word[0], c.word[1]};
     else {
@@ -35,8 +38,8 @@ __device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c,
   if constexpr (sizeof(Out) == 1) {
     const uint32_t straddling = __byte_perm(c.word[0], c.word[1], 0x5432);
     uint32_t* window = reinterpret_cast<uint32_t*>(tile) + first - group;
-    // A window is a word, and begins with every pair but a group's last; the other half of the last
-    // is the next lane's.
+    // A window is a word. Every pair but a group's last begins one. The other half of the last
+    // window is the next lane's.
     const int lane = index % kLanes;
     const uint32_t after =
         __shfl_sync(kFullMask, lane == 0 ? next.word[0] : c.word[0], (lane + 1) % kLanes);
@@ -65,13 +68,13 @@ __device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c,
   }
 }
 
-// Chunks of a lane that are whole groups: it makes their windows by itself.
+// How many chunks of a lane are whole groups. Their windows need nothing of other lanes.
 __host__ __device__ constexpr int LaneChunks(int n) {
   return n % 4 == 0 ? n / 4 : n % 2 == 0 ? n / 2 : n;
 }
 
-// Writes the windows of LaneChunks(kN) chunks of codes to a tile's shared memory; `index`: their
-// number in the tile.
+// Writes the windows of LaneChunks(kN) chunks of codes to a tile's shared memory. index: their
+// number in the tile, in units of LaneChunks(kN).
 template <int kN>
 __device__ inline void StageGroups(char* tile, int index,
                                    const uint32_t (&codes)[2 * LaneChunks(kN)]) {
@@ -98,9 +101,8 @@ __device__ inline void StageGroups(char* tile, int index,
   }
 }
 
-// Copies a staged tile to the row of results, 16 bytes a lane. `out` and `tile` are the lane's own
-// first bytes; `rest` is how many bytes of the row lie from there on, `lane_rest` how many of the
-// tile.
+// Copies a staged tile to the row of results, 16 bytes a lane at a time. out, tile: where the lane
+// begins. rest, lane_rest: bytes from there to the end of the row, and to the end of the tile.
 __device__ inline void StoreTile(char* out, const char* tile, int rest, int lane_rest, int bytes) {
 #pragma unroll
   for (int offset = 0; offset < bytes; offset += 16 * kLanes) {
@@ -109,8 +111,8 @@ __device__ inline void StoreTile(char* out, const char* tile, int rest, int lane
   }
 }
 
-// Copies the first `length` bytes of a staged tile to any address: whole 16-byte stores between the
-// bytes at both ends.
+// Copies the first `length` bytes of a staged tile to any address: single bytes at both ends, and
+// whole 16-byte stores between them.
 __device__ inline void StoreTileAnywhere(char* out, const char* tile, int length) {
   const int lane = threadIdx.x % kLanes;
   const int head = min(length, static_cast<int>(-reinterpret_cast<uintptr_t>(out) & 15));
@@ -121,7 +123,7 @@ __device__ inline void StoreTileAnywhere(char* out, const char* tile, int length
     out[length - tail + lane - 16] = tile[length - tail + lane - 16];
   }
   const uint32_t* const words =
-      reinterpret_cast<const uint32_t*>(tile) + head / 4;  // a tile has a word more than its bytes
+      reinterpret_cast<const uint32_t*>(tile) + head / 4;  // a staged tile has room for a word more
 #pragma unroll 1
   for (int offset = 16 * lane; offset < length - head - tail; offset += 16 * kLanes) {
     uint32_t word[5];
@@ -133,7 +135,7 @@ __device__ inline void StoreTileAnywhere(char* out, const char* tile, int length
   }
 }
 
-// Writes a chunk that is not lifted straight to its place in the row of `columns` results.
+// Writes a chunk that needs no lifting to its place in the row of `columns` results.
 template <typename Out>
 __device__ inline void StoreChunk(Out* row, int column, const Chunk<Out>& c, int columns,
                                   bool aligned) {

@@ -51,8 +51,9 @@ def expected(lifted, scale, w, bias=None):
 
 
 def check(y, want, dtype):
-    """One rounding of the result (two for 16-bit operands, whose accumulators the library rounds), and the sums' own error:
-    the tensor cores of some GPUs keep about 14 bits of a float8 sum."""
+    """Allows for one rounding of the result (for two with 16-bit operands, whose accumulators the
+    library rounds), and for the error of the sums: the tensor cores of some GPUs keep about 14 bits
+    of a float8 sum."""
     y, want = np.asarray(y).astype(np.float64), want.astype(np.float64)
     step = {1: 1, 2: 2}[np.dtype(dtype).itemsize] * float(jnp.finfo(jnp.bfloat16).eps)
     sums = 3e-3 if np.dtype(dtype) == jnp.float8_e4m3fn else 2e-4

@@ -1,4 +1,4 @@
-"""CUDA graphs, threads and devices: the calls keep nothing to themselves."""
+"""CUDA graphs, threads and devices: calls share no state that could disturb them."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ def model(implementation, out=256, seed=0):
 
 
 def loop(implementation):
-    """A layer applied 16 times in a scan: what decoding does."""
+    """A layer applied 16 times in a scan, as decoding does it."""
     w, x, layer = model(implementation)
     step = lambda x, w: jnp.tanh(layer(x, w))  # noqa: E731
 
@@ -115,7 +115,7 @@ def test_threads_do_not_disturb_each_other(implementation):
             if not np.array_equal(np.asarray(compiled(x, w)), want):
                 failures.append(out)
 
-    # the last two share one executable's shapes, not its values
+    # The last two have the same shapes and other values.
     threads = [
         threading.Thread(target=work, args=arguments)
         for arguments in ((256, 0), (96, 1), (512, 2), (512, 3))

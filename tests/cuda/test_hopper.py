@@ -1,4 +1,5 @@
-"""The Hopper implementation through JAX: on the device against the reference, and what is lowered where there is none."""
+"""The Hopper implementation through JAX: on a GPU against the reference, and what is lowered where
+there is no GPU."""
 
 import cuda_formulas as formulas
 import jax
@@ -65,7 +66,7 @@ def test_e4m3_is_as_exact_as_its_sums(on_hopper, rows):
     )  # 13 bits of each step's sum are kept
 
 
-# --- the lift and the product in one call -----------------------------------------------------------------------------
+# --- the lift and the product in one call ---------------------------------------------------------
 
 
 def in_one_call(x, prologue, w, bias, out_dtype):
@@ -96,7 +97,8 @@ def in_two_calls(x, w, bias, out_dtype, prologue):
     ],
 )
 def test_one_call_equals_two(on_hopper, rows, columns, out, dtype, prepared):
-    """Often, with other weights in between: what begins before the lift has ended may use none of what the lift writes."""
+    """Several times, with other weights in between: a kernel that begins before the lift has ended
+    may use nothing that the lift writes."""
     ws = [
         sj.pack(jax.random.normal(jax.random.key(i), (columns, out)), "6:8", dtype=dtype)
         for i in range(2)
@@ -164,11 +166,11 @@ def assert_equals_the_reference(rows, columns, out, implementation):
     ("columns", "out"), [(3584, 3584), (18944, 3584), (3584, 4608), (1536, 576)]
 )
 def test_int8_equals_the_reference_for_few_rows(on_hopper, rows, columns, out):
-    """The shapes for which teams of a cluster divide K."""
+    """The shapes for which CTA groups of a cluster divide K."""
     assert_equals_the_reference(rows, columns, out, "hopper")
 
 
-# --- clusters of four that share the weights, and pairs beside them ------------------------------------------------------
+# --- 2x2 clusters, which share the weights, and CTA pairs beside them -----------------------------
 
 
 @pytest.mark.gpu
@@ -186,7 +188,8 @@ def test_int8_equals_the_reference_for_many_rows(on_hopper, rows, columns, out, 
 
 @pytest.mark.gpu
 def test_what_follows_waits_for_both_launches(on_hopper):
-    """Each product reads what both launches of the one before have written, and writes over what the one before that read."""
+    """Each product reads what both launches of the product before it have written, and overwrites
+    what that product has read."""
     w = sj.prepare(
         sj.pack(jax.random.normal(jax.random.key(0), (3584, 3584)), "6:8", dtype="int8"), "hopper"
     )
@@ -205,7 +208,7 @@ def test_what_follows_waits_for_both_launches(on_hopper):
         np.testing.assert_array_equal(formulas.bits(run(x)), formulas.bits(want))
 
 
-# --- dense weights ----------------------------------------------------------------------------------------------------
+# --- dense weights --------------------------------------------------------------------------------
 
 
 def dense_linear(x, w, bias=None):

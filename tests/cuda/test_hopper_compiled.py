@@ -1,6 +1,7 @@
 """What ptxas made of the Hopper kernels: registers, spills, wgmma. Needs no GPU.
 
-The build keeps ptxas's report (cuda/build/compiler_log.py); only without one of these very sources is it made here.
+The build keeps the report of ptxas (cuda/build/compiler_log.py). The test compiles the kernels
+itself only where there is no report, or an older one.
 """
 
 import os
@@ -21,7 +22,7 @@ TILE = re.compile(
 
 
 def complaints(log):
-    """What is wrong with the kernels of a ptxas report, a line each."""
+    """What is wrong with the kernels of a ptxas report, one line for each finding."""
     found = [
         line.strip() for line in log.splitlines() if re.search(r"\(C75\d\d\)", line)
     ]  # wgmma serialised, setmaxnreg ignored
@@ -96,7 +97,7 @@ ptxas info    : Compiling entry function 'b' for 'sm_90a'
     assert "C7510" in serialised and spills.startswith("b: 8 bytes")
 
 
-# --- machine code, where a disassembler is at hand --------------------------------------------------------------------
+# --- machine code, where there is a disassembler --------------------------------------------------
 
 
 def disassembler():
@@ -113,7 +114,8 @@ def registers(operands):
 
 
 def misuses(instructions):
-    """Instructions that touch accumulators or metadata of a wgmma that may still run, or make the loop wait for memory."""
+    """Instructions that touch accumulators or metadata of a wgmma that may still run, or that make
+    the loop wait for memory."""
     found, running, issued = (
         [],
         [],

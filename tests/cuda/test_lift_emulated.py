@@ -1,7 +1,9 @@
-"""The lift kernels' sources, compiled for the CPU and run thread by thread (lift_on_cpu/), against the formulas.
+"""The lift kernels, compiled for the CPU and run thread by thread (lift_on_cpu/), against the
+formulas.
 
-Each case draws another order of the threads, and asynchronous copies arrive as early or as late as they may: a missing barrier
-shows. Reads are checked against the arrays' bounds, writes against what lies around the results and around a block's shared memory.
+Each case draws another order of the threads, and asynchronous copies arrive as early or as late as
+they may, so that a missing barrier shows. Reads beyond the arrays are found, and so are writes
+beyond the results and beyond a block's shared memory.
 """
 
 import ctypes
@@ -45,7 +47,11 @@ LINE = 128
 
 
 def in_memory(array, at=32, around=0xCD):
-    """The array's bytes, from byte `at` of a line of memory on, with something else around them: (all of it, the bytes)."""
+    """The array's bytes, from byte `at` of a line of memory on, with `around` around them.
+
+    Returns:
+      (the whole memory, the array's bytes).
+    """
     whole = np.full(array.nbytes + 3 * LINE, around, np.uint8)
     begin = LINE + (at - whole.ctypes.data) % LINE
     part = whole[begin : begin + array.nbytes]
@@ -53,9 +59,27 @@ def in_memory(array, at=32, around=0xCD):
     return whole, part
 
 
-def run(library, x, group, dtype, absmax=None, *, prologue="none", activation="silu", up=None, weight=None, bias=None, eps=1e-6,
-        width=None, multiprocessors=1, shared=H100, seed=0, at=(32, 32)):  # fmt: skip
-    """Codes and scales; the seed also says when copies arrive. at: where in a line of memory x and up begin."""
+def run(
+    library,
+    x,
+    group,
+    dtype,
+    absmax=None,
+    *,
+    prologue="none",
+    activation="silu",
+    up=None,
+    weight=None,
+    bias=None,
+    eps=1e-6,
+    width=None,
+    multiprocessors=1,
+    shared=H100,
+    seed=0,
+    at=(32, 32),
+):
+    """Codes and scales. The seed also says when copies arrive; `at` says where in a line of memory
+    x and up begin."""
     (rows, columns), dtype = x.shape, np.dtype(dtype)
     if width is None:
         width = formulas.lift(np.zeros((1, columns), np.int8), group).shape[1]
@@ -67,11 +91,24 @@ def run(library, x, group, dtype, absmax=None, *, prologue="none", activation="s
     whole, lifted = in_memory(np.full(rows * width * dtype.itemsize, 0xCD, np.uint8))
     scale = np.full(rows, -7, np.float32)
     status = library.lift_quantize(
-        pointers[0], x.dtype.name.encode(), *pointers[1:],
-        ctypes.c_void_p(lifted.ctypes.data), dtype.name.encode(),
-        ctypes.c_void_p(scale.ctypes.data), ctypes.c_int64(rows), ctypes.c_int64(columns), ctypes.c_int64(width), group,
-        prologue.encode(), activation.encode(), ctypes.c_float(eps), multiprocessors, shared, seed % 2, seed,
-    )  # fmt: skip
+        pointers[0],
+        x.dtype.name.encode(),
+        *pointers[1:],
+        ctypes.c_void_p(lifted.ctypes.data),
+        dtype.name.encode(),
+        ctypes.c_void_p(scale.ctypes.data),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        ctypes.c_int64(width),
+        group,
+        prologue.encode(),
+        activation.encode(),
+        ctypes.c_float(eps),
+        multiprocessors,
+        shared,
+        seed % 2,
+        seed,
+    )
     assert status == 0, "an unknown name" if status == -1 else f"CUDA error {status}"
     inside = lifted.ctypes.data - whole.ctypes.data
     assert (whole[:inside] == 0xCD).all() and (whole[inside + lifted.size :] == 0xCD).all(), (
@@ -141,7 +178,7 @@ def test_rows_that_do_not_fit_in_shared_memory_and_other_gpus(library):
 @pytest.mark.parametrize("x_dtype", [BF16, np.float32], ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize("rows", [1, 33, 70, 150])
 def test_any_number_of_rows(library, rows, x_dtype):
-    """More rows than blocks: the ring turns."""
+    """With more rows than blocks the ring turns."""
     for seed, (columns, group, dtype) in enumerate(
         ((96, 8, np.int8), (100, 8, E4M3), (512, 0, np.int8), (515, 0, np.int8))
     ):
@@ -166,7 +203,8 @@ def test_many_rows_of_several_warps(library, columns):
 
 @pytest.mark.parametrize("columns", [1024, 5120, 8192, 8200, 11008, 23000, 28672])
 def test_many_rows_of_every_length(library, columns):
-    """Of as many as keep a multiprocessor busy: blocks, warps and depth are chosen by a row's bytes."""
+    """Many rows keep a multiprocessor busy: the bytes of a row decide about blocks, warps and
+    depth."""
     x = formulas.values(18, columns, BF16)
     for seed, group in enumerate((0, 6, 8)):
         check(library, x, group, np.int8, seed=seed)
@@ -215,7 +253,7 @@ def test_quantise_only_pads(library):
         assert (codes[:, 1000:] == 0).all()
 
 
-# ------------------------------------------------------------------------------------------------------------ prologues
+# --- prologues ------------------------------------------------------------------------------------
 
 
 def activated(name, x):
@@ -313,7 +351,7 @@ def test_broken_rows_stay_apart(library, prologue):
 
 @pytest.mark.parametrize(("shared", "capability"), [(H100, "9.0"), (A100, "8.0"), (SMALL, "8.6")])
 def test_the_longest_rows_of_each_gpu(library, shared, capability):
-    """`prologues.longest_row` promises these."""
+    """`prologues.longest_row` promises that they fit."""
     limit = prologues.longest_row(capability)
     rng = np.random.default_rng(0)
     for prologue, sources in (("rms_norm", 1), ("glu", 2)):

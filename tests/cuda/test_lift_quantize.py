@@ -129,7 +129,7 @@ def test_every_rounding_boundary_of_e4m3():
 @pytest.mark.parametrize("pattern", ["6:8", "4:6"])
 @pytest.mark.parametrize(("rows", "columns"), [(700, 3584), (5, 1001), (3, 18944)])
 def test_prologues_in_the_kernel(rows, columns, pattern, x_dtype, dtype):
-    """Against the same computed by XLA first: a code in a few hundred may round the other way."""
+    """Against XLA's prologue in front of the lift: now and then a code rounds the other way."""
     rng = np.random.default_rng(0)
     x, up = (jnp.asarray(rng.standard_normal((rows, columns)) + 0.3, x_dtype) for _ in range(2))
     weight, bias = (

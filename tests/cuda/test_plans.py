@@ -1,5 +1,5 @@
-"""The cost models of the kernels (cuda/hopper/plan.h, cuda/lift/geometry.h), compiled with the host's
-C++ compiler alone: no nvcc, no CUDA headers, no GPU."""
+"""The cost models of the kernels (cuda/hopper/plan.h, cuda/lift/geometry.h), compiled with the
+host's C++ compiler alone: no nvcc, no CUDA headers, no GPU."""
 
 import ctypes
 import random
@@ -96,7 +96,7 @@ def plan(library, shape, prepared=True, multiprocessors=H200, **schedule):
     return library.hopper_plan(shape, make_schedule(**schedule), prepared, multiprocessors)
 
 
-# --- the Hopper kernel ------------------------------------------------------------------------------
+# --- the Hopper kernel ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_what_is_refused(library, shape, schedule, message):
     assert message in library.hopper_check(given, make_schedule(**schedule))
 
 
-# --- the lift ---------------------------------------------------------------------------------------
+# --- the lift -------------------------------------------------------------------------------------
 
 H100 = Limits(132, 232448, 233472)
 A100 = Limits(108, 166912, 167936)
@@ -270,6 +270,6 @@ def test_what_is_chosen_fits(library, device):
     ],
 )
 def test_how_rows_are_shared_out_on_an_h100(library, rows, columns, want):
-    """Warps of a block, blocks of a multiprocessor, tiles in a warp's ring, for bfloat16 to int8."""
+    """Warps of a block, blocks of a multiprocessor, tiles in a warp's ring: bfloat16 to int8."""
     chosen = library.lift_geometry(row_shape(library, rows, columns), 1, 2, 1, H100)
     assert (chosen.warps, chosen.blocks, chosen.depth) == want
