@@ -21,14 +21,14 @@ struct Kernels {
   const void* s8;
   const void* e4m3;
 };
-template <bool kFp8, int... kShape>
+template <class T>
 const void* KernelOf() {
-  return reinterpret_cast<const void*>(SparseMatmulKernel<Tile<kFp8, kShape...>>);
+  return reinterpret_cast<const void*>(SparseMatmulKernel<T>);
 }
 #define SLIDEJAX_KERNELS(name, warp_groups, m64_blocks, tokens, ctas, stages_x, stages_w, sparse, \
                          ...)                                                                     \
-  {KernelOf<false, warp_groups, m64_blocks, tokens, ctas, stages_x, stages_w, sparse>(),          \
-   KernelOf<true, warp_groups, m64_blocks, tokens, ctas, stages_x, stages_w, sparse>()},
+  {KernelOf<Tile<false, warp_groups, m64_blocks, tokens, ctas, stages_x, stages_w, sparse>>(),    \
+   KernelOf<Tile<true, warp_groups, m64_blocks, tokens, ctas, stages_x, stages_w, sparse>>()},
 const Kernels kKernels[] = {SLIDEJAX_HOPPER_TILES(SLIDEJAX_KERNELS)};
 #undef SLIDEJAX_KERNELS
 constexpr int kTileCount = sizeof(kKernels) / sizeof(kKernels[0]);
