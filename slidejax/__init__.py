@@ -59,8 +59,8 @@ __all__ = [
     "unpack",
 ]
 
-# Everything is loaded when it is first used. `import slidejax` takes no time, and a part that needs an optional package
-# needs it only when it is used.
+# Everything is loaded when it is first used. `import slidejax` takes no time, and a part that needs
+# an optional package needs it only when it is used.
 _MODULES = (
     "adapters",
     "checkpoint",

@@ -14,7 +14,7 @@ SENTENCES = (
 
 
 def write_files(folder, original, pattern, text):
-    """Writes `dense` (a model), `out` (the model converted to a pattern) and `text.txt`; returns the folder."""
+    """Writes `dense` (a model), `out` (the model converted) and `text.txt`; returns the folder."""
     shutil.copytree(original, folder / "dense")
     assert (
         cli.main(["convert", str(folder / "dense"), str(folder / "out"), "--pattern", pattern]) == 0
@@ -47,7 +47,7 @@ def error(capsys, *args):
 
 
 def usage_error(capsys, *args):
-    """The one line that a command says about arguments that cannot be right; nothing is read before that."""
+    """The one line that a command says about arguments before it reads anything."""
     with pytest.raises(SystemExit) as stopped:
         run(capsys, *args)
     captured = capsys.readouterr()
@@ -72,9 +72,10 @@ def layers():
 
 
 def packed_bytes(pattern, size, inputs, outputs):
-    """Bytes of a packed weight: values, one byte of zeros for each group that has some, a float32 scale for each output.
+    """Bytes of a packed weight, whose K is padded to blocks of eight groups.
 
-    K is padded to blocks of eight groups.
+    They are the values, one byte of zeros for each group that has some, and a float32 scale for
+    each output.
     """
     kept, group = (4, 4) if pattern == "dense" else map(int, pattern.split(":"))
     groups = -(-inputs // (8 * group)) * 8

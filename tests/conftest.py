@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """A Llama of two layers whose widths fill no whole block of any pattern; tied head, its own rope base."""
+    """A Llama of two layers with a tied head; its widths fill no whole block of any pattern."""
     transformers = pytest.importorskip("transformers")
     return transformers.LlamaConfig(
         vocab_size=259,

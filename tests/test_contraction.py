@@ -34,7 +34,8 @@ def test_einsum(equation, x_shape, kernel_shape):
 
 
 @pytest.mark.parametrize(("equation", "reason"), [
-    ("bd,dd->b", "diagonal"), ("bd,df->f", "not a product"), ("ab,ab->ab", "not a product"), ("bd,d->b", "not a product"),
+    ("bd,dd->b", "diagonal"), ("bd,df->f", "not a product"), ("ab,ab->ab", "not a product"),
+    ("bd,d->b", "not a product"),
     ("bd,...d->b...", "ellipsis"), ("bd,df", "form"), ("bd,df,fg->bg", "form"),
 ])  # fmt: skip
 def test_einsums_that_are_no_product_of_matrices(equation, reason):

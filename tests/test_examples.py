@@ -18,7 +18,8 @@ def test_there_are_examples():
 def test_example(path):
     if "transformers" in path.read_text():
         pytest.importorskip("transformers")
-    # one process each: examples are read as scripts and must not depend on what another one imported
+    # one process each: examples are read as scripts and must not depend on what another one
+    # imported
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

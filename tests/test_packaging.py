@@ -1,5 +1,7 @@
-"""The wheel that `python -m build` makes, and what the build backend decides. The CUDA library is built by the installation
-that runs the tests, where there is nvcc."""
+"""The wheel that `python -m build` makes, and the decisions of the build backend.
+
+The CUDA library is built by the installation that runs the tests, where there is nvcc.
+"""
 
 import importlib.util
 import os
@@ -66,7 +68,9 @@ def test_the_wheel_works_elsewhere(wheel, tmp_path):
     )  # all that installing a pure wheel does, but for the scripts
     # a source tree that is installed for development would come first otherwise
     code = (
-        f"import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; sys.path.insert(0, {str(target)!r})\n"
+        "import sys\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        f"sys.path.insert(0, {str(target)!r})\n"
         "import slidejax, jax.numpy as jnp\n"
         "from slidejax.commands.main import main\n"
         "w = slidejax.pack(jnp.ones((8, 4)), '6:8', dtype='int8')\n"

@@ -1,4 +1,4 @@
-"""`slidejax eval`: models side by side on one text, as a table and as a picture; and what each writes."""
+"""`slidejax eval`: models side by side on one text, as a table and a picture, and their samples."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Compared:
       pattern: the patterns of its packed weights, "dense" if it has none.
       dtype: of these weights, or of the model.
       result: the `Evaluation`.
-      prompt, text: what it was asked to continue and what it wrote, the likeliest token each time; None: it was not asked.
+      prompt, text: what it was asked to continue and what it wrote, the likeliest token each time;
+        None: it was not asked.
     """
 
     name: str
@@ -126,7 +127,7 @@ def compare(
 
 
 def table(rows: Sequence[Compared], reference: str | None) -> Any:
-    """The models side by side, for a terminal; the first one is what the others are compared with."""
+    """The models side by side, for a terminal; the others are compared with the first one."""
     from rich.table import Table
 
     made = Table()
@@ -161,12 +162,13 @@ def table(rows: Sequence[Compared], reference: str | None) -> Any:
 
 
 def plot(rows: Sequence[Compared], path: str | os.PathLike[str], window: int) -> None:
-    """Two pictures in one file: where in a window models lose, and how many tokens suffer by how much.
+    """Two pictures in one file: where in a window models lose, and how much single tokens suffer.
 
-    Both show how much more than the first model the others lose (one model alone: what it loses). Left, the mean against
-    the position in the window: models that lose their first tokens, or forget a long context. Right, the share of tokens
-    that lose more than so many nats: a perplexity that is a little worse everywhere and one that is far worse on a few
-    tokens look alike in a table, not here.
+    Both show how much more than the first model the others lose (one model alone: what it loses).
+    Left, the mean against the position in the window: models that lose their first tokens, or
+    forget a long context. Right, the share of tokens that lose more than so many nats: a perplexity
+    that is a little worse everywhere and one that is far worse on a few tokens look alike in a
+    table, not here.
 
     Args:
       rows: from `compare`.
@@ -219,7 +221,7 @@ def _short(name: str) -> str:
 
 
 def _by_position(losses: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and mean losses, the positions in bins whose width doubles no slower than the context grows."""
+    """Centres of bins of positions, which are wider for long contexts, and mean losses there."""
     position = np.arange(len(losses)) % window
     edges = (
         np.unique(np.geomspace(1, min(window, len(losses)) + 1, _BINS + 1).round().astype(int)) - 1

@@ -1,9 +1,10 @@
-"""`slidejax demo`: one model, dense and with every pattern, measured on one text; then a sample of its writing.
+"""The rows of `slidejax demo`: a model as it was and with every pattern, measured on one text.
 
-Each row runs the deployed path: the model is converted, its own ``__call__`` is evaluated under `jax.jit` and its own
-``.generate`` is timed under `jax.jit`. Parameters are arguments of both programs, so that rows whose parameters have one
-structure share them: on a CPU those of one dtype (`slidejax.variants.serving`). Programs for generating are compiled in a
-thread while the model is evaluated; nothing else runs while generation is timed.
+Each row runs the deployed path: the model is converted, its own ``__call__`` is evaluated under
+`jax.jit` and its own ``.generate`` is timed under `jax.jit`. Parameters are arguments of both
+programs, so that rows whose parameters have one structure share them: on a CPU those of one dtype
+(`slidejax.variants.serving`). Programs for generating are compiled in a thread while the model is
+evaluated; nothing else runs while generation is timed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from slidejax.weights.pattern import Pattern
 
 __all__ = ["Row", "rows"]
 
-# Tokens timed in each row, twice; the prompt is one token, so that what is compiled and timed is the decoding loop alone.
+# Tokens timed in each row, twice; the prompt is one token, so that what is compiled and timed is
+# the decoding loop alone.
 _TIMED_TOKENS = 24
 
 
@@ -43,10 +45,11 @@ class Row:
       dtype: of the weights of the linear layers.
       perplexity, next_token_accuracy, tokens: from `slidejax.evaluate`.
       bytes: of the linear layers' weights, as they are: packed, with padding and scales.
-      prepared_bytes: of the form in which this device serves them, beside the packed one or in its place (0: there is none).
+      prepared_bytes: of the form in which this device serves them, beside the packed one or in its
+        place (0: there is none).
       tokens_per_second: decoding one sequence under `jax.jit`, compilation excluded.
-      convert_seconds: pruning and packing the model, once for all dtypes, and quantising it, compilation included; None for
-        the dense model.
+      convert_seconds: pruning and packing the model, once for all dtypes, and quantising it,
+        compilation included; None for the dense model.
     """
 
     pattern: str
@@ -86,28 +89,29 @@ def rows(
     """Converts and measures, row by row.
 
     Args:
-      loaded: a dense model: first row, then one for each pattern and dtype. A model that is converted already gives
-        one row.
+      loaded: a dense model: first row, then one for each pattern and dtype. A model that is
+        converted already gives one row.
       tokens: the text.
       pool: one worker, which compiles beside other work.
       patterns: what to convert to.
       dtypes: of the weights; None leaves them unquantised.
       method, calibration: how to prune (`slidejax.huggingface.convert`).
       window: predictions in one sequence.
-      progress: called with a line that says what is being done and the share of the row that is done.
+      progress: called with a line that says what is being done and the share of the row that is
+        done.
 
     Yields:
       The row and the model that it was measured on.
 
     Raises:
-      ValueError: a bad pattern, dtype, method or text; before anything is measured where that can be known.
+      ValueError: a bad pattern, dtype, method or text; before anything is measured where that can
+        be known.
     """
     from slidejax import huggingface
     from slidejax.prune.model.methods import CALIBRATED
 
-    rules = [
-        Rule(Pattern.parse(p), qdtype=d) for p in patterns for d in dtypes
-    ]  # what is wrong with them is said first
+    # Errors in the patterns and dtypes come before anything is measured.
+    rules = [Rule(Pattern.parse(p), qdtype=d) for p in patterns for d in dtypes]
     model, found = loaded.model, summary(loaded.model.params)
     meter = _Meter(huggingface.with_params(model, model.params), tokens, pool, window, progress)
     if found.bytes:
@@ -118,7 +122,10 @@ def rows(
     dense = Summary("dense", dtype, huggingface.planned(model, "2:4").bytes_before)
     yield meter(dense, model, None), model
     if method in CALIBRATED and rules:  # once for all rows
-        tell = lambda done, total: progress(f"calibrating: {done} of {total} sequences", 0.0)  # noqa: E731
+
+        def tell(done: int, total: int) -> None:
+            progress(f"calibrating: {done} of {total} sequences", 0.0)
+
         method, calibration = (
             huggingface.calibrated(model, method, calibration, progress=tell),
             None,
@@ -135,7 +142,7 @@ def rows(
 
 
 def _in_dtype(model: Any, dtype: str | None) -> tuple[Any, float]:
-    """A float-packed model with values of another dtype, as if it had been converted to it; and the seconds that took."""
+    """A float-packed model as if it had been converted to that dtype, and the seconds it took."""
     from slidejax import huggingface
 
     if dtype is None:
@@ -154,7 +161,7 @@ def _in_dtype(model: Any, dtype: str | None) -> tuple[Any, float]:
 
 
 class _Meter:
-    """Measures a model with one set of parameters after another; what was compiled for one serves the next if it can."""
+    """Measures a model with several sets of parameters, which share programs if they can."""
 
     def __init__(
         self,
@@ -170,7 +177,7 @@ class _Meter:
         self._tokens, self._pool, self._progress = tokens, pool, progress
 
     def __call__(self, found: Summary, served: Any, seconds: float | None) -> Row:
-        """The row of a model as it serves; `found` says what it is, `seconds` how long its conversion took."""
+        """The row of a model as it serves, with its summary and the seconds of its conversion."""
         name, params, progress = f"{found.pattern} {found.dtype}", served.params, self._progress
         progress(f"{name}: compiling", 0.1)
         compiled = self._pool.submit(self._generator.compile, 1, params=params)
@@ -182,7 +189,8 @@ class _Meter:
         progress(f"{name}: generating", 0.6)
         compiled.result()
         start = [int(self._tokens[0])]
-        # the faster of two: the first may still pay for memory that the next one finds ready, either may be disturbed
+        # the faster of two: the first may still pay for memory that the next one finds ready,
+        # either may be disturbed
         speed = max(self._generator(start, params=params).tokens_per_second for _ in range(2))
         progress(f"{name}: done", 1.0)
         return Row(

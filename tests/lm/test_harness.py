@@ -1,4 +1,7 @@
-"""The adapter for the evaluation harness: against figures computed row by row, and with the real package where it is."""
+"""The adapter for the evaluation harness, against figures computed row by row.
+
+Where the real package is installed, it is used too.
+"""
 
 import dataclasses
 import functools
@@ -47,7 +50,7 @@ def program(model):
 
 
 def log_probs(loaded, ids):
-    """log p [position, vocabulary] of the tokens after each position, one row, with the packed form."""
+    """log p [position, vocabulary] of the token after each position of a row, with packed weights."""
     row = np.zeros(
         (1, 128), np.int32
     )  # one length, one program: what follows a position does not reach it
@@ -144,7 +147,10 @@ def test_bad_input(lm, loaded):
 
 
 def test_it_imports_without_the_harness():
-    code = "import sys; sys.modules['lm_eval'] = None; import slidejax.lm_eval as m; print(m.SlideLM.__mro__[1].__name__)"
+    code = (
+        "import sys; sys.modules['lm_eval'] = None; import slidejax.lm_eval as m; "
+        "print(m.SlideLM.__mro__[1].__name__)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )

@@ -1,4 +1,4 @@
-"""The training loop on one layer: masks, 8-bit rounding, resuming, accumulation, schedule, errors."""
+"""The training loop on one layer: masks, rounding, resuming, accumulation, schedule, errors."""
 
 import jax
 import jax.numpy as jnp

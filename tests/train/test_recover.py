@@ -65,7 +65,8 @@ def test_a_float_packed_model_comes_out_quantised(written):
     )
     kernel = recovered.params["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"]
     assert kernel.dtype == np.int8
-    # what comes out is what the last step left: its loss on a batch is the one that training would go on from
+    # what comes out is what the last step left: its loss on a batch is the one that training would
+    # go on from
     ids = rows[:4]
     loss = distill.kl_divergence(recovered(ids).logits, dense(ids).logits)
     _, more = sj.recover(
