@@ -11,7 +11,7 @@ from slidejax.commands import arguments, terminal
 
 __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "add_measured", "measured", "run", "shapes"]
 
-SUMMARY = "Time linear layers: dense bf16, JAX int8 and fp8 as users write them, and slidejax."
+SUMMARY = "Time linear layers: JAX bf16, int8 and fp8 as users write them, and slidejax."
 EXAMPLE = "slidejax bench --shape 4096,4096 --rows 1,16 --pattern 6:8 --json bench.json"
 
 

@@ -28,7 +28,7 @@ class Compared:
 
     Attributes:
       name: what the model was called.
-      pattern: the patterns of its packed weights, "dense" if it has none.
+      pattern: the patterns of its packed weights, "original" if it has none.
       dtype: of these weights, or of the model.
       result: the `Evaluation`.
       prompt, text: what it was asked to continue and what it wrote, the likeliest token each time;
@@ -44,7 +44,7 @@ class Compared:
 
     @property
     def weights(self) -> str:
-        """Pattern and dtype in words: "dense float32" as it was, "dense int8" quantised only."""
+        """Pattern and dtype: "original float32" was not converted, "dense int8" only quantised."""
         return f"{self.pattern} {self.dtype}"
 
     def figures(self, text: str, reference: str | None) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def compare(
     """Evaluates models on the same tokens, each as it will serve (`slidejax.evaluate`).
 
     Args:
-      models: names and models, dense or converted.
+      models: names and models, original or converted.
       tokens: token ids of the text.
       window: predictions in one sequence; at most what the model with the fewest positions has.
       batch: sequences at a time; None: 2 on a CPU, 8 elsewhere.

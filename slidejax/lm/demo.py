@@ -1,4 +1,4 @@
-"""The rows of `slidejax demo`: a model as it was and with every pattern, measured on one text.
+"""The rows of `slidejax demo`: a model and its conversions to every pattern, measured on one text.
 
 Each row runs the deployed path: the model is converted, its own ``__call__`` is evaluated under
 `jax.jit` and its own ``.generate`` is timed under `jax.jit`. Parameters are arguments of both
@@ -41,7 +41,7 @@ class Row:
     """One line of the table.
 
     Attributes:
-      pattern: of the packed weights; "dense" for the model as it was, too.
+      pattern: of the packed weights; "original" for the original model.
       dtype: of the weights of the linear layers.
       perplexity, next_token_accuracy, tokens: from `slidejax.evaluate`.
       bytes: of the linear layers' weights, as they are: packed, with padding and scales.
@@ -49,7 +49,7 @@ class Row:
         place (0: there is none).
       tokens_per_second: decoding one sequence under `jax.jit`, compilation excluded.
       convert_seconds: pruning and packing the model, once for all dtypes, and quantising it,
-        compilation included; None for the dense model.
+        compilation included; None for the original model.
     """
 
     pattern: str
@@ -89,7 +89,7 @@ def rows(
     """Converts and measures, row by row.
 
     Args:
-      loaded: a dense model: first row, then one for each pattern and dtype. A model that is
+      loaded: an original model: first row, then one for each pattern and dtype. A model that is
         converted already gives one row.
       tokens: the text.
       pool: one worker, which compiles beside other work.
@@ -119,8 +119,8 @@ def rows(
         yield meter(found, served, None), served
         return
     dtype = np.dtype(model.dtype).name
-    dense = Summary("dense", dtype, huggingface.planned(model, "2:4").bytes_before)
-    yield meter(dense, model, None), model
+    original = Summary("original", dtype, huggingface.planned(model, "2:4").bytes_before)
+    yield meter(original, model, None), model
     if method in CALIBRATED and rules:  # once for all rows
 
         def tell(done: int, total: int) -> None:

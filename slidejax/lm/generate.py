@@ -1,4 +1,4 @@
-"""Generating text with a Hugging Face Flax model, dense or converted, as one jitted program."""
+"""Generating text with a Hugging Face Flax model, original or converted, as one jitted program."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Generator:
     the same generator serves other parameters of the same kind.
 
     Args:
-      model: a Hugging Face Flax causal language model, dense or converted.
+      model: a Hugging Face Flax causal language model, original or converted.
       max_new_tokens: how many tokens to write at most.
       temperature: 0 takes the likeliest token each time; above 0 samples.
       top_k: sample among the likeliest k only; 0: among all.

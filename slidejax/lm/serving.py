@@ -23,8 +23,8 @@ class Summary:
     """The packed weights of a model in three words.
 
     Attributes:
-      pattern: the patterns, joined with "+"; "dense" if there are no packed weights.
-      dtype: the dtypes, joined with "+"; "dense" if there are no packed weights.
+      pattern: the patterns, joined with "+"; "original" if there are no packed weights.
+      dtype: the dtypes, joined with "+"; "original" if there are no packed weights.
       bytes: the bytes of the packed weights, without prepared forms.
     """
 
@@ -43,8 +43,8 @@ def summary(params: Any) -> Summary:
     weights = weights_of(params)
     patterns = sorted({w.pattern for w in weights}, key=lambda p: -p.density)
     return Summary(
-        "+".join(map(str, patterns)) or "dense",
-        "+".join(sorted({w.dtype.name for w in weights})) or "dense",
+        "+".join(map(str, patterns)) or "original",
+        "+".join(sorted({w.dtype.name for w in weights})) or "original",
         sum(w.replace(prepared={}).nbytes for w in weights),
     )
 

@@ -92,7 +92,7 @@ def recover(
             f"the model one of {model.config.vocab_size}"
         )
     if not weights_of(model.params):
-        raise ValueError("model is dense, so there is nothing to recover: convert it first")
+        raise ValueError("model has no packed weights: nothing to recover, convert it first")
     window = min(window, getattr(model.config, "max_position_embeddings", window))
     rows = rows_of(tokens, window)
     if rows.min() < 0 or rows.max() >= model.config.vocab_size:

@@ -69,7 +69,7 @@ def test_a_model_is_quantised_only(capsys, tmp_path, model, text):
         output(capsys, "eval", model, path, "--text", text, "--window", "64", "--json")
     )
     assert [(row["pattern"], row["dtype"]) for row in (before, after)] == [
-        ("dense", "float32"),
+        ("original", "float32"),
         ("dense", "float8_e4m3fn"),
     ]
     assert (

@@ -30,7 +30,7 @@ def test_demo_measures_every_row_on_the_same_tokens(capsys, tmp_path, model, tex
     rows = json.loads(file.read_text())
     names = [(row["pattern"], row["dtype"]) for row in rows]
     sparse = [(p, "int8") for p in ("6:8", "dense")]
-    assert names == [("dense", "float32"), *sparse]
+    assert names == [("original", "float32"), *sparse]
     assert {row["tokens"] for row in rows} == {60}
     assert all(
         row["tokens_per_second"] > 0 and 0 <= row["next_token_accuracy"] <= 1 for row in rows
@@ -38,14 +38,14 @@ def test_demo_measures_every_row_on_the_same_tokens(capsys, tmp_path, model, tex
     # the linear layers of two blocks: q and o, k and v, gate, up and down
     weights = 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 104)
     by_name = dict(zip(names, rows, strict=True))
-    assert by_name["dense", "float32"]["bytes"] == 4 * weights
+    assert by_name["original", "float32"]["bytes"] == 4 * weights
     for name, row in by_name.items():
         if name[1] == "int8":
             assert (
                 row["bytes"] == sum(packed_bytes(name[0], 1, i, o) for i, o in layers())
                 and row["convert_seconds"] > 0
             )
-    assert "dense float32: ab" in said and "6:8" in said and "60 tokens of" in said
+    assert "original float32: ab" in said and "6:8" in said and "60 tokens of" in said
 
 
 def test_demo_of_a_converted_model_is_one_row(capsys, out, text):

@@ -29,7 +29,7 @@ def test_side_by_side(capsys, files):
     )
     both = json.loads(said)
     assert status == 0 and [(row["pattern"], row["dtype"]) for row in both] == [
-        ("dense", "float32"),
+        ("original", "float32"),
         ("6:8", "int8"),
     ]
     _, said, _ = run(capsys, "eval", out, *options, "--json")

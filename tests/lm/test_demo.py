@@ -38,7 +38,7 @@ def test_demo_rows_share_programs(monkeypatch, tiny_directory):
     assert [row.pattern for row in rows[1:]] == [
         p for p in ("14:16", "6:8", "4:6", "2:4") for _ in range(2)
     ]
-    assert len(compiled) == 3  # dense, int8, float32
+    assert len(compiled) == 3  # the original model, int8, float32
     for row in rows[3:5]:  # what `evaluate` finds with the packed form, converted alone
         alone = huggingface.convert(loaded.model, Rule("6:8", row.dtype))
         assert evaluate(alone, ids, window=30).perplexity == pytest.approx(row.perplexity, rel=1e-5)

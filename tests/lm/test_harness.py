@@ -50,7 +50,7 @@ def program(model):
 
 
 def log_probs(loaded, ids):
-    """log p [position, vocabulary] of the token after each position of a row, with packed weights."""
+    """log p [position, vocabulary] of the token after each position, with packed weights."""
     row = np.zeros(
         (1, 128), np.int32
     )  # one length, one program: what follows a position does not reach it
