@@ -61,11 +61,12 @@ def test_packed_layout(pattern):
     for row, pair in enumerate(pairs):
         kernel[row, list(pair)] = 0
     w = sj.pack(kernel.T, pattern)
+    zeros, values = np.asarray(w.zeros), np.asarray(w.values)
     for row, (z1, z2) in enumerate(pairs):
-        assert w.zeros[row, 0] == z1 | z2 << 4
-        np.testing.assert_array_equal(w.values[row, 0], kernel[row][kernel[row] != 0])
+        assert zeros[row, 0] == z1 | z2 << 4
+        np.testing.assert_array_equal(values[row, 0], kernel[row][kernel[row] != 0])
     # padding groups hold nothing
-    assert not np.asarray(w.values[:, 1:]).any()
+    assert not values[:, 1:].any()
     # the lifted form holds kept values 2w and 2w + 1 in window w, each at the lane of its column
     lifted = np.asarray(expand_lifted(w)).reshape(len(pairs), p.groups(p.group), p.windows, 4)[:, 0]
     assert ((lifted != 0).sum(-1) == 2).all()
