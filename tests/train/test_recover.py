@@ -101,7 +101,7 @@ def test_sampled_text_is_the_models(written):
 def test_bad_input(written, tiny_config):
     dense, rows, _ = written
     sparse = sj.huggingface.convert(dense, "6:8")
-    with pytest.raises(ValueError, match="model is dense"):
+    with pytest.raises(ValueError, match="model has no packed weights"):
         sj.recover(dense, dense, rows, steps=1)
     with pytest.raises(ValueError, match=r"0\.\.258"):
         sj.recover(sparse, dense, rows + 200, steps=1, window=8)
