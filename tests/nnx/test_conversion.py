@@ -1,4 +1,4 @@
-"""SlideLinear and converted NNX models, against the same model with the unpacked kernels."""
+"""Converted NNX models, against the same model with the unpacked kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -21,70 +21,6 @@ def densify(layer, w):
     """Puts the unpacked kernel into a dense layer."""
     layer.kernel[...] = sj.unpack(w).reshape(layer.kernel.shape).astype(layer.kernel.dtype)
     return layer
-
-
-@pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize(("dtype", "param_dtype", "x_dtype"), [
-    (None, jnp.float32, jnp.float32), (jnp.bfloat16, jnp.float32, jnp.float32), (None, jnp.float32, jnp.bfloat16),
-])  # fmt: skip
-def test_slide_linear_is_linear_with_the_unpacked_kernel(use_bias, dtype, param_dtype, x_dtype):
-    options = {
-        "use_bias": use_bias,
-        "dtype": dtype,
-        "param_dtype": param_dtype,
-        "bias_init": nnx.initializers.normal(),
-    }
-    x = data(3, 40, dtype=x_dtype)
-    layer = sj.nnx.SlideLinear(40, 24, pattern="6:8", qdtype=None, rngs=nnx.Rngs(0), **options)
-    dense = nnx.Linear(40, 24, rngs=nnx.Rngs(0), **options)
-    np.testing.assert_array_equal(
-        sj.unpack(layer.kernel),
-        jnp.where(sj.prune.magnitude(dense.kernel[...], "6:8"), dense.kernel[...], 0),
-    )
-    got, want = layer(x), densify(dense, layer.kernel)(x)
-    assert got.dtype == want.dtype
-    np.testing.assert_allclose(
-        got.astype(jnp.float32),
-        want.astype(jnp.float32),
-        atol=0.05 if got.dtype == jnp.bfloat16 else 1e-5,
-    )
-
-
-def test_8_bit_slide_linear():
-    layer, x = sj.nnx.SlideLinear(40, 24, rngs=nnx.Rngs(0)), data(3, 40)
-    np.testing.assert_array_equal(layer(x), sj.linear(x, layer.kernel, layer.bias[...]))
-    np.testing.assert_array_equal(nnx.jit(lambda layer, x: layer(x))(layer, x), layer(x))
-    assert list(nnx.state(layer, nnx.Param)) == ["bias"]
-    assert sorted(nnx.state(layer, sj.nnx.Packed)) == ["scale", "values", "zeros"]
-
-
-@pytest.mark.parametrize("qdtype", ["int8", None])
-def test_the_pattern_dense(qdtype):
-    x, dense = data(3, 40), nnx.Linear(40, 24, rngs=nnx.Rngs(0))
-    layer = sj.nnx.SlideLinear(40, 24, pattern="dense", qdtype=qdtype, rngs=nnx.Rngs(0))
-    assert layer.zeros[...].shape == (24, 0)
-    np.testing.assert_allclose(layer(x), dense(x), atol=1e-5 if qdtype is None else 0.1)
-    again = nnx.merge(*nnx.split(sj.nnx.convert(dense, sj.Rule("dense", qdtype))))
-    np.testing.assert_array_equal(again(x), layer(x))
-
-
-def test_float_packed_values_train():
-    layer, x = sj.nnx.SlideLinear(16, 8, qdtype=None, rngs=nnx.Rngs(0)), data(4, 16)
-    dense = densify(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), layer.kernel)
-    zeros, before = layer.zeros[...], layer.values[...]
-
-    def loss(layer):
-        return jnp.sum((layer(x) - 1) ** 2)
-
-    grads, want = nnx.grad(loss)(layer), nnx.grad(loss)(dense)
-    mask = sj.unpack(layer.kernel) != 0
-    got = sj.unpack(layer.kernel.replace(values=grads["values"].get_value()))
-    np.testing.assert_allclose(got, want["kernel"].get_value() * mask, rtol=1e-4, atol=1e-4)
-    optimizer = nnx.Optimizer(layer, optax.adam(1e-2), wrt=nnx.Param)
-    first = loss(layer)
-    optimizer.update(layer, grads)
-    assert loss(layer) < first and not jnp.array_equal(layer.values[...], before)
-    np.testing.assert_array_equal(layer.zeros[...], zeros)
 
 
 class Model(nnx.Module):
@@ -255,22 +191,6 @@ class Mlp(nnx.Module):
 
     def __call__(self, x):
         return self.down(self.norm(jax.nn.relu(self.again(x))))
-
-
-@pytest.mark.parametrize("qdtype", [None, "int8", "float8_e4m3fn", "bfloat16"])
-@pytest.mark.parametrize("use_bias", [True, False])
-def test_layer_is_the_dense_one_with_its_weights(qdtype, use_bias):
-    layer = sj.nnx.SlideLinear(
-        24, 8, pattern="4:6", qdtype=qdtype, use_bias=use_bias, rngs=nnx.Rngs(0)
-    )
-    x = data(3, 24)
-    want = x @ sj.unpack(layer.kernel).astype(jnp.float32)
-    tolerance = {"int8": 0.02, "float8_e4m3fn": 0.06, "bfloat16": 0.02}.get(qdtype, 1e-5)
-    np.testing.assert_allclose(layer(x), want, atol=tolerance * float(jnp.abs(want).max()))
-    np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(layer, x), layer(x), rtol=1e-6, atol=1e-6)
-    trained = nnx.state(layer, nnx.Param)
-    floats = qdtype in (None, "bfloat16")
-    assert len(jax.tree.leaves(trained)) == floats + use_bias
 
 
 @pytest.mark.parametrize("wrapper", [nnx.WeightNorm, nnx.SpectralNorm])

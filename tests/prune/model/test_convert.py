@@ -1,3 +1,5 @@
+"""Calibrated pruning of whole models."""
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,6 @@ from flax import nnx
 import slidejax as sj
 from slidejax.prune import layer_error
 from slidejax.prune.model.grams import collect
-from slidejax.prune.model.methods import WANDA, calibrated_method
 from slidejax.prune.model.stages import Stages
 from slidejax.prune.model.store import Store
 
@@ -196,25 +197,6 @@ def test_nnx_and_linen_agree_on_what_a_model_is():
     np.testing.assert_array_equal(model(x), want)  # the model itself stays
 
 
-def test_grams_add_up_over_calls_and_batches():
-    model, x = Twice(), jax.random.normal(jax.random.key(0), (4, 5, 24))
-    variables = model.init(jax.random.key(1), x)
-    done = []
-    grams = collect(run_of(model), variables, list(x), done.append)
-    assert set(grams) == {"shared/kernel", "last/kernel"} and done == [1, 2, 3, 4]
-    _, state = model.apply(variables, x.reshape(20, 24), capture_intermediates=True)
-    first, second = state["intermediates"]["shared"]["__call__"]
-    both = np.concatenate([x.reshape(20, 24), np.tanh(first)])
-    np.testing.assert_allclose(grams["shared/kernel"], both.T @ both, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(
-        grams["last/kernel"], np.tanh(second).T @ np.tanh(second), rtol=1e-4, atol=1e-3
-    )
-    diagonals = collect(run_of(model), variables, list(x), diagonal=True)
-    assert set(diagonals) == set(grams)
-    for path, diagonal in diagonals.items():
-        np.testing.assert_allclose(diagonal, np.diagonal(grams[path]), rtol=1e-5)
-
-
 def test_a_layer_at_two_depths_is_pruned_with_the_dense_models_inputs():
     model, x, report = Twice(), inputs(64), sj.Report()
     sparse = sj.prune.convert(
@@ -247,12 +229,6 @@ def test_scanned_layers_are_refused():
 
 
 def test_bad_arguments(blocks):
-    with pytest.raises(ValueError, match="no batches"):
-        collect(lambda p, b: None, {}, [])
-    with pytest.raises(ValueError, match="method"):
-        calibrated_method("magic")
-    with pytest.raises(ValueError, match="no calibration inputs"):
-        WANDA.pruner({})(jnp.ones((8, 8)), sj.Pattern.parse("6:8"), "a/kernel")
     model, variables, x = blocks
     with pytest.raises(ValueError, match="needs params="):
         sj.prune.convert(model, "6:8", [x])
@@ -260,11 +236,6 @@ def test_bad_arguments(blocks):
         sj.prune.convert(model, "6:8", [x, x[:3]], params=variables)
     with pytest.raises(ValueError, match="token ids"):
         sj.prune.convert(model, "6:8", x, params=variables)
-    assert [
-        batch.shape for batch in sj.prune.Calibration(np.zeros((9, 5), np.int32)).as_batches()
-    ] == 3 * [(3, 5)]
-    with pytest.raises(ValueError, match="too few"):
-        sj.prune.cut([1], 2, 4)
 
 
 def test_a_model_is_pruned_with_what_it_was_calibrated_on(tiny_llama):
