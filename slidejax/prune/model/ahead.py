@@ -9,16 +9,16 @@ from typing import Any
 
 import jax
 
-__all__ = ["Ahead", "jitted", "shapes_of"]
+__all__ = ["CompileAhead", "jitted", "shapes_of"]
 
 # These programs run for seconds altogether, and on a GPU XLA would search for the fastest kernels of each for minutes of
 # processor time: on an H200 and 16 cores a conversion of SmolLM2 took 51.9 s the first time, 23.1 s without the search.
 _COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
 
 
-def jitted(fn: Callable[..., Any], **how: Any) -> Any:
-    """`jax.jit(fn, **how)` for the large programs of a conversion, which nothing else calls under a trace."""
-    return jax.jit(fn, compiler_options=_COMPILER_OPTIONS, **how)
+def jitted(fn: Callable[..., Any], **options: Any) -> Any:
+    """`jax.jit(fn, **options)` for the large programs of a conversion, which nothing else calls under a trace."""
+    return jax.jit(fn, compiler_options=_COMPILER_OPTIONS, **options)
 
 
 def shapes_of(tree: Any) -> Any:
@@ -31,7 +31,7 @@ def shapes_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-class Ahead:
+class CompileAhead:
     """Programs that are compiled before they are called.
 
     JAX keeps what it has compiled for a jitted function, so that a call finds the program that a thread has compiled; it
@@ -43,7 +43,7 @@ class Ahead:
         self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="slidejax-compile")
         self._begun: dict[Any, Future] = {}
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> CompileAhead:
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from slidejax.contraction import to_matrix
 from slidejax.functional import Functional
-from slidejax.prune.model.ahead import Ahead
+from slidejax.prune.model.ahead import CompileAhead
 from slidejax.prune.model.calibration import Calibration
 from slidejax.prune.model.grams import collect
 from slidejax.prune.model.methods import Method, method_of
@@ -114,7 +114,7 @@ def _in_order(
         settings = method.name, how.smooth, how.correct, how.damping
         rules = sorted((path, str(rule)) for path, rule in plan.items())
         store = Store(how.work, fingerprint(params, list(batches), *settings, rules))
-    with Ahead() as ahead:
+    with CompileAhead() as ahead:
         pruning = InOrder(
             stages,
             lambda path: method.solver(plan[path]),

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.contraction import from_matrix, to_matrix
-from slidejax.prune.model.ahead import Ahead, jitted, shapes_of
+from slidejax.prune.model.ahead import CompileAhead, jitted, shapes_of
 from slidejax.prune.model.inputs import as_rows, rounded
 from slidejax.prune.model.methods import Solve
 from slidejax.prune.model.program import Tap, named_leaves
@@ -91,7 +91,7 @@ class InOrder:
         damping: float,
         store: Store | None = None,
         offload: bool = False,
-        ahead: Ahead,
+        ahead: CompileAhead,
     ):
         self._stages, self._ahead, self._store = stages, ahead, store
         self._correct, self._damping = correct, damping

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.contraction import from_matrix, to_matrix
-from slidejax.prune.model.ahead import Ahead, jitted
+from slidejax.prune.model.ahead import CompileAhead, jitted
 from slidejax.prune.model.inputs import as_rows
 from slidejax.prune.model.program import Program, Step, Tap, named_leaves
 from slidejax.prune.model.stages import Stages
@@ -52,7 +52,7 @@ def smooth(
     batches: Sequence[Any],
     strength: float = 0.7,
     *,
-    ahead: Ahead | None = None,
+    ahead: CompileAhead | None = None,
 ) -> tuple[Any, list[str]]:
     """Rescales the channels of the layers' inputs, where the factors can be folded into parameters before them.
 
@@ -133,7 +133,7 @@ def _rescaled(
 
 
 def _energies(
-    stages: Stages, leaves: Mapping[str, Any], batches: Sequence[Any], ahead: Ahead | None
+    stages: Stages, leaves: Mapping[str, Any], batches: Sequence[Any], ahead: CompileAhead | None
 ) -> dict[int, jax.Array]:
     """The sum of squares of each channel of each input."""
     total: dict[int, Any] = {}

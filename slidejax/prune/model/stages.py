@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.prune.model.ahead import Ahead, jitted
+from slidejax.prune.model.ahead import CompileAhead, jitted
 from slidejax.prune.model.inputs import rounded
 from slidejax.prune.model.program import Program, Step, Tap
 
@@ -162,7 +162,7 @@ class Stages:
         """The values that are known before stage 0."""
         return dict(zip(self.program.batch, jax.tree.leaves(batch), strict=True))
 
-    def begin(self, ahead: Ahead, *, round_inputs: bool = False) -> None:
+    def begin(self, ahead: CompileAhead, *, round_inputs: bool = False) -> None:
         """Begins to compile what `advance` will run."""
         for stage in range(len(self.taps)):
             reads, out, program = self._program(stage, round_inputs)
@@ -176,7 +176,7 @@ class Stages:
         leaves: Mapping[str, Any],
         *,
         round_inputs: bool = False,
-        ahead: Ahead | None = None,
+        ahead: CompileAhead | None = None,
     ) -> tuple[dict[int, Any], dict[int, Any]]:
         """Runs one stage on one batch.
 

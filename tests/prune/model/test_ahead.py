@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slidejax.prune.model.ahead import Ahead
+from slidejax.prune.model.ahead import CompileAhead
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def compiled():
 
 def test_a_call_compiles_nothing_again(compiled):
     fn, x = jax.jit(lambda x, pair: jnp.sin(x) @ x.T + pair[0]), np.ones((5, 7), np.float32)
-    with Ahead() as ahead:
+    with CompileAhead() as ahead:
         shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
         before = len(compiled)
         for _ in range(2):  # begun once
@@ -49,7 +49,7 @@ def test_a_call_waits_for_its_program():
             return self.there
 
     program, x = Program(), np.ones(3)
-    with Ahead() as ahead:
+    with CompileAhead() as ahead:
         ahead.begin(program, x)
         threading.Timer(0.1, program.go.set).start()
         assert ahead.call(program, x)
@@ -57,7 +57,7 @@ def test_a_call_waits_for_its_program():
 
 def test_the_call_says_what_is_wrong():
     fn, x = jax.jit(lambda x: x @ jnp.ones((4, 4))), np.ones((2, 3), np.float32)
-    with Ahead() as ahead:
+    with CompileAhead() as ahead:
         ahead.begin(fn, x)
         with pytest.raises(TypeError, match="dot_general"):
             ahead.call(fn, x)
