@@ -1,4 +1,4 @@
-"""Compiling in threads: programs that are known to be needed compile beside each other, and beside what runs already."""
+"""Compiling in threads: programs that will be needed compile together, while others run already."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import jax
 
 __all__ = ["CompileAhead", "jitted", "shapes_of"]
 
-# These programs run for seconds altogether, and on a GPU XLA would search for the fastest kernels of each for minutes of
-# processor time: on an H200 and 16 cores a conversion of SmolLM2 took 51.9 s the first time, 23.1 s without the search.
+# XLA does not search for the fastest kernels of these programs on a GPU. They run for seconds, and
+# the search would take minutes of processor time.
 _COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
 
 
 def jitted(fn: Callable[..., Any], **options: Any) -> Any:
-    """`jax.jit(fn, **options)` for the large programs of a conversion, which nothing else calls under a trace."""
+    """`jax.jit(fn, **options)` for the large programs of a conversion.
+
+    Nothing calls them in a trace.
+    """
     return jax.jit(fn, compiler_options=_COMPILER_OPTIONS, **options)
 
 
@@ -34,9 +37,9 @@ def shapes_of(tree: Any) -> Any:
 class CompileAhead:
     """Programs that are compiled before they are called.
 
-    JAX keeps what it has compiled for a jitted function, so that a call finds the program that a thread has compiled; it
-    does not notice one that is being compiled, so a call waits for that. A program that was never begun compiles when it is
-    called, as ever.
+    JAX keeps what it has compiled for a jitted function, so a call finds the program that a thread
+    has compiled. JAX does not notice a program that is being compiled, so `call` waits for it. A
+    program that was never begun compiles when it is called, as usual.
     """
 
     def __init__(self) -> None:
@@ -50,16 +53,19 @@ class CompileAhead:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def begin(self, fn: Callable[..., Any], *args: Any) -> None:
-        """Begins to compile a jitted function for arguments of these shapes, unless it has begun; arrays are not read."""
+        """Begins to compile a jitted function for arguments of these shapes, unless it has begun.
+
+        Arrays among the arguments are not read.
+        """
         key = _key(fn, args)
         if key not in self._begun:
             self._begun[key] = self._pool.submit(_compile, fn, *args)
 
     def call(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """`fn(*args)`, when its program is there."""
+        """`fn(*args)`, after its program has been compiled."""
         begun = self._begun.get(_key(fn, args))
         if begun is not None and not begun.done():
-            begun.exception()  # waits; what is wrong with the program the call says itself
+            begun.exception()  # waits; an error in the program is raised by the call below
         return fn(*args)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 __all__ = ["Calibration", "cut"]
 
-_BATCH = 4  # sequences of token ids that make a batch, at most
+_BATCH = 4  # at most this many sequences of token ids make a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,19 +21,23 @@ class Calibration:
     """What a model is calibrated on, and how.
 
     Attributes:
-      batches: token ids `[sequences, length]`, which are cut into batches; or a sequence of batches of equal shapes, each
-        the model's input, or a tuple of its arguments.
-      smooth: strength of `slidejax.prune.smooth`, for layers with 8-bit values; 0 leaves the activations as they are.
-      in_order: whether each layer is pruned with the inputs that the pruned layers before it give; else all with those
-        of the dense model.
-      correct: how far layers make up for what those before them lost, 0 to 1 (`slidejax.prune.sequential`).
-      damping: as in `slidejax.prune.sparsegpt`; more than for one kernel, since all layers together would follow the calibration text too
-        closely (docs/accuracy.md).
-      work: a folder for finished stages: a conversion that was stopped goes on from there. None: nothing is kept.
-      progress: called with the numbers of stages done and of all.
-      offload: keeps what the model has computed so far of each batch in the host's memory instead of the device's: of the
-        dense and of the pruned model each, tokens x (width of the residual stream + inputs of the widest layer) values
-        of the model's dtype. It costs a copy there and back for every stage.
+      batches: token ids `[sequences, length]`, which are cut into batches; or a sequence of batches
+        of equal shapes. Each batch is the model's input, or a tuple of its arguments.
+      smooth: strength of smoothing (`slidejax.prune.model.smooth`) for layers with 8-bit values, 0
+        to 1. 0 leaves the activations as they are.
+      in_order: whether each layer is pruned with the inputs that the pruned layers before it give.
+        Otherwise all layers are pruned with the inputs of the original model.
+      correct: strength of error compensation across layers, 0 to 1
+        (`slidejax.prune.model.sequential`).
+      damping: as in `slidejax.prune.sparsegpt`. It is larger than for one kernel, because all
+        layers together would follow the calibration text too closely (docs/accuracy.md).
+      work: a folder for finished stages, from which a conversion that was stopped goes on. None:
+        nothing is kept.
+      progress: called with the number of stages that are done, and of all.
+      offload: whether the values between stages are kept in the host's memory instead of the
+        device's. These are, for the original and for the pruned model, tokens x (width of the
+        residual stream + inputs of the widest layer) values of the model's dtype. Each stage then
+        copies them to the device and back.
     """
 
     batches: Any
@@ -47,7 +51,7 @@ class Calibration:
 
     @classmethod
     def of(cls, given: Any) -> Calibration:
-        """`given` itself, or with `given` as its batches."""
+        """A calibration as it is; anything else becomes the batches of one."""
         return given if isinstance(given, cls) else cls(given)
 
     def as_batches(self) -> list[Any]:
@@ -63,16 +67,16 @@ class Calibration:
             and given.ndim == 2
             and given.size
         ):
-            count = max(
-                n for n in range(1, _BATCH + 1) if len(given) % n == 0
-            )  # batches of one shape: one program
+            # batches of one shape need one program
+            count = max(n for n in range(1, _BATCH + 1) if len(given) % n == 0)
             return np.split(np.asarray(given), len(given) // count)
         if hasattr(given, "ndim") or not isinstance(given, Sequence):
             what = (
                 f"{given.dtype} {given.shape}" if hasattr(given, "ndim") else type(given).__name__
             )
             raise ValueError(
-                f"calibration must be token ids [sequences, length] or a list of batches, got {what}"
+                "calibration must be token ids [sequences, length] or a list of batches, "
+                f"got {what}"
             )
         shapes = {str(jax.tree.map(jnp.shape, batch)) for batch in given}
         if len(shapes) != 1:
@@ -83,13 +87,17 @@ class Calibration:
 
 
 def cut(ids: Any, sequences: int, length: int, seed: int | None = None) -> np.ndarray:
-    """Token ids `[sequences, length]` from those of a text.
+    """Cuts the tokens of a text into sequences.
 
     Args:
-      ids: of the whole text.
-      sequences: at most so many; fewer if the text is short.
-      length: of each; shorter if the text is.
-      seed: the sequences are drawn from the whole text, none overlapping another; None: its beginning.
+      ids: token ids of the whole text.
+      sequences: the largest number of sequences. A short text gives fewer.
+      length: tokens in each sequence. A text that is shorter gives one shorter sequence.
+      seed: the sequences are drawn at random from the whole text, and none overlaps another. None
+        takes the beginning of the text.
+
+    Returns:
+      int32 `[sequences, length]`.
 
     Raises:
       ValueError: if there are fewer than two tokens.

@@ -1,6 +1,8 @@
-"""Choosing a pattern for each layer under a budget: a knapsack with one item from each layer, or group of layers.
+"""Choosing a pattern for each layer under a budget: a knapsack problem.
 
-It is solved by a price on the budget (a Lagrange multiplier). What the price leaves over goes where it does most.
+Each layer, or group of layers, is an item that takes one of several patterns. A price on the budget
+(a Lagrange multiplier) solves the problem nearly, and the budget that is left goes to the layers
+that gain most from it.
 """
 
 from __future__ import annotations
@@ -26,23 +28,26 @@ def choose(
     cost: Cost = multiplications,
     qdtype: Any = "int8",
 ) -> list[tuple[str, Rule]]:
-    """The patterns that are estimated to cost the loss least within a budget, as rules.
+    """Chooses the patterns that are estimated to raise the loss least within a budget.
 
     Args:
-      sensitivity: path -> pattern -> what it costs the model; only ratios mean anything.
+      sensitivity: path -> pattern -> how much it raises the model's loss. Only ratios matter.
       shapes: path -> `(in, out)`.
-      budget: of the summed cost; a pattern means what it would cost for all layers.
-      groups: as in `mixed`.
-      cost: `(shape, pattern) -> cost`: `multiplications`, `packed_bytes`, or `measured_times(rows)`.
-      qdtype: of the rules.
+      budget: the largest summed cost. A pattern stands for its cost in all layers.
+      groups: as in `slidejax.prune.mixed`.
+      cost: `(shape, pattern) -> cost`: `multiplications`, `packed_bytes`, or
+        `measured_times(rows)`.
+      qdtype: dtype of the packed values, for the rules.
 
     Returns:
       A rule for each path.
 
     Raises:
-      ValueError: if the cheapest patterns cost more than the budget, a group matches no layer, or its layers have no pattern in common.
+      ValueError: if the cheapest patterns cost more than the budget, if a group matches no layer,
+        or if its layers have no pattern in common.
 
-    >>> need = {"a": {Pattern(2, 4): 9.0, Pattern(6, 8): 3.0}, "b": {Pattern(2, 4): 1.0, Pattern(6, 8): 0.5}}
+    >>> half, most = Pattern(2, 4), Pattern(6, 8)
+    >>> need = {"a": {half: 9.0, most: 3.0}, "b": {half: 1.0, most: 0.5}}
     >>> [str(rule) for _, rule in choose(need, {"a": (8, 8), "b": (8, 8)}, 64 * 0.75 + 64 * 0.5)]
     ['6:8 int8', '2:4 int8']
     """
@@ -51,7 +56,7 @@ def choose(
         if isinstance(budget, (int, float))
         else sum(cost(shape, Pattern.parse(budget)) for shape in shapes.values())
     )
-    limit *= 1 + 1e-9  # sums of the same costs in another order fit as well
+    limit *= 1 + 1e-9  # the same costs summed in another order fit as well
     members = _members(sensitivity, groups)
     losses: dict[str, dict[Pattern, float]] = {}
     costs: dict[str, dict[Pattern, float]] = {}
@@ -69,7 +74,7 @@ def choose(
 
 
 class _Knapsack:
-    """One pattern for each item, so that the summed loss is small and the summed cost is at most `limit`.
+    """One pattern for each item: the summed loss is small, the summed cost at most `limit`.
 
     Args:
       losses, costs: item -> pattern -> number.
@@ -90,9 +95,9 @@ class _Knapsack:
         Raises:
           ValueError: if the cheapest patterns cost more than the limit.
         """
-        # a price leaves some of the budget over: one pattern for all may use it better
+        # a price leaves some of the budget over, and one pattern for all layers may use more of it
         chosen = min([self._by_price(), *self._uniform()], key=self._loss)
-        while (item := self._best_exchange(chosen)) is not None:  # what is left, where it does most
+        while (item := self._best_exchange(chosen)) is not None:
             chosen |= [item]
         return chosen
 
@@ -103,11 +108,12 @@ class _Knapsack:
         return sum(self._losses[item][p] for item, p in chosen.items())
 
     def _by_price(self) -> dict[str, Pattern]:
-        """The choice at the lowest price of a unit of cost that keeps the limit."""
+        """The choice at the lowest price that keeps the limit."""
         cheapest = {item: min(of, key=of.__getitem__) for item, of in self._costs.items()}
         if self._cost(cheapest) > self._limit:
             raise ValueError(
-                f"budget {self._limit:g} is less than what the cheapest patterns cost, {self._cost(cheapest):g}"
+                f"budget {self._limit:g} is less than what the cheapest patterns cost, "
+                f"{self._cost(cheapest):g}"
             )
 
         def at(log_price: float) -> dict[str, Pattern]:
@@ -123,12 +129,15 @@ class _Knapsack:
         return chosen if self._cost(chosen) <= self._limit else cheapest
 
     def _best_at(self, item: str, price: float) -> Pattern:
-        """The pattern with the least loss and price; of equal ones the cheapest."""
+        """The pattern with the least sum of loss and price.
+
+        Among equal ones the cheapest is taken.
+        """
         losses, costs = self._losses[item], self._costs[item]
         return min(losses, key=lambda p: (losses[p] + price * costs[p], costs[p]))
 
     def _uniform(self) -> list[dict[str, Pattern]]:
-        """The choices of one pattern for all that keep the limit."""
+        """Each choice of one pattern for all items that keeps the limit."""
         if not self._losses:
             return []
         shared = set.intersection(*(set(of) for of in self._losses.values()))
@@ -136,7 +145,7 @@ class _Knapsack:
         return [chosen for chosen in uniform if self._cost(chosen) <= self._limit]
 
     def _best_exchange(self, chosen: Mapping[str, Pattern]) -> tuple[str, Pattern] | None:
-        """The item and the pattern that save most loss for each unit of the cost that is left, or None."""
+        """The item and new pattern that save most loss per unit of cost that is left, or None."""
         left = self._limit - self._cost(chosen)
         better = []
         for item, of in self._losses.items():
@@ -149,7 +158,10 @@ class _Knapsack:
 
 
 def _members(paths: Iterable[str], groups: Sequence[str]) -> dict[str, list[str]]:
-    """The first path of each group of layers -> its paths; a layer of no group is one by itself."""
+    """The first path of each group -> its paths.
+
+    A layer that is in no group is a group by itself.
+    """
     found: dict[Any, list[str]] = {}
     matched = set()
     for path in paths:
@@ -163,6 +175,7 @@ def _members(paths: Iterable[str], groups: Sequence[str]) -> dict[str, list[str]
     for i, regex in enumerate(groups):
         if i not in matched:
             raise ValueError(
-                f"groups[{i}] ({regex!r}) matches no layer, or earlier groups took them all (paths look like {next(iter(paths), '')!r})"
+                f"groups[{i}] ({regex!r}) matches no layer, or earlier groups took them all "
+                f"(paths look like {next(iter(paths), '')!r})"
             )
     return {members[0]: members for members in found.values()}

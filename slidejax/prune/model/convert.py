@@ -1,4 +1,4 @@
-"""Converting a model that is a function of its parameters: the same steps for every family and every method."""
+"""Converting a model that is a function of its parameters: the steps that all families share."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def convert(
       What `model.pack` returns.
 
     Raises:
-      ValueError: for bad rules, an unknown method, calibration that is missing or not used, or bad batches; if `work`
-        holds another conversion.
+      ValueError: for bad rules, an unknown method, calibration that is missing or not used, or bad
+        batches; if `work` holds another conversion.
       NotImplementedError: if layers that are to be calibrated run inside a loop or under `vmap`.
     """
     chosen = method_of(method, calibration)
@@ -75,10 +75,15 @@ def planned_rules(model: Functional, rules: Any) -> dict[str, Rule]:
 def _calibrated(
     model: Functional, rules: Any, method: Method, how: Calibration, report: Report
 ) -> tuple[Any, Prune]:
-    """The parameters, smoothed where that is possible, and the `prune=` that the model is packed with.
+    """Prunes the kernels of a model with a calibrated method.
 
-    Layers are pruned in order, with the inputs that the pruned layers before them give. Where that is not wanted or not
-    possible, all are pruned with the inputs of the original model. The report says which way it was.
+    Layers are pruned in order, with the inputs that the pruned layers before them give. Where that
+    is not wanted or not possible, all layers are pruned with the inputs of the original model. The
+    report says how it was done.
+
+    Returns:
+      `(params, prune)`: the parameters, smoothed where that is possible; and what `model.pack`
+      takes as `prune=`.
     """
     batches, plan = how.as_batches(), planned_rules(model, rules)
     stages, reason = None, "in_order=False"
@@ -90,12 +95,14 @@ def _calibrated(
             reason = str(error)
     if stages is None:
         report.notes.append(
-            f"{method.name}, all layers with the inputs of the dense model, nothing smoothed ({reason})"
+            f"{method.name}, all layers with the inputs of the original model, nothing smoothed "
+            f"({reason})"
         )
         return model.params, lookup(_at_once(model, batches, plan, method, how))
     params, done, smoothed = _in_order(stages, model.params, batches, plan, method, how)
     report.notes.append(
-        f"{method.name}, layer by layer in {len(stages.taps)} stages; the inputs of {smoothed} layers smoothed"
+        f"{method.name}, layer by layer in {len(stages.taps)} stages; "
+        f"the inputs of {smoothed} layers smoothed"
     )
     return params, lookup(done)
 
@@ -108,7 +115,12 @@ def _in_order(
     method: Method,
     how: Calibration,
 ) -> tuple[Any, dict[str, Pruned], int]:
-    """The smoothed parameters, the pruned kernels by path, and the number of layers whose inputs were smoothed."""
+    """Prunes layer by layer.
+
+    Returns:
+      The smoothed parameters, the pruned kernels by path, and the number of layers whose inputs
+      were smoothed.
+    """
     store = None
     if how.work is not None:
         settings = method.name, how.smooth, how.correct, how.damping
@@ -137,7 +149,7 @@ def _at_once(
     method: Method,
     how: Calibration,
 ) -> dict[str, Pruned]:
-    """The kernels by path, each pruned with the inputs of the original model."""
+    """The pruned kernels by path, each pruned with the inputs that it has in the original model."""
     progress = how.progress
     tell = None if progress is None else lambda done: progress(done, len(batches))
     grams = collect(model.run, model.params, batches, tell)

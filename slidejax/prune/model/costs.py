@@ -1,4 +1,4 @@
-"""What a layer with a pattern costs when the model runs: in multiplications, in bytes, or in measured time."""
+"""The cost of a layer with a pattern: in multiplications, in bytes, or in measured time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ Cost = Callable[[tuple[int, int], Pattern], float]
 
 
 def multiplications(shape: tuple[int, int], pattern: Pattern) -> float:
-    """What is computed for each token, in multiplications of a dense tensor core: a sparse one does half of the lifted product; with
-    the pattern "dense" it is the whole of the plain one.
+    """The work for each token, in multiplications of a dense tensor core.
+
+    A sparse tensor core does half of the lifted product's multiplications. With the pattern "dense"
+    the plain product is computed, and all of its multiplications count.
+
+    Args:
+      shape: `(in, out)` of the kernel.
+      pattern: the pattern.
 
     >>> [multiplications((8, 8), Pattern.parse(p)) / 64 for p in ("2:4", "6:8", "14:16", "dense")]
     [0.5, 0.75, 0.875, 1.0]
@@ -26,7 +32,11 @@ def multiplications(shape: tuple[int, int], pattern: Pattern) -> float:
 
 
 def packed_bytes(shape: tuple[int, int], pattern: Pattern) -> float:
-    """Bytes of 8-bit values and of the places of the zeros, a byte for each group that has some.
+    """Bytes of a packed weight: 8-bit values, and one byte for each group that has zeros.
+
+    Args:
+      shape: `(in, out)` of the kernel.
+      pattern: the pattern.
 
     >>> [packed_bytes((8, 8), Pattern.parse(p)) / 64 for p in ("2:4", "6:8", "dense")]
     [0.75, 0.875, 1.0]
@@ -35,19 +45,23 @@ def packed_bytes(shape: tuple[int, int], pattern: Pattern) -> float:
 
 
 def measured_times(rows: int, qdtype: Any = "int8", device: str | None = None) -> Cost:
-    """A cost in time: microseconds of `slidejax.linear` by the measured table (`slidejax tune`), with the implementation that is
-    the fastest for a pattern, so that a pattern that does not pay costs what dense 8-bit products do.
+    """A cost in time: microseconds of `slidejax.linear`, from the measured table (`slidejax tune`).
+
+    It counts the fastest implementation for each pattern. So a pattern that brings no speed costs
+    as much as dense 8-bit products.
 
     Args:
-      rows: of x, for which the model is to be fast.
-      qdtype: int8 or float8_e4m3fn.
-      device: its kind, such as "NVIDIA H200"; None: of this process.
+      rows: the number of rows of x for which the model is to be fast.
+      qdtype: dtype of the packed values: int8 or float8_e4m3fn.
+      device: the kind of device, such as "NVIDIA H200"; None: the device of this process.
 
     Returns:
-      For `mixed` and `choose`. It raises a ValueError for a shape or a pattern near which nothing was measured.
+      A cost for `slidejax.prune.mixed`. It raises a ValueError for a shape or a pattern near which
+      nothing was measured.
 
     >>> time = measured_times(4096, device="NVIDIA H200")
-    >>> time((3584, 18944), Pattern.parse("2:4")) < time((3584, 18944), Pattern.parse("6:8")) <= time((3584, 18944), Pattern.parse("dense"))
+    >>> half, most, all_ = (time((3584, 18944), Pattern.parse(p)) for p in ("2:4", "6:8", "dense"))
+    >>> half < most <= all_
     True
     """
     dtype = Rule("6:8", qdtype).qdtype
@@ -57,7 +71,8 @@ def measured_times(rows: int, qdtype: Any = "int8", device: str | None = None) -
         time = time_of(kind, rows, shape, pattern, dtype)
         if time is None:
             raise ValueError(
-                f"nothing was measured near {rows} rows of a kernel {shape} with {pattern} {dtype.name} on {kind}: run slidejax tune"
+                f"nothing was measured near {rows} rows of a kernel {shape} with {pattern} "
+                f"{dtype.name} on {kind}: run slidejax tune"
             )
         return time
 

@@ -17,12 +17,14 @@ def kl_divergence(student: jax.Array, teacher: jax.Array, temperature: float = 1
 
     Args:
       student, teacher: logits `[..., vocabulary]`.
-      temperature: divides both; the result is multiplied by its square, which keeps the size of the gradient.
+      temperature: divides both; the result is multiplied by its square, which keeps the size of the
+        gradient.
 
     Returns:
       float32 scalar.
 
-    >>> float(kl_divergence(jnp.array([[0.0, 0.0]]), jnp.log(jnp.array([[0.75, 0.25]])))).__round__(4)
+    >>> half, most = jnp.array([[0.0, 0.0]]), jnp.log(jnp.array([[0.75, 0.25]]))
+    >>> round(float(kl_divergence(half, most)), 4)
     0.1308
     """
     log_q = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
@@ -33,13 +35,18 @@ def kl_divergence(student: jax.Array, teacher: jax.Array, temperature: float = 1
 def divergences(
     run: Callable[[Any, Any], Any], params: Any, candidates: Sequence[Any], batches: Sequence[Any]
 ) -> list[float]:
-    """How far models with other parameters are from a model: the mean Kullback-Leibler divergence of their predictions.
+    """How far a model's predictions with other parameters are from its own.
+
+    The measure is the mean Kullback-Leibler divergence.
 
     Args:
       run: `(params, batch) -> output` with logits.
-      params: of the model.
-      candidates: parameters of the others.
-      batches: of one shape.
+      params: the model's parameters.
+      candidates: other parameters of the same structure.
+      batches: batches of one shape.
+
+    Returns:
+      One divergence for each candidate, in nats.
     """
 
     @jax.jit

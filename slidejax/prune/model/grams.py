@@ -22,21 +22,24 @@ def collect(
     *,
     diagonal: bool = False,
 ) -> dict[str, jax.Array]:
-    """Runs a model over batches and adds up the Gram matrix of the inputs of each linear layer.
+    """Runs a model over batches and sums up the Gram matrix of the inputs of each linear layer.
 
     Args:
-      run: `(params, batch) -> anything`, which calls the model; it is jitted.
-      params: its parameters.
-      batches: of equal shape, so that one program serves all.
-      progress: called with the number of batches done.
-      diagonal: of each matrix its diagonal alone, all that Wanda reads.
+      run: `(params, batch) -> anything`, which calls the model
+        (`slidejax.functional.Functional.run`). It is jitted.
+      params: the model's parameters.
+      batches: batches of one shape, so that one program serves all.
+      progress: called with the number of batches that are done.
+      diagonal: whether only the diagonal of each matrix is wanted.
 
     Returns:
-      Path of the layer's kernel -> float32 `[in, in]` (`[in]` for the diagonal), `x^T x` summed over all rows of all batches.
-      Layers whose kernel is not a matrix (batched einsums) are left out.
+      Path of the layer's kernel -> float32 `[in, in]`, or `[in]` for the diagonal: `x^T x`, summed
+      over all rows of all batches. Layers whose kernel is not a matrix (batched einsums) are left
+      out.
 
     Raises:
-      NotImplementedError: if layers run inside `nn.scan` or `jax.lax` loops, where each step would need a matrix of its own.
+      NotImplementedError: if layers run inside `nn.scan` or `jax.lax` loops. Each step of a loop
+        would need its own matrix.
       ValueError: if there is no batch.
     """
 

@@ -21,6 +21,6 @@ def as_rows(x: jax.Array, axes: Contraction) -> jax.Array:
 
 
 def rounded(x: jax.Array, axes: Contraction, dtype) -> jax.Array:
-    """The input of an 8-bit layer after its rounding, in x's dtype."""
+    """The input of an 8-bit layer after rounding, in x's dtype."""
     codes, scale = numerics.encode(x, numerics.absmax(x, axes.x_in), dtype)
     return (codes.astype(jnp.float32) * scale).astype(x.dtype)

@@ -1,4 +1,7 @@
-"""The methods that a model can be pruned with. To add one, write a `Method`; `convert` takes it as `method=`."""
+"""The methods that a model can be pruned with.
+
+To add one, write a `Method` and pass it as `method=`.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +43,16 @@ class Method:
 
     Attributes:
       name: what users call it.
-      choose: `(kernel, pattern, gram) -> mask`, or `(mask, kernel)` where it changes the kept values: one kernel
-        `[..., in, out]` by itself. `gram` is what `reads` says.
-      reads: what it needs to know of a layer's inputs: nothing, the diagonal `[in]` of their Gram matrix, or all of the
-        matrix `[in, in]`. A method that reads something is calibrated and prunes kernels `[in, out]`.
-      solve: `(rule, kernel, target, gram, damping) -> Pruned`, for a calibrated method: one kernel on its way through the
-        whole model. `gram` is the whole matrix. `target` is the kernel that would make up for what earlier layers lost,
-        and `kernel` itself where they lost nothing.
-      corrects: whether `solve` comes near to the target.
+      choose: `(kernel, pattern, gram) -> mask`, or `(mask, kernel)` if it changes the kept values.
+        It prunes one kernel `[..., in, out]` by itself.
+      reads: the part of the Gram matrix of a layer's inputs that `choose` reads as `gram`: nothing,
+        the diagonal `[in]`, or all of it, `[in, in]`. A method that reads something is calibrated,
+        and prunes kernels `[in, out]`.
+      solve: `(rule, kernel, target, gram, damping) -> Pruned`, for a calibrated method. It prunes
+        one kernel on the way through a whole model. `gram` is the whole matrix. `target` is the
+        kernel that would make up for everything that earlier layers lost; it is `kernel` itself
+        where they lost nothing.
+      corrects: whether `solve` reads `target`.
     """
 
     name: str
@@ -62,15 +67,18 @@ class Method:
         return self.reads != "nothing"
 
     def solver(self, rule: Rule) -> Solve:
-        """`solve` for a rule. Equal rules get the same object, so that what was compiled for it serves again."""
+        """`solve` for a rule.
+
+        Equal rules get the same object, so that its compiled programs serve again.
+        """
         return _solver(self, rule)
 
     def pruner(self, grams: Mapping[str, jax.Array] | None = None) -> Prune:
-        """The `prune=` of conversions, with any pattern, for inputs that were measured once.
+        """The `prune=` of conversions with any pattern, from inputs that were measured once.
 
         Args:
-          grams: path of a kernel -> what `reads` says of its layer's inputs (`slidejax.prune.model.grams.collect`). It is
-            not read by a method that needs no calibration.
+          grams: path of a kernel -> the part of the Gram matrix that `reads` names
+            (`slidejax.prune.model.grams.collect`). None for a method that needs no calibration.
 
         Returns:
           A function that raises a ValueError for a kernel that was not calibrated.
@@ -127,10 +135,11 @@ def method_of(method: str | Method | Prune, calibration: Any) -> Method | Prune:
 
     Args:
       method: a name, a `Method`, or a function (`slidejax.rules.Prune`).
-      calibration: what it is to be calibrated on, or None.
+      calibration: the text to calibrate on, or None.
 
     Raises:
-      ValueError: for an unknown name, for calibration that the method does not use, or if it needs some.
+      ValueError: for an unknown name, for calibration that the method does not use, or if it needs
+        some.
     """
     found = method if isinstance(method, Method) else METHODS.get(method)  # type: ignore[arg-type]
     if found is None and not callable(method):
@@ -143,7 +152,8 @@ def method_of(method: str | Method | Prune, calibration: Any) -> Method | Prune:
         raise ValueError(f"method {name!r} uses no calibration")
     if needs and calibration is None:
         raise ValueError(
-            f"method {name!r} needs calibration: token ids [sequences, length] or a slidejax.prune.Calibration"
+            f"method {name!r} needs calibration: token ids [sequences, length] or a "
+            "slidejax.prune.Calibration"
         )
     return method if found is None else found  # type: ignore[return-value]
 

@@ -1,11 +1,11 @@
-"""A pattern for each layer, under a budget: layers that the model depends on most keep more of their weights.
+"""A pattern for each layer under a budget: layers that matter most keep more of their weights.
 
-What pruning costs is measured by `slidejax.prune.sensitivity`, on part of the calibration text; kernels are pruned, for this, with the rest of it.
-A layer pruned with little text loses twice as much on other text as on its own, and not all patterns and layers alike: measured on its own text the choice
-was worse than one pattern for all (docs/accuracy.md). How much more or less a pattern costs than another is nearly the same in all layers, so it is measured in
-some of them, and for all together.
-
-The choice itself is a knapsack with one item from each layer, or group of layers, solved by a price on the budget.
+Kernels are pruned with one part of the calibration text. What this costs the model is measured on
+the rest (`slidejax.prune.model.sensitivity`). Measured on the text that it was pruned with, a layer
+seems to lose too little, and unequally so for different patterns and layers. A choice from such
+numbers was worse than one pattern for all (docs/accuracy.md). The ratio between the losses of two
+patterns is nearly the same in all layers. So it is measured in a sample of the layers, as one
+number for all.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from slidejax.weights.pattern import Pattern
 
 __all__ = ["mixed_rules"]
 
-_HELD_OUT = 4  # of this many batches, one is measured on
-_SAMPLE = 32  # layers in which patterns are compared
+_HELD_OUT = 4  # one of this many batches is held out to measure on
+_SAMPLE = 32  # patterns are compared in this many layers
 
 
 def mixed_rules(
@@ -59,7 +59,9 @@ def mixed_rules(
     if not candidates:
         raise ValueError("patterns must name at least one pattern")
     batches = how.as_batches()
-    if hasattr(how.batches, "ndim"):  # by sequences, so that a quarter of few can be held out
+    if hasattr(
+        how.batches, "ndim"
+    ):  # one by one, so that a quarter of a few sequences can be held out
         batches = list(np.asarray(how.batches)[:, None])
     fit, held_out = _parted(batches)
     kernels = _Kernels(model, planned_rules(model, rule), fit, how.damping)
@@ -98,8 +100,8 @@ class _Kernels:
 
     Args:
       model: the model.
-      paths: of the kernels; those whose layers did not run are left out.
-      batches: to prune with.
+      paths: the kernels' paths. Kernels whose layers did not run are left out.
+      batches: the batches to prune with.
       damping: as in `slidejax.prune.sparsegpt`.
 
     Attributes:
@@ -137,14 +139,14 @@ class _Kernels:
 
 
 def _parted(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """The batches to prune with and those to measure on, of all of the text."""
+    """The batches to prune with and those to measure on, both from all parts of the text."""
     step = min(_HELD_OUT, len(batches))
     fit = [batch for i, batch in enumerate(batches) if (i + 1) % step]
     return fit or list(batches), list(batches[step - 1 :: step])
 
 
 def _sampled(paths: Sequence[str]) -> list[str]:
-    """Some of the layers, drawn always alike."""
+    """A sample of the layers, always the same one."""
     return [paths[i] for i in np.sort(np.random.default_rng(0).permutation(len(paths))[:_SAMPLE])]
 
 
@@ -158,7 +160,8 @@ def _estimated(
     """Path -> pattern -> sensitivity.
 
     Args:
-      measured: path -> estimates for `baseline`, and for the patterns that `sample` has for the path.
+      measured: path -> estimates for `baseline`, and for the patterns that `sample` has for the
+        path.
       baseline: the pattern that was measured in all layers.
       sample: path -> other patterns.
       candidates: the patterns to choose from.

@@ -1,6 +1,7 @@
 """A model's program: the equations of its trace, with the inputs of chosen linear layers marked.
 
-A mark is a *tap*: an identity that knows the path of the layer's kernel. Calls that hold taps are opened, so that the
+A mark is a *tap*: an identity that knows the path of the layer's kernel. Calls that hold taps are
+  opened, so that the
 program is one list of steps between numbered values.
 """
 
@@ -20,7 +21,7 @@ from slidejax.functional import watching_inputs
 
 __all__ = ["Program", "Step", "Tap", "named_leaves"]
 
-# Calls whose body is a part of the program like any other; a loop's is not.
+# Calls whose body belongs to the program like the equations around it. The body of a loop does not.
 _CALLS = (
     "jit",
     "pjit",
@@ -37,7 +38,9 @@ _tap.def_abstract_eval(lambda x, **_: x)
 
 
 def named_leaves(params: Any) -> dict[str, Any]:
-    """The leaves of a tree of parameters by path; a leading "params" is left out, as it is in rules.
+    """The leaves of a tree of parameters by path.
+
+    A leading "params" is left out, as it is in rules.
 
     >>> list(named_leaves({"params": {"up": {"kernel": 1}, "down": {"kernel": 2}}}))
     ['down/kernel', 'up/kernel']
@@ -60,9 +63,10 @@ class Tap:
     """The input of a linear layer.
 
     Attributes:
-      path: of its kernel.
-      axes: how the layer contracts input and kernel.
-      value: number of the input among the values of the program; layers with the same input have the same number.
+      path: the path of the layer's kernel.
+      axes: how the layer contracts its input with its kernel.
+      value: the number of the input among the values of the program. Layers with the same input
+        have the same number.
     """
 
     path: str
@@ -76,11 +80,12 @@ class Step:
 
     Attributes:
       eqn: the equation.
-      operands: what it reads: numbers of values, or literals.
-      outputs: the values that it makes.
-      tap: if it is one.
-      debug_info: of the jaxpr that it comes from.
-      stage: when it runs; -1: nothing that is needed depends on it.
+      operands: the numbers of the values that it reads, and literals.
+      outputs: the numbers of the values that it makes.
+      debug_info: the debugging information of its jaxpr.
+      tap: the tap that it is, or None.
+      stage: the stage in which it runs (`slidejax.prune.model.stages`). -1: it does not run,
+        because nothing that is needed depends on it.
     """
 
     eqn: Any
@@ -92,7 +97,7 @@ class Step:
 
     @property
     def name(self) -> str:
-        """Of its primitive."""
+        """The name of its primitive."""
         return self.eqn.primitive.name
 
     @property
@@ -101,11 +106,11 @@ class Step:
         return tuple(dict.fromkeys(v for v in self.operands if isinstance(v, int)))
 
     def shape(self, operand: int) -> tuple[int, ...]:
-        """The shape of one of its operands, by place."""
+        """The shape of one of its operands; `operand` counts from 0."""
         return self.eqn.invars[operand].aval.shape
 
     def key(self, number: Mapping[int, int]) -> tuple:
-        """What it computes: equal for equal steps, values going by their numbers."""
+        """What it computes, with new numbers for the values: equal steps have equal keys."""
         literals = (
             (v.aval.shape, str(v.aval.dtype), v.aval.weak_type, np.asarray(v.val).tobytes())
             for v in self.operands
@@ -135,7 +140,11 @@ class Step:
 
 
 def _hashable(param: Any) -> Any:
-    """A parameter of an equation, or what stands for it alone: steps that differ in such a parameter count as different."""
+    """A parameter of an equation, or a stand-in for one that has no hash.
+
+    Each such parameter has its own stand-in, so steps that hold different objects count as
+    different.
+    """
     try:
         hash(param)
     except TypeError:
@@ -147,19 +156,21 @@ class Program:
     """A traced model.
 
     Args:
-      run: `(params, batch) -> anything`, which calls the model (`slidejax.functional.Functional.run`).
+      run: `(params, batch) -> anything`, which calls the model
+        (`slidejax.functional.Functional.run`).
       params: its parameters: a tree whose keys make up the layers' paths.
       batch: an example; all batches have its shapes.
       paths: the kernels whose layers get a tap.
 
     Attributes:
       steps: the program.
-      leaf: path of a parameter -> its value.
-      batch: the values of a batch, in the order of its leaves.
-      constants: value -> array.
+      leaf: path of a parameter -> the number of its value.
+      batch: the numbers of the values of a batch, in the order of its leaves.
+      constants: number of a value -> array.
 
     Raises:
-      NotImplementedError: if chosen layers run inside a loop (`nn.scan`, `jax.lax`) or under `vmap`.
+      NotImplementedError: if chosen layers run inside a loop (`nn.scan`, `jax.lax`) or under
+        `vmap`.
     """
 
     def __init__(
@@ -189,7 +200,7 @@ class Program:
         return len(self._shapes) - 1
 
     def _inline(self, jaxpr, consts, inputs: Sequence[Any]) -> list[Any]:
-        """Adds the steps of a jaxpr, with calls that hold taps opened; returns its outputs."""
+        """Adds the steps of a jaxpr and opens calls that hold taps; returns the outputs."""
         env: dict[Any, Any] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             env[var] = self._new(var.aval)
@@ -214,7 +225,8 @@ class Program:
                 outputs = tuple(self._inline(jaxpr_inside, consts_inside, operands))
             else:
                 raise NotImplementedError(
-                    f"calibration cannot look into layers inside {eqn.primitive.name} (nn.scan or a loop)"
+                    f"calibration cannot look into layers inside {eqn.primitive.name} "
+                    "(nn.scan or a loop)"
                 )
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
@@ -238,7 +250,10 @@ class Program:
 
 
 def _traced(run: Callable[[Any, Any], Any], params: Any, batch: Any, paths: Collection[str]) -> Any:
-    """The closed jaxpr of a model with taps; its inputs are the leaves of the parameters and of the batch."""
+    """The jaxpr of a model with taps.
+
+    Its inputs are the leaves of the parameters and of the batch.
+    """
     leaves, tree = jax.tree.flatten(params)
     batch_leaves, batch_tree = jax.tree.flatten(batch)
 
@@ -262,7 +277,7 @@ def _traced(run: Callable[[Any, Any], Any], params: Any, batch: Any, paths: Coll
 
 
 def _body_with_taps(eqn):
-    """`(jaxpr, consts)` of the call that an equation is, if taps are inside; else None."""
+    """`(jaxpr, consts)` of the function that an equation calls, if taps are inside; else None."""
     for value in eqn.params.values():
         for body in value if isinstance(value, (tuple, list)) else (value,):
             consts = getattr(body, "consts", None) or ()

@@ -1,4 +1,4 @@
-"""What pruning makes of a kernel."""
+"""The result of pruning a kernel."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ __all__ = ["Pruned", "lookup", "not_reached"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pruned:
-    """What a method makes of one kernel.
+    """The result of pruning one kernel.
 
     Attributes:
       mask: bool `[in, out]`.
       kernel: float32 `[in, out]`, zero where not kept.
-      scale: float32 `[out]`: 8-bit values are `kernel / scale`. None: the values are not rounded yet.
+      scale: float32 `[out]`: 8-bit values are `kernel / scale`. None: the values are not rounded
+        yet.
     """
 
     mask: jax.Array
@@ -34,7 +35,7 @@ class Pruned:
         """`(mask, kernel, scale)` for `slidejax.pack`.
 
         Args:
-          dtype: of the kernel as the model has it. A kernel that is not rounded yet gets it back.
+          dtype: the dtype of the model's own kernel. A kernel that is not rounded yet gets it back.
         """
         kernel = jnp.asarray(self.kernel, None if self.scale is not None else dtype)
         return jnp.asarray(self.mask), kernel, self.scale

@@ -1,12 +1,17 @@
-"""What pruning a layer costs the whole model, measured on inputs that the layer was not fitted to.
+"""How much pruning a layer costs the whole model, measured on text that it was not fitted to.
 
-To second order, a change `dW` of a layer's kernel moves the distribution that a model predicts by the Kullback-Leibler divergence
-`E (g . x dW)^2 / 2`, summed over the layer's inputs `x`: `g` is the gradient of the loss with respect to the layer's output there, for targets
-drawn from the dense model's own predictions (the Fisher information, as in WoodFisher, Singh and Alistarh, arXiv 2004.14340).
-Each term is computed as it stands, with the gradient and the change of the same token. Taking them as independent, as products of means do, counts
-the few tokens that attention collects on, whose inputs are huge and whose gradients are tiny.
+To second order, a change `dW` of a layer's kernel moves the distribution that a model predicts by a
+Kullback-Leibler divergence of `E (g . x dW)^2 / 2`, summed over the layer's inputs `x`. Here `g` is
+the gradient of the loss with respect to the layer's output, for targets that are drawn from the
+original model's own predictions (the Fisher information, as in WoodFisher, Singh and Alistarh,
+arXiv 2004.14340).
 
-One pass forward and back for each sequence gives this for all layers. What is measured is noisy: `shrunk` says how much of it to believe.
+Each term is computed with the gradient and the change of the same token. A product of means would
+take the two as independent. It would overrate the few tokens that attention collects on: their
+inputs are huge and their gradients tiny.
+
+One pass forward and back for each sequence measures all layers. The estimates are noisy; `shrunk`
+allows for it.
 """
 
 from __future__ import annotations
@@ -28,8 +33,8 @@ class Estimate(NamedTuple):
     """A measured sensitivity.
 
     Attributes:
-      value: the estimated change of the loss, summed over what it was measured on.
-      noise: its variance, as a share of the square of the value.
+      value: the estimated change of the loss, summed over the batches that were measured.
+      noise: the variance of the value, divided by the square of the value.
     """
 
     value: float
@@ -54,13 +59,16 @@ def drawn_loss(output: Any, batch: Any) -> jax.Array:
 
 @jax.custom_vjp
 def _probe(y, x, changes, sums):
-    """`y`; the gradient with respect to `sums` says what the changes of the kernel would cost (`_probe_backward`).
+    """Returns `y`.
+
+    The gradient with respect to `sums` tells what changes of the kernel would cost
+    (`_probe_backward`).
 
     Args:
       y: `[rows, out]`, a layer's output.
-      x: `[rows, in]`, its input.
-      changes: of its kernel, `[in, out]` each.
-      sums: `[len(changes), 2]`.
+      x: `[rows, in]`, the layer's input.
+      changes: changes of the layer's kernel, `[in, out]` each.
+      sums: `[len(changes), 2]`, zeros.
     """
     return y
 
@@ -88,12 +96,12 @@ def sensitivities(
     batches: Sequence[Any],
     changes: Mapping[str, Sequence[jax.Array]],
 ) -> dict[str, list[Estimate]]:
-    """What changes of kernels, each by itself, are estimated to cost.
+    """Estimates how much changes of kernels, each by itself, raise the loss.
 
     Args:
-      loss: `(params, batch) -> scalar`, which calls the model: a sum over what the model predicts.
-      params: of the dense model.
-      batches: of one shape, on which the changes were not chosen.
+      loss: `(params, batch) -> scalar`, which calls the model: a sum over the model's predictions.
+      params: the original model's parameters.
+      batches: batches of one shape. The changes must have been chosen on other batches.
       changes: path of a kernel -> changes of it, `[in, out]` each.
 
     Returns:
@@ -103,7 +111,8 @@ def sensitivities(
     >>> from slidejax import nnx
     >>> model = nnx.functional(flax.nnx.Linear(2, 1, use_bias=False, rngs=flax.nnx.Rngs(0)))
     >>> loss = lambda params, x: jnp.sum(model.run(params, x))
-    >>> found = sensitivities(loss, model.params, [jnp.ones((3, 2))], {"kernel": [jnp.ones((2, 1))]})
+    >>> changes = {"kernel": [jnp.ones((2, 1))]}
+    >>> found = sensitivities(loss, model.params, [jnp.ones((3, 2))], changes)
     >>> found["kernel"][0].value  # the gradient is 1, each of three rows changes by 2
     6.0
     """
@@ -111,7 +120,7 @@ def sensitivities(
     @jax.jit
     def measured(params, batch, changes):
         def probed(sums):
-            inputs: dict[str, Any] = {}  # of the layer that runs; taken when its output is seen
+            inputs: dict[str, Any] = {}  # the input of a layer, until its output is seen
 
             def see_input(path, x, axes):
                 if path in changes:
@@ -146,20 +155,24 @@ def sensitivities(
 
 
 def shrunk(found: Mapping[str, Estimate], sizes: Mapping[str, int]) -> dict[str, float]:
-    """Sensitivities that are believed as far as their spread over the layers exceeds their noise.
+    """Pulls noisy sensitivities towards their mean (empirical Bayes).
 
-    The logarithms of the sensitivities per weight are pulled to their mean: with a variance `t` over the layers, less what noise explains, and a layer's
-    own noise `n`, by `n / (t + n)` (empirical Bayes). If all of the spread may be noise, all weights matter alike.
+    The logarithms of the sensitivities per weight are pulled to their mean by `n / (t + n)`. Here
+    `n` is the noise of a layer, and `t` is the variance over the layers, less the variance that
+    noise explains. If noise explains all of the spread, all weights count alike.
 
     Args:
       found: path -> estimate, above 0.
       sizes: path -> number of weights.
 
-    >>> few, many = Estimate(1.0, 0.01), Estimate(9.0, 0.01)
-    >>> {path: round(value, 2) for path, value in shrunk({"a": few, "b": many}, {"a": 1, "b": 1}).items()}
-    {'a': 1.01, 'b': 8.92}
-    >>> {path: round(value, 2) for path, value in shrunk({"a": Estimate(1.0, 3.0), "b": Estimate(9.0, 3.0)}, {"a": 1, "b": 1}).items()}
-    {'a': 3.0, 'b': 3.0}
+    Returns:
+      Path -> sensitivity of the layer.
+
+    >>> def of(noise):
+    ...     found = {"a": Estimate(1.0, noise), "b": Estimate(9.0, noise)}
+    ...     return [round(value, 2) for value in shrunk(found, {"a": 1, "b": 1}).values()]
+    >>> of(noise=0.01), of(noise=3.0)
+    ([1.01, 8.92], [3.0, 3.0])
     """
     if not found:
         return {}

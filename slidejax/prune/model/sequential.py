@@ -1,13 +1,17 @@
-"""Pruning a whole model in the order of its program, each layer with the inputs that the pruned layers before it give.
+"""Pruning a whole model in the order of its program.
 
-For a layer with kernel `W`, input `X` in the dense model and `Z` in the model pruned so far (with its rounding to 8 bit),
-the new kernel `W'` is to give what the dense layer gave, from inputs that are no longer those of the dense model:
-`min || X W - Z W' ||^2` over kernels of the pattern (the asymmetry that GPTAQ, arXiv 2504.02692, corrects). Without the
-pattern the optimum is `T = (Z^T Z)^-1 Z^T X W`, and up to a constant the objective is `|| Z (T - W') ||^2`: so a method
-for one kernel is given the target `T` in place of `W`, and the Gram matrix `Z^T Z`.
+Each layer is pruned with the inputs that the pruned layers before it give.
 
-A layer whose result is added to a stream (the residual stream of a transformer) can make up for what earlier layers lost
-there, too. With the stream `R` in the dense and `S` in the pruned model: `min || (R + X W) - (S + Z W') ||^2`.
+A layer with kernel `W` has the input `X` in the original model, and `Z` in the model that is pruned
+so far (with its rounding to 8 bit). The new kernel `W'` should give from `Z` what the original
+layer gives from `X`: `min || X W - Z W' ||^2` over kernels of the pattern. GPTAQ (arXiv 2504.02692)
+corrects the same asymmetry. Without the pattern the optimum is `T = (Z^T Z)^-1 Z^T X W`, and up to
+a constant the objective is `|| Z (T - W') ||^2`. So a method for one kernel gets the target `T` in
+place of `W`, and the Gram matrix `Z^T Z`.
+
+A layer whose result is added to a stream (the residual stream of a transformer) can also make up
+for what earlier layers lost in the stream. With the stream `R` in the original and `S` in the
+pruned model: `min || (R + X W) - (S + Z W') ||^2`.
 """
 
 from __future__ import annotations
@@ -41,10 +45,10 @@ class _LayerGroup:
     """Layers with the same input that are pruned together, as one kernel.
 
     Attributes:
-      taps: of the layers.
+      taps: the layers' inputs.
       streams: for each layer the stream whose losses it makes up for, or None.
-      correct: whether layers make up for anything.
-      moments: `(moments, x, z, kernels, lost) -> moments`, to which one batch is added.
+      correct: whether layers make up for what was lost before.
+      moments: `(moments, x, z, kernels, lost) -> moments`, with one batch added.
       solved: `(kernels, moments, correct, damping) -> (finite, [Pruned])`.
     """
 
@@ -56,7 +60,7 @@ class _LayerGroup:
 
     @property
     def value(self) -> int:
-        """Their input."""
+        """The value that they read."""
         return self.taps[0].value
 
     def kernels(self, leaves: Mapping[str, Any]) -> tuple[jax.Array, ...]:
@@ -72,10 +76,11 @@ class InOrder:
 
     Args:
       stages: the traced model. The layers that it has taps for are pruned.
-      solver: path of a kernel -> the method for it. Layers with the same input for which it is the same object are pruned
-        together, as one kernel.
-      correct: how far the target goes from the kernel (0) to the one that makes up for all that earlier layers lost, as
-        far as these inputs tell (1). Some of what they tell is chance, so less than 1 does better on other text.
+      solver: path of a kernel -> the method for it. Layers with the same input for which it is the
+        same object are pruned together, as one kernel.
+      correct: how far the target goes from the kernel (0) to the one that makes up for all that
+        earlier layers lost, as far as these inputs tell (1). Some of what they tell is chance, so
+        less than 1 does better on other text.
       damping: as in `slidejax.prune.sparsegpt`.
       store: keeps finished stages on disk. The stages that it holds are not computed again.
       offload: keeps the values between stages in the host's memory.
@@ -130,13 +135,13 @@ class InOrder:
 
         Args:
           params: the original parameters.
-          batches: what to calibrate on. The values between stages are kept for each batch, of the original and of the
-            pruned model.
+          batches: what to calibrate on. The values between stages are kept for each batch, of the
+            original and of the pruned model.
           progress: called with the number of stages that are done, and of all.
 
         Returns:
-          Path of the kernel -> `Pruned`, as NumPy arrays: the device holds new kernels only until the program has read
-          them.
+          Path of the kernel -> `Pruned`, as NumPy arrays: the device holds new kernels only until
+          the program has read them.
 
         Raises:
           ValueError: if the inputs of a layer are not finite.
@@ -171,14 +176,14 @@ class InOrder:
         groups: Sequence[_LayerGroup],
         sums: list[Any],
     ) -> tuple[dict[int, Any], dict[int, Any]]:
-        """Runs a stage on one batch and adds what its layers read to their moments, in place.
+        """Runs a stage on one batch, and adds the batch to the moments of its layers, in place.
 
         Args:
           at: the stage.
           state: the values between stages, of the original and of the pruned model.
           leaves: the original parameters by path.
           new: the new kernels by path.
-          groups: the layers that are yet to be solved.
+          groups: the layers to add to; empty if the stage is finished already.
           sums: their moments.
 
         Returns:
@@ -223,7 +228,10 @@ def _leaf(kernel: jax.Array, leaf: Any, tap: Tap) -> jax.Array:
 def _groups(
     stages: Stages, taps: Sequence[Tap], solver: Callable[[str], Solve], correct: bool
 ) -> list[_LayerGroup]:
-    """The groups of a stage; equal ones share their jitted functions, so that they share what is compiled."""
+    """The groups of a stage.
+
+    Equal groups share their jitted functions, and so what is compiled for them.
+    """
     found: dict[Any, list[Tap]] = {}
     for tap in taps:
         found.setdefault((tap.value, tap.axes.x_in, solver(tap.path)), []).append(tap)
@@ -243,13 +251,14 @@ def _groups(
     return groups
 
 
-# --- moments ----------------------------------------------------------------------------------------------------------
+# --- moments --------------------------------------------------------------------------------------
 
 
 def _nothing(stages: Stages, group: _LayerGroup, leaves: Mapping[str, Any]) -> Any:
-    """The moments of no batch: `(Z^T Z, Z^T X, [Z^T Y])`, None where it is not needed.
+    """The moments `(Z^T Z, Z^T X, [Z^T Y])` before the first batch; None where one is not needed.
 
-    `Y` are the outputs of the layers that make up for what the stream lost; for all others `Z^T X` is enough, and less.
+    `Y` is the output that a layer should give so that it makes up for what its stream lost. All
+    other layers need only `Z^T X`, which is smaller.
     """
     width = stages.program.width(group.taps[0])
     square = np.zeros((width, width), np.float32)
@@ -263,7 +272,7 @@ def _nothing(stages: Stages, group: _LayerGroup, leaves: Mapping[str, Any]) -> A
 
 @functools.cache
 def _moments_of(axes, dtype) -> Callable[..., Any]:
-    """`_LayerGroup.moments` for an input that layers contract as `axes` say and round to `dtype`."""
+    """`_LayerGroup.moments` for layers that contract by `axes` and round inputs to `dtype`."""
 
     def moments(sums, x, z, kernels, lost):
         z = as_rows(
@@ -278,17 +287,17 @@ def _moments_of(axes, dtype) -> Callable[..., Any]:
         added = []
         for total, kernel, pair in zip(wanted, kernels, lost, strict=True):
             if pair is not None:
-                dense, pruned = (
+                original, pruned = (
                     stream.reshape(len(x), kernel.shape[1]).astype(jnp.float32) for stream in pair
                 )
-                total = total + dot(z.T, dot(x, kernel) + dense - pruned)
+                total = total + dot(z.T, dot(x, kernel) + original - pruned)
             added.append(total)
         return gram, None if cross is None else cross + dot(z.T, x), added
 
     return jitted(moments, donate_argnums=0)
 
 
-# --- solving ----------------------------------------------------------------------------------------------------------
+# --- solving --------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -319,7 +328,10 @@ def _solved_by(solve: Solve) -> Callable[..., Any]:
 
 
 def _target(gram, wanted, kernel, damping):
-    """The least-squares kernel without the pattern; damping pulls it to the dense kernel."""
+    """The least-squares kernel without the pattern.
+
+    Damping pulls it towards the original kernel.
+    """
     full = damped(gram, damping)
     ridge = (jnp.diagonal(full) - jnp.diagonal(gram))[:, None]
     return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(full), wanted + ridge * kernel)

@@ -1,14 +1,19 @@
-"""Smoothing: the model's parameters are rescaled so that 8-bit rounding of activations costs less; what it computes stays.
+"""Smoothing: the parameters are rescaled so that 8-bit rounding of activations costs less.
 
-A token is rounded with one scale, so a few strong channels (columns) of a layer's input leave few codes for all others.
-SmoothQuant (Xiao et al., arXiv 2211.10438) divides each channel by a factor, folded into what makes the channel, and
-multiplies the kernel's row by it:
+The model computes the same.
+
+A token is rounded with one scale, so a few strong channels (columns) of a layer's input leave few
+codes for all others. SmoothQuant (Xiao et al., arXiv 2211.10438) divides each channel by a factor,
+and multiplies the kernel's row by it:
 
     s[k] = rms(x[:, k])^a / rms(W[k, :])^(1 - a)
 
-The root mean square serves better here than SmoothQuant's largest magnitude, which the few tokens decide that attention
-collects on. Where the factor can go is read from the model's program: into the scale (and bias) of the norm before, or
-into the columns of the layer whose output is a factor of the input (the up projection of a gated MLP).
+The division is folded into the parameters that make the channel. These are read from the model's
+program: the scale (and bias) of the norm before the layer, or the columns of a layer whose output
+is a factor of the input (the up projection of a gated MLP).
+
+SmoothQuant takes the largest magnitude of a channel. The root mean square serves better here,
+because the few tokens that attention collects on decide the largest magnitude.
 """
 
 from __future__ import annotations
@@ -38,8 +43,8 @@ class _Fold:
     """Where a factor for the channels of an input can go.
 
     Attributes:
-      vectors: paths of parameters `[in]` to divide: a norm's scale and bias.
-      columns: the layer whose outputs to divide, or None.
+      vectors: paths of parameters `[in]` that are divided by it: a norm's scale and bias.
+      columns: the layer whose outputs are divided by it, or None.
     """
 
     vectors: tuple[str, ...] = ()
@@ -54,18 +59,19 @@ def smooth(
     *,
     ahead: CompileAhead | None = None,
 ) -> tuple[Any, list[str]]:
-    """Rescales the channels of the layers' inputs, where the factors can be folded into parameters before them.
+    """Rescales channels of layers' inputs where parameters before the layers can take the factors.
 
     Args:
       stages: the traced model.
       params: its parameters.
-      batches: what to measure the channels on; a few will do.
-      strength: `a` above: how much of the spread of a channel goes into the kernel; 0 leaves the model as it is.
-      ahead: compiles the stages already.
+      batches: batches to measure the channels on. A few are enough.
+      strength: `a` in the formula: how much of a channel's spread goes into the kernel. 0 leaves
+        the model as it is.
+      ahead: where the stages are being compiled.
 
     Returns:
-      `(params, paths)`: parameters with which the model computes the same, and the paths of the kernels that have new
-      rows.
+      `(params, paths)`: parameters with which the model computes the same, and the paths of the
+      kernels whose rows have changed.
     """
     folds: list[tuple[list[Tap], _Fold]] = []
     for taps in stages.taps:
@@ -80,15 +86,17 @@ def smooth(
     energy = _energies(stages, leaves, batches, ahead)
     for members, fold in folds:
         made_by = () if fold.columns is None else (fold.columns,)
+        readers, makers = [tap.path for tap in members], [tap.path for tap in made_by]
         new = _rescaled(
-            [leaves[tap.path] for tap in members], [leaves[path] for path in fold.vectors], [leaves[tap.path] for tap in made_by],
-            energy[members[0].value], np.float32(strength), tuple(tap.axes.kernel for tap in members), tuple(tap.axes.kernel for tap in made_by),
-        )  # fmt: skip
-        leaves |= zip(
-            (*(tap.path for tap in members), *fold.vectors, *(tap.path for tap in made_by)),
-            new,
-            strict=True,
+            [leaves[path] for path in readers],
+            [leaves[path] for path in fold.vectors],
+            [leaves[path] for path in makers],
+            energy[members[0].value],
+            np.float32(strength),
+            tuple(tap.axes.kernel for tap in members),
+            tuple(tap.axes.kernel for tap in made_by),
         )
+        leaves |= zip((*readers, *fold.vectors, *makers), new, strict=True)
     tree = jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
     return tree, [tap.path for members, _ in folds for tap in members]
 
@@ -97,24 +105,29 @@ def smooth(
 def _rescaled(
     readers, vectors, makers, energy, strength, reader_axes, maker_axes
 ) -> list[jax.Array]:
-    """The parameters around one input, its channels divided: kernels that read it, a norm's vectors, kernels that make it.
+    """The parameters around one input after its channels were divided.
 
     Args:
-      readers, vectors, makers: the parameters.
-      energy: `[in]`, of the input.
+      readers: kernels that read the input.
+      vectors: a norm's parameters that make it.
+      makers: kernels that make it.
+      energy: `[in]`, the sum of squares of each channel.
       strength: as in `smooth`.
-      reader_axes, maker_axes: of each kernel.
+      reader_axes, maker_axes: the axes of each kernel.
+
+    Returns:
+      The new readers, vectors and makers, in one list.
     """
     kernels = [to_matrix(leaf, axes) for leaf, axes in zip(readers, reader_axes, strict=True)]
     rows = jnp.max(
         jnp.stack([jnp.mean(k.astype(jnp.float32) ** 2, axis=1) for k in kernels]), axis=0
     )
-    measured = (energy > 0) & (rows > 0)  # a channel or row without energy keeps the factor 1
+    measured = (energy > 0) & (rows > 0)  # others keep the factor 1
     log = strength * jnp.log(jnp.where(measured, energy, 1)) - (1 - strength) * jnp.log(
         jnp.where(measured, rows, 1)
     )
     log = jnp.where(measured, log, 0) / 2
-    # the geometric mean of the other factors is 1
+    # the factors of the measured channels have the geometric mean 1
     mean = jnp.sum(log) / jnp.maximum(jnp.sum(measured), 1)
     factor = jnp.exp(jnp.where(measured, log - mean, 0))
     new = [
@@ -153,7 +166,7 @@ def _energy(total, x, axes):
 
 
 def _find(program: Program, members: list[Tap]) -> _Fold | None:
-    """The parameters that make the channels of an input, if only these layers read it."""
+    """Where factors for an input can go, if no other layers read the input."""
     value = members[0].value
     search = _Search(program, value, program.width(members[0]))
     along_channels = all(
@@ -195,7 +208,7 @@ class _Search:
         return None
 
     def _of_sum(self, terms: tuple[int, ...]) -> _Fold | None:
-        """A norm's bias is divided as its scale is."""
+        """The sum of a norm's bias and its scaled input: both parameters are divided."""
         for bias, rest in (terms, terms[::-1]):
             path = self._vector(bias)
             below = self.fold(rest) if path is not None else None
@@ -204,7 +217,7 @@ class _Search:
         return None
 
     def _of_product(self, factors: tuple[int, ...]) -> _Fold | None:
-        """One factor takes it all: a parameter, the output of a layer, or what makes one of the two."""
+        """A product: one factor is divided. It is a parameter, or the output of a layer."""
         for v in factors:
             path = self._vector(v)
             if path is not None:
@@ -223,7 +236,7 @@ class _Search:
         return len(self.users[v]) == 1
 
     def _vector(self, v: int) -> str | None:
-        """The parameter `[width]` that a value repeats along its other axes, if it is used nowhere else."""
+        """The path of the parameter `[width]` that a value repeats, if nothing else reads it."""
         makers, program = self._makers, self._program
         while (
             v in makers
@@ -243,7 +256,7 @@ class _Search:
         return path if path is not None and whole else None
 
     def _columns(self, v: int) -> Tap | None:
-        """The layer without a bias whose output a value is, if that is used nowhere else."""
+        """The layer without a bias that makes a value, if nothing else reads the value."""
         makers, program = self._makers, self._program
         while v in makers and self._read_once(v) and makers[v].name in _SAME_CHANNELS:
             v = makers[v].inputs[0]

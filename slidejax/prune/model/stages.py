@@ -1,10 +1,13 @@
-"""A model's program cut into stages, so that layers can be pruned in order while every part of the model runs once.
+"""A model's program cut into pruning stages, so that each part of the model runs once.
 
-What depends on a layer's kernel lies in a later stage than its tap (`slidejax.prune.model.program`): stage 0 ends at the
-inputs of the first layers, stage 1 at those of the layers that need their outputs, and so on (queries, keys and values;
-the output projection; gate and up; down; the next block). Values that cross from one stage to the next are kept for each
-batch. So when a stage's layers are pruned, the next stage runs with the new kernels, and nothing is computed twice. Stages
-that are the same program, as the blocks of a transformer are, are traced and compiled once.
+Whatever depends on a layer's kernel lies in a later stage than the layer's tap
+(`slidejax.prune.model.program`). Stage 0 ends at the inputs of the first layers, and stage 1 at the
+inputs of the layers that need their outputs. In a transformer the layers of the stages are queries,
+keys and values; the output projection; gate and up; down; then those of the next block.
+
+Values that cross from one stage to the next are kept for each batch. So when the layers of a stage
+are pruned, the next stage runs with the new kernels, and nothing is computed twice. Stages that are
+the same program, such as those of equal blocks, are traced and compiled once.
 """
 
 from __future__ import annotations
@@ -24,32 +27,35 @@ from slidejax.prune.model.program import Program, Step, Tap
 
 __all__ = ["SeveralDepths", "Stages"]
 
-# Steps that change a layer's result in form only.
+# Steps that change only the form of a layer's result.
 _LAYOUT = ("broadcast_in_dim", "convert_element_type", "reshape", "transpose")
 
 
 class SeveralDepths(NotImplementedError):
-    """A layer is called at several depths of the program, so that there is no one stage to prune it in."""
+    """A layer is called at several depths of the program, so it has no single stage."""
 
 
 class Stages:
     """A traced model, cut into stages.
 
     Args:
-      run: `(params, batch) -> anything`, which calls the model (`slidejax.functional.Functional.run`).
+      run: `(params, batch) -> anything`, which calls the model
+        (`slidejax.functional.Functional.run`).
       params: its parameters: a tree whose keys make up the layers' paths.
-      batch: an example; all batches have its shapes.
-      qdtypes: path of each kernel whose layer is to be pruned -> dtype of its packed values, or None. A run with
-        `round_inputs=True` rounds the inputs of layers with 8-bit values as they will.
+      batch: an example. All batches have its shapes.
+      qdtypes: path of each kernel that will be pruned -> dtype of its packed values, or None. With
+        `round_inputs=True` the inputs of layers with 8-bit values are rounded as the packed layers
+        will round them.
 
     Attributes:
-      program: the whole of it.
+      program: the whole program.
       taps: for each stage, the layers whose inputs are known when it has run.
-      streams: path -> the value to which the layer's result is added and that is known with its input, or None.
+      streams: path -> the value to which the layer's result is added, if it is known with the
+        layer's input; else None.
 
     Raises:
-      NotImplementedError: if chosen layers run inside a loop (`nn.scan`, `jax.lax`) or under `vmap`; `SeveralDepths` if
-        one is called at several depths of the program.
+      NotImplementedError: if chosen layers run inside a loop (`nn.scan`, `jax.lax`) or under
+        `vmap`; `SeveralDepths` if one is called at several depths of the program.
     """
 
     def __init__(
@@ -99,7 +105,10 @@ class Stages:
                 break
 
     def _drop_unneeded(self) -> None:
-        """Backwards: what is not needed does not run; what needs no layer (masks, positions) runs where it is needed."""
+        """Takes steps that nothing needs out of the program, and moves steps that need no layer.
+
+        Steps that need no layer (masks, positions) run in the first stage that needs them.
+        """
         needed: dict[int, int] = {}
         for at, members in enumerate(self.taps):
             for tap in members:
@@ -120,14 +129,14 @@ class Stages:
         last: dict[int, int] = {}
         for at, steps in enumerate(self._by_stage):
             last |= {v: at for step in steps for v in step.inputs}
-        for at, members in enumerate(self.taps):  # streams are read when the stage has run
+        for at, members in enumerate(self.taps):  # streams are read after the stage has run
             for stream in [self.streams[tap.path] for tap in members]:
                 if stream is not None:
                     last[stream] = max(last.get(stream, 0), at + 1)
         return last
 
     def _stream(self, tap: Tap) -> int | None:
-        """The value to which a layer's result is added and that is known with the layer's input; None if there is none."""
+        """The value to which a layer's result is added, if it is known by then; else None."""
         ours = {
             self.program.leaf[tap.path]
         }  # the kernel, the input, and what becomes of their product
@@ -159,11 +168,11 @@ class Stages:
     # --- running
 
     def start(self, batch: Any) -> dict[int, Any]:
-        """The values that are known before stage 0."""
+        """The values that are known before stage 0, by number."""
         return dict(zip(self.program.batch, jax.tree.leaves(batch), strict=True))
 
     def begin(self, ahead: CompileAhead, *, round_inputs: bool = False) -> None:
-        """Begins to compile what `advance` will run."""
+        """Begins to compile the programs that `advance` will run."""
         for stage in range(len(self.taps)):
             reads, out, program = self._program(stage, round_inputs)
             if out:
@@ -181,15 +190,15 @@ class Stages:
         """Runs one stage on one batch.
 
         Args:
-          stage: the stages are run in order.
-          values: what the stage before left (`start` before the first); it is not changed.
-          leaves: the parameters by path, new kernels among them.
+          stage: the number of the stage. Stages are run in order.
+          values: what the stage before has returned, or `start` for the first. It is not changed.
+          leaves: the parameters by path, with new kernels among them.
           round_inputs: whether layers with 8-bit values round their inputs.
           ahead: where `begin` has begun to compile.
 
         Returns:
-          `(values, inputs)`: what later stages need; and the inputs of this stage's `taps`, by `Tap.value`, before any
-          rounding.
+          `(values, inputs)`: the values that later stages need; and the inputs of this stage's
+          `taps`, by `Tap.value`, before any rounding.
         """
         reads, out, program = self._program(stage, round_inputs)
 
@@ -213,7 +222,7 @@ class Stages:
         return {v: array for v, array in known.items() if self._last_use.get(v, -1) > stage}, inputs
 
     def _program(self, stage: int, round_inputs: bool) -> tuple[list[int], list[int], Any]:
-        """`(reads, out, program)`: the values that a stage reads and leaves, and the jitted program between them."""
+        """`(reads, out, program)`: what a stage reads and makes, and its jitted program."""
         if (stage, round_inputs) in self._programs:
             return self._programs[stage, round_inputs]
         steps = self._by_stage[stage]
@@ -241,7 +250,10 @@ class Stages:
 
 @dataclasses.dataclass(frozen=True)
 class _StageProgram:
-    """What a stage computes; equal if the keys are. It holds the equations, so that an object in a key stays itself."""
+    """What a stage computes. Programs with equal keys are equal.
+
+    It holds the equations, so that the objects in a key live as long as the key.
+    """
 
     key: tuple
     run: Callable[..., Any] = dataclasses.field(compare=False)
@@ -249,14 +261,14 @@ class _StageProgram:
 
 @functools.lru_cache(maxsize=256)
 def _jitted(program: _StageProgram) -> Any:
-    """The jitted program: one for equal stages, also of another conversion of the same model."""
+    """The jitted program. Equal stages share it, also in another conversion of the same model."""
     return jitted(program.run)
 
 
 def _run(
     steps: Sequence[Step], dtypes: Sequence[Any], reads: Sequence[int], out: Sequence[int], *arrays
 ) -> list[jax.Array]:
-    """Runs the steps of a stage; the tap of a layer rounds its input where there is an 8-bit dtype for it."""
+    """Runs the steps of a stage. A tap rounds its value where its dtype is 8-bit."""
     env = dict(zip(reads, arrays, strict=True))
     for step, dtype in zip(steps, dtypes, strict=True):
         inputs = [env[v] for v in step.inputs]
@@ -272,7 +284,10 @@ def _run(
 def _key(
     steps: Sequence[Step], dtypes: Sequence[Any], reads: Sequence[int], out: Sequence[int]
 ) -> tuple:
-    """What the steps compute. Values go by the order in which they come, so that equal blocks have equal keys."""
+    """What the steps compute.
+
+    Values are numbered in the order in which they come, so equal blocks have equal keys.
+    """
     number: dict[int, int] = {}
     for v in (*reads, *(v for step in steps for v in step.outputs)):
         number.setdefault(v, len(number))

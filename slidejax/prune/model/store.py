@@ -1,4 +1,4 @@
-"""Finished stages on disk, so that a conversion that was stopped goes on where it was."""
+"""Finished pruning stages on disk, from which a conversion that was stopped goes on."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ __all__ = ["Store", "fingerprint"]
 
 
 def fingerprint(*trees: Any) -> str:
-    """A hash of everything that the result depends on: arrays by their bytes, all else by its text.
+    """A hash of everything that a result depends on: of arrays the bytes, of all else the text.
 
-    >>> fingerprint({"a": np.ones(2)}, "6:8") == fingerprint({"a": np.ones(2)}, "6:8") != fingerprint({"a": np.ones(3)}, "6:8")
-    True
+    >>> one, same, other = (fingerprint({"a": np.ones(n)}, "6:8") for n in (2, 2, 3))
+    >>> one == same, one == other
+    (True, False)
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(trees)[0]:
@@ -37,11 +38,11 @@ def fingerprint(*trees: Any) -> str:
 
 
 class Store:
-    """A folder with one file for each finished stage; a file appears when it is complete.
+    """A folder with one file for each finished stage. A file appears when it is complete.
 
     Args:
-      folder: made if it is missing.
-      key: `fingerprint` of all that the stages depend on.
+      folder: the folder, which is made if it is missing.
+      key: the `fingerprint` of everything that the stages depend on.
 
     Raises:
       ValueError: if the folder holds stages of another conversion.
@@ -52,7 +53,8 @@ class Store:
         note = self._folder / "conversion"
         if note.is_file() and note.read_text() != key:
             raise ValueError(
-                f"{str(folder)!r} holds the stages of another conversion (other model, text or settings): remove it or name another folder"
+                f"{str(folder)!r} holds the stages of another conversion (other model, text or "
+                "settings): remove it or name another folder"
             )
         if not note.is_file():
             with replacing(note) as file:
@@ -62,7 +64,7 @@ class Store:
         return self._folder / f"stage-{stage:04d}.npz"
 
     def save(self, stage: int, pruned: dict[str, Pruned]) -> None:
-        """Writes what became of the kernels of a stage, by path."""
+        """Writes the pruned kernels of a stage, by path."""
         arrays: dict[str, Any] = {}
         for path, one in pruned.items():
             arrays |= {
@@ -79,7 +81,7 @@ class Store:
         return self._file(stage).is_file()
 
     def load(self, stage: int) -> dict[str, Pruned] | None:
-        """What `save` wrote, or None."""
+        """The kernels that `save` wrote, or None."""
         if not self.has(stage):
             return None
         with np.load(self._file(stage), allow_pickle=False) as file:
