@@ -1,7 +1,8 @@
-"""One door for models of every family: `convert` prunes and packs them, `mixed` chooses a pattern for each layer.
+"""One door for models of every family: `convert` prunes and packs, `mixed` chooses patterns.
 
-The families are Flax Linen, Flax NNX and Hugging Face's Flax models; `register` adds another. What the door does with a
-model, it does with the `Functional` that the model's family makes of it (`slidejax.functional`).
+The families are Flax Linen, Flax NNX and Hugging Face's Flax models; `register` adds another. A
+model's family makes a `Functional` of it (`slidejax.functional`), and everything else is the same
+for all families.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ _families: list[Family] = [linen.FAMILY, nnx.FAMILY, huggingface.FAMILY]
 
 
 def register(family: Family) -> None:
-    """Adds a model family. The family that was added last is asked first whether a model is its own."""
+    """Adds a model family.
+
+    Families that were added later are asked first whether they own a model.
+    """
     _families.insert(0, family)
 
 
@@ -36,11 +40,12 @@ def functional(model: Any, params: Any = None, example: tuple = ()) -> Functiona
 
     Args:
       model: the model.
-      params: the variables of a Linen module; parameters to use in place of another model's own.
-      example: arguments of one call of a Linen module.
+      params: the variables of a Linen module; or parameters that take the place of another model's
+        own.
+      example: the arguments of one call of a Linen module.
 
     Raises:
-      TypeError: if no family knows the model.
+      TypeError: if no family owns the model.
     """
     for family in _families:
         if family.owns(model):
@@ -64,23 +69,27 @@ def convert(
     """Prunes and packs a model of any family.
 
     Args:
-      model: a `flax.linen` module, an `flax.nnx` module, a Flax model of transformers, or one of a family that was
-        registered. It stays as it is.
+      model: a `flax.linen` module, an `flax.nnx` module, a Flax model of transformers, or one of a
+        family that was registered. It stays as it is.
       rules: see `slidejax.rules`.
-      calibration: a `slidejax.prune.Calibration`, or its batches; None for a method that needs none.
-      params: the variables of a Linen module; parameters to use in place of another model's own.
-      method: "magnitude", "wanda", "sparsegpt", a `slidejax.prune.Method`, or a function (`slidejax.rules.Prune`). None
-        means "sparsegpt" with calibration and "magnitude" without.
-      example: arguments of one call of a Linen module. They are needed only without calibration, whose first batch will do.
-      report: an empty `slidejax.Report`, filled in.
+      calibration: a `slidejax.prune.Calibration`, or its batches; None for a method that needs
+        none.
+      params: the variables of a Linen module; or parameters that take the place of another model's
+        own.
+      method: "magnitude", "wanda", "sparsegpt", a `slidejax.prune.Method`, or a function
+        (`slidejax.rules.Prune`). None means "sparsegpt" with calibration and "magnitude" without.
+      example: the arguments of one call of a Linen module. With calibration they are not needed:
+        its first batch is used.
+      report: an empty `slidejax.Report`, which is filled in.
 
     Returns:
-      What the family's own `convert` returns: the variables of a Linen module (`slidejax.linen.convert`), or a model
-      (`slidejax.nnx.convert`, `slidejax.huggingface.convert`).
+      What the family's own `convert` returns: the variables of a Linen module
+      (`slidejax.linen.convert`), or a model (`slidejax.nnx.convert`,
+      `slidejax.huggingface.convert`).
 
     Raises:
-      ValueError: for bad rules, an unknown method, calibration that is missing or not used, or bad batches; if the
-        calibration's `work` folder holds another conversion.
+      ValueError: for bad rules, an unknown method, calibration that is missing or not used, or bad
+        batches; if the calibration's `work` folder holds another conversion.
       TypeError: for a model of another kind.
       NotImplementedError: if layers that are to be calibrated run inside a loop or under `vmap`.
 
@@ -112,30 +121,40 @@ def mixed(
 ) -> list[tuple[str, Rule]]:
     """Rules that give each linear layer its own pattern, at the cost of one pattern for all.
 
-    Without `loss`, what was chosen is compared with the uniform pattern, if that is among `patterns`, by the divergence of both from the dense model on the
-    text held out, and must be nearer, else the rules are uniform. The same arguments give the same rules. It takes less time than the conversion by SparseGPT
-    and, beside the parameters, up to four times their memory.
+    The patterns are chosen by how much they are estimated to raise the loss
+    (`slidejax.prune.model.mixed`). Without `loss` the choice is then compared with the uniform
+    rule, if its pattern is among `patterns`: both models run on text that was held out, and if the
+    chosen patterns are not nearer to the original model, the rules are uniform. The same arguments
+    give the same rules. It takes less time than a conversion by SparseGPT. It needs, beside the
+    parameters, up to four times their memory.
 
     Args:
-      model: a Flax model of transformers, a Linen or an NNX module.
-      rule: the uniform rule whose summed cost is the budget, and whose dtype the rules have.
-      calibration: a `Calibration`, or its batches; the dense model runs over them. A quarter of them, of token ids a quarter of the
-        sequences, is held out from pruning to measure on; if there is but one batch, it serves for both.
-      patterns: to choose from; with "dense" among them some layers may be quantised only. To leave layers as they are, unquantised, is
-        for the rules: put (their path, None) before what is returned.
-      groups: regular expressions for the whole path of a kernel: layers that match one of them with the same text in its groups get one
-        pattern together. `r"(.*)/[qkv]_proj/kernel"` keeps q, k and v of a block together, so that one lift serves them;
-        `r".*/(mlp|self_attn)/.*"` chooses for all MLPs and all attentions. Other layers choose for themselves.
-      cost: `(shape, pattern) -> cost`: `multiplications`, `packed_bytes`, or `measured_times(rows)`.
-      loss: `(the model's output, batch) -> scalar`, a sum over tokens; None: the cross-entropy of a language model of transformers with tokens
-        drawn from its own predictions, which stands for the divergence from the dense model.
-      params: as in `slidejax.prune.convert`.
+      model: as in `convert`.
+      rule: the uniform rule. Its summed cost is the budget, and the rules have its dtype.
+      calibration: a `slidejax.prune.Calibration`, or its batches. A quarter of them (with token
+        ids, a quarter of the sequences) is held out from pruning to measure on. A single batch
+        serves for both.
+      patterns: the patterns to choose from. With "dense" among them some layers may be quantised
+        only. To leave layers unquantised, put (their path, None) before the returned rules.
+      groups: regular expressions for the whole path of a kernel. Layers that match one of them with
+        the same text in the expression's groups get the same pattern. `r"(.*)/[qkv]_proj/kernel"`
+        keeps q, k and v of a block together, so that one lift serves them.
+        `r".*/(mlp|self_attn)/.*"` chooses one pattern for all MLPs and one for all attentions. Each
+        other layer gets a pattern of its own.
+      cost: `(shape, pattern) -> cost`: `multiplications`, `packed_bytes`
+        (`slidejax.prune.model.costs`), or `slidejax.prune.measured_times(rows)`.
+      loss: `(the model's output, batch) -> scalar`, a sum over tokens. None takes the cross-entropy
+        of a language model of transformers with tokens that are drawn from its own predictions. It
+        measures the divergence from the original model.
+      params: as in `convert`.
 
     Returns:
-      Rules for `slidejax.prune.convert` and the converters, one for each layer.
+      Rules for `convert`, one for each layer.
 
     Raises:
-      ValueError: for a bad pattern, or none; bad batches; a loss that is needed; and as `choose`.
+      ValueError: for a bad pattern, or none; for bad batches; if a loss is needed; if the cheapest
+        patterns cost more than the budget; if a group matches no layer, or its layers have no
+        pattern in common.
     """
     calibration = Calibration.of(calibration)
     made = functional(model, params, arguments_of(calibration.as_batches()[0]))

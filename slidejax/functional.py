@@ -1,11 +1,12 @@
-"""A model as a function of its parameters: all that conversion, calibration and pruning know of a model.
+"""A model as a function of its parameters: the interface between model families and pruning.
 
-A model family (Flax Linen, Flax NNX, Hugging Face) makes a `Functional` of each of its models. `slidejax.conversion` asks
-the families for it, and `slidejax.prune.model` works with it alone. To add a family, write one `Family` and register it
-(`slidejax.conversion.register`).
+A model family (Flax Linen, Flax NNX, Hugging Face) makes a `Functional` of each of its models.
+`slidejax.conversion` asks the families for it, and `slidejax.prune.model` works with nothing else.
+To add a family, write a `Family` and register it (`slidejax.conversion.register`).
 
-While `run` calls the model, each linear layer whose kernel is an array calls `show_input` and `show_output`. Calibration
-sees the layers through `watching_inputs` and `watching_outputs`.
+While `Functional.run` calls the model, each linear layer whose kernel is an array calls
+`show_input` and `show_output`. Calibration sees the layers through `watching_inputs` and
+`watching_outputs`.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ __all__ = [
 
 
 class Pack(Protocol):
-    """Prunes and packs the kernels that rules choose, and puts the parameters back into the model."""
+    """Packs the kernels that the rules choose, and puts the parameters back into the model."""
 
     def __call__(self, params: Any, rules: Any, *, prune: Any = None, report: Any = None) -> Any:
-        """Returns the model in the form in which its family hands it out."""
+        """Returns the converted model, in the form that its family's own `convert` returns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +46,11 @@ class Functional:
     """A model as a function of its parameters.
 
     Attributes:
-      run: `(params, batch) -> output`. It calls the model with a batch: the model's input, or a tuple of its arguments.
-        Its layers show their inputs and outputs.
-      params: the parameters, a tree whose keys make up the layers' paths.
-      pack: `(params, rules, *, prune=None, report=None) -> model`. It prunes and packs the kernels that the rules choose
-        and returns the converted model.
+      run: `(params, batch) -> output`. It calls the model with a batch, which is the model's input
+        or a tuple of its arguments. The layers show their inputs and outputs.
+      params: the parameters: a tree whose keys make up the layers' paths.
+      pack: `(params, rules, *, prune=None, report=None) -> model`. It prunes and packs the kernels
+        that the rules choose and returns the converted model.
     """
 
     run: Callable[[Any, Any], Any]
@@ -57,7 +58,10 @@ class Functional:
     pack: Pack
 
     def layers(self, batch: Any) -> dict[str, Contraction]:
-        """How each linear layer contracts its input with its kernel, by the kernel's path; nothing is computed."""
+        """How each linear layer contracts its input with its kernel, by the kernel's path.
+
+        The model is traced abstractly, and nothing is computed.
+        """
         found: dict[str, Contraction] = {}
 
         def watch(path, x, axes):
@@ -84,10 +88,11 @@ class Family:
     """A kind of models.
 
     Attributes:
-      name: what error messages call such a model.
+      name: such a model in error messages, with its article.
       owns: `model -> bool`: whether a model is of this family.
-      functional: `(model, params, example) -> Functional`. `params` are those that the caller gave, or None. `example` is a
-        tuple of arguments for one call of the model; it may be empty.
+      functional: `(model, params, example) -> Functional`. `params` are the parameters that the
+        caller gave, or None. `example` is a tuple of arguments for one call of the model; it may be
+        empty.
     """
 
     name: str
@@ -96,11 +101,11 @@ class Family:
 
 
 def arguments_of(batch: Any) -> tuple:
-    """The arguments that a batch stands for: a tuple holds them all, anything else is the only one."""
+    """The arguments of a call with a batch: a tuple holds all of them; anything else is one."""
     return batch if isinstance(batch, tuple) else (batch,)
 
 
-# --- what layers show -------------------------------------------------------------------------------------------------
+# --- showing and watching -------------------------------------------------------------------------
 
 # (path of the kernel, input, contraction) -> the input to go on with
 WatchInput = Callable[[str, jax.Array, Contraction], jax.Array]
@@ -116,19 +121,19 @@ _OUTPUTS: contextvars.ContextVar[WatchOutput | None] = contextvars.ContextVar(
 
 
 def show_input(path: str, x: jax.Array, axes: Contraction) -> jax.Array:
-    """What a layer calls with its input; it goes on with the result."""
+    """A layer calls this with its input, and goes on with the result."""
     watch = _INPUTS.get()
     return x if watch is None else watch(path, x, axes)
 
 
 def show_output(path: str, y: jax.Array) -> jax.Array:
-    """What a layer calls with its output; it returns the result."""
+    """A layer calls this with its output, and returns the result."""
     watch = _OUTPUTS.get()
     return y if watch is None else watch(path, y)
 
 
 def watched() -> bool:
-    """Whether anybody watches the layers."""
+    """Whether inputs or outputs are being watched."""
     return _INPUTS.get() is not None or _OUTPUTS.get() is not None
 
 

@@ -1,4 +1,4 @@
-"""Converting Hugging Face Flax models: same class, same `__call__` and `.generate`, also under `jax.jit`."""
+"""Converting Hugging Face Flax models: class, `__call__` and `.generate` stay, also in `jax.jit`."""
 
 from __future__ import annotations
 
@@ -30,27 +30,33 @@ def convert(
     """Prunes and packs the linear layers of a Hugging Face Flax model.
 
     Args:
-      flax_model: of any Flax class of transformers; it stays as it is.
-      rules: see `slidejax.rules`, with paths such as `model/layers/0/mlp/up_proj/kernel`. A single pattern or `Rule` is
-        for all linear layers but the output embedding (`HIDDEN_LAYERS`).
-      method: "magnitude", "wanda", "sparsegpt" (`slidejax.prune`), or a function: see `slidejax.rules.Prune`.
-      calibration: for "wanda" and "sparsegpt": token ids `[sequences, length]`, or a `slidejax.prune.Calibration`.
-      params: the parameters of a model made with `_do_init=False`; the result holds the packed ones.
-      report: an empty `slidejax.Report`, filled in.
+      flax_model: a model of any Flax class of transformers. It stays as it is.
+      rules: see `slidejax.rules`, with paths such as `model/layers/0/mlp/up_proj/kernel`. A single
+        pattern or `Rule` is for all linear layers but the output embedding (`HIDDEN_LAYERS`).
+      method: "magnitude", "wanda", "sparsegpt", a `slidejax.prune.Method`, or a function
+        (`slidejax.rules.Prune`).
+      calibration: for "wanda" and "sparsegpt": token ids `[sequences, length]`, or a
+        `slidejax.prune.Calibration`.
+      params: the parameters of a model that was made with `_do_init=False`. The result holds the
+        packed ones.
+      report: an empty `slidejax.Report`, which is filled in.
 
     Returns:
-      A model of the same class: `__call__`, `.generate` and `jax.jit` of both run sparse. `save_pretrained` writes what
-      `slidejax.checkpoint` and the command line read; `from_pretrained` of transformers cannot.
+      A model of the same class: `__call__`, `.generate` and `jax.jit` of both run with packed
+        weights. `save_pretrained`
+      writes a directory that `slidejax.checkpoint` and the command line read; `from_pretrained` of
+      transformers cannot read it.
 
     Raises:
-      ValueError: for bad rules, an unknown method, calibration that the method does not use, or parameters that are not
-        the model's.
+      ValueError: for bad rules, an unknown method, calibration that is missing or not used, or
+        parameters that are not the model's.
       TypeError: if it is not a Flax model of transformers.
 
-    Example, 6:8 with int8 values, the last layer dense::
+    Example, 6:8 with int8 values, and the last block as it was::
 
         model = FlaxLlamaForCausalLM.from_pretrained(path)
-        model = sj.huggingface.convert(model, [(r"model/layers/29/.*", None), (sj.huggingface.HIDDEN_LAYERS, "6:8")])
+        rules = [(r"model/layers/29/.*", None), (sj.huggingface.HIDDEN_LAYERS, "6:8")]
+        model = sj.huggingface.convert(model, rules)
         tokens = model.generate(input_ids).sequences
     """
     model = functional(flax_model, params)
@@ -58,7 +64,7 @@ def convert(
 
 
 def planned(flax_model: FlaxPreTrainedModel, rules) -> Report:
-    """What `convert` would report; nothing is computed."""
+    """The report that `convert` would give; nothing is computed."""
     return functional(flax_model).planned(rules)
 
 
@@ -70,21 +76,23 @@ def calibrated(
     params: Mapping | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prune:
-    """Runs a dense model over calibration tokens, once for any number of conversions: every layer is pruned with the
-    inputs of the dense model, which is quicker and less good than what `convert` does.
+    """Runs a model over calibration tokens once, for any number of conversions.
+
+    Every layer is pruned with the inputs that it has in the original model. This is quicker than
+    `convert` with calibration, and less accurate.
 
     Args:
-      flax_model: the dense model.
-      method: "wanda" or "sparsegpt".
+      flax_model: the original model.
+      method: "wanda", "sparsegpt", or a calibrated `slidejax.prune.Method`.
       tokens: token ids `[sequences, length]`.
       params: as in `convert`.
-      progress: called with the numbers of sequences done and of all.
+      progress: called with the number of sequences that are done, and of all.
 
     Returns:
-      What `convert` takes as `method`.
+      A function that `convert` takes as `method`.
 
     Raises:
-      ValueError: if tokens are not a matrix of integers.
+      ValueError: if the tokens are not a matrix of integers, or the method is not calibrated.
     """
     chosen, model = calibrated_method(method), functional(flax_model, params)
     batches = Calibration(tokens).as_batches()

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILY", "HIDDEN_LAYERS", "functional"]
 
-# All linear layers but output embeddings: the heads of language models, often tied to the input embedding.
+# All linear layers but output embeddings. These are the heads of language models, often tied to the
+# input embedding.
 HIDDEN_LAYERS = r"(?!(?:.*/)?(?:lm_head|predictions/decoder)(?:/kernel)?$).*"
 
 
@@ -27,12 +28,13 @@ def functional(
 ) -> Functional:
     """A Hugging Face Flax model as a function of its parameters.
 
-    A single pattern or `Rule` that is given to `pack` is for all linear layers but the output embedding (`HIDDEN_LAYERS`).
+    `pack` takes a single pattern or `Rule` for all linear layers but the output embedding
+    (`HIDDEN_LAYERS`).
 
     Args:
-      flax_model: of any Flax class of transformers.
-      params: to use in place of the model's own.
-      example: not needed; the model itself knows an example of its input.
+      flax_model: a model of any Flax class of transformers.
+      params: parameters that take the place of the model's own.
+      example: not needed, because the model knows an example of its input.
 
     Raises:
       TypeError: if it is not a Flax model of transformers.

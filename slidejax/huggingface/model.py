@@ -1,7 +1,8 @@
 """Hugging Face Flax models that run with other parameters and other arithmetic; their class stays.
 
-A `FlaxPreTrainedModel` calls `module.apply` for everything it does. A model made here holds an instance of a subclass of
-its module's class, whose `apply` runs under an interceptor. Nothing else changes.
+A `FlaxPreTrainedModel` calls `module.apply` for everything it does. A model made here holds an
+instance of a subclass of its module's class, whose `apply` runs under an interceptor. Nothing else
+changes.
 
 All uses of private attributes of transformers are in this file.
 """
@@ -55,23 +56,23 @@ def check_model(flax_model: Any) -> None:
         )
 
 
-# --- parameters -------------------------------------------------------------------------------------------------------
+# --- parameters -----------------------------------------------------------------------------------
 
 
 def params_of(flax_model: FlaxPreTrainedModel) -> Mapping:
     """A model's parameters; a ValueError if it holds none."""
     if not flax_model._is_initialized:
         raise ValueError(
-            f"this {type(flax_model).__name__} was made with _do_init=False and holds no parameters: give params="
+            f"this {type(flax_model).__name__} was made with _do_init=False and holds no "
+            "parameters: give params="
         )
     return flax_model.params
 
 
 def hold(flax_model: FlaxPreTrainedModel, params: Any) -> None:
-    """Makes a model hold parameters, also one that was made with `_do_init=False`."""
-    flax_model._is_initialized = (
-        True  # what init_weights would have set; else they cannot be assigned
-    )
+    """Makes a model hold parameters, even if it was made with `_do_init=False`."""
+    # as init_weights sets it; otherwise params cannot be assigned
+    flax_model._is_initialized = True
     flax_model.params = params
 
 
@@ -79,9 +80,9 @@ def with_params(flax_model: FlaxPreTrainedModel, params: Mapping) -> FlaxPreTrai
     """A copy of a model that holds and runs other parameters, among them `SlideWeight`s.
 
     Args:
-      flax_model: of any Flax class of transformers; it stays as it is.
-      params: in its structure, such as `slidejax.checkpoint` loads them. On a GPU their prepared forms are made
-        (`slidejax.prepare`).
+      flax_model: a model of any Flax class of transformers. It stays as it is.
+      params: parameters in its structure, such as `slidejax.checkpoint` loads them. On a GPU the
+        packed weights get their prepared forms (`slidejax.prepare`).
 
     Raises:
       ValueError: if parameters are missing.
@@ -89,7 +90,7 @@ def with_params(flax_model: FlaxPreTrainedModel, params: Mapping) -> FlaxPreTrai
     """
     check_model(flax_model)
     model = copy.copy(flax_model)
-    # what a user may edit; the module keeps the configuration that it was built with
+    # users may edit these; the module keeps the configuration that it was built with
     model._config = copy.deepcopy(flax_model.config)
     model.generation_config = copy.deepcopy(flax_model.generation_config)
     if not getattr(flax_model.module, "_slidejax_sparse", False):
@@ -102,10 +103,10 @@ def with_params(flax_model: FlaxPreTrainedModel, params: Mapping) -> FlaxPreTrai
 def fuse_projections(flax_model: FlaxPreTrainedModel) -> FlaxPreTrainedModel:
     """A copy of a converted model that computes q, k and v as one product, and gate and up as one.
 
-    The results are the same, from fewer and larger kernels (`slidejax.linen.fuse_projections`).
+    It computes the same results with fewer and larger kernels (`slidejax.linen.fuse_projections`).
 
     Args:
-      flax_model: from `convert`; it stays as it is.
+      flax_model: a model from `convert`. It stays as it is.
 
     Raises:
       TypeError: if it is not a Flax model of transformers.
@@ -115,19 +116,20 @@ def fuse_projections(flax_model: FlaxPreTrainedModel) -> FlaxPreTrainedModel:
 
 
 def _save_pretrained(self, save_directory, params=None, **kwargs) -> None:
-    """Writes the model, packed weights and all, as `slidejax convert` does (`slidejax.checkpoint`)."""
+    """Writes the model with its packed weights, as `slidejax convert` does."""
     if kwargs:
         raise ValueError(
-            f"save_pretrained of a sparse model takes no {', '.join(kwargs)}: see slidejax.checkpoint.save"
+            f"save_pretrained of a sparse model takes no {', '.join(kwargs)}: "
+            "see slidejax.checkpoint.save"
         )
     write_pretrained(save_directory, self if params is None else with_params(self, params))
 
 
-# --- modules ----------------------------------------------------------------------------------------------------------
+# --- modules --------------------------------------------------------------------------------------
 
 
 def _with_methods(module: nn.Module, **namespace) -> nn.Module:
-    """The same module as an instance of a subclass with other methods; the class keeps its name."""
+    """The same module as an instance of a subclass with other methods. The class keeps its name."""
     base = type(module)
     namespace = {
         name: nn.nowrap(value) if callable(value) else value for name, value in namespace.items()
@@ -143,7 +145,13 @@ def _with_methods(module: nn.Module, **namespace) -> nn.Module:
 
 
 def _intercepted(module: nn.Module, interceptor: Callable[[], Any], **namespace) -> nn.Module:
-    """The same module whose `apply` runs under an interceptor: `interceptor()` makes one for each call."""
+    """The same module, but its `apply` runs under an interceptor.
+
+    Args:
+      module: the module.
+      interceptor: makes an interceptor for each call.
+      **namespace: attributes of the subclass.
+    """
     base = type(module)
 
     def apply(self, *args, **kwargs):
@@ -158,7 +166,7 @@ class _Called(Exception):
 
 
 def init_arguments(flax_model: FlaxPreTrainedModel) -> tuple[Any, tuple, dict]:
-    """The arguments with which the model itself calls `module.init`: right for every architecture."""
+    """The arguments with which the model itself calls `module.init`, for any architecture."""
 
     def init(self, rngs, *args, **kwargs):
         raise _Called(rngs, args, kwargs)
@@ -171,11 +179,12 @@ def init_arguments(flax_model: FlaxPreTrainedModel) -> tuple[Any, tuple, dict]:
         rngs, args, kwargs = call.args
         return rngs, args, kwargs
     raise ValueError(
-        f"{type(flax_model).__name__}.init_weights does not call module.init: its layers cannot be traced"
+        f"{type(flax_model).__name__}.init_weights does not call module.init: "
+        "its layers cannot be traced"
     )
 
 
-# --- rotary positions -------------------------------------------------------------------------------------------------
+# --- rotary positions -----------------------------------------------------------------------------
 
 _ROTARY = frozenset(
     {"FlaxLlamaRotaryEmbedding", "FlaxMistralRotaryEmbedding", "FlaxGemmaRotaryEmbedding"}
@@ -184,10 +193,11 @@ _FLAX_THETA = 10000.0  # written into transformers' Flax modules
 
 
 def with_rope_theta(model: Any) -> Any:
-    """Makes a Hugging Face Flax model rotate with `config.rope_theta` instead of 10000; returns the model.
+    """Makes a Hugging Face Flax model rotate with the base `config.rope_theta`; returns the model.
 
-    The Flax classes of transformers 4 rotate with a base of 10000, whatever `config.rope_theta` says. So SmolLM2 (100000)
-    or Llama 3 (500000) would not compute what they were trained to compute.
+    The Flax classes of transformers 4 rotate with a base of 10000, whatever `config.rope_theta`
+    says. So without this SmolLM2 (100000) and Llama 3 (500000) do not compute what they were
+    trained to compute.
     """
     theta = getattr(model.config, "rope_theta", None)
     module = model.module
@@ -206,7 +216,7 @@ def with_rope_theta(model: Any) -> Any:
 def _rotated(
     dtype: Any, theta: float, key: jax.Array, query: jax.Array, position_ids: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What a rotary embedding with this base returns."""
+    """The key and the query, rotated with this base."""
     half = key.shape[-1] // 2
     frequencies = (1.0 / theta ** (np.arange(half) / half)).astype(np.float32)
     angles = position_ids[..., None].astype(jnp.float32) * frequencies

@@ -1,4 +1,4 @@
-"""Writing a directory with a Hugging Face Flax model, packed weights and all."""
+"""Writing a directory with a Hugging Face Flax model and its packed weights."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def write_pretrained(
     tokenizer: Any = None,
     about: dict[str, Any] | None = None,
 ) -> None:
-    """Writes a model, packed weights and all, so that `read_pretrained` (and every ``slidejax`` command) reads it.
+    """Writes a model so that `read_pretrained` and every `slidejax` command can read it.
 
     Args:
-      path: the directory; it appears when it is complete, and replaces an earlier one only then.
-      model: a Hugging Face Flax model, dense or converted.
+      path: the directory. It appears when it is complete, and replaces an earlier one only then.
+      model: a Hugging Face Flax model, original or converted.
       tokenizer: its tokenizer, or None.
-      about: what to note about where it comes from (plain JSON values).
+      about: notes about where the model comes from (plain JSON values).
 
     Raises:
-      ValueError: ``path`` is a file or holds other things.
+      ValueError: if `path` is a file, or a directory that holds other things.
     """
     content = {
         "model": {"class": type(model).__name__, "dtype": jnp.dtype(model.dtype).name},
