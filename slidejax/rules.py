@@ -1,9 +1,11 @@
-"""Rules: which linear layers of a model are packed, with which pattern and dtype; and the report of what was done.
+"""Rules say which linear layers of a model are packed, and how. A report says what was done.
 
-Rules are ordered pairs `(regex, what)`. The regex must match the whole '/'-joined path of a linear layer's kernel, such
-as `model/layers/0/mlp/up_proj/kernel` (the final `/kernel` may be left out); the first rule that matches decides.
-`what` is a pattern (`"6:8"`, meaning `Rule("6:8")`), a `Rule`, or None to leave the layer as it is. The pattern `"dense"` quantises and
-prunes nothing; None does not touch the layer.
+Rules are ordered pairs `(regex, choice)`. The regex must match the whole '/'-joined path of a
+linear layer's kernel, such as `model/layers/0/mlp/up_proj/kernel`. The final `/kernel` may be left
+out. The first rule that matches decides.
+
+The choice is a pattern (`"6:8"`, which stands for `Rule("6:8")`), a `Rule`, or None. The pattern
+`"dense"` quantises and prunes nothing. None skips the layer, which then stays as it is.
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ __all__ = [
     "pack_by_rule",
 ]
 
-# (kernel [..., in, out], pattern, path) -> mask, or (mask, kernel) where the method changes the kept values too, or
-# (mask, kernel, scale) where it has rounded them to 8 bit
+# (kernel [..., in, out], pattern, path) -> mask; or (mask, kernel), if the kept values change too;
+# or (mask, kernel, scale), if they are rounded to 8 bit already
 Prune = Callable[[jax.Array, Pattern, str], Any]
 
 
 class Skipped(Exception):
-    """A layer stays as it is; the message is the reason, for the report."""
+    """A layer stays as it is. The message is the reason, for the report."""
 
 
 LeftDense = Skipped  # its former name
@@ -51,10 +53,11 @@ class Rule:
     """How the linear layers that a rule matches are pruned and packed.
 
     Attributes:
-      pattern: such as `"6:8"`; "dense" prunes nothing.
-      qdtype: dtype of the packed values: int8 or float8_e4m3fn quantise weight and activations; bfloat16, float16 or
-        float32 store the values in that dtype; None keeps the kernel's own. With the pattern "dense" these are for training and for
-        quantising later: the layer computes what it did.
+      pattern: such as `"6:8"`. The pattern "dense" prunes nothing.
+      qdtype: dtype of the packed values. int8 and float8_e4m3fn quantise the weight and the
+        activations. bfloat16, float16 and float32 store the values in that dtype, and None keeps
+        the kernel's own dtype. With the pattern "dense" and one of these the layer computes the
+        same as before; it can be trained, or quantised later.
 
     Raises:
       ValueError: for a bad pattern or dtype.
@@ -78,7 +81,15 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """One layer that was packed: `shape` of its kernel as `[..., in, out]`, bytes before and after."""
+    """One layer that was packed.
+
+    Attributes:
+      path: the path of its kernel.
+      rule: the rule that decided.
+      dtype: dtype of the packed values.
+      shape: the kernel's shape as `[..., in, out]`.
+      bytes_before, bytes_after: bytes of the kernel and of the packed weight.
+    """
 
     path: str
     rule: Rule
@@ -90,13 +101,13 @@ class Converted:
 
 @dataclasses.dataclass
 class Report:
-    """What a conversion did; pass an empty one as `report=`, it is filled in and can be printed.
+    """What a conversion did. Pass an empty report as `report=`; it is filled in and can be printed.
 
     Attributes:
       converted: the layers that were packed.
       skipped: path -> why the layer was left as it is.
       unmatched: a line for each rule that decided no layer.
-      notes: what else is to be known, such as how it was calibrated.
+      notes: other facts, such as how the model was calibrated.
     """
 
     converted: list[Converted] = dataclasses.field(default_factory=list)
@@ -111,7 +122,7 @@ class Report:
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of the kernels that were packed, as they were."""
+        """Bytes of the packed layers' kernels before they were packed."""
         return sum(layer.bytes_before for layer in self.converted)
 
     @property
@@ -122,10 +133,12 @@ class Report:
     def __str__(self) -> str:
         width = max((len(layer.path) for layer in self.converted), default=0)
         lines = [
-            f"{len(self.converted)} layers converted, {_mib(self.bytes_before)} to {_mib(self.bytes_after)}; {len(self.skipped)} skipped"
+            f"{len(self.converted)} layers converted, {_mib(self.bytes_before)} to "
+            f"{_mib(self.bytes_after)}; {len(self.skipped)} skipped"
         ]
         lines += [
-            f"  {layer.path:<{width}}  {layer.rule.pattern!s:>5} {layer.dtype.name:<13} {'x'.join(map(str, layer.shape))}  "
+            f"  {layer.path:<{width}}  {layer.rule.pattern!s:>5} {layer.dtype.name:<13} "
+            f"{'x'.join(map(str, layer.shape))}  "
             f"{_mib(layer.bytes_before)} to {_mib(layer.bytes_after)}"
             for layer in self.converted
         ]
@@ -138,13 +151,15 @@ def _mib(size: int) -> str:
 
 
 class RuleSet:
-    """Ordered rules, checked; remembers which of them decided a layer.
+    """Ordered rules, checked. They count how many layers each of them decided.
 
     Args:
-      rules: `[(regex, "6:8" | Pattern | Rule | None)]`; a single pattern or `Rule` stands for `[(".*", rule)]`.
+      rules: `[(regex, "6:8" | Pattern | Rule | None)]`. A single pattern or `Rule` stands for
+        `[(".*", rule)]`.
 
     Raises:
-      ValueError: naming the rule by its index, for a bad regular expression, pattern or form of rules.
+      ValueError: naming the rule by its index, for a bad regular expression, pattern or form of
+        rules.
 
     >>> rules = RuleSet([(".*/head", None), (".*", "6:8")])
     >>> str(rules.match("model/up/kernel"))
@@ -156,7 +171,8 @@ class RuleSet:
             rules = [(".*", rules)]
         if isinstance(rules, dict) or not isinstance(rules, Iterable):
             raise ValueError(
-                f'rules must be an ordered list such as [(".*/mlp/.*", "6:8")], got {type(rules).__name__}'
+                'rules must be an ordered list such as [(".*/mlp/.*", "6:8")], '
+                f"got {type(rules).__name__}"
             )
         self._rules = [_parse(index, entry) for index, entry in enumerate(rules)]
         self._decided = [0] * len(self._rules)
@@ -166,7 +182,7 @@ class RuleSet:
         """The rule for a layer.
 
         Raises:
-          Skipped: with the reason, if the layer is to stay as it is.
+          Skipped: with the reason, if the layer stays as it is.
         """
         matching = [
             i
@@ -197,7 +213,7 @@ class RuleSet:
         return lines
 
     def finish(self, report: Report) -> Report:
-        """Writes the unmatched rules into the report, and warns of them."""
+        """Writes the unmatched rules into the report and warns about them."""
         report.unmatched.extend(self.unmatched())
         if report.unmatched:
             seen = [layer.path for layer in report.converted] + list(report.skipped)
@@ -233,7 +249,7 @@ def _parse(index: int, entry) -> tuple[re.Pattern, Rule | None]:
 
 
 def nbytes(tree) -> int:
-    """Bytes of the arrays of a tree, traced or not."""
+    """Bytes of the arrays of a tree, which may be traced."""
     return sum(
         math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
     )
@@ -242,7 +258,17 @@ def nbytes(tree) -> int:
 def pack_by_rule(
     kernel: jax.Array, rule: Rule, path: str, prune: Prune | None = None
 ) -> SlideWeight:
-    """Prunes and packs a kernel `[..., in, out]` as a rule says; errors name the path."""
+    """Prunes and packs a kernel as a rule says.
+
+    Args:
+      kernel: `[..., in, out]`.
+      rule: the rule.
+      path: the kernel's path, for `prune` and for errors.
+      prune: how to prune; None: by magnitude.
+
+    Raises:
+      ValueError: naming the path, if the kernel cannot be pruned or packed so.
+    """
     try:
         result = (
             magnitude(kernel, rule.pattern) if prune is None else prune(kernel, rule.pattern, path)

@@ -1,7 +1,8 @@
-"""Parameters to files and back: `save`, `load`; readers of GGUF files and Hugging Face directories beside them.
+"""Parameters to files and back: `save` and `load`; beside them a reader of GGUF files.
 
-The packed form is what files hold; an implementation's own (prepared) form is never saved. Files are data: no pickle,
-sizes checked before memory is taken, a bad file is one clear error.
+Files hold the packed form. Prepared forms, which belong to implementations, are never saved. Files
+are data: nothing is pickled, sizes are checked before memory is taken, and a bad file is one clear
+error.
 """
 
 from slidejax.checkpoint.store import load, save

@@ -1,4 +1,4 @@
-"""Arrays in a safetensors file: an 8-byte length, a JSON header, then the bytes of the arrays, one after the other.
+"""Arrays in a safetensors file: an 8-byte length, a JSON header, then the bytes of the arrays.
 
 The format is that of https://github.com/huggingface/safetensors.
 """
@@ -45,7 +45,7 @@ def checksum(array: np.ndarray) -> int:
 
 
 class ArrayFile:
-    """A safetensors file, open for reading, whose header has been checked against the size of the file.
+    """A safetensors file, open for reading. Its header has been checked against the file's size.
 
     Args:
       path: the file.
@@ -98,7 +98,7 @@ class ArrayFile:
             self._fail(f"it has {size} bytes, expected {self._base + position}")
 
     def _entry(self, name: str, entry: Any, size: int) -> tuple[str, tuple[int, ...], int, int]:
-        """Dtype, shape, first byte and end of an array, checked against the size of the file."""
+        """Dtype, shape, first byte and end of an array; they must fit the size of the file."""
         try:
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
@@ -111,25 +111,27 @@ class ArrayFile:
             nbytes *= n
         if end - begin != nbytes or self._base + end > size:
             self._fail(
-                f"{name!r} ({dtype}{list(shape)}) does not fit its place in the file, or the file is cut short"
+                f"{name!r} ({dtype}{list(shape)}) does not fit its place in the file, "
+                "or the file is cut short"
             )
         return dtype, shape, begin, end
 
     def expect(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        """Raises unless the file holds such an array."""
+        """Raises a ValueError unless the file holds such an array, asked for once."""
         if name not in self._entries:
             raise ValueError(f"{str(self.path)!r} lacks {name!r}")
         found = self._entries[name][:2]
         if found != (dtype, shape):
             raise ValueError(
-                f"{str(self.path)!r}: {name!r} is {found[0]}{list(found[1])}, {METADATA} says {dtype}{list(shape)}"
+                f"{str(self.path)!r}: {name!r} is {found[0]}{list(found[1])}, "
+                f"{METADATA} says {dtype}{list(shape)}"
             )
         if name in self.used:
             raise ValueError(f"{str(self.path)!r}: {METADATA} uses {name!r} twice")
         self.used.add(name)
 
     def finish(self) -> None:
-        """Raises if the file holds arrays that nothing refers to."""
+        """Raises a ValueError if the file holds arrays that were not asked for."""
         extra = sorted(self._entries.keys() - self.used)
         if extra:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @contextlib.contextmanager
 def staged(path: str | os.PathLike[str], marker: str) -> Iterator[Path]:
-    """Yields a new directory beside ``path`` that takes its place when the block ends without an error.
+    """Yields a new directory that takes the place of `path` when the block ends without an error.
 
-    Until then whatever was at ``path`` stays as it is; if the block fails, the new directory is removed.
+    Until then an earlier directory at `path` stays as it is. If the block fails, the new directory
+    is removed.
 
     Args:
-      path: the directory to write. One that is there already is replaced if it is empty or holds ``marker``.
-      marker: name of a file that says that a directory is ours to replace.
+      path: the directory to write. An earlier one is replaced if it is empty or holds `marker`.
+      marker: the name of a file that marks directories that may be replaced.
 
     Raises:
-      ValueError: ``path`` is a file, or a directory that holds other things.
+      ValueError: if `path` is a file, or a directory that holds other things.
     """
     target = check_target(path, marker)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,13 +46,14 @@ def staged(path: str | os.PathLike[str], marker: str) -> Iterator[Path]:
 
 
 def check_target(path: str | os.PathLike[str], marker: str) -> Path:
-    """The absolute path if `staged` may write there; else its ValueError."""
+    """The absolute path, if `staged` may write there; otherwise its ValueError is raised."""
     target = Path(os.path.abspath(path))
     if target.exists() and not target.is_dir():
         raise ValueError(f"path {str(target)!r} is a file; a directory is written")
     if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
         raise ValueError(
-            f"path {str(target)!r} is a directory with other things in it (no {marker}): not replaced"
+            f"path {str(target)!r} is a directory with other things in it (no {marker}): "
+            "not replaced"
         )
     return target
 
@@ -71,7 +73,7 @@ def _sync(path: Path) -> None:
 
 
 def _replace(fresh: Path, target: Path) -> None:
-    """Puts ``fresh`` where ``target`` is; the old directory is left under the name ``fresh``, or removed."""
+    """Puts `fresh` in the place of `target`. The old directory is removed, or left at `fresh`."""
     if not target.exists():
         os.rename(fresh, target)
     elif not _exchange(fresh, target):
@@ -87,7 +89,7 @@ def _replace(fresh: Path, target: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two directories in one step (Linux: renameat2); False where that is not possible."""
+    """Swaps two directories in one step (Linux: renameat2); False where this is not possible."""
     if not sys.platform.startswith("linux"):
         return False
     try:

@@ -1,8 +1,8 @@
-"""Saving a tree of parameters: one safetensors file of arrays and one JSON file that says what they are.
+"""Saving a tree of parameters: a safetensors file of arrays, and a JSON file that describes them.
 
-A saved directory holds ``slidejax.json`` (structure, patterns, dtypes, shapes, versions) and ``slidejax.safetensors``
-(https://github.com/huggingface/safetensors: an 8-byte length, a JSON header, then the bytes). The two describe each array
-independently, and `load` believes neither until they and the size of the file agree.
+A saved directory holds `slidejax.json` (structure, patterns, dtypes, shapes, versions) and
+`slidejax.safetensors`. Both describe each array, and `load` takes nothing from them until the two
+and the size of the file agree.
 """
 
 from __future__ import annotations
@@ -24,29 +24,32 @@ __all__ = ["ARRAYS", "METADATA", "load", "save", "write_into"]
 ARRAYS = "slidejax.safetensors"
 _FORMAT, _FORMAT_VERSION = "slidejax", 1
 
-# ---------------------------------------------------------------------------------------------------------------- save
+# --- saving -----------------------------------------------------------------------------------------
 
 
 def save(path: str | os.PathLike[str], params: Any) -> None:
     """Saves a tree of parameters into a directory.
 
-    Packed weights are saved in the portable packed form (``prepared`` is dropped, fused layers are taken apart); arrays of any device are brought to
-    the host. The directory is written beside ``path`` and renamed, so a checkpoint that was there is replaced only by a
-    complete one.
+    Packed weights are saved in the portable packed form: prepared forms are dropped, and fused
+      layers are taken apart.
+    Arrays on any device are brought to the host. The directory is written beside `path` and
+    renamed, so an earlier checkpoint is replaced only by a complete one.
 
     Args:
-      path: the directory to write; one that is there already must be empty or an earlier checkpoint.
-      params: nested dicts (also Flax's ``FrozenDict`` and an ``nnx.State``), lists and tuples of arrays,
-        `SlideWeight`s, Python scalars and None.
+      path: the directory to write. If it exists, it must be empty or hold an earlier checkpoint.
+      params: nested dicts (also Flax's `FrozenDict` and an `nnx.State`), lists and tuples of
+        arrays, `SlideWeight`s, Python scalars and None.
 
     Raises:
-      ValueError: ``path`` is a file or a directory that holds other things; an array has a dtype that the format lacks.
-      TypeError: ``params`` holds another kind of object (its key is named).
+      ValueError: if `path` is a file, or a directory that holds other things; if an array has a
+        dtype that the format lacks.
+      TypeError: naming the key, if `params` holds another kind of object.
 
     Example::
 
       >>> import jax.numpy as jnp, slidejax as sj, tempfile
-      >>> params = {"Dense_0": {"kernel": sj.pack(jnp.ones((64, 4)), "6:8", dtype="int8"), "bias": jnp.zeros(4)}}
+      >>> kernel = sj.pack(jnp.ones((64, 4)), "6:8", dtype="int8")
+      >>> params = {"Dense_0": {"kernel": kernel, "bias": jnp.zeros(4)}}
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     sj.checkpoint.save(folder + "/model", params)
       ...     again = sj.checkpoint.load(folder + "/model")
@@ -61,7 +64,7 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
 
 
 def write_into(folder: Path, params: Any) -> None:
-    """Writes the two files of a checkpoint into a directory that is already staged."""
+    """Writes the two files of a checkpoint into a directory that is staged already."""
     _write(folder, *_describe(params))
 
 
@@ -85,7 +88,7 @@ def _describe(params: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- load
+# --- loading ----------------------------------------------------------------------------------------
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -95,13 +98,14 @@ def load(path: str | os.PathLike[str]) -> Any:
       path: the directory.
 
     Returns:
-      The tree: dicts, lists, tuples, arrays on JAX's default device, `SlideWeight`s (nothing prepared). An NNX state
-      comes back as a plain dict, for ``nnx.replace_by_pure_dict``. 64-bit arrays stay NumPy arrays unless JAX runs
-      with x64.
+      The tree: dicts, lists, tuples, arrays on JAX's default device, and `SlideWeight`s without
+        prepared forms. An NNX
+      state comes back as a plain dict, for `nnx.replace_by_pure_dict`. 64-bit arrays are NumPy
+      arrays unless JAX runs with x64.
 
     Raises:
-      ValueError: there is no checkpoint, it is damaged, cut short, of a newer format, or its two files disagree; the
-        message names the file and the key.
+      ValueError: naming the file and the key, if there is no checkpoint, or if it is damaged, cut
+        short or of a newer format, or if its two files disagree.
     """
     folder = Path(path)
     metadata = _read_metadata(folder)
@@ -128,7 +132,8 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     version = metadata.get("format_version")
     if version != _FORMAT_VERSION:
         raise ValueError(
-            f"{str(file)!r} has format_version {version!r} (written by slidejax {metadata.get('library_version')}); "
+            f"{str(file)!r} has format_version {version!r} "
+            f"(written by slidejax {metadata.get('library_version')}); "
             f"this library reads {_FORMAT_VERSION}"
         )
     if "tree" not in metadata:

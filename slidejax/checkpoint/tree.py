@@ -28,7 +28,10 @@ def _name(path: tuple[Any, ...], leaf: str = "") -> str:
 
 
 def encode(node: Any, path: tuple[Any, ...], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The JSON description of ``node``; its arrays are added to ``arrays``."""
+    """The JSON description of `node`.
+
+    Its arrays are added to `arrays`, under the names in the description.
+    """
     if node is None or isinstance(node, (bool, int, float, str)):
         return {"kind": "constant", "value": node}
     if isinstance(node, SlideWeight):
@@ -58,8 +61,9 @@ def encode(node: Any, path: tuple[Any, ...], arrays: dict[str, np.ndarray]) -> d
             "items": [encode(v, (*path, i), arrays) for i, v in enumerate(node)],
         }
     raise TypeError(
-        f"params at {_show(path)!r} is a {type(node).__name__}; dicts, lists, tuples, arrays, SlideWeights, scalars "
-        "and None can be saved (unbox Flax metadata first: flax.linen.meta.unbox)"
+        f"params at {_show(path)!r} is a {type(node).__name__}; dicts, lists, tuples, arrays, "
+        "SlideWeights, scalars and None can be saved (unbox Flax metadata first: "
+        "flax.linen.meta.unbox)"
     )
 
 
@@ -110,8 +114,8 @@ class Decoder:
     Args:
       arrays: the arrays that the description names.
       file: the file that the description comes from, for errors.
-      place: what to do with each array; None: no array is read. Every claim is checked all the same, and
-        `jax.ShapeDtypeStruct`s stand for the arrays.
+      place: puts each array that was read in its place. None: no array is read, but every claim is
+        checked, and `jax.ShapeDtypeStruct`s stand for the arrays.
     """
 
     def __init__(self, arrays: ArrayFile, file: Path, place: Callable[[np.ndarray], Any] | None):
@@ -121,7 +125,8 @@ class Decoder:
         """The object that `node` describes.
 
         Raises:
-          ValueError: naming the file and the key, for a bad description or one that does not fit the arrays.
+          ValueError: naming the file and the key, for a bad description or one that does not fit
+            the arrays.
         """
         kind = node.get("kind") if isinstance(node, dict) else None
         match kind:
@@ -166,7 +171,8 @@ class Decoder:
         host = self._arrays.read(name)
         if checksum(host) != entry["crc32"]:
             raise ValueError(
-                f"{str(self._arrays.path)!r} is damaged: the bytes of {name!r} do not match their checksum"
+                f"{str(self._arrays.path)!r} is damaged: the bytes of {name!r} do not match their "
+                "checksum"
             )
         if dtype in _WIDE and not jax.config.read("jax_enable_x64"):
             return host
@@ -207,12 +213,13 @@ class Decoder:
             weight.check("weight")
         except ValueError as e:
             self._fail(path, str(e))
-        # The claims of the two files agree by now, so this holds for what is read too. A shard of K is not a whole
-        # weight, but it is what a process of several saves: fewer groups are allowed, more are not.
+        # A process that holds a shard of K saves fewer groups than a whole weight has. More are an
+        # error.
         if weight.groups > pattern.groups(in_features):
             self._fail(
                 path,
-                f"{weight.groups} groups of {pattern} for {in_features} inputs, at most {pattern.groups(in_features)}",
+                f"{weight.groups} groups of {pattern} for {in_features} inputs, "
+                f"at most {pattern.groups(in_features)}",
             )
         if node.get("dtype") != weight.dtype.name:
             self._fail(path, f"dtype is {node.get('dtype')!r}, the values are {weight.dtype.name}")
