@@ -1,4 +1,4 @@
-"""Flax Linen: `SlideDense`, and running and converting models whose code is not ours."""
+"""Flax Linen: the layer `SlideDense`, and converting and running unchanged models."""
 
 from slidejax.linen.conversion import convert
 from slidejax.linen.family import FAMILY, functional

@@ -1,6 +1,7 @@
-"""Converting Linen models: packed weights take the place of kernels in the parameters; the module stays.
+"""Converting Linen models: packed weights take the place of kernels in the parameters.
 
-Which axes of a kernel are inputs is read from the layer that owns it, while the model is traced abstractly.
+The module stays. Which axes of a kernel are inputs is read from the layer that owns it, while the
+model is traced abstractly.
 """
 
 from __future__ import annotations
@@ -43,24 +44,26 @@ def convert(
     """Prunes and packs the kernels that the rules choose; the result runs with `apply`.
 
     Args:
-      variables: what `model.init` returns, or its "params". Dict or FrozenDict.
-      rules: see `slidejax.rules`; a single pattern or `Rule` is for all linear layers.
-      model: the module, traced abstractly (nothing is computed) to find the layer that owns each kernel: Dense,
-        DenseGeneral, Einsum, GPT-2's Conv1D, also inside `nn.scan`, `nn.vmap`, `nn.remat`. Without it, 2-D parameters
-        called "kernel" are taken for those of `nn.Dense`, all others are skipped.
+      variables: the dict or FrozenDict that `model.init` returns, or its "params".
+      rules: see `slidejax.rules`. A single pattern or `Rule` is for all linear layers.
+      model: the module. It is traced abstractly (nothing is computed) to find the layer that owns
+        each kernel: Dense, DenseGeneral, Einsum or GPT-2's Conv1D, also inside `nn.scan`, `nn.vmap`
+        and `nn.remat`. Without the module, 2-D parameters called "kernel" count as kernels of
+        `nn.Dense`, and all others are skipped.
       *example_args, **example_kwargs: arguments of `model.init`: arrays or `jax.ShapeDtypeStruct`s.
-      report: an empty `Report`, filled in.
-      prune: `(kernel [..., in, out], pattern, path) -> mask`, or `(mask, kernel)`; None prunes by magnitude.
-      rngs: of `model.init`; None: a key.
+      report: an empty `Report`, which is filled in.
+      prune: how to prune a kernel (`slidejax.rules.Prune`). None prunes by magnitude.
+      rngs: the keys for `model.init`.
 
     Returns:
-      `variables` in the same form, a `SlideWeight` in place of each converted kernel; other leaves are the same objects,
-      a kernel that is in two places becomes one `SlideWeight` in two places. Axis names of `nn.Partitioned` kernels are
-      put on the leaves.
+      `variables` in the same form, with a `SlideWeight` in the place of each converted kernel.
+      Other leaves are the same objects. A kernel that is in two places becomes one `SlideWeight` in
+      two places. The axis names of `nn.Partitioned` kernels go to the leaves.
 
     Raises:
-      ValueError: for bad rules, parameters that are not this model's, or if the converted model does not trace, which is
-        so when other code than its layer reads a kernel (tied weights): skip that layer.
+      ValueError: for bad rules, or for parameters that are not this model's; or if the converted
+        model does not trace. That happens when other code than its layer reads a kernel (tied
+        weights): skip that layer.
       TypeError: for variables or a model of the wrong kind.
 
     Warns:
@@ -75,11 +78,13 @@ def convert(
     """
     if not isinstance(variables, Mapping):
         raise TypeError(
-            f"variables must be the dict that model.init returns or its 'params', got {type(variables).__name__}"
+            "variables must be the dict that model.init returns or its 'params', "
+            f"got {type(variables).__name__}"
         )
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a flax.linen Module, got {type(model).__name__} (see slidejax.nnx and slidejax.huggingface)"
+            f"model must be a flax.linen Module, got {type(model).__name__} "
+            "(see slidejax.nnx and slidejax.huggingface)"
         )
     rules, report = RuleSet(rules), Report() if report is None else report
     whole = isinstance(variables.get("params"), Mapping)
@@ -101,14 +106,14 @@ def convert(
     return freeze(converted) if isinstance(variables, FrozenDict) else converted
 
 
-# A kernel's key among the flattened parameters, its path and its shape -> its axes inside its layer
+# (key of a kernel among the flattened parameters, its path, its shape) -> its axes inside its layer
 AxesOf = Callable[[tuple, str, tuple[int, ...]], Axes]
 
 
 def _pack_kernels(
     flat: dict, rules: RuleSet, axes_of: AxesOf, prune: Prune | None, report: Report
 ) -> bool:
-    """Packs the kernels that the rules choose, in place, and says in the report what was done with each kernel.
+    """Packs the kernels that the rules choose, in place; the report says what was done with each.
 
     Returns:
       Whether any kernel was packed.
@@ -140,7 +145,7 @@ def _pack_kernels(
 def _convert_kernel(
     leaf, rule: Rule, axes: Axes, path: str, prune: Prune | None
 ) -> tuple[SlideWeight, Converted]:
-    """One kernel; Skipped with the reason if it stays as it is."""
+    """One packed kernel and its line of the report; raises Skipped if the kernel stays as it is."""
     shape: list[int] = []
 
     def make(kernel):
@@ -161,7 +166,13 @@ def _axes_without_model(key: tuple, path: str, shape: tuple[int, ...]) -> Axes:
 
 @dataclasses.dataclass(frozen=True)
 class _Owner:
-    """The layer that owns a kernel: the kernel's axes and shape inside it; without axes, the reason why it is not linear."""
+    """The layer that owns a kernel.
+
+    Attributes:
+      axes: the kernel's axes inside the layer; None if the layer cannot hold a packed weight.
+      shape: the kernel's shape inside the layer.
+      reason: why the layer cannot hold a packed weight.
+    """
 
     axes: Axes | None
     shape: tuple[int, ...]
@@ -169,7 +180,7 @@ class _Owner:
 
 
 def _owners(model: nn.Module, rngs, args, kwargs) -> tuple[dict[tuple[str, ...], _Owner], dict]:
-    """The owner of every kernel by path, and the abstract variables of the model. Nothing is computed."""
+    """The owner of each kernel by path, and the model's abstract variables; nothing is computed."""
     found: dict[tuple[str, ...], _Owner] = {}
     running: list[nn.Module] = []
 
@@ -191,7 +202,12 @@ def _owners(model: nn.Module, rngs, args, kwargs) -> tuple[dict[tuple[str, ...],
 
 
 def _owner_of(context, args, kwargs, around: list[nn.Module]) -> _Owner | None:
-    """The running module as the owner of its kernel, with the modules around it; None if it has no kernel."""
+    """The module that has run, as the owner of its kernel; None if it has no kernel.
+
+    Args:
+      context, args, kwargs: those of the interceptor.
+      around: the modules that are still running.
+    """
     module, layer = context.module, layer_of(context)
     kernel = own_kernel(module)
     if kernel is None:
@@ -212,7 +228,7 @@ def _owner_of(context, args, kwargs, around: list[nn.Module]) -> _Owner | None:
 
 
 def _agreed(known: _Owner | None, owner: _Owner) -> _Owner:
-    """What two calls of methods that own the same kernel say together."""
+    """The owner of a kernel after another of its calls."""
     if known is None or known.axes is None:
         return owner
     if owner.axes is None:
@@ -223,7 +239,7 @@ def _agreed(known: _Owner | None, owner: _Owner) -> _Owner:
 
 
 def _eval_shape(fn: Callable, *args, **kwargs):
-    """`jax.eval_shape`, with the arguments that are no arrays (flags, strings) as they are."""
+    """`jax.eval_shape` for arguments among which some are no arrays, such as flags and strings."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     arrays = {
         i: leaf
@@ -241,7 +257,7 @@ def _eval_shape(fn: Callable, *args, **kwargs):
 
 
 def _check_runs(model: nn.Module, variables, rngs, args, kwargs) -> None:
-    """Traces the converted model, so that what would fail later fails now."""
+    """Traces the converted model, so that an error that would come later comes now."""
     rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}
     try:
         _eval_shape(
@@ -249,13 +265,14 @@ def _check_runs(model: nn.Module, variables, rngs, args, kwargs) -> None:
         )
     except Exception as error:
         raise ValueError(
-            f"the converted model does not run: {type(error).__name__}: {error}. A kernel that other code than its layer "
-            f"reads (tied weights) must be skipped: put (its path, None) before the other rules"
+            f"the converted model does not run: {type(error).__name__}: {error}. A kernel that "
+            "other code than its layer reads (tied weights) must be skipped: put (its path, None) "
+            "before the other rules"
         ) from error
 
 
 def _axes_in(owners: Mapping[tuple, _Owner], key: tuple, path: str, shape: tuple[int, ...]) -> Axes:
-    """The kernel's axes inside its layer; axes of scan and vmap come before them.
+    """The kernel's axes inside its layer. Axes of scan and vmap come before them.
 
     Raises:
       Skipped: with the reason, if the kernel cannot be packed.

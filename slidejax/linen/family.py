@@ -18,8 +18,8 @@ def functional(model: nn.Module, variables: Mapping | None, example: tuple = ())
 
     Args:
       model: the module.
-      variables: what `model.init` returns.
-      example: arguments of one call, from which `pack` reads how the layers use their kernels.
+      variables: the variables that `model.init` returns.
+      example: the arguments of one call. `pack` traces it to see how the layers use their kernels.
 
     Raises:
       ValueError: if there are no variables.

@@ -1,4 +1,4 @@
-"""Running layers whose kernels are held together (`slidejax.variants.projections`): one product for all of them."""
+"""Running layers whose kernels are held together (`slidejax.variants.projections`)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ FUSED = (FusedWeight, FusedPart)
 
 
 class FusedProduct:
-    """The latest product of fused layers in one call of a model, from which each of these layers takes its part."""
+    """The latest product of fused layers in one call of a model.
+
+    Each layer takes its part of it.
+    """
 
     def __init__(self) -> None:
-        self._key: Any = None  # of which layers of which module, with which dtypes
+        self._key: Any = None  # the module and its layers, and their dtypes
         self._x: Any = None
         self._y: Any = None
 
@@ -33,10 +36,10 @@ class FusedProduct:
 
         Args:
           module: the layer.
-          w: what stands in place of its kernel.
-          axes: how it contracts its input with its kernel.
-          features: sizes of its output axes.
-          x: its input.
+          w: the node in the place of the layer's kernel.
+          axes: how the layer contracts its input with its kernel.
+          features: sizes of the layer's output axes.
+          x: the layer's input.
         """
         siblings = module.parent.variables["params"]
         holder = w.holder if isinstance(w, FusedPart) else module.name

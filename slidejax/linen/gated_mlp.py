@@ -1,7 +1,8 @@
-"""Gated MLPs of transformers' Flax models, run as a whole: the gate's product is part of the input of `down_proj`.
+"""Gated MLPs of transformers' Flax models, run as a whole.
 
-A block computes `down(up(x) * act(gate(x)))`. Where `down_proj` is 8-bit and sparse, the kernel that quantises its rows
-computes the gate's product too. XLA would write that product to memory and read it again.
+A block computes `down(up(x) * act(gate(x)))`. Where `down_proj` is 8-bit and sparse, the kernel
+that quantises its rows computes the gate's product too. XLA would write that product to memory and
+read it again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from slidejax.weights.packed import SlideWeight
 
 __all__ = ["run_gated_mlp"]
 
-# The bodies of these blocks. They go by name, because transformers need not be installed.
+# The functions that run these blocks. They go by their names, because transformers need not be
+# installed.
 _BODIES = frozenset(
     f"transformers.models.{name}.modeling_flax_{name}.Flax{name.capitalize()}MLP.__call__"
     for name in ("llama", "mistral", "gemma")
@@ -30,11 +32,15 @@ _BODIES = frozenset(
 
 
 def run_gated_mlp(args, kwargs, context) -> jax.Array | None:
-    """The result of the call that an interceptor is about to make, if it is one of a gated MLP that runs as a whole.
+    """Runs a gated MLP as a whole, if that is what an interceptor is about to call.
+
+    Args:
+      args, kwargs, context: those of the interceptor.
 
     Returns:
-      None for all other calls. Among them are MLPs whose gate and up are fused: XLA reads the parts of their product where
-      they are, and the kernel would need copies of them.
+      The block's result, or None if this is another call, or a block that runs layer by layer. MLPs
+      whose gate and up are fused run layer by layer: XLA reads the parts of their product in place,
+      and the kernel would need copies of them.
     """
     if len(args) != 1 or kwargs or body_name(context) not in _BODIES:
         return None

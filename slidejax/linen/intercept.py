@@ -1,4 +1,4 @@
-"""Running Linen models whose code is not ours: an interceptor computes the layers that own a packed weight."""
+"""Running unchanged Linen models: an interceptor computes the layers that own a packed weight."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ __all__ = ["Interceptor", "apply", "interceptor", "show_layers"]
 
 
 class Interceptor:
-    """For `nn.intercept_methods`, around one call of a model: layers whose kernel is packed run sparse.
+    """For `nn.intercept_methods`, around one call of a model: runs layers with packed kernels.
 
-    All other layers run as they are. In the MLPs of transformers' Llama, Mistral and Gemma the gate's product is computed
-    where the rows of `down_proj` are quantised. Make a new one for each call of the model: it holds the latest product of
-    fused layers (`slidejax.linen.fuse_projections`) until the call ends.
+    All other layers run as they are. In the MLPs of transformers' Llama, Mistral and Gemma the
+    gate's product is computed where the rows of `down_proj` are quantised. Make a new interceptor
+    for each call of the model, because it holds the latest product of fused layers
+    (`slidejax.linen.fuse_projections`).
 
-    `apply` enters one. Enter one yourself where the call of the model is not yours:
+    `apply` enters one. Enter one yourself where other code calls the model:
 
         with nn.intercept_methods(sj.linen.Interceptor()):
             logits = state.apply_fn(state.params, tokens)
@@ -51,10 +52,11 @@ class Interceptor:
 
 
 def interceptor(next_fun, args, kwargs, context):
-    """`Interceptor` without a memory, so that it serves any number of calls.
+    """An `Interceptor` without a memory, for any number of calls.
 
-    Each fused layer computes the product of all of them and takes its part. Under `jax.jit` XLA merges these products;
-    elsewhere an `Interceptor` for each call saves them.
+    Each of several fused layers computes the product of all of them and takes its part. XLA merges
+    equal products under `jax.jit`. Outside `jax.jit` an `Interceptor` for each call computes the
+    product once.
     """
     return Interceptor()(next_fun, args, kwargs, context)
 
@@ -65,7 +67,8 @@ def apply(model: nn.Module, variables: Mapping, *args, **kwargs) -> Any:
     Args:
       model: any Linen module, unchanged.
       variables: as `model.apply` takes them, from `slidejax.linen.convert`.
-      *args, **kwargs: of `model.apply`: inputs, `method`, `mutable`, `rngs`, `capture_intermediates`.
+      *args, **kwargs: of `model.apply`: inputs, `method`, `mutable`, `rngs`,
+        `capture_intermediates`.
 
     Returns:
       What `model.apply` returns.
@@ -82,7 +85,7 @@ def apply(model: nn.Module, variables: Mapping, *args, **kwargs) -> Any:
 
 
 def show_layers(next_fun, args, kwargs, context):
-    """For `nn.intercept_methods`: linear layers whose kernel is an array show their input and output.
+    """For `nn.intercept_methods`: linear layers with an array for a kernel show input and output.
 
     Calibration watches them (`slidejax.functional.watching_inputs`).
     """

@@ -1,4 +1,4 @@
-"""The linear layers of Flax Linen that can hold a packed weight: which axes of their kernels are inputs, and how they run."""
+"""The linear layers of Flax Linen that can hold a packed weight, and how they run with one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _einsum(module, x, einsum_str=None) -> tuple[Contraction, tuple[int, ...]]:
 
 
 def _conv1d(module, x) -> tuple[Contraction, tuple[int, ...]]:
-    """GPT-2's Conv1D in transformers: a dense layer whose kernel is stored as `[out, in]`."""
+    """Conv1D of transformers' GPT-2: a dense layer that stores its kernel as `[out, in]`."""
     return Contraction((), (1,), (0,), (), (jnp.ndim(x) - 1,)), (module.features,)
 
 
@@ -68,8 +68,9 @@ def _name(method: Callable) -> str:
     return f"{method.__module__}.{method.__qualname__}"
 
 
-# The body that runs says what a layer does with its kernel: a subclass that overrides `__call__` and calls the inherited
-# one is as good as the layer itself, one that does not is not known. By name, as transformers need not be installed.
+# A layer is known by the function that runs. So a subclass that overrides `__call__` is known if it
+# calls the inherited function, and not known if it does something else with the kernel. The
+# functions go by their names, because transformers need not be installed.
 _LAYERS: dict[str, Layer] = {
     _name(nn.Dense.__call__): _dense,
     _name(nn.DenseGeneral.__call__): _dense_general,
@@ -79,8 +80,15 @@ _LAYERS: dict[str, Layer] = {
 
 
 def layer_of(context) -> Layer | None:
-    """For an interceptor's context: `(module, x, *args, **kwargs) -> (contraction, output axes)` of the linear layer whose
-    `__call__` it is, or None. What is returned raises `Skipped` for a layer that cannot hold a packed weight."""
+    """The linear layer whose `__call__` an interceptor is about to run, or None.
+
+    Args:
+      context: the interceptor's context.
+
+    Returns:
+      `(module, x, *args, **kwargs) -> (contraction, sizes of the output axes)`, which raises
+      `Skipped` if the layer cannot hold a packed weight.
+    """
     return _LAYERS.get(body_name(context))
 
 
@@ -90,7 +98,7 @@ def body_name(context) -> str:
 
 
 def own_kernel(module: nn.Module) -> Any:
-    """The kernel of this very module as the module sees it, or None."""
+    """The kernel of this very module, as the module sees it, or None."""
     if module.scope is None or not module.has_variable("params", "kernel"):
         return None
     return nn.meta.unbox(module.get_variable("params", "kernel"))
@@ -139,7 +147,10 @@ def product(
     bias,
     implementation: str | None = None,
 ) -> jax.Array:
-    """The layer's result with this bias; dtypes are promoted as the layer does it, except that 8-bit values take no part."""
+    """A layer's result with a packed weight and this bias.
+
+    Dtypes are promoted as the layer promotes them, except that 8-bit values take no part.
+    """
     promote = getattr(module, "promote_dtype", nn.dtypes.promote_dtype)
     x, w, bias = promote_packed(lambda *arrays: promote(*arrays, dtype=module.dtype), x, w, bias)
     return contract(x, w, axes, features, bias, implementation)

@@ -20,24 +20,28 @@ __all__ = ["SlideDense", "pack_boxed"]
 
 
 class SlideDense(nn.Module):
-    """`nn.Dense` with a packed sparse kernel: a drop-in that prunes and packs when parameters are initialised.
+    """A drop-in for `nn.Dense` that prunes and packs its kernel when parameters are initialised.
 
-    The parameters are `{"kernel": SlideWeight, "bias": [features]}`. With `qdtype=None` the values are floats and can be
-    trained (`slidejax.partition`), the mask stays as it was at initialisation; 8-bit values have no gradient. With
-    `nn.with_partitioning` around `kernel_init` the names `(in, out)` are put on the leaves of the `SlideWeight`; the
-    name of the inputs only if they are whole blocks (`Pattern.block`), as K can be cut nowhere else.
+    The parameters are `{"kernel": SlideWeight, "bias": [features]}`. With `qdtype=None` the values
+    are floats and can be trained (`slidejax.partition`), and the mask stays as it was at
+    initialisation. 8-bit values have no gradient.
+
+    With `nn.with_partitioning` around `kernel_init`, the axis names `(in, out)` go to the leaves of
+    the `SlideWeight`. The inputs keep their name only if they are whole blocks (`Pattern.block`),
+    because K cannot be cut elsewhere.
 
     Attributes:
-      features: outputs.
+      features: the number of outputs.
       use_bias: whether to add a bias.
-      dtype: of the computation; None: promoted from input, bias and, unless they are 8-bit, values.
-      param_dtype: of the bias and of the kernel before packing.
-      kernel_init: of the dense kernel `[in, out]`, before it is pruned by magnitude.
-      bias_init: of the bias.
+      dtype: dtype of the computation. None promotes the input, the bias and, unless they are 8-bit,
+        the values.
+      param_dtype: dtype of the bias, and of the kernel before it is packed.
+      kernel_init: makes the kernel `[in, out]`, which is then pruned by magnitude.
+      bias_init: makes the bias.
       promote_dtype: as in `nn.Dense`.
       pattern: such as `"6:8"`.
-      qdtype: dtype of the values, see `slidejax.Rule`; None keeps `param_dtype`.
-      implementation: of `slidejax.linear`; None: the fastest that fits.
+      qdtype: dtype of the packed values, see `slidejax.Rule`. None keeps `param_dtype`.
+      implementation: as in `slidejax.linear`. None takes the fastest that fits.
 
     >>> layer = SlideDense(features=4, pattern="6:8", qdtype="int8")
     >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8)))
@@ -58,7 +62,7 @@ class SlideDense(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """`inputs` `[..., in]` to `[..., features]`.
+        """Computes `[..., features]` from inputs `[..., in]`.
 
         Raises:
           ValueError: if the parameter has another pattern or shape, or is not packed.
@@ -90,7 +94,8 @@ def _check_own(w: Any, pattern: Pattern, shape: tuple[int, int], path: str) -> N
     """Raises a ValueError unless the parameter is a packed weight of this pattern and shape."""
     if not isinstance(w, LinearWeight):
         raise ValueError(
-            f"{path} is a dense array of shape {jnp.shape(w)}; SlideDense takes a SlideWeight (slidejax.linen.convert)"
+            f"{path} is a dense array of shape {jnp.shape(w)}; SlideDense takes a SlideWeight "
+            "(slidejax.linen.convert)"
         )
     w.check(path)
     found = w.weight.pattern
@@ -113,7 +118,16 @@ def _init_kernel(init: Callable, rule: Rule, key, shape, dtype) -> SlideWeight:
 
 
 def pack_boxed(kernel, axes, make: Callable[[jax.Array], SlideWeight]) -> SlideWeight:
-    """`make(kernel)`; where the kernel is boxed with the names of its axes, the leaves of the result are."""
+    """Packs a kernel that may be boxed with the names of its axes; the leaves are then boxed, too.
+
+    Args:
+      kernel: an array, or an `nn.Partitioned` with one.
+      axes: the kernel's axes inside its layer.
+      make: packs the array.
+
+    Raises:
+      Skipped: if the kernel is boxed in another way.
+    """
     if not isinstance(kernel, nn.meta.AxisMetadata):
         return make(kernel)
     if not isinstance(kernel, nn.Partitioned):

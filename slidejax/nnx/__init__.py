@@ -1,4 +1,4 @@
-"""Flax NNX: `SlideLinear` and its kin, and converting models."""
+"""Flax NNX: `SlideLinear` and other layers with packed weights, and converting models."""
 
 from slidejax.nnx.conversion import convert, map_weights
 from slidejax.nnx.family import FAMILY, functional

@@ -30,21 +30,22 @@ __all__ = ["convert", "map_weights"]
 def convert(
     model: nnx.Module, rules, *, report: Report | None = None, prune: Prune | None = None
 ) -> nnx.Module:
-    """A model whose linear layers, as the rules choose, hold packed weights.
+    """A model in which the linear layers that the rules choose hold packed weights.
 
-    `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` (where it is a product of matrices) convert, also when `nnx.vmap` or
-    `nnx.scan` stacked them along the first axis; subclasses are skipped, as they may use their kernel in another way.
+    `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` (if it is a product of matrices) are
+    converted, also if `nnx.vmap` or `nnx.scan` stacked them along the first axis. Subclasses are
+    skipped, because they may use their kernel in another way.
 
     Args:
-      model: any NNX module; it stays as it is.
-      rules: see `slidejax.rules`, with paths such as `blocks/0/mlp/kernel`; a layer that is shared goes by its first
-        path. A single pattern or `Rule` is for all linear layers.
-      report: an empty `slidejax.Report`, filled in.
-      prune: `(kernel [..., in, out], pattern, path) -> mask`, or `(mask, kernel)`; None prunes by magnitude.
+      model: any NNX module. It stays as it is.
+      rules: see `slidejax.rules`, with paths such as `blocks/0/mlp/kernel`. A layer that is shared
+        has its first path. A single pattern or `Rule` is for all linear layers.
+      report: an empty `slidejax.Report`, which is filled in.
+      prune: how to prune a kernel (`slidejax.rules.Prune`). None prunes by magnitude.
 
     Returns:
-      A new model. Layers that were shared are shared, arrays that did not change are the same objects. On a GPU 8-bit
-      layers have their prepared forms (`slidejax.prepare`).
+      A new model. Layers that were shared are still shared, and arrays that did not change are the
+      same objects. On a GPU 8-bit layers have their prepared forms (`slidejax.prepare`).
 
     Raises:
       ValueError: for bad rules.
@@ -59,7 +60,8 @@ def convert(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"model must be a flax.nnx Module, got {type(model).__name__} (slidejax.linen.convert takes parameters)"
+            f"model must be a flax.nnx Module, got {type(model).__name__} "
+            "(slidejax.linen.convert takes parameters)"
         )
     rules, report = RuleSet(rules), Report() if report is None else report
     model = nnx.clone(model)
@@ -88,18 +90,18 @@ def convert(
     return model
 
 
-# --- one layer --------------------------------------------------------------------------------------------------------
+# --- one layer ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class _Done:
-    """A layer that was converted: what others that share its kernel need.
+    """A layer that was converted, for other layers that share its kernel.
 
     Attributes:
-      kernel: the Variable that it had. It is held here so that its id stays its own.
+      kernel: the Variable that the layer had. It is held here so that no other object gets its id.
       layer: the layer.
-      how: its class, the kernel's axes and the rule.
-      line: of the report.
+      how: the layer's class, the kernel's axes and the rule.
+      line: the layer's line in the report.
     """
 
     kernel: nnx.Variable
@@ -111,7 +113,7 @@ class _Done:
 def _convert_layer(
     layer, kernel: nnx.Variable, rule: Rule, path: str, prune: Prune | None, done: dict[int, _Done]
 ) -> Converted:
-    """Makes one layer sparse, in place: so every place of the model that holds it has the sparse one."""
+    """Packs the kernel of one layer, in place: the layer may be in several places of the model."""
     if type(layer) not in _LAYERS:
         raise Skipped(f"{type(layer).__name__} is not a linear layer that slidejax knows")
     cls, axes, shape = _LAYERS[type(layer)](layer)
@@ -120,7 +122,7 @@ def _convert_layer(
     if array.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise Skipped(f"its kernel is {np.dtype(array.dtype).name}")
     first = done.get(id(kernel))
-    if first is not None:  # tied: the layers go on sharing their Variables
+    if first is not None:  # tied layers go on sharing their Variables
         if first.how != how:
             raise Skipped(
                 f"it shares its kernel with {first.line.path}, which uses it in another way"
@@ -162,7 +164,7 @@ def _linear(layer):
 
 def _linear_general(layer):
     _own_product(layer, "dot_general", "dot_general_cls")
-    # any rank of the input will do: the kernel's axes do not depend on it
+    # the kernel's axes do not depend on the rank of the input, so any rank serves
     shape = (*layer.batch_axis.values(), *layer.in_features, *layer.out_features)
     return SlideLinearGeneral, general_contraction(layer, len(shape) + 1).kernel, shape
 
@@ -185,24 +187,26 @@ _LAYERS: dict[type, Callable] = {
 }
 
 
-# --- other weights ----------------------------------------------------------------------------------------------------
+# --- other weights --------------------------------------------------------------------------------
 
 
 def map_weights(model: nnx.Module, fn: Callable[[dict[str, Any]], dict[str, Any]]) -> nnx.Module:
-    """A model whose packed weights went through a function of trees, such as those of `slidejax.adapters` and
-    `slidejax.trainable`:
+    """Applies a function of trees to the packed weights of a model.
 
-        model = sj.nnx.map_weights(model, functools.partial(sj.adapters.add, rank=8))    # nnx.LoRAParam: what is trained
-        model = sj.nnx.map_weights(model, sj.adapters.merge)
-        model = sj.nnx.map_weights(model, sj.trainable.masters)      # float32 nnx.Param that runs in 8 bit
+    Such functions are those of `slidejax.adapters` and `slidejax.trainable`:
+
+        add = functools.partial(sj.adapters.add, rank=8) model = sj.nnx.map_weights(model, add)
+        # trains nnx.LoRAParam model = sj.nnx.map_weights(model, sj.adapters.merge) model =
+        sj.nnx.map_weights(model, sj.trainable.masters)   # float32 nnx.Param that runs in 8 bit
         model = sj.nnx.map_weights(model, sj.trainable.deploy)
 
     Args:
-      model: from `convert`; it stays as it is.
-      fn: from `{path: weight}` to the same paths with other weights of the same shapes and masks.
+      model: a model from `convert`. It stays as it is.
+      fn: a function of `{path: weight}`. It returns the same paths with other weights of the same
+        shapes and masks.
 
     Returns:
-      A new model. Layers that shared a weight share it.
+      A new model. Layers that shared a weight still share it.
     """
     model = nnx.clone(model)
     layers = [

@@ -41,13 +41,15 @@ def functional(model: nnx.Module, params: dict | None = None, example: tuple = (
 
     Args:
       model: the module; it stays as it is.
-      params: nested dicts to use in place of the module's own state.
+      params: nested dicts that take the place of the module's own state.
       example: not needed.
 
     >>> import jax.numpy as jnp
     >>> dense = functional(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
-    >>> dense.run(dense.params, jnp.ones((2, 8))).shape, dense.pack(dense.params, "6:8").kernel.shape
-    ((2, 4), (8, 4))
+    >>> dense.run(dense.params, jnp.ones((2, 8))).shape
+    (2, 4)
+    >>> dense.pack(dense.params, "6:8").kernel.shape
+    (8, 4)
     """
     graph, state = nnx.split(model)
     showing = nnx.clone(model)

@@ -1,7 +1,8 @@
-"""NNX layers that hold a packed weight: `SlideLinear`, and what `convert` makes of other linear layers.
+"""NNX layers that hold a packed weight: `SlideLinear`, and the layers that `convert` makes.
 
-A layer keeps its packed weight in Variables: float values in a `Param`, so that `nnx.grad`, optax and `nnx.split` see what
-can be trained and nothing else; 8-bit values, zeros and scale in `Packed`.
+A layer keeps its packed weight in Variables. Float values are a `Param`, so that `nnx.grad`, optax
+and `nnx.split` see everything that can be trained, and nothing else. 8-bit values, zeros and scale
+are `Packed`.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ __all__ = [
 
 
 class Packed(nnx.Variable):
-    """What a packed weight holds that has no gradient: zeros, scale, 8-bit values, prepared forms."""
+    """A part of a packed weight without gradient: zeros, scale, 8-bit values, prepared forms."""
 
 
 class SlideLayer(nnx.Module):
-    """A layer with a packed kernel; `values`, `zeros`, `scale` and `prepared` are its Variables.
+    """A layer with a packed kernel. Its Variables are `values`, `zeros`, `scale` and `prepared`.
 
-    With a master weight `values` are its float32 values and `master` the dtype that they run in; with an adapter there are
-    `lora_a` and `lora_b` too.
+    With a master weight `values` are its float32 values, and `master` is the dtype that they run
+    in. With an adapter there are also `lora_a` and `lora_b`.
     """
 
     implementation: str | None = None
@@ -58,7 +59,13 @@ class SlideLayer(nnx.Module):
         kernel_shape: tuple[int, ...]
 
     def hold(self, w: SlideWeight, kernel: nnx.Variable, axes) -> None:
-        """Takes `w` in place of the Variable `kernel`, whose axis names go over to the leaves."""
+        """Takes a packed weight in the place of its kernel.
+
+        Args:
+          w: the packed weight.
+          kernel: the Variable of the kernel. Its axis names go to the leaves.
+          axes: the kernel's axes inside the layer.
+        """
         metadata = kernel.get_metadata()
         kept = {
             name: metadata[name]
@@ -81,7 +88,10 @@ class SlideLayer(nnx.Module):
         self.pattern, self.kernel_features = w.pattern, w.in_features
 
     def replace_kernel(self, w: LinearWeight) -> None:
-        """Takes another weight of the same shape, pattern and mask; Variables keep their metadata."""
+        """Takes another weight of the same shape, pattern and mask.
+
+        Variables keep their metadata.
+        """
         packed = w.weight
         self.master = w.qdtype if isinstance(w, MasterWeight) else None
         for name in ("values", "zeros", "scale"):
@@ -98,7 +108,7 @@ class SlideLayer(nnx.Module):
         self.lora_b = nnx.data(None if adapted is None else nnx.LoRAParam(adapted.lora_b))
 
     def share(self, first: SlideLayer) -> None:
-        """Takes the Variables of another layer, and what is static about its weight."""
+        """Takes the weight of another layer: its Variables, and the static parts."""
         for name in (
             "values",
             "zeros",
@@ -117,7 +127,7 @@ class SlideLayer(nnx.Module):
 
     @property
     def kernel(self) -> LinearWeight:
-        """The packed weight, and what is around it, from the layer's Variables."""
+        """The weight that the layer's Variables hold."""
         prepared = {} if self.prepared is None else dict(self.prepared.get_value())
         values, zeros, scale = (
             variable.get_value() for variable in (self.values, self.zeros, self.scale)
@@ -142,25 +152,26 @@ class SlideLayer(nnx.Module):
 
 
 class SlideLinear(SlideLayer):
-    """`nnx.Linear` with a packed sparse kernel: a drop-in that prunes and packs when it is made.
+    """A drop-in for `nnx.Linear` that prunes and packs its kernel when it is made.
 
-    With `qdtype=None` the values are a `Param` and can be trained, the mask stays as it is; 8-bit values are `Packed` and
-    have no gradient. `kernel` gives the `SlideWeight`.
+    With `qdtype=None` the values are a `Param` and can be trained, and the mask stays as it is.
+    8-bit values are `Packed` and have no gradient. `kernel` gives the `SlideWeight`.
 
     Args:
-      in_features, out_features: the sizes.
+      in_features, out_features: the numbers of inputs and outputs.
       pattern: such as `"6:8"`.
-      qdtype: dtype of the values, see `slidejax.Rule`; None keeps `param_dtype`.
+      qdtype: dtype of the packed values, see `slidejax.Rule`. None keeps `param_dtype`.
       use_bias: whether to add a bias.
-      dtype: of the computation; None: promoted from input, bias and, unless they are 8-bit, values.
-      param_dtype: of the bias and of the kernel before packing.
-      kernel_init: of the dense kernel `[in, out]`, before it is pruned by magnitude.
-      bias_init: of the bias.
+      dtype: dtype of the computation. None promotes the input, the bias and, unless they are 8-bit,
+        the values.
+      param_dtype: dtype of the bias, and of the kernel before it is packed.
+      kernel_init: makes the kernel `[in, out]`, which is then pruned by magnitude.
+      bias_init: makes the bias.
       promote_dtype: as in `nnx.Linear`.
-      implementation: of `slidejax.linear`; None: the fastest that fits.
+      implementation: as in `slidejax.linear`. None takes the fastest that fits.
       rngs: the keys.
-      kernel_metadata, bias_metadata: of the Variables; `out_sharding` names the axes `(in, out)` of the dense kernel, and
-        they are put on the packed leaves.
+      kernel_metadata, bias_metadata: metadata of the Variables. `out_sharding` names the axes `(in,
+        out)` of the kernel; the names go to the packed leaves.
 
     Raises:
       ValueError: for a bad pattern or dtype.
@@ -208,12 +219,12 @@ class SlideLinear(SlideLayer):
         self.implementation = implementation
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
-        """`[..., in_features]` to `[..., out_features]`."""
+        """Computes `[..., out_features]` from inputs `[..., in_features]`."""
         return self._run(inputs, Contraction.dense(inputs.ndim), (self.out_features,), out_sharding)
 
 
 class SlideLinearGeneral(SlideLayer):
-    """What `convert` makes of an `nnx.LinearGeneral`."""
+    """An `nnx.LinearGeneral` with a packed kernel, made by `convert`."""
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         return self._run(
@@ -222,7 +233,7 @@ class SlideLinearGeneral(SlideLayer):
 
 
 class SlideEinsum(SlideLayer):
-    """What `convert` makes of an `nnx.Einsum` that is a product of matrices."""
+    """An `nnx.Einsum` with a packed kernel, made by `convert`."""
 
     def __call__(
         self, inputs: jax.Array, einsum_str: str | None = None, out_sharding=None
