@@ -23,7 +23,7 @@ from slidejax.linen.intercept import apply
 from slidejax.linen.known import layer_of, own_kernel, split_input
 from slidejax.linen.layer import pack_boxed
 from slidejax.rules import Converted, Prune, Report, Rule, RuleSet, Skipped, nbytes, pack_by_rule
-from slidejax.weights.packed import LinearWeight, SlideWeight
+from slidejax.weights.packed import LinearWeight, SlideWeight, TreeLayout
 
 __all__ = ["convert"]
 
@@ -125,7 +125,7 @@ def _pack_kernels(
         path = "/".join(map(str, key))
         try:
             rule = rules.match(path)
-            if isinstance(leaf, LinearWeight):
+            if isinstance(leaf, (LinearWeight, TreeLayout)):
                 raise Skipped("it is packed already")
             kernel = leaf.value if isinstance(leaf, nn.Partitioned) else nn.meta.unbox(leaf)
             axes = axes_of(key, path, jnp.shape(kernel))

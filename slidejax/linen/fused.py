@@ -13,9 +13,7 @@ from slidejax.contraction import Contraction
 from slidejax.linen.known import product, run_layer
 from slidejax.variants.projections import FusedPart, FusedWeight
 
-__all__ = ["FUSED", "FusedProduct"]
-
-FUSED = (FusedWeight, FusedPart)
+__all__ = ["FusedProduct"]
 
 
 class FusedProduct:
@@ -43,9 +41,8 @@ class FusedProduct:
         """
         siblings = module.parent.variables["params"]
         holder = w.holder if isinstance(w, FusedPart) else module.name
-        held: FusedWeight = siblings[holder]["kernel"].check(
-            "/".join((*module.parent.path, holder, "kernel"))
-        )
+        held: FusedWeight = siblings[holder]["kernel"]
+        held.fused.check("/".join((*module.parent.path, holder, "kernel")))
         if axes != Contraction.dense(jnp.ndim(x)):
             return run_layer(module, held.part(module.name), axes, features, x)
         key = (

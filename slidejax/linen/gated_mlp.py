@@ -14,12 +14,11 @@ import flax.linen as nn
 import jax
 
 from slidejax.contraction import promote_packed
-from slidejax.linen.fused import FUSED
 from slidejax.linen.known import body_name, kernel_path, own_kernel
 from slidejax.ops.linear import linear
 from slidejax.ops.prologue import GLU
 from slidejax.weights import numerics
-from slidejax.weights.packed import SlideWeight
+from slidejax.weights.packed import SlideWeight, TreeLayout
 
 __all__ = ["run_gated_mlp"]
 
@@ -52,7 +51,7 @@ def run_gated_mlp(args, kwargs, context) -> jax.Array | None:
         or not isinstance(w, SlideWeight)
         or not numerics.is_quantized(w.dtype)
         or down.use_bias
-        or isinstance(own_kernel(module.gate_proj), FUSED)
+        or isinstance(own_kernel(module.gate_proj), TreeLayout)
     ):
         return None
     w.check(kernel_path(down))

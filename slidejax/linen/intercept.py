@@ -9,10 +9,11 @@ import flax.linen as nn
 import jax
 
 from slidejax import functional
-from slidejax.linen.fused import FUSED, FusedProduct
+from slidejax.linen.fused import FusedProduct
 from slidejax.linen.gated_mlp import run_gated_mlp
 from slidejax.linen.known import kernel_path, layer_of, own_kernel, run_layer, split_input
 from slidejax.rules import Skipped
+from slidejax.variants.projections import FusedPart, FusedWeight
 from slidejax.weights.packed import LinearWeight
 
 __all__ = ["Interceptor", "apply", "interceptor", "show_layers"]
@@ -41,12 +42,13 @@ class Interceptor:
             return y
         layer = layer_of(context)
         w = own_kernel(context.module) if layer is not None else None
-        if layer is None or not isinstance(w, (LinearWeight, *FUSED)):
+        if layer is None or not isinstance(w, (LinearWeight, FusedWeight, FusedPart)):
             return next_fun(*args, **kwargs)
-        w.check(kernel_path(context.module))
+        if isinstance(w, LinearWeight):
+            w.check(kernel_path(context.module))
         x, args, kwargs = split_input(args, kwargs)
         axes, features = layer(context.module, x, *args, **kwargs)
-        if isinstance(w, FUSED):
+        if not isinstance(w, LinearWeight):
             return self._product.part(context.module, w, axes, features, x)
         return run_layer(context.module, w, axes, features, x)
 

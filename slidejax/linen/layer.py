@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from slidejax.contraction import Contraction, axis_names
 from slidejax.linen.known import kernel_path, own_kernel, run_layer
 from slidejax.rules import Rule, Skipped
-from slidejax.weights.packed import LinearWeight, SlideWeight, pack
+from slidejax.weights.packed import LinearWeight, SlideWeight, TreeLayout, pack
 from slidejax.weights.pattern import Pattern
 
 __all__ = ["SlideDense", "pack_boxed"]
@@ -92,6 +92,8 @@ class SlideDense(nn.Module):
 
 def _check_own(w: Any, pattern: Pattern, shape: tuple[int, int], path: str) -> None:
     """Raises a ValueError unless the parameter is a packed weight of this pattern and shape."""
+    if isinstance(w, TreeLayout):
+        raise w.not_a_weight()
     if not isinstance(w, LinearWeight):
         raise ValueError(
             f"{path} is a dense array of shape {jnp.shape(w)}; SlideDense takes a SlideWeight "

@@ -1,11 +1,16 @@
 """Linear layers that read the same input as one product: q, k and v; gate and up.
 
-Three products of few rows cost three launches and lift the same rows three times; one product of the three kernels, one above the
-other, costs one. `fuse` puts the packed kernels of such layers together in a tree of parameters, in place of the first one's, and
-`slidejax.linen.interceptor` then computes all of them when the first is called, and hands out the parts: a layer that turns
-out to be called with something else multiplies with its own part of the weight. So the result is that of the layers, always.
+Three products of few rows cost three launches, and lift the same rows three times. One product with
+the three kernels, one above the other, costs one launch and one lift. `fuse` puts the packed
+kernels of such layers together in a tree of parameters. This is another layout of the tree: a
+`FusedWeight` takes the place of the first kernel, a `FusedPart` the places of the others.
 
-The names are those of diffusers' `fuse_qkv_projections`; servers such as vLLM do the same when they load a model.
+`slidejax.linen.Interceptor` computes the product when the first of these layers is called, and
+hands out its parts. A layer that is called with another input computes the product anew. So the
+results are always those of the layers.
+
+The names follow diffusers' `fuse_qkv_projections`. Servers such as vLLM do the same when they load
+a model.
 """
 
 from __future__ import annotations
@@ -21,11 +26,12 @@ import numpy as np
 from flax.core import FrozenDict, freeze, unfreeze
 
 from slidejax.variants.prepared import prepare
-from slidejax.weights.packed import SlideWeight, WrappedWeight
+from slidejax.weights.packed import SlideWeight, TreeLayout
 
 __all__ = ["GROUPS", "FusedPart", "FusedWeight", "fuse", "unfuse", "unfuse_module"]
 
-# Names of layers in one module that are called with the same array, in the models of transformers and of Flax.
+# Names of layers in one module that are called with the same array, in models of transformers and
+# of Flax.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 
 _INSTEAD = (
@@ -35,33 +41,21 @@ _INSTEAD = (
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
-class FusedWeight(WrappedWeight):
-    """The packed kernels of several layers, one above the other, in place of the first layer's.
+class FusedWeight(TreeLayout):
+    """The packed kernels of several layers, one above the other, in the place of the first kernel.
 
     Attributes:
-      fused: `SlideWeight` of all outputs.
+      fused: a `SlideWeight` with the outputs of all layers.
       layers: the layers' names, in order. Static.
-      sizes: outputs of each. Static.
+      sizes: the number of outputs of each layer. Static.
     """
 
     fused: SlideWeight
     layers: tuple[str, ...]
     sizes: tuple[int, ...]
 
-    @property
-    def packed(self) -> SlideWeight:
-        return self.fused
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.fused.shape
-
-    def check(self, name: str = "w") -> FusedWeight:
-        self.fused.check(name)
-        return self
-
     def bounds(self, layer: str) -> tuple[int, int]:
-        """First output of a layer, and the first of the one after."""
+        """The first output of a layer, and the first output after it."""
         ends = (0, *accumulate(self.sizes))
         index = self.layers.index(layer)
         return ends[index], ends[index + 1]
@@ -77,13 +71,8 @@ class FusedWeight(WrappedWeight):
             prepared={},
         )
 
-    def linear(
-        self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None
-    ) -> jax.Array:
-        raise ValueError(f"this kernel holds those of {', '.join(self.layers)}: {_INSTEAD}")
-
-    def trained(self) -> FusedWeight:
-        return jax.tree.map(lambda leaf: False, self)  # it serves
+    def not_a_weight(self) -> ValueError:
+        return ValueError(f"this kernel holds those of {', '.join(self.layers)}: {_INSTEAD}")
 
     def tree_flatten_with_keys(self):
         return ((jax.tree_util.GetAttrKey("fused"), self.fused),), (self.layers, self.sizes)
@@ -95,8 +84,8 @@ class FusedWeight(WrappedWeight):
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class FusedPart(WrappedWeight):
-    """What stands in place of the kernels that were put into another layer's; it holds no arrays.
+class FusedPart(TreeLayout):
+    """Takes the place of a kernel that is held in another layer's. It has no arrays.
 
     Attributes:
       holder: the name of the layer that has the `FusedWeight`.
@@ -104,46 +93,37 @@ class FusedPart(WrappedWeight):
 
     holder: str
 
-    @property
-    def packed(self) -> SlideWeight:
-        raise ValueError(f"this kernel is in the one of {self.holder}: {_INSTEAD}")
-
-    def linear(
-        self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None
-    ) -> jax.Array:
-        return self.packed  # type: ignore[return-value]  # raises
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.packed.shape  # raises
-
-    def check(self, name: str = "w") -> FusedPart:
-        return self
-
-    def trained(self) -> FusedPart:
-        return self
+    def not_a_weight(self) -> ValueError:
+        return ValueError(f"this kernel is in the one of {self.holder}: {_INSTEAD}")
 
 
 def fuse(params: Any, groups: Sequence[Sequence[str]] = GROUPS) -> Any:
     """Puts the packed kernels of layers that read the same input together.
 
     Args:
-      params: nested mappings, such as the parameters or the variables of a converted Linen or Hugging Face Flax model.
-      groups: names of layers of one module that belong together, in any number; a group is fused wherever all of its layers have packed kernels
-        `[in, out]` of one pattern, dtype and number of inputs.
+      params: nested mappings, such as the parameters or the variables of a converted Linen or
+        Hugging Face Flax model.
+      groups: for each group the names of its layers, which are in one module. A group is fused
+        wherever all of its layers have packed kernels `[in, out]` with the same pattern, dtype and
+        number of inputs.
 
     Returns:
-      A tree of the same kind for `slidejax.linen.apply`, whose memory is that of `params`: prepared forms are made anew where there were any. What does not fit stays as
-      it is. To train, shard or convert it, take it apart first (`unfuse`); `slidejax.checkpoint.save` does so itself.
+      A tree of the same kind for `slidejax.linen.apply`, with the same memory. Kernels that had
+      prepared forms get them for the fused kernel. Layers that do not fit together stay as they
+      are. To train, shard or convert the tree, take it apart first (`unfuse`);
+      `slidejax.checkpoint.save` takes it apart itself.
 
     Raises:
       ValueError: if a group names a layer twice, or fewer than two.
 
     >>> from slidejax import pack
-    >>> params = {name: {"kernel": pack(jnp.ones((64, 8)), "6:8", dtype="int8")} for name in ("gate_proj", "up_proj", "down_proj")}
+    >>> w = pack(jnp.ones((64, 8)), "6:8", dtype="int8")
+    >>> params = {name: {"kernel": w} for name in ("gate_proj", "up_proj", "down_proj")}
     >>> fused = fuse(params)
-    >>> fused["gate_proj"]["kernel"].shape, fused["up_proj"]["kernel"], fused["down_proj"]["kernel"].shape
-    ((64, 16), FusedPart(holder='gate_proj'), (64, 8))
+    >>> fused["gate_proj"]["kernel"].fused.shape, fused["up_proj"]["kernel"]
+    ((64, 16), FusedPart(holder='gate_proj'))
+    >>> fused["down_proj"]["kernel"].shape
+    (64, 8)
     """
     for group in groups:
         if len(group) < 2 or len(set(group)) < len(group):
@@ -152,7 +132,7 @@ def fuse(params: Any, groups: Sequence[Sequence[str]] = GROUPS) -> Any:
 
 
 def unfuse(params: Any) -> Any:
-    """The inverse of `fuse`: every layer has its own kernel again, without prepared forms."""
+    """The inverse of `fuse`: each layer has its own kernel again, without prepared forms."""
     return _map_modules(params, unfuse_module)
 
 
@@ -194,7 +174,7 @@ def _fuse_module(module: dict, groups: Sequence[Sequence[str]]) -> dict:
             isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
             for leaf in jax.tree.leaves(kernels)
         ):
-            continue  # boxed with the names of mesh axes
+            continue  # its leaves are boxed with the names of mesh axes
         one_above_the_other = {
             name: jnp.concatenate([getattr(w, name) for w in kernels])
             for name in ("values", "zeros", "scale")
@@ -210,7 +190,7 @@ def _fuse_module(module: dict, groups: Sequence[Sequence[str]]) -> dict:
 
 
 def unfuse_module(module: Mapping) -> Mapping:
-    """The parameters of one module with every layer's own kernel; the same object if nothing in it is fused."""
+    """The parameters of one module with a kernel for each layer; the same object if all have one."""
     for layer in tuple(module):
         w = _kernel(module, layer)
         if isinstance(w, FusedWeight):

@@ -32,7 +32,13 @@ from slidejax.ops.linear import linear
 from slidejax.ops.sparse_matmul import values_gradient
 from slidejax.weights import numerics
 from slidejax.weights.layout import scatter_values
-from slidejax.weights.packed import LinearWeight, SlideWeight, WrappedWeight, quantize
+from slidejax.weights.packed import (
+    LinearWeight,
+    SlideWeight,
+    TreeLayout,
+    WrappedWeight,
+    quantize,
+)
 from slidejax.weights.pattern import Pattern
 
 __all__ = ["MasterWeight", "combine", "deploy", "map_wrapped", "masters", "partition"]
@@ -40,7 +46,7 @@ __all__ = ["MasterWeight", "combine", "deploy", "map_wrapped", "masters", "parti
 Selection = str | re.Pattern | Callable[[str], bool] | None
 
 
-# --- partition and combine --------------------------------------------------------------------------------------------
+# --- partition and combine ------------------------------------------------------------------------
 
 
 def partition(tree: Any, trained: Selection = None) -> tuple[Any, Any]:
@@ -114,18 +120,20 @@ def path_of(keys) -> str:
 
 
 def is_packed(node) -> bool:
-    """Whether a node of a tree is a weight of slidejax's."""
-    return isinstance(node, LinearWeight)
+    """Whether a node of a tree takes the place of a kernel: a weight of slidejax, or a layout of such weights."""
+    return isinstance(node, (LinearWeight, TreeLayout))
 
 
 def _trained(node):
     """For a leaf whether it can be trained; for a weight the same for each of its leaves."""
     if isinstance(node, LinearWeight):
         return node.trained()
+    if isinstance(node, TreeLayout):
+        return jax.tree.map(lambda _: False, node)  # it serves
     return hasattr(node, "dtype") and jnp.issubdtype(node.dtype, jnp.floating)
 
 
-# --- master weights ---------------------------------------------------------------------------------------------------
+# --- master weights -------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -262,7 +270,9 @@ _straight_through.defvjp(_forward, _backward)
 
 def map_wrapped(fn: Callable[[Any], Any], tree: Any) -> Any:
     """Applies `fn` to every `LinearWeight` of a tree; other leaves stay."""
-    return jax.tree.map(lambda node: fn(node) if is_packed(node) else node, tree, is_leaf=is_packed)
+    return jax.tree.map(
+        lambda node: fn(node) if isinstance(node, LinearWeight) else node, tree, is_leaf=is_packed
+    )
 
 
 def masters(tree: Any, qdtype: Any = None) -> Any:

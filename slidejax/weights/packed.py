@@ -34,6 +34,7 @@ from slidejax.weights.pattern import Pattern
 __all__ = [
     "LinearWeight",
     "SlideWeight",
+    "TreeLayout",
     "WrappedWeight",
     "check_weight",
     "pack",
@@ -123,6 +124,18 @@ class WrappedWeight(LinearWeight):
         reduce_axis: Any = None,
     ) -> jax.Array:
         """The product; arguments and result are those of `slidejax.linear`."""
+
+
+class TreeLayout(abc.ABC):
+    """A node that takes the place of a kernel and is no weight: it says where weights are held.
+
+    It is a pytree (`slidejax.variants.projections`). Code that multiplies with weights, trains them
+    or adds to them takes the layout apart first.
+    """
+
+    @abc.abstractmethod
+    def not_a_weight(self) -> ValueError:
+        """The error for code that wants a weight in its place."""
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -475,6 +488,8 @@ def _unpack(w: SlideWeight) -> jax.Array:
 
 def check_weight(w, name: str = "w") -> SlideWeight:
     """Returns `w` if it is a sound `SlideWeight`; raises TypeError or ValueError otherwise."""
+    if isinstance(w, TreeLayout):
+        raise w.not_a_weight()
     if not isinstance(w, SlideWeight):
         raise TypeError(f"{name} must be a SlideWeight (see slidejax.pack), got {type(w).__name__}")
     return w.check(name)
