@@ -1,7 +1,8 @@
-"""How a layer contracts its input with its kernel, so that a kernel of any shape is packed as `[..., in, out]` and run.
+"""How a layer contracts its input with its kernel: kernels of any shape are packed and run.
 
-Dense, DenseGeneral (LinearGeneral in NNX), Einsum and GPT-2's Conv1D all are one `lax.dot_general`; they differ in which
-axes of the kernel are batch, input and output axes, and in the order of the axes of the result.
+Dense, DenseGeneral (LinearGeneral in NNX), Einsum and GPT-2's Conv1D all compute one
+`lax.dot_general`. They differ in the axes of the kernel that are batch, input and output axes, and
+in the order of the result's axes. A kernel is packed as `[..., in, out]`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = [
     "to_matrix",
 ]
 
-# the batch, input and output axes of a kernel inside its layer
+# The batch, input and output axes of a kernel inside its layer.
 Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
@@ -41,7 +42,8 @@ class Contraction:
     Attributes:
       kernel_batch, kernel_in, kernel_out: the axes of the kernel.
       x_batch, x_in: the axes of x that go with `kernel_batch` and `kernel_in`, in the same order.
-      result: for each axis of the result, its place in (batch, other axes of x, outputs); None: it is in that order.
+      result: for each axis of the result, its place in (batch, other axes of x, outputs). None: the
+        result has that order.
     """
 
     kernel_batch: tuple[int, ...]
@@ -53,19 +55,25 @@ class Contraction:
 
     @classmethod
     def dense(cls, x_ndim: int) -> Contraction:
-        """The last axis of x with the first of `[in, out]`."""
+        """Contracts the last axis of x with the first axis of a kernel `[in, out]`."""
         return cls((), (0,), (1,), (), (x_ndim - 1,))
 
     @classmethod
     def general(
         cls, x_ndim: int, axis: tuple[int, ...], batch: tuple[int, ...], features: int
     ) -> Contraction:
-        """Flax's DenseGeneral and LinearGeneral: a kernel `[*batch, *inputs, *features]`; axes may be negative.
+        """The contraction of Flax's DenseGeneral and LinearGeneral.
 
-        `features` is the number of output axes.
+        Their kernels are `[*batch, *inputs, *features]`.
+
+        Args:
+          x_ndim: the rank of x.
+          axis: the input axes of x, which may be negative.
+          batch: the batch axes of x, which may be negative.
+          features: the number of output axes.
         """
 
-        def normalized(axes):  # sorted, as Flax does it
+        def normalized(axes):  # sorted, as Flax sorts them
             return tuple(sorted(a % x_ndim for a in axes))
 
         n_batch, n_in = len(batch), len(axis)
@@ -79,10 +87,13 @@ class Contraction:
 
     @classmethod
     def einsum(cls, equation: str, x_ndim: int) -> Contraction:
-        """An einsum of x and the kernel, such as `"btnh,nhd->btd"`; x may have an ellipsis.
+        """The contraction of an einsum of x and the kernel, such as `"btnh,nhd->btd"`.
+
+        x may have an ellipsis.
 
         Raises:
-          Skipped: if it is more than a product of matrices (sums over an axis of one operand, diagonals).
+          Skipped: if the einsum is more than a product of matrices (a sum over an axis of one
+            operand, a diagonal).
         """
         x, kernel, result = _parse_einsum(equation, x_ndim)
         batch = [c for c in kernel if c in x and c in result]
@@ -113,7 +124,10 @@ class Contraction:
         return sum(map(len, self.kernel))
 
     def bias_order(self) -> tuple[int, ...]:
-        """For each axis of (batch, outputs), its place among the axes of a bias that has the result's order (Einsum)."""
+        """The axes of a bias in the order (batch, outputs).
+
+        The bias of an Einsum has the order of the result: this gives the place of each axis in it.
+        """
         n_batch, n_out = len(self.kernel_batch), len(self.kernel_out)
         if self.result is None:
             return tuple(range(n_batch + n_out))
@@ -144,10 +158,12 @@ def _parse_einsum(equation: str, x_ndim: int) -> tuple[list[str], list[str], lis
 
 
 def to_matrix(kernel: jax.Array, axes: Axes) -> jax.Array:
-    """A kernel as `[..., in, out]`, its leading axes (of scan and vmap) and its own batch axes first.
+    """A kernel as `[..., in, out]`.
+
+    Leading axes (of scan and vmap) come first, then the batch axes.
 
     Args:
-      kernel: with any number of leading axes before those of the layer.
+      kernel: a kernel with any number of leading axes before the layer's own.
       axes: the layer's `Contraction.kernel`.
     """
     lead = kernel.ndim - sum(map(len, axes))
@@ -161,7 +177,13 @@ def to_matrix(kernel: jax.Array, axes: Axes) -> jax.Array:
 
 
 def from_matrix(matrix: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
-    """The inverse of `to_matrix` for a kernel without leading and batch axes: `[in, out]` to the kernel's own `shape`."""
+    """The inverse of `to_matrix` for a kernel without leading and batch axes.
+
+    Args:
+      matrix: `[in, out]`.
+      shape: the kernel's own shape.
+      axes: the layer's `Contraction.kernel`.
+    """
     order = axes[1] + axes[2]
     return jnp.transpose(
         matrix.reshape([shape[a] for a in order]), sorted(range(len(order)), key=order.__getitem__)
@@ -169,15 +191,16 @@ def from_matrix(matrix: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Ar
 
 
 def stacked_axes(shape: tuple[int, ...], layer_shape: tuple[int, ...], path: str) -> int:
-    """How many axes scan and vmap put before those of the layer.
+    """The number of axes that scan and vmap put before those of the layer.
 
     Args:
-      shape: of the kernel as the model holds it.
-      layer_shape: of the kernel inside its layer.
-      path: of the kernel, for errors.
+      shape: the kernel's shape in the model.
+      layer_shape: the kernel's shape inside its layer.
+      path: the kernel's path, for errors.
 
     Raises:
-      Skipped: if the layers are stacked along another axis than the first, or it cannot be told which one it is.
+      Skipped: if the layers are not stacked along the first axis, or if the shapes do not tell the
+        axis.
       ValueError: if the shapes do not belong together.
     """
     hidden = len(shape) - len(layer_shape)
@@ -196,22 +219,23 @@ def stacked_axes(shape: tuple[int, ...], layer_shape: tuple[int, ...], path: str
         )
     if len(ways) > 1:
         raise Skipped(
-            f"the axis along which its layers are stacked cannot be told from the others: shape {shape}"
+            "the axis along which its layers are stacked cannot be told from the others: "
+            f"shape {shape}"
         )
     return hidden
 
 
 def axis_names(w: SlideWeight, names: tuple, ndim: int, axes: Axes) -> SlideWeight:
-    """The PartitionSpecs of a packed weight, from the names of the axes of its kernel.
+    """The PartitionSpecs of a packed weight, from the names of its kernel's axes.
 
-    A flattened group of axes takes the name of its first axis. Inputs lose their name if they are not whole blocks, as K
-    can be cut nowhere else.
+    Axes that are flattened together take the name of the first of them. Inputs keep their name only
+    if they are whole blocks, because K cannot be cut elsewhere.
 
     Args:
-      w: with one array for each leaf.
-      names: of the kernel's axes; missing ones are None.
-      ndim: axes of the kernel.
-      axes: of the kernel inside its layer.
+      w: the packed weight.
+      names: the names of the kernel's axes. Names that are missing at the end are None.
+      ndim: the rank of the kernel.
+      axes: the kernel's axes inside its layer.
     """
     names = (*names, *(None,) * (ndim - len(names)))
     lead = ndim - sum(map(len, axes))
@@ -221,11 +245,16 @@ def axis_names(w: SlideWeight, names: tuple, ndim: int, axes: Axes) -> SlideWeig
 
 
 def promote_packed(promote: Callable[..., Any], x, w: LinearWeight, bias) -> tuple:
-    """`(x, w, bias)` promoted as a layer does it, except that 8-bit values, and what trains, take no part.
+    """The operands of a layer after its promotion of dtypes.
+
+    8-bit values and master values take no part.
 
     Args:
       promote: `(x, values, bias) -> (x, values, bias)`, where values may be None.
-      x, w, bias: the operands of the layer.
+      x, w, bias: the operands.
+
+    Returns:
+      `(x, w, bias)`.
     """
     values = w.promoted
     before = None if values is None else values.dtype
@@ -246,12 +275,12 @@ def contract(
     """The layer's result in x's dtype.
 
     Args:
-      x: the input as the layer gets it.
-      w: made by `to_matrix` and `pack`.
+      x: the layer's input.
+      w: the weight: the layer's kernel after `to_matrix` and `pack`.
       axes: the layer's contraction.
       features: sizes of the kernel's output axes.
-      bias: in the layer's own shape, or None.
-      implementation: of `slidejax.linear`.
+      bias: a bias in the layer's own shape, or None.
+      implementation: as in `slidejax.linear`.
 
     Raises:
       ValueError: if the shapes do not fit each other.

@@ -1,19 +1,22 @@
-"""Low-rank adapters on packed weights (LoRA, Hu et al., arXiv 2106.09685): the packed weight is frozen, what is trained is small.
+"""Low-rank adapters on packed weights (LoRA, Hu et al., arXiv 2106.09685).
 
-    y = linear(x, weight, bias) + (x @ a) @ b * scaling          a [in, rank], b [rank, out], scaling = alpha / rank
+The packed weight is frozen, and a small update of it is trained:
 
-The packed weight may be 8-bit: it runs as it will serve, and the adapter runs beside it in x's dtype. In a tree of
-parameters an `AdaptedWeight` takes the place of a `SlideWeight`, so Linen models, converted Hugging Face models and NNX
-layers run it unchanged:
+    y = linear(x, weight, bias) + (x @ a) @ b * scaling
+
+with `a` `[in, rank]`, `b` `[rank, out]` and `scaling = alpha / rank`. The packed weight may be
+8-bit. It runs as it will serve, and the adapter runs beside it in x's dtype. In a tree of
+parameters an `AdaptedWeight` takes the place of a `SlideWeight`, so Linen models, converted Hugging
+Face models and NNX layers run it unchanged:
 
     params = sj.adapters.add(params, rank=8, seed=0)
-    train, rest = sj.partition(params, sj.adapters.FACTORS)       # nothing but the factors
+    train, rest = sj.partition(params, sj.adapters.FACTORS)   # the factors and nothing else
     ...
-    params = sj.adapters.merge(params)                            # SlideWeights again, on the same mask
+    params = sj.adapters.merge(params)                        # SlideWeights again, on the same mask
 
-A product of two factors fills the whole kernel and the mask keeps a part of it, so merging changes the result unless the
-adapter was trained with `masked=True`: it then multiplies with the kept entries of `a @ b` only, at the price of making
-that kernel in each step.
+A product of two factors fills the whole kernel, and the mask keeps only a part of it. So merging
+changes the result, unless the adapter was trained with `masked=True`. It then multiplies with the
+kept entries of `a @ b` only, and computes that kernel in each step.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from slidejax.weights.packed import SlideWeight, WrappedWeight, quantize
 
 __all__ = ["FACTORS", "AdaptedWeight", "add", "extract", "merge"]
 
-# What `slidejax.partition` is given to train the factors of adapters and nothing else.
+# Given to `slidejax.partition`, it selects the factors of adapters and nothing else.
 FACTORS = r".*lora_[ab]"
 
 
@@ -43,11 +46,11 @@ class AdaptedWeight(WrappedWeight):
     """A packed weight and a low-rank update of it.
 
     Attributes:
-      base: the `SlideWeight`, of any dtype; it is not trained.
+      base: the `SlideWeight`, of any dtype. It is not trained.
       lora_a: `[..., in, rank]`, floating.
-      lora_b: `[..., rank, out]`, floating; zero at first, so that nothing is changed.
+      lora_b: `[..., rank, out]`, floating. It is zero at first, so that nothing changes.
       scaling: the factor of the update. Static.
-      masked: whether the update acts on the kept entries only, as it does once merged. Static.
+      masked: whether the update acts on the kept entries only, as it does after merging. Static.
 
     >>> from slidejax import pack
     >>> w = pack(jnp.ones((64, 4)), "6:8", dtype="int8")
@@ -88,7 +91,9 @@ class AdaptedWeight(WrappedWeight):
             outputs,
         ):
             raise ValueError(
-                f"{name}: factors of a weight of shape {self.base.shape} must be [..., in, rank] and [..., rank, out], got "
+                f"{name}: factors of a weight of shape {self.base.shape} must be "
+                "[..., in, rank] and "
+                f"[..., rank, out], got "
                 f"{jnp.shape(self.lora_a)} and {jnp.shape(self.lora_b)}"
             )
         return self
@@ -124,7 +129,7 @@ class AdaptedWeight(WrappedWeight):
 
 
 def _kept(kernel: jax.Array, w: SlideWeight) -> SlideWeight:
-    """The entries of a kernel `[..., in, out]` that a weight keeps, packed as it is."""
+    """The entries of a kernel `[..., in, out]` that a weight keeps, packed on the weight's mask."""
     values = kept_values(to_groups(kernel, w.pattern), w.zeros)
     return SlideWeight(
         values, w.zeros, jnp.ones(values.shape[:-2], jnp.float32), w.pattern, w.in_features
@@ -141,19 +146,21 @@ def add(
     dtype: Any = jnp.float32,
     seed: int = 0,
 ) -> Any:
-    """Puts an `AdaptedWeight` in the place of packed weights; at first it computes what they did.
+    """Puts an `AdaptedWeight` in the place of packed weights. At first it computes the same.
 
     Args:
       tree: any pytree with `SlideWeight`s.
-      rank: of the updates.
-      alpha: the updates are multiplied by `alpha / rank`; None: 1.
-      masked: whether they act on the kept entries only, so that `merge` changes nothing but rounding.
-      adapted: which weights: a regular expression for their '/'-joined path, or a function of it; None: all.
-      dtype: of the factors.
-      seed: of `lora_a`, which is normal with variance `1 / in`; `lora_b` is zero.
+      rank: the rank of the updates.
+      alpha: the updates are multiplied by `alpha / rank`. None multiplies them by 1.
+      masked: whether the updates act on the kept entries only, so that `merge` changes nothing but
+        rounding.
+      adapted: which weights to adapt: a regular expression for their '/'-joined path, or a function
+        of it. None adapts all.
+      dtype: dtype of the factors.
+      seed: seed for `lora_a`, which is normal with variance `1 / in`. `lora_b` is zero.
 
     Returns:
-      The tree; other leaves stay.
+      The tree. Other leaves stay.
 
     Raises:
       ValueError: for a rank that is not positive, or if no weight is selected.
@@ -181,12 +188,15 @@ def add(
 
 
 def merge(tree: Any) -> Any:
-    """Adds every update to the kept values of its weight; 8-bit weights are quantised again, with new scales.
+    """Adds each update to the kept values of its weight.
 
-    The mask stays, so the entries of an update where the weight keeps nothing are lost (none, with `masked=True`).
+    8-bit weights are quantised again, with new scales.
+
+    The mask stays, so the entries of an update where the weight keeps nothing are lost. With
+    `masked=True` there are none.
 
     Returns:
-      The tree with `SlideWeight`s; prepared forms are dropped.
+      The tree with `SlideWeight`s, without prepared forms.
     """
     return jax.tree.map(
         lambda w: _merge(w) if isinstance(w, AdaptedWeight) else w, tree, is_leaf=is_packed
@@ -212,7 +222,11 @@ def _merge(w: AdaptedWeight) -> SlideWeight:
 
 
 def extract(tree: Any) -> dict[str, dict[str, jax.Array]]:
-    """The factors of every adapter by the path of its weight, to save beside the model: `{path: {"lora_a", "lora_b"}}`."""
+    """The factors of all adapters, to save beside the model.
+
+    Returns:
+      `{path: {"lora_a": ..., "lora_b": ...}}`.
+    """
     return {
         path_of(keys): {"lora_a": w.lora_a, "lora_b": w.lora_b}
         for keys, w in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_packed)

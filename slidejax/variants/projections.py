@@ -190,7 +190,7 @@ def _fuse_module(module: dict, groups: Sequence[Sequence[str]]) -> dict:
 
 
 def unfuse_module(module: Mapping) -> Mapping:
-    """The parameters of one module with a kernel for each layer; the same object if all have one."""
+    """The parameters of a module, taken apart; the same object if no layers are fused."""
     for layer in tuple(module):
         w = _kernel(module, layer)
         if isinstance(w, FusedWeight):

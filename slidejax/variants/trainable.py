@@ -1,17 +1,18 @@
-"""What is trained: splitting a tree for `jax.grad` and optax, and master weights, which train what will run in 8 bit.
+"""Training packed weights: splitting a tree for `jax.grad` and optax, and master weights.
 
-`jax.grad` raises on integer leaves and optax crashes on their float0 gradients, so a loss is written over the first part:
+`jax.grad` raises on integer leaves, and optax crashes on their float0 gradients. So a loss is
+written over the part of a tree that can be trained:
 
     train, rest = sj.partition(params)
     grads = jax.grad(lambda train: loss(sj.combine(train, rest)))(train)
 
-8-bit values have no gradient. `masters` puts a `MasterWeight` in the place of each packed weight: it holds float32 values,
-and its forward pass is the deployed one, codes and all (quantisation-aware training). `deploy` turns it into the packed
-8-bit weight that the training saw:
+8-bit values have no gradient. `masters` puts a `MasterWeight` in the place of each packed weight.
+It holds float32 values, and its forward pass is that of the 8-bit weight, with the same codes
+(quantisation-aware training). `deploy` turns it into the packed 8-bit weight that the training saw:
 
-    params = sj.trainable.masters(params)       # 8-bit or float-packed weights -> float32 masters
-    ...                                         # partition, grad, optax
-    params = sj.trainable.deploy(params)        # -> 8-bit weights, as `slidejax.quantize` makes them
+    params = sj.trainable.masters(params)   # 8-bit or float-packed weights -> float32 masters
+    ...                                     # partition, grad, optax
+    params = sj.trainable.deploy(params)    # -> 8-bit weights, as `slidejax.quantize` makes them
 """
 
 from __future__ import annotations
@@ -50,25 +51,32 @@ Selection = str | re.Pattern | Callable[[str], bool] | None
 
 
 def partition(tree: Any, trained: Selection = None) -> tuple[Any, Any]:
-    """Splits a tree into `(train, rest)`, both of its structure with None where the other holds the leaf.
+    """Splits a tree into the part that is trained and the rest.
 
-    `train` holds floating arrays: biases, norms, dense kernels, the values of float-packed weights and of masters,
-    low-rank factors of adapters. `rest` holds what has no gradient: 8-bit values, zeros, scales, prepared forms, what an
-    adapter stands on, integers and other leaves.
+    Floating arrays can be trained: biases, norms, kernels, the values of float-packed weights and
+      of masters, and the
+    low-rank factors of adapters. The rest has no gradient: 8-bit values, zeros, scales, prepared
+    forms, the weights under adapters, integers and other leaves.
 
     Args:
       tree: any pytree.
-      trained: which of the floating leaves to train: a regular expression that must match the whole '/'-joined path of a
-        leaf, such as `model/layers/0/mlp/up_proj/kernel/values`, or a function of that path; None: all.
+      trained: which of the floating leaves to train. A regular expression must match the whole
+        '/'-joined path of a leaf, such as `model/layers/0/mlp/up_proj/kernel/values`. A function
+        gets that path. None trains all.
+
+    Returns:
+      `(train, rest)`: two trees with the structure of the tree. Each has None where the other holds
+      the leaf.
 
     Raises:
-      ValueError: `trained` is a bad regular expression, or selects nothing.
+      ValueError: if `trained` is a bad regular expression, or selects nothing.
 
     >>> from slidejax import pack
-    >>> train, rest = partition({"kernel": pack(jnp.ones((8, 2)), "6:8"), "bias": jnp.ones(2), "step": jnp.int32(3)})
+    >>> layer = {"kernel": pack(jnp.ones((8, 2)), "6:8"), "bias": jnp.ones(2)}
+    >>> train, rest = partition({**layer, "step": jnp.int32(3)})
     >>> len(jax.tree.leaves(train)), len(jax.tree.leaves(rest))
     (2, 3)
-    >>> len(jax.tree.leaves(partition({"kernel": pack(jnp.ones((8, 2)), "6:8"), "bias": jnp.ones(2)}, ".*bias")[0]))
+    >>> len(jax.tree.leaves(partition(layer, ".*bias")[0]))
     1
     """
     selected = selector(trained)
@@ -86,7 +94,7 @@ def combine(train: Any, rest: Any) -> Any:
     """The inverse of `partition`.
 
     Raises:
-      ValueError: if the two do not have the same structure, or both hold a leaf.
+      ValueError: if the two have different structures, or both hold the same leaf.
     """
 
     def pick(a, b):
@@ -100,7 +108,7 @@ def combine(train: Any, rest: Any) -> Any:
 
 
 def selector(trained: Selection) -> Callable[[str], bool]:
-    """A selection as a function of a path."""
+    """A selection of leaves as a function of their paths."""
     if trained is None:
         return lambda path: True
     if callable(trained):
@@ -120,12 +128,12 @@ def path_of(keys) -> str:
 
 
 def is_packed(node) -> bool:
-    """Whether a node of a tree takes the place of a kernel: a weight of slidejax, or a layout of such weights."""
+    """Whether a node of a tree takes the place of a kernel: a weight, or a layout of weights."""
     return isinstance(node, (LinearWeight, TreeLayout))
 
 
 def _trained(node):
-    """For a leaf whether it can be trained; for a weight the same for each of its leaves."""
+    """Whether a leaf can be trained; for a weight a tree that says it for each of its leaves."""
     if isinstance(node, LinearWeight):
         return node.trained()
     if isinstance(node, TreeLayout):
@@ -139,11 +147,11 @@ def _trained(node):
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class MasterWeight(WrappedWeight):
-    """Float32 kept values that run as their 8-bit form: quantisation-aware training with the mask kept.
+    """Float32 kept values that run in 8 bit: quantisation-aware training on a fixed mask.
 
-    `slidejax.linear(x, master)` computes `linear(x, quantize(master.packed, qdtype))`, the very op that will serve. Its
-    derivative is straight-through (Bengio et al., arXiv 1308.3432): rounding counts as the identity, so with the codes
-    `qx`, `qw` and their scales
+    `slidejax.linear(x, master)` computes `linear(x, quantize(master.packed, qdtype))`, the same op
+    that serves. Its derivative is straight-through (Bengio et al., arXiv 1308.3432): rounding
+    counts as the identity. With the codes `qx` and `qw` and their scales it is
 
         dx = dy @ (qw * scale_w),    dvalues = the kept entries of dy^T @ (qx * scale_x)
 
@@ -153,7 +161,7 @@ class MasterWeight(WrappedWeight):
       values: float32 `[..., out, groups, kept]`.
       zeros: uint8 `[..., out, groups]`, as in `SlideWeight`.
       pattern: the `Pattern`. Static.
-      in_features: inputs of the whole kernel, without padding. Static.
+      in_features: the number of inputs of the whole kernel, without padding. Static.
       qdtype: int8 or float8_e4m3fn. Static.
 
     >>> from slidejax import pack
@@ -198,9 +206,9 @@ class MasterWeight(WrappedWeight):
             )
         x = jnp.asarray(x)
         out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-        how = _How(self.pattern, self.in_features, self.qdtype, implementation, out_dtype)
+        static = _StaticArgs(self.pattern, self.in_features, self.qdtype, implementation, out_dtype)
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        return _straight_through(how, rows, self.values, self.zeros, bias).reshape(
+        return _straight_through(static, rows, self.values, self.zeros, bias).reshape(
             *x.shape[:-1], -1
         )
 
@@ -215,8 +223,8 @@ class MasterWeight(WrappedWeight):
 
 
 @dataclasses.dataclass(frozen=True)
-class _How:
-    """What is static about a product with a master weight."""
+class _StaticArgs:
+    """The static arguments of a product with a master weight."""
 
     pattern: Pattern
     in_features: int
@@ -232,20 +240,21 @@ class _How:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _straight_through(how: _How, x, values, zeros, bias):
-    return linear(x, how.deployed(values, zeros), bias, how.implementation, how.out_dtype)
+def _straight_through(static: _StaticArgs, x, values, zeros, bias):
+    return linear(x, static.deployed(values, zeros), bias, static.implementation, static.out_dtype)
 
 
-def _forward(how: _How, x, values, zeros, bias):
-    w = how.deployed(values, zeros)
-    return linear(x, w, bias, how.implementation, how.out_dtype), (x, w, bias)
+def _forward(static: _StaticArgs, x, values, zeros, bias):
+    w = static.deployed(values, zeros)
+    return linear(x, w, bias, static.implementation, static.out_dtype), (x, w, bias)
 
 
-def _backward(how: _How, saved, dy):
+def _backward(static: _StaticArgs, saved, dy):
     x, w, bias = saved
     out, columns = w.out_features, w.groups * w.pattern.group
-    codes_x, scale_x = quantize_rows(x, how.qdtype)
-    # codes are whole in bfloat16 (int8: 8 bits, e4m3: 4); scales go on the side that is rounded anyway
+    codes_x, scale_x = quantize_rows(x, static.qdtype)
+    # bfloat16 holds the codes exactly (int8 has 8 bits, e4m3 has 4); the scales go to the operand
+    # that is rounded anyway
     codes_w = scatter_values(w.values.astype(x.dtype), w.zeros).reshape(out, columns)[
         :, : x.shape[1]
     ]
@@ -280,14 +289,15 @@ def masters(tree: Any, qdtype: Any = None) -> Any:
 
     Args:
       tree: any pytree with `SlideWeight`s, such as the parameters of a converted model.
-      qdtype: for float-packed weights, what they will be quantised to: int8 or float8_e4m3fn; None leaves them as they
-        are, to be trained unquantised. 8-bit weights keep their dtype: the master starts as `values * scale`.
+      qdtype: the dtype to which float-packed weights will be quantised: int8 or float8_e4m3fn. None
+        leaves them as they are, and they are trained unquantised. 8-bit weights keep their dtype,
+        and their masters start as `values * scale`.
 
     Returns:
-      The tree; prepared forms are dropped, wrapped weights and other leaves stay.
+      The tree without prepared forms. Wrapped weights and other leaves stay.
 
     Raises:
-      ValueError: for a dtype that is not 8-bit, or weights that are quantised to another one.
+      ValueError: for a dtype that is not 8-bit, or if weights are quantised to another dtype.
     """
     if qdtype is not None:
         qdtype = numerics.check_dtype(qdtype, "qdtype")
@@ -314,9 +324,10 @@ def masters(tree: Any, qdtype: Any = None) -> Any:
 
 
 def deploy(tree: Any) -> Any:
-    """Quantises every `MasterWeight` of a tree (`slidejax.quantize`); other leaves stay.
+    """Quantises every `MasterWeight` of a tree (`slidejax.quantize`). Other leaves stay.
 
-    The result computes what the masters computed: the same codes, scales and accumulators bit for bit.
+    The result computes the same as the masters: codes, scales and accumulators are equal bit for
+      bit.
     """
     return map_wrapped(
         lambda w: quantize(w.packed, w.qdtype) if isinstance(w, MasterWeight) else w, tree
