@@ -91,10 +91,8 @@ class AdaptedWeight(WrappedWeight):
             outputs,
         ):
             raise ValueError(
-                f"{name}: factors of a weight of shape {self.base.shape} must be "
-                "[..., in, rank] and "
-                f"[..., rank, out], got "
-                f"{jnp.shape(self.lora_a)} and {jnp.shape(self.lora_b)}"
+                f"{name}: factors of a weight of shape {self.base.shape} must be [..., in, rank] "
+                f"and [..., rank, out], got {jnp.shape(self.lora_a)} and {jnp.shape(self.lora_b)}"
             )
         return self
 
