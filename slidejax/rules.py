@@ -41,6 +41,9 @@ __all__ = [
 Prune = Callable[[jax.Array, Pattern, str], Any]
 
 
+_UNSET: Any = object()  # an argument that was not given, where None has a meaning
+
+
 class Skipped(Exception):
     """A layer stays as it is. The message is the reason, for the report."""
 
@@ -59,6 +62,9 @@ class Rule:
         the kernel's own dtype. With the pattern "dense" and one of these the layer computes the
         same as before; it can be trained, or quantised later.
 
+    Args:
+      dtype: another name for `qdtype`, as in `slidejax.pack`.
+
     Raises:
       ValueError: for a bad pattern or dtype.
 
@@ -69,11 +75,18 @@ class Rule:
     pattern: Pattern
     qdtype: Any = "int8"
 
-    def __init__(self, pattern: str | Pattern, qdtype: Any = "int8"):
+    def __init__(self, pattern: str | Pattern, qdtype: Any = "int8", *, dtype: Any = _UNSET):
+        if dtype is not _UNSET:
+            qdtype = dtype
         object.__setattr__(self, "pattern", Pattern.parse(pattern))
         object.__setattr__(
             self, "qdtype", None if qdtype is None else numerics.check_dtype(qdtype, "qdtype")
         )
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """`qdtype`, by the name that `slidejax.pack` has for it."""
+        return self.qdtype
 
     def __str__(self) -> str:
         return f"{self.pattern} {'unquantised' if self.qdtype is None else self.qdtype.name}"

@@ -68,6 +68,12 @@ def test_bad_rules_are_one_clear_error(rules, message):
         RuleSet(rules)
 
 
+def test_the_dtype_has_two_names():
+    for dtype in ("float8_e4m3fn", None):
+        rule = sj.Rule("6:8", dtype=dtype)
+        assert rule == sj.Rule("6:8", qdtype=dtype) and rule.dtype == rule.qdtype
+
+
 def test_bad_qdtype():
     with pytest.raises(ValueError, match="qdtype must be one of"):
         sj.Rule("6:8", qdtype="int4")
