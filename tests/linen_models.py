@@ -1,4 +1,4 @@
-"""What the tests of Linen models share: data, and converted variables with their kernels unpacked."""
+"""For the tests of Linen models: data, and converted variables with their kernels unpacked."""
 
 import flax.linen as nn
 import jax

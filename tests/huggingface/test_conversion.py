@@ -43,7 +43,10 @@ def bert():
 
 
 def densified(sparse, model):
-    """The parameters with every packed kernel unpacked into the form of the original (GPT-2 keeps `[out, in]`)."""
+    """The parameters with packed kernels unpacked into their original shapes.
+
+    GPT-2 keeps `[out, in]`.
+    """
     like = flatten_dict(model.params)
 
     def dense(key, leaf):
@@ -115,7 +118,7 @@ def test_8_bit_llama_is_near_its_dense_twin(tiny_llama):
 
 
 def test_quantised_only(tiny_llama):
-    """Codes and scales alone, in the form that is served too, are nearer to the dense model than any pattern."""
+    """Quantised only, a model is nearer to the original than with any pattern, served or not."""
     want, near = tiny_llama(IDS).logits, []
     for pattern in ("dense", "14:16"):
         model = sj.huggingface.convert(tiny_llama, pattern)

@@ -12,7 +12,10 @@ import slidejax as sj
 
 
 def check(model, x, rules=FLOAT, atol=2e-5, count=None):
-    """Converts, compares with the dense twin, eagerly and under jit; returns the converted variables and the report."""
+    """Converts a model and compares it with the unpacked one, eagerly and under jit.
+
+    Returns the converted variables and the report.
+    """
     variables, report = model.init(KEY, x), sj.Report()
     converted = sj.linen.convert(variables, rules, model, x, report=report)
     want = model.apply(densified(converted, variables), x)
@@ -100,7 +103,7 @@ def test_scanned_vmapped_and_subclassed_layers():
     assert shapes == [(2, 12, 7), (3, 12, 12), (3, 12, 12), (7, 6)]
 
 
-def test_layers_that_stay_dense_say_why():
+def test_layers_that_are_skipped_say_why():
     class Own(nn.Module):
         @nn.compact
         def __call__(self, x):

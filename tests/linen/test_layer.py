@@ -185,7 +185,7 @@ def test_slide_dense_errors():
         layer.apply(jax.tree.map(lambda a: a.astype(jnp.bfloat16), variables), x)
 
 
-# --- one lift for q, k and v ------------------------------------------------------------------------------------------
+# --- one lift for q, k and v ----------------------------------------------------------------------
 
 
 class Projections(nn.Module):
@@ -200,7 +200,7 @@ class Projections(nn.Module):
 
 
 def test_projections_lower_to_identical_lifts():
-    """What a CPU can show: lowered for CUDA, the three lifts are one function of one operand, which XLA merges."""
+    """Lowered for CUDA, the three lifts are one function of one operand, so XLA merges them."""
     x, model = data(4, 128), Projections("cusparselt")
     variables = jax.eval_shape(model.init, KEY, x)
     text = jax.jit(model.apply).trace(variables, x).lower(lowering_platforms=("cuda",)).as_text()

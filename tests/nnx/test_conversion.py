@@ -135,7 +135,7 @@ def test_tied_kernels_stay_tied():
     )
 
 
-def test_layers_that_stay_dense_say_why():
+def test_layers_that_are_skipped_say_why():
     class Own(nnx.Linear):
         def __call__(self, inputs, out_sharding=None):
             return 2 * super().__call__(inputs)
@@ -194,7 +194,7 @@ class Mlp(nnx.Module):
 
 
 @pytest.mark.parametrize("wrapper", [nnx.WeightNorm, nnx.SpectralNorm])
-def test_kernels_that_a_wrapper_computes_stay_dense(wrapper):
+def test_kernels_that_a_wrapper_computes_are_skipped(wrapper):
     model = wrapper(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
     report = sj.Report()
     with pytest.warns(UserWarning, match="matched no"):

@@ -89,7 +89,7 @@ def test_float_packed_values_train():
 
 @pytest.mark.parametrize("qdtype", [None, "int8", "float8_e4m3fn", "bfloat16"])
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_layer_is_the_dense_one_with_its_weights(qdtype, use_bias):
+def test_layer_is_linear_with_its_unpacked_kernel(qdtype, use_bias):
     layer = sj.nnx.SlideLinear(
         24, 8, pattern="4:6", qdtype=qdtype, use_bias=use_bias, rngs=nnx.Rngs(0)
     )

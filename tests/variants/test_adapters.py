@@ -1,4 +1,7 @@
-"""Low-rank adapters in trees, in Linen and Hugging Face models and in NNX layers: they start as nothing, train alone, merge."""
+"""Low-rank adapters in trees, Linen and Hugging Face models, and NNX layers.
+
+They change nothing at first, are trained alone, and merge.
+"""
 
 import dataclasses
 import functools

@@ -82,7 +82,7 @@ def converted(blocks, rules, method="sparsegpt", **settings):
     )
 
 
-def test_in_order_and_correcting_beat_the_dense_models_inputs(blocks):
+def test_in_order_and_correcting_beat_the_original_models_inputs(blocks):
     model, variables, x = blocks
 
     def error(method="sparsegpt", **settings):
@@ -111,7 +111,10 @@ def test_codes_chosen_together_beat_rounding_afterwards(blocks):
 
 
 def test_quantising_alone(blocks):
-    """With the pattern dense Wanda only smooths, and SparseGPT chooses the codes together: each step is nearer to the dense model."""
+    """With the pattern dense Wanda only smooths, and SparseGPT chooses the codes together.
+
+    Each step comes nearer to the original model.
+    """
     model, variables, x = blocks
     rule = sj.Rule("dense", "float8_e4m3fn")
     plain = sj.linen.convert(variables, rule, model, x)
@@ -197,7 +200,7 @@ def test_nnx_and_linen_agree_on_what_a_model_is():
     np.testing.assert_array_equal(model(x), want)  # the model itself stays
 
 
-def test_a_layer_at_two_depths_is_pruned_with_the_dense_models_inputs():
+def test_a_layer_at_two_depths_is_pruned_with_the_original_models_inputs():
     model, x, report = Twice(), inputs(64), sj.Report()
     sparse = sj.prune.convert(
         model, "6:8", [x], params=model.init(jax.random.key(1), x), report=report

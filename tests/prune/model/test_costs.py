@@ -7,7 +7,10 @@ from slidejax.prune.model.costs import measured_times
 
 
 def test_time_as_a_cost(monkeypatch, tmp_path):
-    """By the nearest entry of the pattern, in proportion; dense products whatever pattern they were measured with."""
+    """The nearest entry of the pattern counts, in proportion.
+
+    Dense products count with whatever pattern they were measured.
+    """
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
     measured = {
         ("6:8", 16): {"hopper+prepared": 10.0, "dense+prepared": 12.0},

@@ -15,26 +15,26 @@ from slidejax.prune.model.sensitivity import sensitivities
 
 
 class Two(nnx.Module):
-    def __init__(self, rngs, heard=0.01):
-        self.loud, self.quiet, self.heard = (
+    def __init__(self, rngs, factor=0.01):
+        self.loud, self.quiet, self.factor = (
             nnx.Linear(32, 16, rngs=rngs),
             nnx.Linear(32, 16, rngs=rngs),
-            heard,
+            factor,
         )
 
     def __call__(self, x):
-        return jnp.concatenate([self.loud(x), self.heard * self.quiet(x)], axis=-1)
+        return jnp.concatenate([self.loud(x), self.factor * self.quiet(x)], axis=-1)
 
 
 def squares(y, batch):
     return jnp.sum(y**2) / 2
 
 
-@pytest.mark.parametrize("heard", [0.01, 0.0])
+@pytest.mark.parametrize("factor", [0.01, 0.0])
 @pytest.mark.parametrize("count", [1, 4])  # one batch serves for both; else the last is held out
-def test_a_layer_that_matters_more_keeps_more(count, heard):
+def test_a_layer_that_matters_more_keeps_more(count, factor):
     model, batches = (
-        Two(nnx.Rngs(0), heard),
+        Two(nnx.Rngs(0), factor),
         list(jax.random.normal(jax.random.key(0), (count, 64, 32))),
     )
     rules = sj.prune.mixed(model, "6:8", batches, patterns=["14:16", "6:8", "2:4"], loss=squares)
@@ -90,7 +90,7 @@ class Output(NamedTuple):
 
 
 class Language(nnx.Module):
-    """Predicts from two layers, of which one is hardly heard."""
+    """Predicts from two layers, of which one hardly matters."""
 
     def __init__(self):
         self.embed, self.body = nnx.Embed(64, 32, rngs=nnx.Rngs(0)), Two(nnx.Rngs(1))

@@ -12,7 +12,7 @@ INT8 = np.dtype("int8")
 
 
 class Attention(nn.Module):
-    """Blocks with a mask that each computes for itself, a remat, and a head that nothing is pruned in."""
+    """Blocks that each compute their own mask, a remat, and a head that is not pruned."""
 
     @nn.compact
     def __call__(self, x):
