@@ -75,7 +75,7 @@ class Functional:
         return found
 
     def planned(self, rules: Any) -> Report:
-        """What `pack` would report; nothing is computed."""
+        """The report that `pack` would give; nothing is computed."""
         report = Report()
         jax.eval_shape(
             lambda params: [self.pack(params, rules, report=report), None][1], self.params

@@ -114,7 +114,9 @@ class Converted:
 
 @dataclasses.dataclass
 class Report:
-    """What a conversion did. Pass an empty report as `report=`; it is filled in and can be printed.
+    """The report of a conversion.
+
+    Pass an empty one as `report=`; it is filled in and can be printed.
 
     Attributes:
       converted: the layers that were packed.

@@ -26,8 +26,8 @@ def functional(model: nn.Module, variables: Mapping | None, example: tuple = ())
 
     >>> import jax, jax.numpy as jnp
     >>> model, x = nn.Dense(4), jnp.ones((2, 8))
-    >>> dense = functional(model, model.init(jax.random.key(0), x), (x,))
-    >>> dense.run(dense.params, x).shape, dense.pack(dense.params, "6:8")["params"]["kernel"].shape
+    >>> made = functional(model, model.init(jax.random.key(0), x), (x,))
+    >>> made.run(made.params, x).shape, made.pack(made.params, "6:8")["params"]["kernel"].shape
     ((2, 4), (8, 4))
     """
     if variables is None:

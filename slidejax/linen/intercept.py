@@ -69,7 +69,7 @@ def apply(model: nn.Module, variables: Mapping, *args, **kwargs) -> Any:
     Args:
       model: any Linen module, unchanged.
       variables: as `model.apply` takes them, from `slidejax.linen.convert`.
-      *args, **kwargs: of `model.apply`: inputs, `method`, `mutable`, `rngs`,
+      *args, **kwargs: other arguments of `model.apply`: inputs, `method`, `mutable`, `rngs`,
         `capture_intermediates`.
 
     Returns:

@@ -45,10 +45,10 @@ def functional(model: nnx.Module, params: dict | None = None, example: tuple = (
       example: not needed.
 
     >>> import jax.numpy as jnp
-    >>> dense = functional(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
-    >>> dense.run(dense.params, jnp.ones((2, 8))).shape
+    >>> made = functional(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+    >>> made.run(made.params, jnp.ones((2, 8))).shape
     (2, 4)
-    >>> dense.pack(dense.params, "6:8").kernel.shape
+    >>> made.pack(made.params, "6:8").kernel.shape
     (8, 4)
     """
     graph, state = nnx.split(model)

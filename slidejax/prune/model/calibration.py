@@ -1,4 +1,4 @@
-"""What a model is calibrated on, and how."""
+"""The text that a model is calibrated on, and the settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BATCH = 4  # at most this many sequences of token ids make a batch
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What a model is calibrated on, and how.
+    """The text that a model is calibrated on, and the settings.
 
     Attributes:
       batches: token ids `[sequences, length]`, which are cut into batches; or a sequence of batches

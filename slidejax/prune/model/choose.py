@@ -78,7 +78,7 @@ class _Knapsack:
 
     Args:
       losses, costs: item -> pattern -> number.
-      limit: of the summed cost.
+      limit: the largest summed cost.
     """
 
     def __init__(

@@ -38,11 +38,11 @@ def convert(
     """Prunes and packs a model.
 
     Args:
-      model: as its family hands it out.
+      model: the model, as its family's `functional` returns it.
       rules: see `slidejax.rules`.
       method: "magnitude", "wanda", "sparsegpt", a `Method`, or a function (`slidejax.rules.Prune`).
       calibration: a `Calibration` or its batches, for methods that need them.
-      report: an empty `Report`, filled in.
+      report: an empty `Report`, which is filled in.
 
     Returns:
       What `model.pack` returns.

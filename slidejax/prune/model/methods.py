@@ -42,7 +42,7 @@ class Method:
     """A way to prune the kernels of a model.
 
     Attributes:
-      name: what users call it.
+      name: its name for users.
       choose: `(kernel, pattern, gram) -> mask`, or `(mask, kernel)` if it changes the kept values.
         It prunes one kernel `[..., in, out]` by itself.
       reads: the part of the Gram matrix of a layer's inputs that `choose` reads as `gram`: nothing,

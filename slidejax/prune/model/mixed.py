@@ -125,7 +125,7 @@ class _Kernels:
         self.change = functools.cache(self._change)
 
     def _change(self, path: str, pattern: Pattern) -> jax.Array:
-        """What pruning adds to a kernel."""
+        """The pruned kernel minus the kernel."""
         kernel, gram = self._kernels[path], self._grams[path]
         return sparsegpt(kernel, pattern, gram, damping=self._damping, rounds=0)[1] - kernel
 

@@ -110,7 +110,7 @@ class Step:
         return self.eqn.invars[operand].aval.shape
 
     def key(self, number: Mapping[int, int]) -> tuple:
-        """What it computes, with new numbers for the values: equal steps have equal keys."""
+        """Its computation, with new numbers for the values: equal steps have equal keys."""
         literals = (
             (v.aval.shape, str(v.aval.dtype), v.aval.weak_type, np.asarray(v.val).tobytes())
             for v in self.operands

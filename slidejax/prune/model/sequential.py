@@ -135,8 +135,8 @@ class InOrder:
 
         Args:
           params: the original parameters.
-          batches: what to calibrate on. The values between stages are kept for each batch, of the
-            original and of the pruned model.
+          batches: the batches to calibrate on. The values between stages are kept for each batch,
+            of the original and of the pruned model.
           progress: called with the number of stages that are done, and of all.
 
         Returns:

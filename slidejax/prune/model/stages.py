@@ -191,7 +191,7 @@ class Stages:
 
         Args:
           stage: the number of the stage. Stages are run in order.
-          values: what the stage before has returned, or `start` for the first. It is not changed.
+          values: the values that the stage before returned, or `start`. They are not changed.
           leaves: the parameters by path, with new kernels among them.
           round_inputs: whether layers with 8-bit values round their inputs.
           ahead: where `begin` has begun to compile.
@@ -222,7 +222,7 @@ class Stages:
         return {v: array for v, array in known.items() if self._last_use.get(v, -1) > stage}, inputs
 
     def _program(self, stage: int, round_inputs: bool) -> tuple[list[int], list[int], Any]:
-        """`(reads, out, program)`: what a stage reads and makes, and its jitted program."""
+        """`(reads, out, program)`: the values that a stage reads and makes, and its program."""
         if (stage, round_inputs) in self._programs:
             return self._programs[stage, round_inputs]
         steps = self._by_stage[stage]
@@ -250,7 +250,7 @@ class Stages:
 
 @dataclasses.dataclass(frozen=True)
 class _StageProgram:
-    """What a stage computes. Programs with equal keys are equal.
+    """The computation of a stage. Programs with equal keys are equal.
 
     It holds the equations, so that the objects in a key live as long as the key.
     """
@@ -284,7 +284,7 @@ def _run(
 def _key(
     steps: Sequence[Step], dtypes: Sequence[Any], reads: Sequence[int], out: Sequence[int]
 ) -> tuple:
-    """What the steps compute.
+    """The computation of some steps, as a hashable value.
 
     Values are numbered in the order in which they come, so equal blocks have equal keys.
     """
