@@ -41,6 +41,12 @@ def small_tree():
     }
 
 
+def test_a_checkpoint_names_the_version_that_wrote_it(tmp_path):
+    sj.checkpoint.save(tmp_path / "params", small_tree())
+    metadata = json.loads((tmp_path / "params" / store.METADATA).read_text())
+    assert metadata["library_version"] == sj.__version__ and sj.__version__[0].isdigit()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16", "dense"])
 def test_packed_weights_come_back_bit_for_bit(tmp_path, pattern, dtype):
