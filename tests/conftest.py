@@ -11,15 +11,17 @@ def _share_compiled_programs():
     """Lets the processes of a test run share compiled programs, so that each is compiled once.
 
     The processes are those of pytest-xdist and those that tests start. The programs are in a
-    directory of this run alone. On a GPU nothing is shared: programs are timed there.
+    directory of this run alone, unless JAX_COMPILATION_CACHE_DIR names one, which is kept for the
+    next run. On a GPU nothing is shared: programs are timed there.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or list(Path("/dev").glob("nvidia[0-9]*")):
+    if list(Path("/dev").glob("nvidia[0-9]*")):
         return
-    folder = tempfile.mkdtemp(prefix="slidejax-tests-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="slidejax-tests-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 # All this is set before JAX starts. The sharding tests run on eight CPU devices that XLA makes up.
