@@ -29,6 +29,10 @@ nb::dict Registrations() {
   matmul["initialize"] = Capsule(slidejax_sparse_matmul_cusparselt_initialize);
   matmul["execute"] = Capsule(slidejax_sparse_matmul_cusparselt_execute);
   targets["slidejax_sparse_matmul_cusparselt"] = matmul;
+  nb::dict decode;
+  decode["initialize"] = Capsule(slidejax_decode_initialize);
+  decode["execute"] = Capsule(slidejax_linear_decode);
+  targets["slidejax_linear_decode"] = decode;
 #ifdef SLIDEJAX_HOPPER
   nb::dict sparse_matmul, linear;
   sparse_matmul["initialize"] = Capsule(slidejax_hopper_initialize);

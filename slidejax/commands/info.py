@@ -43,7 +43,7 @@ def collect() -> dict[str, Any]:
 
     >>> facts = collect()
     >>> sorted(facts["implementations"])
-    ['cusparselt', 'dense', 'hopper', 'reference']
+    ['cusparselt', 'decode', 'dense', 'hopper', 'reference']
     """
     import jax
     import jax.numpy as jnp

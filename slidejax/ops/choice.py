@@ -64,15 +64,23 @@ def choose(problem: Problem) -> Choice:
         return Choice(problem.requested, "asked for")
     candidates = [i.name for i in registry.competing() if i.name not in refused]
     fallback = registry.FALLBACK.name
-    if candidates == [fallback]:
-        if problem.platform != "cuda":
-            return Choice(fallback, "plain JAX", refused)
-        if not problem.pattern.prunes:
-            return Choice(fallback, "nothing is pruned", refused)
+    if candidates == [fallback] and problem.platform != "cuda":
+        return Choice(fallback, "plain JAX", refused)
     measured = lookup(problem, candidates)
     if measured is not None:
         return Choice(*measured, refused)
-    # Nothing near this shape was measured. The fallback is never slower than an unpruned layer.
+    if not problem.pattern.prunes:
+        return Choice(fallback, "nothing is pruned", refused)
+    # Nothing near this shape was measured. The fallback would unpack a weight that has no dense codes
+    # in every call, which takes longer than any product that reads the packed form.
+    form = registry.FALLBACK.form
+    if form is not None and form.name not in problem.prepared:
+        for name in candidates:
+            if registry.get(name).reads_packed:
+                return Choice(
+                    name, "nothing is measured, and it reads the weight as it is", refused
+                )
+    # Otherwise the fallback is never slower than an unpruned layer.
     return Choice(
         fallback, "no measurement for this device, shape and dtype: run slidejax tune", refused
     )

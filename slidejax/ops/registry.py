@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from slidejax.ops.implementations.base import Implementation
 from slidejax.ops.implementations.cusparselt import CUSPARSELT
+from slidejax.ops.implementations.decode import DECODE
 from slidejax.ops.implementations.dense import DENSE
 from slidejax.ops.implementations.hopper import HOPPER
 from slidejax.ops.implementations.reference import REFERENCE
@@ -27,7 +28,7 @@ __all__ = [
 # It runs where nothing is known to be faster. It refuses nothing.
 FALLBACK: Implementation = DENSE
 
-_IMPLEMENTATIONS: list[Implementation] = [HOPPER, CUSPARSELT, DENSE, REFERENCE]
+_IMPLEMENTATIONS: list[Implementation] = [DECODE, HOPPER, CUSPARSELT, DENSE, REFERENCE]
 
 
 def register(implementation: Implementation) -> None:
@@ -66,7 +67,7 @@ def implementations() -> tuple[str, ...]:
     """The names that `implementation=` accepts.
 
     >>> implementations()
-    ('hopper', 'cusparselt', 'dense', 'reference')
+    ('decode', 'hopper', 'cusparselt', 'dense', 'reference')
     """
     return tuple(implementation.name for implementation in _IMPLEMENTATIONS)
 

@@ -146,7 +146,9 @@ def test_the_choice_follows_the_table(tmp_path, monkeypatch):
     assert chosen(16).implementation == "dense"
     prepared = w.replace(prepared={"hopper": jnp.zeros(4, jnp.uint8)})
     assert chosen(16, prepared).implementation == "hopper"
-    # Nothing near was measured: the choice is dense, and says so.
+    # Nothing near was measured: what reads the packed form runs, and says so.
     far = sj.pack(jnp.ones((4096, 8192), jnp.bfloat16), "6:8", dtype="int8")
     [(_, unknown)] = sj.explain(sj.linear, jnp.ones((16, 4096), jnp.bfloat16), far, platform="cuda")
-    assert unknown.implementation in ("dense", "hopper") and unknown.reason
+    assert unknown.implementation == "hopper" and "reads the weight as it is" in unknown.reason
+    [(_, unknown)] = sj.explain(sj.linear, jnp.ones((1, 4096), jnp.bfloat16), far, platform="cuda")
+    assert unknown.implementation == "decode"

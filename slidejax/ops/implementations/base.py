@@ -65,6 +65,9 @@ class Implementation(abc.ABC):
       name: its name for users and in tables.
       form: the `Form` that it keeps of a weight, or None.
       cuda_only: whether it runs on CUDA alone.
+      reads_packed: whether it needs nothing but the packed form to be faster than a product that
+        unpacks the weight first. It is then chosen for a weight without prepared forms, even where
+        nothing was measured.
       competes: whether it is timed, and chosen where it is the fastest. Otherwise it runs only if
         the caller asks for it.
     """
@@ -72,6 +75,7 @@ class Implementation(abc.ABC):
     name: ClassVar[str]
     form: ClassVar[Form | None] = None
     cuda_only: ClassVar[bool] = False
+    reads_packed: ClassVar[bool] = False
     competes: ClassVar[bool] = True
 
     @abc.abstractmethod

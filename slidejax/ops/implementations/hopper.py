@@ -206,6 +206,7 @@ class Hopper(Implementation):
     name = "hopper"
     form = Form("hopper", _metadata)
     cuda_only = True
+    reads_packed = True  # it makes the metadata in its workspace, within the call
 
     def refuses(self, problem):
         if reason := nothing_to_skip(problem) or cuda_refusal(problem):

@@ -1,0 +1,177 @@
+// The decode kernels there are, and their launch.
+#include <mutex>
+
+#include "decode/decode.h"
+#include "decode/kernel.cuh"
+#include "decode/plan.h"
+
+namespace slidejax::decode {
+namespace {
+
+constexpr int kMaxDevices = 64;
+constexpr int kMaxWindows = 7;  // 14:16
+static_assert(kDecodeTokens == kTileTokens, "all rows are one tile of tokens");
+
+template <typename Code>
+const void* KernelOf(int windows) {
+  switch (windows) {
+    case 0: return reinterpret_cast<const void*>(DecodeKernel<Code, 0>);
+    case 1: return reinterpret_cast<const void*>(DecodeKernel<Code, 1>);
+    case 2: return reinterpret_cast<const void*>(DecodeKernel<Code, 2>);
+    case 3: return reinterpret_cast<const void*>(DecodeKernel<Code, 3>);
+    case 4: return reinterpret_cast<const void*>(DecodeKernel<Code, 4>);
+    case 5: return reinterpret_cast<const void*>(DecodeKernel<Code, 5>);
+    case 6: return reinterpret_cast<const void*>(DecodeKernel<Code, 6>);
+    default: return reinterpret_cast<const void*>(DecodeKernel<Code, 7>);
+  }
+}
+
+const void* KernelOf(DType type, int windows) {
+  return type == DType::kS8 ? KernelOf<int8_t>(windows) : KernelOf<__nv_fp8_e4m3>(windows);
+}
+
+template <typename Code>
+const void* AheadOf(DType x_type, int windows) {
+  const auto of = [&](auto x) -> const void* {
+    using T = decltype(x);
+    switch (windows) {
+      case 0: return reinterpret_cast<const void*>(QuantiseAhead<T, Code, 0>);
+      case 1: return reinterpret_cast<const void*>(QuantiseAhead<T, Code, 1>);
+      case 2: return reinterpret_cast<const void*>(QuantiseAhead<T, Code, 2>);
+      case 3: return reinterpret_cast<const void*>(QuantiseAhead<T, Code, 3>);
+      case 4: return reinterpret_cast<const void*>(QuantiseAhead<T, Code, 4>);
+      case 5: return reinterpret_cast<const void*>(QuantiseAhead<T, Code, 5>);
+      case 6: return reinterpret_cast<const void*>(QuantiseAhead<T, Code, 6>);
+      default: return reinterpret_cast<const void*>(QuantiseAhead<T, Code, 7>);
+    }
+  };
+  if (x_type == DType::kBF16) return of(__nv_bfloat16{});
+  return x_type == DType::kF16 ? of(__half{}) : of(float{});
+}
+
+const void* AheadOf(DType type, DType x_type, int windows) {
+  return type == DType::kS8 ? AheadOf<int8_t>(x_type, windows)
+                            : AheadOf<__nv_fp8_e4m3>(x_type, windows);
+}
+
+struct Device {
+  std::once_flag once;
+  cudaError_t status = cudaErrorInitializationError;
+  int multiprocessors = 0, shared_limit = 0, capability = 0;  // capability: 90 for 9.0
+};
+
+Device devices[kMaxDevices];
+
+cudaError_t ReadyDevice(int id, Device& device) {
+  const auto get = [&](int* value, cudaDeviceAttr attribute) {
+    return cudaDeviceGetAttribute(value, attribute, id);
+  };
+  int major = 0, minor = 0;
+  if (auto s = get(&major, cudaDevAttrComputeCapabilityMajor)) return s;
+  if (auto s = get(&minor, cudaDevAttrComputeCapabilityMinor)) return s;
+  if (auto s = get(&device.multiprocessors, cudaDevAttrMultiProcessorCount)) return s;
+  if (auto s = get(&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return s;
+  device.capability = 10 * major + minor;
+  for (const DType type : {DType::kS8, DType::kE4M3}) {
+    if (type == DType::kE4M3 && device.capability < 89) continue;
+    for (int windows = 0; windows <= kMaxWindows; ++windows) {
+      if (auto s = cudaFuncSetAttribute(KernelOf(type, windows),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        device.shared_limit))
+        return s;
+    }
+  }
+  return cudaSuccess;
+}
+
+cudaError_t GetDevice(Device** device) {
+  int id = 0;
+  if (auto s = cudaGetDevice(&id)) return s;
+  if (id >= kMaxDevices) return cudaErrorInvalidDevice;
+  *device = &devices[id];
+  std::call_once((*device)->once, [&] { (*device)->status = ReadyDevice(id, **device); });
+  return (*device)->status;
+}
+
+int WindowsOf(const DecodeArgs& a) { return a.group == 0 ? 0 : a.group / 2 - 1; }
+
+Plan PlanOf(const DecodeArgs& a, const Device& device) {
+  return MakePlan(Shape{WindowsOf(a)}, a.M, a.out, a.blocks, device.multiprocessors,
+                  device.shared_limit);
+}
+
+}  // namespace
+
+int64_t DecodeWorkspace(int M, int group, int blocks) {
+  const Shape shape{group == 0 ? 0 : group / 2 - 1};
+  const int64_t steps = CeilDiv(blocks, kStepBlocks);
+  return M * steps * shape.step_lifted() + RoundUp(4 * M, 16);
+}
+
+cudaError_t DecodeInit() {
+  Device* device = nullptr;
+  return GetDevice(&device);
+}
+
+const char* DecodeCheck(const DecodeArgs& a) {
+  Device* device = nullptr;
+  if (GetDevice(&device) != cudaSuccess) return "the device cannot run the decode kernels";
+  if (a.type == DType::kE4M3 && device->capability < 89)
+    return "float8_e4m3fn needs compute capability 8.9";
+  if (a.M > kDecodeTokens) return "the decode kernel takes at most 8 rows";
+  if (reinterpret_cast<uintptr_t>(a.values) % 16 != 0) return "values must be 16-byte aligned";
+  DecodeArgs one = a;
+  one.M = 1;
+  if (PlanOf(one, *device).warps == 0) return "a row of x does not fit in shared memory";
+  return nullptr;
+}
+
+cudaError_t Decode(const DecodeArgs& a, cudaStream_t stream) {
+  Device* device = nullptr;
+  if (auto s = GetDevice(&device)) return s;
+  const Plan plan = PlanOf(a, *device);
+  if (plan.warps == 0) {  // the rows do not fit in shared memory together
+    if (a.M <= 1) return cudaErrorInvalidConfiguration;
+    DecodeArgs first = a, second = a;
+    first.M = a.M / 2, second.M = a.M - first.M;
+    const auto skip = [&](int64_t bytes) { return first.M * bytes; };
+    second.x = static_cast<const char*>(a.x) + skip(int64_t{a.columns} * Bytes(a.x_type));
+    second.y = static_cast<char*>(a.y) + skip(int64_t{a.out} * Bytes(a.y_type));
+    if (auto s = Decode(first, stream)) return s;
+    return Decode(second, stream);
+  }
+  const int tiles = CeilDiv(a.out, kTileRows), windows = WindowsOf(a);
+  Params p = {};
+  p.a = a;
+  p.tiles_each = tiles / plan.grid, p.tiles_more = tiles % plan.grid;
+  p.steps = CeilDiv(a.blocks, kStepBlocks);
+  p.slices = plan.slices, p.slice_steps = plan.slice_steps, p.tile_slots = plan.tile_slots;
+  p.log_share = LogShare(a.M, plan.warps);
+  const bool own = plan.slices == 1 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0 &&
+                   OwnRows(Shape{windows}, a.M, a.columns, static_cast<int>(Bytes(a.x_type)),
+                           p.steps, plan.warps);
+  if (!own) {
+    auto* scale_x = static_cast<float*>(a.workspace);
+    auto* codes = static_cast<uint8_t*>(a.workspace) + RoundUp(4 * a.M, 16);
+    p.scale_x = scale_x, p.codes = codes;
+    void* arguments[] = {&p.a, &p.steps, &codes, &scale_x};
+    if (auto s = cudaLaunchKernel(AheadOf(a.type, a.x_type, windows), dim3(a.M),
+                                  dim3(kMaxWarps * kLanes), arguments, 0, stream))
+      return s;
+  }
+  // The weights were written before the kernel ahead began, so they may be asked for while it runs.
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = plan.grid;
+  config.blockDim = plan.warps * kLanes;
+  config.dynamicSmemBytes = plan.shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = !own && device->capability >= 90 ? 1 : 0;
+  void* arguments[] = {&p};
+  return cudaLaunchKernelExC(&config, KernelOf(a.type, windows), arguments);
+}
+
+}  // namespace slidejax::decode

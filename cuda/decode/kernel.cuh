@@ -1,0 +1,391 @@
+// The decode kernel. docs/decode-kernel.md says why it is built so.
+//
+// A thread block has a run of tiles of 16 outputs. An item is a step of K of a tile; the block's
+// warps take the items in turn. Each warp copies its items into a ring of its own, so that no warp
+// waits for another: it multiplies an item while the next ones are under way. The sums of a warp
+// over a tile go to shared memory; the warp that brings a tile's last ones adds them up, in the
+// order of K, and writes y.
+#pragma once
+
+#include "decode/decode.h"
+#include "decode/fragments.cuh"
+#include "decode/ptx.cuh"
+#include "decode/stage.cuh"
+
+namespace slidejax::decode {
+
+struct Params {
+  DecodeArgs a;
+  int tiles_each, tiles_more;  // tiles of a block; the first tiles_more blocks have one more
+  int steps, slices, slice_steps, tile_slots;
+  int log_share;  // of RowShare
+  // What QuantiseAhead wrote, or null: the kernel quantises x itself.
+  const uint8_t* codes;
+  const float* scale_x;
+};
+
+template <typename Code>
+using SumsOf = std::conditional_t<std::is_same_v<Code, int8_t>, SumsS32, SumsF32>;
+template <typename Code>
+using SumOf = std::conditional_t<std::is_same_v<Code, int8_t>, int32_t, float>;
+
+// A step of a tile, in the order in which a warp meets its items: slices of K, then tiles, then
+// steps, every warps-th.
+struct Item {
+  int slice, tile, step;
+  int steps;      // of the slice
+  int tile_slot;  // where the tile's sums are
+};
+
+template <typename Code, int kWindows>
+class Decoder {
+ public:
+  static constexpr Shape kShape{kWindows};
+  static constexpr int kDepth = kShape.depth();
+  using Sums = SumsOf<Code>;
+  using Sum = SumOf<Code>;
+
+  __device__ Decoder(const Params& p, uint8_t* shared)
+      : p_(p),
+        warps_(blockDim.x / kLanes),
+        warp_(threadIdx.x / kLanes),
+        lane_(threadIdx.x % kLanes),
+        first_tile_(blockIdx.x * p.tiles_each + min(static_cast<int>(blockIdx.x), p.tiles_more)),
+        tiles_(p.tiles_each + (static_cast<int>(blockIdx.x) < p.tiles_more)),
+        token_bytes_(TokenBytes(kShape, p.slice_steps)) {
+    const int M = p.a.M, rows = tiles_ * kTileRows;
+    ring_ = shared + warp_ * kDepth * kShape.slot_bytes();
+    ring_address_ = SharedAddress(ring_);
+    shared += warps_ * kDepth * kShape.slot_bytes();
+    codes_ = shared;
+    shared += (M * token_bytes_ + 127) / 128 * 128;
+    sums_ = reinterpret_cast<Sum*>(shared);
+    shared += p.tile_slots * warps_ * kTileRows * M * 4;
+    cached_ = rows <= kCachedRows;
+    scale_w_ = reinterpret_cast<float*>(shared);
+    shared += cached_ ? 2 * 4 * rows : 0;
+    arrived_ = reinterpret_cast<int*>(shared);
+    tile_of_ = arrived_ + p.tile_slots;
+    warp_max_ = reinterpret_cast<uint32_t*>(tile_of_ + p.tile_slots);
+    scale_x_ = reinterpret_cast<float*>(warp_max_ + kMaxWarps);
+  }
+
+  __device__ void Run() {
+    const DecodeArgs& a = p_.a;
+    const bool own = p_.codes == nullptr;
+    const RowShare share(p_.log_share);
+    HeldChunks held;
+    if (own) {  // before the weights: else x waits behind megabytes of them
+      WithTypeOfX(a.x_type,
+                  [&](auto x) { HeldRows<decltype(x), Code, kWindows>(a, share).Ask(held); });
+    }
+    AskForScales();
+    PlanPieces();
+    Item ask = First();
+#pragma unroll 1
+    for (int i = 0; i < kDepth - 1; ++i) Load(ask, i);
+    for (int i = threadIdx.x; i < p_.tile_slots; i += blockDim.x) arrived_[i] = 0, tile_of_[i] = i;
+    if (!own) {
+      WaitForPredecessor();
+      if (threadIdx.x < a.M) scale_x_[threadIdx.x] = __ldcg(p_.scale_x + threadIdx.x);
+    }
+
+    Item at = First();
+    int slot = 0;
+#pragma unroll 1
+    for (int slice = 0; slice < p_.slices; ++slice) {
+      if (slice > 0) __syncthreads();  // the slice before has been read
+      if (own) {
+        WithTypeOfX(a.x_type, [&](auto x) {
+          HeldRows<decltype(x), Code, kWindows>(a, share).Run(
+              held, warp_max_, scale_x_ + share.row, codes_ + share.row * token_bytes_,
+              p_.steps * kStepBlocks * kShape.block_columns() / kChunk);
+        });
+        WaitForCopies<kDepth - 1>();  // of this thread's scales
+      } else {
+        CopyCodes(slice);
+        WaitForCopies<0>();
+      }
+      __syncthreads();
+      int first_step = at.step;  // of the tile, of this warp
+#pragma unroll 1
+      while (at.slice == slice) {
+        WaitForCopies<kDepth - 2>();
+        __syncwarp();
+        Load(ask, slot == 0 ? kDepth - 1 : slot - 1);
+        Multiply(slot, at);
+        slot = slot + 1 == kDepth ? 0 : slot + 1;
+        const Item done = at;
+        Advance(at);
+        if (at.tile != done.tile || at.slice != slice) {
+          Contribute(done, first_step);
+          first_step = at.step;
+        }
+      }
+    }
+  }
+
+ private:
+  // ---- Items ------------------------------------------------------------------------------------
+
+  __device__ int StepsOf(int slice) const {
+    return min(p_.slice_steps, p_.steps - slice * p_.slice_steps);
+  }
+
+  __device__ Item First() const {
+    Item item = {0, 0, warp_, StepsOf(0), 0};
+    Settle(item);
+    return item;
+  }
+
+  __device__ void Advance(Item& item) const {
+    item.step += warps_;
+    Settle(item);
+  }
+
+  // Carries a step number that is too large into the tile and the slice.
+  __device__ void Settle(Item& item) const {
+#pragma unroll 1
+    while (item.step >= item.steps && item.slice < p_.slices) {
+      item.step -= item.steps;
+      item.tile_slot = item.tile_slot + 1 == p_.tile_slots ? 0 : item.tile_slot + 1;
+      if (++item.tile < tiles_) continue;
+      ++item.slice, item.tile = item.tile_slot = 0;
+      item.step = warp_, item.steps = StepsOf(item.slice);
+    }
+  }
+
+  // Where a lane's pieces of 16 bytes of values, and of 8 bytes of zeros, lie in a tile.
+  static constexpr int kRowPieces = kStepBlocks * kShape.block_bytes() / 16;
+  static constexpr int kPieces = kTileRows * kRowPieces / kLanes;
+  static constexpr int kZeroPieces = kShape.dense() ? 0 : kTileRows * kStepBlocks / kLanes;
+
+  __device__ void PlanPieces() {
+    const DecodeArgs& a = p_.a;
+    const int64_t begin = static_cast<int64_t>(first_tile_) * kTileRows * a.blocks;
+    values_ = static_cast<const uint8_t*>(a.values) + begin * kShape.block_bytes();
+    zeros_ = a.zeros + begin * 8 + (lane_ / kStepBlocks * a.blocks + lane_ % kStepBlocks) * 8;
+    Keep(values_), Keep(zeros_);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int piece = lane_ + i * kLanes;
+      value_piece_[i] =
+          piece / kRowPieces * a.blocks * kShape.block_bytes() + piece % kRowPieces * 16;
+    }
+  }
+
+  // Bit i: whether the lane's piece i of values, and bit 16 + i, of zeros, is there: `left` blocks
+  // and `rows` rows are.
+  __device__ unsigned ValidPieces(int left, int rows) const {
+    unsigned valid = 0;
+#pragma unroll 1
+    for (int i = 0; i < kPieces; ++i) {
+      const int piece = lane_ + i * kLanes, at = piece % kRowPieces * 16 / kShape.block_bytes();
+      const bool zeros = piece / kStepBlocks < rows && piece % kStepBlocks < left;
+      valid |= (piece / kRowPieces < rows && at < left ? 1u : 0) << i;
+      if (i < kZeroPieces) valid |= (zeros ? 0x10000u : 0) << i;
+    }
+    return valid;
+  }
+
+  // Asks for an item, or for nothing at the end, and goes on to the next. Beyond the weight there
+  // are zeros.
+  __device__ void Load(Item& item, int slot) const {
+    if (item.slice < p_.slices) {
+      const DecodeArgs& a = p_.a;
+      const uint32_t to = ring_address_ + slot * kShape.slot_bytes() + lane_ * 16;
+      const int block = (item.slice * p_.slice_steps + item.step) * kStepBlocks;
+      // A thread block's weights are less than 2 GB.
+      const int begin = item.tile * kTileRows * a.blocks + block;
+      const int left = a.blocks - block, rows = a.out - (first_tile_ + item.tile) * kTileRows;
+      const bool whole = left >= kStepBlocks && rows >= kTileRows;
+      const unsigned valid = whole ? ~0u : ValidPieces(left, rows);
+      const uint8_t* values = values_ + begin * kShape.block_bytes();
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+        Copy16(to + i * kLanes * 16, values + value_piece_[i], valid & 1u << i);
+      if constexpr (!kShape.dense()) {
+        const uint8_t* zeros = zeros_ + begin * 8;
+        const uint32_t to_zeros = to + kShape.slot_values() - lane_ * 8;
+#pragma unroll
+        for (int i = 0; i < kZeroPieces; ++i)
+          Copy8(to_zeros + i * kLanes * 8, zeros + i * kLanes / kStepBlocks * a.blocks * 8,
+                valid & 0x10000u << i);
+      }
+      Advance(item);
+    }
+    CommitCopies();
+  }
+
+  // Copies the codes of a slice of K.
+  __device__ void CopyCodes(int slice) const {
+    const int row = p_.steps * kShape.step_lifted(), begin = slice * p_.slice_steps;
+    const int pieces = min(p_.slice_steps, p_.steps - begin) * kShape.step_lifted() / 16;
+    const RowShare share(p_.log_share);
+#pragma unroll 1
+    for (int m = share.row; m < p_.a.M; m += warps_ >> p_.log_share) {
+      const uint8_t* from = p_.codes + static_cast<int64_t>(m) * row + begin * kShape.step_lifted();
+      const uint32_t to = SharedAddress(codes_ + m * token_bytes_);
+#pragma unroll 1
+      for (int i = share.first; i < pieces; i += share.stride)
+        Copy16(to + i * 16, from + i * 16, true);
+    }
+    CommitCopies();
+  }
+
+  // The block's scales and biases of outputs, to shared memory if they fit.
+  __device__ void AskForScales() const {
+    const DecodeArgs& a = p_.a;
+    const int row0 = first_tile_ * kTileRows, rows = tiles_ * kTileRows;
+    if (cached_) {
+      for (int i = threadIdx.x; i < rows; i += blockDim.x) {
+        const int row = min(row0 + i, a.out - 1);
+        Copy4(SharedAddress(scale_w_ + i), a.scale_w + row);
+        if (a.bias != nullptr) Copy4(SharedAddress(scale_w_ + rows + i), a.bias + row);
+      }
+    }
+    CommitCopies();
+  }
+
+  // ---- Sums -------------------------------------------------------------------------------------
+
+  // Adds an item's products to the warp's sums.
+  __device__ void Multiply(int slot, const Item& item) {
+    const uint8_t* from = ring_ + slot * kShape.slot_bytes();
+    const int g = lane_ / 4, t = lane_ % 4;
+    constexpr int kBytes = kShape.block_bytes(), kWords = kBytes / 4;
+    uint32_t upper[kWords], lower[kWords];  // the lane's block of rows g and g + 8
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      const auto* at = reinterpret_cast<const uint4*>(from + (g * kStepBlocks + t) * kBytes);
+      const uint4 u = at[i / 4], l = at[i / 4 + 8 * kStepBlocks * kBytes / 16];
+      upper[i] = u.x, upper[i + 1] = u.y, upper[i + 2] = u.z, upper[i + 3] = u.w;
+      lower[i] = l.x, lower[i + 1] = l.y, lower[i + 2] = l.z, lower[i + 3] = l.w;
+    }
+    const uint8_t* codes = codes_ + g * token_bytes_ + item.step * kShape.step_lifted() + t * 16;
+    const bool is_token = g < p_.a.M;
+    const auto token = [&](int j) {  // 16 bytes of the codes of token g
+      return is_token ? *reinterpret_cast<const uint4*>(codes + j * 64) : uint4{0, 0, 0, 0};
+    };
+    if constexpr (kShape.dense()) {
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        const uint4 b = token(j / 2);
+        MultiplyDense(sums_of_[0], {upper[j], lower[j], upper[4 + j], lower[4 + j]}, b.x, b.y);
+        MultiplyDense(sums_of_[1], {upper[j + 1], lower[j + 1], upper[5 + j], lower[5 + j]}, b.z,
+                      b.w);
+      }
+    } else {
+      constexpr int kHalf = 2 * kWindows;
+      uint32_t metadata[kHalf];
+      LoadMetadata(from + kShape.slot_values(), metadata);
+#pragma unroll
+      for (int j = 0; j < kHalf; ++j) {
+        MultiplySparse(sums_of_[j % 2], {upper[j], lower[j], upper[kHalf + j], lower[kHalf + j]},
+                       token(j), metadata[j]);
+      }
+    }
+  }
+
+  // Lane (g, t) supplies the metadata of half t / 2 of row g + 8 (t % 2).
+  __device__ void LoadMetadata(const uint8_t* from,
+                               uint32_t (&metadata)[2 * (kWindows > 0 ? kWindows : 1)]) const {
+    const int row = lane_ / 4 + 8 * (lane_ % 2), half = lane_ % 4 / 2;
+    const auto* at = reinterpret_cast<const uint4*>(from + row * kStepBlocks * 8);
+    const uint4 v = at[0], w = at[1];
+    uint32_t zeros[kStepBlocks] = {half ? v.y : v.x, half ? v.w : v.z, half ? w.y : w.x,
+                                   half ? w.w : w.z};
+    // Beyond the weight there are zeros, which is no pair of places; the values are zero as well.
+#pragma unroll
+    for (int b = 0; b < kStepBlocks; ++b)
+      if (zeros[b] == 0) zeros[b] = 0x10101010u;
+    ExpandMetadata<kWindows>(zeros, metadata);
+  }
+
+  // Leaves the warp's sums of a tile, whose first item was step `first_step`. They lie in the
+  // order of K, so that results do not depend on which warp was faster.
+  __device__ void Contribute(const Item& item, int first_step) {
+    const int M = p_.a.M;
+    if (p_.slices == 1) {  // else every tile has a slot of its own
+      while (LoadShared(tile_of_ + item.tile_slot) != item.tile) {
+      }
+    }
+    Sum* to = sums_ + (item.tile_slot * warps_ + first_step) * kTileRows * M;
+    const int g = lane_ / 4, t = lane_ % 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int m = 2 * t + i % 2;
+      const Sum sum = sums_of_[0].v[i] + sums_of_[1].v[i];
+      sums_of_[0].v[i] = sums_of_[1].v[i] = 0;
+      if (m >= M) continue;
+      Sum& place = to[m * kTileRows + g + 8 * (i / 2)];
+      place = item.slice > 0 ? place + sum : sum;
+    }
+    __syncwarp();
+    int last = 0;
+    if (lane_ == 0) last = AddShared(arrived_ + item.tile_slot, 1) + 1 == Contributions();
+    if (__shfl_sync(kAllLanes, last, 0)) Finish(item);
+  }
+
+  // Of a tile: each warp that has an item of it in a slice brings one.
+  __device__ int Contributions() const {
+    return (p_.slices - 1) * min(warps_, p_.slice_steps) + min(warps_, StepsOf(p_.slices - 1));
+  }
+
+  // Adds up a tile's sums and writes its outputs.
+  __device__ void Finish(const Item& item) {
+    const DecodeArgs& a = p_.a;
+    const int parts = min(warps_, p_.slice_steps), row0 = (first_tile_ + item.tile) * kTileRows;
+    const int begin = cached_ ? first_tile_ * kTileRows : 0;  // the row of scales[0]
+    const float* scales = cached_ ? scale_w_ : a.scale_w;
+    const float* biases = cached_ ? scale_w_ + tiles_ * kTileRows : a.bias;
+    const Sum* from = sums_ + item.tile_slot * warps_ * kTileRows * a.M;
+    for (int i = lane_; i < kTileRows * a.M; i += kLanes) {
+      const int row = row0 + i % kTileRows, m = i / kTileRows;
+      Sum sum = from[i];
+#pragma unroll 4
+      for (int part = 1; part < parts; ++part) sum += from[part * kTileRows * a.M + i];
+      if (row >= a.out) continue;
+      const int64_t to = static_cast<int64_t>(m) * a.out + row;
+      float v = __fmul_rn(__fmul_rn(static_cast<float>(sum), scale_x_[m]), scales[row - begin]);
+      if (a.bias != nullptr) v = __fadd_rn(v, biases[row - begin]);
+      switch (a.y_type) {
+        case DType::kBF16: static_cast<__nv_bfloat16*>(a.y)[to] = __float2bfloat16(v); break;
+        case DType::kF16: static_cast<__half*>(a.y)[to] = __float2half(v); break;
+        default: static_cast<float*>(a.y)[to] = v; break;
+      }
+    }
+    if (p_.slices > 1) return;
+    __syncwarp();
+    if (lane_ == 0) {
+      StoreShared(arrived_ + item.tile_slot, 0);
+      StoreShared(tile_of_ + item.tile_slot, item.tile + p_.tile_slots);
+    }
+  }
+
+  const Params& p_;
+  const int warps_, warp_, lane_, first_tile_, tiles_, token_bytes_;
+  bool cached_;
+  uint8_t* ring_;
+  uint32_t ring_address_;
+  const uint8_t* values_;  // of the block's first tile; of zeros, the lane's first piece
+  const uint8_t* zeros_;
+  int value_piece_[kPieces];
+  uint8_t* codes_;
+  Sum* sums_;
+  float* scale_w_;
+  int* arrived_;
+  int* tile_of_;
+  uint32_t* warp_max_;
+  float* scale_x_;
+  Sums sums_of_[2];  // two chains of mma, so that one need not wait for the other
+};
+
+template <typename Code, int kWindows>
+__global__ void __launch_bounds__(Shape{kWindows}.most_warps() * kLanes, 1)
+    DecodeKernel(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) uint8_t decode_shared[];
+  Decoder<Code, kWindows>(p, decode_shared).Run();
+}
+
+}  // namespace slidejax::decode

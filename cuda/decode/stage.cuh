@@ -1,0 +1,213 @@
+// Rows of x on their way into shared memory, as codes in the order of fragments.cuh: quantised
+// here, or taken from the lift's results.
+#pragma once
+
+#include "decode/fragments.cuh"
+#include "decode/ptx.cuh"
+#include "lift/chunk.cuh"
+
+namespace slidejax::decode {
+
+using lift::AbsMax;
+using lift::Chunk;
+using lift::Convert;
+using lift::kChunk;
+using lift::RowScale;
+using lift::ScaleOf;
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Eight columns of a row that starts anywhere, of which `count` are there; zeros for the others.
+template <typename T>
+__device__ __noinline__ Chunk<T> LoadPart(const T* from, int count) {
+  Chunk<T> chunk = {};
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    if (i >= count) continue;
+    if constexpr (sizeof(T) == 4) {
+      chunk.word[i] = __ldcg(reinterpret_cast<const unsigned*>(from) + i);
+    } else {
+      const uint32_t bits = __ldcg(reinterpret_cast<const unsigned short*>(from) + i);
+      chunk.word[i / 2] |= bits << (16 * (i % 2));
+    }
+  }
+  return chunk;
+}
+
+// Writes chunk number `index` of a token, lifted. A pair of columns is the first half of the window
+// that it begins and the second half of the window before.
+template <int kWindows>
+__device__ inline void PlaceCodes(uint8_t* token, int index, uint2 codes) {
+  constexpr Shape kShape{kWindows};
+  constexpr int kBlockChunks = kShape.block_columns() / kChunk, kPairs = kWindows + 1;
+  const int block = index / kBlockChunks, within = index % kBlockChunks;
+  const auto put = [&](int window, uint32_t word) {
+    *reinterpret_cast<uint32_t*>(token + WindowOffset<kWindows>(block, window)) = word;
+  };
+  if constexpr (kWindows <= 1) {  // lifting is the identity
+    put(2 * within, codes.x), put(2 * within + 1, codes.y);
+  } else if constexpr (kPairs == 4) {  // the chunk is a group
+    put(3 * within, codes.x);
+    put(3 * within + 1, __byte_perm(codes.x, codes.y, 0x5432));
+    put(3 * within + 2, codes.y);
+  } else {
+    const uint32_t words[2] = {codes.x, codes.y};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int pair = 4 * within + i, group = pair / kPairs, place = pair % kPairs;
+      const int window = group * kWindows + place;
+      const auto half = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
+      const auto put_half = [&](int to, int second) {
+        *reinterpret_cast<uint16_t*>(token + WindowOffset<kWindows>(block, to) + 2 * second) = half;
+      };
+      if (place < kWindows) put_half(window, 0);
+      if (place > 0) put_half(window - 1, 1);
+    }
+  }
+}
+
+// How the warps of a block share the rows of x evenly: each row has 2^log_share warps.
+struct RowShare {
+  int row, first, stride, log_share;
+
+  __device__ explicit RowShare(int log_share, int first_row = 0) : log_share(log_share) {
+    const int warp = threadIdx.x / kLanes;
+    row = first_row + (warp >> log_share);
+    first = (warp & ((1 << log_share) - 1)) * kLanes + threadIdx.x % kLanes;
+    stride = kLanes << log_share;
+  }
+};
+
+// The part of x that a thread holds in registers until it knows its row's maximum: four chunks of
+// 16 bits a column, or two of 32.
+struct HeldChunks {
+  uint4 v[kHeldWords / 4];
+};
+
+// The largest |x| of a row: `most` is that of a thread. All threads of the block call it; warp_max
+// is a word for each warp, in shared memory.
+__device__ inline uint32_t RowMax(const RowShare& at, uint32_t most, uint32_t* warp_max) {
+  most = __reduce_max_sync(kAllLanes, most);
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  if (lane == 0) warp_max[warp] = most;
+  __syncthreads();
+  const int share = (1 << at.log_share) - 1;
+  return __reduce_max_sync(kAllLanes, warp_max[(warp & ~share) + (lane & share)]);
+}
+
+template <typename T>
+__device__ inline Chunk<T> ChunkOf(const uint4* v) {
+  Chunk<T> chunk;
+#pragma unroll
+  for (int k = 0; k < static_cast<int>(sizeof(T)) / 2; ++k) {
+    chunk.word[4 * k] = v[k].x, chunk.word[4 * k + 1] = v[k].y;
+    chunk.word[4 * k + 2] = v[k].z, chunk.word[4 * k + 3] = v[k].w;
+  }
+  return chunk;
+}
+
+template <typename T, typename Code, int kWindows>
+__device__ inline void QuantiseChunk(uint8_t* token, int index, const Chunk<T>& chunk,
+                                     float factor) {
+  const Chunk<Code> codes = Convert<T, Code, false>(chunk, factor);
+  PlaceCodes<kWindows>(token, index, {codes.word[0], codes.word[1]});
+}
+
+// Quantises rows of x in the decode kernel, for which registers hold them (OwnRows in plan.h): the
+// fewer instructions, the sooner the first product.
+template <typename T, typename Code, int kWindows>
+class HeldRows {
+  static constexpr int kParts = sizeof(T) / 2;  // of a chunk
+  static constexpr int kHeld = kHeldWords / 4 / kParts;
+
+ public:
+  __device__ HeldRows(const DecodeArgs& a, const RowShare& at)
+      : at_(at), chunks_(at.row < a.M ? a.columns / kChunk : 0) {
+    from_ = static_cast<const T*>(a.x) + static_cast<int64_t>(at.row) * a.columns;
+  }
+
+  __device__ void Ask(HeldChunks& held) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int index = at_.first + i * at_.stride;
+#pragma unroll
+      for (int k = 0; k < kParts; ++k) {
+        const auto* from = reinterpret_cast<const uint4*>(from_ + index * kChunk) + k;
+        held.v[i * kParts + k] = index < chunks_ ? __ldcg(from) : uint4{};
+      }
+    }
+  }
+
+  // Writes the row's codes to `token`, with zeros up to chunk number `all`.
+  __device__ void Run(const HeldChunks& held, uint32_t* warp_max, float* scale_x, uint8_t* token,
+                      int all) const {
+    AbsMax<T> most;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) most.Add(ChunkOf<T>(held.v + i * kParts));
+    const RowScale scale = ScaleOf<Code>(RowMax(at_, most.Bits(), warp_max));
+    if (chunks_ == 0) return;
+    if (at_.first == 0) *scale_x = scale.scale;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int index = at_.first + i * at_.stride;
+      if (index >= all) break;
+      const auto chunk = ChunkOf<T>(held.v + i * kParts);
+      QuantiseChunk<T, Code, kWindows>(token, index, chunk, scale.factor);
+    }
+  }
+
+ private:
+  const RowShare at_;
+  const int chunks_;
+  const T* from_;
+};
+
+// Calls work with a value of the type of x.
+template <typename Work>
+__device__ inline void WithTypeOfX(DType type, const Work& work) {
+  switch (type) {
+    case DType::kBF16: return work(__nv_bfloat16{});
+    case DType::kF16: return work(__half{});
+    default: return work(float{});
+  }
+}
+
+// Quantises a row of x in each block, ahead of the decode kernel: codes [M, steps] in the order of
+// fragments.cuh, and scale_x [M]. Takes rows of any length that start anywhere.
+template <typename T, typename Code, int kWindows>
+__global__ void __launch_bounds__(kMaxWarps* kLanes)
+    QuantiseAhead(const __grid_constant__ DecodeArgs a, int steps, uint8_t* codes, float* scale_x) {
+  constexpr int kLogWarps = 4, kParts = sizeof(T) / 2;
+  static_assert(1 << kLogWarps == kMaxWarps, "the block shares one row");
+  constexpr Shape kShape{kWindows};
+  __shared__ uint32_t warp_max[kMaxWarps];
+  LetSuccessorBegin();
+  const RowShare at(kLogWarps, blockIdx.x);
+  const T* from = static_cast<const T*>(a.x) + static_cast<int64_t>(at.row) * a.columns;
+  const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0;
+  const int all = steps * kStepBlocks * kShape.block_columns() / kChunk;
+  const auto each = [&](auto&& visit) {
+    for (int index = at.first; index < all; index += at.stride) {
+      const T* chunk = from + static_cast<int64_t>(index) * kChunk;
+      const int left = a.columns - index * kChunk;
+      if (aligned && left >= kChunk) {
+        uint4 v[kParts];
+#pragma unroll
+        for (int k = 0; k < kParts; ++k) v[k] = __ldg(reinterpret_cast<const uint4*>(chunk) + k);
+        visit(index, ChunkOf<T>(v));
+      } else {
+        visit(index, LoadPart(chunk, left));
+      }
+    }
+  };
+  AbsMax<T> most;
+  each([&](int, const Chunk<T>& chunk) { most.Add(chunk); });
+  const RowScale scale = ScaleOf<Code>(RowMax(at, most.Bits(), warp_max));
+  if (at.first == 0) scale_x[at.row] = scale.scale;
+  uint8_t* token = codes + static_cast<int64_t>(at.row) * steps * kShape.step_lifted();
+  each([&](int index, const Chunk<T>& chunk) {
+    QuantiseChunk<T, Code, kWindows>(token, index, chunk, scale.factor);
+  });
+}
+
+}  // namespace slidejax::decode

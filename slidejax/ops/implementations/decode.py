@@ -1,0 +1,79 @@
+"""The implementation "decode": up to 8 rows times a packed weight as it lies, in one custom call.
+
+The kernel reads the packed form once, at about the rate of the memory, and makes the 2:4 metadata
+on the way (cuda/decode, docs/decode-kernel.md). It quantises a few rows of x itself. For more rows,
+and for rows that start anywhere, a small kernel of the same call quantises them first.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from slidejax.ops.cuda import calls, library
+from slidejax.ops.implementations import hopper
+from slidejax.ops.implementations.base import Implementation, cuda_refusal
+from slidejax.weights.numerics import is_quantized
+from slidejax.weights.packed import SlideWeight
+from slidejax.weights.pattern import BLOCK_GROUPS
+
+__all__ = ["DECODE", "MAX_ROWS"]
+
+MAX_ROWS = 8  # kDecodeTokens of cuda/decode/decode.h
+_CHUNK_BLOCKS = 4  # kChunkBlocks of cuda/decode/plan.h
+_ALIGN = 16  # of the workspace
+
+
+def _workspace_bytes(w: SlideWeight, rows: int) -> int:
+    """The codes of all rows, up to a whole chunk of K, and their scales. The call checks this."""
+    group = w.pattern.group
+    blocks = w.groups // BLOCK_GROUPS
+    lifted = w.lifted_columns // blocks if w.pattern.prunes else BLOCK_GROUPS * group
+    chunks = -(-blocks // _CHUNK_BLOCKS)
+    return rows * chunks * _CHUNK_BLOCKS * lifted + -(-4 * rows // _ALIGN) * _ALIGN + _ALIGN
+
+
+class Decode(Implementation):
+    """8-bit values of all patterns, "dense" included, times at most 8 rows."""
+
+    name = "decode"
+    cuda_only = True
+    reads_packed = True
+
+    def refuses(self, problem):
+        if reason := cuda_refusal(problem):
+            return reason
+        if problem.op != "linear":
+            return "quantises the rows itself: it computes linear alone"
+        if problem.rows > MAX_ROWS:
+            return f"takes at most {MAX_ROWS} rows, not {problem.rows}"
+        if not is_quantized(problem.dtype):
+            return f"values must be int8 or float8_e4m3fn, not {problem.dtype.name}"
+        if (
+            problem.dtype != jnp.int8
+            and hopper.refuses_device(problem.device, problem.dtype) is None
+        ):
+            # On compute capability 9.0 mma converts float8 to float16 first: two to three times the
+            # time of the Hopper kernel.
+            return f"{problem.dtype.name} runs in the Hopper kernel on {problem.device}"
+        return None
+
+    def linear(self, x, prologue, w, bias, out_dtype, platform="default"):
+        if prologue is not None:
+            x = prologue.apply(x)
+        values, zeros = w.values, w.zeros
+        if not w.pattern.prunes:  # the kernel reads a dense weight as [out, K']
+            values, zeros = values.reshape(w.out_features, -1), zeros.reshape(-1)
+        out_types = (
+            jax.ShapeDtypeStruct((x.shape[0], w.out_features), out_dtype),
+            jax.ShapeDtypeStruct((_workspace_bytes(w, x.shape[0]),), jnp.uint8),
+        )
+        given = jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32)
+        y, _ = calls.call("slidejax_linear_decode", out_types, x, values, zeros, w.scale, given)
+        return y
+
+    def available(self):
+        return library.missing()
+
+
+DECODE = Decode()
