@@ -51,7 +51,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "slidejax").rglob("*.py")}
     assert wheel.name.endswith("py3-none-any.whl") and sources <= names
-    assert {"slidejax/py.typed", "slidejax/data/tuning/nvidia-h200.json"} <= names
+    assert {
+        "slidejax/py.typed",
+        "slidejax/data/tuning/nvidia-h100.json",
+        "slidejax/data/tuning/nvidia-h200.json",
+    } <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"slidejax"}
     about = f"slidejax-{slidejax.__version__}.dist-info"
     assert f"{about}/licenses/LICENSE" in names

@@ -118,9 +118,14 @@ def _key(entry: dict[str, Any]) -> tuple:
     return tuple(entry[name] for name in ("in", "out", "pattern", "dtype", "rows"))
 
 
+# Devices of one processor with different memory. Each also has the other's shipped measurements,
+# where it has none of its own.
+_ALIKE = {"nvidia-h100": "nvidia-h200", "nvidia-h200": "nvidia-h100"}
+
+
 @functools.cache
-def _entries(shipped: Path, local: Path, stamp: int) -> tuple[dict[str, Any], ...]:
-    return tuple({_key(e): e for e in (*_read(shipped), *_read(local))}.values())
+def _entries(tables: tuple[Path, ...], stamp: int) -> tuple[dict[str, Any], ...]:
+    return tuple({_key(e): e for table in tables for e in _read(table)}.values())
 
 
 def entries(device: str) -> tuple[dict[str, Any], ...]:
@@ -130,11 +135,10 @@ def entries(device: str) -> tuple[dict[str, Any], ...]:
       ValueError: if a table is damaged.
     """
     local = table_path(device)
-    shipped = _SHIPPED / local.name
-    if not shipped.exists() and device_slug(device) in ("nvidia-h100", "nvidia-h200"):
-        shipped = _SHIPPED / "nvidia-h200.json"  # the same processor with another memory
+    slugs = (_ALIKE.get(local.stem), local.stem)
+    shipped = tuple(_SHIPPED / f"{slug}.json" for slug in slugs if slug is not None)
     stamp = local.stat().st_mtime_ns if local.exists() else 0
-    return _entries(shipped, local, stamp)
+    return _entries((*shipped, local), stamp)
 
 
 def record(device: str, measured: Iterable[dict[str, Any]]) -> Path:

@@ -64,3 +64,21 @@ def test_files_name_implementation_and_form_and_those_of_format_1_are_read(tmp_p
     path.write_text(json.dumps({"format": 2, "entries": [entry(1, {"dense": 1.0})]}))
     with pytest.raises(ValueError, match="damaged entry"):
         tuning.entries("Test GPU")
+
+
+def test_an_h100_has_its_own_measurements_and_lends_the_others_of_an_h200(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
+    found = {
+        (e["in"], e["out"], e["pattern"], e["dtype"], e["rows"]): e["us"]
+        for e in tuning.entries("NVIDIA H100 80GB HBM3")
+    }
+    assert tuning.Variant("decode") in found[3584, 4608, "6:8", "int8", 1]
+    assert (3584, 4608, "2:4", "int8", 4096) in found  # measured on an H200 alone
+    # An H200's own measurement wins over the H100's.
+    [own] = [
+        e["us"]
+        for e in tuning.entries("NVIDIA H200")
+        if (e["in"], e["out"], e["pattern"], e["dtype"], e["rows"])
+        == (3584, 4608, "6:8", "int8", 4096)
+    ]
+    assert own != found[3584, 4608, "6:8", "int8", 4096]
