@@ -6,8 +6,8 @@
 // Nothing here allocates or synchronises, and after Init nothing looks anything up, so that calls
 // can be captured in a CUDA graph. Pointers are device pointers.
 //
-// Where K is split through memory, CTAs wait for each other at the end, but not for ever: a CTA
-// leaves a sum whose parts do not come to the last arriver.
+// Where K is split through memory, CTAs wait for each other's partial sums, but only up to a limit.
+// Past it, a CTA leaves the reduction unit to whichever CTA arrives last.
 #pragma once
 
 #include <cuda_runtime.h>
