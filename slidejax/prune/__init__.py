@@ -1,7 +1,8 @@
-"""Pruning: choosing which weights of every group are kept, and what the kept ones become.
+"""Pruning: choosing which weights of every group are kept, and which values they get.
 
-One file for each method for one kernel (`magnitude`, `wanda`, `sparsegpt` with `exchange` and `refit`, `round_kernel` for
-8 bit). `convert` prunes a whole model, and `mixed` chooses a pattern for each of its layers.
+Each method for one kernel has a file of its own: `magnitude`, `wanda`, `sparsegpt` (with `exchange`
+and `refit`), and `round_kernel` for 8 bit. `convert` prunes a whole model. `mixed` chooses a
+pattern for each layer of a model.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ __all__ = [
     "wanda",
 ]
 
-# What needs Flax is loaded when first used.
+# These are loaded when they are first used. `slidejax.conversion` needs Flax.
 _LAZY = {
     "Calibration": "slidejax.prune.model.calibration",
     "Method": "slidejax.prune.model.methods",

@@ -1,10 +1,12 @@
 """Rounding a pruned kernel to 8 bit so that the layer's outputs change least.
 
-`pack` rounds each value to the nearest code. Here the codes of an output minimise the layer objective together, by
-coordinate descent: column after column, each kept value goes to the code that is best given all others, so that later
-columns make up for the rounding of earlier ones (as in GPTQ, Frantar et al., arXiv 2210.17323) and in further sweeps
-earlier ones for that of later ones. The scale of an output is fixed first: of some shares of its largest magnitude the
-one whose rounding, weighted by the diagonal of `X^T X`, costs least.
+`pack` rounds each value to the nearest code by itself. Here all codes of an output are chosen
+together, by coordinate descent on the layer objective. Each kept value in turn takes the code that
+is best given all others, so later columns make up for the rounding of earlier ones (as in GPTQ,
+Frantar et al., arXiv 2210.17323). Further sweeps let earlier columns make up for later ones.
+
+The scale is fixed first: of several shares of the largest magnitude, the one with the least
+rounding error, weighted by the diagonal of `X^T X`.
 """
 
 from __future__ import annotations
@@ -29,15 +31,22 @@ _BLOCK = 64  # columns between two updates of the whole residual
 
 
 def clip_search(kernel: jax.Array, energy: jax.Array, dtype) -> jax.Array:
-    """The largest magnitude of each output that 8-bit codes are to reach, larger ones being clipped.
+    """The magnitude of each output that the largest 8-bit code stands for.
+
+    Larger magnitudes are clipped to it. Of several shares of the largest magnitude, it is the one
+    with the least rounding error, weighted by `energy`.
 
     Args:
-      kernel: float32 `[in, out]`.
+      kernel: `[in, out]`, floating. It is read as float32.
       energy: float32 `[in]`, the mean square of each input, or any multiple of it.
       dtype: int8 or float8_e4m3fn.
 
     Returns:
-      float32 `[out]`, for `slidejax.numerics.encode`; never more than the largest magnitude.
+      float32 `[out]`, for `slidejax.weights.numerics.encode`. It is never more than the largest
+      magnitude of the output.
+
+    Raises:
+      KeyError: for another dtype.
 
     >>> clip_search(jnp.array([[1.0], [0.5]]), jnp.ones(2), "int8").tolist()
     [1.0]
@@ -68,20 +77,26 @@ def round_kernel(
     damping: float = 0.01,
     sweeps: int = 3,
 ) -> tuple[jax.Array, jax.Array]:
-    """The 8-bit kernel of a mask that comes nearest to `kernel` on the layer objective.
+    """Rounds the kept weights of a kernel to 8 bit, by coordinate descent on the layer objective.
+
+    It follows GPTQ (Frantar et al., arXiv 2210.17323), with several sweeps over the columns.
 
     Args:
-      kernel: `[in, out]`, what the outputs are to match.
-      mask: bool `[in, out]`.
-      gram: float32 `[in, in]`.
-      start: `[in, out]`, the kept values before rounding, such as `refit` finds them.
+      kernel: `[in, out]`, floating: the kernel whose outputs are to be matched.
+      mask: bool `[in, out]`, True where a weight is kept.
+      gram: float32 `[in, in]`, `x^T x` over the calibration inputs.
+      start: `[in, out]`, floating: the kept values before rounding, such as those from `refit`.
       dtype: int8 or float8_e4m3fn.
       damping: as in `sparsegpt`.
-      sweeps: over all columns; the objective never rises after the first.
+      sweeps: the number of sweeps over all columns. The objective never rises after the first.
 
     Returns:
-      `(kernel, scale)`: float32 `[in, out]`, codes times scale; float32 `[out]`. What
-      `pack(kernel, pattern, dtype, mask=mask, scale=scale)` takes, and stores without rounding anything again.
+      `(kernel, scale)`. The kernel is float32 `[in, out]`, codes times scale, and zero where not
+      kept. The scale is float32 `[out]`. `pack(kernel, pattern, dtype, mask=mask, scale=scale)`
+      stores them without another rounding.
+
+    Raises:
+      KeyError: for another dtype.
 
     >>> gram, kernel = jnp.eye(4), jnp.array([[1.0], [0.3], [0.2], [0.1]])
     >>> rounded, scale = round_kernel(kernel, kernel > 0.15, gram, kernel, "int8")
@@ -127,9 +142,8 @@ def _round_kernel(kernel, mask, gram, start, dtype, sweeps):
         return jax.lax.dynamic_update_slice_in_dim(w, after, at, axis=0), r
 
     def sweep(_, w):
-        r = jnp.matmul(
-            gram, kernel - w, precision=_EXACT
-        )  # afresh, so that rounding errors do not add up
+        # The residual is computed afresh, so that rounding errors do not add up.
+        r = jnp.matmul(gram, kernel - w, precision=_EXACT)
         return jax.lax.fori_loop(0, len(kernel) // _BLOCK, block, (w, r))[0]
 
     return jax.lax.fori_loop(0, sweeps, sweep, start)[:columns], scale

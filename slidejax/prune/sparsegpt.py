@@ -1,13 +1,14 @@
 """SparseGPT for (2N-2):2N patterns, with the best pair of every group and an exact refit.
 
-The layer objective is `|| X (W - W') ||^2 = tr((W - W')^T H (W - W'))` with `H = X^T X`. Groups are pruned from left to
-right as in SparseGPT (Frantar and Alistarh, arXiv 2301.00774), the columns of a group and all after it making up for what is
-lost. Two things differ:
+The layer objective is `|| X (W - W') ||^2 = tr((W - W')^T H (W - W'))` with `H = X^T X`. Groups are
+pruned from left to right, as in SparseGPT (Frantar and Alistarh, arXiv 2301.00774). The kept
+columns of a group, and all columns after it, make up for the loss. Two things differ:
 
-- A group loses exactly two columns, so the best pair is found by trying all of them (28 at 6:8) instead of column by column.
-  With `S = (H_FF)^-1` over the columns F that are still free, removing the pair `p` costs `w_p^T (S_pp)^-1 w_p`.
-- SparseGPT freezes a column once it is passed. When all masks are known the kept weights are fitted once more, all of them
-  together, by conjugate gradients on the masked normal equations.
+- A group loses exactly two columns. The best pair is found by trying all pairs (28 at 6:8), where
+  SparseGPT goes column by column. Let F be the columns that are still free, and `S = (H_FF)^-1`.
+  Then the removal of a pair `p` costs `w_p^T (S_pp)^-1 w_p`.
+- SparseGPT freezes a column once it is passed. Here all kept weights are fitted again when the
+  whole mask is known, by conjugate gradients on the masked normal equations.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
 __all__ = ["layer_error", "refit", "sparsegpt"]
 
 _EXACT = jax.lax.Precision.HIGHEST
-_SWEEPS = 2  # of `exchange` in a round
+_SWEEPS = 2  # sweeps of `exchange` in each round
 
 
 def sparsegpt(
@@ -37,27 +38,34 @@ def sparsegpt(
     rounds: int = 1,
     refit_steps: int = 16,
 ) -> tuple[jax.Array, jax.Array]:
-    """Prunes a kernel so that the layer's outputs on the calibration inputs change least.
+    """Prunes a kernel so that the layer's outputs on the calibration inputs change little.
+
+    SparseGPT (Frantar and Alistarh, arXiv 2301.00774) finds a first mask. Then rounds of `exchange`
+    and `refit` improve the mask and the kept weights.
 
     Args:
       kernel: `[in, out]`, floating.
-      pattern: such as `"6:8"`; with "dense" the kernel stays as it is.
+      pattern: such as `"6:8"`. With "dense" the kernel stays as it is.
       gram: float32 `[in, in]`, `x^T x` over the calibration inputs.
-      damping: added to the diagonal of `gram`, as a share of its mean.
-      rounds: of `exchange` and `refit`; 0 leaves SparseGPT's own weights.
+      damping: this share of the mean of `gram`'s diagonal is added to the diagonal.
+      rounds: the number of rounds of `exchange` and `refit`. 0 leaves SparseGPT's own weights.
       refit_steps: steps of conjugate gradients in each round.
 
     Returns:
-      `(mask, kernel)`: bool `[in, out]`, and the kernel in its dtype with kept weights changed and zeros elsewhere: what
-      `pack(kernel, pattern, mask=mask)` takes.
+      `(mask, kernel)`, as `pack(kernel, pattern, mask=mask)` takes them. The mask is bool
+      `[in, out]`, True where a weight is kept. The returned kernel has the dtype of `kernel`,
+      new values where a weight is kept, and zeros elsewhere.
 
     Raises:
-      ValueError: for shapes that do not fit each other, a bad pattern, or a gram that is not finite.
+      ValueError: for shapes that do not fit each other, a bad pattern, or a gram that is not
+        finite.
 
-    >>> x = jax.random.normal(jax.random.key(0), (64, 8)) @ jax.random.normal(jax.random.key(1), (8, 8))
+    >>> x = jax.random.normal(jax.random.key(0), (64, 8))
+    >>> x = x @ jax.random.normal(jax.random.key(1), (8, 8))
     >>> kernel = jax.random.normal(jax.random.key(2), (8, 3))
     >>> mask, new = sparsegpt(kernel, "6:8", x.T @ x)
-    >>> int(mask.sum()), bool(jnp.sum((x @ (new - kernel)) ** 2) < jnp.sum((x @ (mask * kernel - kernel)) ** 2))
+    >>> loss, plain = (jnp.sum((x @ (k - kernel)) ** 2) for k in (new, mask * kernel))
+    >>> int(mask.sum()), bool(loss < plain)
     (18, True)
     """
     kernel, gram = check_kernel(kernel), jnp.asarray(gram, jnp.float32)
@@ -88,22 +96,23 @@ def exchange(
     damping: float = 0.01,
     sweeps: int = 2,
 ) -> tuple[jax.Array, jax.Array]:
-    """Improves a mask: group after group gets its best pair, with its best weights, while all other groups stay.
+    """Improves a mask, one group at a time, while all other groups stay.
 
-    Each step is the exact minimum of the layer objective over one group, the pair that it has among its choices: so the
-    objective never rises.
+    Each step finds the pair of a group whose removal costs least, and the best weights for the kept
+    columns of the group. This is the exact minimum of the layer objective over that group, and the
+    present pair is one of the choices. So the objective never rises.
 
     Args:
-      kernel: `[in, out]`, what the outputs are to match.
-      mask: bool `[in, out]`, of the pattern.
-      gram: float32 `[in, in]`.
-      start: `[in, out]`, the kept weights.
+      kernel: `[in, out]`, floating: the kernel whose outputs are to be matched.
+      mask: bool `[in, out]`, True where a weight is kept. It has the pattern.
+      gram: float32 `[in, in]`, `x^T x` over the calibration inputs.
+      start: `[in, out]`, floating: the kept weights.
       pattern: such as `"6:8"`.
       damping: as in `sparsegpt`.
-      sweeps: over all groups.
+      sweeps: the number of sweeps over all groups.
 
     Returns:
-      `(mask, kernel)`, as `sparsegpt`; float32.
+      `(mask, kernel)`, as `sparsegpt` returns them, but the kernel is float32.
 
     Raises:
       ValueError: for a bad pattern, or "dense".
@@ -119,14 +128,18 @@ def exchange(
 
 
 def _best_pair(w, s, first, second):
-    """Of the columns of a group the pair whose removal costs least.
+    """Finds the pair of columns of a group whose removal costs least.
 
     Args:
-      w: `[out, group]`, the weights.
-      s: `[group, group]`, the inverse of the Hessian over the columns that may make up for the loss.
+      w: float32 `[out, group]`, the weights.
+      s: float32 `[group, group]`, the group's part of the inverse of the Hessian over the columns
+        that may make up for the loss.
+      first: the first column of every pair, int `[pairs]`.
+      second: the second column of every pair, int `[pairs]`.
 
     Returns:
-      `(coefficient, kept)`: `[out, group]`, `(S_pp)^-1 w_p` at the pair and zero elsewhere; bool.
+      `(coefficient, kept)`, both `[out, group]`. The coefficient is float32: `(S_pp)^-1 w_p` at the
+      pair and zero elsewhere. `kept` is bool.
     """
     saa, sbb, sab = s[first, first], s[second, second], s[first, second]
     a, b = w[:, first], w[:, second]
@@ -158,9 +171,8 @@ def _exchange(kernel, mask, gram, start, pattern: Pattern, sweeps):
             weights, mask, residual = state
             inverse = inverses[b * BLOCK_GROUPS + g]
             old = _columns(weights, g, size)
-            free = old + _dot(
-                _columns(residual, g, size), inverse
-            )  # the group's best weights without a mask
+            # the group's best weights if it had no mask
+            free = old + _dot(_columns(residual, g, size), inverse)
             coefficient, kept = _best_pair(free, inverse, first, second)
             new = jnp.where(kept, free - _dot(coefficient, inverse), 0)
             residual = residual - _dot(
@@ -183,8 +195,10 @@ def _exchange(kernel, mask, gram, start, pattern: Pattern, sweeps):
 
 
 def _inverses(matrices):
-    """The inverses of small positive definite matrices `[..., n, n]`, by Gauss-Jordan steps: a LAPACK call would compile for longer
-    than all of them take."""
+    """The inverses of small positive definite matrices `[..., n, n]`, by Gauss-Jordan steps.
+
+    A LAPACK call would take longer to compile than all of these steps take to run.
+    """
     place = jnp.arange(matrices.shape[-1])
 
     def step(k, a):
@@ -206,33 +220,49 @@ def _dot(a, b):
 
 
 def _columns(x, index, width: int):
-    """Piece number `index` of the last axis."""
+    """The piece number `index` of the last axis, `width` columns wide."""
     return jax.lax.dynamic_slice_in_dim(x, index * width, width, axis=1)
 
 
 def _put(x, piece, index):
-    """`x` with that piece replaced."""
+    """`x` with the piece number `index` of the last axis replaced by `piece`."""
     return jax.lax.dynamic_update_slice_in_dim(x, piece, index * piece.shape[1], axis=1)
 
 
 def _padded(kernel, pattern: Pattern, gram, *others):
-    """Kernels as `[out, in]`, and `gram`, padded to whole blocks of groups: columns without weight or part in others."""
+    """Kernels as `[out, in]`, and `gram`, padded to whole blocks of groups.
+
+    The added columns have zero weights, and no product with other columns in `gram`.
+    """
     missing = pattern.padded(len(gram)) - len(gram)
     gram = jax.scipy.linalg.block_diag(gram, jnp.eye(missing) * jnp.mean(jnp.diagonal(gram)))
     return (*(jnp.pad(k.T, ((0, 0), (0, missing))) for k in (kernel, *others)), gram)
 
 
 def layer_error(kernel: jax.Array, other: jax.Array, gram: jax.Array) -> jax.Array:
-    """The layer objective `|| X (kernel - other) ||^2`, float32: `[in, out]` twice and `[in, in]`."""
+    """The layer objective `|| X (kernel - other) ||^2`.
+
+    Args:
+      kernel: `[in, out]`, floating.
+      other: `[in, out]`, floating.
+      gram: float32 `[in, in]`, `X^T X`.
+
+    Returns:
+      float32 `[]`.
+    """
     difference = (kernel - other).astype(jnp.float32)
     return jnp.sum(difference * jnp.matmul(gram, difference, precision=_EXACT))
 
 
 @jax.jit
 def damped(gram: jax.Array, damping: float) -> jax.Array:
-    """`gram` with `damping` times the mean of its diagonal added to the diagonal; 1 where an input is never driven."""
+    """`gram` with `damping` times the mean of its diagonal added to the diagonal.
+
+    Where an input is always zero, 1 is added instead.
+    """
     diagonal = jnp.diagonal(gram)
-    # an input that is never driven says nothing about its weights: any of them may go
+    # An input that is always zero puts no constraint on its weights. The 1 keeps the matrix
+    # invertible there.
     ridge = jnp.where(diagonal > 0, damping * jnp.mean(diagonal), 1.0)
     return gram + jnp.diag(ridge)
 
@@ -241,27 +271,25 @@ def damped(gram: jax.Array, damping: float) -> jax.Array:
 def _sparsegpt(kernel, gram, pattern: Pattern):
     size, columns, width = pattern.group, kernel.shape[0], pattern.block
     weights, gram = _padded(kernel, pattern, gram)
-    # (H_FF)^-1 = U_FF^T U_FF for every set F of last columns, with U^T U = H^-1 and U upper triangular
-    # with the last column first that is the inverse of the Cholesky factor
+    # Let U be upper triangular with U^T U = H^-1. Then (H_FF)^-1 = U_FF^T U_FF for every set F of
+    # last columns. With rows and columns reversed, U is the inverse of the Cholesky factor of H.
     lower = jnp.linalg.cholesky(gram[::-1, ::-1])
     upper = jax.scipy.linalg.solve_triangular(lower, jnp.eye(len(gram)), lower=True)[::-1, ::-1]
     first, second = _pairs(size)
 
     def block(b, state):
-        """The groups of one block; the columns after it change once, by what all of them spread."""
+        """Prunes the groups of one block, then changes the columns after the block once for all."""
         weights, mask = state
-        rows = jax.lax.dynamic_slice_in_dim(
-            upper, b * width, width, axis=0
-        )  # zero left of the block
+        # these rows are zero left of the block
+        rows = jax.lax.dynamic_slice_in_dim(upper, b * width, width, axis=0)
         inner = _columns(rows, b, width)
 
         def group(g, state):
             weights, mask, spread = state
             own = jax.lax.dynamic_slice_in_dim(inner, g * size, size, axis=0)
             corner = _columns(own, g, size)
-            s = _dot(
-                corner.T, corner
-            )  # of the columns that are still free, this group's part of the inverse
+            # this group's part of the inverse over the columns that are still free
+            s = _dot(corner.T, corner)
             coefficient, kept = _best_pair(_columns(weights, g, size), s, first, second)
             through = _dot(coefficient, corner.T)
             weights = weights - _dot(through, own)
@@ -287,15 +315,17 @@ def refit(
     steps: int = 20,
     start: jax.Array | None = None,
 ) -> jax.Array:
-    """The kept weights that minimise the layer objective for a given mask, by preconditioned conjugate gradients.
+    """Fits the kept weights to the layer objective for a given mask.
+
+    It runs conjugate gradients on the masked normal equations, preconditioned with their diagonal.
 
     Args:
-      kernel: `[in, out]`, the dense kernel that is to be matched.
-      mask: bool `[in, out]`.
-      gram: float32 `[in, in]`.
+      kernel: `[in, out]`, floating: the kernel whose outputs are to be matched.
+      mask: bool `[in, out]`, True where a weight is kept.
+      gram: float32 `[in, in]`, `x^T x` over the calibration inputs.
       damping: as in `sparsegpt`.
-      steps: of conjugate gradients; the objective falls with each.
-      start: `[in, out]`, where to start; None: the kept weights as they are.
+      steps: the number of steps of conjugate gradients. The objective falls with each.
+      start: `[in, out]`, floating: the weights to start from. None starts from those of `kernel`.
 
     Returns:
       float32 `[in, out]`, zero where not kept.

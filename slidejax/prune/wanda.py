@@ -1,6 +1,8 @@
-"""Wanda: magnitudes weighted by how strongly each input is driven (Sun et al., arXiv 2306.11695).
+"""Wanda: magnitudes weighted by the norm of each input (Sun et al., arXiv 2306.11695).
 
-score[k, o] = |W[k, o]| * ||x[:, k]||_2         the two lowest of every group go
+The two columns of lowest score of every group are pruned:
+
+    score[k, o] = |W[k, o]| * ||x[:, k]||_2
 """
 
 from __future__ import annotations
@@ -18,12 +20,16 @@ __all__ = ["wanda"]
 
 
 def wanda(kernel: jax.Array, pattern: str | Pattern, gram: jax.Array) -> jax.Array:
-    """The mask that keeps the weights that matter most for the layer's outputs, each weight judged alone.
+    """The mask that keeps the weights with the highest scores of every group.
+
+    The score of a weight is its magnitude times the norm of its input (Sun et al., arXiv
+    2306.11695).
 
     Args:
       kernel: `[in, out]`, floating.
-      pattern: such as `"6:8"`.
-      gram: float32 `[in, in]`, `x^T x` over the calibration inputs; only its diagonal is read, so `[in]` will do.
+      pattern: such as `"6:8"`. "dense" keeps all weights.
+      gram: float32 `[in, in]`, `x^T x` over the calibration inputs, or its diagonal `[in]`. Only
+        the diagonal is read.
 
     Returns:
       bool `[in, out]`, True where a weight is kept.
