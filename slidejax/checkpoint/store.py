@@ -24,16 +24,15 @@ __all__ = ["ARRAYS", "METADATA", "load", "save", "write_into"]
 ARRAYS = "slidejax.safetensors"
 _FORMAT, _FORMAT_VERSION = "slidejax", 1
 
-# --- saving -----------------------------------------------------------------------------------------
+# --- saving ---------------------------------------------------------------------------------------
 
 
 def save(path: str | os.PathLike[str], params: Any) -> None:
     """Saves a tree of parameters into a directory.
 
     Packed weights are saved in the portable packed form: prepared forms are dropped, and fused
-      layers are taken apart.
-    Arrays on any device are brought to the host. The directory is written beside `path` and
-    renamed, so an earlier checkpoint is replaced only by a complete one.
+    layers are taken apart. Arrays on any device are brought to the host. The directory is written
+    beside `path` and renamed, so an earlier checkpoint is replaced only by a complete one.
 
     Args:
       path: the directory to write. If it exists, it must be empty or hold an earlier checkpoint.
@@ -56,9 +55,8 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
       >>> again["Dense_0"]["kernel"].pattern, again["Dense_0"]["kernel"].values.dtype
       (Pattern(kept=6, group=8), dtype('int8'))
     """
-    arrays, metadata = _describe(
-        params
-    )  # before anything is written: a tree that cannot be saved leaves no trace
+    # This comes before anything is written: a tree that cannot be saved leaves no trace.
+    arrays, metadata = _describe(params)
     with staged(path, METADATA) as folder:
         _write(folder, arrays, metadata)
 
@@ -88,7 +86,7 @@ def _describe(params: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     }
 
 
-# --- loading ----------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -99,9 +97,8 @@ def load(path: str | os.PathLike[str]) -> Any:
 
     Returns:
       The tree: dicts, lists, tuples, arrays on JAX's default device, and `SlideWeight`s without
-        prepared forms. An NNX
-      state comes back as a plain dict, for `nnx.replace_by_pure_dict`. 64-bit arrays are NumPy
-      arrays unless JAX runs with x64.
+      prepared forms. An NNX state comes back as a plain dict, for `nnx.replace_by_pure_dict`.
+      64-bit arrays are NumPy arrays unless JAX runs with x64.
 
     Raises:
       ValueError: naming the file and the key, if there is no checkpoint, or if it is damaged, cut

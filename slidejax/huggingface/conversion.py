@@ -1,4 +1,7 @@
-"""Converting Hugging Face Flax models: class, `__call__` and `.generate` stay, also in `jax.jit`."""
+"""Converting Hugging Face Flax models.
+
+The class, `__call__` and `.generate` stay, also in `jax.jit`.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +46,8 @@ def convert(
 
     Returns:
       A model of the same class: `__call__`, `.generate` and `jax.jit` of both run with packed
-        weights. `save_pretrained`
-      writes a directory that `slidejax.checkpoint` and the command line read; `from_pretrained` of
-      transformers cannot read it.
+      weights. `save_pretrained` writes a directory that `slidejax.checkpoint` and the command line
+      read; `from_pretrained` of transformers cannot read it.
 
     Raises:
       ValueError: for bad rules, an unknown method, calibration that is missing or not used, or

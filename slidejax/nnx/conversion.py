@@ -195,9 +195,10 @@ def map_weights(model: nnx.Module, fn: Callable[[dict[str, Any]], dict[str, Any]
 
     Such functions are those of `slidejax.adapters` and `slidejax.trainable`:
 
-        add = functools.partial(sj.adapters.add, rank=8) model = sj.nnx.map_weights(model, add)
-        # trains nnx.LoRAParam model = sj.nnx.map_weights(model, sj.adapters.merge) model =
-        sj.nnx.map_weights(model, sj.trainable.masters)   # float32 nnx.Param that runs in 8 bit
+        add = functools.partial(sj.adapters.add, rank=8)
+        model = sj.nnx.map_weights(model, add)                   # trains nnx.LoRAParam
+        model = sj.nnx.map_weights(model, sj.adapters.merge)
+        model = sj.nnx.map_weights(model, sj.trainable.masters)  # float32 nnx.Param, runs in 8 bit
         model = sj.nnx.map_weights(model, sj.trainable.deploy)
 
     Args:

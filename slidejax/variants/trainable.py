@@ -54,9 +54,8 @@ def partition(tree: Any, trained: Selection = None) -> tuple[Any, Any]:
     """Splits a tree into the part that is trained and the rest.
 
     Floating arrays can be trained: biases, norms, kernels, the values of float-packed weights and
-      of masters, and the
-    low-rank factors of adapters. The rest has no gradient: 8-bit values, zeros, scales, prepared
-    forms, the weights under adapters, integers and other leaves.
+    of masters, and the low-rank factors of adapters. The rest has no gradient: 8-bit values, zeros,
+    scales, prepared forms, the weights under adapters, integers and other leaves.
 
     Args:
       tree: any pytree.
@@ -327,7 +326,7 @@ def deploy(tree: Any) -> Any:
     """Quantises every `MasterWeight` of a tree (`slidejax.quantize`). Other leaves stay.
 
     The result computes the same as the masters: codes, scales and accumulators are equal bit for
-      bit.
+    bit.
     """
     return map_wrapped(
         lambda w: quantize(w.packed, w.qdtype) if isinstance(w, MasterWeight) else w, tree

@@ -1,8 +1,7 @@
 """A model's program: the equations of its trace, with the inputs of chosen linear layers marked.
 
 A mark is a *tap*: an identity that knows the path of the layer's kernel. Calls that hold taps are
-  opened, so that the
-program is one list of steps between numbered values.
+opened, so that the program is one list of steps between numbered values.
 """
 
 from __future__ import annotations
