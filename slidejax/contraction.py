@@ -119,10 +119,6 @@ class Contraction:
         """The kernel's batch, input and output axes."""
         return self.kernel_batch, self.kernel_in, self.kernel_out
 
-    @property
-    def kernel_ndim(self) -> int:
-        return sum(map(len, self.kernel))
-
     def bias_order(self) -> tuple[int, ...]:
         """The axes of a bias in the order (batch, outputs).
 

@@ -165,7 +165,7 @@ def cast(params: Any, dtype: Any) -> Any:
 def read_pretrained(
     path: str | os.PathLike[str], dtype: Any = None
 ) -> tuple[FlaxPreTrainedModel, PreTrainedTokenizerFast | None, dict[str, Any]]:
-    """Reads a directory with a Hugging Face Flax model, dense or converted by slidejax.
+    """Reads a directory with a Hugging Face Flax model, original or converted by slidejax.
 
     Args:
       path: the directory, with ``config.json`` and one of ``slidejax.json``, ``flax_model.msgpack``,
