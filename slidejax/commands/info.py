@@ -41,9 +41,8 @@ def _version(package: str) -> str | None:
 def collect() -> dict[str, Any]:
     """The facts as a JSON object.
 
-    >>> facts = collect()
-    >>> sorted(facts["implementations"])
-    ['cusparselt', 'decode', 'dense', 'hopper', 'reference']
+    >>> "hopper" in collect()["implementations"]
+    True
     """
     import jax
     import jax.numpy as jnp

@@ -66,8 +66,8 @@ def register(implementation: Implementation) -> None:
 def implementations() -> tuple[str, ...]:
     """The names that `implementation=` accepts.
 
-    >>> implementations()
-    ('decode', 'hopper', 'cusparselt', 'dense', 'reference')
+    >>> "hopper" in implementations(), "reference" in implementations()
+    (True, True)
     """
     return tuple(implementation.name for implementation in _IMPLEMENTATIONS)
 
