@@ -15,7 +15,10 @@ __all__ = ["replacing", "write_json"]
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Yields a new file that takes the place of `path` when the block ends without an error; missing folders are made."""
+    """Yields a new file that takes the place of `path` when the block ends without an error.
+
+    Missing folders are made.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

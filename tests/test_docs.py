@@ -70,7 +70,7 @@ def test_lines_are_wrapped(page):
     assert [n for n, line in prose if len(line) > WIDTH and not line.startswith("|")] == []
 
 
-# --- the README's code ------------------------------------------------------------------------------------------------
+# --- the README's code ----------------------------------------------------------------------------
 
 
 def linen_model():
@@ -134,7 +134,7 @@ def test_readme_code_runs(tmp_path, tiny_llama):
     assert [choice.implementation for _, choice in sj.explain(sj.linear, x, w)] == ["dense"]
 
 
-# --- docs/api.md ------------------------------------------------------------------------------------------------------
+# --- docs/api.md ----------------------------------------------------------------------------------
 
 
 def api():

@@ -71,8 +71,8 @@ def choose(problem: Problem) -> Choice:
         return Choice(*measured, refused)
     if not problem.pattern.prunes:
         return Choice(fallback, "nothing is pruned", refused)
-    # Nothing near this shape was measured. The fallback would unpack a weight that has no dense codes
-    # in every call, which takes longer than any product that reads the packed form.
+    # Nothing near this shape was measured. The fallback would unpack a weight that has no dense
+    # codes in every call, which takes longer than any product that reads the packed form.
     form = registry.FALLBACK.form
     if form is not None and form.name not in problem.prepared:
         for name in candidates:

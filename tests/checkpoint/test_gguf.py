@@ -13,7 +13,10 @@ from slidejax.lm.models import load_model, packaged_file
 
 
 def interleave(weight, heads):
-    """Hugging Face's row order to llama.cpp's, row by row: rows i and i + dim/2 of a head become neighbours."""
+    """Hugging Face's row order to llama.cpp's, row by row.
+
+    Rows i and i + dim/2 of a head become neighbours.
+    """
     dim = weight.shape[0] // heads
     order = [
         h * dim + i + half * (dim // 2)

@@ -133,7 +133,7 @@ def test_arrays_are_on_the_default_device_and_usable_under_jit(tmp_path):
     assert jax.jit(lambda p: p["norm"]["scale"].sum())(params) == 2.5
 
 
-# ------------------------------------------------------------------------------------------- replacing what is there
+# -------------------------------------------------------------------------- replacing what is there
 
 
 def test_an_earlier_checkpoint_is_replaced_only_by_a_complete_one(tmp_path, monkeypatch):
@@ -178,7 +178,7 @@ def test_what_cannot_be_saved_is_named(tmp_path, tree):
     assert os.listdir(tmp_path) == []
 
 
-# ----------------------------------------------------------------------------------------------------- damaged files
+# ------------------------------------------------------------------------------------ damaged files
 
 
 @pytest.fixture
@@ -212,7 +212,8 @@ def test_a_flipped_bit_never_passes_in_silence(data, tmp_path_factory):
         again = sj.checkpoint.load(path)
     except ValueError:
         return
-    # What still loads differs at most in the JSON text: white space, a key's name, the version that wrote it.
+    # If it still loads, it differs at most in the JSON text: white space, a key's name, the version
+    # that wrote it.
     got = [np.asarray(x).tobytes() for x in jax.tree.leaves(again)]
     assert sorted(got) == sorted(np.asarray(x).tobytes() for x in jax.tree.leaves(tree))
 

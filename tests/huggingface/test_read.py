@@ -72,7 +72,10 @@ def test_every_layout_gives_the_same_model(folder, layout, tiny_llama, tiny_para
 
 
 def test_the_layout_is_what_transformers_itself_reads(folder, tiny_params):
-    """Our reading of a safetensors directory against Hugging Face's own loader (which draws a tied head at random)."""
+    """Our reading of a safetensors directory against Hugging Face's own loader.
+
+    That loader draws a tied head at random.
+    """
     from transformers import FlaxLlamaForCausalLM
 
     theirs = flatten_dict(FlaxLlamaForCausalLM.from_pretrained(folder).params["model"], sep="/")
@@ -112,11 +115,14 @@ def test_bert_reads_too(tmp_path):
         again.encode("text")
 
 
-# ------------------------------------------------------------------------------------------------------- rope base
+# ---------------------------------------------------------------------------------------- rope base
 
 
 def rope_reference(x, theta):
-    """Rotary positions written out in NumPy, [batch, position, head, dim] (Su et al., arXiv 2104.09864, eq. 15)."""
+    """Rotary positions written out in NumPy, for `[batch, position, head, dim]`.
+
+    From Su et al., arXiv 2104.09864, eq. 15.
+    """
     dim = x.shape[-1]
     angle = np.arange(x.shape[1])[:, None] / theta ** (np.arange(0, dim, 2) / dim)
     turned = (x[..., : dim // 2] + 1j * x[..., dim // 2 :]) * np.exp(1j * angle)[:, None, :]
@@ -143,7 +149,10 @@ def attention_reference(params, config, x):
 
 
 def test_the_rope_base_of_the_configuration_is_used(tiny_config, tiny_llama):
-    """Against attention written out in NumPy; transformers' own module, base 10000, is far from it."""
+    """Against attention written out in NumPy.
+
+    The result of transformers' own module, with base 10000, is far from it.
+    """
     import flax.linen as nn
     from transformers import FlaxLlamaForCausalLM
     from transformers.models.llama.modeling_flax_llama import FlaxLlamaAttention
@@ -181,7 +190,10 @@ def test_the_rope_base_of_the_configuration_is_used(tiny_config, tiny_llama):
 
 
 def test_generation_agrees_with_the_whole_sequence(tiny_llama):
-    """The cache holds keys rotated at their own positions: greedy tokens equal those of a full forward pass."""
+    """The cache holds keys rotated at their own positions.
+
+    So greedy tokens equal those of a full forward pass.
+    """
     ids = IDS[:1, :5]
     out = Generator(tiny_llama, 6, stop=False)(ids[0]).tokens
     whole = np.concatenate([ids[0], out])
@@ -196,7 +208,7 @@ def test_a_base_of_10000_leaves_the_module_alone(tiny_config, tiny_params):
     assert type(model.module) is type(FlaxLlamaForCausalLM(config, _do_init=False).module)
 
 
-# ------------------------------------------------------------------------------------------------ refusals, damage
+# --------------------------------------------------------------------------------- refusals, damage
 
 
 @pytest.mark.parametrize(
@@ -252,7 +264,7 @@ def test_an_index_cannot_reach_outside_its_directory(folder):
         load_model(folder)
 
 
-# ---------------------------------------------------------------------------------------------- written by slidejax
+# ------------------------------------------------------------------------------ written by slidejax
 
 
 def test_a_written_dense_model_comes_back(tmp_path, tiny_llama, tiny_tokenizer):

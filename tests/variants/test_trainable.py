@@ -80,7 +80,7 @@ def test_only_what_is_selected_is_trained():
         sj.partition(tree, "(")
 
 
-# --- master weights ---------------------------------------------------------------------------------------------------
+# --- master weights -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,10 @@ def test_groups_that_are_wrong():
 
 
 def test_a_layer_may_be_quantised_only():
-    """The pattern dense costs what dense 8-bit products do; a rule with None goes before the others."""
+    """The pattern dense costs as much as dense 8-bit products do.
+
+    A rule with None goes before the others.
+    """
     dense, half = sj.Pattern.parse("dense"), sj.Pattern(2, 4)
     needs = {"a": {half: 9.0, dense: 0.0}, "b": {half: 1.0, dense: 0.0}}
     shapes = {"a": (64, 16), "b": (64, 16)}
