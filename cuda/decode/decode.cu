@@ -103,9 +103,7 @@ Plan PlanOf(const DecodeArgs& a, const Device& device) {
 }  // namespace
 
 int64_t DecodeWorkspace(int M, int group, int blocks) {
-  const Shape shape{group == 0 ? 0 : group / 2 - 1};
-  const int64_t steps = CeilDiv(blocks, kStepBlocks);
-  return M * steps * shape.step_lifted() + RoundUp(4 * M, 16);
+  return WorkspaceBytes(Shape{group == 0 ? 0 : group / 2 - 1}, M, blocks);
 }
 
 cudaError_t DecodeInit() {
@@ -121,7 +119,7 @@ const char* DecodeCheck(const DecodeArgs& a) {
   if (a.M > kDecodeTokens) return "the decode kernel takes at most 8 rows";
   if (reinterpret_cast<uintptr_t>(a.values) % 16 != 0) return "values must be 16-byte aligned";
   DecodeArgs one = a;
-  one.M = 1;
+  one.M = 1, one.out = std::min(a.out, kTileRows);
   if (PlanOf(one, *device).warps == 0) return "a row of x does not fit in shared memory";
   return nullptr;
 }
@@ -130,13 +128,24 @@ cudaError_t Decode(const DecodeArgs& a, cudaStream_t stream) {
   Device* device = nullptr;
   if (auto s = GetDevice(&device)) return s;
   const Plan plan = PlanOf(a, *device);
-  if (plan.warps == 0) {  // the rows do not fit in shared memory together
-    if (a.M <= 1) return cudaErrorInvalidConfiguration;
+  if (plan.warps == 0) {  // too much for shared memory at once: half of the rows, or of the outputs
     DecodeArgs first = a, second = a;
-    first.M = a.M / 2, second.M = a.M - first.M;
-    const auto skip = [&](int64_t bytes) { return first.M * bytes; };
-    second.x = static_cast<const char*>(a.x) + skip(int64_t{a.columns} * Bytes(a.x_type));
-    second.y = static_cast<char*>(a.y) + skip(int64_t{a.out} * Bytes(a.y_type));
+    if (a.M > 1) {
+      first.M = a.M / 2, second.M = a.M - first.M;
+      const int64_t skipped = first.M;
+      second.x = static_cast<const char*>(a.x) + skipped * a.columns * Bytes(a.x_type);
+      second.y = static_cast<char*>(a.y) + skipped * a.out * Bytes(a.y_type);
+    } else {
+      if (a.out <= kTileRows) return cudaErrorInvalidConfiguration;
+      first.out = RoundUp(a.out / 2, kTileRows), second.out = a.out - first.out;
+      const int64_t skipped = first.out, blocks = skipped * a.blocks;
+      second.values =
+          static_cast<const char*>(a.values) + blocks * Shape{WindowsOf(a)}.block_bytes();
+      if (a.group != 0) second.zeros = a.zeros + blocks * 8;
+      second.scale_w = a.scale_w + skipped;
+      if (a.bias != nullptr) second.bias = a.bias + skipped;
+      second.y = static_cast<char*>(a.y) + skipped * Bytes(a.y_type);
+    }
     if (auto s = Decode(first, stream)) return s;
     return Decode(second, stream);
   }

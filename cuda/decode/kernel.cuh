@@ -29,8 +29,8 @@ using SumsOf = std::conditional_t<std::is_same_v<Code, int8_t>, SumsS32, SumsF32
 template <typename Code>
 using SumOf = std::conditional_t<std::is_same_v<Code, int8_t>, int32_t, float>;
 
-// A step of a tile, in the order in which a warp meets its items: slices of K, then tiles, then
-// steps, every warps-th.
+// A step of a tile. A warp goes through the slices of K, in each through the block's tiles, and in
+// each tile through every warps-th step.
 struct Item {
   int slice, tile, step;
   int steps;      // of the slice
@@ -174,8 +174,8 @@ class Decoder {
     }
   }
 
-  // Bit i: whether the lane's piece i of values, and bit 16 + i, of zeros, is there: `left` blocks
-  // and `rows` rows are.
+  // Which of the lane's pieces lie inside a weight of which `left` blocks and `rows` rows remain.
+  // Bit i stands for piece i of the values, and bit 16 + i for piece i of the zeros.
   __device__ unsigned ValidPieces(int left, int rows) const {
     unsigned valid = 0;
 #pragma unroll 1

@@ -14,9 +14,10 @@ constexpr int kTileRows = 16;   // outputs of one mma
 constexpr int kTileTokens = 8;  // tokens of one mma, and the most rows of x
 constexpr int kStepBlocks = 4;  // blocks of a row in an item: one for each lane of a quad
 constexpr int kMaxWarps = 16;
-constexpr int kOwnTokens = 4;      // most rows of x that the kernel quantises itself
-constexpr int kHeldWords = 16;     // registers of a thread that hold x
-constexpr int kCachedRows = 2048;  // of a thread block, whose scales and biases shared memory keeps
+constexpr int kOwnTokens = 4;   // most rows of x that the kernel quantises itself
+constexpr int kHeldWords = 16;  // registers of a thread that hold x
+constexpr int kCachedRows =
+    2048;  // a block of at most this many outputs keeps their scales and biases
 
 // The sizes that follow from the windows of a group (N-1; 0 for a dense weight). A block is 8
 // groups, or 32 columns of a dense weight.
@@ -72,6 +73,11 @@ SLIDEJAX_HOST_DEVICE constexpr int TokenBytes(Shape s, int steps) {
   return steps * s.step_lifted() + 64;
 }
 
+// Bytes of the codes and scales that QuantiseAhead leaves for the decode kernel.
+inline int64_t WorkspaceBytes(Shape s, int M, int blocks) {
+  return int64_t{M} * CeilDiv(blocks, kStepBlocks) * s.step_lifted() + RoundUp(4 * M, 16);
+}
+
 // Bytes of shared memory, in the order in which the Decoder (kernel.cuh) lays them out.
 inline int SharedBytes(Shape s, int warps, int M, int slice_steps, int tile_slots, int rows) {
   const int ring = warps * s.depth() * s.slot_bytes();
@@ -105,7 +111,7 @@ inline Plan MakePlan(Shape s, int M, int out, int blocks, int multiprocessors, i
   const auto plan = [&](int warps, int slices) {
     Plan p;
     const int slice_steps = CeilDiv(steps, slices);
-    // Warps are at most depth items of each other apart when none of them stalls.
+    // While no warp stalls, the first warp is at most `depth` items ahead of the last.
     const int wanted = std::max(2, CeilDiv(warps * s.depth(), slice_steps) + 1);
     p.slices = CeilDiv(steps, slice_steps);
     p.tile_slots = p.slices > 1 ? block_tiles : std::min(block_tiles, wanted);

@@ -1,5 +1,5 @@
-// Rows of x on their way into shared memory, as codes in the order of fragments.cuh: quantised
-// here, or taken from the lift's results.
+// Quantises rows of x to codes in the order of fragments.cuh. HeldRows does it in the decode
+// kernel, and QuantiseAhead in a kernel before it.
 #pragma once
 
 #include "decode/fragments.cuh"
@@ -162,7 +162,7 @@ class HeldRows {
   const T* from_;
 };
 
-// Calls work with a value of the type of x.
+// Calls `work` with a zero of the type of x, for its type.
 template <typename Work>
 __device__ inline void WithTypeOfX(DType type, const Work& work) {
   switch (type) {

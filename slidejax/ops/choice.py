@@ -109,34 +109,31 @@ def _times(entry: dict[str, Any]) -> dict[Variant, float]:
     return {variant: us for variant, us in entry["us"].items() if variant in known}
 
 
-def _nearest(problem: Problem) -> dict[str, Any] | None:
-    def far(entry: dict[str, Any]) -> float:
-        return distance(entry, problem.rows, problem.in_features, problem.out_features)
-
-    near = [
-        e for e in alike(problem.device, problem.pattern, problem.dtype) if far(e) <= _MAX_DISTANCE
-    ]
-    return min(near, key=far, default=None)
-
-
 def lookup(problem: Problem, candidates: Sequence[str]) -> tuple[str, str] | None:
-    """The fastest of `candidates` by the nearest measurement.
+    """The fastest of `candidates` by the nearest measurement of any of them.
 
     Returns:
       Its name and the reason in words; None if nothing near was measured.
     """
-    entry = _nearest(problem)
-    if entry is None:
-        return None
-    times = {}
+    variants = {}
     for name in candidates:
         form = registry.get(name).form
         held = form is not None and form.name in problem.prepared
-        variant = Variant(name, form.name if form is not None and held else None)
-        if variant in entry["us"]:
-            times[name] = entry["us"][variant]
-    if not times:
+        variants[Variant(name, form.name if form is not None and held else None)] = name
+
+    def far(entry: dict[str, Any]) -> float:
+        return distance(entry, problem.rows, problem.in_features, problem.out_features)
+
+    # An entry can lack all of them: it may be older than an implementation, or made without a form.
+    near = [
+        entry
+        for entry in alike(problem.device, problem.pattern, problem.dtype)
+        if far(entry) <= _MAX_DISTANCE and not variants.keys().isdisjoint(entry["us"])
+    ]
+    if not near:
         return None
+    entry = min(near, key=far)
+    times = {name: entry["us"][v] for v, name in variants.items() if v in entry["us"]}
     best = min(times, key=times.__getitem__)
     figures = ", ".join(
         f"{name} {us:.0f} us" for name, us in sorted(times.items(), key=lambda item: item[1])

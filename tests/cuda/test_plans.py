@@ -1,4 +1,4 @@
-"""The cost models of the kernels (cuda/hopper/plan.h, cuda/lift/geometry.h), compiled with the
+"""The plans of the kernels (cuda/{decode,hopper}/plan.h, cuda/lift/geometry.h), compiled with the
 host's C++ compiler alone: no nvcc, no CUDA headers, no GPU."""
 
 import ctypes
@@ -13,6 +13,7 @@ import pytest
 from hopper_emulator import Schedule, Shape, make_schedule
 
 import slidejax as sj
+from slidejax.ops.implementations import decode
 from slidejax.ops.implementations.hopper import HOPPER
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,13 @@ class Plan(ctypes.Structure):
             )
         ),
         ("workspace_bytes", ctypes.c_uint64),
+    ]
+
+
+class DecodePlan(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in ("warps", "grid", "slices", "slice_steps", "tile_slots", "shared_bytes")
     ]
 
 
@@ -78,6 +86,9 @@ def library(tmp_path_factory):
         ("hopper_counter_bytes", ctypes.c_uint64),
         ("hopper_metadata_bytes", ctypes.c_uint64, pointer(Shape)),
         ("hopper_check", ctypes.c_char_p, pointer(Shape), pointer(Schedule)),
+        ("decode_plan", DecodePlan, *[ctypes.c_int] * 6),
+        ("decode_own_rows", ctypes.c_bool, *[ctypes.c_int] * 6),
+        ("decode_workspace", ctypes.c_int64, *[ctypes.c_int] * 3),
         ("lift_geometry", Geometry, pointer(RowShape), *[ctypes.c_int] * 3, pointer(Limits)),
         ("lift_steps", ctypes.c_int, ctypes.c_int),
         ("lift_columns", ctypes.c_int64, ctypes.c_int64, ctypes.c_int),
@@ -213,6 +224,74 @@ def test_python_knows_the_size_of_metadata(library, pattern, columns, out):
 def test_what_is_refused(library, shape, schedule, message):
     given = Shape(**{"M": 1, "out": 1, "columns": 32, "group": 0, **shape})
     assert message in library.hopper_check(given, make_schedule(**schedule))
+
+
+# --- the decode kernel ----------------------------------------------------------------------------
+
+SHARED = {H200: 232448, 108: 166912, 46: 101376}  # bytes of a block, by multiprocessors
+
+
+def decode_blocks(windows, columns):
+    return -(-columns // (32 if windows == 0 else 16 * (windows + 1)))
+
+
+def test_decode_reads_every_step_of_k_once_and_fits(library):
+    rng = random.Random(4)
+    kinds = set()
+    for _ in range(3000):
+        windows, rows = rng.randint(0, 7), rng.randint(1, decode.MAX_ROWS)
+        out, columns = rng.randint(1, 160000), int(2 ** rng.uniform(0, 17))
+        blocks, multiprocessors = decode_blocks(windows, columns), rng.choice(list(SHARED))
+        limit = SHARED[multiprocessors]
+        chosen = library.decode_plan(windows, rows, out, blocks, multiprocessors, limit)
+        steps, tiles = -(-blocks // 4), -(-out // 16)
+        if chosen.warps == 0:  # a call then halves the rows, or the outputs of one row
+            assert multiprocessors == 46 or rows > 1
+            one = library.decode_plan(windows, 1, 16, blocks, multiprocessors, limit)
+            assert one.warps > 0
+            continue
+        assert chosen.warps in (4, 8, 16) and chosen.shared_bytes <= limit
+        assert chosen.grid == min(multiprocessors, tiles)
+        assert (chosen.slices - 1) * chosen.slice_steps < steps
+        assert chosen.slices * chosen.slice_steps >= steps
+        # The sums of a tile must last until all slices of K have added to them.
+        block_tiles = -(-tiles // chosen.grid)
+        assert chosen.slices == 1 or chosen.tile_slots == block_tiles
+        assert 1 <= chosen.tile_slots <= block_tiles
+        kinds.add((chosen.warps, chosen.slices > 1))
+    assert len(kinds) >= 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "out", "own"),
+    [
+        (1, 4096, 6144, True),  # Llama-3-8B
+        (1, 4096, 28672, True),
+        (1, 14336, 4096, True),
+        (4, 4096, 28672, True),
+        (8, 4096, 28672, False),
+        (1, 3584, 37888, True),  # Qwen2.5-7B
+        (1, 18944, 3584, False),
+    ],
+)
+def test_where_decode_quantises_the_rows_itself_on_an_h100(library, rows, columns, out, own):
+    blocks = decode_blocks(3, columns)
+    chosen = library.decode_plan(3, rows, out, blocks, H200, SHARED[H200])
+    assert chosen.warps == 16 and chosen.slices == 1
+    steps = -(-blocks // 4)
+    assert library.decode_own_rows(3, rows, columns, 2, steps, chosen.warps) == own
+
+
+@pytest.mark.parametrize("pattern", ["dense", "2:4", "4:6", "6:8", "14:16"])
+@pytest.mark.parametrize("columns", [64, 600, 3584])
+@pytest.mark.parametrize("rows", [1, 5, 8])
+def test_python_knows_the_workspace_of_decode(library, pattern, columns, rows):
+    kernel = jax.ShapeDtypeStruct((columns, 48), jnp.float32)
+    w = jax.eval_shape(lambda k: sj.pack(k, pattern, dtype="int8"), kernel)
+    windows = w.pattern.group // 2 - 1 if w.pattern.prunes else 0
+    wanted = library.decode_workspace(windows, rows, decode_blocks(windows, columns))
+    # The call aligns what it is given to 16 bytes.
+    assert decode._workspace_bytes(w, rows) == wanted + 16
 
 
 # --- the lift -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 
 import slidejax as sj
 from slidejax.ops import choice, tuning
-from slidejax.ops.problem import device_kind
+from slidejax.ops.problem import Problem, device_kind
 
 cpu_only = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="tests what a machine without a GPU does"
@@ -147,8 +147,25 @@ def test_the_choice_follows_the_table(tmp_path, monkeypatch):
     prepared = w.replace(prepared={"hopper": jnp.zeros(4, jnp.uint8)})
     assert chosen(16, prepared).implementation == "hopper"
     # Nothing near was measured: what reads the packed form runs, and says so.
-    far = sj.pack(jnp.ones((4096, 8192), jnp.bfloat16), "6:8", dtype="int8")
-    [(_, unknown)] = sj.explain(sj.linear, jnp.ones((16, 4096), jnp.bfloat16), far, platform="cuda")
+    far = sj.pack(jnp.ones((128, 16384), jnp.bfloat16), "6:8", dtype="int8")
+    [(_, unknown)] = sj.explain(sj.linear, jnp.ones((16, 128), jnp.bfloat16), far, platform="cuda")
     assert unknown.implementation == "hopper" and "reads the weight as it is" in unknown.reason
-    [(_, unknown)] = sj.explain(sj.linear, jnp.ones((1, 4096), jnp.bfloat16), far, platform="cuda")
+    [(_, unknown)] = sj.explain(sj.linear, jnp.ones((1, 128), jnp.bfloat16), far, platform="cuda")
     assert unknown.implementation == "decode"
+
+
+@cpu_only
+def test_the_nearest_entry_may_lack_what_can_run(measured):
+    """Tables of two ages: the nearest entry has only a form that the weight does not carry."""
+    w = measured({"hopper+prepared": 1.0}, {"hopper": 2.0, "dense": 3.0})
+
+    def found(names):
+        problem = Problem(
+            "linear", "cuda", DEVICE, 3, 64, 32, w.pattern, jnp.bfloat16, w.dtype, jnp.bfloat16
+        )
+        return choice.lookup(problem, names)
+
+    name, reason = found(["hopper", "dense"])
+    assert name == "hopper" and "M=16" in reason
+    assert found(["dense"])[0] == "dense"
+    assert found(["decode"]) is None

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from slidejax.ops.cuda import calls, library
 from slidejax.ops.implementations import hopper
 from slidejax.ops.implementations.base import Implementation, cuda_refusal
+from slidejax.ops.problem import Problem
 from slidejax.weights.numerics import is_quantized
 from slidejax.weights.packed import SlideWeight
 from slidejax.weights.pattern import BLOCK_GROUPS
@@ -20,17 +21,30 @@ from slidejax.weights.pattern import BLOCK_GROUPS
 __all__ = ["DECODE", "MAX_ROWS"]
 
 MAX_ROWS = 8  # kDecodeTokens of cuda/decode/decode.h
-_CHUNK_BLOCKS = 4  # kChunkBlocks of cuda/decode/plan.h
+_STEP_BLOCKS = 4  # kStepBlocks of cuda/decode/plan.h
 _ALIGN = 16  # of the workspace
 
 
 def _workspace_bytes(w: SlideWeight, rows: int) -> int:
-    """The codes of all rows, up to a whole chunk of K, and their scales. The call checks this."""
+    """The codes of all rows, up to a whole step of K, and their scales. The call checks this."""
     group = w.pattern.group
     blocks = w.groups // BLOCK_GROUPS
     lifted = w.lifted_columns // blocks if w.pattern.prunes else BLOCK_GROUPS * group
-    chunks = -(-blocks // _CHUNK_BLOCKS)
-    return rows * chunks * _CHUNK_BLOCKS * lifted + -(-4 * rows // _ALIGN) * _ALIGN + _ALIGN
+    steps = -(-blocks // _STEP_BLOCKS)
+    return rows * steps * _STEP_BLOCKS * lifted + -(-4 * rows // _ALIGN) * _ALIGN + _ALIGN
+
+
+def _refuses_float8(problem: Problem) -> str | None:
+    name = problem.dtype.name
+    if library.on_gpu():
+        capability = jax.devices()[0].compute_capability
+        if tuple(map(int, capability.split("."))) < (8, 9):
+            return f"{name} needs compute capability 8.9 or later, not {capability}"
+    if hopper.refuses_device(problem.device, problem.dtype) is None:
+        # On compute capability 9.0 mma converts float8 to float16 first. It then takes twice the time
+        # of int8.
+        return f"{name} runs in the Hopper kernel on {problem.device}"
+    return None
 
 
 class Decode(Implementation):
@@ -49,14 +63,7 @@ class Decode(Implementation):
             return f"takes at most {MAX_ROWS} rows, not {problem.rows}"
         if not is_quantized(problem.dtype):
             return f"values must be int8 or float8_e4m3fn, not {problem.dtype.name}"
-        if (
-            problem.dtype != jnp.int8
-            and hopper.refuses_device(problem.device, problem.dtype) is None
-        ):
-            # On compute capability 9.0 mma converts float8 to float16 first: two to three times the
-            # time of the Hopper kernel.
-            return f"{problem.dtype.name} runs in the Hopper kernel on {problem.device}"
-        return None
+        return None if problem.dtype == jnp.int8 else _refuses_float8(problem)
 
     def linear(self, x, prologue, w, bias, out_dtype, platform="default"):
         if prologue is not None:

@@ -1,11 +1,25 @@
 // What tests/cuda/test_plans.py calls: the cost models as C functions. It is compiled with nothing
 // but the host's C++ compiler.
+#include "decode/plan.h"
 #include "hopper/plan.h"
 #include "lift/geometry.h"
 
 using namespace slidejax;
 
 extern "C" {
+
+// ---- decode/plan.h
+
+decode::Plan decode_plan(int windows, int M, int out, int blocks, int multiprocessors,
+                         int shared_limit) {
+  return decode::MakePlan({windows}, M, out, blocks, multiprocessors, shared_limit);
+}
+bool decode_own_rows(int windows, int M, int columns, int column_bytes, int steps, int warps) {
+  return decode::OwnRows({windows}, M, columns, column_bytes, steps, warps);
+}
+int64_t decode_workspace(int windows, int M, int blocks) {
+  return decode::WorkspaceBytes({windows}, M, blocks);
+}
 
 // ---- hopper/plan.h
 

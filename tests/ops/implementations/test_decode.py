@@ -1,0 +1,72 @@
+"""Which problems the decode kernel takes. What it computes is tested in tests/cuda/test_decode.py."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import slidejax as sj
+from slidejax.ops.cuda import library
+from slidejax.ops.implementations.decode import DECODE, MAX_ROWS
+from slidejax.ops.problem import Problem
+
+INT8, FLOAT8 = jnp.dtype("int8"), jnp.dtype("float8_e4m3fn")
+
+
+def problem(device="NVIDIA L4", **changes):
+    bf16 = jnp.dtype("bfloat16")
+    sizes = (1, 64, 32, sj.Pattern.parse("6:8"))
+    taken = Problem("linear", "cuda", device, *sizes, bf16, INT8, bf16)
+    return dataclasses.replace(taken, **changes)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`gpu(capability)`: a GPU of this compute capability, with a library that runs on it."""
+
+    def present(capability):
+        device = types.SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(library, "on_gpu", lambda: True)
+        monkeypatch.setattr(library, "missing", lambda: None)
+        monkeypatch.setattr(jax, "devices", lambda *_: [device])
+
+    return present
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rows": MAX_ROWS}, None),
+        ({"rows": MAX_ROWS + 1}, "at most 8 rows, not 9"),
+        ({"op": "sparse_matmul"}, "linear alone"),
+        ({"dtype": jnp.dtype("bfloat16")}, "int8 or float8_e4m3fn, not bfloat16"),
+        ({"platform": "default"}, "CUDA"),
+    ],
+)
+def test_what_is_refused(gpu, changes, reason):
+    gpu("8.9")
+    found = DECODE.refuses(problem(**changes))
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "reason"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "8.0", "needs compute capability 8.9 or later, not 8.0"),
+        ("NVIDIA A10", "8.6", "not 8.6"),
+        ("NVIDIA L4", "8.9", None),
+        ("NVIDIA GeForce RTX 5090", "12.0", None),
+    ],
+)
+def test_float8_needs_a_gpu_that_multiplies_it(gpu, device, capability, reason):
+    gpu(capability)
+    assert DECODE.refuses(problem(device)) is None
+    found = DECODE.refuses(problem(device, dtype=FLOAT8))
+    assert found is None if reason is None else reason in found
+
+
+def test_float8_is_left_to_the_hopper_kernel():
+    found = DECODE.refuses(problem("NVIDIA H100 80GB HBM3", dtype=FLOAT8))
+    assert "runs in the Hopper kernel" in found
