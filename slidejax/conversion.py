@@ -31,7 +31,12 @@ def register(family: Family) -> None:
     """Adds a model family.
 
     Families that were added later are asked first whether they own a model.
+
+    Raises:
+      TypeError: if it is no `Family`.
     """
+    if not isinstance(family, Family):
+        raise TypeError(f"family must be a Family, got {family!r}")
     _families.insert(0, family)
 
 

@@ -115,6 +115,11 @@ def test_a_family_that_was_registered_goes_through_the_door(chain, method):
     )  # fmt: skip
 
 
+def test_a_family_must_be_one():
+    with pytest.raises(TypeError, match="must be a Family, got 'x'"):
+        conversion.register("x")
+
+
 def test_mixed_patterns_of_a_family_that_was_registered(chain):
     rules = conversion.mixed(
         chain, "6:8", [rows(1), rows(2)], loss=lambda y, batch: jnp.sum(y**2) / 2

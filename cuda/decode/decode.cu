@@ -57,7 +57,10 @@ const void* AheadOf(DType type, DType x_type, int windows) {
 struct Device {
   std::once_flag once;
   cudaError_t status = cudaErrorInitializationError;
-  int multiprocessors = 0, shared_limit = 0, capability = 0;  // capability: 90 for 9.0
+  int multiprocessors = 0, shared_limit = 0;
+  // Of the code that runs here, 90 for sm_90: a build for few architectures runs old code on new
+  // devices.
+  int architecture = 0;
 };
 
 Device devices[kMaxDevices];
@@ -66,14 +69,13 @@ cudaError_t ReadyDevice(int id, Device& device) {
   const auto get = [&](int* value, cudaDeviceAttr attribute) {
     return cudaDeviceGetAttribute(value, attribute, id);
   };
-  int major = 0, minor = 0;
-  if (auto s = get(&major, cudaDevAttrComputeCapabilityMajor)) return s;
-  if (auto s = get(&minor, cudaDevAttrComputeCapabilityMinor)) return s;
   if (auto s = get(&device.multiprocessors, cudaDevAttrMultiProcessorCount)) return s;
   if (auto s = get(&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return s;
-  device.capability = 10 * major + minor;
+  cudaFuncAttributes code = {};
+  if (auto s = cudaFuncGetAttributes(&code, KernelOf(DType::kS8, kMaxWindows))) return s;
+  device.architecture = code.ptxVersion;
   for (const DType type : {DType::kS8, DType::kE4M3}) {
-    if (type == DType::kE4M3 && device.capability < 89) continue;
+    if (type == DType::kE4M3 && device.architecture < 89) continue;
     for (int windows = 0; windows <= kMaxWindows; ++windows) {
       if (auto s = cudaFuncSetAttribute(KernelOf(type, windows),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -114,8 +116,8 @@ cudaError_t DecodeInit() {
 const char* DecodeCheck(const DecodeArgs& a) {
   Device* device = nullptr;
   if (GetDevice(&device) != cudaSuccess) return "the device cannot run the decode kernels";
-  if (a.type == DType::kE4M3 && device->capability < 89)
-    return "float8_e4m3fn needs compute capability 8.9";
+  if (a.type == DType::kE4M3 && device->architecture < 89)
+    return "float8_e4m3fn needs code for compute capability 8.9 or later";
   if (a.M > kDecodeTokens) return "the decode kernel takes at most 8 rows";
   if (reinterpret_cast<uintptr_t>(a.values) % 16 != 0) return "values must be 16-byte aligned";
   DecodeArgs one = a;
@@ -155,6 +157,7 @@ cudaError_t Decode(const DecodeArgs& a, cudaStream_t stream) {
   p.tiles_each = tiles / plan.grid, p.tiles_more = tiles % plan.grid;
   p.steps = CeilDiv(a.blocks, kStepBlocks);
   p.slices = plan.slices, p.slice_steps = plan.slice_steps, p.tile_slots = plan.tile_slots;
+  p.cached = plan.cached;
   p.log_share = LogShare(a.M, plan.warps);
   const bool own = plan.slices == 1 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0 &&
                    OwnRows(Shape{windows}, a.M, a.columns, static_cast<int>(Bytes(a.x_type)),
@@ -178,7 +181,7 @@ cudaError_t Decode(const DecodeArgs& a, cudaStream_t stream) {
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = !own && device->capability >= 90 ? 1 : 0;
+  config.numAttrs = !own && device->architecture >= 90 ? 1 : 0;
   void* arguments[] = {&p};
   return cudaLaunchKernelExC(&config, KernelOf(a.type, windows), arguments);
 }

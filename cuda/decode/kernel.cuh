@@ -19,6 +19,7 @@ struct Params {
   int tiles_each, tiles_more;  // tiles of a block; the first tiles_more blocks have one more
   int steps, slices, slice_steps, tile_slots;
   int log_share;  // of RowShare
+  bool cached;    // of Plan: blocks with a tile less than others must not decide for themselves
   // What QuantiseAhead wrote, or null: the kernel quantises x itself.
   const uint8_t* codes;
   const float* scale_x;
@@ -61,7 +62,7 @@ class Decoder {
     shared += (M * token_bytes_ + 127) / 128 * 128;
     sums_ = reinterpret_cast<Sum*>(shared);
     shared += p.tile_slots * warps_ * kTileRows * M * 4;
-    cached_ = rows <= kCachedRows;
+    cached_ = p.cached;
     scale_w_ = reinterpret_cast<float*>(shared);
     shared += cached_ ? 2 * 4 * rows : 0;
     arrived_ = reinterpret_cast<int*>(shared);

@@ -60,7 +60,8 @@ struct Plan {
   int grid = 0;    // thread blocks
   int slices = 1;  // K is passed in so many parts, since x of all of K does not fit
   int slice_steps = 0;
-  int tile_slots = 0;  // tiles whose sums are kept at once
+  int tile_slots = 0;   // tiles whose sums are kept at once
+  bool cached = false;  // whether shared memory keeps scales and biases of a block's outputs
   int shared_bytes = 0;
 };
 
@@ -115,6 +116,7 @@ inline Plan MakePlan(Shape s, int M, int out, int blocks, int multiprocessors, i
     const int wanted = std::max(2, CeilDiv(warps * s.depth(), slice_steps) + 1);
     p.slices = CeilDiv(steps, slice_steps);
     p.tile_slots = p.slices > 1 ? block_tiles : std::min(block_tiles, wanted);
+    p.cached = block_tiles * kTileRows <= kCachedRows;
     p.shared_bytes = SharedBytes(s, warps, M, slice_steps, p.tile_slots, block_tiles * kTileRows);
     if (p.shared_bytes > shared_limit) return Plan{};
     p.warps = warps, p.grid = grid, p.slice_steps = slice_steps;

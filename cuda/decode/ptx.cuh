@@ -107,7 +107,7 @@ __device__ inline void MultiplyDense(SumsS32& c, const uint32_t (&a)[4], uint32_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The same of e4m3, which exists from compute capability 8.9 on; the host launches it nowhere else.
+// The same of e4m3, which exists from architecture 89 on. The host launches no older code.
 __device__ inline void MultiplySparse(SumsF32& c, const uint32_t (&a)[4], const uint4& b,
                                       uint32_t metadata) {
 #if __CUDA_ARCH__ >= 890

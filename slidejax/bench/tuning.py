@@ -122,8 +122,8 @@ def measure(
         and dtypes.
       patterns: of the weights.
       dtypes: of the values. None takes int8 and float8_e4m3fn.
-      rows: numbers of rows of x. None takes 1, 16, 64, 256, 1024, 4096 and 16384 on a GPU, and 1
-        and 16 on a CPU.
+      rows: numbers of rows of x. None takes 1, 8, 16, 64, 256, 1024, 4096 and 16384 on a GPU, and
+        1 and 16 on a CPU.
       clock: how long to measure. None takes `Clock.of_device()`.
       dry_run: whether to record nothing.
       note: called with a line of text for each step.
@@ -143,7 +143,7 @@ def measure(
     if model is not None:
         shapes, own = _of_model(model)
         forms = sorted(own, key=str) or forms
-    rows = rows or ([1, 16, 64, 256, 1024, 4096, 16384] if gpu else [1, 16])
+    rows = rows or ([1, 8, 16, 64, 256, 1024, 4096, 16384] if gpu else [1, 16])
     forms = _open_forms(forms, rows, note)
     device = jax.devices()[0].device_kind
     entries: list[dict[str, Any]] = []

@@ -1,11 +1,12 @@
-"""Reading a Llama-type GGUF file: its configuration, its weights as Flax parameters and its tokenizer.
+"""Reads a Llama-type GGUF file: its configuration, its weights as Flax parameters, its tokenizer.
 
-GGUF is llama.cpp's one-file format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Block-quantised
-tensors are dequantised to float32 by the ``gguf`` package. Two things differ from Hugging Face's layout:
+GGUF is llama.cpp's one-file format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). The
+`gguf` package dequantises its block-quantised tensors to float32. Two things differ from Hugging
+Face's layout:
 
-* llama.cpp rotates neighbouring rows (2i, 2i+1) where Hugging Face rotates rows (i, i + dim/2), so the rows of q and k
-  are stored interleaved; :func:`_deinterleave` puts them back.
-* a model with tied embeddings has no ``output.weight``: the head is the transposed embedding.
+* llama.cpp rotates neighbouring rows (2i, 2i+1), and Hugging Face rotates rows (i, i + dim/2). The
+  file therefore stores the rows of q and k interleaved, and `_deinterleave` puts them back.
+* A model with tied embeddings has no `output.weight`: its head is the transposed embedding.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["GGUFFile"]
 
-# llama.cpp token types: 3 is "control", 4 is "user defined"; both are matched whole, before any byte-pair merge.
+# llama.cpp token types: 3 is "control", 4 is "user defined". Both are matched whole, before any
+# byte-pair merge.
 _CONTROL, _USER_DEFINED = 3, 4
 
-# How each of llama.cpp's named pre-tokenizers cuts text before the merges: whether digits are split one by one.
+# llama.cpp's named pre-tokenizers cut text before the merges. The value says whether they split
+# digits one by one.
 _PRE_TOKENIZERS = {"gpt-2": False, "default": False, "smollm": True}
 
 
@@ -91,7 +94,8 @@ class GGUFFile:
 
         Raises:
           ValueError: another architecture, or a key is missing (named).
-          NotImplementedError: the model needs what FlaxLlama lacks (scaled rotary positions, free head size).
+          NotImplementedError: the model has scaled rotary positions or a free head size, which
+            FlaxLlama lacks.
         """
         from transformers import LlamaConfig
 
@@ -122,7 +126,8 @@ class GGUFFile:
             num_attention_heads=heads,
             num_key_value_heads=int(self._get("llama.attention.head_count_kv", heads)),
             max_position_embeddings=int(self._require("llama.context_length")),
-            # stored in float32; the shortest decimal that rounds to the same float32 is what the model card says (1e-05)
+            # It is stored in float32. The model card says the shortest decimal that rounds to the
+            # same float32, such as 1e-05.
             rms_norm_eps=float(
                 str(np.float32(self._require("llama.attention.layer_norm_rms_epsilon")))
             ),
@@ -154,7 +159,9 @@ class GGUFFile:
         return np.asarray(array, np.float32)
 
     def params(self) -> dict[str, Any]:
-        """The parameters of ``FlaxLlamaForCausalLM``: nested dicts of float32 NumPy arrays, kernels [in, out].
+        """The parameters of `FlaxLlamaForCausalLM`.
+
+        They are nested dicts of float32 NumPy arrays, and kernels are [in, out].
 
         Raises:
           ValueError: a tensor is missing or has another shape than the configuration says (named).
@@ -208,7 +215,7 @@ class GGUFFile:
         """The tokenizer that the file describes: a byte-level BPE from its tokens and merges.
 
         Returns:
-          A ``transformers.PreTrainedTokenizerFast`` with the file's special tokens and chat template.
+          A `transformers.PreTrainedTokenizerFast` with the file's special tokens and chat template.
 
         Raises:
           ValueError: the tokenizer is of another kind (named).

@@ -38,6 +38,9 @@ def _version(package: str) -> str | None:
         return None
 
 
+_ROWS = (1, 16)  # of the sample: decode takes the first alone
+
+
 def collect() -> dict[str, Any]:
     """The facts as a JSON object.
 
@@ -57,8 +60,11 @@ def collect() -> dict[str, Any]:
         dtype: pack(jnp.ones((512, 512), jnp.bfloat16), "6:8", dtype=dtype)
         for dtype in ("int8", "float8_e4m3fn", "bfloat16")
     }
-    x = jax.ShapeDtypeStruct((16, 512), jnp.bfloat16)
-    choices = {dtype: explain(linear, x, w)[0][1] for dtype, w in weights.items()}
+    choices = {
+        (dtype, rows): explain(linear, jax.ShapeDtypeStruct((rows, 512), jnp.bfloat16), w)[0][1]
+        for dtype, w in weights.items()
+        for rows in _ROWS
+    }
     every = [registry.get(name) for name in registry.implementations()]
     return {
         "python": platform.python_version(),
@@ -73,10 +79,13 @@ def collect() -> dict[str, Any]:
             **{name: fact for i in every for name, fact in i.facts().items()},
         },
         "implementations": {
-            i.name: {dtype: choice.refused.get(i.name) for dtype, choice in choices.items()}
+            i.name: {
+                f"{dtype} {rows}": choice.refused.get(i.name)
+                for (dtype, rows), choice in choices.items()
+            }
             for i in every
         },
-        "choice": {dtype: str(choice) for dtype, choice in choices.items()},
+        "choice": {f"{dtype} {rows}": str(choice) for (dtype, rows), choice in choices.items()},
     }
 
 
@@ -98,10 +107,10 @@ def text(facts: dict[str, Any]) -> str:
     for name, fact in library.items():
         if name not in ("usable", "build", "missing") and fact is not None:
             lines.append(f"  {name.replace('_', ' ')} {fact}")
-    lines += ["", "implementations of linear (6:8, 512 x 512, 16 rows):"]
-    for name, by_dtype in facts["implementations"].items():
-        for reason in dict.fromkeys(by_dtype.values()):
-            dtypes = ", ".join(d for d, r in by_dtype.items() if r == reason)
-            lines.append(f"  {name}: {dtypes}: {reason or 'runs here'}")
-    lines += ["", "chosen:", *(f"  {dtype}: {why}" for dtype, why in facts["choice"].items())]
+    lines += ["", "implementations of linear (6:8, 512 x 512; dtype and rows):"]
+    for name, by_case in facts["implementations"].items():
+        for reason in dict.fromkeys(by_case.values()):
+            cases = ", ".join(case for case, r in by_case.items() if r == reason)
+            lines.append(f"  {name}: {cases}: {reason or 'runs here'}")
+    lines += ["", "chosen:", *(f"  {case}: {why}" for case, why in facts["choice"].items())]
     return "\n".join(lines)

@@ -1,8 +1,9 @@
-"""Reading directories with a Hugging Face Flax model: ``config.json``, weights, ``tokenizer.json``.
+"""Reads directories with a Hugging Face Flax model: `config.json`, weights, `tokenizer.json`.
 
-`read_pretrained` takes what Hugging Face writes (``flax_model.msgpack``, or safetensors in PyTorch's or Flax's layout,
-whole or in shards) and what `slidejax.huggingface.write_pretrained` writes (``slidejax convert``): the same directory with the parameters,
-packed weights among them, in slidejax's own two files. Nothing is downloaded, and pickled weights are refused.
+`read_pretrained` takes what Hugging Face writes: `flax_model.msgpack`, or safetensors in PyTorch's
+or Flax's layout, whole or in shards. It also takes what `slidejax.huggingface.write_pretrained` and
+`slidejax convert` write. That is the same directory, with the parameters and the packed weights in
+slidejax's own two files. Nothing is downloaded, and pickled weights are refused.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ _BUFFERS = (
 )
 
 
-# --------------------------------------------------------------------------------------------------------- building
+# --- building -------------------------------------------------------------------------------------
 
 
 def model_class(config: PretrainedConfig) -> type[FlaxPreTrainedModel]:
-    """The Flax class for a configuration: the first of its ``architectures`` that has one, else the causal LM.
+    """The Flax class for a configuration.
+
+    It is that of the first of its `architectures` that has one, else the causal LM.
 
     Raises:
       ValueError: transformers has no Flax class for this model.
@@ -64,19 +67,24 @@ def model_class(config: PretrainedConfig) -> type[FlaxPreTrainedModel]:
 def build(
     config: PretrainedConfig, params: Any, dtype: Any = jnp.float32, cls: type | None = None
 ) -> Any:
-    """A Hugging Face Flax model of a configuration with these parameters; nothing is initialised at random.
+    """A Hugging Face Flax model of a configuration with these parameters.
+
+    Nothing is initialised at random.
 
     Args:
       config: the configuration.
-      params: nested dicts of arrays (and `SlideWeight`s). A head tied to the embedding may be missing.
-      dtype: dtype of the computation and of floating parameters; 8-bit packed values and scales stay as they are.
+      params: nested dicts of arrays and `SlideWeight`s. A head tied to the embedding may be
+        missing.
+      dtype: dtype of the computation and of floating parameters. 8-bit packed values and scales
+        stay as they are.
       cls: the class; None: `model_class`.
 
     Returns:
       The model, computing with ``config.rope_theta``.
 
     Raises:
-      ValueError: parameters are missing or have other shapes than the configuration says (all named).
+      ValueError: parameters are missing, or have other shapes than the configuration says. The
+        error names all of them.
       NotImplementedError: the configuration asks for what the Flax class would silently ignore.
     """
     _check_supported(config)
@@ -111,7 +119,8 @@ def build(
 
 
 def _fits(value: Any, shape: tuple[int, ...]) -> bool:
-    # A packed weight is [in, out] whatever axes its layer keeps the kernel in; the layer checks the rest when it runs.
+    # A packed weight is [in, out], whatever axes its layer keeps the kernel in. The layer checks
+    # the rest when it runs.
     return (
         math.prod(value.shape) == math.prod(shape)
         if isinstance(value, SlideWeight)
@@ -143,7 +152,7 @@ def _check_supported(config: PretrainedConfig) -> None:
 
 
 def cast(params: Any, dtype: Any) -> Any:
-    """Floating arrays and 16- or 32-bit packed values in ``dtype``; 8-bit values and all scales as they are."""
+    """Casts floating arrays and 16- or 32-bit packed values; leaves 8-bit values and all scales."""
     dtype = jnp.dtype(dtype)
 
     def leaf(x: Any) -> Any:
@@ -159,7 +168,7 @@ def cast(params: Any, dtype: Any) -> Any:
     return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, SlideWeight))
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read_pretrained(
@@ -168,13 +177,14 @@ def read_pretrained(
     """Reads a directory with a Hugging Face Flax model, original or converted by slidejax.
 
     Args:
-      path: the directory, with ``config.json`` and one of ``slidejax.json``, ``flax_model.msgpack``,
-        ``model.safetensors`` or their indices of shards.
-      dtype: of the computation and of floating parameters; None: as saved by slidejax, else float32.
+      path: the directory, with `config.json` and one of `slidejax.json`, `flax_model.msgpack`,
+        `model.safetensors` or their indices of shards.
+      dtype: dtype of the computation and of floating parameters. None means the one that slidejax
+        saved, else float32.
 
     Returns:
-      The model, its tokenizer (None if the directory holds none), and what `write_pretrained` noted about it (empty
-      for a directory that slidejax did not write).
+      The model, its tokenizer (None if the directory holds none), and the notes of
+      `write_pretrained` (empty for a directory that slidejax did not write).
 
     Raises:
       ValueError: a file is missing or damaged, parameters do not fit the configuration.
@@ -294,7 +304,7 @@ def _read_safetensors(
 def _fit_prefix(
     flat: dict[str, Any], config: PretrainedConfig, cls: type[FlaxPreTrainedModel]
 ) -> dict[str, Any]:
-    """A bare model's parameters under the prefix that the class with a head expects, or the other way round."""
+    """Adds or removes the prefix under which a class with a head keeps a bare model's weights."""
     prefix = cls.base_model_prefix
     expected = cls(config, _do_init=False).params_shape_tree
     has = any(k.startswith(prefix + "/") for k in flat)

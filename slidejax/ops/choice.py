@@ -54,14 +54,14 @@ def choose(problem: Problem) -> Choice:
     Raises:
       NotImplementedError: if the caller asks for an implementation that refuses, with its reason.
     """
-    refused = registry.refusals(problem)
     if problem.requested is not None:
-        if problem.requested in refused:
+        reason = registry.get(problem.requested).refuses(problem)
+        if reason is not None:
             raise NotImplementedError(
-                f"slidejax {problem.op}: implementation {problem.requested!r} refuses: "
-                f"{refused[problem.requested]}"
+                f"slidejax {problem.op}: implementation {problem.requested!r} refuses: {reason}"
             )
         return Choice(problem.requested, "asked for")
+    refused = registry.refusals(problem)
     candidates = [i.name for i in registry.competing() if i.name not in refused]
     fallback = registry.FALLBACK.name
     if candidates == [fallback] and problem.platform != "cuda":

@@ -6,6 +6,8 @@ implementation by name.
 
 from __future__ import annotations
 
+import keyword
+
 from slidejax.ops.implementations.base import Implementation
 from slidejax.ops.implementations.cusparselt import CUSPARSELT
 from slidejax.ops.implementations.decode import DECODE
@@ -50,13 +52,13 @@ def register(implementation: Implementation) -> None:
             "implementation must be an object of a subclass of Implementation, got "
             f"{implementation!r}"
         )
-    name, form = implementation.name, implementation.form
+    name, form = getattr(implementation, "name", None), implementation.form
     taken = {i.form.name for i in _IMPLEMENTATIONS if i.form is not None}
     for what, text, others in (
         ("an implementation", name, implementations()),
         ("a prepared form", name if form is None else form.name, taken),
     ):
-        if not text.isidentifier():
+        if not isinstance(text, str) or not text.isidentifier() or keyword.iskeyword(text):
             raise ValueError(f"the name of {what} must be an identifier, got {text!r}")
         if text in others:
             raise ValueError(f"there is {what} called {text!r} already")

@@ -21,4 +21,9 @@ def test_info(capsys):
         "dense",
         "reference",
     }
+    cases = {
+        f"{dtype} {rows}" for dtype in ("int8", "float8_e4m3fn", "bfloat16") for rows in (1, 16)
+    }
+    assert all(set(by_case) == cases for by_case in facts["implementations"].values())
+    assert set(facts["choice"]) == cases
     assert "dense" in output(capsys, "info")

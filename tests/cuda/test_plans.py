@@ -44,9 +44,8 @@ class Plan(ctypes.Structure):
 
 class DecodePlan(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_int)
-        for name in ("warps", "grid", "slices", "slice_steps", "tile_slots", "shared_bytes")
-    ]
+        (name, ctypes.c_int) for name in ("warps", "grid", "slices", "slice_steps", "tile_slots")
+    ] + [("cached", ctypes.c_bool), ("shared_bytes", ctypes.c_int)]
 
 
 class RowShape(ctypes.Structure):
@@ -260,6 +259,15 @@ def test_decode_reads_every_step_of_k_once_and_fits(library):
         assert 1 <= chosen.tile_slots <= block_tiles
         kinds.add((chosen.warps, chosen.slices > 1))
     assert len(kinds) >= 4
+
+
+@pytest.mark.parametrize("out", [2048 * H200, 2048 * H200 + 1, 271000, 2048 * H200 + 16 * H200])
+def test_all_blocks_of_decode_keep_scales_or_none_does(library, out):
+    """Some thread blocks have a tile less than others. They must not lay out more memory."""
+    chosen = library.decode_plan(3, 1, out, decode_blocks(3, 3584), H200, SHARED[H200])
+    other = library.decode_plan(3, 1, 2048 * H200, decode_blocks(3, 3584), H200, SHARED[H200])
+    assert chosen.cached == (out <= 2048 * H200)
+    assert other.shared_bytes - chosen.shared_bytes == (0 if chosen.cached else 8 * 2048)
 
 
 @pytest.mark.parametrize(

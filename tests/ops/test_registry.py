@@ -185,9 +185,9 @@ def test_a_registered_implementation_is_in_the_race_and_in_the_report(toy):
     assert "settings of toy" in text and "not timed: int8 toy: at most 64 rows, not 65" in text
     facts = info.collect()
     assert facts["implementations"]["toy"] == {
-        "int8": None,
-        "float8_e4m3fn": "values must be int8, not float8_e4m3fn",
-        "bfloat16": "values must be int8, not bfloat16",
+        f"{dtype} {rows}": None if dtype == "int8" else f"values must be int8, not {dtype}"
+        for dtype in ("int8", "float8_e4m3fn", "bfloat16")
+        for rows in (1, 16)
     }
     assert facts["cuda_library"]["toy_version"] == "0.1" and "toy version 0.1" in info.text(facts)
 
@@ -203,8 +203,24 @@ def test_what_cannot_be_registered(toy):
 
     with pytest.raises(ValueError, match="a prepared form called 'toy_codes' already"):
         registry.register(Other())
-    badly_named = type("BadlyNamed", (Other,), {"name": "toy+prepared"})
-    with pytest.raises(ValueError, match="must be an identifier"):
-        registry.register(badly_named())
+    for name in ("toy+prepared", "class", "None", "", 5, None):
+        badly_named = type("BadlyNamed", (Other,), {"name": name})
+        with pytest.raises(ValueError, match="must be an identifier"):
+            registry.register(badly_named())
+
+
+def test_one_that_fails_stops_no_call_that_names_another(monkeypatch):
+    def fails(self, problem):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(registry, "_IMPLEMENTATIONS", [*registry._IMPLEMENTATIONS])
+    registry.register(
+        type("Failing", (Toy,), {"name": "failing", "form": None, "refuses": fails})()
+    )
+    x, w, *_ = random_problem()
+    assert sj.linear(x, w, implementation="dense").shape == (x.shape[0], w.out_features)
+
+
+def test_names_are_checked(toy):
     with pytest.raises(ValueError, match="one of toy, decode, hopper"):
         sj.linear(jnp.ones((1, 100)), random_problem()[1], implementation="magic")

@@ -35,12 +35,13 @@ def _ffi_interface() -> tuple[int, int]:
     return major, minor
 
 
-def _runs_on(architectures: str, capability: str) -> bool:
-    """Whether code for these architectures, in CMake's notation, runs on a compute capability.
+def _code_for(architectures: str, capability: str) -> tuple[int, int] | None:
+    """The newest of these architectures, in CMake's notation, that runs on a compute capability.
 
-    >>> [_runs_on("80-real,90a-real,120", c) for c in ("8.0", "8.6", "9.0", "10.0", "12.1")]
-    [True, True, True, False, True]
+    >>> [_code_for("80-real,90a-real,120", c) for c in ("8.0", "8.6", "9.0", "10.0", "12.1")]
+    [(8, 0), (8, 0), (9, 0), None, (12, 0)]
     """
+    found = []
     major, minor = (int(part) for part in capability.split("."))
     for text in architectures.split(","):
         match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", text)
@@ -51,8 +52,8 @@ def _runs_on(architectures: str, capability: str) -> bool:
         if of == (major, minor) or (
             match[3] != "a" and (same_major or (match[4] != "-real" and of <= (major, minor)))
         ):
-            return True
-    return False
+            found.append(of)
+    return max(found, default=None)
 
 
 @functools.cache
@@ -101,7 +102,7 @@ def missing() -> str | None:
         module.build_info()["architectures"],
         jax.devices()[0].compute_capability,
     )
-    if not _runs_on(architectures, capability):
+    if _code_for(architectures, capability) is None:
         return (
             f"the CUDA library was built for architectures {architectures}, "
             f"not for compute capability {capability}"
@@ -113,6 +114,17 @@ def build_info() -> dict[str, Any] | None:
     """CUDA version, architectures, jaxlib and FFI interface of the build, or None."""
     module, _ = load()
     return None if module is None else module.build_info()
+
+
+def architecture() -> tuple[int, int] | None:
+    """The architecture of the code that the GPU runs, such as `(9, 0)`. None if nothing runs.
+
+    It is older than the GPU if the library was built for few architectures.
+    """
+    info = build_info()
+    if info is None or not on_gpu():
+        return None
+    return _code_for(info["architectures"], jax.devices()[0].compute_capability)
 
 
 def unusable() -> str | None:

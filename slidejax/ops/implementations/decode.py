@@ -36,13 +36,12 @@ def _workspace_bytes(w: SlideWeight, rows: int) -> int:
 
 def _refuses_float8(problem: Problem) -> str | None:
     name = problem.dtype.name
-    if library.on_gpu():
-        capability = jax.devices()[0].compute_capability
-        if tuple(map(int, capability.split("."))) < (8, 9):
-            return f"{name} needs compute capability 8.9 or later, not {capability}"
+    code = library.architecture()
+    if code is not None and code < (8, 9):
+        return f"{name} needs code for compute capability 8.9 or later, not {code[0]}.{code[1]}"
     if hopper.refuses_device(problem.device, problem.dtype) is None:
-        # On compute capability 9.0 mma converts float8 to float16 first. It then takes twice the time
-        # of int8.
+        # On compute capability 9.0 mma converts float8 to float16 first. It then takes twice the
+        # time of int8.
         return f"{name} runs in the Hopper kernel on {problem.device}"
     return None
 

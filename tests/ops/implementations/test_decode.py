@@ -1,4 +1,4 @@
-"""Which problems the decode kernel takes. What it computes is tested in tests/cuda/test_decode.py."""
+"""Which problems the decode kernel takes. tests/cuda/test_decode.py tests what it computes."""
 
 import dataclasses
 import types
@@ -24,10 +24,11 @@ def problem(device="NVIDIA L4", **changes):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """`gpu(capability)`: a GPU of this compute capability, with a library that runs on it."""
+    """`gpu(capability, built)`: a GPU, and a library built for these architectures."""
 
-    def present(capability):
+    def present(capability, built="80,86,89-real,90a-real,120"):
         device = types.SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(library, "build_info", lambda: {"architectures": built})
         monkeypatch.setattr(library, "on_gpu", lambda: True)
         monkeypatch.setattr(library, "missing", lambda: None)
         monkeypatch.setattr(jax, "devices", lambda *_: [device])
@@ -52,16 +53,17 @@ def test_what_is_refused(gpu, changes, reason):
 
 
 @pytest.mark.parametrize(
-    ("device", "capability", "reason"),
+    ("device", "capability", "built", "reason"),
     [
-        ("NVIDIA A100-SXM4-40GB", "8.0", "needs compute capability 8.9 or later, not 8.0"),
-        ("NVIDIA A10", "8.6", "not 8.6"),
-        ("NVIDIA L4", "8.9", None),
-        ("NVIDIA GeForce RTX 5090", "12.0", None),
+        ("NVIDIA A100-SXM4-40GB", "8.0", "80-real,90a", "capability 8.9 or later, not 8.0"),
+        ("NVIDIA A10", "8.6", "80,86", "not 8.6"),
+        ("NVIDIA L4", "8.9", "80,89", None),
+        ("NVIDIA L4", "8.9", "80", "not 8.0"),  # old code on a new GPU
+        ("NVIDIA GeForce RTX 5090", "12.0", "90,120", None),
     ],
 )
-def test_float8_needs_a_gpu_that_multiplies_it(gpu, device, capability, reason):
-    gpu(capability)
+def test_float8_needs_code_that_multiplies_it(gpu, device, capability, built, reason):
+    gpu(capability, built)
     assert DECODE.refuses(problem(device)) is None
     found = DECODE.refuses(problem(device, dtype=FLOAT8))
     assert found is None if reason is None else reason in found
