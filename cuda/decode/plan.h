@@ -16,8 +16,8 @@ constexpr int kStepBlocks = 4;  // blocks of a row in an item: one for each lane
 constexpr int kMaxWarps = 16;
 constexpr int kOwnTokens = 4;   // most rows of x that the kernel quantises itself
 constexpr int kHeldWords = 16;  // registers of a thread that hold x
-constexpr int kCachedRows =
-    2048;  // a block of at most this many outputs keeps their scales and biases
+// If no thread block has more outputs than these, their scales and biases lie in shared memory.
+constexpr int kCachedRows = 2048;
 
 // The sizes that follow from the windows of a group (N-1; 0 for a dense weight). A block is 8
 // groups, or 32 columns of a dense weight.

@@ -15,6 +15,7 @@ SUMMARY = "Versions, devices, the CUDA library, and which implementations can ru
 EXAMPLE = "slidejax info --json info.json"
 
 _PACKAGES = ("slidejax", "jax", "jaxlib", "flax", "transformers", "nvidia-cusparselt-cu13")
+_ROWS = (1, 16)  # of x in the sample: decode takes few rows, the other kernels any number
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -36,9 +37,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-_ROWS = (1, 16)  # of the sample: decode takes the first alone
 
 
 def collect() -> dict[str, Any]:
