@@ -139,7 +139,7 @@ struct Call {
   bool direct;       // the library writes y
   // Bytes of the workspace's parts.
   int64_t accumulator_bytes, padded_bytes;
-  size_t library_bytes;  // what is left
+  size_t library_bytes;  // the rest of the workspace
 };
 
 struct Operands {

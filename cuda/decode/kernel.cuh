@@ -62,9 +62,8 @@ class Decoder {
     shared += (M * token_bytes_ + 127) / 128 * 128;
     sums_ = reinterpret_cast<Sum*>(shared);
     shared += p.tile_slots * warps_ * kTileRows * M * 4;
-    cached_ = p.cached;
     scale_w_ = reinterpret_cast<float*>(shared);
-    shared += cached_ ? 2 * 4 * rows : 0;
+    shared += p_.cached ? 2 * 4 * rows : 0;
     arrived_ = reinterpret_cast<int*>(shared);
     tile_of_ = arrived_ + p.tile_slots;
     warp_max_ = reinterpret_cast<uint32_t*>(tile_of_ + p.tile_slots);
@@ -238,7 +237,7 @@ class Decoder {
   __device__ void AskForScales() const {
     const DecodeArgs& a = p_.a;
     const int row0 = first_tile_ * kTileRows, rows = tiles_ * kTileRows;
-    if (cached_) {
+    if (p_.cached) {
       for (int i = threadIdx.x; i < rows; i += blockDim.x) {
         const int row = min(row0 + i, a.out - 1);
         Copy4(SharedAddress(scale_w_ + i), a.scale_w + row);
@@ -337,9 +336,9 @@ class Decoder {
   __device__ void Finish(const Item& item) {
     const DecodeArgs& a = p_.a;
     const int parts = min(warps_, p_.slice_steps), row0 = (first_tile_ + item.tile) * kTileRows;
-    const int begin = cached_ ? first_tile_ * kTileRows : 0;  // the row of scales[0]
-    const float* scales = cached_ ? scale_w_ : a.scale_w;
-    const float* biases = cached_ ? scale_w_ + tiles_ * kTileRows : a.bias;
+    const int begin = p_.cached ? first_tile_ * kTileRows : 0;  // the row of scales[0]
+    const float* scales = p_.cached ? scale_w_ : a.scale_w;
+    const float* biases = p_.cached ? scale_w_ + tiles_ * kTileRows : a.bias;
     const Sum* from = sums_ + item.tile_slot * warps_ * kTileRows * a.M;
     for (int i = lane_; i < kTileRows * a.M; i += kLanes) {
       const int row = row0 + i % kTileRows, m = i / kTileRows;
@@ -366,7 +365,6 @@ class Decoder {
 
   const Params& p_;
   const int warps_, warp_, lane_, first_tile_, tiles_, token_bytes_;
-  bool cached_;
   uint8_t* ring_;
   uint32_t ring_address_;
   const uint8_t* values_;  // of the block's first tile; of zeros, the lane's first piece

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/host_device.h"
+#include "common/integers.h"
 
 namespace slidejax::decode {
 
@@ -58,14 +59,13 @@ struct Shape {
 struct Plan {
   int warps = 0;   // of a thread block; 0: no plan fits
   int grid = 0;    // thread blocks
-  int slices = 1;  // K is passed in so many parts, since x of all of K does not fit
+  int slices = 1;  // parts of K, more than one where x of all of K does not fit
   int slice_steps = 0;
   int tile_slots = 0;   // tiles whose sums are kept at once
   bool cached = false;  // whether shared memory keeps scales and biases of a block's outputs
   int shared_bytes = 0;
 };
 
-inline int CeilDiv(int a, int b) { return (a + b - 1) / b; }
 inline int RoundUp(int a, int b) { return CeilDiv(a, b) * b; }
 
 // Bytes of one token's codes in shared memory. The 64 bytes beyond put the tokens of a quarter warp

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <mutex>
 
+#include "common/integers.h"
 #include "hopper/hopper.h"
 #include "hopper/kernel.cuh"
 #include "hopper/metadata.cuh"
@@ -33,7 +34,6 @@ const Kernels kKernels[] = {SLIDEJAX_HOPPER_TILES(SLIDEJAX_KERNELS)};
 #undef SLIDEJAX_KERNELS
 constexpr int kTileCount = sizeof(kKernels) / sizeof(kKernels[0]);
 
-int CeilDiv(int a, int b) { return (a + b - 1) / b; }
 bool Aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
 
 // ---- The device ---------------------------------------------------------------------------------

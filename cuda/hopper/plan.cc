@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "common/integers.h"
 #include "hopper/tile.h"
 
 namespace slidejax::hopper {
@@ -64,8 +65,6 @@ constexpr TileInfo InfoOf(const char* name, float stage_clocks, float tile_clock
       name, stage_clocks, tile_clocks, shared_w_time),
 constexpr TileInfo kTiles[] = {SLIDEJAX_HOPPER_TILES(SLIDEJAX_INFO)};
 #undef SLIDEJAX_INFO
-
-int CeilDiv(int a, int b) { return (a + b - 1) / b; }
 
 float WeightBytes(const Problem& p) {
   const float per_column = p.sparse() ? kSparseBytesPerColumn : kDenseBytesPerColumn;

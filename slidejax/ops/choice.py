@@ -118,8 +118,9 @@ def lookup(problem: Problem, candidates: Sequence[str]) -> tuple[str, str] | Non
     variants = {}
     for name in candidates:
         form = registry.get(name).form
-        held = form is not None and form.name in problem.prepared
-        variants[Variant(name, form.name if form is not None and held else None)] = name
+        if form is not None and form.name not in problem.prepared:
+            form = None
+        variants[Variant(name, None if form is None else form.name)] = name
 
     def far(entry: dict[str, Any]) -> float:
         return distance(entry, problem.rows, problem.in_features, problem.out_features)

@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from tuning_entries import entry
 
 import slidejax as sj
 from slidejax.ops import choice, tuning
@@ -110,17 +111,6 @@ def test_a_dtype_that_was_not_measured_is_taken_for_its_twin(measured):
     assert choice.forms(sj.pack(jnp.ones((64, 32)), "6:8", dtype="float8_e4m3fn")) == ("hopper",)
     assert choice.forms(sj.pack(jnp.ones((64, 32)), "6:8")) == ("dense",)
     assert choice.forms(sj.pack(jnp.ones((64, 32)), "4:6", dtype="int8")) == ("dense",)
-
-
-def entry(rows, us, **changes):
-    return {
-        "in": 128,
-        "out": 64,
-        "pattern": "6:8",
-        "dtype": "int8",
-        "rows": rows,
-        "us": us,
-    } | changes
 
 
 @cpu_only

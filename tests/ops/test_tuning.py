@@ -3,21 +3,11 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tuning_entries import entry
 
 import slidejax as sj
 from slidejax.ops import tuning
 from slidejax.ops.tuning import Variant
-
-
-def entry(rows, us, **changes):
-    return {
-        "in": 128,
-        "out": 64,
-        "pattern": "6:8",
-        "dtype": "int8",
-        "rows": rows,
-        "us": us,
-    } | changes
 
 
 def test_tables_are_merged_and_damaged_ones_named(tmp_path, monkeypatch):
