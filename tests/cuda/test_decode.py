@@ -142,8 +142,10 @@ def test_long_rows(on_gpu, rows, columns):
 
 
 @pytest.mark.gpu
-def test_many_outputs(on_gpu):
-    x, w, bias = problem(2, 64, 300_001)
+@pytest.mark.parametrize(("rows", "out"), [(2, 300_001), (1, 271_000), (8, 271_000)])
+def test_many_outputs(on_gpu, rows, out):
+    """Some thread blocks have one tile more than others, which may then not keep its scales."""
+    x, w, bias = problem(rows, 64, out)
     want = expected(x, w, bias, jnp.bfloat16)
     np.testing.assert_array_equal(formulas.bits(run(x, w, bias)), formulas.bits(want))
 
