@@ -1,0 +1,330 @@
+"""Many prompts, one batch: `generate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from slidejax.lm.generation.programs import BLOCK, Programs, State, bucket
+from slidejax.lm.generation.sampling import Sampling
+from slidejax.lm.text.stream import TextStream, check_stops
+from slidejax.lm.text.tokenizer import Tokenizer
+
+__all__ = ["Batch", "Completion", "Writer", "encode_prompt", "generate"]
+
+# Tokens to write before texts are searched for stops.
+_WITH_STOPS = 8
+
+
+class Writer(Protocol):
+    """What `generate` needs of a model."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def ends(self) -> Iterable[int]: ...
+    @property
+    def params(self) -> Any: ...
+    @property
+    def programs(self) -> Programs: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What a model wrote after a prompt.
+
+    Attributes:
+      text: the text, up to and without the end or the stop; without special tokens. None if the
+        model has no tokenizer.
+      tokens: the token ids, without the one that ended the text. Where a stop ended it, they go up
+        to the token that completed the stop.
+      finish: "end" (the model ended its text), "stop", or "length" (`max_new_tokens`).
+      prompt_tokens: how many tokens the prompt has.
+    """
+
+    text: str | None
+    tokens: list[int]
+    finish: str
+    prompt_tokens: int
+
+    def __str__(self) -> str:
+        return "" if self.text is None else self.text
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def encode_prompt(model: Writer, prompt: Any, max_new_tokens: int | None, name: str) -> list[int]:
+    """The token ids of a prompt, checked.
+
+    Raises:
+      TypeError: it is neither text nor token ids.
+      ValueError: it is empty, leaves the vocabulary, or does not fit the model's context.
+    """
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise ValueError(f"{name} is text, and the model came without a tokenizer")
+        ids = model.tokenizer.encode(prompt) if prompt else []
+    else:
+        try:
+            ids = [operator.index(i) for i in prompt]
+        except TypeError:
+            raise TypeError(f"{name} must be text or a list of token ids, got {prompt!r}") from None
+    if not ids:
+        raise ValueError(f"{name} is empty; give some text, or the id of a token to begin with")
+    bad = next((i for i in ids if not 0 <= i < model.vocab_size), None)
+    if bad is not None:
+        raise ValueError(
+            f"{name} has token {bad}; the model's tokens are 0 to {model.vocab_size - 1}"
+        )
+    if len(ids) > model.context:
+        raise ValueError(
+            f"{name} has {len(ids)} tokens, more than the model's context of {model.context}"
+        )
+    if max_new_tokens is not None and len(ids) + max_new_tokens > model.context:
+        raise ValueError(
+            f"{name} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} that is more than "
+            f"the model's context of {model.context}"
+        )
+    return ids
+
+
+def check_count(max_new_tokens: int | None) -> int | None:
+    """The number of tokens to write; None is all that fit.
+
+    Raises:
+      ValueError: it is negative or no whole number.
+    """
+    if max_new_tokens is None:
+        return None
+    try:
+        count = operator.index(max_new_tokens)
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise ValueError(f"max_new_tokens must be a whole number from 0, got {max_new_tokens!r}")
+    return count
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+class Batch:
+    """Prompts that are continued together, block by block.
+
+    Args:
+      model: the model.
+      prompts: token ids of each prompt, checked.
+      counts: how many tokens each is to get, at least one.
+      sampling: how tokens are chosen.
+      params: the parameters; None: the model's own.
+
+    Attributes:
+      prompts, counts: as given.
+      ends: the token ids that end a row.
+    """
+
+    def __init__(
+        self,
+        model: Writer,
+        prompts: Sequence[Sequence[int]],
+        counts: Sequence[int],
+        sampling: Sampling,
+        params: Any = None,
+    ):
+        self._programs = model.programs
+        self._params = model.params if params is None else params
+        self.prompts, self.counts, self._sampling = prompts, counts, sampling
+        self.ends = frozenset(model.ends)
+        some = sorted(self.ends)
+        self._ends = np.array(some + [-1] * (bucket(len(some), 8) - len(some)), np.int32)
+        self._context = model.context
+        self._state: State | None = None
+        self._written = 0
+
+    @property
+    def left(self) -> int:
+        """How many tokens the longest row can still get."""
+        return max(self.counts) - self._written
+
+    def start(self) -> np.ndarray:
+        """Reads the prompts; int32 `[rows]`, the first token of each row."""
+        rows = bucket(len(self.prompts))
+        longest = max(map(len, self.prompts))
+        ids = np.zeros((rows, self._programs.prompt_length(longest)), np.int32)
+        lengths = np.ones(rows, np.int32)
+        for row, prompt in enumerate(self.prompts):
+            ids[row, : len(prompt)] = prompt
+            lengths[row] = len(prompt)
+        slots = self._programs.cache_length(
+            max(len(p) + n for p, n in zip(self.prompts, self.counts, strict=True)),
+            self._context,
+        )
+        self._state, tokens, bad = self._programs.prefill(
+            self._params,
+            ids,
+            lengths,
+            np.arange(rows) < len(self.prompts),
+            self._ends,
+            self._sampling.draw(),
+            length=slots,
+            kind=self._sampling.kind,
+        )
+        self._check(bad)
+        self._written = 1
+        return np.asarray(tokens)[: len(self.prompts)]
+
+    def more(self, live: Sequence[bool], limit: int) -> np.ndarray:
+        """Writes up to `limit` tokens; int32 `[rows, tokens]`, -1 where a row has none."""
+        state = self._state
+        assert state is not None  # start comes first
+        limit = min(limit, BLOCK, self.left)
+        mask = np.zeros(state.tokens.shape[0], bool)
+        mask[: len(live)] = live
+        self._state = None  # it is donated
+        self._state, tokens, bad = self._programs.decode(
+            self._params,
+            state,
+            mask,
+            self._ends,
+            self._sampling.draw(),
+            np.int32(limit),
+            kind=self._sampling.kind,
+        )
+        self._check(bad)
+        self._written += limit
+        return np.asarray(tokens)[: len(live), :limit]
+
+    @staticmethod
+    def _check(bad: Any) -> None:
+        rows = np.flatnonzero(np.asarray(bad))
+        if rows.size:
+            raise ValueError(
+                f"the model's logits have nan after prompt {rows[0]}: its weights are damaged, or "
+                "its activations overflow"
+            )
+
+
+class Row:
+    """What one prompt has got so far."""
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, stops: Sequence[str], ends: Iterable[int], count: int
+    ):
+        self._stream = None if tokenizer is None else TextStream(tokenizer, stops)
+        self._ends, self._count = ends, count
+        self.tokens: list[int] = []
+        self.finish: str | None = None
+        self.steps = 0  # tokens that were computed, the end included
+
+    def feed(self, tokens: Iterable[int]) -> str:
+        """Takes new tokens up to the row's end, and gives the text that is certain now."""
+        given = ""
+        for token in tokens:
+            if self.finish is not None or token < 0:
+                break
+            self.steps += 1
+            if token in self._ends:
+                self.finish = "end"
+                break
+            self.tokens.append(int(token))
+            if self._stream is not None:
+                given += self._stream.feed([int(token)])
+                if self._stream.stopped:
+                    self.finish = "stop"
+            if self.finish is None and len(self.tokens) == self._count:
+                self.finish = "length"
+        if self.finish is not None and self._stream is not None:
+            given += self._stream.end()
+            self._stream = None
+        return given
+
+
+def generate(
+    model: Writer,
+    prompts: Any,
+    *,
+    max_new_tokens: int | None = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop: str | Iterable[str] | None = None,
+    seed: int = 0,
+    params: Any = None,
+    progress: Callable[[int], None] | None = None,
+) -> Any:
+    """Continues prompts, all in one batch.
+
+    A row does not depend on the others: alone and together it gets the same tokens, but for
+    rounding (in float32 the same likeliest tokens). Draws are another matter, because each row of a
+    batch draws from its own stream.
+
+    Args:
+      model: the model.
+      prompts: a list of prompts, of any lengths. A prompt is text, which begins with the start
+        token where the model's tokenizer puts one, or a list of token ids, taken as they are. One
+        prompt alone may stand in place of the list.
+      max_new_tokens: how many tokens to write at most; None: until the context is full.
+      temperature, top_k, top_p, seed: how tokens are chosen, see `Sampling`. Only what is given
+        here counts; settings in files beside the model do not.
+      stop: texts that end the text; they are not part of it. They may span tokens, and may be
+        special tokens.
+      params: other parameters of the same structure; None: the model's own.
+      progress: called with the number of tokens written, of the longest row.
+
+    Returns:
+      A list of `Completion`s, or one for a single prompt.
+
+    Raises:
+      ValueError: an argument is out of range, a prompt is empty, has tokens that the model has not,
+        or does not fit the model's context; or the model computes nan.
+      TypeError: a prompt is neither text nor token ids.
+    """
+    alone = isinstance(prompts, str) or (
+        len(prompts) > 0 and all(isinstance(i, (int, np.integer)) for i in prompts)
+    )
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    stops, count = check_stops(stop), check_count(max_new_tokens)
+    if stops and model.tokenizer is None:
+        raise ValueError("stop needs a tokenizer, and the model came without one")
+    given = [prompts] if alone else list(prompts)
+    names = ["prompt"] if alone else [f"prompt {i}" for i in range(len(given))]
+    ids = [encode_prompt(model, p, count, n) for p, n in zip(given, names, strict=True)]
+    counts = [model.context - len(i) if count is None else count for i in ids]
+    made = [Completion(None if model.tokenizer is None else "", [], "length", len(i)) for i in ids]
+    wanted = [i for i, count in enumerate(counts) if count]
+    if wanted:
+        batch = Batch(
+            model, [ids[i] for i in wanted], [counts[i] for i in wanted], sampling, params
+        )
+        for i, completion in zip(wanted, _run(model, batch, stops, progress), strict=True):
+            made[i] = completion
+    return made[0] if alone else made
+
+
+def _run(
+    model: Writer, batch: Batch, stops: Sequence[str], progress: Callable[[int], None] | None
+) -> list[Completion]:
+    """Runs a batch to its end."""
+    rows = [Row(model.tokenizer, stops, batch.ends, count) for count in batch.counts]
+    texts = [row.feed([token]) for row, token in zip(rows, batch.start(), strict=True)]
+    while any(row.finish is None for row in rows):
+        if progress is not None:
+            progress(max(row.steps for row in rows))
+        new = batch.more([row.finish is None for row in rows], _WITH_STOPS if stops else BLOCK)
+        for i, row in enumerate(rows):
+            texts[i] += row.feed(new[i])
+    return [
+        Completion(
+            None if model.tokenizer is None else text, row.tokens, str(row.finish), len(prompt)
+        )
+        for row, text, prompt in zip(rows, texts, batch.prompts, strict=True)
+    ]

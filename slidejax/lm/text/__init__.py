@@ -1,0 +1,1 @@
+"""Text for decoders: tokenizers, chat templates, and decoding as tokens come."""

@@ -1,0 +1,290 @@
+"""The tokenizer of a Hugging Face directory, whichever version of transformers wrote it.
+
+The file that counts is tokenizer.json. tokenizer_config.json, special_tokens_map.json,
+generation_config.json and config.json only say which tokens are special, and chat_template.jinja or
+tokenizer_config.json has the chat template. Classes that these files name are not looked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slidejax.lm.text.tokenizer import SPECIAL, Tokenizer, need_tokenizers
+
+if TYPE_CHECKING:
+    import tokenizers
+
+__all__ = ["from_files", "gather", "read"]
+
+# What belongs to a tokenizer, beside the templates in additional_chat_templates/.
+_NAMES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "config.json",
+    "chat_template.jinja",
+)
+_TEMPLATES = "additional_chat_templates"
+
+# These kinds of tokenizers begin a text with its start token unless they are told otherwise.
+_STARTING = ("Llama", "CodeLlama", "Gemma")
+
+# Vocabularies that need another package, and what they are.
+_OTHERS = {
+    "tokenizer.model": "a SentencePiece or tiktoken model",
+    "tekken.json": "a tekken vocabulary",
+    "vocab.json": "a vocabulary whose merges are in another file",
+}
+
+
+def read(folder: str | os.PathLike[str]) -> Tokenizer | None:
+    """The tokenizer of a directory, `from_files(gather(folder))`.
+
+    Args:
+      folder: a directory with tokenizer.json and the files beside it.
+
+    Returns:
+      The tokenizer, or None if the directory has none of any kind.
+
+    Raises:
+      ValueError: a file is damaged, or files contradict each other; the file is named.
+      NotImplementedError: there is a tokenizer, but no tokenizer.json.
+
+    >>> import tempfile
+    >>> from slidejax.lm.text.examples import byte_tokenizer
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     byte_tokenizer().save(folder)
+    ...     read(folder).encode("hi")
+    [256, 104, 105]
+    """
+    return from_files(gather(folder), os.fspath(folder))
+
+
+def gather(folder: str | os.PathLike[str]) -> dict[str, bytes]:
+    """The files of a directory that belong to its tokenizer, by their names.
+
+    Raises:
+      NotImplementedError: there is a tokenizer, but no tokenizer.json.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        for name, kind in _OTHERS.items():
+            if (folder / name).is_file():
+                raise NotImplementedError(
+                    f"{str(folder / name)!r} is {kind}, and there is no tokenizer.json beside it: "
+                    "save the tokenizer with a version of transformers that writes tokenizer.json"
+                )
+    paths = [folder / name for name in _NAMES]
+    if (folder / _TEMPLATES).is_dir():
+        paths += sorted((folder / _TEMPLATES).glob("*.jinja"))
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths if p.is_file()}
+
+
+def from_files(files: Mapping[str, bytes], where: str = "") -> Tokenizer | None:
+    """The tokenizer out of the contents of files.
+
+    Args:
+      files: contents by name, as `gather` gives them.
+      where: the directory, for errors.
+
+    Returns:
+      The tokenizer, or None if there is no tokenizer.json.
+
+    Raises:
+      ValueError: as `read`.
+    """
+    if "tokenizer.json" not in files:
+        return None
+    folder = _Folder(files, where)
+    about = folder.json("tokenizer_config.json")
+    backend = _backend(folder)
+    named = _named(folder, about)
+    _add_tokens(backend, about, named, folder.name("tokenizer_config.json"))
+    start = _start(backend, about, named, folder.name("tokenizer_config.json"))
+    ends = _ends(folder)
+    if "eos_token" in named:
+        ends.add(backend.token_to_id(named["eos_token"]))
+    return Tokenizer(
+        backend,
+        start=start,
+        ends=ends,
+        named=named,
+        templates=_templates(folder, about),
+        where=folder.name("tokenizer.json"),
+    )
+
+
+class _Folder:
+    """Contents of files, with errors that name them."""
+
+    def __init__(self, files: Mapping[str, bytes], where: str):
+        self.files, self._where = files, where
+
+    def name(self, file: str) -> str:
+        return repr(os.path.join(self._where, file))
+
+    def text(self, file: str) -> str:
+        try:
+            return self.files[file].decode("utf-8")
+        except ValueError as e:
+            raise ValueError(f"{self.name(file)} is not a text file in UTF-8: {e}") from e
+
+    def json(self, file: str) -> dict[str, Any]:
+        """A JSON object; empty if there is no such file."""
+        if file not in self.files:
+            return {}
+        try:
+            value = json.loads(self.files[file])
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{self.name(file)} is damaged: {e}") from e
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.name(file)} must hold a JSON object, got {value!r:.80}")
+        return value
+
+
+def _backend(folder: _Folder) -> tokenizers.Tokenizer:
+    package = need_tokenizers()
+    text, name = folder.text("tokenizer.json"), folder.name("tokenizer.json")
+    try:
+        return package.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # it is written in Rust, whose panics are no `Exception`
+        raise ValueError(f"{name} is damaged or of an unknown version: {e}") from e
+
+
+# --- special tokens -------------------------------------------------------------------------------
+
+
+def _content(token: Any, what: str) -> str:
+    """The text of a token, which is written as text or as an object."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(text, str):
+        raise ValueError(f"{what} must be text or an object with content, got {token!r}")
+    return text
+
+
+def _named(folder: _Folder, about: Mapping[str, Any]) -> dict[str, str]:
+    """The named special tokens, `{"eos_token": "</s>", …}`."""
+    found = {}
+    maps = {"special_tokens_map.json": folder.json("special_tokens_map.json")}
+    for file, values in {**maps, "tokenizer_config.json": about}.items():  # the later one counts
+        for name in SPECIAL:
+            if values.get(name) is not None:
+                found[name] = _content(values[name], f"{folder.name(file)}: {name}")
+    return found
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer, about: Mapping[str, Any], named: Mapping[str, str], file: str
+) -> None:
+    """Adds tokens that only tokenizer_config.json names, as transformers does."""
+    from tokenizers import AddedToken
+
+    table = about.get("added_tokens_decoder") or {}
+    if not isinstance(table, Mapping) or not all(k.isdecimal() for k in table):
+        raise ValueError(f"{file}: added_tokens_decoder must map ids to tokens")
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for key, token in sorted(table.items(), key=lambda item: int(item[0])):
+        text = _content(token, f"{file}: added_tokens_decoder[{key}]")
+        if text not in known:
+            flags = token if isinstance(token, Mapping) else {}
+            names = ("lstrip", "rstrip", "normalized", "single_word", "special")
+            backend.add_tokens(
+                [AddedToken(text, **{n: bool(flags[n]) for n in names if n in flags})]
+            )
+        if backend.token_to_id(text) != int(key):
+            raise ValueError(
+                f"{file} says that {text!r} is token {key}, and tokenizer.json says "
+                f"{backend.token_to_id(text)}"
+            )
+    more: list[Any] = []
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        values = about.get(name) or ()
+        more += values.values() if isinstance(values, Mapping) else list(values)
+    special = [*named.values(), *(_content(t, f"{file}: special tokens") for t in more)]
+    flagged = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    missing = [text for text in dict.fromkeys(special) if text not in flagged]
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in missing])
+
+
+def _start(
+    backend: tokenizers.Tokenizer, about: Mapping[str, Any], named: Mapping[str, str], file: str
+) -> tuple[int, ...]:
+    """The tokens that begin every text in use.
+
+    An explicit `add_bos_token` counts, else what the post-processor of tokenizer.json puts in
+    front. The tokenizers of Llama and Gemma put the start token there unless they are told
+    otherwise.
+    """
+    asked = about.get("add_bos_token")
+    template = _prefix(backend)
+    if asked is None and not template:
+        asked = str(about.get("tokenizer_class")).startswith(_STARTING) and "bos_token" in named
+    if asked is None or (asked and template):
+        return template
+    if not asked:
+        return ()
+    if "bos_token" not in named:
+        raise ValueError(f"{file} asks for add_bos_token and names no bos_token")
+    return (backend.token_to_id(named["bos_token"]),)
+
+
+def _prefix(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """What the post-processor puts before a text."""
+    probe = "a"
+    bare = backend.encode(probe, add_special_tokens=False).ids
+    whole = backend.encode(probe, add_special_tokens=True).ids
+    for at in range(len(whole) - len(bare) + 1):
+        if whole[at : at + len(bare)] == bare:
+            return tuple(whole[:at])
+    return ()
+
+
+def _ends(folder: _Folder) -> set[int]:
+    """The tokens that end a text, by generation_config.json or else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        values = folder.json(name)
+        nested = values.get("text_config")
+        ids = values.get("eos_token_id")
+        if ids is None and isinstance(nested, Mapping):
+            ids = nested.get("eos_token_id")
+        if ids is None:
+            continue
+        ids = list(ids) if isinstance(ids, Sequence) and not isinstance(ids, str) else [ids]
+        if not all(type(i) is int for i in ids):
+            raise ValueError(
+                f"{folder.name(name)}: eos_token_id must be a token id or a list, got {ids!r}"
+            )
+        return set(ids)
+    return set()
+
+
+# --- chat templates -------------------------------------------------------------------------------
+
+
+def _templates(folder: _Folder, about: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name."""
+    file = folder.name("tokenizer_config.json")
+    value = about.get("chat_template")
+    found: dict[str, Any] = {}
+    if isinstance(value, str):
+        found["default"] = value
+    elif isinstance(value, list) and all(isinstance(t, Mapping) for t in value):
+        found = {str(t.get("name")): t.get("template") for t in value}
+    elif value is not None:
+        raise ValueError(f"{file}: chat_template must be text or a list of templates")
+    for name, template in found.items():
+        if not isinstance(template, str):
+            raise ValueError(f"{file}: chat template {name!r} must be text, got {template!r:.80}")
+    for path in folder.files:
+        if path == "chat_template.jinja":
+            found["default"] = folder.text(path)
+        elif path.startswith(f"{_TEMPLATES}/"):
+            found[Path(path).stem] = folder.text(path)
+    return found
