@@ -1,0 +1,8 @@
+"""One decoder for Llama, Mistral, Qwen and Gemma: a configuration and a pure function."""
+
+from slidejax.lm.decoder.apply import apply
+from slidejax.lm.decoder.cache import Cache, LayerCache, init_cache
+from slidejax.lm.decoder.config import DecoderConfig, Rope
+from slidejax.lm.decoder.model import Decoder
+
+__all__ = ["Cache", "Decoder", "DecoderConfig", "LayerCache", "Rope", "apply", "init_cache"]
