@@ -6,12 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from slidejax.lm.decoder.config import DecoderConfig
+    from slidejax.lm.decoder.family import convert
+    from slidejax.lm.decoder.files import load, save
     from slidejax.lm.decoder.model import Decoder
 
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "DecoderConfig", "convert", "load", "save"]
 
 # Loaded when first used: the command line looks at other modules of this package without JAX.
-_HOME = {"Decoder": "decoder.model"}
+_HOME = {
+    "Decoder": "decoder",
+    "DecoderConfig": "decoder",
+    "convert": "decoder",
+    "load": "decoder",
+    "save": "decoder",
+}
 
 
 def __getattr__(name: str) -> Any:

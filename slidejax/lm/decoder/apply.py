@@ -92,7 +92,7 @@ def apply(
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     turns = {rope: _turns(rope, config.head_dim, positions) for rope in dict.fromkeys(config.ropes)}
-    written = []
+    written: list[Any] = []
     for i in range(config.num_layers):
         layer = _Layer(config, i, body["layers"][str(i)], implementation)
         x, held = layer(x, positions, turns[config.ropes[i]], None if cache is None else cache[i])
@@ -222,7 +222,9 @@ class _Layer:
             ends = (config.q_size, config.q_size + config.kv_size)
             q, k, v = jnp.split(self._linear("self_attn", "qkv_proj", x), ends, axis=-1)
         else:
-            q, k, v = (self._linear("self_attn", name, x) for name in ("q_proj", "k_proj", "v_proj"))
+            q, k, v = (
+                self._linear("self_attn", name, x) for name in ("q_proj", "k_proj", "v_proj")
+            )
         q, k, v = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (q, k, v))
         if config.qk_norm:
             q = _rms_norm(q, params["q_norm"]["weight"], config.norm_eps)
@@ -233,9 +235,7 @@ class _Layer:
         else:
             seen = held = held.write(k, v, positions)
             slots = jnp.arange(held.keys.shape[2], dtype=jnp.int32)[None]
-        y = attend(
-            q, seen, positions, slots, scale=config.query_scale, window=self.window
-        )
+        y = attend(q, seen, positions, slots, scale=config.query_scale, window=self.window)
         y = y.reshape(*y.shape[:2], config.q_size)
         return self._linear("self_attn", "o_proj", y), held
 

@@ -112,7 +112,8 @@ class _Scores:
         key_blocks, key_positions = _cut(held, key_positions)
 
         def one(block):
-            return self._over_keys(*block, key_blocks, key_positions)
+            q, query_positions = block
+            return self._over_keys(q, query_positions, key_blocks, key_positions)
 
         out = lax.map(
             one,

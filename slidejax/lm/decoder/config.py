@@ -41,8 +41,8 @@ class Rope:
         >>> Rope(10000.0).frequencies(4).tolist() == [1.0, np.float32(0.01)]
         True
         """
-        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        frequencies = np.float32(1) / np.float32(self.theta) ** exponents
+        exponents: Any = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        frequencies: Any = np.float32(1) / np.float32(self.theta) ** exponents
         if self.divisors:
             frequencies = frequencies / np.asarray(self.divisors, np.float32)
         return frequencies.astype(np.float32)

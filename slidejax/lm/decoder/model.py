@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -47,7 +46,7 @@ class Decoder(nnx.Module):
 
     >>> from slidejax.lm.decoder.examples import tiny
     >>> model = tiny()
-    >>> model(jnp.array([[1, 2, 3]])).shape
+    >>> model(jax.numpy.array([[1, 2, 3]])).shape
     (1, 3, 64)
     """
 
@@ -114,7 +113,7 @@ class _Extra:
 # --- the shell and the tree -----------------------------------------------------------------------
 
 
-def _shell(tree: Mapping[str, Any]) -> nnx.Module:
+def _shell(tree: Mapping[str, Any]) -> Any:
     """NNX modules of a tree; a dict with a kernel becomes a linear layer."""
     if "kernel" in tree:
         return _layer(tree["kernel"], tree.get("bias"))
@@ -126,10 +125,10 @@ def _shell(tree: Mapping[str, Any]) -> nnx.Module:
     )
 
 
-def _layer(kernel: Any, bias: Any) -> nnx.Module:
+def _layer(kernel: Any, bias: Any) -> Any:
     shape = kernel.shape
     # Nothing is initialised: the layer is made abstractly, and its Variables are replaced.
-    layer = nnx.eval_shape(
+    layer: Any = nnx.eval_shape(
         lambda: nnx.Linear(*shape, use_bias=bias is not None, rngs=nnx.Rngs(0))
     )
     if bias is not None:
