@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from slidejax import checkpoint as checkpoint
     from slidejax import huggingface as huggingface
     from slidejax import linen as linen
+    from slidejax import lm as lm
     from slidejax import nnx as nnx
     from slidejax import prune as prune
     from slidejax import rules as rules
@@ -66,6 +67,7 @@ _MODULES = (
     "checkpoint",
     "huggingface",
     "linen",
+    "lm",
     "nnx",
     "prune",
     "rules",

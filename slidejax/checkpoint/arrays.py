@@ -116,6 +116,11 @@ class ArrayFile:
             )
         return dtype, shape, begin, end
 
+    @property
+    def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The dtype and the shape of each array, by its name."""
+        return {name: entry[:2] for name, entry in self._entries.items()}
+
     def expect(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         """Raises a ValueError unless the file holds such an array, asked for once."""
         if name not in self._entries:

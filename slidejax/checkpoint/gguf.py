@@ -5,7 +5,7 @@ GGUF is llama.cpp's one-file format (https://github.com/ggml-org/ggml/blob/maste
 Face's layout:
 
 * llama.cpp rotates neighbouring rows (2i, 2i+1), and Hugging Face rotates rows (i, i + dim/2). The
-  file therefore stores the rows of q and k interleaved, and `_deinterleave` puts them back.
+  file therefore stores the rows of q and k interleaved, and `deinterleave` puts them back.
 * A model with tied embeddings has no `output.weight`: its head is the transposed embedding.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-__all__ = ["GGUFFile"]
+__all__ = ["GGUFFile", "deinterleave"]
 
 # llama.cpp token types: 3 is "control", 4 is "user defined". Both are matched whole, before any
 # byte-pair merge.
@@ -30,10 +30,10 @@ _CONTROL, _USER_DEFINED = 3, 4
 _PRE_TOKENIZERS = {"gpt-2": False, "default": False, "smollm": True}
 
 
-def _deinterleave(weight: np.ndarray, heads: int) -> np.ndarray:
+def deinterleave(weight: np.ndarray, heads: int) -> np.ndarray:
     """From llama.cpp's order of rotated rows to Hugging Face's; ``weight`` is [heads * dim, in].
 
-    >>> _deinterleave(np.arange(4)[:, None], heads=1).ravel()
+    >>> deinterleave(np.arange(4)[:, None], heads=1).ravel()
     array([0, 2, 1, 3])
     """
     rows, columns = weight.shape
@@ -77,6 +77,35 @@ class GGUFFile:
             raise ValueError(f"{self.path!r} is damaged or cut short: {e}") from e
         self._fields = reader.fields
         self._tensors = {t.name: t for t in reader.tensors}
+
+    @property
+    def keys(self) -> list[str]:
+        """The names of the metadata."""
+        return list(self._fields)
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors by their names, as `read` returns them."""
+        return {name: tuple(int(n) for n in t.shape)[::-1] for name, t in self._tensors.items()}
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """The metadata under a key, or the default.
+
+        Raises:
+          ValueError: it is damaged.
+        """
+        return self._get(key, default)
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor in float32, dequantised by the package gguf.
+
+        Raises:
+          ValueError: there is no such tensor.
+          NotImplementedError: its type cannot be dequantised.
+        """
+        if name not in self._tensors:
+            raise ValueError(f"{self.path!r} has no tensor {name!r}")
+        return self._take(name, *self.tensors[name])
 
     def _get(self, key: str, default: Any = None) -> Any:
         return self._require(key) if key in self._fields else default
@@ -181,11 +210,9 @@ class GGUFFile:
                 "post_attention_layernorm": {"weight": take(p + "ffn_norm.weight", hidden)},
                 "self_attn": {
                     "q_proj": linear(
-                        _deinterleave(take(p + "attn_q.weight", hidden, hidden), heads)
+                        deinterleave(take(p + "attn_q.weight", hidden, hidden), heads)
                     ),
-                    "k_proj": linear(
-                        _deinterleave(take(p + "attn_k.weight", kv, hidden), kv_heads)
-                    ),
+                    "k_proj": linear(deinterleave(take(p + "attn_k.weight", kv, hidden), kv_heads)),
                     "v_proj": linear(take(p + "attn_v.weight", kv, hidden)),
                     "o_proj": linear(take(p + "attn_output.weight", hidden, hidden)),
                 },

@@ -1,1 +1,35 @@
-"""Language models: reading, serving and evaluating them."""
+"""Language models: one decoder for many architectures; reading, serving and evaluating models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slidejax.lm.decoder.config import DecoderConfig
+    from slidejax.lm.decoder.family import convert
+    from slidejax.lm.decoder.files import load, save
+    from slidejax.lm.decoder.model import Decoder
+
+__all__ = ["Decoder", "DecoderConfig", "convert", "load", "save"]
+
+# Loaded when first used: the command line looks at other modules of this package without JAX.
+_HOME = {
+    "Decoder": "decoder",
+    "DecoderConfig": "decoder",
+    "convert": "decoder",
+    "load": "decoder",
+    "save": "decoder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"slidejax.lm.{_HOME[name]}"), name)
+        globals()[name] = value  # from now on found without this function
+        return value
+    raise AttributeError(f"module 'slidejax.lm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

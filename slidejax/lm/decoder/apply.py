@@ -1,0 +1,253 @@
+"""The decoder as a pure function: `apply(config, params, ids, positions, cache)`.
+
+Parameters are nested dicts with the names of Hugging Face's Llama:
+
+    model/embed_tokens/embedding                           [vocab, hidden]
+    model/layers/0/input_layernorm/weight                  [hidden], float32
+    model/layers/0/self_attn/{q,k,v,o}_proj/kernel, bias   [in, out], [out]
+    model/layers/0/self_attn/{q,k}_norm/weight             [head_dim], float32
+    model/layers/0/post_attention_layernorm/weight
+    model/layers/0/{pre,post}_feedforward_layernorm/weight
+    model/layers/0/mlp/{gate,up,down}_proj/kernel, bias
+    model/norm/weight
+    lm_head/kernel                                         [hidden, vocab]; absent when tied
+
+A kernel is an array, or a weight that `slidejax.linear` multiplies with. The dtype of the embedding
+is the one that the decoder computes in. In place of q, k and v there may be one `qkv_proj`, and in
+place of gate and up one `gate_up_proj` (`slidejax.lm.decoder.fuse`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slidejax.contraction import Contraction
+from slidejax.functional import show_input, show_output
+from slidejax.lm.decoder.attention import attend
+from slidejax.lm.decoder.cache import Cache, LayerCache
+from slidejax.lm.decoder.config import DecoderConfig, Rope
+from slidejax.ops.linear import linear
+from slidejax.weights.packed import LinearWeight
+
+__all__ = ["apply"]
+
+
+def apply(
+    config: DecoderConfig,
+    params: Mapping[str, Any],
+    ids: jax.Array,
+    positions: jax.Array | None = None,
+    cache: Cache | None = None,
+    *,
+    last: bool = False,
+    implementation: str | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """Logits of the next tokens.
+
+    With a cache the keys and values of the tokens are written to it first, and each token then sees
+    the slots up to its own position. Without one the tokens see each other. Rows do not depend on
+    each other.
+
+    Args:
+      config: the decoder's configuration. Static.
+      params: nested dicts, see this module.
+      ids: int32 `[batch, tokens]`. An id outside the vocabulary gives no error here; the nearest
+        one is read.
+      positions: int32 `[batch, tokens]`: the position of each token in its row, from 0. -1 marks
+        padding, on any side: it is not written and nobody sees it, and its logits have no meaning.
+        The positions of a row must be without gaps, over all calls with one cache. None means that
+        each row is whole: 0, 1, 2 and so on.
+      cache: what `init_cache` made, or an earlier call returned; or None. A position beyond its
+        length is not written.
+      last: whether to give the logits of the last token of each row only.
+      implementation: as in `slidejax.linear`.
+
+    Returns:
+      `(logits, cache)`: float32 `[batch, tokens, vocab]`, or `[batch, vocab]` with `last`; and the
+      cache with the tokens in it, or None.
+
+    Raises:
+      ValueError: if ids or positions are no integer matrices of one shape, or the cache has other
+        rows or layers.
+
+    The right padding of a batch does not change its rows:
+
+    >>> from slidejax.lm.decoder.examples import tiny
+    >>> model = tiny()
+    >>> ids = jnp.array([[3, 4, 5], [6, 7, 0]])
+    >>> positions = jnp.array([[0, 1, 2], [0, 1, -1]])
+    >>> logits, _ = apply(model.config, model.params, ids, positions, last=True)
+    >>> alone, _ = apply(model.config, model.params, ids[1:, :2], last=True)
+    >>> bool(jnp.allclose(logits[1], alone[0], atol=1e-6))
+    True
+    """
+    ids, positions = _check(config, ids, positions, cache)
+    body = params["model"]
+    embedding = body["embed_tokens"]["embedding"]
+    x = jnp.take(embedding, ids, axis=0, mode="clip")
+    if config.embedding_scale != 1.0:
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    turns = {rope: _turns(rope, config.head_dim, positions) for rope in dict.fromkeys(config.ropes)}
+    written: list[Any] = []
+    for i in range(config.num_layers):
+        layer = _Layer(config, i, body["layers"][str(i)], implementation)
+        x, held = layer(x, positions, turns[config.ropes[i]], None if cache is None else cache[i])
+        written.append(held)
+    if last:
+        x = jnp.take_along_axis(x, jnp.argmax(positions, axis=1)[:, None, None], axis=1)
+    x = _rms_norm(x, body["norm"]["weight"], config.norm_eps)
+    logits = _head(config, params, embedding, x, implementation)
+    return logits[:, 0] if last else logits, None if cache is None else tuple(written)
+
+
+def _check(config: DecoderConfig, ids, positions, cache) -> tuple[jax.Array, jax.Array]:
+    ids = jnp.asarray(ids)
+    if ids.ndim != 2 or 0 in ids.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"ids must be integers [batch, tokens], at least one, got {ids.dtype} of shape "
+            f"{ids.shape}"
+        )
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    positions = jnp.asarray(positions)
+    if positions.shape != ids.shape or not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(
+            f"positions must be integers of the shape of ids, {ids.shape}, got {positions.dtype} "
+            f"of shape {positions.shape}"
+        )
+    if cache is not None and (
+        len(cache) != config.num_layers or cache[0].keys.shape[0] != ids.shape[0]
+    ):
+        raise ValueError(
+            f"cache has {len(cache)} layers and {cache[0].keys.shape[0] if cache else 0} rows, "
+            f"expected {config.num_layers} and {ids.shape[0]}"
+        )
+    return ids.astype(jnp.int32), positions.astype(jnp.int32)
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square normalisation (arXiv 1910.07467), in float32, rounded once."""
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(mean + jnp.float32(eps))
+    return (wide * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def _turns(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32 `[batch, tokens, 1, head_dim / 2]`."""
+    frequencies = jnp.asarray(rope.frequencies(head_dim))
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _turn(x: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs of channels of `[batch, tokens, heads, head_dim]`."""
+    cos, sin = turns
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def _product(x: jax.Array, kernel: Any, bias: Any, implementation: str | None) -> jax.Array:
+    """`x @ kernel + bias` in the dtype of x."""
+    if isinstance(kernel, LinearWeight):
+        return linear(x, kernel, bias, implementation)
+    y = _dot(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def _dot(x: jax.Array, kernel: jax.Array, dimensions: Any) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x, kernel, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _head(config, params, embedding, x, implementation) -> jax.Array:
+    """Float32 logits; a tied head reads the embedding as it lies."""
+    path = "lm_head/kernel"
+    if "lm_head" not in params:
+        return _dot(x, embedding, (((x.ndim - 1,), (1,)), ((), ())))
+    kernel = params["lm_head"]["kernel"]
+    x = show_input(path, x, Contraction.dense(x.ndim))
+    if isinstance(kernel, LinearWeight):
+        y = linear(x, kernel, None, implementation, out_dtype=jnp.float32)
+    else:
+        y = _dot(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+    return show_output(path, y)
+
+
+class _Layer:
+    """One layer: attention and a gated MLP, each added to the residual stream."""
+
+    def __init__(
+        self, config: DecoderConfig, index: int, params: Mapping, implementation: str | None
+    ):
+        self.config, self.params, self.implementation = config, params, implementation
+        self.path, self.window = f"model/layers/{index}", config.windows[index]
+
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, turns: Any, held: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        y, held = self._attention(self._norm("input_layernorm", x), positions, turns, held)
+        if self.config.sandwich_norm:
+            x = x + self._norm("post_attention_layernorm", y)
+            y = self._mlp(self._norm("pre_feedforward_layernorm", x))
+            return x + self._norm("post_feedforward_layernorm", y), held
+        x = x + y
+        return x + self._mlp(self._norm("post_attention_layernorm", x)), held
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        return _rms_norm(x, self.params[name]["weight"], self.config.norm_eps)
+
+    def _linear(self, module: str, name: str, x: jax.Array) -> jax.Array:
+        path = f"{self.path}/{module}/{name}/kernel"
+        layer = self.params[module][name]
+        x = show_input(path, x, Contraction.dense(x.ndim))
+        y = _product(x, layer["kernel"], layer.get("bias"), self.implementation)
+        return show_output(path, y)
+
+    def _attention(self, x, positions, turns, held):
+        config, params = self.config, self.params["self_attn"]
+        if "qkv_proj" in params:
+            ends = (config.q_size, config.q_size + config.kv_size)
+            q, k, v = jnp.split(self._linear("self_attn", "qkv_proj", x), ends, axis=-1)
+        else:
+            q, k, v = (
+                self._linear("self_attn", name, x) for name in ("q_proj", "k_proj", "v_proj")
+            )
+        q, k, v = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (q, k, v))
+        if config.qk_norm:
+            q = _rms_norm(q, params["q_norm"]["weight"], config.norm_eps)
+            k = _rms_norm(k, params["k_norm"]["weight"], config.norm_eps)
+        q, k = _turn(q, turns), _turn(k, turns)
+        if held is None:
+            seen, slots = LayerCache(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)), positions
+        else:
+            seen = held = held.write(k, v, positions)
+            slots = jnp.arange(held.keys.shape[2], dtype=jnp.int32)[None]
+        y = attend(q, seen, positions, slots, scale=config.query_scale, window=self.window)
+        y = y.reshape(*y.shape[:2], config.q_size)
+        return self._linear("self_attn", "o_proj", y), held
+
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        if "gate_up_proj" in self.params["mlp"]:
+            gate, up = jnp.split(self._linear("mlp", "gate_up_proj", x), 2, axis=-1)
+        else:
+            gate, up = self._linear("mlp", "gate_proj", x), self._linear("mlp", "up_proj", x)
+        return self._linear("mlp", "down_proj", _activation(self.config.activation, gate) * up)
+
+
+def _activation(name: str, x: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    y = jax.nn.silu(wide) if name == "silu" else jax.nn.gelu(wide, approximate=True)
+    return y.astype(x.dtype)

@@ -1,0 +1,185 @@
+"""Reading a directory of Hugging Face: config.json and safetensors files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from slidejax.checkpoint.arrays import ArrayFile
+from slidejax.lm.decoder.compressed import Quantization
+from slidejax.lm.decoder.config import DecoderConfig
+from slidejax.lm.decoder.huggingface import from_huggingface
+from slidejax.lm.decoder.model import expected
+from slidejax.lm.decoder.names import parameter, safetensors_name, tree_of
+
+__all__ = ["read_config", "read_params"]
+
+_FLOATS = ("bfloat16", "float16", "float32")
+_INDEX = "model.safetensors.index.json"
+
+
+def read_config(folder: Path) -> tuple[DecoderConfig, Quantization]:
+    """The configuration of a model directory, and how its weights are quantised.
+
+    Raises:
+      ValueError: config.json is missing or malformed.
+      NotImplementedError: it asks for what the decoder does not do.
+    """
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_bytes())
+    except OSError as e:
+        raise ValueError(f"{str(folder)!r} has no config.json: not a model directory") from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{str(file)!r} is not JSON: {e}") from e
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(file)!r} must hold a JSON object")
+    # How the weights are stored is looked at first: it decides whether anything can be read.
+    stored = values.get("quantization_config", values.pop("compression_config", None))
+    quantization = Quantization(stored, str(file))
+    return from_huggingface(values, str(file)), quantization
+
+
+def read_params(
+    folder: Path, config: DecoderConfig, quantization: Quantization, dtype: Any
+) -> dict[str, Any]:
+    """The parameters of a model directory.
+
+    Args:
+      folder: the directory, with `model.safetensors` or its index of shards.
+      config: the configuration.
+      quantization: how weights are quantised.
+      dtype: of embeddings, kernels and biases. Norms are float32, and 8-bit codes stay.
+
+    Raises:
+      ValueError: naming the tensor, if one is missing, unknown, or of another shape or dtype; if
+        there are no such files, or one is damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        tensors = _Tensors([stack.enter_context(ArrayFile(file)) for file in _files(folder)])
+        flat = {
+            path: _one(tensors, path, shape, config, quantization, dtype)
+            for path, shape in expected(config).items()
+        }
+        _account(tensors, config, flat)
+    return tree_of(flat)
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / _INDEX
+    if not index.is_file():
+        others = sorted(
+            file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".h5")
+        )
+        hint = f"; {others[0]} is pickled or of another framework and is not read" if others else ""
+        raise ValueError(f"{str(folder)!r} has no model.safetensors and no {_INDEX}{hint}")
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        good = all(name == Path(name).name and name.endswith(".safetensors") for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{str(index)!r} is damaged: {e!r}") from e
+    if not good:
+        raise ValueError(f"{str(index)!r} names files that are no safetensors in its directory")
+    return [folder / name for name in names]
+
+
+class _Tensors:
+    """The tensors of several files, each of which must be used."""
+
+    def __init__(self, files: list[ArrayFile]):
+        self.where: dict[str, ArrayFile] = {}
+        self.used: set[str] = set()
+        for file in files:
+            for name in file.entries:
+                if name in self.where:
+                    raise ValueError(
+                        f"{str(file.path)!r} and {str(self.where[name].path)!r} both hold {name!r}"
+                    )
+                self.where[name] = file
+
+    def dtype(self, name: str) -> str:
+        return self._file(name).entries[name][0]
+
+    def read(self, name: str) -> np.ndarray:
+        self.used.add(name)
+        return self._file(name).read(name)
+
+    def _file(self, name: str) -> ArrayFile:
+        if name not in self.where:
+            raise ValueError(f"the checkpoint lacks the tensor {name!r}")
+        return self.where[name]
+
+
+def _one(
+    tensors: _Tensors,
+    path: str,
+    shape: tuple[int, ...],
+    config: DecoderConfig,
+    quantization: Quantization,
+    dtype: Any,
+) -> Any:
+    """One parameter."""
+    name = safetensors_name(path)
+    stored = tensors.dtype(name)
+    tensor = tensors.read(name)
+    kernel = path.endswith("/kernel")
+    if tensor.shape != (shape[::-1] if kernel else shape):
+        raise ValueError(
+            f"{name!r} has shape {tensor.shape}, config.json says {shape[::-1] if kernel else shape}"
+        )
+    scheme = quantization.scheme_of(name.removesuffix(".weight")) if kernel else None
+    if scheme is not None:
+        _no_zero_point(tensors, f"{name}_zero_point")
+        return quantization.kernel(name, tensor, tensors.read(f"{name}_scale"), scheme, dtype)
+    if stored not in _FLOATS:
+        raise ValueError(
+            f"{name!r} is {stored}: codes are no weights, and config.json has no "
+            "quantization_config that says how to read them"
+        )
+    value = parameter(path, tensor, dtype)
+    # Gemma's norms are 1 + weight, also those of queries and keys.
+    return value + 1 if config.sandwich_norm and path.endswith("/weight") else value
+
+
+def _no_zero_point(tensors: _Tensors, name: str) -> None:
+    if name in tensors.where and tensors.read(name).any():
+        raise NotImplementedError(f"{name!r} is not zero: only symmetric weights can be read")
+
+
+def _account(tensors: _Tensors, config: DecoderConfig, flat: dict[str, Any]) -> None:
+    """Every tensor that was not used must be one that says the same again."""
+    left = sorted(tensors.where.keys() - tensors.used)
+    unknown = [name for name in left if not _says_the_same(tensors, name, config, flat)]
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise ValueError(
+            f"the checkpoint holds tensors that a {config.model_type} does not have: "
+            f"{', '.join(unknown[:3])}{more}"
+        )
+
+
+def _says_the_same(
+    tensors: _Tensors, name: str, config: DecoderConfig, flat: dict[str, Any]
+) -> bool:
+    if name.endswith(".rotary_emb.inv_freq"):  # a buffer that old versions of transformers saved
+        frequencies = config.ropes[0].frequencies(config.head_dim)
+        found = tensors.read(name).astype(np.float32)
+        return found.shape == frequencies.shape and np.allclose(found, frequencies, rtol=1e-2)
+    if name == "lm_head.weight" and config.tied and tensors.dtype(name) in _FLOATS:
+        embedding = flat["model/embed_tokens/embedding"]
+        found = tensors.read(name)
+        if found.shape == embedding.shape and bool(
+            (jnp.asarray(found, embedding.dtype) == embedding).all()
+        ):
+            return True
+        raise ValueError(
+            "config.json says tie_word_embeddings, and 'lm_head.weight' is not the embedding"
+        )
+    return False

@@ -1,0 +1,98 @@
+"""The decoder as a model family (`slidejax.functional.Family`), and converting it.
+
+The layers of a decoder show their inputs when they are watched, so that calibration, pruning stage
+by stage and mixed patterns work as for every family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from slidejax import conversion, nnx
+from slidejax.functional import Family, Functional, arguments_of
+from slidejax.lm.decoder.apply import apply
+from slidejax.lm.decoder.model import Decoder
+from slidejax.prune.model.methods import Method
+from slidejax.rules import Prune, Report, Rule
+from slidejax.weights.pattern import Pattern
+
+__all__ = ["FAMILY", "HIDDEN_LAYERS", "convert", "functional"]
+
+# All linear layers but the output embedding.
+HIDDEN_LAYERS = r"(?!lm_head(?:/kernel)?$).*"
+
+
+def functional(model: Decoder, params: Any = None, example: tuple = ()) -> Functional:
+    """A decoder as a function of its parameters.
+
+    `pack` takes a single pattern or `Rule` for all linear layers but the output embedding.
+
+    Args:
+      model: the decoder; it stays as it is.
+      params: parameters that take the place of its own.
+      example: not needed.
+
+    >>> from slidejax.lm.decoder.examples import tiny
+    >>> made = functional(tiny())
+    >>> converted = made.pack(made.params, "6:8")
+    >>> converted.params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"].shape
+    (32, 48)
+    """
+
+    def run(params: Mapping[str, Any], batch: Any) -> Any:
+        return apply(model.config, params, *arguments_of(batch))[0]
+
+    def pack(params: Any, rules: Any, *, prune: Any = None, report: Any = None) -> Decoder:
+        if isinstance(rules, (str, Pattern, Rule)):
+            rules = [(HIDDEN_LAYERS, rules)]
+        converted = nnx.convert(model.with_params(params), rules, prune=prune, report=report)
+        assert isinstance(converted, Decoder)  # a clone
+        return converted
+
+    return Functional(run, model.params if params is None else params, pack)
+
+
+FAMILY = Family("a slidejax.lm.Decoder", lambda model: isinstance(model, Decoder), functional)
+conversion.register(FAMILY)
+
+
+def convert(
+    model: Decoder,
+    rules: Any,
+    method: str | Method | Prune | None = None,
+    calibration: Any = None,
+    *,
+    report: Report | None = None,
+) -> Decoder:
+    """Prunes and packs the linear layers of a decoder.
+
+    Args:
+      model: the decoder. It stays as it is.
+      rules: see `slidejax.rules`, with paths such as `model/layers/0/mlp/up_proj/kernel`. A single
+        pattern or `Rule` is for all linear layers but the output embedding. A tied output embedding
+        is no linear layer.
+      method: "magnitude", "wanda", "sparsegpt", a `slidejax.prune.Method`, or a function
+        (`slidejax.rules.Prune`). None means "sparsegpt" with calibration and "magnitude" without.
+      calibration: for "wanda" and "sparsegpt": token ids `[sequences, length]`, or a
+        `slidejax.prune.Calibration`.
+      report: an empty `slidejax.Report`, which is filled in.
+
+    Returns:
+      A new decoder with packed weights, and the same files.
+
+    Raises:
+      ValueError: for bad rules, an unknown method, or calibration that is missing or not used.
+      TypeError: if `model` is no decoder.
+
+    >>> import jax, slidejax as sj
+    >>> from slidejax.lm.decoder.examples import tiny
+    >>> tokens = jax.random.randint(jax.random.key(0), (2, 32), 0, 64)
+    >>> report = sj.Report()
+    >>> model = convert(tiny(), "6:8", "wanda", tokens, report=report)
+    >>> len(report.converted), model(tokens).shape
+    (14, (2, 32, 64))
+    """
+    if not isinstance(model, Decoder):
+        raise TypeError(f"model must be a slidejax.lm.Decoder, got {type(model).__name__}")
+    return conversion.convert(model, rules, calibration, method=method, report=report)

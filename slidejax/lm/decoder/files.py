@@ -1,0 +1,193 @@
+"""`load` and `save`: a decoder from files, and into files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slidejax.checkpoint import store
+from slidejax.checkpoint.gguf import GGUFFile
+from slidejax.checkpoint.staging import staged
+from slidejax.lm.decoder import directory, gguf
+from slidejax.lm.decoder.config import DecoderConfig
+from slidejax.lm.decoder.model import Decoder
+from slidejax.weights.numerics import is_quantized
+from slidejax.weights.packed import LinearWeight, SlideWeight
+
+__all__ = ["TEXT_FILES", "load", "save"]
+
+# Files of a model directory that go with the parameters. None of them is code.
+TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    gguf.GGUF_TOKENIZER,
+)
+_LARGEST = 1 << 28  # bytes of such a file
+
+_CLASS = "slidejax.lm.Decoder"
+_FLOATS = ("bfloat16", "float16", "float32")
+
+
+def load(path: str | os.PathLike[str], dtype: Any = None) -> Decoder:
+    """Reads a decoder: Llama, SmolLM2, Mistral, Qwen 2, 2.5 and 3, or the text models of Gemma 3.
+
+    Args:
+      path: a directory of Hugging Face (`config.json` and safetensors, in one file or in shards), a
+        GGUF file, or a directory that `save` or `slidejax convert` wrote. Nothing in a directory is
+        run.
+      dtype: bfloat16, float16 or float32, in which the decoder computes and its floating
+        parameters are kept. None: the one that was saved by slidejax; else bfloat16 on a GPU and
+        float32 on a CPU. Norms are float32, and 8-bit codes stay as they are.
+
+    Returns:
+      The decoder, with the directory's tokenizer and other text files in `files`. A GGUF file's
+      tokenizer is in `files["gguf_tokenizer.json"]`.
+
+    Raises:
+      ValueError: there is no such path, or files are missing or damaged, or their tensors are not
+        those of the configuration.
+      NotImplementedError: naming it, if the files ask for a computation that the decoder does not
+        do, or are quantised in a way that cannot be read.
+      ImportError: a GGUF file needs the package gguf.
+
+    >>> import tempfile
+    >>> from slidejax.lm.decoder.examples import tiny
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(tiny(), folder + "/model")
+    ...     model = load(folder + "/model", dtype="bfloat16")
+    >>> model.dtype.name, model(jnp.array([[1, 2]])).shape
+    ('bfloat16', (1, 2, 64))
+    """
+    dtype = _check_dtype(dtype)
+    path = Path(path)
+    if path.is_file():
+        file = GGUFFile(path)
+        config = gguf.config_of(file)
+        params = gguf.params_of(file, config, dtype or _default())
+        return Decoder(config, params, files={gguf.GGUF_TOKENIZER: gguf.tokenizer_of(file)})
+    if not path.is_dir():
+        raise ValueError(f"path {str(path)!r} is neither a file nor a directory")
+    if (path / store.METADATA).is_file():
+        return _load_saved(path, dtype)
+    config, quantization = directory.read_config(path)
+    params = directory.read_params(path, config, quantization, dtype or _default())
+    return Decoder(config, params, files=_text_files(path))
+
+
+def save(model: Decoder, path: str | os.PathLike[str]) -> None:
+    """Writes a decoder into a directory that `load` reads.
+
+    Packed weights are kept in the packed form (`slidejax.checkpoint`), and a tied embedding once.
+    The directory is written beside `path` and renamed, so that it is never there in part.
+
+    Args:
+      model: the decoder. Master weights and adapters must be deployed or merged first.
+      path: the directory to write. If it exists, it must be empty or hold an earlier checkpoint.
+
+    Raises:
+      ValueError: if `path` is a file, or a directory that holds other things.
+      TypeError: if `model` is no decoder, or holds weights that cannot be saved.
+    """
+    if not isinstance(model, Decoder):
+        raise TypeError(f"model must be a slidejax.lm.Decoder, got {type(model).__name__}")
+    content = {
+        "model": {"class": _CLASS, "dtype": model.dtype.name, "config": model.config.to_json()},
+        "about": model.about,
+        "params": model.params,
+    }
+    with staged(path, store.METADATA) as folder:
+        store.write_into(folder, content)
+        for name, data in model.files.items():
+            if name in TEXT_FILES:
+                (folder / name).write_bytes(data)
+
+
+def _default() -> np.dtype:
+    return np.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def _check_dtype(dtype: Any) -> np.dtype | None:
+    if dtype is None:
+        return None
+    try:
+        resolved = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        resolved = None
+    if resolved is None or resolved.name not in _FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(_FLOATS)}, got {dtype!r}")
+    return resolved
+
+
+def _text_files(folder: Path) -> dict[str, bytes]:
+    files = {}
+    for name in TEXT_FILES:
+        file = folder / name
+        if file.is_file():
+            if file.stat().st_size > _LARGEST:
+                raise ValueError(f"{str(file)!r} is larger than {_LARGEST} bytes")
+            files[name] = file.read_bytes()
+    return files
+
+
+# --- what slidejax saved --------------------------------------------------------------------------
+
+
+def _load_saved(folder: Path, dtype: np.dtype | None) -> Decoder:
+    content = store.load(folder)
+    try:
+        model, params, about = content["model"], content["params"], content["about"]
+        name, saved = model["class"], _check_dtype(model["dtype"])
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{str(folder)!r} holds parameters but no model: {e!r}") from e
+    if name == _CLASS:
+        config = DecoderConfig.from_json(model.get("config") or {})
+    else:  # a Flax model of transformers, whose parameters have the same names
+        config, _ = directory.read_config(folder)
+        config, params = _from_flax(config, params)
+    return Decoder(config, _cast(params, dtype or saved), files=_text_files(folder), about=about)
+
+
+def _from_flax(
+    config: DecoderConfig, params: Mapping[str, Any]
+) -> tuple[DecoderConfig, Mapping[str, Any]]:
+    """Parameters of a Flax class of transformers, which keeps a tied head as a second array."""
+    if config.sandwich_norm or not config.tied or "lm_head" not in params:
+        return config, params
+    head = params["lm_head"].get("kernel")
+    embedding = params["model"]["embed_tokens"]["embedding"]
+    if isinstance(head, LinearWeight) or not bool((head == embedding.T).all()):
+        return dataclasses.replace(config, tied=False), params
+    return config, {name: value for name, value in params.items() if name != "lm_head"}
+
+
+def _cast(tree: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Floating parameters in a dtype; norms in float32; codes and scales as they are."""
+    cast: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            cast[name] = _cast(value, dtype)
+        elif isinstance(value, SlideWeight):
+            cast[name] = (
+                value
+                if is_quantized(value.dtype)
+                else value.replace(values=value.values.astype(dtype))
+            )
+        else:
+            cast[name] = jnp.asarray(value, jnp.float32 if name == "weight" else dtype)
+    return cast
