@@ -18,13 +18,14 @@ from flax import nnx
 from slidejax.contraction import Contraction
 from slidejax.lm.decoder.apply import apply
 from slidejax.lm.decoder.config import DecoderConfig
+from slidejax.lm.decoder.writing import Writes
 from slidejax.nnx.layers import SlideLayer, SlideLinear
 from slidejax.weights.packed import LinearWeight
 
 __all__ = ["Decoder", "expected"]
 
 
-class Decoder(nnx.Module):
+class Decoder(Writes, nnx.Module):
     """A decoder of the Llama kind: Llama, Mistral, Qwen or Gemma, by its configuration.
 
     `slidejax.lm.load` makes one from files.

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slidejax.lm.text import gguf
 from slidejax.lm.text.tokenizer import SPECIAL, Tokenizer, need_tokenizers
 
 if TYPE_CHECKING:
@@ -66,53 +67,54 @@ def read(folder: str | os.PathLike[str]) -> Tokenizer | None:
 
 
 def gather(folder: str | os.PathLike[str]) -> dict[str, bytes]:
-    """The files of a directory that belong to its tokenizer, by their names.
-
-    Raises:
-      NotImplementedError: there is a tokenizer, but no tokenizer.json.
-    """
+    """The files of a directory that belong to its tokenizer, by their names."""
     folder = Path(folder)
-    if not (folder / "tokenizer.json").is_file():
-        for name, kind in _OTHERS.items():
-            if (folder / name).is_file():
-                raise NotImplementedError(
-                    f"{str(folder / name)!r} is {kind}, and there is no tokenizer.json beside it: "
-                    "save the tokenizer with a version of transformers that writes tokenizer.json"
-                )
-    paths = [folder / name for name in _NAMES]
+    paths = [folder / name for name in (*_NAMES, *_OTHERS)]
     if (folder / _TEMPLATES).is_dir():
         paths += sorted((folder / _TEMPLATES).glob("*.jinja"))
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths if p.is_file()}
 
 
-def from_files(files: Mapping[str, bytes], where: str = "") -> Tokenizer | None:
+def from_files(
+    files: Mapping[str, bytes], where: str = "", ends: Iterable[int] = ()
+) -> Tokenizer | None:
     """The tokenizer out of the contents of files.
 
     Args:
-      files: contents by name, as `gather` gives them.
+      files: contents by name, as `gather` gives them; or those of a GGUF file's tokenizer, a JSON
+        object under the name `gguf.FILE`.
       where: the directory, for errors.
+      ends: the tokens that end a text where no file says it.
 
     Returns:
-      The tokenizer, or None if there is no tokenizer.json.
+      The tokenizer, or None if there is none of any kind.
 
     Raises:
-      ValueError: as `read`.
+      ValueError, NotImplementedError: as `read`.
     """
-    if "tokenizer.json" not in files:
-        return None
     folder = _Folder(files, where)
+    if gguf.FILE in files:
+        return gguf.from_metadata(folder.json(gguf.FILE), folder.name(gguf.FILE))
+    if "tokenizer.json" not in files:
+        for name, kind in _OTHERS.items():
+            if name in files:
+                raise NotImplementedError(
+                    f"{folder.name(name)} is {kind}, and there is no tokenizer.json beside it: "
+                    "save the tokenizer with a version of transformers that writes tokenizer.json"
+                )
+        return None
     about = folder.json("tokenizer_config.json")
     backend = _backend(folder)
     named = _named(folder, about)
     _add_tokens(backend, about, named, folder.name("tokenizer_config.json"))
     start = _start(backend, about, named, folder.name("tokenizer_config.json"))
-    ends = _ends(folder)
+    found = _ends(folder) or set(ends)
     if "eos_token" in named:
-        ends.add(backend.token_to_id(named["eos_token"]))
+        found.add(backend.token_to_id(named["eos_token"]))
     return Tokenizer(
         backend,
         start=start,
-        ends=ends,
+        ends=found,
         named=named,
         templates=_templates(folder, about),
         where=folder.name("tokenizer.json"),

@@ -17,7 +17,10 @@ from slidejax.lm.text.tokenizer import Tokenizer, need_tokenizers
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["from_metadata"]
+__all__ = ["FILE", "from_metadata"]
+
+# A model that came from a GGUF file keeps the metadata of its tokenizer under this name, as JSON.
+FILE = "gguf_tokenizer.json"
 
 # Types of tokens.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6

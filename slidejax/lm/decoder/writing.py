@@ -1,0 +1,153 @@
+"""How a decoder writes text: its tokenizer, its programs, `generate` and `stream`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from slidejax.lm.decoder.apply import apply
+from slidejax.lm.decoder.cache import init_cache
+from slidejax.lm.decoder.config import DecoderConfig
+from slidejax.lm.generation.generate import generate
+from slidejax.lm.generation.programs import Programs
+from slidejax.lm.generation.stream import Stream
+from slidejax.lm.text import files
+from slidejax.lm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Writes", "programs"]
+
+
+@functools.lru_cache(maxsize=32)
+def programs(config: DecoderConfig, cache_dtype: str) -> Programs:
+    """The compiled programs of a configuration, shared by all decoders that have it.
+
+    Args:
+      config: the configuration.
+      cache_dtype: as in `init_cache`.
+    """
+
+    def cache(batch: int, length: int) -> Any:
+        return init_cache(config, batch, length, cache_dtype)
+
+    def step(params: Any, ids: Any, positions: Any, cache: Any) -> Any:
+        return apply(config, params, ids, positions, cache, last=True)
+
+    return Programs(cache, step)
+
+
+class _Writer:
+    """A decoder as `generate` takes it, with the dtype of its cache."""
+
+    def __init__(self, model: Any, cache_dtype: Any):
+        self.tokenizer: Tokenizer | None = model.tokenizer
+        self.vocab_size, self.context = model.config.vocab_size, model.config.max_positions
+        self.ends = model.config.eos_token_ids if self.tokenizer is None else self.tokenizer.ends
+        self._model = model
+        name = getattr(cache_dtype, "name", cache_dtype)
+        self.programs = programs(model.config, model.dtype.name if name is None else name)
+
+    @property
+    def params(self) -> Any:
+        return self._model.params
+
+
+class Writes:
+    """What a decoder can do with text."""
+
+    if TYPE_CHECKING:
+        config: DecoderConfig
+        _extra: Any
+
+        @property
+        def files(self) -> dict[str, bytes]: ...
+        @property
+        def dtype(self) -> np.dtype: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer among the model's files, or None if there is none.
+
+        Raises:
+          ValueError: its files are damaged.
+          NotImplementedError: it is of a kind that cannot be read, which is named.
+        """
+        if not hasattr(self._extra, "tokenizer"):
+            found = files.from_files(self.files, "", self.config.eos_token_ids)
+            self._extra.tokenizer = found
+        return self._extra.tokenizer
+
+    def generate(
+        self,
+        prompts: Any,
+        *,
+        max_new_tokens: int | None = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: str | Iterable[str] | None = None,
+        seed: int = 0,
+        cache_dtype: Any = None,
+        params: Any = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Any:
+        """Continues prompts, all in one batch; see `slidejax.lm.generation.generate`.
+
+        Args:
+          prompts: a list of texts or lists of token ids, of any lengths; or one of them.
+          max_new_tokens: how many tokens to write at most; None: until the context is full.
+          temperature: 0 takes the likeliest token each time; above 0 draws.
+          top_k: draw among the k likeliest tokens; 0 is all.
+          top_p: draw among the likeliest tokens that have this probability together; 1 is all.
+          stop: texts that end the text and are not part of it.
+          seed: of the draws.
+          cache_dtype: bfloat16, float16, float32, or int8, which halves the memory of a bfloat16
+            cache; None: the decoder's own.
+          params: other parameters of the same structure, such as prepared ones.
+          progress: called with the number of tokens written, of the longest row.
+
+        Returns:
+          A list of `slidejax.lm.Completion`, or one for a single prompt.
+
+        Raises:
+          ValueError: an argument is out of range, a prompt is empty, has tokens that the model has
+            not, or does not fit its context; or the model computes nan.
+          TypeError: a prompt is neither text nor token ids.
+
+        >>> from slidejax.lm.decoder.examples import tiny
+        >>> made = tiny().generate([[3, 4, 5], [6]], max_new_tokens=4)
+        >>> [len(completion.tokens) for completion in made]
+        [4, 4]
+        """
+        return generate(
+            _Writer(self, cache_dtype),
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop=stop,
+            seed=seed,
+            params=params,
+            progress=progress,
+        )
+
+    def stream(self, prompt: Any, *, cache_dtype: Any = None, **options: Any) -> Stream:
+        """The pieces of text after a prompt, as they become certain.
+
+        Args:
+          prompt: text or token ids.
+          cache_dtype: as for `generate`.
+          **options: the other arguments of `generate`, but for `progress`.
+
+        Returns:
+          An iterator of texts, which also says how long the first token took
+          (`slidejax.lm.generation.Stream`).
+
+        Raises:
+          ValueError, TypeError: as `generate`; and the model has no tokenizer.
+        """
+        return Stream(_Writer(self, cache_dtype), prompt, **options)
