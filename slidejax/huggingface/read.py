@@ -210,19 +210,45 @@ def _read_config(folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"{str(folder / 'config.json')!r} cannot be read: {e}") from e
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
+    file = folder / "tokenizer.json"
     if (folder / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    return None
+        try:
+            return AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as e:  # a later version of transformers may have written anything
+            if not file.is_file():
+                raise ValueError(f"the tokenizer in {str(folder)!r} cannot be read: {e}") from e
+    return _tokenizer_alone(file) if file.is_file() else None
+
+
+def _tokenizer_alone(file: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of tokenizer.json, with only what every version calls by the same name."""
+    from transformers import PreTrainedTokenizerFast
+
+    options: dict[str, Any] = {}
+    about = file.parent / "tokenizer_config.json"
+    try:
+        values = json.loads(about.read_bytes()) if about.is_file() else {}
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            if values.get(name) is not None:
+                token = values[name]
+                options[name] = token["content"] if isinstance(token, dict) else str(token)
+        if isinstance(values.get("chat_template"), str):
+            options["chat_template"] = values["chat_template"]
+        return PreTrainedTokenizerFast(
+            tokenizer_file=str(file), clean_up_tokenization_spaces=False, **options
+        )
+    except Exception as e:  # the package is written in Rust and has no exceptions of its own
+        raise ValueError(f"the tokenizer in {str(file)!r} cannot be read: {e}") from e
 
 
 def _read_params(

@@ -13,6 +13,50 @@ import numpy as np
 __all__ = ["Generated", "Generator"]
 
 
+def check_generates(model: Any) -> None:
+    """Raises a TypeError unless the model is a causal language model."""
+    kind = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise TypeError(f"{kind} has an encoder: it is no causal model, which continues its prompt")
+    if not model.can_generate():
+        raise TypeError(f"{kind} has no language model head: it cannot generate")
+
+
+def end_tokens(model: Any) -> set[int]:
+    """All tokens that end a text, by the model's `generation_config`."""
+    ends = model.generation_config.eos_token_id
+    return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}
+
+
+def generation_options(
+    model: Any,
+    max_new_tokens: int,
+    ends: set[int],
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Any:
+    """A `transformers.GenerationConfig` with these settings and no others.
+
+    The settings of the model's own one would take the place of those that are not given: a number
+    of beams, for one, would make a search of what is to be the likeliest token each time.
+    """
+    from transformers import GenerationConfig
+
+    sampled = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=1,
+        do_sample=temperature > 0,
+        **(sampled if temperature > 0 else {}),
+        # An id that is never produced where generation must not stop; transformers wants some id,
+        # and one only.
+        eos_token_id=min(ends) if ends else model.config.vocab_size,
+        pad_token_id=model.generation_config.pad_token_id or 0,
+    )
+
+
 class Generated(NamedTuple):
     """Tokens that a model wrote.
 
@@ -38,7 +82,8 @@ class Generator:
     the same generator serves other parameters of the same kind.
 
     Args:
-      model: a Hugging Face Flax causal language model, original or converted.
+      model: a Hugging Face Flax causal language model, original or converted. The settings of its
+        `generation_config` do not count, but for the tokens that end a text.
       max_new_tokens: how many tokens to write at most.
       temperature: 0 takes the likeliest token each time; above 0 samples.
       top_k: sample among the likeliest k only; 0: among all.
@@ -47,7 +92,7 @@ class Generator:
 
     Raises:
       ValueError: an argument is out of range.
-      TypeError: the model cannot generate.
+      TypeError: the model cannot generate, or does not continue its prompt (an encoder-decoder).
     """
 
     def __init__(
@@ -65,29 +110,20 @@ class Generator:
             raise ValueError(f"temperature must be at least 0, got {temperature}")
         if top_k < 0:
             raise ValueError(f"top_k must be at least 0, got {top_k}")
-        if not model.can_generate():
-            raise TypeError(
-                f"{type(model).__name__} has no language model head: it cannot generate"
-            )
+        check_generates(model)
         self._max_new_tokens = max_new_tokens
         self._positions = getattr(model.config, "max_position_embeddings", None)
         self._vocab_size = model.config.vocab_size
-        ends = model.generation_config.eos_token_id if stop else None
-        self._ends = set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
+        self._ends = end_tokens(model) if stop else set()
         self._params = model.params
-        options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "do_sample": temperature > 0,
-            # An id that is never produced where generation must not stop; transformers wants some
-            # id, and one only.
-            "eos_token_id": min(self._ends) if self._ends else self._vocab_size,
-            "pad_token_id": model.generation_config.pad_token_id or 0,
-        }
-        if temperature > 0:
-            options.update(temperature=temperature, top_k=top_k)
+        options = generation_options(
+            model, max_new_tokens, self._ends, temperature=temperature, top_k=top_k
+        )
 
         def run(params: Any, ids: jax.Array, key: jax.Array) -> jax.Array:
-            return model.generate(ids, params=params, prng_key=key, **options).sequences
+            return model.generate(
+                ids, params=params, prng_key=key, generation_config=options
+            ).sequences
 
         self._run = jax.jit(run)
         self._compiled: dict[Any, Any] = {}

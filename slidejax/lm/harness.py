@@ -13,12 +13,16 @@ requests' `args`.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from slidejax.lm.generate import check_generates, end_tokens, generation_options
+from slidejax.lm.models import LoadedModel, default_dtype, load_model
 
 __all__ = ["SlideLM"]
 
@@ -53,6 +57,7 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
 
     Raises:
       ValueError: if there is no such model, or it came without a tokenizer.
+      TypeError: if it is no causal language model.
     """
 
     def __init__(
@@ -65,13 +70,13 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         **ignored: Any,
     ):
         from slidejax.lm import serving
-        from slidejax.lm.models import LoadedModel, default_dtype, load_model
 
         super().__init__()
         if not isinstance(model, LoadedModel):
             model = load_model(model, dtype or default_dtype())
         if model.tokenizer is None:
             raise ValueError(f"{model.name} came without a tokenizer (tokenizer.json)")
+        check_generates(model.model)
         self._loaded, self.tokenizer = model, model.tokenizer
         self._model = serving.ready(model.model)
         positions = getattr(self._model.config, "max_position_embeddings", 2048)
@@ -123,16 +128,14 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
                 for i, new in zip(
                     part, self._write([asked[i][0] for i in part], length, how), strict=True
                 ):
-                    answers[i] = _cut(
-                        self.tokenizer.decode(new, skip_special_tokens=True), asked[i][1]
-                    )
+                    answers[i] = self._text(new, asked[i][1])
         return answers
 
     # --- called by the harness
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """The first token that ends a text; `generate_until` stops at all of them."""
         end = self._model.generation_config.eos_token_id
         end = self.tokenizer.eos_token_id if end is None else end
         return int(end[0] if isinstance(end, list) else end)
@@ -231,16 +234,36 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
     def _generation(
         self, context: str, options: dict[str, Any] | None = None
     ) -> tuple[list[int], list[str], tuple]:
-        """The tokens of the prompt, the stops, and the number of tokens with the temperature."""
-        options = dict(options or {})
-        stops = options.pop("until", None) or []
+        """The tokens of the prompt, the stops, and how to write: `_write`'s last argument.
+
+        Raises:
+          ValueError: a request asks for what is not done here.
+        """
+        options = {k: v for k, v in (options or {}).items() if v is not None}
+        stops = options.pop("until", [])
         stops = [stops] if isinstance(stops, str) else list(stops)
-        count = int(options.get("max_gen_toks", options.get("max_new_tokens", self.max_gen_toks)))
-        count = min(count, self.max_length - 1)
-        temperature = float(options.get("temperature") or 0.0)
-        sampled = bool(options.get("do_sample", temperature > 0)) and temperature > 0
+        count = int(options.pop("max_new_tokens", self.max_gen_toks))
+        count = min(int(options.pop("max_gen_toks", count)), self.max_length - 1)
+        temperature = float(options.pop("temperature", 0.0))
+        sampled = bool(options.pop("do_sample", temperature > 0)) and temperature > 0
+        top_k, top_p = int(options.pop("top_k", 0)), float(options.pop("top_p", 1.0))
+        if options.get("num_beams") == 1:
+            del options["num_beams"]
+        if options:
+            raise ValueError(f"requests to generate with {options} cannot be honoured")
         ids = self.tok_encode(context)[-(self.max_length - count) :] or [self.prefix_token_id]
-        return ids, stops, (count, temperature if sampled else 0.0)
+        return ids, stops, (count, *((temperature, top_k, top_p) if sampled else (0.0, 0, 1.0)))
+
+    def _text(self, tokens: list[int], stops: list[str]) -> str:
+        """The text of new tokens up to the first stop, which may be or hold special tokens."""
+        written = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        cut = _cut(written, stops)
+        if cut == written:
+            return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        for token in self.tokenizer.added_tokens_decoder.values():
+            if token.special:
+                cut = cut.replace(token.content, "")
+        return cut
 
     def _write(self, prompts: list[list[int]], length: int, how: tuple) -> list[list[int]]:
         """The new tokens after each prompt, up to the end of the text.
@@ -248,22 +271,18 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         Args:
           prompts: at most `batch_size` prompts.
           length: the length that prompts are padded to.
-          how: the number of tokens to write, and the temperature.
+          how: the number of tokens to write, temperature, top_k and top_p.
         """
-        count, temperature = how
+        count, temperature, top_k, top_p = how
+        ends = end_tokens(self._model) or {self.eot_token_id}
         if (length, how) not in self._writers:
-            options = {
-                "max_new_tokens": count,
-                "do_sample": temperature > 0,
-                "eos_token_id": self.eot_token_id,
-                "pad_token_id": self.eot_token_id,
-            }
-            if temperature > 0:
-                options.update(temperature=temperature, top_k=0)
+            options = generation_options(
+                self._model, count, ends, temperature=temperature, top_k=top_k, top_p=top_p
+            )
 
             def run(params, ids, mask, key):
                 return self._model.generate(
-                    ids, attention_mask=mask, params=params, prng_key=key, **options
+                    ids, attention_mask=mask, params=params, prng_key=key, generation_config=options
                 ).sequences[:, length:]
 
             self._writers[length, how] = jax.jit(run)
@@ -277,9 +296,7 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         new = np.asarray(
             self._writers[length, how](self._model.params, ids, mask, jax.random.PRNGKey(0))
         )[: len(prompts)].tolist()
-        return [
-            row[: row.index(self.eot_token_id)] if self.eot_token_id in row else row for row in new
-        ]
+        return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in new]
 
 
 def _score_rows(

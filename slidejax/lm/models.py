@@ -33,16 +33,40 @@ class LoadedModel:
     name: str
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, without special tokens around it.
+    @property
+    def start(self) -> list[int]:
+        """What the tokenizer puts before every text in use, such as the start-of-text token."""
+        bare = self._encode("a", False)
+        whole = self._encode("a", True)
+        at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        return whole[:at]
+
+    def encode(self, text: str, *, start: bool = False) -> list[int]:
+        """Token ids of ``text``.
+
+        Args:
+          text: the text.
+          start: begin with `start`, as the model's input does in use. Nothing is put after it.
 
         Raises:
-          ValueError: the model came without a tokenizer.
+          ValueError: the model came without a tokenizer, or the tokenizer has a token that the
+            model has not.
         """
+        ids = self._encode(text, False)
+        vocab_size = self.model.config.vocab_size
+        bad = next((i for i in ids if i >= vocab_size), None)
+        if bad is not None:
+            raise ValueError(
+                f"the text has token {bad}, and {self.name} has tokens 0 to {vocab_size - 1}: its "
+                "tokenizer is larger than the model"
+            )
+        return [*self.start, *ids] if start else ids
+
+    def _encode(self, text: str, special: bool) -> list[int]:
         if self.tokenizer is None:
             raise ValueError(f"{self.name} came without a tokenizer (tokenizer.json)")
         # The text may be longer than the model's window: what is done with the tokens cuts it up.
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return self.tokenizer.encode(text, add_special_tokens=special, verbose=False)
 
 
 def packaged_file(name: str) -> Path:
