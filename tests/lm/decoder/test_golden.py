@@ -1,4 +1,4 @@
-"""The decoder's logits against those of PyTorch's transformers (tests/lm/decoder/golden/make.py)."""
+"""The decoder's logits against those of PyTorch's transformers (`golden/make.py`)."""
 
 import dataclasses
 import json
@@ -58,7 +58,9 @@ def test_logits_through_a_cache_are_those_of_pytorch(case):
 # What each case is there for: without it the logits must be others.
 _MATTERS = {
     "llama3": lambda c: {"ropes": tuple(dataclasses.replace(r, divisors=()) for r in c.ropes)},
-    "llama_linear": lambda c: {"ropes": tuple(dataclasses.replace(r, divisors=()) for r in c.ropes)},
+    "llama_linear": lambda c: {
+        "ropes": tuple(dataclasses.replace(r, divisors=()) for r in c.ropes)
+    },
     "mistral": lambda c: {"windows": (8,) * c.num_layers},
     "qwen2_window": lambda c: {"windows": (None,) * c.num_layers},
     "gemma3": lambda c: {"ropes": c.ropes[:1] * c.num_layers},

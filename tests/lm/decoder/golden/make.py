@@ -58,7 +58,12 @@ CASES = {
         True,
         {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
     ),
-    "llama3": ("llama", "bfloat16", False, {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama3": (
+        "llama",
+        "bfloat16",
+        False,
+        {"rope_parameters": LLAMA3, "tie_word_embeddings": True},
+    ),
     "mistral": ("mistral", "bfloat16", False, {"sliding_window": 7, "num_key_value_heads": 1}),
     "mistral_null": ("mistral", "bfloat16", False, {"sliding_window": None}),
     "qwen2": ("qwen2", "bfloat16", False, {"tie_word_embeddings": True}),
@@ -111,9 +116,7 @@ def main(folder: Path) -> None:
             case, max_shard_size="20KB" if shards else "1GB"
         )
         (case / "generation_config.json").unlink(missing_ok=True)
-        save_file(
-            {"ids": ids.to(torch.int32), "logits": logits}, case / "golden.safetensors"
-        )
+        save_file({"ids": ids.to(torch.int32), "logits": logits}, case / "golden.safetensors")
         print(name, sum(file.stat().st_size for file in case.iterdir()), float(logits.abs().max()))
     (folder / "versions.json").write_text(
         json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}) + "\n"
