@@ -11,10 +11,12 @@ import pytest
 from safetensors.numpy import load_file
 
 import slidejax as sj
+from slidejax.checkpoint.arrays import ArrayFile
 from slidejax.lm.decoder import apply, init_cache
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = sorted(file.parent.name for file in GOLDEN.glob("*/golden.safetensors"))
+QUANTIZED = ("w8a8_int8", "w8a8_fp8")
+CASES = sorted({file.parent.name for file in GOLDEN.glob("*/golden.safetensors")} - {*QUANTIZED})
 
 
 run = jax.jit(apply, static_argnums=0)
@@ -105,3 +107,27 @@ def test_bfloat16_logits_are_near(case):
     model = sj.lm.load(GOLDEN / case, dtype="bfloat16")
     assert model.dtype.name == "bfloat16"
     assert off(model(ids), logits) < 0.1 * np.abs(logits).max()
+
+
+# int8 activations: compressed-tensors divides by 127.5, and slidejax (like other servers) by 127.
+@pytest.mark.parametrize(("case", "tolerance"), [("w8a8_int8", 0.1), ("w8a8_fp8", 1e-5)])
+def test_logits_of_8_bit_checkpoints_are_those_of_pytorch(case, tolerance):
+    ids, logits = golden(case)
+    model = sj.lm.load(GOLDEN / case, dtype="float32")
+    assert off(model(ids), logits) < tolerance * np.abs(logits).max()
+
+
+@pytest.mark.parametrize("case", ["w8a8_int8", "w8a8_fp8"])
+def test_codes_and_scales_are_kept_as_they_are(case):
+    with ArrayFile(GOLDEN / case / "model.safetensors") as file:
+        stored = {name: file.read(name) for name in file.entries}
+    layers = sj.lm.load(GOLDEN / case).params["model"]["layers"]
+    for index, layer in layers.items():
+        for module in ("self_attn", "mlp"):
+            for name, part in layer[module].items():
+                key = f"model.layers.{index}.{module}.{name}.weight"
+                w, codes = part["kernel"], stored[key]
+                assert str(w.pattern) == "dense" and w.dtype == codes.dtype
+                kept = np.asarray(w.values).reshape(len(codes), -1)[:, : codes.shape[1]]
+                np.testing.assert_array_equal(kept.view(np.uint8), codes.view(np.uint8))
+                np.testing.assert_array_equal(w.scale, stored[f"{key}_scale"][:, 0])

@@ -1,6 +1,6 @@
 """Makes the golden files in this folder: tiny random checkpoints and the logits of PyTorch.
 
-    pip install torch "transformers>=5"
+    pip install torch "transformers>=5" compressed-tensors
     python tests/lm/decoder/golden/make.py [FOLDER]
 
 Each case is a directory as transformers writes it, and `golden.safetensors` with token ids
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 SIZES = {
@@ -90,6 +90,60 @@ CASES = {
     ),
 }
 
+# 8-bit checkpoints in the format of compressed-tensors:
+# name -> (type, dtype, largest code)
+QUANTIZED = {
+    "w8a8_int8": ("int", torch.int8, 127),
+    "w8a8_fp8": ("float", torch.float8_e4m3fn, 448),
+}
+
+
+def quantization_config(kind: str) -> dict:
+    """What compressed-tensors writes for symmetric 8-bit weights and activations."""
+    args = {"num_bits": 8, "type": kind, "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**args, "strategy": "channel", "dynamic": False},
+        "input_activations": {**args, "strategy": "token", "dynamic": True},
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": f"{kind}-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    }
+
+
+def quantized(folder: Path, name: str) -> None:
+    """The case "llama" with 8-bit weights, and the logits that transformers computes with them."""
+    kind, dtype, largest = QUANTIZED[name]
+    case, source = folder / name, folder / "llama"
+    case.mkdir(exist_ok=True)
+    tensors = {}
+    for key, value in load_file(source / "model.safetensors").items():
+        if "_proj" in key:
+            scale = value.abs().amax(1, keepdim=True) / largest
+            codes = value / scale
+            tensors[key] = (codes.round() if kind == "int" else codes).to(dtype)
+            tensors[f"{key}_scale"] = scale
+        else:
+            tensors[key] = value
+    save_file(tensors, case / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = quantization_config(kind)
+    (case / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    ids = load_file(source / "golden.safetensors")["ids"]
+    model = AutoModelForCausalLM.from_pretrained(
+        case, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        logits = model(ids.to(torch.int64)).logits
+    save_file({"ids": ids, "logits": logits}, case / "golden.safetensors")
+    print(name, float(logits.abs().max()))
+
 
 def main(folder: Path) -> None:
     for index, (name, (model_type, dtype, shards, changes)) in enumerate(CASES.items()):
@@ -118,6 +172,8 @@ def main(folder: Path) -> None:
         (case / "generation_config.json").unlink(missing_ok=True)
         save_file({"ids": ids.to(torch.int32), "logits": logits}, case / "golden.safetensors")
         print(name, sum(file.stat().st_size for file in case.iterdir()), float(logits.abs().max()))
+    for name in QUANTIZED:
+        quantized(folder, name)
     (folder / "versions.json").write_text(
         json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}) + "\n"
     )
