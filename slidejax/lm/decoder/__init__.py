@@ -5,6 +5,7 @@ from slidejax.lm.decoder.cache import Cache, LayerCache, init_cache
 from slidejax.lm.decoder.config import DecoderConfig, Rope
 from slidejax.lm.decoder.family import FAMILY, convert, functional
 from slidejax.lm.decoder.files import load, save
+from slidejax.lm.decoder.fuse import fuse, serving
 from slidejax.lm.decoder.model import Decoder
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "apply",
     "convert",
     "functional",
+    "fuse",
     "init_cache",
     "load",
     "save",
+    "serving",
 ]

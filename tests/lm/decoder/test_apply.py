@@ -1,0 +1,195 @@
+"""The pure function: rows, padding, caches and fused layers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import slidejax as sj
+from slidejax.lm.decoder import Rope, apply, fuse, init_cache, serving
+from slidejax.lm.decoder.examples import tiny
+
+run = jax.jit(apply, static_argnums=0, static_argnames=("last",))
+
+
+@functools.cache
+def model(**changes):
+    return tiny(**changes)
+
+
+def windowed():
+    """Windows in one of two layers, sandwich norms, qk-norm, biases and two rotary bases."""
+    return model(
+        windows=(5, None),
+        ropes=(Rope(100.0), Rope(10000.0, (4.0,))),
+        sandwich_norm=True,
+        qk_norm=True,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        embedding_scale=32**0.5,
+        activation="gelu_tanh",
+        tied=True,
+    )
+
+
+def tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 64, shape).astype(np.int32)
+
+
+def close(a, b, tolerance=2e-6):
+    a, b = np.asarray(a), np.asarray(b)
+    assert np.abs(a - b).max() <= tolerance * max(1.0, np.abs(b).max())
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    left=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_rows_are_what_they_are_alone_whatever_the_padding(lengths, left, seed):
+    decoder, width = windowed(), 12
+    ids, positions = tokens(4, width, seed=seed), np.full((4, width), -1, np.int32)
+    for row, length in enumerate(lengths):
+        place = slice(width - length, width) if left else slice(0, length)
+        positions[row, place] = np.arange(length)
+    together, _ = run(decoder.config, decoder.params, ids, positions)
+    last, _ = run(decoder.config, decoder.params, ids, positions, last=True)
+    for row in range(len(lengths)):
+        real = positions[row] >= 0
+        # The row alone, padded on the right to the same width, so that one program serves all.
+        alone = np.zeros((1, width), np.int32)
+        alone[0, : real.sum()] = ids[row, real]
+        where = np.where(np.arange(width) < real.sum(), np.arange(width), -1)[None]
+        expected, _ = run(decoder.config, decoder.params, alone, where.astype(np.int32))
+        close(together[row, real], expected[0, : real.sum()])
+        close(last[row], expected[0, real.sum() - 1])
+
+
+def test_a_batch_gives_the_tokens_that_its_rows_give_alone():
+    decoder, ids = windowed(), tokens(3, 10)
+    together = decoder(ids)
+    for row in range(3):
+        alone = decoder(ids[row : row + 1])
+        close(together[row], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 0.05), ("int8", 0.08)]
+)
+def test_decoding_through_a_cache_is_the_whole_forward_pass(dtype, tolerance):
+    decoder, ids = windowed(), tokens(2, 14)
+    whole, _ = run(decoder.config, decoder.params, ids)
+    cache = init_cache(decoder.config, 2, 16, dtype)
+    got = []
+    for begin, end in [(0, 6), (6, 12), (12, 13), (13, 14)]:
+        positions = np.broadcast_to(np.arange(begin, end, dtype=np.int32), (2, end - begin))
+        logits, cache = run(decoder.config, decoder.params, ids[:, begin:end], positions, cache)
+        got.append(logits)
+    close(np.concatenate(got, axis=1), whole, tolerance)
+    if dtype == "int8":
+        assert cache[0].keys.dtype == np.int8 and cache[0].key_scales.shape == (2, 2, 16)
+
+
+def test_padding_and_what_is_beyond_the_cache_are_not_written():
+    decoder = model()
+    cache = init_cache(decoder.config, 1, 4, "float32")
+    positions = np.array([[0, -1, 2, 4]], np.int32)
+    _, cache = run(decoder.config, decoder.params, tokens(1, 4), positions, cache)
+    written = np.abs(np.asarray(cache[0].keys[0, 0])).sum(-1) > 0
+    assert written.tolist() == [True, False, True, False]
+
+
+def test_stale_slots_of_a_cache_are_not_seen():
+    decoder, ids = model(), tokens(1, 6)
+    cache = init_cache(decoder.config, 1, 8, "float32")
+    dirty = jax.tree.map(lambda x: x + 7, cache)
+    positions = np.arange(6, dtype=np.int32)[None]
+    clean, _ = run(decoder.config, decoder.params, ids, positions, cache)
+    close(run(decoder.config, decoder.params, ids, positions, dirty)[0], clean)
+
+
+def test_a_cache_can_be_donated():
+    decoder = model()
+    step = jax.jit(lambda p, i, q, c: apply(decoder.config, p, i, q, c), donate_argnums=3)
+    cache = init_cache(decoder.config, 1, 8)
+    _, again = step(decoder.params, tokens(1, 1), np.zeros((1, 1), np.int32), cache)
+    assert cache[0].keys.is_deleted() and not again[0].keys.is_deleted()
+
+
+@pytest.mark.parametrize("rule", [None, "6:8", sj.Rule("dense"), sj.Rule("6:8", qdtype=None)])
+def test_fused_and_serving_layouts_compute_the_same(rule):
+    decoder, ids = windowed(), tokens(2, 9)
+    if rule is not None:
+        decoder = sj.lm.convert(decoder, rule)
+    expected = decoder(ids)
+    for params in (fuse(decoder.params), serving(decoder.params)):
+        layer = params["model"]["layers"]["1"]
+        assert "qkv_proj" in layer["self_attn"] and "up_proj" not in layer["mlp"]
+        close(run(decoder.config, params, ids)[0], expected, 1e-5)
+
+
+def test_layers_of_different_patterns_are_not_fused():
+    decoder = sj.lm.convert(model(), [(".*/q_proj", "2:4"), (".*layers.*", "6:8")])
+    layer = fuse(decoder.params)["model"]["layers"]["0"]
+    assert "q_proj" in layer["self_attn"] and "gate_up_proj" in layer["mlp"]
+
+
+def test_float32_products_are_asked_for_in_float32():
+    """A GPU multiplies float32 in fewer bits unless it is told otherwise."""
+    decoder = model()
+    text = str(
+        jax.make_jaxpr(functools.partial(apply, decoder.config))(decoder.params, tokens(1, 3))
+    )
+    products = text.count("dot_general[")
+    assert products > 10 and text.count("Precision.HIGHEST") >= products
+
+
+@pytest.mark.parametrize(
+    ("ids", "positions", "match"),
+    [
+        (np.zeros(3, np.int32), None, r"ids must be integers \[batch, tokens\]"),
+        (np.zeros((1, 0), np.int32), None, "at least one"),
+        (np.zeros((1, 2), np.float32), None, "got float32"),
+        (np.zeros((1, 2), np.int32), np.zeros((1, 3), np.int32), "positions must be integers"),
+    ],
+)
+def test_bad_arguments_are_named(ids, positions, match):
+    with pytest.raises(ValueError, match=match):
+        apply(model().config, model().params, ids, positions)
+
+
+def test_a_cache_of_another_batch_is_refused():
+    cache = init_cache(model().config, 2, 4)
+    with pytest.raises(ValueError, match="cache has 2 layers and 2 rows, expected 2 and 1"):
+        apply(model().config, model().params, tokens(1, 2), None, cache)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((0, 4), "batch must be positive"),
+        ((1, 0), "length must be positive"),
+        ((1, 4, "int4x"), "dtype of a cache"),
+        ((1, 4, "int32"), "dtype of a cache"),
+    ],
+)
+def test_bad_caches_are_refused(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        init_cache(model().config, *arguments)
+
+
+def test_gradients_reach_every_parameter():
+    decoder, ids = windowed(), tokens(1, 6)
+    params = jax.tree.map(jnp.asarray, decoder.params)
+    grads = jax.grad(lambda p: apply(decoder.config, p, ids)[0].var())(params)
+    dead = [
+        jax.tree_util.keystr(path)
+        for path, g in jax.tree_util.tree_flatten_with_path(grads)[0]
+        if not np.abs(np.asarray(g)).max() > 0
+    ]
+    assert dead == []
