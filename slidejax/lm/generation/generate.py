@@ -97,6 +97,21 @@ def encode_prompt(model: Writer, prompt: Any, max_new_tokens: int | None, name: 
     return ids
 
 
+def _listed(prompts: Any) -> tuple[list[Any], bool]:
+    """Prompts as a list, and whether there was one alone."""
+    if isinstance(prompts, str):
+        return [prompts], True
+    try:
+        given = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
+    except TypeError:
+        raise TypeError(
+            f"prompts must be texts or lists of token ids, or one of them, got {prompts!r}"
+        ) from None
+    if given and all(isinstance(i, (int, np.integer)) for i in given):
+        return [given], True
+    return given, False
+
+
 def check_count(max_new_tokens: int | None) -> int | None:
     """The number of tokens to write; None is all that fit.
 
@@ -288,14 +303,11 @@ def generate(
         or does not fit the model's context; or the model computes nan.
       TypeError: a prompt is neither text nor token ids.
     """
-    alone = isinstance(prompts, str) or (
-        len(prompts) > 0 and all(isinstance(i, (int, np.integer)) for i in prompts)
-    )
+    given, alone = _listed(prompts)
     sampling = Sampling(temperature, top_k, top_p, seed)
     stops, count = check_stops(stop), check_count(max_new_tokens)
     if stops and model.tokenizer is None:
         raise ValueError("stop needs a tokenizer, and the model came without one")
-    given = [prompts] if alone else list(prompts)
     names = ["prompt"] if alone else [f"prompt {i}" for i in range(len(given))]
     ids = [encode_prompt(model, p, count, n) for p, n in zip(given, names, strict=True)]
     counts = [model.context - len(i) if count is None else count for i in ids]

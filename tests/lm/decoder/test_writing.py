@@ -1,0 +1,127 @@
+"""A decoder writes text: with its own programs and cache, as its logits say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slidejax.lm import convert, load, save
+from slidejax.lm.decoder.examples import tiny
+from slidejax.lm.decoder.fuse import serving
+from slidejax.lm.decoder.model import Decoder
+from slidejax.lm.decoder.writing import programs
+from slidejax.lm.generation import Sampling
+from slidejax.lm.text.examples import byte_tokenizer
+
+PROMPTS = [[3, 4, 5], [6], list(range(1, 41)), [9, 8, 7, 6, 5, 4, 3, 2]]
+
+
+def text_model(**changes):
+    """A tiny decoder with a tokenizer of bytes."""
+    model = tiny(vocab_size=260, max_positions=256, **changes)
+    return Decoder(model.config, model.params, files=byte_tokenizer("<a>", "<b>").files())
+
+
+def by_logits(model, ids, count):
+    """The likeliest tokens by the logits of the whole text, without a cache."""
+    ids = list(ids)
+    whole = np.zeros((1, 128), np.int32)  # one length, one program; nobody sees what follows
+    for at in range(len(ids), len(ids) + count):
+        whole[0, : len(ids)] = ids
+        ids.append(int(np.asarray(model(jnp.asarray(whole)))[0, at - 1].argmax()))
+    return ids[-count:]
+
+
+@pytest.mark.parametrize("changes", [{}, {"windows": (4, None)}, {"tied": True, "qk_norm": True}])
+def test_the_tokens_are_those_of_the_logits_alone_and_together(changes):
+    model = tiny(**changes)
+    together = model.generate(PROMPTS, max_new_tokens=20)
+    assert [c.tokens for c in together] == [by_logits(model, p, 20) for p in PROMPTS]
+    for prompt, completion in zip(PROMPTS, together, strict=True):
+        assert model.generate(prompt, max_new_tokens=20) == completion
+
+
+def test_long_prompts_go_through_in_chunks():
+    model = tiny(max_positions=2048)
+    ids = np.random.default_rng(0).integers(0, 64, 700).tolist()
+    (first,) = model.generate([ids], max_new_tokens=1)
+    logits = np.asarray(model(jnp.asarray([ids])))[0, -1]
+    assert first.tokens == [int(logits.argmax())]
+    assert model.generate([[5, 6], ids], max_new_tokens=1)[1] == first
+
+
+def test_decoders_of_one_configuration_share_programs():
+    one, other = tiny(seed=0, norm_eps=3e-5), tiny(seed=1, norm_eps=3e-5)
+    shared = programs(one.config, "float32")
+    one.generate(PROMPTS[0], max_new_tokens=4)
+    before = list(shared.traced)
+    other.generate([7, 7], max_new_tokens=9)
+    assert shared.traced == before and len(before) == 2
+
+
+def test_served_parameters_give_the_same_text():
+    model = tiny()
+    assert model.generate(PROMPTS, max_new_tokens=8) == model.generate(
+        PROMPTS, max_new_tokens=8, params=serving(model.params)
+    )
+
+
+def test_converted_decoders_write():
+    sparse = convert(tiny(), "6:8")
+    got = sparse.generate(PROMPTS, max_new_tokens=6)
+    assert [c.tokens for c in got] == [by_logits(sparse, p, 6) for p in PROMPTS]
+    assert got == sparse.generate(PROMPTS, max_new_tokens=6, params=serving(sparse.params))
+
+
+def test_a_cache_of_8_bits_is_an_option():
+    model = tiny()
+    exact = model.generate(PROMPTS, max_new_tokens=4)
+    near = model.generate(PROMPTS, max_new_tokens=4, cache_dtype="int8")
+    assert [c.tokens[0] for c in near] == [c.tokens[0] for c in exact]
+    state, *_ = programs(model.config, "int8").prefill(
+        model.params,
+        np.zeros((1, 16), np.int32),
+        np.ones(1, np.int32),
+        np.ones(1, bool),
+        np.full(8, -1, np.int32),
+        Sampling().draw(),
+        length=64,
+        kind="greedy",
+    )
+    assert {x.dtype.name for x in jax.tree.leaves(state.cache)} == {"int8", "float32"}
+    with pytest.raises(ValueError, match="dtype of a cache"):
+        model.generate([1], max_new_tokens=2, cache_dtype="int4")
+
+
+def test_text_goes_in_and_out():
+    model = text_model()
+    completion = model.generate("hé", max_new_tokens=12)
+    tokens = completion.tokens
+    assert tokens == by_logits(model, [256, *"hé".encode()], 12)[: len(tokens)]
+    assert completion.text == model.tokenizer.decode(tokens, continues=True)
+    assert "".join(model.stream("hé", max_new_tokens=12)) == completion.text
+    assert model.tokenizer is model.tokenizer
+
+
+def test_what_is_saved_still_speaks(tmp_path):
+    model = convert(text_model(), "6:8")
+    save(model, tmp_path / "out")
+    back = load(tmp_path / "out")
+    assert back.generate("abc", max_new_tokens=9) == model.generate("abc", max_new_tokens=9)
+    assert back.tokenizer.ends == model.tokenizer.ends
+
+
+def test_without_a_tokenizer_the_configuration_knows_the_ends():
+    free = tiny().generate([3, 4, 5], max_new_tokens=8).tokens
+    got = tiny(eos_token_ids=(63, free[3])).generate([3, 4, 5], max_new_tokens=8)
+    assert got.tokens == free[: free.index(free[3])] and got.finish == "end"
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        tiny().generate("abc")
+
+
+def test_a_tokenizer_that_cannot_be_read_hinders_nobody_who_needs_none():
+    model = tiny()
+    model = Decoder(model.config, model.params, files={"tokenizer.model": b""})
+    assert model(jnp.array([[1, 2]])).shape == (1, 2, 64)
+    with pytest.raises(NotImplementedError, match=r"tokenizer\.model"):
+        model.generate("abc")
