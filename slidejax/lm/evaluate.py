@@ -115,22 +115,37 @@ class Evaluator:
         first token.
       batch: the number of windows that run at a time.
       reference: another model with the same vocabulary, to measure agreement with.
+      start: token ids that stand before each window, as they do before a text in use. They are not
+        predicted.
 
     Raises:
       ValueError: if the window is longer than the model's positions.
+      TypeError: if the model has an encoder.
     """
 
-    def __init__(self, model: Any, *, window: int = 512, batch: int = 4, reference: Any = None):
+    def __init__(
+        self,
+        model: Any,
+        *,
+        window: int = 512,
+        batch: int = 4,
+        reference: Any = None,
+        start: Sequence[int] = (),
+    ):
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise TypeError(f"{type(model).__name__} has an encoder: it is no causal model")
         positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and window > positions:
+        if positions is not None and window + len(start) > positions:
+            begun = f" and {len(start)} tokens before it" if start else ""
             raise ValueError(
-                f"window must be at most the model's {positions} positions, got {window}"
+                f"window must be at most the model's {positions} positions, got {window}{begun}"
             )
         self._window, self._batch = window, batch
         self._vocab_size = model.config.vocab_size
         self._params = model.params
         self._reference_params = None if reference is None else reference.params
-        self._step = jax.jit(functools.partial(_step, model, reference))
+        before = tuple(int(i) for i in start)
+        self._step = jax.jit(functools.partial(_step, model, reference, before))
 
     def __call__(
         self,
@@ -186,13 +201,16 @@ class Evaluator:
 def _step(
     model: Any,
     reference: Any,
+    start: tuple[int, ...],
     params: Any,
     reference_params: Any,
     ids: jax.Array,
     counts: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums over a batch of windows, and the loss of each prediction."""
-    logits = model(ids[:, :-1], params=params).logits.astype(jnp.float32)
+    before = jnp.broadcast_to(jnp.asarray(start, ids.dtype), (len(ids), len(start)))
+    read = jnp.concatenate([before, ids[:, :-1]], axis=1)
+    logits = model(read, params=params).logits[:, len(start) :].astype(jnp.float32)
     target = ids[:, 1:]
     # The log-softmax is computed for the target only. For all tokens it would be the largest array.
     normaliser = jax.nn.logsumexp(logits, axis=-1)
@@ -204,7 +222,8 @@ def _step(
     ahead = ~(logits <= score) | (earlier & (logits == score))
     sums = [jnp.sum(loss * counts), jnp.sum(~ahead.any(axis=-1) * counts)]
     if reference is not None:
-        other = reference(ids[:, :-1], params=reference_params).logits.astype(jnp.float32)
+        other = reference(read, params=reference_params).logits[:, len(start) :]
+        other = other.astype(jnp.float32)
         log_p = other - jax.nn.logsumexp(other, axis=-1, keepdims=True)
         kl = jnp.sum(jnp.exp(log_p) * (log_p - (logits - normaliser[..., None])), axis=-1)
         same = jnp.argmax(logits, axis=-1) == jnp.argmax(other, axis=-1)
@@ -220,6 +239,7 @@ def evaluate(
     window: int = 512,
     batch: int = 4,
     reference: Any = None,
+    start: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Perplexity and next-token accuracy of a causal language model on a text.
@@ -227,13 +247,12 @@ def evaluate(
     This calls an `Evaluator` once.
 
     Args:
-      model, window, batch, reference: arguments of `Evaluator`.
+      model, window, batch, reference, start: arguments of `Evaluator`.
       tokens, params, progress: arguments of its call.
 
     Raises:
       ValueError: if there are too few tokens, a token is outside the vocabulary, or the window is
         longer than the model's positions.
     """
-    return Evaluator(model, window=window, batch=batch, reference=reference)(
-        tokens, params, progress=progress
-    )
+    evaluator = Evaluator(model, window=window, batch=batch, reference=reference, start=start)
+    return evaluator(tokens, params, progress=progress)

@@ -87,6 +87,7 @@ class Generator:
       max_new_tokens: how many tokens to write at most.
       temperature: 0 takes the likeliest token each time; above 0 samples.
       top_k: sample among the likeliest k only; 0: among all.
+      top_p: sample among the likeliest tokens that have this probability together; 1: among all.
       stop: end at the model's end-of-text token; False to always write ``max_new_tokens``, for
         timing.
 
@@ -102,6 +103,7 @@ class Generator:
         *,
         temperature: float = 0.0,
         top_k: int = 0,
+        top_p: float = 1.0,
         stop: bool = True,
     ):
         if max_new_tokens < 1:
@@ -110,6 +112,8 @@ class Generator:
             raise ValueError(f"temperature must be at least 0, got {temperature}")
         if top_k < 0:
             raise ValueError(f"top_k must be at least 0, got {top_k}")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
         check_generates(model)
         self._max_new_tokens = max_new_tokens
         self._positions = getattr(model.config, "max_position_embeddings", None)
@@ -117,7 +121,7 @@ class Generator:
         self._ends = end_tokens(model) if stop else set()
         self._params = model.params
         options = generation_options(
-            model, max_new_tokens, self._ends, temperature=temperature, top_k=top_k
+            model, max_new_tokens, self._ends, temperature=temperature, top_k=top_k, top_p=top_p
         )
 
         def run(params: Any, ids: jax.Array, key: jax.Array) -> jax.Array:

@@ -36,6 +36,8 @@ class LoadedModel:
     @property
     def start(self) -> list[int]:
         """What the tokenizer puts before every text in use, such as the start-of-text token."""
+        if self.tokenizer is None:
+            return []
         bare = self._encode("a", False)
         whole = self._encode("a", True)
         at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
@@ -52,14 +54,7 @@ class LoadedModel:
           ValueError: the model came without a tokenizer, or the tokenizer has a token that the
             model has not.
         """
-        ids = self._encode(text, False)
-        vocab_size = self.model.config.vocab_size
-        bad = next((i for i in ids if i >= vocab_size), None)
-        if bad is not None:
-            raise ValueError(
-                f"the text has token {bad}, and {self.name} has tokens 0 to {vocab_size - 1}: its "
-                "tokenizer is larger than the model"
-            )
+        ids = check_vocabulary(self._encode(text, False), self.model.config.vocab_size, self.name)
         return [*self.start, *ids] if start else ids
 
     def _encode(self, text: str, special: bool) -> list[int]:
@@ -67,6 +62,21 @@ class LoadedModel:
             raise ValueError(f"{self.name} came without a tokenizer (tokenizer.json)")
         # The text may be longer than the model's window: what is done with the tokens cuts it up.
         return self.tokenizer.encode(text, add_special_tokens=special, verbose=False)
+
+
+def check_vocabulary(ids: list[int], vocab_size: int, name: str) -> list[int]:
+    """The token ids of a text, if the model has them all.
+
+    Raises:
+      ValueError: it has not. Reading past the end of an embedding would give nan.
+    """
+    bad = next((i for i in ids if i >= vocab_size), None)
+    if bad is not None:
+        raise ValueError(
+            f"the text has token {bad}, and {name} has tokens 0 to {vocab_size - 1}: its "
+            "tokenizer is larger than the model"
+        )
+    return ids
 
 
 def packaged_file(name: str) -> Path:

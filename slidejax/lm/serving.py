@@ -5,17 +5,58 @@ from __future__ import annotations
 import dataclasses
 import time
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
+from slidejax.lm.decoder.apply import apply
+from slidejax.lm.decoder.family import convert as convert_decoder
+from slidejax.lm.decoder.fuse import serving as serving_params
+from slidejax.lm.decoder.model import Decoder
 from slidejax.lm.generate import Generator
-from slidejax.lm.models import LoadedModel
 from slidejax.rules import Report, Rule
 from slidejax.variants.prepared import weights_of
 from slidejax.variants.serving import serving
 
-__all__ = ["Sample", "Summary", "convert", "ready", "summary"]
+__all__ = ["Called", "Sample", "Summary", "called", "convert", "ready", "summary"]
+
+
+class _Sizes(NamedTuple):
+    """The sizes of a decoder under the names of transformers."""
+
+    vocab_size: int
+    max_position_embeddings: int
+
+
+class _Output(NamedTuple):
+    logits: jax.Array
+
+
+class Called:
+    """A decoder that is called as a Flax model of transformers is, so that both can be evaluated.
+
+    Args:
+      decoder: the decoder.
+      params: its parameters, in any layout and form that `slidejax.lm.decoder.apply` takes.
+
+    Attributes:
+      decoder, params: as given.
+      config: `vocab_size` and `max_position_embeddings`.
+    """
+
+    def __init__(self, decoder: Decoder, params: Any):
+        self.decoder, self.params = decoder, params
+        self.config = _Sizes(decoder.config.vocab_size, decoder.config.max_positions)
+
+    def __call__(self, ids: jax.Array, params: Any = None) -> _Output:
+        """`logits`, float32 `[batch, tokens, vocab]`."""
+        params = self.params if params is None else params
+        return _Output(apply(self.decoder.config, params, ids)[0])
+
+
+def called(model: Any) -> Any:
+    """A model that can be called with ids and parameters; a Flax model is one already."""
+    return Called(model, model.params) if isinstance(model, Decoder) else model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +93,19 @@ def summary(params: Any) -> Summary:
 def convert(
     model: Any, rule: Rule | list, method: Any, calibration: Any
 ) -> tuple[Any, Report, float]:
-    """Calls `slidejax.huggingface.convert`.
+    """Converts a decoder or a Flax model of transformers.
 
     Returns:
       The converted model, the report, and the seconds until the weights were there.
     """
-    from slidejax import huggingface
-
     report = Report()
     begin = time.perf_counter()
-    sparse = huggingface.convert(model, rule, method=method, calibration=calibration, report=report)
+    if isinstance(model, Decoder):
+        sparse = convert_decoder(model, rule, method, calibration, report=report)
+    else:
+        from slidejax import huggingface
+
+        sparse = huggingface.convert(model, rule, method, calibration, report=report)
     jax.block_until_ready(sparse.params)
     return sparse, report, time.perf_counter() - begin
 
@@ -69,9 +113,12 @@ def convert(
 def ready(model: Any) -> Any:
     """The model in the form in which this device serves it.
 
-    On a GPU its projections are fused. Elsewhere its weights are replaced by those that
-    `slidejax.variants.serving` makes.
+    On a GPU the projections of a Flax model are fused, and elsewhere its weights are replaced by
+    those that `slidejax.variants.serving` makes. A decoder becomes a `Called` with the parameters
+    of `slidejax.lm.decoder.fuse.serving`.
     """
+    if isinstance(model, Decoder):
+        return Called(model, serving_params(model.params))
     from slidejax import huggingface
 
     if jax.default_backend() == "gpu":
@@ -82,29 +129,30 @@ def ready(model: Any) -> Any:
 class Sample:
     """The continuation of a prompt by a model that always takes the likeliest token.
 
-    The program compiles in the background from the start, and `text` waits for it.
+    It is computed in the background from the start, and `text` waits for it.
 
     Args:
-      model: the model that writes.
+      model: the model that writes, as `ready` made it.
       loaded: the model that it was made from, for its tokenizer.
-      prompt: the text to continue.
+      prompt: the text to continue. It begins with the start of a text where the tokenizer adds one.
       max_new_tokens: the largest number of tokens to write.
-      pool: the executor that compiles.
+      pool: the executor that compiles and writes.
 
     Raises:
       ValueError: if there is no tokenizer, or the prompt does not fit.
     """
 
-    def __init__(
-        self, model: Any, loaded: LoadedModel, prompt: str, max_new_tokens: int, pool: Executor
-    ):
-        self._prompt, self._loaded = loaded.encode(prompt), loaded
-        self._generator = Generator(model, max_new_tokens)
-        self._generator.check(self._prompt)
-        self._compiled = pool.submit(self._generator.compile, len(self._prompt))
+    def __init__(self, model: Any, loaded: Any, prompt: str, max_new_tokens: int, pool: Executor):
+        ids = loaded.encode(prompt, start=True)
+        if isinstance(model, Called):
+            decoder, options = model.decoder, {"max_new_tokens": max_new_tokens}
+            stream = decoder.stream(ids, params=model.params, **options)
+            self._text = pool.submit("".join, stream)
+            return
+        generator = Generator(model, max_new_tokens)
+        generator.check(ids)
+        self._text = pool.submit(lambda: loaded.tokenizer.decode(generator(ids).tokens))
 
     def text(self) -> str:
         """The continuation, without the prompt."""
-        self._compiled.result()
-        assert self._loaded.tokenizer is not None  # encode has raised otherwise
-        return self._loaded.tokenizer.decode(self._generator(self._prompt).tokens)
+        return self._text.result()

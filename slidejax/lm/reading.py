@@ -1,0 +1,126 @@
+"""Reading any model that a command names: our own decoder where it knows the files, else Flax."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from slidejax.checkpoint import store
+from slidejax.lm.decoder.files import load
+from slidejax.lm.decoder.huggingface import MODEL_TYPES
+from slidejax.lm.decoder.model import Decoder
+from slidejax.lm.models import (
+    NAMED,
+    LoadedModel,
+    check_vocabulary,
+    default_dtype,
+    load_model,
+    packaged_file,
+)
+from slidejax.lm.text.tokenizer import Tokenizer
+
+__all__ = ["LoadedDecoder", "decodes", "read_model"]
+
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclasses.dataclass
+class LoadedDecoder:
+    """A decoder and what goes with it, with the names of `slidejax.lm.models.LoadedModel`.
+
+    Attributes:
+      model: the decoder.
+      name: what to call it in tables.
+    """
+
+    model: Decoder
+    name: str
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The decoder's tokenizer, or None if it came without one."""
+        return self.model.tokenizer
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """For a converted model, what `slidejax convert` noted; else empty."""
+        return self.model.about
+
+    @property
+    def start(self) -> list[int]:
+        """What stands before every text in use, such as the start-of-text token."""
+        return [] if self.tokenizer is None else list(self.tokenizer.start)
+
+    def encode(self, text: str, *, start: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+          text: the text.
+          start: begin with `start`.
+
+        Raises:
+          ValueError: the model came without a tokenizer, or the tokenizer has a token that the
+            model has not.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} came without a tokenizer (tokenizer.json)")
+        ids = self.tokenizer.encode(text, start=start)
+        return check_vocabulary(ids, self.model.config.vocab_size, self.name)
+
+
+def decodes(model: str | os.PathLike[str]) -> bool:
+    """Whether `read_model` reads a model as our own decoder.
+
+    Args:
+      model: a name, a file or a directory, as `read_model` takes them. It need not exist.
+
+    >>> decodes("smollm2"), decodes("no such directory")
+    (True, False)
+    """
+    name, path = os.fspath(model), Path(model)
+    if name in NAMED or path.is_file():
+        return True
+    if _saved_class(path) == "slidejax.lm.Decoder":
+        return True
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    known = isinstance(config, dict) and config.get("model_type") in MODEL_TYPES
+    # Weights in Flax's own files are for Flax classes.
+    files = (store.METADATA, *_SAFETENSORS)
+    return known and any((path / file).is_file() for file in files)
+
+
+def _saved_class(folder: Path) -> str | None:
+    """The class of the model that slidejax saved in a directory, or None."""
+    try:
+        tree = json.loads((folder / store.METADATA).read_bytes())["tree"]
+        for key in ("model", "class"):
+            tree = dict(tree["items"])[key]
+        return tree["value"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def read_model(model: str | os.PathLike[str], dtype: Any = None) -> LoadedDecoder | LoadedModel:
+    """Reads a model as a decoder, if its architecture is known, or as a Flax model of transformers.
+
+    Args:
+      model: "smollm2", a GGUF file, a directory of Hugging Face, or one that slidejax wrote.
+      dtype: of the computation and of floating parameters; None: as it was saved by slidejax, else
+        bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+      ValueError: there is no such model, or its files are damaged.
+      NotImplementedError: it asks for what neither of the two does.
+      ImportError: a package that reads it is not installed.
+    """
+    if not decodes(model):
+        return load_model(model, dtype or default_dtype())
+    name = os.fspath(model)
+    path = packaged_file(name) if name in NAMED else Path(name)
+    return LoadedDecoder(load(path, dtype), name if name in NAMED else path.resolve().name)
