@@ -21,8 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.lm import serving
+from slidejax.lm.decoder.model import Decoder
 from slidejax.lm.generate import check_generates, end_tokens, generation_options
-from slidejax.lm.models import LoadedModel, default_dtype, load_model
+from slidejax.lm.models import LoadedModel
+from slidejax.lm.reading import LoadedDecoder, read_model
+from slidejax.lm.text.tokenizer import Tokenizer
 
 __all__ = ["SlideLM"]
 
@@ -47,12 +51,15 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
     """A causal language model that the harness can ask.
 
     Args:
-      model: a `slidejax.models.LoadedModel`, or a name as on the command line: "smollm2", a GGUF
-        file, a Hugging Face directory, or a directory from `slidejax convert`.
+      model: a `slidejax.lm.Decoder` with a tokenizer, a `slidejax.models.LoadedModel`, or a name as
+        on the command line: "smollm2", a GGUF file, a Hugging Face directory, or a directory from
+        `slidejax convert`.
       batch_size: the number of rows that run at a time.
       max_length: tokens in a row; None: the model's positions, at most 2048.
       max_gen_toks: tokens to generate if a request names no number.
-      dtype: the dtype of the computation; None: bfloat16 on a GPU, else as converted.
+      dtype: the dtype of the computation; None: as it was saved, or bfloat16 on a GPU.
+      add_bos_token: whether contexts begin with the start-of-text token where the tokenizer puts
+        one; None: for Gemma only, as the harness does with models of its own.
       **ignored: arguments that the harness passes to every model (`device`, `max_batch_size`).
 
     Raises:
@@ -67,18 +74,23 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         max_length: int | None = None,
         max_gen_toks: int = 256,
         dtype: Any = None,
+        add_bos_token: bool | None = None,
         **ignored: Any,
     ):
-        from slidejax.lm import serving
-
         super().__init__()
-        if not isinstance(model, LoadedModel):
-            model = load_model(model, dtype or default_dtype())
+        if isinstance(model, Decoder):
+            model = LoadedDecoder(model, model.config.model_type)
+        elif not isinstance(model, (LoadedModel, LoadedDecoder)):
+            model = read_model(model, dtype)
         if model.tokenizer is None:
             raise ValueError(f"{model.name} came without a tokenizer (tokenizer.json)")
-        check_generates(model.model)
+        if not isinstance(model, LoadedDecoder):
+            check_generates(model.model)
         self._loaded, self.tokenizer = model, model.tokenizer
         self._model = serving.ready(model.model)
+        if add_bos_token is None:
+            add_bos_token = str(model.model.config.model_type).startswith("gemma")
+        self._start = model.start if add_bos_token else []
         positions = getattr(self._model.config, "max_position_embeddings", 2048)
         self.max_length = min(positions, 2048) if max_length is None else int(max_length)
         if not 2 <= self.max_length <= positions:
@@ -120,22 +132,24 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         answers: list[str] = [""] * len(requests)
         groups: dict[tuple, list[int]] = {}
         asked = [self._generation(*request.args) for request in requests]
-        for i, (ids, _, how) in enumerate(asked):
-            groups.setdefault((_padded(len(ids), self.max_length), how), []).append(i)
-        for (length, how), members in groups.items():
+        for i, (ids, stops, how) in enumerate(asked):
+            groups.setdefault((_padded(len(ids), self.max_length), stops, how), []).append(i)
+        for (length, stops, how), members in groups.items():
             for at in range(0, len(members), self.batch_size):
                 part = members[at : at + self.batch_size]
-                for i, new in zip(
-                    part, self._write([asked[i][0] for i in part], length, how), strict=True
-                ):
-                    answers[i] = self._text(new, asked[i][1])
+                texts = self._write([asked[i][0] for i in part], length, stops, how)
+                for i, text in zip(part, texts, strict=True):
+                    answers[i] = text
         return answers
 
     # --- called by the harness
 
     @property
     def eot_token_id(self) -> int:
-        """The first token that ends a text; `generate_until` stops at all of them."""
+        """A token that ends a text; `generate_until` stops at all of them."""
+        if isinstance(self._model, serving.Called):
+            end = self.tokenizer.eos_token_id
+            return min(self.tokenizer.ends) if end is None else end
         end = self._model.generation_config.eos_token_id
         end = self.tokenizer.eos_token_id if end is None else end
         return int(end[0] if isinstance(end, list) else end)
@@ -153,16 +167,23 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The tokenizer's chat template, or None if none is asked for."""
-        return (
-            None
-            if not chat_template
-            else self.tokenizer.get_chat_template(None if chat_template is True else chat_template)
-        )
+        if not chat_template:
+            return None
+        name = None if chat_template is True else chat_template
+        if isinstance(self.tokenizer, Tokenizer):
+            return self.tokenizer.templates.get(name or "default")
+        return self.tokenizer.get_chat_template(name)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as one prompt."""
+        """A conversation as one prompt. Without a generation prompt its last message goes on."""
+        if isinstance(self.tokenizer, Tokenizer):
+            return self.tokenizer.render(
+                chat_history,
+                add_generation_prompt=add_generation_prompt,
+                goes_on=not add_generation_prompt,
+            )
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -185,8 +206,12 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         context, continuation = bare, context[len(bare) :] + continuation
         if not context:
             return [self.prefix_token_id], self.tok_encode(continuation)
-        whole, start = self.tok_encode(context + continuation), self.tok_encode(context)
-        return whole[: len(start)], whole[len(start) :]
+        whole, before = self.tok_encode(context + continuation), self.tok_encode(context)
+        return self._begun(whole[: len(before)]), whole[len(before) :]
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """A context with the start of a text, unless a chat template has put it there."""
+        return ids if ids[: len(self._start)] == self._start else [*self._start, *ids]
 
     def _rolling(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
         """Pairs (context, continuation) that predict each token once; the last context is full."""
@@ -233,7 +258,7 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
 
     def _generation(
         self, context: str, options: dict[str, Any] | None = None
-    ) -> tuple[list[int], list[str], tuple]:
+    ) -> tuple[list[int], tuple[str, ...], tuple]:
         """The tokens of the prompt, the stops, and how to write: `_write`'s last argument.
 
         Raises:
@@ -241,7 +266,7 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         """
         options = {k: v for k, v in (options or {}).items() if v is not None}
         stops = options.pop("until", [])
-        stops = [stops] if isinstance(stops, str) else list(stops)
+        stops = (stops,) if isinstance(stops, str) else tuple(stop for stop in stops if stop)
         count = int(options.pop("max_new_tokens", self.max_gen_toks))
         count = min(int(options.pop("max_gen_toks", count)), self.max_length - 1)
         temperature = float(options.pop("temperature", 0.0))
@@ -251,10 +276,14 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
             del options["num_beams"]
         if options:
             raise ValueError(f"requests to generate with {options} cannot be honoured")
-        ids = self.tok_encode(context)[-(self.max_length - count) :] or [self.prefix_token_id]
+        ids = self._begun(self.tok_encode(context)) or [self.prefix_token_id]
+        room, kept = self.max_length - count, len(self._start)
+        if len(ids) > room > kept:  # the end of a long context counts, and its start token
+            ids = [*self._start, *ids[len(ids) - (room - kept) :]]
+        ids = ids[-room:]
         return ids, stops, (count, *((temperature, top_k, top_p) if sampled else (0.0, 0, 1.0)))
 
-    def _text(self, tokens: list[int], stops: list[str]) -> str:
+    def _text(self, tokens: list[int], stops: tuple[str, ...]) -> str:
         """The text of new tokens up to the first stop, which may be or hold special tokens."""
         written = self.tokenizer.decode(tokens, skip_special_tokens=False)
         cut = _cut(written, stops)
@@ -265,15 +294,29 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
                 cut = cut.replace(token.content, "")
         return cut
 
-    def _write(self, prompts: list[list[int]], length: int, how: tuple) -> list[list[int]]:
-        """The new tokens after each prompt, up to the end of the text.
+    def _write(
+        self, prompts: list[list[int]], length: int, stops: tuple[str, ...], how: tuple
+    ) -> list[str]:
+        """The text after each prompt, up to its end or the first stop.
 
         Args:
           prompts: at most `batch_size` prompts.
-          length: the length that prompts are padded to.
+          length: the length that prompts of a Flax model are padded to.
+          stops: texts that end a text.
           how: the number of tokens to write, temperature, top_k and top_p.
         """
         count, temperature, top_k, top_p = how
+        if isinstance(self._model, serving.Called):
+            made = self._model.decoder.generate(
+                prompts,
+                max_new_tokens=count,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                stop=stops,
+                params=self._model.params,
+            )
+            return [completion.text for completion in made]
         ends = end_tokens(self._model) or {self.eot_token_id}
         if (length, how) not in self._writers:
             options = generation_options(
@@ -296,7 +339,8 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         new = np.asarray(
             self._writers[length, how](self._model.params, ids, mask, jax.random.PRNGKey(0))
         )[: len(prompts)].tolist()
-        return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in new]
+        rows = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in new]
+        return [self._text(row, stops) for row in rows]
 
 
 def _score_rows(

@@ -36,7 +36,7 @@ class LoadedDecoder:
       name: what to call it in tables.
     """
 
-    model: Decoder
+    model: Decoder = dataclasses.field(repr=False)
     name: str
 
     @property

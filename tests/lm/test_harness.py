@@ -15,8 +15,11 @@ import pytest
 pytest.importorskip("transformers")
 
 from slidejax import huggingface
+from slidejax.lm import serving
+from slidejax.lm.decoder.model import Decoder
 from slidejax.lm.harness import SlideLM
 from slidejax.lm.models import LoadedModel
+from slidejax.lm.reading import LoadedDecoder, read_model
 
 
 @dataclasses.dataclass
@@ -30,13 +33,27 @@ def ask(method, *args):
     return method([Request(a) for a in args])
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_config, tiny_params, tiny_tokenizer):
-    from slidejax.huggingface import build
+@pytest.fixture(scope="module", params=["flax", "decoder"])
+def loaded(request, tmp_path_factory, tiny_config, tiny_params, tiny_tokenizer):
+    """The tiny Llama, converted, as a Flax model of transformers and as our own decoder."""
+    model = huggingface.convert(huggingface.build(tiny_config, tiny_params), "6:8")
+    if request.param == "flax":
+        return LoadedModel(model, tiny_tokenizer, "tiny")
+    path = tmp_path_factory.mktemp("harness") / "tiny"
+    huggingface.write_pretrained(path, model, tiny_tokenizer)
+    return read_model(path)
 
-    return LoadedModel(
-        huggingface.convert(build(tiny_config, tiny_params), "6:8"), tiny_tokenizer, "tiny"
-    )
+
+def vocabulary(loaded):
+    if isinstance(loaded, LoadedDecoder):
+        return loaded.tokenizer.backend.get_vocab()
+    return loaded.tokenizer.get_vocab()
+
+
+def text_of(loaded, ids):
+    if isinstance(loaded, LoadedDecoder):
+        return loaded.tokenizer.decode(ids)
+    return loaded.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +63,8 @@ def lm(loaded):
 
 @functools.cache
 def program(model):
-    return jax.jit(lambda params, ids: model(ids, params=params).logits[0])
+    call = serving.called(model)
+    return jax.jit(lambda params, ids: call(ids, params=params).logits[0])
 
 
 def log_probs(loaded, ids):
@@ -60,7 +78,7 @@ def log_probs(loaded, ids):
 
 
 def test_what_follows_a_row_does_not_reach_it(loaded):
-    logits = np.asarray(loaded.model(np.array([[5, 17, 3]])).logits[0], np.float64)
+    logits = np.asarray(serving.called(loaded.model)(np.array([[5, 17, 3]])).logits[0], np.float64)
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(log_probs(loaded, [5, 17, 3]), expected, atol=1e-4)
 
@@ -82,7 +100,7 @@ def test_continuations(lm, loaded):
     }
     letter = {
         i: c
-        for c, i in loaded.tokenizer.get_vocab().items()
+        for c, i in vocabulary(loaded).items()
         if c.isascii() and c.isprintable() and len(c) == 1
     }
     context, best = next((c, letter[i]) for c, i in likeliest.items() if i in letter)
@@ -118,7 +136,7 @@ def test_generation_stops_where_it_should(lm, loaded):
                 ids.pop()
                 break
         start = min(len(prompt), 35)
-        assert text == lm.tokenizer.decode(ids[start:], skip_special_tokens=True)
+        assert text == text_of(loaded, ids[start:])
     stop = free[0][1]
     (stopped,) = ask(lm.generate_until, ("ab", {"until": [stop], "max_gen_toks": 5}))
     assert stopped == free[0][: free[0].index(stop)]
@@ -142,8 +160,37 @@ def test_bad_input(lm, loaded):
         ask(lm.loglikelihood, ("a", "b" * 50))
     with pytest.raises(ValueError, match=r"max_length must be in 2\.\.128"):
         SlideLM(loaded, max_length=200)
+    if isinstance(loaded, LoadedDecoder):
+        bare = LoadedDecoder(Decoder(loaded.model.config, loaded.model.params), "bare")
+    else:
+        bare = dataclasses.replace(loaded, tokenizer=None)
     with pytest.raises(ValueError, match="without a tokenizer"):
-        SlideLM(dataclasses.replace(loaded, tokenizer=None))
+        SlideLM(bare)
+    with pytest.raises(ValueError, match="'num_beams': 4"):
+        ask(lm.generate_until, ("a", {"num_beams": 4}))
+    with pytest.raises(ValueError, match="repetition_penalty"):
+        ask(lm.generate_until, ("a", {"repetition_penalty": 1.1}))
+
+
+def test_options_of_a_request_are_obeyed(lm):
+    greedy = ask(lm.generate_until, ("ab", {"max_gen_toks": 5}))
+    hot = {"max_gen_toks": 5, "do_sample": True, "temperature": 9.0}
+    for options in ({"top_k": 1}, {"top_p": 1e-6}):
+        assert ask(lm.generate_until, ("ab", {**hot, **options})) == greedy
+    assert ask(lm.generate_until, ("ab", {"num_beams": 1, "max_gen_toks": 5})) == greedy
+
+
+def test_a_context_begins_with_the_start_where_it_is_asked_for(loaded):
+    """The tiny tokenizer names a start of text and does not put it there; now it does."""
+    bare, begun = SlideLM(loaded, batch_size=2), SlideLM(loaded, batch_size=2, add_bos_token=True)
+    assert begun._start == loaded.start == []  # the tokenizer adds none
+    begun._start = [256]
+    assert begun._encode_pair("ab", "c") == ([256, *loaded.encode("ab")], loaded.encode("c"))
+    assert begun._encode_pair("<s>ab", "c")[0] == [256, *loaded.encode("ab")]
+    assert begun._generation("ab", {"max_gen_toks": 5})[0] == [256, *loaded.encode("ab")]
+    long = begun._generation("ab" * 100, {"max_gen_toks": 100})[0]
+    assert long == [256, *loaded.encode("ab" * 100)[-27:]]
+    assert bare._encode_pair("ab", "c")[0] == loaded.encode("ab")
 
 
 def test_it_imports_without_the_harness():

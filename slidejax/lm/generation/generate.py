@@ -91,8 +91,8 @@ def encode_prompt(model: Writer, prompt: Any, max_new_tokens: int | None, name: 
         )
     if max_new_tokens is not None and len(ids) + max_new_tokens > model.context:
         raise ValueError(
-            f"{name} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} that is more than "
-            f"the model's context of {model.context}"
+            f"{name} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} they exceed the "
+            f"model's context of {model.context}"
         )
     return ids
 

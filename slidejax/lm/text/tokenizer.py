@@ -162,6 +162,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        goes_on: bool = False,
         template: str | None = None,
         **variables: Any,
     ) -> str:
@@ -169,7 +170,8 @@ class Tokenizer:
 
         Args:
           messages: such as `[{"role": "user", "content": "Hello"}]`.
-          add_generation_prompt: end where the model's answer begins.
+          add_generation_prompt: end where the model's next answer begins.
+          goes_on: end where the text of the last message ends, so that the model goes on with it.
           template: the name of one of several templates; None is "default".
           **variables: more names for the template, such as `tools`.
 
@@ -181,12 +183,22 @@ class Tokenizer:
         if name not in self.templates:
             there = f"; there is {', '.join(sorted(self.templates))}" if self.templates else ""
             raise ValueError(f"{self._where} has no chat template {name!r}{there}")
-        return chat.render(
+        text = chat.render(
             self.templates[name],
             messages,
-            add_generation_prompt=add_generation_prompt,
+            add_generation_prompt=add_generation_prompt and not goes_on,
             **{**self.named, **variables},
         )
+        if not goes_on:
+            return text
+        last = str(messages[-1].get("content", "")).strip()
+        before, found, _ = text.rpartition(last)
+        if not last or not found:
+            raise ValueError(
+                f"{self._where}: the chat template does not show the last message as it is, so it "
+                "cannot go on"
+            )
+        return before + found
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Token ids of `render`; the template itself writes the start of a text."""

@@ -57,6 +57,16 @@ def test_a_conversation_is_a_prompt_whose_template_writes_the_start():
         byte_tokenizer().render(messages)
 
 
+def test_the_last_message_may_go_on():
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}.{% endfor %}"
+    tokenizer = byte_tokenizer()
+    tokenizer.templates = {"default": template, "hidden": "nothing"}
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "one "}]
+    assert tokenizer.render(messages, goes_on=True) == "[user]one.[assistant]one"
+    with pytest.raises(ValueError, match="last message"):
+        tokenizer.render(messages, goes_on=True, template="hidden")
+
+
 @pytest.mark.parametrize(
     "tokenizer", [byte_tokenizer("<a>"), sentence_piece(), sentence_piece(False)]
 )
