@@ -18,6 +18,7 @@
 #include <algorithm>
 
 #include "common/ffi_util.h"
+#include "common/integers.h"
 #include "hopper/hopper.h"
 #include "lift/arguments.h"
 
@@ -129,7 +130,7 @@ std::string MatmulArguments(const ffi::AnyBuffer& lifted, const ffi::Buffer<ffi:
   args.y = y.untyped_data();
   const uintptr_t begin = reinterpret_cast<uintptr_t>(workspace.typed_data());
   const size_t bytes = workspace.element_count();
-  const size_t skipped = (begin + kAlignment - 1) / kAlignment * kAlignment - begin;
+  const size_t skipped = RoundUp<uintptr_t>(begin, kAlignment) - begin;
   args.workspace = reinterpret_cast<void*>(begin + skipped);
   args.workspace_bytes = bytes > skipped ? bytes - skipped : 0;
   if (y.element_count() == 0) return "";

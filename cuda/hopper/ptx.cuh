@@ -7,14 +7,12 @@
 
 #include <cstdint>
 
+#include "common/ptx.cuh"
+
 namespace slidejax::hopper {
 
 #define SJ_DEVICE __device__ __forceinline__
 #define SJ_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
-
-SJ_DEVICE uint32_t SharedAddress(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 SJ_DEVICE uint32_t ClusterRank() {
   uint32_t r;
@@ -88,12 +86,6 @@ SJ_DEVICE void FenceBarrierInit() {
 SJ_DEVICE void ClusterSync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-// Waits until the kernel before this one has ended and what it wrote can be read. Returns at once
-// where this kernel was launched to begin after that.
-SJ_DEVICE void GridWait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// Lets the kernel after this one begin, if it was launched to begin early, when all CTAs have
-// called this.
-SJ_DEVICE void GridRelease() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 SJ_DEVICE void NamedSync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -6,10 +6,10 @@
 #include <cstdint>
 
 #include "common/host_device.h"
+#include "common/warp.h"
 
 namespace slidejax::lift {
 
-constexpr int kLanes = 32;
 constexpr int kChunk = 8;       // columns that a lane handles at once
 constexpr int kGranule = 16;    // bytes of one asynchronous copy
 constexpr int kLine = 128;      // bytes, of memory

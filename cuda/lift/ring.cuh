@@ -35,7 +35,7 @@ struct RingParams : RowShape {
 
 // Both kernels begin with this.
 __device__ inline void Begin(const RingParams& p) {
-  LetNextBegin();
+  GridRelease();
   if (blockIdx.x == 0) {
     for (int i = threadIdx.x; i < p.counter_count; i += blockDim.x) p.counters[i] = 0;
   }
@@ -45,17 +45,17 @@ __device__ inline void Begin(const RingParams& p) {
 
 __device__ inline float WarpSum(float v) {
 #pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(kFullMask, v, offset);
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(kAllLanes, v, offset);
   return v;
 }
 
 __device__ inline uint32_t BlockMax(uint32_t bits, uint32_t* words) {
-  bits = __reduce_max_sync(kFullMask, bits);
+  bits = __reduce_max_sync(kAllLanes, bits);
   const int warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
   if (warps == 1) return bits;
   if (lane == 0) words[threadIdx.x / kLanes] = bits;
   __syncthreads();
-  return __reduce_max_sync(kFullMask, lane < warps ? words[lane] : 0);
+  return __reduce_max_sync(kAllLanes, lane < warps ? words[lane] : 0);
 }
 
 template <int kSums>

@@ -42,7 +42,7 @@ __device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c,
     // window is the next lane's.
     const int lane = index % kLanes;
     const uint32_t after =
-        __shfl_sync(kFullMask, lane == 0 ? next.word[0] : c.word[0], (lane + 1) % kLanes);
+        __shfl_sync(kAllLanes, lane == 0 ? next.word[0] : c.word[0], (lane + 1) % kLanes);
     const uint32_t words[4] = {c.word[0], straddling, c.word[1],
                                __byte_perm(c.word[1], after, 0x5432)};
 #pragma unroll
