@@ -108,7 +108,7 @@ Plan::Plan(const Problem& problem)
                                    kRowMajor),
           "DenseDescriptorInit", context);
     cleanup_.push_back([this] { api_.MatDescriptorDestroy(&x_); });
-    // The library computes D^T = W X^T. Column-major, that is D as it is kept here.
+    // The library computes D^T = W X^T, whose column-major form is D as it is kept here.
     Check(api_.DenseDescriptorInit(handle_, &d_, p.outputs, p.tokens, p.outputs, kAlignment,
                                    CudaType(p.result), kColumnMajor),
           "DenseDescriptorInit", context);
@@ -286,8 +286,8 @@ std::vector<Timing> Tune(Problem problem, size_t workspace_limit, int repeats) {
             bench.Time(repeats, [&] { plan.Run(&one, compressed, x, d, workspace, bench.stream); });
         timings.push_back({choice, us, plan.workspace_bytes()});
       } catch (const Failure&) {
-        if (choice.split_k == 1)
-          break;  // the library refuses the algorithm; a refused split says nothing about others
+        // The library refuses the algorithm. A refused split would say nothing about others.
+        if (choice.split_k == 1) break;
       }
     }
   }

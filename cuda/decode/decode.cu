@@ -54,8 +54,8 @@ const void* AheadOf(DType type, DType x_type, int windows) {
 
 struct Device {
   int multiprocessors = 0, shared_limit = 0;
-  // Of the code that runs here, 90 for sm_90: a build for few architectures runs old code on new
-  // devices.
+  // The architecture of the code that runs here, 90 for sm_90. A build for few architectures runs
+  // old code on new devices.
   int architecture = 0;
 };
 

@@ -29,9 +29,8 @@ struct Shape {
   SLIDEJAX_HOST_DEVICE constexpr int block_columns() const {
     return dense() ? 32 : 16 * (windows + 1);
   }
-  SLIDEJAX_HOST_DEVICE constexpr int block_bytes() const {
-    return dense() ? 32 : 16 * windows;
-  }  // of values
+  // Of values.
+  SLIDEJAX_HOST_DEVICE constexpr int block_bytes() const { return dense() ? 32 : 16 * windows; }
   SLIDEJAX_HOST_DEVICE constexpr int block_lifted() const { return dense() ? 32 : 32 * windows; }
   SLIDEJAX_HOST_DEVICE constexpr int step_lifted() const { return kStepBlocks * block_lifted(); }
   SLIDEJAX_HOST_DEVICE constexpr int slot_values() const {

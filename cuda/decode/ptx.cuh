@@ -30,8 +30,9 @@ __device__ inline void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Shared memory that warps pass to each other. A warp's accesses to shared memory happen in the
-// order of the program, so no fence is needed beside these; a fence would also wait for its copies.
+// Words of shared memory that warps pass to each other. A warp's accesses to shared memory happen
+// in the order of the program, so no fence is needed beside these; a fence would also wait for its
+// copies.
 __device__ inline int AddShared(int* p, int value) {
   int before;
   asm volatile("atom.relaxed.cta.shared.add.s32 %0, [%1], %2;"
@@ -55,7 +56,7 @@ __device__ inline void StoreShared(int* p, int value) {
                : "memory");
 }
 
-// Keeps a value in registers: the compiler would rather compute it again than hold it.
+// Keeps a pointer in registers, which the compiler would otherwise compute again and again.
 template <typename T>
 __device__ inline void Keep(T*& pointer) {
   asm volatile("" : "+l"(pointer));

@@ -65,8 +65,8 @@ struct Weight {
   bool dense() const { return values.dimensions().size() == 2; }
 };
 
-// Fills in what a weight is, multiplied with `columns` lifted columns; returns what is wrong with
-// it, or "".
+// Fills in the arguments of a weight that is multiplied with `columns` lifted columns. Returns what
+// is wrong with it, or "".
 std::string WeightArguments(const Weight& w, int64_t columns, Args& args) {
   const int64_t outputs = w.values.dimensions()[0], groups = w.values.dimensions()[1];
   if (std::max(groups, columns) > INT32_MAX) return "a dimension is over 2**31 - 1";

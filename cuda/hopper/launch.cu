@@ -40,7 +40,7 @@ bool Aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 EncodeTiled encode_tiled = nullptr;
 
-// What the driver and the device say, asked for once.
+// The facts about a device, asked for once.
 struct Device {
   int multiprocessors = 0;
   // How many clusters run side by side, by tile and by CTA groups in a cluster. It is 0 where a

@@ -20,16 +20,16 @@ SJ_DEVICE uint32_t ClusterRank() {
   return r;
 }
 
-// threadIdx.x, which the compiler reads again each time. So it keeps no registers for what follows
-// from it.
+// Returns threadIdx.x, which the compiler reads anew each time. So it keeps no registers for values
+// that follow from it.
 SJ_DEVICE int FreshThread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
 
-// Looks `spins` times at most whether others have counted up to n. If they have, what they wrote
-// before a fence and before counting can be read.
+// Looks at most `spins` times whether the counter has reached n, and returns whether it has. If so,
+// this thread can read the data that others wrote before they fenced and counted.
 SJ_DEVICE bool WaitCount(const int* counter, int n, int spins) {
   int v;
   do {
@@ -37,13 +37,13 @@ SJ_DEVICE bool WaitCount(const int* counter, int n, int spins) {
   } while (v < n && --spins > 0);
   return v >= n;
 }
-// Some milliseconds: far more than clusters that run side by side need.
+// This number of looks takes some milliseconds, far more than clusters that run side by side need.
 inline constexpr int kSpinLimit = 4096;
 
 // ---- mbarrier. Arrive and wait carry no .release.cluster and no .acquire.cluster, because those
-// forms compile to MEMBAR.ALL.GPU and CCTL.IVALL for each stage. They are not needed: what is
-// handed over is read and written by the asynchronous proxy alone (TMA, wgmma), or TMA has written
-// it and LDS reads it, which the barrier's completion orders.
+// forms compile to MEMBAR.ALL.GPU and CCTL.IVALL for each stage. They are not needed: the data are
+// written and read by the asynchronous proxy alone (TMA, wgmma), or written by TMA and read by LDS,
+// which the barrier's completion orders.
 SJ_DEVICE void BarrierInit(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }

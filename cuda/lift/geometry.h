@@ -50,8 +50,8 @@ struct RowShape {
 // Shared memory begins with two sets of maxima, which alternate, and two of sums, a word a warp.
 constexpr int kReductionBytes = 4 * kMaxWarps * 4;
 
-// Bytes of a tile of x in the ring: whole lines, which warps copy and read the fastest, and one
-// more where rows are shifted.
+// Bytes of a tile of x in the ring. They are whole lines, which warps copy and read the fastest,
+// and one line more where rows are shifted.
 SLIDEJAX_HOST_DEVICE inline int SlotBytes(const RowShape& s, int steps, int in_bytes) {
   return kLanes * kChunk * steps * in_bytes + (s.x_aligned ? 0 : kLine);
 }
