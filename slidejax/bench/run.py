@@ -67,7 +67,7 @@ def measure(
     Returns:
       A JSON object with "device", "jax", "slidejax", "xla_flags", "clock", "shapes" and
 
-      - "lift": rows with `us` and `gb_per_s`, also of the copy and of quantising alone;
+      - "lift": rows with `us` and `gb_per_s` of the lift, the copy and quantising alone;
       - "linear": rows with `us` by contender, the reasons of implementations that refuse, and the
         settings of those that have any;
       - "sums": the same added up over the shapes, for each dtype, pattern and M, with ratios to the
@@ -158,7 +158,7 @@ def _settings(w: SlideWeight, rows: int, refused: Mapping[str, str]) -> dict[str
 
 
 def _copy(x: jax.Array) -> jax.Array:
-    """A copy by the driver if there is the library; else a negation, which moves as many bytes."""
+    """A copy by the driver. Without the library a negation, which moves as many bytes."""
     return calls.memcpy_call(x) if library.on_gpu() and library.missing() is None else -x
 
 
