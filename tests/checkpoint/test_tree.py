@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 import slidejax as sj
 import slidejax.checkpoint
+from slidejax.checkpoint.tree import encode
 
 leaves = st.sampled_from(
     [
@@ -58,3 +59,10 @@ def test_any_tree_comes_back(tree, tmp_path_factory):
         return type(a) is type(b) and a == b
 
     assert same(tree, again)
+
+
+def test_no_two_paths_share_a_name():
+    tree = {"a": {"b": np.zeros(1)}, "a/b": np.ones(1), "a~1b": np.full(1, 2.0)}
+    arrays = {}
+    encode(tree, (), arrays)
+    assert sorted(float(array[0]) for array in arrays.values()) == [0, 1, 2]
