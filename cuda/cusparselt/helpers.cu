@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kThreads) DequantizeKernel(const DequantizeArg
   if (column >= a.outputs) return;
   const int count = static_cast<int>(min(static_cast<int64_t>(kVector), a.outputs - column));
   float scale_w[kVector], bias[kVector];
-  // Whether y is finished where scale_x is 1.
-  bool keep = a.accumulators == a.y && a.bias == nullptr;
+  bool keep =
+      a.accumulators == a.y && a.bias == nullptr;  // y is finished where scale_x is 1 as well
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     scale_w[i] = a.scale_w != nullptr && i < count ? a.scale_w[column + i] : 1.0f;

@@ -286,8 +286,8 @@ std::vector<Timing> Tune(Problem problem, size_t workspace_limit, int repeats) {
             bench.Time(repeats, [&] { plan.Run(&one, compressed, x, d, workspace, bench.stream); });
         timings.push_back({choice, us, plan.workspace_bytes()});
       } catch (const Failure&) {
-        // The library refuses the algorithm. A refused split would say nothing about others.
-        if (choice.split_k == 1) break;
+        if (choice.split_k == 1)
+          break;  // the library refuses the algorithm; a refused split says nothing about others
       }
     }
   }

@@ -33,14 +33,13 @@ struct Choice {
 };
 
 struct Problem {
-  DType operand;  // int8, float8_e4m3fn, bfloat16, float16
-  DType result;   // of D
-  // Whether row o of W is multiplied by alpha[o], of a device vector, in float32 before the result
-  // is rounded.
-  bool alpha_vector;
-  int64_t outputs;  // a multiple of Multiple(operand)
-  int64_t tokens;   // likewise
-  int64_t columns;  // K', a multiple of 32
+  DType operand;      // int8, float8_e4m3fn, bfloat16, float16
+  DType result;       // of D
+  bool alpha_vector;  // multiply row o of W by alpha[o] (a device vector) in float32 before
+                      // rounding to `result`
+  int64_t outputs;    // a multiple of Multiple(operand)
+  int64_t tokens;     // likewise
+  int64_t columns;    // K', a multiple of 32
   Choice choice;
 
   auto Key() const {

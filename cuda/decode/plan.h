@@ -29,8 +29,9 @@ struct Shape {
   SLIDEJAX_HOST_DEVICE constexpr int block_columns() const {
     return dense() ? 32 : 16 * (windows + 1);
   }
-  // Of values.
-  SLIDEJAX_HOST_DEVICE constexpr int block_bytes() const { return dense() ? 32 : 16 * windows; }
+  SLIDEJAX_HOST_DEVICE constexpr int block_bytes() const {
+    return dense() ? 32 : 16 * windows;
+  }  // of values
   SLIDEJAX_HOST_DEVICE constexpr int block_lifted() const { return dense() ? 32 : 32 * windows; }
   SLIDEJAX_HOST_DEVICE constexpr int step_lifted() const { return kStepBlocks * block_lifted(); }
   SLIDEJAX_HOST_DEVICE constexpr int slot_values() const {
@@ -49,7 +50,7 @@ struct Shape {
   // queue.
   SLIDEJAX_HOST_DEVICE constexpr int depth() const {
     const int in_flight = 56 * 1024 / most_warps();
-    const int slots = CeilDiv(in_flight, slot_bytes());
+    const int slots = (in_flight + slot_bytes() - 1) / slot_bytes();
     return 1 + (slots < 1 ? 1 : slots > 4 ? 4 : slots);
   }
 };

@@ -29,12 +29,13 @@ __host__ __device__ inline uint32_t GroupMetadata(uint32_t zeros, int windows) {
 template <int kWindows>
 __global__ void __launch_bounds__(kMetadataThreads)
     ExpandMetadataKernel(const uint8_t* zeros, uint2* meta, int out, int groups, int stages) {
-  // Bytes of a row, such that the 16 rows that a warp reads at a time lie in different banks.
-  constexpr int kPitch = kMetadataGroups + 4;
+  constexpr int kPitch =
+      kMetadataGroups +
+      4;  // bytes of a row: the 16 rows that a warp reads at a time lie in different banks
   __shared__ __align__(4) uint8_t tile[64 * kPitch];
   const int first_group = blockIdx.x * kMetadataGroups, row = blockIdx.y * 64;
-  // Groups come in eights.
-  for (int i = threadIdx.x; i < 64 * (kMetadataGroups / 8); i += kMetadataThreads) {
+  for (int i = threadIdx.x; i < 64 * (kMetadataGroups / 8);
+       i += kMetadataThreads) {  // groups come in eights
     const int r = i / (kMetadataGroups / 8), g = i % (kMetadataGroups / 8) * 8;
     if (row + r >= out || first_group + g >= groups) continue;
     const uint2 v = *reinterpret_cast<const uint2*>(zeros + static_cast<size_t>(row + r) * groups +
@@ -47,12 +48,12 @@ __global__ void __launch_bounds__(kMetadataThreads)
   const int thread = threadIdx.x & 127, lane = thread & 31, half = (lane >> 1) & 1;
   const int own = (thread >> 5) * 16 + (lane >> 2) + 8 * (lane & 1);
   const uint8_t* of_row = tile + own * kPitch;
-  // The words that the row has, from this block's first on.
-  const int words = row + own < out ? (groups - first_group) * kWindows / 8 : 0;
+  const int words = row + own < out ? (groups - first_group) * kWindows / 8
+                                    : 0;  // that there are, from this block's first
   auto word = [&](int w) -> uint32_t {
     if (w >= words) return 0x44444444u;
-    int group = 8 * w / kWindows;
-    int have = (group + 1) * kWindows - 8 * w;  // windows of `group` from the word's first on
+    int group = 8 * w / kWindows,
+        have = (group + 1) * kWindows - 8 * w;  // windows of `group` from the word's first on
     uint64_t bits = GroupMetadata(of_row[group], kWindows) >> (4 * (kWindows - have));
 #pragma unroll
     for (int more = 0; more < (8 + kWindows - 2) / kWindows; ++more, have += kWindows)

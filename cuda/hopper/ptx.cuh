@@ -41,9 +41,9 @@ SJ_DEVICE bool WaitCount(const int* counter, int n, int spins) {
 inline constexpr int kSpinLimit = 4096;
 
 // ---- mbarrier. Arrive and wait carry no .release.cluster and no .acquire.cluster, because those
-// forms compile to MEMBAR.ALL.GPU and CCTL.IVALL for each stage. They are not needed: the data are
-// written and read by the asynchronous proxy alone (TMA, wgmma), or written by TMA and read by LDS,
-// which the barrier's completion orders.
+// forms compile to MEMBAR.ALL.GPU and CCTL.IVALL for each stage. They are not needed: what is
+// handed over is read and written by the asynchronous proxy alone (TMA, wgmma), or TMA has written
+// it and LDS reads it, which the barrier's completion orders.
 SJ_DEVICE void BarrierInit(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }

@@ -1,9 +1,9 @@
 """The contenders: linear layers in plain JAX, and `slidejax.linear` with every implementation.
 
 All of them take bfloat16 x and return bfloat16 y. Baselines keep W as `[out, in]`, which suits the
-vendor's 8-bit products best. The two "unscaled" baselines are a bound. They quantise x with
-slidejax's kernel, without lifting, and multiply the codes, without scales. No dense layer made of
-these parts is faster.
+vendor's 8-bit products best. The last two baselines are a bound. They are slidejax's quantisation
+of x without lifting, followed by the bare product of the codes, without scales. No dense layer made
+of these parts is faster.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from slidejax.weights.pattern import UNPRUNED
 __all__ = ["BASELINES", "BEST_DENSE", "baselines", "best_dense", "kernel_of", "sparse", "variants"]
 
 _UNSCALED = ("dense int8 unscaled", "dense fp8 unscaled")
-BEST_DENSE = "best dense 8 bit"  # the faster of the unscaled two, for each layer
+BEST_DENSE = "best dense 8 bit"  # the faster of the two for each layer
 BASELINES = ("jax bf16", "jax int8", "jax fp8", "jax fp8 per tensor", *_UNSCALED, BEST_DENSE)
 _LAST = (((1,), (1,)), ((), ()))  # contract the last axis of x with the last of W
 _E4M3 = jnp.dtype(jnp.float8_e4m3fn)

@@ -158,7 +158,7 @@ def _settings(w: SlideWeight, rows: int, refused: Mapping[str, str]) -> dict[str
 
 
 def _copy(x: jax.Array) -> jax.Array:
-    """A copy by the driver. Without the library a negation, which moves as many bytes."""
+    """A copy by the driver if there is the library; else a negation, which moves as many bytes."""
     return calls.memcpy_call(x) if library.on_gpu() and library.missing() is None else -x
 
 

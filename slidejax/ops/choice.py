@@ -182,10 +182,9 @@ def time_of(
 def forms(w: SlideWeight) -> tuple[str, ...]:
     """Names of the prepared forms that pay for a weight of this shape.
 
-    The set is as small as possible, such that every number of rows that was measured takes at most
-    1.2 times as long as with all forms. Of several such sets it is the one that is faster on the
-    whole. If nothing near was measured, the set is the form of the fallback, which `choose` then
-    takes.
+    These are as few forms as possible: every number of rows that was measured must take at most
+    1.2 times as long as with all forms. Of several such sets the one that is faster on the whole is
+    taken. If nothing near was measured it is the form of the fallback, which then is chosen.
     """
     gains = {i.form.name: i.form.must_gain for i in registry.competing() if i.form is not None}
     near = [

@@ -174,7 +174,7 @@ def _search_key(dtype, result, out: int, columns: int) -> str:
 def _nearest_search(
     dtype, result, out: int, rows: int, columns: int
 ) -> tuple[str, dict[str, Any]] | None:
-    """The rows and the fastest algorithm of the nearest search; None if no search is near."""
+    """The nearest search within reach: its rows, and its fastest algorithm. None without one."""
     if not library.on_gpu() or missing() is not None:
         return None
     found = _read_searches()[1].get(_search_key(dtype, result, out, columns), {})
