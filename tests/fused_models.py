@@ -20,11 +20,8 @@ class Attention(nn.Module):
 
     def __call__(self, x):
         other = x + 1 if self.late else x
-        v, q, k = (
-            self.v_proj(other),
-            self.q_proj(x),
-            self.k_proj(other),
-        )  # not in the order of the names
+        # The layers are not called in the order of their names.
+        v, q, k = self.v_proj(other), self.q_proj(x), self.k_proj(other)
         return jnp.concatenate([q * 2, k, v], -1)
 
 

@@ -36,9 +36,8 @@ def test_a_layer_with_another_input_computes_for_itself(x):
     np.testing.assert_array_equal(
         sj.linen.apply(model, fused, x), sj.linen.apply(model, variables, x)
     )
-    assert (
-        products(lambda v, x: sj.linen.apply(model, v, x), fused, x).count(88) == 3
-    )  # v; q, which reads x; k
+    # One for v, one for q, which reads x, and one for k.
+    assert products(lambda v, x: sj.linen.apply(model, v, x), fused, x).count(88) == 3
 
 
 def test_calls_do_not_see_each_others_products(x):
