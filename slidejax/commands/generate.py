@@ -1,4 +1,4 @@
-"""`slidejax generate`: a prompt and how a model continues it."""
+"""`slidejax generate`: a model continues a prompt."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generates, and prints the text, and how fast it was to standard error."""
+    """Generates and prints the text, and prints the speed to standard error."""
     from slidejax.lm import serving
     from slidejax.lm.generate import Generator
 
