@@ -12,9 +12,8 @@ def values(rows, columns, dtype, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((rows, columns)) * np.exp2(rng.integers(-6, 7, (rows, 1)))
     x[rng.random(x.shape) < 0.02] = 0
-    x[rows // 2, :] = (
-        rng.integers(-254, 255, columns) / 2
-    )  # ties at scale 1, where 127 is the largest
+    # Half of these values are ties at scale 1. The magnitude 127 makes 1 the row's scale.
+    x[rows // 2, :] = rng.integers(-254, 255, columns) / 2
     x[rows // 2, 0] = 127
     return x.astype(dtype)
 

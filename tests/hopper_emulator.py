@@ -168,7 +168,7 @@ class Emulated:
         return index, self.tiles[index]
 
     def refusal(self, shape, schedule=None, **arguments):
-        """What is wrong with a call, as bytes, or None."""
+        """The kernel's complaint about a call, as bytes, or None."""
         given = Arguments(problem=shape, schedule=schedule or make_schedule(), **arguments)
         return self.library.hopper_check(given)
 
@@ -178,7 +178,7 @@ class Emulated:
         Args:
           problem: the product.
           resident: multiprocessors that are free, of all MULTIPROCESSORS.
-          chance: that something which could happen next does happen, in percent.
+          chance: the chance, in percent, that an event which could happen next does happen.
           **schedule: fields of Schedule; the cost model chooses the others.
         """
         arrays, acc = problem.operands()
@@ -227,7 +227,7 @@ class Emulated:
         return y[:y_bytes]
 
     def _begin_lift(self, arguments, buffers):
-        """What the lift writes is not there yet: it will be at some moment after the launch."""
+        """Poisons the results of the lift. They are written at some moment after the launch."""
         counters = Counters()
         assert self.library.hopper_before_lift(arguments, counters) == 0
         zeros = buffer(8 * counters.count + 1)
@@ -240,7 +240,7 @@ class Emulated:
 
 
 def make_schedule(**chosen):
-    """A Schedule that leaves to the cost model what is not given."""
+    """A Schedule. The cost model chooses the fields that are not given."""
     names = [name for name, _ in Schedule._fields_]
     return Schedule(**{**dict.fromkeys(names, AUTO), **chosen})
 
@@ -260,9 +260,8 @@ def build(directory):
     if include is None or shutil.which("g++") is None:
         pytest.skip("needs g++ and the headers of the CUDA toolkit")
     library = directory / "hopper_emulated.so"
-    with open(
-        directory / "hopper_emulated.lock", "w"
-    ) as lock:  # one worker of pytest builds for all
+    # One worker of pytest builds for all.
+    with open(directory / "hopper_emulated.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             # The emulator's headers come first, in place of the kernel's of the same name.

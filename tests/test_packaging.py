@@ -67,9 +67,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 
 def test_the_wheel_works_elsewhere(wheel, tmp_path):
     target = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(
-        target
-    )  # all that installing a pure wheel does, but for the scripts
+    # Installing a pure wheel does nothing else, but for the scripts.
+    zipfile.ZipFile(wheel).extractall(target)
     # a source tree that is installed for development would come first otherwise
     code = (
         "import sys\n"

@@ -15,7 +15,7 @@ inline constexpr std::size_t Bytes(DType type) {
                                                        : 4;
 }
 
-// The name that NumPy and JAX give it.
+// The name that NumPy and JAX give a dtype.
 inline constexpr const char* Name(DType type) {
   constexpr const char* kNames[] = {"int8",    "float8_e4m3fn", "bfloat16",
                                     "float16", "float32",       "int32"};

@@ -1,4 +1,4 @@
-// What the FFI handlers share: dtypes, shapes in words, errors.
+// Helpers of the FFI handlers: dtypes, shapes in words, errors.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -25,7 +25,7 @@ inline std::optional<DType> DTypeOf(ffi::DataType type) {
   }
 }
 
-// "bfloat16[16,64]".
+// Describes a buffer by its dtype and shape, as in "bfloat16[16,64]".
 inline std::string Describe(const ffi::AnyBuffer& buffer) {
   const std::optional<DType> type = DTypeOf(buffer.element_type());
   std::string text =

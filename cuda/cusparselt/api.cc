@@ -55,8 +55,8 @@ std::string Load(const std::vector<std::string>& candidates) {
   for (const std::string& path : candidates) {
     std::string reason;
     if (std::unique_ptr<Api> api = Open(path, reason)) {
-      loaded.store(api.release(),
-                   std::memory_order_release);  // never unloaded: plans live until the process ends
+      // The library is never unloaded, because plans live until the process ends.
+      loaded.store(api.release(), std::memory_order_release);
       return "";
     }
     reasons += (reasons.empty() ? "" : "; ") + reason;

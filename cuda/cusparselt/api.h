@@ -103,7 +103,7 @@ std::string Load(const std::vector<std::string>& candidates);
 // The loaded library, or nullptr.
 const Api* Loaded();
 
-// "status 10 (operation not supported)".
+// Describes a status, as in "status 10 (operation not supported)".
 std::string Describe(Status status);
 
 }  // namespace slidejax::cusparselt

@@ -58,7 +58,7 @@ ffi::Error CompressImpl(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi:
       return fail("the compressed form takes " + std::to_string(size.compressed) + " bytes, not " +
                   std::to_string(compressed->element_count()));
     }
-    // XLA takes no larger alignment than 16 here, and aligns to more.
+    // XLA accepts no alignment above 16 here, but aligns to more.
     const auto dense =
         scratch.Allocate(std::max<size_t>(args.padded_outputs * columns * Bytes(*type), 16), 16);
     const auto buffer = scratch.Allocate(std::max<size_t>(size.buffer, 16), 16);

@@ -36,8 +36,8 @@ __global__ void ExpandKernel(const ExpandArgs a) {
       const T* values = static_cast<const T*>(a.values) + (out * a.groups + g) * kept + 2 * w;
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        int column =
-            2 * w + k;  // of the kept value in its group: its number, plus the zeros before it
+        // The kept value's column in its group is its number plus the zeros before it.
+        int column = 2 * w + k;
         column += column >= (zeros & 15);
         column += column >= (zeros >> 4);
         T value = values[k];
@@ -146,8 +146,8 @@ __global__ void FillKernel(DType type, void* data, int64_t count, bool two_of_fo
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
     const uint32_t h = Hash(i);
     const float uniform = static_cast<float>(h & 0xffff) / 32768.0f - 1.0f;
-    const uint32_t first =
-        Hash(i / 4 + (int64_t{1} << 40)) % 4;  // one column that is kept, then another
+    // The two of every four columns that are kept.
+    const uint32_t first = Hash(i / 4 + (int64_t{1} << 40)) % 4;
     const uint32_t second = (first + 1 + Hash(i / 4 + (int64_t{1} << 41)) % 3) % 4;
     const bool zero = two_of_four && i % 4 != first && i % 4 != second;
     switch (type) {

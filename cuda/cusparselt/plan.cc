@@ -108,7 +108,7 @@ Plan::Plan(const Problem& problem)
                                    kRowMajor),
           "DenseDescriptorInit", context);
     cleanup_.push_back([this] { api_.MatDescriptorDestroy(&x_); });
-    // The library computes D^T = W X^T. Column-major, that is D as it is kept here.
+    // The library computes D^T = W X^T, whose column-major form is D as it is kept here.
     Check(api_.DenseDescriptorInit(handle_, &d_, p.outputs, p.tokens, p.outputs, kAlignment,
                                    CudaType(p.result), kColumnMajor),
           "DenseDescriptorInit", context);

@@ -1,6 +1,5 @@
 // The decode kernels there are, and their launch.
-#include <mutex>
-
+#include "common/device.h"
 #include "decode/decode.h"
 #include "decode/kernel.cuh"
 #include "decode/plan.h"
@@ -8,7 +7,6 @@
 namespace slidejax::decode {
 namespace {
 
-constexpr int kMaxDevices = 64;
 constexpr int kMaxWindows = 7;  // 14:16
 static_assert(kDecodeTokens == kTileTokens, "all rows are one tile of tokens");
 
@@ -55,17 +53,13 @@ const void* AheadOf(DType type, DType x_type, int windows) {
 }
 
 struct Device {
-  std::once_flag once;
-  cudaError_t status = cudaErrorInitializationError;
   int multiprocessors = 0, shared_limit = 0;
-  // Of the code that runs here, 90 for sm_90: a build for few architectures runs old code on new
-  // devices.
+  // The architecture of the code that runs here, 90 for sm_90. A build for few architectures runs
+  // old code on new devices.
   int architecture = 0;
 };
 
-Device devices[kMaxDevices];
-
-cudaError_t ReadyDevice(int id, Device& device) {
+cudaError_t PrepareDevice(int id, Device& device) {
   const auto get = [&](int* value, cudaDeviceAttr attribute) {
     return cudaDeviceGetAttribute(value, attribute, id);
   };
@@ -87,12 +81,8 @@ cudaError_t ReadyDevice(int id, Device& device) {
 }
 
 cudaError_t GetDevice(Device** device) {
-  int id = 0;
-  if (auto s = cudaGetDevice(&id)) return s;
-  if (id >= kMaxDevices) return cudaErrorInvalidDevice;
-  *device = &devices[id];
-  std::call_once((*device)->once, [&] { (*device)->status = ReadyDevice(id, **device); });
-  return (*device)->status;
+  static DeviceTable<Device> devices;
+  return devices.Get(device, PrepareDevice);
 }
 
 int WindowsOf(const DecodeArgs& a) { return a.group == 0 ? 0 : a.group / 2 - 1; }

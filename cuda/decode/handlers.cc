@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "common/ffi_util.h"
+#include "common/integers.h"
 #include "decode/decode.h"
 
 namespace slidejax::decode {
@@ -68,7 +69,7 @@ std::string Arguments(const ffi::AnyBuffer& x, const ffi::AnyBuffer& values,
   if (y.element_count() == 0) return "";
   if (columns == 0) return "x has no columns";
   const auto begin = reinterpret_cast<uintptr_t>(workspace.typed_data());
-  const uintptr_t aligned = (begin + kAlignment - 1) / kAlignment * kAlignment;
+  const uintptr_t aligned = RoundUp<uintptr_t>(begin, kAlignment);
   args.workspace = reinterpret_cast<void*>(aligned);
   const int64_t wanted = DecodeWorkspace(args.M, args.group, args.blocks);
   if (static_cast<int64_t>(workspace.element_count() - (aligned - begin)) < wanted)

@@ -86,7 +86,7 @@ class Decoder {
     for (int i = 0; i < kDepth - 1; ++i) Load(ask, i);
     for (int i = threadIdx.x; i < p_.tile_slots; i += blockDim.x) arrived_[i] = 0, tile_of_[i] = i;
     if (!own) {
-      WaitForPredecessor();
+      GridWait();
       if (threadIdx.x < a.M) scale_x_[threadIdx.x] = __ldcg(p_.scale_x + threadIdx.x);
     }
 

@@ -7,10 +7,10 @@
 
 #include "common/host_device.h"
 #include "common/integers.h"
+#include "common/warp.h"
 
 namespace slidejax::decode {
 
-constexpr int kLanes = 32;
 constexpr int kTileRows = 16;   // outputs of one mma
 constexpr int kTileTokens = 8;  // tokens of one mma, and the most rows of x
 constexpr int kStepBlocks = 4;  // blocks of a row in an item: one for each lane of a quad
@@ -65,8 +65,6 @@ struct Plan {
   bool cached = false;  // whether shared memory keeps scales and biases of a block's outputs
   int shared_bytes = 0;
 };
-
-inline int RoundUp(int a, int b) { return CeilDiv(a, b) * b; }
 
 // Bytes of one token's codes in shared memory. The 64 bytes beyond put the tokens of a quarter warp
 // into different banks.

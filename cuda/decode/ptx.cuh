@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
-namespace slidejax::decode {
+#include "common/ptx.cuh"
 
-__device__ inline uint32_t SharedAddress(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+namespace slidejax::decode {
 
 // Asynchronous copies to shared memory of 16 and 8 bytes; with `valid` false, of zeros.
 __device__ inline void Copy16(uint32_t to, const void* from, bool valid) {
@@ -26,16 +24,15 @@ __device__ inline void Copy4(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
-__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
 // Waits until at most kPending of the thread's groups of copies are under way.
 template <int kPending>
 __device__ inline void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Shared memory that warps pass to each other. A warp's accesses to shared memory happen in the
-// order of the program, so no fence is needed beside these; a fence would also wait for its copies.
+// Words of shared memory that warps pass to each other. A warp's accesses to shared memory happen
+// in the order of the program, so no fence is needed beside these; a fence would also wait for its
+// copies.
 __device__ inline int AddShared(int* p, int value) {
   int before;
   asm volatile("atom.relaxed.cta.shared.add.s32 %0, [%1], %2;"
@@ -59,24 +56,10 @@ __device__ inline void StoreShared(int* p, int value) {
                : "memory");
 }
 
-// From now on the kernel that follows may begin, where there is room.
-__device__ inline void LetSuccessorBegin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Keeps a value in registers: the compiler would rather compute it again than hold it.
+// Keeps a pointer in registers, which the compiler would otherwise compute again and again.
 template <typename T>
 __device__ inline void Keep(T*& pointer) {
   asm volatile("" : "+l"(pointer));
-}
-
-// Waits for the kernel before this one, if the launch lets this one begin early.
-__device__ inline void WaitForPredecessor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 // Sums of a 16 x 8 tile: a lane holds rows lane / 4 and + 8 of columns 2 (lane % 4) and + 1.

@@ -15,8 +15,6 @@ using lift::kChunk;
 using lift::RowScale;
 using lift::ScaleOf;
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-
 // Eight columns of a row that starts anywhere, of which `count` are there; zeros for the others.
 template <typename T>
 __device__ __noinline__ Chunk<T> LoadPart(const T* from, int count) {
@@ -181,7 +179,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
   static_assert(1 << kLogWarps == kMaxWarps, "the block shares one row");
   constexpr Shape kShape{kWindows};
   __shared__ uint32_t warp_max[kMaxWarps];
-  LetSuccessorBegin();
+  GridRelease();
   const RowShare at(kLogWarps, blockIdx.x);
   const T* from = static_cast<const T*>(a.x) + static_cast<int64_t>(at.row) * a.columns;
   const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0;

@@ -1,8 +1,7 @@
 // From accumulators to y: scales, bias, conversion, transposition, stores.
 //
 // D is [outputs][tokens], y is [tokens][outputs]. With g = lane / 4 and c = lane % 4, a lane holds
-// the outputs g and g + 8 of its warp's 16, and of every 8 tokens j the tokens 8 j + 2 c and 8 j +
-// 2 c + 1.
+// outputs g and g + 8 of its warp's 16, and tokens 2 c and 2 c + 1 of every eight.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -70,10 +69,10 @@ SJ_DEVICE void PrefetchScales(const Params& p, uint32_t scale_x, int row, int to
   }
 }
 
-// Where a lane's sums go in y, and what they are multiplied by.
+// The place of a lane's sums in y, their scales and their biases.
 struct Fragment {
   float w0, w1, b0, b1;  // scale_w and bias of outputs g and g + 8
-  uint32_t scale_x;      // in shared memory: of the lane's first two tokens
+  uint32_t scale_x;      // address in shared memory, for the lane's first two tokens
   int row, token, lane;  // the warp's first output, the first token
 };
 
@@ -145,7 +144,7 @@ SJ_DEVICE void StoreSlab32(const Params& p, const A (&d)[kTokens / 2], const Fra
 }
 
 // Stores 16-bit results through shared memory, 32 bytes a token. The halves of a token's bytes
-// change places every 4 tokens, against bank conflicts.
+// change places every 4 tokens, which avoids bank conflicts.
 template <int kTokens, class A>
 SJ_DEVICE void StoreSlab16(const Params& p, const A (&d)[kTokens / 2], const Fragment& f, int first,
                            uint32_t staging) {

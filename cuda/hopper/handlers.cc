@@ -18,6 +18,7 @@
 #include <algorithm>
 
 #include "common/ffi_util.h"
+#include "common/integers.h"
 #include "hopper/hopper.h"
 #include "lift/arguments.h"
 
@@ -64,8 +65,8 @@ struct Weight {
   bool dense() const { return values.dimensions().size() == 2; }
 };
 
-// Fills in what a weight is, multiplied with `columns` lifted columns; returns what is wrong with
-// it, or "".
+// Fills in the arguments of a weight that is multiplied with `columns` lifted columns. Returns what
+// is wrong with it, or "".
 std::string WeightArguments(const Weight& w, int64_t columns, Args& args) {
   const int64_t outputs = w.values.dimensions()[0], groups = w.values.dimensions()[1];
   if (std::max(groups, columns) > INT32_MAX) return "a dimension is over 2**31 - 1";
@@ -129,7 +130,7 @@ std::string MatmulArguments(const ffi::AnyBuffer& lifted, const ffi::Buffer<ffi:
   args.y = y.untyped_data();
   const uintptr_t begin = reinterpret_cast<uintptr_t>(workspace.typed_data());
   const size_t bytes = workspace.element_count();
-  const size_t skipped = (begin + kAlignment - 1) / kAlignment * kAlignment - begin;
+  const size_t skipped = RoundUp<uintptr_t>(begin, kAlignment) - begin;
   args.workspace = reinterpret_cast<void*>(begin + skipped);
   args.workspace_bytes = bytes > skipped ? bytes - skipped : 0;
   if (y.element_count() == 0) return "";

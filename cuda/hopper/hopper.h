@@ -41,8 +41,8 @@ struct Args {
   void* workspace;
   size_t workspace_bytes;
   // True if BeforeLift was called, and the previous launch on the stream is the lift's. The lift
-  // then clears the counters and lets this kernel begin early, which loads weights and waits for
-  // the activations.
+  // then clears the counters and lets this kernel begin early. This kernel loads weights and waits
+  // for the activations.
   bool after_lift;
 };
 

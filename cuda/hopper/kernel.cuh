@@ -18,11 +18,12 @@ namespace slidejax::hopper {
 
 inline constexpr int kStartBarrier = 8;  // a named barrier of both consumer warp groups
 
-// What a thread of a consumer warp group does: it waits for stages, issues wgmma and hands the sums
-// to the epilogue.
+// The work of a consumer thread: it waits for stages, issues wgmma and hands the sums to the
+// epilogue.
 //
-// The accumulators are declared inside the loop over work tiles and passed around by reference:
-// carried from tile to tile, ptxas would keep them alive through the epilogue and spill there.
+// The accumulators are declared inside the loop over work tiles and passed around by reference. If
+// they were carried from tile to tile, ptxas would keep them alive through the epilogue and spill
+// there.
 template <class T>
 class Consumer {
  public:
@@ -141,7 +142,8 @@ class Consumer {
     }
   }
 
-  // Issues a slice and, when the slice before it is done with, releases what that has read.
+  // Issues the instructions of a slice. When those of the slice before it have run, releases the
+  // stages that they have read.
   template <int kIndex, bool kFirst>
   SJ_DEVICE void SliceStep(Sums& d, Metadata& meta) {
     const Slice at = Arrive<kIndex, kFirst>(meta);
@@ -313,7 +315,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     __syncwarp();
     if (T::kCanSplitInCluster && p.cluster_groups > 1 &&
         place.cta_group / p.cluster_groups < p.cluster_split_tiles) {
-      ClusterSync();  // both with the consumers, when they hand over their sums
+      ClusterSync();  // the consumers call both when they hand over their sums
       ClusterSync();
     }
   } else {
@@ -325,7 +327,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   // A CTA may not leave while another still writes into its shared memory or arrives at its
   // barriers.
   if constexpr (T::kCtas > 1) ClusterSync();
-  if (p.role == kSecondary) GridWait();  // whoever waits for this launch waits for both
+  if (p.role == kSecondary) GridWait();  // so that waiting for this launch waits for both
 }
 
 }  // namespace slidejax::hopper

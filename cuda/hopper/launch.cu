@@ -2,8 +2,8 @@
 #include <cuda.h>
 
 #include <algorithm>
-#include <mutex>
 
+#include "common/device.h"
 #include "common/integers.h"
 #include "hopper/hopper.h"
 #include "hopper/kernel.cuh"
@@ -12,7 +12,6 @@
 namespace slidejax::hopper {
 namespace {
 
-constexpr int kMaxDevices = 64;
 // With at most this many tokens it pays to begin before the lift has ended. With 1024 it costs
 // time.
 constexpr int kEarlyTokens = 512;
@@ -41,10 +40,8 @@ bool Aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 EncodeTiled encode_tiled = nullptr;
 
-// What the driver and the device say, asked for once.
+// The facts about a device, asked for once.
 struct Device {
-  std::once_flag once;
-  cudaError_t status = cudaErrorInitializationError;
   int multiprocessors = 0;
   // How many clusters run side by side, by tile and by CTA groups in a cluster. It is 0 where a
   // tile has no such clusters.
@@ -54,7 +51,6 @@ struct Device {
     return clusters[tile][cluster_groups] * cluster_groups;
   }
 };
-Device devices[kMaxDevices];
 
 // Returns the configuration of a launch of `ctas` CTAs in clusters of `size`. It points to
 // `attribute`, which receives the size.
@@ -113,12 +109,8 @@ cudaError_t PrepareDevice(int id, Device& device) {
 }
 
 cudaError_t GetDevice(Device** device) {
-  int id = 0;
-  if (auto s = cudaGetDevice(&id)) return s;
-  if (id >= kMaxDevices) return cudaErrorInvalidDevice;
-  *device = &devices[id];
-  std::call_once(devices[id].once, [&] { devices[id].status = PrepareDevice(id, devices[id]); });
-  return devices[id].status;
+  static DeviceTable<Device> devices;
+  return devices.Get(device, PrepareDevice);
 }
 
 // ---- Tensor maps --------------------------------------------------------------------------------

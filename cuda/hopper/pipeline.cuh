@@ -42,15 +42,15 @@ SJ_DEVICE Shared MakeShared(uint32_t base) {
           barriers + T::kBarrierBytes};
 }
 
-// Where a CTA stands: in its cluster, in its CTA group (`rank`), and its CTA group in the cluster
-// and in the call.
+// The place of a CTA in its cluster and in its CTA group (`rank`), and the place of that group in
+// the cluster and in the call.
 struct CtaPlace {
   uint32_t in_cluster, rank;
   int group_in_cluster, cta_group, cta_groups;
 };
 
-// Copies the X of a CTA group's work tiles, stage after stage. With the first stage of each work
-// tile goes its description, so that consumers need no division.
+// Copies the X of a CTA group's work tiles, stage after stage. The first stage of each work tile
+// carries the tile's description, so that consumers need no division.
 template <class T>
 SJ_DEVICE void LoadActivations(const Params& p, const Shared& shared, const CtaPlace& place) {
   if (p.role != kSecondary) GridWait();
@@ -61,8 +61,9 @@ SJ_DEVICE void LoadActivations(const Params& p, const Shared& shared, const CtaP
     const WorkTile work = GetWorkTile(p, place.cta_group, place.cta_groups, i);
     const int row = (work.row_tile * T::kCtas + rank) * T::kRows;
     const int token = work.token_tile * T::kTokens;
-    // Tokens beyond M are not copied: zeros in their place would take three times as long as data.
-    // What is multiplied instead is whatever lies there; its products are never stored.
+    // Tokens beyond M are not copied, because copying zeros in their place would take three times
+    // as long as copying data. The instructions multiply whatever lies there, and its products are
+    // never stored.
     const int inside = min(max(p.M - token, 0), T::kTokens);
     const int mine = min(max(inside - share, 0), T::kTokensOfCta);
     BarrierWait(shared.x.empty + 8 * to.stage, to.parity);

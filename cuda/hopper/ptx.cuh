@@ -7,14 +7,12 @@
 
 #include <cstdint>
 
+#include "common/ptx.cuh"
+
 namespace slidejax::hopper {
 
 #define SJ_DEVICE __device__ __forceinline__
 #define SJ_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
-
-SJ_DEVICE uint32_t SharedAddress(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 SJ_DEVICE uint32_t ClusterRank() {
   uint32_t r;
@@ -22,16 +20,16 @@ SJ_DEVICE uint32_t ClusterRank() {
   return r;
 }
 
-// threadIdx.x, which the compiler reads again each time. So it keeps no registers for what follows
-// from it.
+// Returns threadIdx.x, which the compiler reads anew each time. So it keeps no registers for values
+// that follow from it.
 SJ_DEVICE int FreshThread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
 
-// Looks `spins` times at most whether others have counted up to n. If they have, what they wrote
-// before a fence and before counting can be read.
+// Looks at most `spins` times whether the counter has reached n, and returns whether it has. If so,
+// this thread can read the data that others wrote before they fenced and counted.
 SJ_DEVICE bool WaitCount(const int* counter, int n, int spins) {
   int v;
   do {
@@ -39,7 +37,7 @@ SJ_DEVICE bool WaitCount(const int* counter, int n, int spins) {
   } while (v < n && --spins > 0);
   return v >= n;
 }
-// Some milliseconds: far more than clusters that run side by side need.
+// This number of looks takes some milliseconds, far more than clusters that run side by side need.
 inline constexpr int kSpinLimit = 4096;
 
 // ---- mbarrier. Arrive and wait carry no .release.cluster and no .acquire.cluster, because those
@@ -88,12 +86,6 @@ SJ_DEVICE void FenceBarrierInit() {
 SJ_DEVICE void ClusterSync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-// Waits until the kernel before this one has ended and what it wrote can be read. Returns at once
-// where this kernel was launched to begin after that.
-SJ_DEVICE void GridWait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// Lets the kernel after this one begin, if it was launched to begin early, when all CTAs have
-// called this.
-SJ_DEVICE void GridRelease() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 SJ_DEVICE void NamedSync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -1,8 +1,8 @@
-// What a launch is given, and the work-tile scheduler: which tiles of y a CTA group multiplies, in
-// which order, and which steps of K.
+// The parameters of a launch, and the work-tile scheduler. The scheduler decides which tiles of y a
+// CTA group multiplies, in which order, and which steps of K.
 //
-// A CTA group is the thread blocks that share X: one, a CTA pair or four, stacked along the
-// outputs. As a rule a cluster is one CTA group; a cluster can also be launched of several.
+// A CTA group is the CTAs that share X: one, two (a CTA pair) or four, stacked along the outputs. A
+// cluster is usually one CTA group, but it can also hold several.
 #pragma once
 
 #include "common/dtype.h"
@@ -26,7 +26,7 @@ struct Params {
   // [stream_k_tiles + stream_k_workers][CTAs][rows x tokens]: accumulators in register order.
   float* partials;
   // [stream_k_tiles][CTAs][warps], zero at the start. The low half counts the partial sums that are
-  // in memory; from bit 32 on stand the reduction units left to the last arriver.
+  // in memory. The bits of the high half mark the reduction units left to the last arriver.
   unsigned long long* counters;
   int M, out;
   int steps;                    // of K: 256 columns of the product each, two slices
@@ -58,8 +58,8 @@ struct WorkTile {
   int row_tile, token_tile, begin, end, split;
 };
 
-// Of all steps of the stream-K tiles, one after another, worker w has those from FirstStep(w) on
-// and before FirstStep(w + 1). WorkerOfStep is the inverse.
+// The steps of all stream-K tiles are numbered, tile after tile. Worker w has the steps from
+// FirstStep(w) on and before FirstStep(w + 1). WorkerOfStep is the inverse.
 SJ_DEVICE int FirstStep(const Params& p, int worker) {
   return worker * (p.stream_k_tiles * p.steps) / p.stream_k_workers;
 }
@@ -67,8 +67,9 @@ SJ_DEVICE int WorkerOfStep(const Params& p, int step) {
   return ((step + 1) * p.stream_k_workers - 1) / (p.stream_k_tiles * p.steps);
 }
 
-// Token tiles go in token groups of nearly the same size, whose X fits in L2; all rows of W pass
-// each group. Groups of equal size and a small last one would read all of W for few tokens.
+// Token tiles form token groups of nearly the same size, whose X fits in L2. All rows of W pass
+// each group. If all groups but a small last one were equal, all of W would be read for its few
+// tokens.
 SJ_DEVICE void LocateTile(const Params& p, int tile, WorkTile& work) {
   const int member = tile & p.paired();
   tile >>= p.paired();

@@ -1,6 +1,6 @@
-// How the partial sums of tiles come together whose K several CTA groups share. There are two ways:
-// through memory (stream-K), and through the shared memory of a cluster. Both add in the order of
-// K, so that results do not depend on timing.
+// How partial sums come together where several CTA groups share the K of a tile. There are two
+// ways: through memory (stream-K), and through the shared memory of a cluster. Both add in the
+// order of K, so that results do not depend on timing.
 //
 // In both, a reduction unit is what one warp adds up and stores at a time: 16 outputs of up to 32
 // tokens.
@@ -21,9 +21,10 @@ SJ_DEVICE void AddQuad(A* sum, const uint4& v) {
 }
 
 // ---- Stream-K. Every warp leaves its partial sums in memory and goes on. When it has no more
-// work, it takes its share of the reduction units (the fix-up). It waits for missing partial sums,
-// but not for ever: the worker that owes one may not have begun, for want of the room that this one
-// takes. Then it leaves the unit to the last arriver, which brings the last partial sum.
+// work, it takes its share of the reduction units (the fix-up). It waits for missing partial sums
+// only up to a limit, because the worker that owes one may not begin before this one leaves its
+// multiprocessor. Past the limit it leaves the unit to the last arriver, the warp that brings the
+// last partial sum.
 
 // A CTA among those that share tiles: its worker, which is a CTA group or a pair of them, and its
 // rank there, counted from the first group's first CTA on.
@@ -75,7 +76,7 @@ SJ_DEVICE uint32_t StorePartial(const Params& p, const A (&d)[T::kM64Blocks][T::
   return __shfl_sync(~0u, last ? static_cast<int>(before >> 32) : 0, 0);
 }
 
-// Adds up and stores one unit of a shared tile, all of whose partial sums are in memory.
+// Adds up and stores one unit of a shared tile. All of its partial sums are in memory.
 template <class T>
 SJ_DEVICE void ReduceUnit(const Params& p, const Shared& shared, int rank, int tile, int unit,
                           int warp) {
@@ -92,8 +93,8 @@ SJ_DEVICE void ReduceUnit(const Params& p, const Shared& shared, int rank, int t
       T::kM64Blocks * 64;
   const int row = group_row + block * 64 + (warp & 3) * 16;
   const int token = work.token_tile * T::kTokens + slab * T::kUnitTokens;
-  // Of the warp's staging buffer: 1 KB to transpose in, scale_x of 32 tokens, scale_w and bias of
-  // 16 outputs.
+  // The warp's staging buffer has 1 KB for transposing, then scale_x of 32 tokens, then scale_w and
+  // bias of 16 outputs.
   const uint32_t staging = StagingOf<T>(shared, warp);
   const uint32_t scale_x = staging + 1024, scale_w = staging + 1152;
   if (lane < T::kUnitTokens) {
@@ -110,7 +111,7 @@ SJ_DEVICE void ReduceUnit(const Params& p, const Shared& shared, int rank, int t
   A sum[4 * kQuads] = {};
   const int at = (block * (T::kTokens / 8) + slab * kQuads) * 32;
 #pragma unroll 1
-  for (int worker = first; worker <= last; worker += 4) {  // their loads are under way together
+  for (int worker = first; worker <= last; worker += 4) {  // four load side by side
     uint4 v[4][kQuads];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -133,8 +134,8 @@ SJ_DEVICE void ReduceUnit(const Params& p, const Shared& shared, int rank, int t
                             staging);
 }
 
-// The fix-up of a warp. inherited: what StorePartial has returned for the first shared tile of the
-// worker, and for a second one 16 bits further up.
+// The fix-up of a warp. inherited: the units that StorePartial has returned, in the low 16 bits for
+// the worker's first shared tile, in the high 16 bits for a second one.
 template <class T>
 SJ_DEVICE void FixUp(const Params& p, const Shared& shared, const Worker& me, int warp,
                      uint32_t inherited) {
@@ -143,7 +144,7 @@ SJ_DEVICE void FixUp(const Params& p, const Shared& shared, const Worker& me, in
   const int lane = FreshThread() & 31;
   if ((warp & 3) == 0 && lane == 0) BulkWaitRead<0>();  // the staging buffers are free
   NamedSync(1 + (warp >> 2), 128);
-  // Of the units of all tiles, each worker takes every stream_k_workers-th.
+  // The units of all tiles are numbered, and a worker takes every stream_k_workers-th.
   int spins = kSpinLimit, next = me.index;
 #pragma unroll 1
   while (next < p.stream_k_tiles * kPerTile || inherited != 0) {
@@ -174,7 +175,8 @@ SJ_DEVICE void FixUp(const Params& p, const Shared& shared, const Worker& me, in
 }
 
 // ---- Within a cluster. The units of all warps are dealt out to the CTA groups. Each group sends
-// its partial sum of a unit to the unit's owner; when all have, the same warp there adds up.
+// its partial sum of a unit to the unit's owner. When all have arrived, the warp there that has the
+// same number as the senders adds them up.
 
 // Returns where the partial sum of CTA group `from` for a unit arrives in its owner's shared
 // memory: in place of the rings, which no group needs any more by then.

@@ -1,4 +1,4 @@
-// What the FFI handlers that lift have in common.
+// The operands that the FFI handlers of the lifts have in common.
 #pragma once
 
 #include <string>

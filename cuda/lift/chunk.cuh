@@ -14,8 +14,6 @@
 
 namespace slidejax::lift {
 
-constexpr unsigned kFullMask = 0xffffffffu;
-
 // Eight columns, as they lie in memory.
 template <typename T>
 struct Chunk {

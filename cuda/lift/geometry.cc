@@ -7,20 +7,20 @@ namespace {
 
 constexpr int kMaxRows = 3;           // of a block, in the ring at once
 constexpr int kReservedBytes = 1024;  // of shared memory, which a block takes beside its own
-constexpr int kFewWarps = 8;          // a block with no more is not halved
-constexpr int64_t kManyRows = 16;     // of a multiprocessor: it is busy all the time
+constexpr int kFewWarps = 8;          // a block of at most this many is not halved
+constexpr int64_t kManyRows = 16;     // rows that keep a multiprocessor busy all the time
 constexpr int64_t kKilobyte = 1024;
 
-// TilesOfWarp: the tiles of a row that a warp has at most. EvenWarps: as many of `warps` as share
-// the tiles evenly.
+// TilesOfWarp returns the most tiles of a row that one of `warps` warps has. EvenWarps returns the
+// fewest warps that have no more tiles each.
 int TilesOfWarp(const RowShape& s, int warps) { return (s.tiles + warps - 1) / warps; }
 int EvenWarps(const RowShape& s, int warps) {
   return TilesOfWarp(s, TilesOfWarp(s, std::max(1, std::min(warps, s.tiles))));
 }
 
-// What a multiprocessor works best with, if all of it fits. It is measured
-// (docs/journal/2026-11-24-lift.md). A multiprocessor needs enough bytes on their way; what it asks
-// for further ahead only gets in the way of the stores.
+// The launch with which a multiprocessor works best, if all of it fits. The numbers are measured
+// (docs/journal/2026-11-24-lift.md). A multiprocessor needs enough bytes under way. Copies that are
+// asked for further ahead only get in the way of the stores.
 struct Wish {
   int blocks;
   int warps;      // of a block
@@ -96,7 +96,7 @@ class Fitting {
 
   RingGeometry Fit() {
     Deepen();
-    // Where a row leaves room for no more, fewer tiles are staged.
+    // Fewer warps stage fewer tiles, which leaves more room for a long row.
     while (warps_ > 1 && !Fits(Bytes(warps_, depth_))) Halve();
     while (blocks_ == 1 && warps_ > kFewWarps && rows_ > 1 && depth_ == TilesOfWarp(s_, warps_) &&
            HalfFits()) {
@@ -115,7 +115,7 @@ class Fitting {
     return bytes <= device_.shared_of_block &&
            blocks_ * (bytes + kReservedBytes) <= device_.shared_of_multiprocessor;
   }
-  // As deep a ring as fits for these warps, on fewer blocks if need be.
+  // Chooses the deepest ring that fits for these warps, on fewer blocks if need be.
   void Deepen() {
     const int own = TilesOfWarp(s_, warps_);
     while (!Fits(Bytes(warps_, own)) && blocks_ > 1) --blocks_;
@@ -126,7 +126,8 @@ class Fitting {
     while (depth_ > own && TooDeep(own)) --depth_;
   }
   bool TooDeep(int own) const {
-    const bool nothing_ahead = blocks_ == 1 && depth_ <= own + 1;  // if it were less
+    // Whether a ring of one tile less would leave nothing to ask for ahead.
+    const bool nothing_ahead = blocks_ == 1 && depth_ <= own + 1;
     return !Fits(Bytes(warps_, depth_)) ||
            (!nothing_ahead && blocks_ * warps_ * depth_ * tile_bytes_ > wish_.ahead);
   }

@@ -6,10 +6,10 @@
 #include <cstdint>
 
 #include "common/host_device.h"
+#include "common/warp.h"
 
 namespace slidejax::lift {
 
-constexpr int kLanes = 32;
 constexpr int kChunk = 8;       // columns that a lane handles at once
 constexpr int kGranule = 16;    // bytes of one asynchronous copy
 constexpr int kLine = 128;      // bytes, of memory
@@ -50,8 +50,8 @@ struct RowShape {
 // Shared memory begins with two sets of maxima, which alternate, and two of sums, a word a warp.
 constexpr int kReductionBytes = 4 * kMaxWarps * 4;
 
-// Bytes of a tile of x in the ring: whole lines, which warps copy and read the fastest, and one
-// more where rows are shifted.
+// Bytes of a tile of x in the ring. They are whole lines, which warps copy and read the fastest,
+// and one line more where rows are shifted.
 SLIDEJAX_HOST_DEVICE inline int SlotBytes(const RowShape& s, int steps, int in_bytes) {
   return kLanes * kChunk * steps * in_bytes + (s.x_aligned ? 0 : kLine);
 }

@@ -17,7 +17,7 @@
 namespace slidejax::lift {
 namespace {
 
-// Fills in what both targets have; returns what is wrong with it, or "".
+// Fills in the arguments that both targets have. Returns what is wrong with them, or "".
 std::string CheckShapes(const ffi::AnyBuffer& x, const ffi::AnyBuffer& lifted,
                         const ffi::Buffer<ffi::F32>& scale, int32_t group, Args& args) {
   const auto x_type = DTypeOf(x.element_type()), lifted_type = DTypeOf(lifted.element_type());

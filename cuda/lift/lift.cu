@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kLanes* kStreamingWarps)
                                     [&](int index) { return load(tile, index); });
     }
   } else {
-    for (int tile = warp; tile < p.tiles;
-         tile += warps) {  // absmax is there to find inf and nan only
+    // The only use of absmax here is to find inf and nan.
+    for (int tile = warp; tile < p.tiles; tile += warps) {
       EmitTile<0, 0, false, In, Out>(p, row_index, tile, stage, 1.0f, [&](int index) {
         const Chunk<In> chunk = load(tile, index);
         absmax.Add(chunk);

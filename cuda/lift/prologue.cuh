@@ -1,5 +1,6 @@
-// Prologues: what a model computes right before a linear layer. The kernel applies it to the chunks
-// of a row before it looks for absmax. It is computed in float32 and rounded once, to x's dtype.
+// Prologues: the norms and activations that a model applies right before a linear layer. The kernel
+// applies a prologue to the chunks of a row before it looks for absmax. Its result is computed in
+// float32 and rounded once, to x's dtype.
 // slidejax/ops/prologue.py holds the formulas.
 //
 // A prologue is a type with kSources (inputs as large as x), kSums (sums over the row that it needs

@@ -5,27 +5,18 @@
 
 #include <cstdint>
 
+#include "common/ptx.cuh"
 #include "lift/geometry.h"
 
 namespace slidejax::lift {
 
 // Copies sixteen bytes to shared memory asynchronously; writes zeros if they are not wanted.
 __device__ inline void CopyGranule(void* shared, const void* global, bool wanted) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global), "r"(wanted ? kGranule : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(SharedAddress(shared)),
+      "l"(global), "r"(wanted ? kGranule : 0)
+      : "memory");
 }
-
-// Lets the next kernel begin where there is room, if it was launched to begin before this one has
-// ended.
-__device__ inline void LetNextBegin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits for all of the thread's groups of copies but the latest `pending`, which is at most
 // kMaxPending.

@@ -35,7 +35,7 @@ struct RingParams : RowShape {
 
 // Both kernels begin with this.
 __device__ inline void Begin(const RingParams& p) {
-  LetNextBegin();
+  GridRelease();
   if (blockIdx.x == 0) {
     for (int i = threadIdx.x; i < p.counter_count; i += blockDim.x) p.counters[i] = 0;
   }
@@ -45,17 +45,17 @@ __device__ inline void Begin(const RingParams& p) {
 
 __device__ inline float WarpSum(float v) {
 #pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(kFullMask, v, offset);
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(kAllLanes, v, offset);
   return v;
 }
 
 __device__ inline uint32_t BlockMax(uint32_t bits, uint32_t* words) {
-  bits = __reduce_max_sync(kFullMask, bits);
+  bits = __reduce_max_sync(kAllLanes, bits);
   const int warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
   if (warps == 1) return bits;
   if (lane == 0) words[threadIdx.x / kLanes] = bits;
   __syncthreads();
-  return __reduce_max_sync(kFullMask, lane < warps ? words[lane] : 0);
+  return __reduce_max_sync(kAllLanes, lane < warps ? words[lane] : 0);
 }
 
 template <int kSums>
@@ -119,8 +119,8 @@ __device__ inline void EmitTile(const RingParams& p, int64_t row, int tile, char
   }
   __syncwarp();
   const int bytes = TileBytes(n, steps, sizeof(Out));
-  const int rest = p.lifted_columns * static_cast<int>(sizeof(Out)) -
-                   tile * bytes;  // of the row, from this tile on
+  // Bytes of the row from this tile on.
+  const int rest = p.lifted_columns * static_cast<int>(sizeof(Out)) - tile * bytes;
   char* const to = reinterpret_cast<char*>(out) + static_cast<int64_t>(tile) * bytes;
   if (n == 1)
     StoreTileAnywhere(to, stage, min(rest, bytes));
@@ -164,11 +164,12 @@ class WarpRing {
     if (++next_ == count_) next_ = 0, next_row_ += stride_;
   }
 
-  // Returns chunk number `index` of the tile in a slot, where it lies as Put has written it.
+  // Returns chunk number `index` of the tile in a slot, as Put has written it. Where nothing
+  // was put, that is as it has arrived.
   __device__ __forceinline__ Chunk<In> Read(int slot, int index) const {
     return ReadAt(ChunkAt(slot, 0, index));
   }
-  // Returns that chunk as it has arrived. The tile is the warp's i-th of the row.
+  // Returns that chunk as it has arrived. The tile in the slot is the warp's i-th of the row.
   __device__ __forceinline__ Chunk<In> ReadRaw(int64_t row, int slot, int i, int source,
                                                int index) const {
     const uint4* at = ChunkAt(slot, source, index);
@@ -178,7 +179,7 @@ class WarpRing {
     return Masked(Shifted<In>(shift % kGranule, [&](int granule) { return at[granule]; }),
                   p_.columns - ColumnOf(i, index));
   }
-  // Writes the lane's chunk to where ReadRaw has found it. From then on Read finds it.
+  // Writes the lane's chunk to the place where ReadRaw has found it. From then on Read finds it.
   __device__ __forceinline__ void Put(int slot, int index, const Chunk<In>& chunk) {
     if (!p_.x_aligned) __syncwarp();
     uint4* const to = ChunkAt(slot, 0, index);
@@ -193,7 +194,7 @@ class WarpRing {
   __device__ __forceinline__ const char* RowOf(int source, int64_t row) const {
     return static_cast<const char*>(source == 0 ? p_.x : p_.prologue.second) + row * row_bytes_;
   }
-  // Where a row begins in its first line.
+  // Bytes from the beginning of a row's first line to the row.
   __device__ __forceinline__ static int ShiftOf(const char* x) {
     return static_cast<int>(reinterpret_cast<uintptr_t>(x) % kLine);
   }
@@ -249,7 +250,7 @@ class WarpRing {
   const int count_, slot_bytes_, tile_bytes_;
   const int64_t row_bytes_;
   char* const ring_;
-  int next_ = 0;          // what is asked for next: this tile of this row
+  int next_ = 0;          // the tile of row next_row_ that Refill asks for next
   const int64_t stride_;  // of the rows of a block
   int64_t next_row_;
 };

@@ -42,7 +42,7 @@ __device__ inline void StageLifted(char* tile, int index, const Chunk<Out>& c,
     // window is the next lane's.
     const int lane = index % kLanes;
     const uint32_t after =
-        __shfl_sync(kFullMask, lane == 0 ? next.word[0] : c.word[0], (lane + 1) % kLanes);
+        __shfl_sync(kAllLanes, lane == 0 ? next.word[0] : c.word[0], (lane + 1) % kLanes);
     const uint32_t words[4] = {c.word[0], straddling, c.word[1],
                                __byte_perm(c.word[1], after, 0x5432)};
 #pragma unroll
@@ -122,8 +122,8 @@ __device__ inline void StoreTileAnywhere(char* out, const char* tile, int length
   } else if (lane - 16 < tail) {
     out[length - tail + lane - 16] = tile[length - tail + lane - 16];
   }
-  const uint32_t* const words =
-      reinterpret_cast<const uint32_t*>(tile) + head / 4;  // a staged tile has room for a word more
+  // The last word that is read may lie behind the tile, where the stage has room for it.
+  const uint32_t* const words = reinterpret_cast<const uint32_t*>(tile) + head / 4;
 #pragma unroll 1
   for (int offset = 16 * lane; offset < length - head - tail; offset += 16 * kLanes) {
     uint32_t word[5];

@@ -1,4 +1,4 @@
 """Timing linear layers side by side: those of plain JAX, and those of slidejax.
 
-`run` is `slidejax bench`, `tuning` is `slidejax tune`.
+The module `run` serves `slidejax bench`, and `tuning` serves `slidejax tune`.
 """

@@ -67,7 +67,7 @@ def measure(
     Returns:
       A JSON object with "device", "jax", "slidejax", "xla_flags", "clock", "shapes" and
 
-      - "lift": rows with `us` and `gb_per_s`, also of the copy and of quantising alone;
+      - "lift": rows with `us` and `gb_per_s` of the lift, the copy and quantising alone;
       - "linear": rows with `us` by contender, the reasons of implementations that refuse, and the
         settings of those that have any;
       - "sums": the same added up over the shapes, for each dtype, pattern and M, with ratios to the

@@ -1,11 +1,11 @@
 """Timing functions side by side on the device, without the cost of dispatching them.
 
 A contender is a function of `(x, weights)`. One jitted program applies it to several distinct
-inputs. It also uses several copies of the weights, if one copy would stay in the cache from one
-application to the next; in a model it would not. On a GPU the program is a loop, as in a model that
-generates: buffers stay where they are, and XLA launches a recorded graph. Barriers order the
-applications. Without them XLA could merge products that share an operand, or move them out of the
-loop.
+inputs. The program also uses several copies of the weights, if one copy would stay in the cache
+from one application to the next, which does not happen in a model. On a GPU the program is a loop,
+as in a model that generates: buffers stay where they are, and XLA launches a recorded graph.
+Barriers order the applications. Without them XLA could merge products that share an operand, or
+move them out of the loop.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 __all__ = ["Clock", "Contender", "time_all"]
 
 _OUTSIDE_CACHE = 192 << 20  # bytes of weights that no cache holds
-# Bytes that a program reads at least on a GPU, so that it runs longer than its dispatch takes.
+# The least bytes that a program reads on a GPU, so that it runs longer than its dispatch takes.
 _BUSY = 1200 << 20
 
 

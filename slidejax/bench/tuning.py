@@ -129,7 +129,8 @@ def measure(
       note: called with a line of text for each step.
 
     Returns:
-      The entries, as `slidejax.tune` keeps them, and the path of the table, None for a dry run.
+      The entries, as `slidejax.ops.tuning` keeps them, and the path of the table, which is None for
+      a dry run.
       Each shape is recorded when it has been measured, so that an interruption loses at most one.
 
     Raises:

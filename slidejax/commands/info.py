@@ -24,7 +24,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints what `collect` finds."""
+    """Prints the facts of `collect`."""
     facts = collect()
     terminal.emit(args, facts)
     if args.json != "-":
@@ -88,7 +88,7 @@ def collect() -> dict[str, Any]:
 
 
 def text(facts: dict[str, Any]) -> str:
-    """Formats what `collect` returns as text."""
+    """Formats the facts of `collect` as text."""
     library = facts["cuda_library"]
     lines = [
         f"python {facts['python']}",

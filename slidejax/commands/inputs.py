@@ -1,4 +1,4 @@
-"""Models and texts that the arguments name, read."""
+"""Reading the models and texts that the arguments name."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of standard output has gone. Python would complain about that once more when it
-        # exits.
+        # The reader of standard output has gone. Without this line Python would complain about that
+        # again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except KeyboardInterrupt:
         return 130

@@ -1,6 +1,6 @@
 """The choice of an implementation: the one that the caller asks for, or the fastest by measurement.
 
-It is made when an op is lowered for a platform. `slidejax.explain` shows it.
+The choice is made when an op is lowered for a platform. `slidejax.explain` shows it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from slidejax.weights.pattern import Pattern
 
 __all__ = ["Choice", "choose", "forms", "implementation_for", "lookup", "time_of"]
 
-# The largest distance between a problem and an entry of the table that speaks for it, in factors of
-# two summed over rows, inputs and outputs.
+# An entry of the table speaks for a problem up to this distance. It is counted in factors of two,
+# summed over rows, inputs and outputs.
 _MAX_DISTANCE = 3.0
 # A weight can do without a prepared form if it takes at most this many times its shortest time.
 _CLOSE_ENOUGH = 1.2
@@ -163,7 +163,7 @@ def time_of(
     Returns:
       Microseconds; None if nothing near was measured.
     """
-    times: list[tuple[float, float]] = []  # distance of the entry, and scaled time
+    times: list[tuple[float, float]] = []  # (distance of the entry, scaled time)
     for e in entries(device):
         if e["dtype"] != dtype.name or (pattern.prunes and e["pattern"] != str(pattern)):
             continue

@@ -191,7 +191,8 @@ def lift_shard(
     x = inputs.apply(xs, axes)
     absmax = jax.lax.pmax(row_absmax(x), axes)
     codes, _ = lift_rows([x], pattern, dtype, absmax=absmax)
-    # From the reduced absmax, so that JAX knows that the scale is the same on every shard.
+    # The scale is computed from the reduced absmax, so that JAX knows that it is the same on every
+    # shard.
     return codes, row_scale(absmax, dtype)
 
 

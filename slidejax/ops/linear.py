@@ -195,7 +195,7 @@ def linear(
 
     Raises:
       ValueError: for shapes or dtypes that do not fit each other.
-      TypeError: if `w` is no `LinearWeight`, or `prologue` none of these.
+      TypeError: if `w` is no `LinearWeight`, or `prologue` is none of these.
       NotImplementedError: if the implementation refuses, with the reason.
 
     >>> from slidejax import pack

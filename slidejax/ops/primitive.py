@@ -1,4 +1,4 @@
-"""Making a primitive with its vmap rule and derivative, and checking x: shared by the ops."""
+"""Helpers that all ops share: making a primitive with its vmap rule and derivative; checking x."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def make_primitive(
     primitive.multiple_results = True
 
     def abstract_eval(x, *avals, **params):
-        # Made from x's own aval: inside shard_map it keeps the mesh axes over which x varies.
+        # The results are made from x's own aval. Inside shard_map they then vary over the mesh axes
+        # over which x varies.
         return [
             x.update(shape=shape, dtype=np.dtype(dtype), weak_type=False)
             for shape, dtype in shape_rule(x, *avals, **params)

@@ -36,7 +36,7 @@ def varying_axes(*arrays) -> frozenset:
 
 
 def vary(axes: frozenset, *arrays) -> list:
-    """Makes the arrays vary over all of `axes`, as a primitive's operands must agree.
+    """Makes the arrays vary over all of `axes`: the operands of a primitive must agree.
 
     The transpose is a sum over the axes that are added.
     """

@@ -48,7 +48,7 @@ class LinearParams:
 
     Attributes:
       pattern: the weight's `Pattern`.
-      in_features: inputs held here, without padding.
+      in_features: inputs of the kernel, or of the shard of K, without padding.
       out_dtype: of the result. None gives the raw accumulators, int32 or float32, without scales
         and bias.
       implementation: the name that the caller asked for, or None.

@@ -26,7 +26,7 @@ def distillation_loss(
     """The loss of a converted language model against the original one, for `slidejax.train.fit`.
 
     Args:
-      model: the student, a converted Hugging Face Flax model.
+      model: the student, a converted `slidejax.lm.Decoder` or Hugging Face Flax model.
       teacher: the original model, with the same vocabulary.
       temperature: see `kl_divergence`.
       hidden: weight of the hidden states' loss: their squared distance divided by the squared
@@ -37,17 +37,26 @@ def distillation_loss(
     """
 
     def loss(params: Any, ids: jax.Array, teacher_params: Any) -> jax.Array:
-        options = {"output_hidden_states": True} if hidden else {}
-        mine = model(ids, params=params, **options)
-        theirs = jax.lax.stop_gradient(teacher(ids, params=teacher_params, **options))
-        total = kl_divergence(mine.logits, theirs.logits, temperature)
+        mine, my_states = _outputs(model, params, ids, bool(hidden))
+        theirs, their_states = jax.lax.stop_gradient(
+            _outputs(teacher, teacher_params, ids, bool(hidden))
+        )
+        total = kl_divergence(mine, theirs, temperature)
         if hidden:
             # The first pair are the embeddings, which are the same in both.
-            pairs = list(zip(mine.hidden_states[1:], theirs.hidden_states[1:], strict=True))
+            pairs = list(zip(my_states[1:], their_states[1:], strict=True))
             total += hidden * sum(_distance(a, b) for a, b in pairs) / len(pairs)
         return total
 
     return loss
+
+
+def _outputs(model: Any, params: Any, ids: jax.Array, states: bool) -> tuple[jax.Array, tuple]:
+    """Logits and hidden states of a decoder of slidejax, or of a model of transformers."""
+    if hasattr(model, "outputs"):
+        return model.outputs(params, ids)
+    made = model(ids, params=params, **({"output_hidden_states": True} if states else {}))
+    return made.logits, made.hidden_states if states else ()
 
 
 def _distance(mine: jax.Array, theirs: jax.Array) -> jax.Array:

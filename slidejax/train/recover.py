@@ -47,8 +47,8 @@ def recover(
     Masks stay as they are, and 8-bit rounding is in the loop.
 
     Args:
-      model: a converted Hugging Face Flax language model (`slidejax.huggingface.convert`), 8-bit or
-        float-packed.
+      model: a converted language model, 8-bit or float-packed: a `slidejax.lm.Decoder`
+        (`slidejax.lm.convert`) or a Hugging Face Flax model (`slidejax.huggingface.convert`).
       teacher: the original model.
       tokens: token ids to train on, one long text `[n]` or rows `[rows, length]`. Labels are not
         needed.
@@ -84,8 +84,6 @@ def recover(
         sparse = sj.huggingface.convert(original, "6:8", method="sparsegpt", calibration=tokens)
         sparse, fitted = sj.recover(sparse, original, tokens, minutes=5)
     """
-    from slidejax import huggingface
-
     if model.config.vocab_size != teacher.config.vocab_size:
         raise ValueError(
             f"teacher has a vocabulary of {teacher.config.vocab_size} tokens, "
@@ -93,7 +91,8 @@ def recover(
         )
     if not weights_of(model.params):
         raise ValueError("model has no packed weights: nothing to recover, convert it first")
-    window = min(window, getattr(model.config, "max_position_embeddings", window))
+    for name in ("max_positions", "max_position_embeddings"):  # a decoder's, and transformers'
+        window = min(window, getattr(model.config, name, window))
     rows = rows_of(tokens, window)
     if rows.min() < 0 or rows.max() >= model.config.vocab_size:
         raise ValueError(
@@ -118,4 +117,8 @@ def recover(
         every=every,
         progress=progress,
     )
+    if hasattr(model, "with_params"):
+        return model.with_params(fitted.params), fitted
+    from slidejax import huggingface
+
     return huggingface.with_params(model, fitted.params), fitted

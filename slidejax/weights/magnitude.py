@@ -54,14 +54,13 @@ def keep_largest(score: jax.Array, pattern: Pattern) -> jax.Array:
     """
     if not pattern.prunes:
         return jnp.ones(score.shape, bool)
-    groups = to_groups(
-        jnp.where(jnp.isnan(score), jnp.inf, score), pattern, fill=-1.0
-    )  # padding goes first
+    score = jnp.where(jnp.isnan(score), jnp.inf, score)
+    groups = to_groups(score, pattern, fill=-1.0)  # padding is dropped first
     column = jnp.arange(pattern.group)
     first = column == jnp.argmin(groups, axis=-1, keepdims=True)
     second = column == jnp.argmin(jnp.where(first, jnp.inf, groups), axis=-1, keepdims=True)
-    # If all others are inf, the second argmin may find the first column again. Then any other is
-    # as good, and the next one is taken.
+    # If all other columns are inf, the second argmin may find the first column again. Then any
+    # other column is as good, and the next one is taken.
     again = jnp.any(first & second, axis=-1, keepdims=True)
     following = jnp.roll(first, 1, axis=-1)
     return from_groups(~(first | jnp.where(again, following, second)), score.shape[-2])

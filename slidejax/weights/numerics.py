@@ -53,7 +53,7 @@ def scale_from_absmax(absmax: jax.Array, dtype) -> jax.Array:
     """The scale of a row with this largest magnitude, float32.
 
     A zero row, or one whose scale would be subnormal, has scale 1, and `encode` gives it codes 0.
-    A row with inf or nan has scale nan. This makes the outputs of that row nan, and of no other.
+    A row with inf or nan has scale nan, which makes the outputs of this row nan, and no others.
     """
     scale = absmax * np.float32(1.0 / QMAX[np.dtype(dtype)])
     scale = jnp.where(scale < _TINY, np.float32(1), scale)
@@ -84,7 +84,6 @@ def _round_e4m3(x: jax.Array) -> jax.Array:
     XLA's cast alone is not enough: on some platforms it goes through float16 and rounds twice.
     """
     normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
-    subnormal = jnp.round(x * np.float32(512)) * np.float32(
-        1 / 512
-    )  # below 2**-6 the spacing is 2**-9
+    # Below 2**-6 the spacing is 2**-9.
+    subnormal = jnp.round(x * np.float32(512)) * np.float32(1 / 512)
     return jnp.where(jnp.abs(x) < np.float32(2**-6), subnormal, normal)

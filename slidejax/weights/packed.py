@@ -1,9 +1,9 @@
 """The packed weight, `SlideWeight`, and the functions around it: `pack`, `unpack`, `quantize`.
 
-Sort the kept columns of a group. Pair number `w` then always lies inside window `w`, so packing
-needs no search. With the two zeros of a group at `z1 < z2`, kept value `j` comes from column
-`j + (j >= z1) + (j >= z2 - 1)`. Packing and unpacking are therefore three shifted copies and a
-selection between them. With the pattern "dense" a group has no zeros, and packing only pads,
+If the kept columns of a group are sorted, pair number `w` of them always lies inside window `w`. So
+packing needs no search. With the two zeros of a group at `z1 < z2`, kept value `j` comes from
+column `j + (j >= z1) + (j >= z2 - 1)`. Packing and unpacking are therefore three shifted copies and
+a selection between them. With the pattern "dense" a group has no zeros, and packing only pads,
 casts or quantises.
 """
 
@@ -48,7 +48,7 @@ class LinearWeight(abc.ABC):
 
     It is a pytree, and `slidejax.linear` multiplies with it. Its subclasses are `SlideWeight`,
     `slidejax.trainable.MasterWeight`, `slidejax.adapters.AdaptedWeight` and
-    `slidejax.variants.serving.ServingWeight`. Each of them does everything that is said here.
+    `slidejax.variants.serving.ServingWeight`. Each of them keeps every promise of this interface.
     """
 
     @property
@@ -127,7 +127,7 @@ class WrappedWeight(LinearWeight):
 
 
 class TreeLayout(abc.ABC):
-    """A node that takes the place of a kernel and is no weight: it says where weights are held.
+    """A node that takes the place of a kernel and says where weights are held. It is no weight.
 
     It is a pytree (`slidejax.variants.projections`). Code that multiplies with weights, trains them
     or adds to them takes the layout apart first.
@@ -390,9 +390,9 @@ def pack(
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _pack(kernel, mask, given_scale, pattern: Pattern, dtype) -> tuple[SlideWeight, jax.Array]:
-    """The packed weight, and a bool `[..., out, groups]`: True where too much would be kept."""
+    """The packed weight, and a bool `[..., out, groups]`, True where a group keeps too much."""
     nonzero = to_groups(mask & (kernel != 0), pattern, fill=False)
-    # Some 2:4 compressors count -0.0 as a non-zero, so only +0 is stored for weights that go.
+    # Some 2:4 compressors count -0.0 as a non-zero, so a pruned weight is stored as +0.
     groups = jnp.where(nonzero, to_groups(kernel, pattern), jnp.zeros((), kernel.dtype))
     crowded = jnp.sum(nonzero, axis=-1) > pattern.kept
     zeros = _zeros_of(nonzero) if pattern.prunes else jnp.zeros((*nonzero.shape[:-2], 0), jnp.uint8)

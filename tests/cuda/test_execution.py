@@ -1,4 +1,5 @@
-"""CUDA graphs, threads and devices: calls share no state that could disturb them."""
+"""CUDA graphs, threads and devices: calls share no state through which they could disturb each
+other."""
 
 import os
 import subprocess

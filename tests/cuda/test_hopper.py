@@ -1,5 +1,5 @@
-"""The Hopper implementation through JAX: on a GPU against the reference, and what is lowered where
-there is no GPU."""
+"""The Hopper implementation through JAX: on a GPU against the reference, and the lowered programs
+where there is no GPU."""
 
 import cuda_formulas as formulas
 import jax
@@ -61,9 +61,8 @@ def test_e4m3_is_as_exact_as_its_sums(on_hopper, rows):
     want = formulas.accumulate(
         np.asarray(lifted), formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros))
     )
-    assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(
-        want
-    )  # 13 bits of each step's sum are kept
+    # The tensor cores keep 13 bits of each step's sum.
+    assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)
 
 
 # --- the lift and the product in one call ---------------------------------------------------------

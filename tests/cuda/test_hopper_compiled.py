@@ -1,4 +1,4 @@
-"""What ptxas made of the Hopper kernels: registers, spills, wgmma. Needs no GPU.
+"""The report of ptxas on the Hopper kernels: registers, spills, wgmma. Needs no GPU.
 
 The build keeps the report of ptxas (cuda/build/compiler_log.py). The test compiles the kernels
 itself only where there is no report, or an older one.
@@ -16,16 +16,14 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "cuda/hopper").iterdir())
 LOG = "hopper_ptxas.log"
 ENTRY = re.compile(r"Compiling entry function '(\w+)'")
-TILE = re.compile(
-    r"TileILb(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi\d+ELi\d+ELi\d+ELb(\d)E"
-)  # fp8, warp groups, blocks, tokens, sparse
+# Its groups: fp8, warp groups, m64 blocks, tokens, sparse.
+TILE = re.compile(r"TileILb(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi\d+ELi\d+ELi\d+ELb(\d)E")
 
 
 def complaints(log):
-    """What is wrong with the kernels of a ptxas report, one line for each finding."""
-    found = [
-        line.strip() for line in log.splitlines() if re.search(r"\(C75\d\d\)", line)
-    ]  # wgmma serialised, setmaxnreg ignored
+    """The faults of the kernels in a ptxas report, one line for each."""
+    # These messages say that wgmma is serialised, or setmaxnreg ignored.
+    found = [line.strip() for line in log.splitlines() if re.search(r"\(C75\d\d\)", line)]
     name = None
     for line in log.splitlines():
         if entry := ENTRY.search(line):
@@ -109,7 +107,7 @@ def disassembler():
     )
 
 
-WAITS = re.compile(r"\b(MEMBAR|CCTL|LDL|STL)\b")  # for memory
+WAITS = re.compile(r"\b(MEMBAR|CCTL|LDL|STL)\b")  # instructions that wait for memory
 
 
 def registers(operands):
@@ -135,11 +133,9 @@ def main_loop(addresses, instructions):
 def misuses(instructions, loop):
     """Instructions that touch accumulators or metadata of a wgmma that may still run, or that make
     the loop wait for memory."""
-    found, running, issued = (
-        [],
-        [],
-        [],
-    )  # committed groups, and what is not committed: (accumulators, metadata)
+    found = []
+    # Committed groups, and instructions that are not committed: (accumulators, metadata).
+    running, issued = [], []
     for i, text in enumerate(instructions):
         if m := re.search(r"GMMA\S*?64x(\d+)x(?:64|32)\S* R(\d+), gdesc\[\w+\], \w+(.*)", text):
             first = int(m[2])

@@ -35,8 +35,8 @@ def test_all_tiles_are_tested(emulated):
 @pytest.mark.parametrize("tile", TILES)
 @both_inputs
 def test_every_tile(emulated, tile, dtype):
-    """More than one tile for every CTA group, so that remains of one could disturb the next. Tiles
-    are whole at first, then cut along K."""
+    """Every CTA group has more than one tile, so that the remains of one could disturb the next.
+    Tiles are whole at first, then cut along K."""
     index, shape = emulated.tile(tile)
     rows, tokens = shape.rows, shape.tokens
     whole = Problem(tokens + 9, 5 * rows + 8, 16, dtype=dtype, seed=index)

@@ -11,8 +11,8 @@ both_inputs = pytest.mark.parametrize("dtype", INPUT, ids=("e4m3", "int8"))
 @both_inputs
 @pytest.mark.parametrize("tile", ["256x192", "128x64"])
 def test_split_sums_do_not_need_the_whole_grid_to_run(emulated, tile, dtype):
-    """As if other kernels held most of the device: a CTA may not wait for another that begins only
-    when it has left."""
+    """Other kernels seem to hold most of the device. A CTA may not wait for another one that begins
+    only when the first has left."""
     index, shape = emulated.tile(tile)
     problem = Problem(shape.tokens, shape.rows * shape.ctas, 96, dtype=dtype)
     emulated.check(problem, tile=index, stream_k=4, resident=2)
@@ -67,8 +67,8 @@ def test_cta_groups_divide_k_of_a_dense_weight(emulated, parts, dtype):
 @both_inputs
 @pytest.mark.parametrize("tile", ["256x192", "128x256", "256x160", "256x128", "128x128"])
 def test_two_cta_pairs_share_the_weights(emulated, tile, dtype, resident):
-    """In 2x2 clusters, with the other CTA groups in pairs. Tiles are whole at first, then cut along
-    K, where one of the last pair of tiles lies beyond M."""
+    """2x2 clusters share W, and the other CTA groups run in pairs. Tiles are whole at first, then
+    cut along K, where one of the last pair of tiles lies beyond M."""
     index, shape = emulated.tile(tile)
     rows, tokens = shape.rows, shape.tokens
     shared = {"tile": index, "share_w": 1, "resident": resident}

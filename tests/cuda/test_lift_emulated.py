@@ -47,7 +47,7 @@ LINE = 128
 
 
 def in_memory(array, at=32, around=0xCD):
-    """The array's bytes, from byte `at` of a line of memory on, with `around` around them.
+    """The array's bytes, which begin at byte `at` of a line of memory, with `around` around them.
 
     Returns:
       (the whole memory, the array's bytes).
@@ -121,9 +121,8 @@ def check(library, x, group, dtype, absmax=None, **options):
     codes, scale = run(library, x, group, dtype, absmax, **options)
     expected, expected_scale = formulas.quantize(x, dtype, absmax)
     np.testing.assert_array_equal(scale, expected_scale)
-    fine = np.isfinite(expected_scale) | (
-        np.dtype(dtype).itemsize == 1
-    )  # unquantised rows of nan: any nan will do
+    # Of unquantised rows with nan any nan will do.
+    fine = np.isfinite(expected_scale) | (np.dtype(dtype).itemsize == 1)
     np.testing.assert_array_equal(
         codes[fine].astype(np.float32), formulas.lift(expected, group)[fine].astype(np.float32)
     )

@@ -42,9 +42,8 @@ def check(x, group, dtype, absmax=None):
     codes, scale = run(x, group, dtype, absmax)
     expected, expected_scale = formulas.quantize(x, dtype, absmax)
     np.testing.assert_array_equal(scale, expected_scale)
-    bad = ~np.isfinite(expected_scale) & (
-        np.dtype(dtype).itemsize > 1
-    )  # unquantised rows of nan: any nan will do
+    # Of unquantised rows with nan any nan will do.
+    bad = ~np.isfinite(expected_scale) & (np.dtype(dtype).itemsize > 1)
     got, want = codes[~bad], formulas.lift(expected, group)[~bad]
     assert got.shape == want.shape
     if np.dtype(dtype).itemsize == 1:  # codes of +0 and -0 are equal
@@ -83,9 +82,8 @@ def test_rows_with_inf_nan_zero_and_subnormals(columns, dtype):
         x = formulas.values(8, columns, x_dtype)
         x[1, 3], x[2, columns - 1], x[3, 5], x[4] = np.inf, -np.inf, np.nan, 0
         x[5] = -0.0
-        x[6] = (
-            float(jnp.finfo(jnp.bfloat16).tiny) if x_dtype != jnp.float16 else 0
-        )  # its scale would be subnormal
+        # The scale of this row would be subnormal.
+        x[6] = float(jnp.finfo(jnp.bfloat16).tiny) if x_dtype != jnp.float16 else 0
         codes, scale = run(x, 8, dtype)
         assert np.isnan(scale[1:4]).all() and np.isfinite(np.delete(scale, [1, 2, 3])).all()
         if np.dtype(dtype).itemsize == 1:
@@ -97,12 +95,8 @@ def test_rows_with_inf_nan_zero_and_subnormals(columns, dtype):
 def test_given_absmax(dtype):
     x = formulas.values(6, 700, jnp.bfloat16)
     absmax = np.abs(x.astype(np.float32)).max(1) * np.float32(3)
-    absmax[1], absmax[2], absmax[3], absmax[4] = (
-        np.nan,
-        np.inf,
-        0,
-        absmax[4] / 7,
-    )  # the last one clips
+    absmax[1:4] = np.nan, np.inf, 0
+    absmax[4] /= 7  # clips
     check(x, 8, dtype, absmax)
 
 

@@ -139,8 +139,8 @@ def plan(library, shape, prepared=True, multiprocessors=H200, **schedule):
     ],
 )
 def test_what_runs_on_an_h200(library, rows, columns, out, tile, share_w, way):
-    """Layers of Qwen2.5-7B at 6:8. A change of the model shows here; whether it is a good one, only
-    measurements show."""
+    """Layers of Qwen2.5-7B at 6:8. A change of the cost model shows here. Only measurements show
+    whether the change is good."""
     chosen = plan(library, sparse(rows, columns, out))
     taken = (
         "stream-K"
@@ -154,7 +154,7 @@ def test_what_runs_on_an_h200(library, rows, columns, out, tile, share_w, way):
 
 @pytest.mark.parametrize(("want", "rows"), [(1, 1024), (0, 1023)])
 def test_cta_pairs_share_w_where_there_are_many_rows(library, want, rows):
-    """A tile for every CTA group either way: what decides is that sharing saves energy."""
+    """Every CTA group has one tile either way. Sharing is chosen because it saves energy."""
     assert plan(library, sparse(rows, 3584, 38400)).share_w == want
 
 
@@ -166,7 +166,7 @@ def random_shape(rng):
 
 
 def test_every_tile_of_y_is_computed_once(library):
-    """What is whole and what is cut along K is together all there is."""
+    """The whole tiles and the tiles cut along K are together all tiles."""
     rng = random.Random(0)
     kinds = set()
     for _ in range(2000):

@@ -1,4 +1,4 @@
-"""Reading and writing Hugging Face directories; the rope base; damaged and unsupported models."""
+"""Reading Hugging Face directories; damaged and unsupported models."""
 
 import json
 import shutil
@@ -8,18 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from tiny_logits import IDS, logits
 
 pytest.importorskip("transformers")
 
 import slidejax.checkpoint.huggingface as hf
-from slidejax.lm.generate import Generator
 from slidejax.lm.models import load_model
-
-IDS = np.arange(40, dtype=np.int32).reshape(2, 20)
-
-
-def logits(model, ids=IDS):
-    return np.asarray(jax.jit(lambda p, i: model(i, params=p).logits)(model.params, ids))
 
 
 def write_safetensors(folder, params, shards=1, layout="pt"):
@@ -115,99 +109,6 @@ def test_bert_reads_too(tmp_path):
         again.encode("text")
 
 
-# ---------------------------------------------------------------------------------------- rope base
-
-
-def rope_reference(x, theta):
-    """Rotary positions written out in NumPy, for `[batch, position, head, dim]`.
-
-    From Su et al., arXiv 2104.09864, eq. 15.
-    """
-    dim = x.shape[-1]
-    angle = np.arange(x.shape[1])[:, None] / theta ** (np.arange(0, dim, 2) / dim)
-    turned = (x[..., : dim // 2] + 1j * x[..., dim // 2 :]) * np.exp(1j * angle)[:, None, :]
-    return np.concatenate([turned.real, turned.imag], -1)
-
-
-def attention_reference(params, config, x):
-    """The first layer's attention output (before o_proj) for float64 input x [position, hidden]."""
-    heads, kv, dim = (
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.hidden_size // config.num_attention_heads,
-    )
-    q, k, v = (x @ np.asarray(params[f"{n}_proj"]["kernel"], np.float64) for n in "qkv")
-    q = rope_reference(q.reshape(1, -1, heads, dim), config.rope_theta)[0]
-    k = rope_reference(k.reshape(1, -1, kv, dim), config.rope_theta)[0].repeat(heads // kv, 1)
-    v = v.reshape(-1, kv, dim).repeat(heads // kv, 1)
-    scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(dim)
-    scores = np.where(np.tril(np.ones(scores.shape[1:], bool)), scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v).reshape(
-        len(x), -1
-    )
-
-
-def test_the_rope_base_of_the_configuration_is_used(tiny_config, tiny_llama):
-    """Against attention written out in NumPy.
-
-    The result of transformers' own module, with base 10000, is far from it.
-    """
-    import flax.linen as nn
-    from transformers import FlaxLlamaForCausalLM
-    from transformers.models.llama.modeling_flax_llama import FlaxLlamaAttention
-
-    def attention(model):
-        """The input of the first layer's attention and what enters its o_proj."""
-
-        @jax.jit
-        def run(params):
-            seen = []
-
-            def record(next_fun, args, kwargs, context):
-                first = (
-                    isinstance(context.module, FlaxLlamaAttention)
-                    or context.module.name == "o_proj"
-                )
-                if first and context.method_name == "__call__":
-                    seen.append(args[0])
-                return next_fun(*args, **kwargs)
-
-            with nn.intercept_methods(record):
-                model(IDS, params=params)
-            return seen[0][0], seen[1][0]
-
-        x, out = run(tiny_llama.params)
-        return np.asarray(x, np.float64), np.asarray(out)
-
-    x, ours = attention(tiny_llama)
-    expected = attention_reference(
-        tiny_llama.params["model"]["layers"]["0"]["self_attn"], tiny_config, x
-    )
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
-    _, theirs = attention(FlaxLlamaForCausalLM(tiny_config, _do_init=False))
-    assert np.abs(theirs - expected).max() > 0.05
-
-
-def test_generation_agrees_with_the_whole_sequence(tiny_llama):
-    """The cache holds keys rotated at their own positions.
-
-    So greedy tokens equal those of a full forward pass.
-    """
-    ids = IDS[:1, :5]
-    out = Generator(tiny_llama, 6, stop=False)(ids[0]).tokens
-    whole = np.concatenate([ids[0], out])
-    assert len(out) == 6 and list(logits(tiny_llama, whole[None])[0, 4:-1].argmax(-1)) == out
-
-
-def test_a_base_of_10000_leaves_the_module_alone(tiny_config, tiny_params):
-    from transformers import FlaxLlamaForCausalLM
-
-    config = type(tiny_config)(**{**tiny_config.to_dict(), "rope_theta": 10000.0})
-    model = hf.build(config, tiny_params)
-    assert type(model.module) is type(FlaxLlamaForCausalLM(config, _do_init=False).module)
-
-
 # --------------------------------------------------------------------------------- refusals, damage
 
 
@@ -262,19 +163,6 @@ def test_an_index_cannot_reach_outside_its_directory(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="not in the directory"):
         load_model(folder)
-
-
-# ------------------------------------------------------------------------------ written by slidejax
-
-
-def test_a_written_dense_model_comes_back(tmp_path, tiny_llama, tiny_tokenizer):
-    tiny_llama.generation_config.max_new_tokens = 7
-    hf.write_pretrained(tmp_path / "out", tiny_llama, tiny_tokenizer, {"note": [1, "a"]})
-    again = load_model(tmp_path / "out")
-    assert again.about == {"note": [1, "a"]} and again.name == "out"
-    assert again.model.generation_config.max_new_tokens == 7
-    np.testing.assert_array_equal(logits(again.model), logits(tiny_llama))
-    assert again.encode("abc") == tiny_tokenizer.encode("abc")
 
 
 def test_parameters_without_a_model_are_not_a_model(tmp_path, tiny_config, tiny_params):

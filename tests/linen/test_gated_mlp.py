@@ -53,9 +53,8 @@ def test_the_gate_goes_into_the_lift_of_an_8_bit_down_projection(family, activat
     )
     assert fused_products(model, ids) == 1
     program = jax.jit(lambda params: model(ids, params=params).logits).trace(model.params)
-    assert (
-        'prologue = "glu"' in program.lower(lowering_platforms=("cuda",)).as_text()
-    )  # the gated product of slidejax/ops/cuda/prologues.py
+    # This is the gated product of slidejax/ops/cuda/prologues.py.
+    assert 'prologue = "glu"' in program.lower(lowering_platforms=("cuda",)).as_text()
     together = model(ids).logits
     monkeypatch.setattr("slidejax.linen.gated_mlp._BODIES", ())
     assert fused_products(model, ids) == 0

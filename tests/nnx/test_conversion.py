@@ -108,10 +108,8 @@ def test_stacked_layers_and_axis_names():
         x = data(2, 64)
         np.testing.assert_allclose(run(sparse, x), run(densify(dense, sparse.kernel), x), atol=2e-5)
         layer = sj.nnx.SlideLinear(40, 8, kernel_init=NAMES, rngs=nnx.Rngs(0))
-    assert layer.zeros.get_metadata()["out_sharding"] == (
-        "mlp",
-        None,
-    )  # 40 inputs are not whole blocks
+    # 40 inputs are not whole blocks.
+    assert layer.zeros.get_metadata()["out_sharding"] == ("mlp", None)
 
 
 def test_tied_kernels_stay_tied():

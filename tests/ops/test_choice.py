@@ -98,12 +98,10 @@ def test_what_ships_wants_one_form(monkeypatch, tmp_path):
             return jax.eval_shape(lambda k: sj.pack(k, pattern, dtype=dtype), kernel)
 
         assert choice.forms(weight("6:8", "int8")) == ("hopper",)
-        assert choice.forms(weight("4:6", "float8_e4m3fn")) == (
-            "hopper",
-        )  # measured with int8 only
-        assert choice.forms(weight("8:10", "int8")) == (
-            "dense",
-        )  # nothing to be gained by sparse products
+        # This pattern was measured with int8 only.
+        assert choice.forms(weight("4:6", "float8_e4m3fn")) == ("hopper",)
+        # Sparse products gain nothing here.
+        assert choice.forms(weight("8:10", "int8")) == ("dense",)
 
 
 def test_a_dtype_that_was_not_measured_is_taken_for_its_twin(measured):

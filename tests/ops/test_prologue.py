@@ -77,9 +77,8 @@ def test_equals_computing_it_first(kind, dtype):
         )
         np.testing.assert_allclose(got[1], expected[1], rtol=1e-6)
         steps = np.abs(np.asarray(got[0], np.float32) - np.asarray(expected[0], np.float32))
-        assert (steps > 0).mean() < 1e-2 and (
-            dtype != "int8" or steps.max() <= 1
-        )  # XLA may contract a product and a sum
+        # XLA may contract a product and a sum.
+        assert (steps > 0).mean() < 1e-2 and (dtype != "int8" or steps.max() <= 1)
         w = weight(dtype)
         for implementation in (None, "reference") if dtype == "int8" else (None,):
             a, b = (

@@ -156,9 +156,9 @@ def test_prepared_forms_stay_behind_on_shards(mesh):
 def test_k_that_does_not_divide_is_one_clear_error(mesh):
     x, _w, _bias = problem("int8")
     rng = np.random.default_rng(0)
-    ragged = sj.pack(
-        jnp.asarray(rng.standard_normal((192, 32)), jnp.float32), "6:8", dtype="int8"
-    )  # three blocks, cut in two
+    # Three blocks are cut in two.
+    kernel = jnp.asarray(rng.standard_normal((192, 32)), jnp.float32)
+    ragged = sj.pack(kernel, "6:8", dtype="int8")
     x = place(mesh, jnp.ones((16, 192)), P(None, "k"))
     with pytest.raises(Exception, match="not a whole number of blocks"):
         jax.jit(sj.linear)(x, ragged)

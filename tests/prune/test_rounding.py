@@ -65,9 +65,8 @@ def test_no_single_code_can_be_bettered():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_clip_search_beats_the_largest_magnitude(dtype):
-    kernel = jax.random.normal(
-        jax.random.key(0), (4096, 8)
-    )  # many values, of which the largest may be clipped
+    # Of many values the largest may be clipped.
+    kernel = jax.random.normal(jax.random.key(0), (4096, 8))
     energy = jnp.ones(4096)
     largest = clip_search(kernel, energy, dtype)
 

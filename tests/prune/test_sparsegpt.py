@@ -102,12 +102,6 @@ def test_the_pattern_dense_keeps_all():
         exchange(kernel, mask, gram, kernel, "dense")
 
 
-def test_wanda_is_magnitude_where_inputs_are_alike():
-    kernel, _ = problem(5, 24)
-    np.testing.assert_array_equal(wanda(kernel, "6:8", jnp.ones(24)), magnitude(kernel, "6:8"))
-    np.testing.assert_array_equal(wanda(kernel, "6:8", jnp.eye(24)), magnitude(kernel, "6:8"))
-
-
 def test_bad_arguments():
     kernel, gram = problem(0, 16)
     for method in (wanda, sparsegpt):

@@ -75,29 +75,6 @@ def test_a_float_packed_model_comes_out_quantised(written):
     assert more.losses[0] == pytest.approx(float(loss), rel=1e-4)
 
 
-def test_the_divergence_against_numpy():
-    random = np.random.default_rng(0)
-    a, b = random.standard_normal((2, 3, 7)), random.standard_normal((2, 3, 7))
-    p, q = (np.exp(x / 2) / np.exp(x / 2).sum(-1, keepdims=True) for x in (b, a))
-    expected = 4 * (p * np.log(p / q)).sum(-1).mean()
-    assert float(distill.kl_divergence(a, b, temperature=2.0)) == pytest.approx(expected, rel=1e-5)
-    assert float(distill.kl_divergence(a, a)) == pytest.approx(0, abs=1e-6)
-
-
-def test_sampled_text_is_the_models(written):
-    dense = written[0]
-    prompts = np.array([[5, 6], [7, 8], [9, 10]])
-    rows = distill.sample(dense, prompts, 12, batch=2, seed=1)
-    assert rows.shape == (3, 12) and (rows[:, :2] == prompts).all() and rows.max() < 259
-    np.testing.assert_array_equal(rows, distill.sample(dense, prompts, 12, batch=2, seed=1))
-    assert not np.array_equal(rows, distill.sample(dense, prompts, 12, batch=2, seed=2))
-    cold = distill.sample(dense, prompts, 12, temperature=1e-4)
-    greedy = dense.generate(
-        prompts, max_length=12, do_sample=False, eos_token_id=259, pad_token_id=0
-    ).sequences
-    np.testing.assert_array_equal(cold, greedy)
-
-
 def test_bad_input(written, tiny_config):
     dense, rows, _ = written
     sparse = sj.huggingface.convert(dense, "6:8")

@@ -1,128 +1,19 @@
-"""Layers that read the same input as one product: the results are those of the layers."""
+"""Kernels of layers that read the same input, held as one packed weight."""
 
-import gc
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import FrozenDict, freeze
+from fused_models import Attention, Block, converted, products
 
 import slidejax as sj
-from slidejax.linen.fused import FusedProduct
 from slidejax.variants.projections import FusedPart, FusedWeight
-
-RULES = [(r".*_proj/kernel", sj.Rule("6:8", "int8"))]
-
-
-class Attention(nn.Module):
-    bias: bool = False
-    late: bool = False  # whether k and v read something else than q
-
-    def setup(self):
-        self.q_proj, self.k_proj, self.v_proj = (
-            nn.Dense(n, use_bias=self.bias) for n in (48, 16, 24)
-        )
-
-    def __call__(self, x):
-        other = x + 1 if self.late else x
-        v, q, k = (
-            self.v_proj(other),
-            self.q_proj(x),
-            self.k_proj(other),
-        )  # not in the order of the names
-        return jnp.concatenate([q * 2, k, v], -1)
-
-
-class Block(nn.Module):
-    bias: bool = False
-    late: bool = False
-
-    def setup(self):
-        self.attention = Attention(self.bias, self.late)
-        self.gate_proj, self.up_proj, self.down_proj = nn.Dense(40), nn.Dense(40), nn.Dense(64)
-
-    def __call__(self, x):
-        x = self.attention(x)[..., :64]
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def converted(model, x, rules=RULES, seed=0):
-    variables = model.init(jax.random.key(seed), x)
-    noise = iter(jax.random.split(jax.random.key(seed + 1), 99))
-    variables = jax.tree.map(
-        lambda leaf: leaf + jax.random.normal(next(noise), leaf.shape) * 0.1, variables
-    )
-    return sj.linen.convert(variables, rules, model, x)
-
-
-def products(fn, *args) -> list[int]:
-    """Outputs of every product that a program computes."""
-    return [problem.out_features for problem, _ in sj.explain(fn, *args)]
 
 
 @pytest.fixture
 def x():
     return jax.random.normal(jax.random.key(7), (2, 3, 64))
-
-
-@pytest.mark.parametrize(("bias", "jit"), [(False, True), (True, False)])
-def test_the_results_are_those_of_the_layers(x, bias, jit):
-    model = Block(bias)
-    variables = converted(model, x)
-    fused = sj.linen.fuse_projections(variables)
-    run = lambda v, x: sj.linen.apply(model, v, x)  # noqa: E731
-    assert products(run, variables, x) == [24, 48, 16, 40, 40, 64]
-    assert products(run, fused, x) == [88, 80, 64]
-    run = jax.jit(run) if jit else run
-    np.testing.assert_array_equal(run(fused, x), run(variables, x))
-
-
-def test_a_layer_with_another_input_computes_for_itself(x):
-    model = Block(late=True)
-    variables = converted(model, x)
-    fused = sj.linen.fuse_projections(variables)
-    np.testing.assert_array_equal(
-        sj.linen.apply(model, fused, x), sj.linen.apply(model, variables, x)
-    )
-    assert (
-        products(lambda v, x: sj.linen.apply(model, v, x), fused, x).count(88) == 3
-    )  # v; q, which reads x; k
-
-
-def test_calls_do_not_see_each_others_products(x):
-    model = Block()
-    variables = converted(model, x)
-    fused, other = (
-        sj.linen.fuse_projections(variables),
-        sj.linen.fuse_projections(converted(model, x, seed=5)),
-    )
-    for params in (fused, other, fused):
-        np.testing.assert_array_equal(
-            sj.linen.apply(model, params, x),
-            sj.linen.apply(model, sj.linen.unfuse_projections(params), x),
-        )
-    gc.collect()
-    kept = [held for held in gc.get_objects() if isinstance(held, FusedProduct)]
-    assert not kept  # and nothing is kept alive
-
-
-def test_under_vmap_grad_and_remat(x):
-    class Step(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.remat(Attention)(name="attention")(x)
-
-    model = Step()
-    variables = converted(model, x)
-    fused = sj.linen.fuse_projections(variables)
-    run = lambda v, x: sj.linen.apply(model, v, x)  # noqa: E731
-    np.testing.assert_array_equal(
-        jax.vmap(run, (None, 0))(fused, x), jax.vmap(run, (None, 0))(variables, x)
-    )
-    slope = lambda v: jax.grad(lambda x: run(v, x).sum())(x)  # noqa: E731
-    np.testing.assert_allclose(slope(fused), slope(variables), rtol=1e-3, atol=1e-4)
 
 
 def test_kernels_with_an_axis_of_layers_stay():

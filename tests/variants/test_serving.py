@@ -23,9 +23,8 @@ def weight(dtype="int8", shape=(50, 6), pattern="6:8"):
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16", "float32"])
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
 def test_what_serves_is_the_dense_implementation_bit_for_bit(pattern, dtype, x_dtype):
-    w = weight(
-        dtype, (1100, 6), pattern
-    )  # more columns than one exact float32 sum of int8 products takes
+    # These are more columns than one exact float32 sum of int8 products takes.
+    w = weight(dtype, (1100, 6), pattern)
     served = serving({"kernel": w, "other": jnp.ones(3)})["kernel"]
     assert isinstance(served, ServingWeight) and served.shape == w.shape and served.dtype == w.dtype
     x = (

@@ -92,9 +92,8 @@ def test_a_master_computes_what_its_deployed_form_computes(pattern, qdtype, x_dt
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 40)), x_dtype)
     master = trainable.masters(w)
     deployed = trainable.deploy(master)
-    np.testing.assert_array_equal(
-        deployed.values, w.values
-    )  # as it started: the same codes on the same mask
+    # The codes are those at the start, on the same mask.
+    np.testing.assert_array_equal(deployed.values, w.values)
     np.testing.assert_array_equal(deployed.zeros, w.zeros)
     run = jax.jit(sj.linear)
     np.testing.assert_array_equal(run(x, master, jnp.ones(6)), run(x, deployed, jnp.ones(6)))

@@ -16,9 +16,8 @@ def test_keeps_the_largest(pattern, rows, seed):
     mask = np.asarray(sj.prune.magnitude(kernel, pattern))
     for start in range(0, rows, p.group):
         group, kept = np.abs(kernel[start : start + p.group]), mask[start : start + p.group]
-        dropped = max(
-            0, p.group - p.kept - (p.group - len(group))
-        )  # the missing columns are pruned first
+        # The missing columns are pruned first.
+        dropped = max(0, p.group - p.kept - (p.group - len(group)))
         assert ((~kept).sum(0) == min(dropped, len(group))).all()
         for column in range(4):
             if dropped and (~kept[:, column]).any() and kept[:, column].any():

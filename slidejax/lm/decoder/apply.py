@@ -33,7 +33,7 @@ from slidejax.lm.decoder.config import DecoderConfig, Rope
 from slidejax.ops.linear import linear
 from slidejax.weights.packed import LinearWeight
 
-__all__ = ["apply"]
+__all__ = ["apply", "outputs"]
 
 
 def apply(
@@ -86,22 +86,55 @@ def apply(
     True
     """
     ids, positions = _check(config, ids, positions, cache)
+    states, written = _states(config, params, ids, positions, cache, implementation)
+    x = states[-1]
+    if last:
+        x = jnp.take_along_axis(x, jnp.argmax(positions, axis=1)[:, None, None], axis=1)
+    x = _rms_norm(x, params["model"]["norm"]["weight"], config.norm_eps)
+    logits = _head(config, params, x, implementation)
+    return logits[:, 0] if last else logits, written
+
+
+def outputs(
+    config: DecoderConfig, params: Mapping[str, Any], ids: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Logits and what is between the layers, for distillation.
+
+    Args:
+      config, params, ids: as in `apply`.
+
+    Returns:
+      `(logits, states)`: float32 `[batch, tokens, vocab]`; and, each `[batch, tokens, hidden]`, the
+      embeddings and the residual stream after each layer. The last one is normalised.
+    """
+    ids, positions = _check(config, ids, None, None)
+    states, _ = _states(config, params, ids, positions, None, None)
+    states[-1] = _rms_norm(states[-1], params["model"]["norm"]["weight"], config.norm_eps)
+    return _head(config, params, states[-1], None), tuple(states)
+
+
+def _states(
+    config: DecoderConfig,
+    params: Mapping[str, Any],
+    ids: jax.Array,
+    positions: jax.Array,
+    cache: Cache | None,
+    implementation: str | None,
+) -> tuple[list[jax.Array], Cache | None]:
+    """The residual stream before the first layer and after each; and the cache."""
     body = params["model"]
-    embedding = body["embed_tokens"]["embedding"]
-    x = jnp.take(embedding, ids, axis=0, mode="clip")
+    x = jnp.take(body["embed_tokens"]["embedding"], ids, axis=0, mode="clip")
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     turns = {rope: _turns(rope, config.head_dim, positions) for rope in dict.fromkeys(config.ropes)}
-    written: list[Any] = []
+    states, written = [x], []
     for i in range(config.num_layers):
         layer = _Layer(config, i, body["layers"][str(i)], implementation)
         x, held = layer(x, positions, turns[config.ropes[i]], None if cache is None else cache[i])
-        written.append(held)
-    if last:
-        x = jnp.take_along_axis(x, jnp.argmax(positions, axis=1)[:, None, None], axis=1)
-    x = _rms_norm(x, body["norm"]["weight"], config.norm_eps)
-    logits = _head(config, params, embedding, x, implementation)
-    return logits[:, 0] if last else logits, None if cache is None else tuple(written)
+        states.append(x)
+        if held is not None:
+            written.append(held)
+    return states, None if cache is None else tuple(written)
 
 
 def _check(config: DecoderConfig, ids, positions, cache) -> tuple[jax.Array, jax.Array]:
@@ -172,10 +205,11 @@ def _dot(x: jax.Array, kernel: jax.Array, dimensions: Any) -> jax.Array:
     )
 
 
-def _head(config, params, embedding, x, implementation) -> jax.Array:
+def _head(config, params, x, implementation) -> jax.Array:
     """Float32 logits; a tied head reads the embedding as it lies."""
     path = "lm_head/kernel"
     if "lm_head" not in params:
+        embedding = params["model"]["embed_tokens"]["embedding"]
         return _dot(x, embedding, (((x.ndim - 1,), (1,)), ((), ())))
     kernel = params["lm_head"]["kernel"]
     x = show_input(path, x, Contraction.dense(x.ndim))

@@ -7,7 +7,9 @@ by stage and mixed patterns work as for every family.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
 
 from slidejax import conversion, nnx
 from slidejax.functional import Family, Functional, arguments_of
@@ -17,16 +19,27 @@ from slidejax.prune.model.methods import Method
 from slidejax.rules import Prune, Report, Rule
 from slidejax.weights.pattern import Pattern
 
-__all__ = ["FAMILY", "HIDDEN_LAYERS", "convert", "functional"]
+__all__ = ["FAMILY", "HIDDEN_LAYERS", "Output", "convert", "functional"]
 
 # All linear layers but the output embedding.
 HIDDEN_LAYERS = r"(?!lm_head(?:/kernel)?$).*"
 
 
+class Output(NamedTuple):
+    """What a decoder gives as a function of its parameters, and losses for `mixed` are given.
+
+    Attributes:
+      logits: float32 `[batch, tokens, vocab]`.
+    """
+
+    logits: jax.Array
+
+
 def functional(model: Decoder, params: Any = None, example: tuple = ()) -> Functional:
     """A decoder as a function of its parameters.
 
-    `pack` takes a single pattern or `Rule` for all linear layers but the output embedding.
+    `run` returns an `Output`. `pack` takes a single pattern or `Rule` for all linear layers but the
+    output embedding.
 
     Args:
       model: the decoder; it stays as it is.
@@ -40,8 +53,8 @@ def functional(model: Decoder, params: Any = None, example: tuple = ()) -> Funct
     (32, 48)
     """
 
-    def run(params: Mapping[str, Any], batch: Any) -> Any:
-        return apply(model.config, params, *arguments_of(batch))[0]
+    def run(params: Mapping[str, Any], batch: Any) -> Output:
+        return Output(apply(model.config, params, *arguments_of(batch))[0])
 
     def pack(params: Any, rules: Any, *, prune: Any = None, report: Any = None) -> Decoder:
         if isinstance(rules, (str, Pattern, Rule)):
@@ -85,7 +98,7 @@ def convert(
       ValueError: for bad rules, an unknown method, or calibration that is missing or not used.
       TypeError: if `model` is no decoder.
 
-    >>> import jax, slidejax as sj
+    >>> import slidejax as sj
     >>> from slidejax.lm.decoder.examples import tiny
     >>> tokens = jax.random.randint(jax.random.key(0), (2, 32), 0, 64)
     >>> report = sj.Report()

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from slidejax.contraction import Contraction
-from slidejax.lm.decoder.apply import apply
+from slidejax.lm.decoder.apply import apply, outputs
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.writing import Writes
 from slidejax.nnx.layers import SlideLayer, SlideLinear
@@ -97,6 +97,12 @@ class Decoder(Writes, nnx.Module):
     def __call__(self, ids: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Logits, float32 `[batch, tokens, vocab]`, without a cache; see `apply`."""
         return _logits(self.config, self.params, ids, positions)
+
+    def outputs(
+        self, params: Mapping[str, Any], ids: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Logits and hidden states with these parameters, see `slidejax.lm.decoder.apply`."""
+        return outputs(self.config, params, ids)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -197,10 +203,10 @@ def expected(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             shapes.update(
                 {f"{layer}self_attn/{n}_norm/weight": (config.head_dim,) for n in ("q", "k")}
             )
-        for name, inputs, outputs, bias in linears:
-            shapes[f"{layer}{name}/kernel"] = (inputs, outputs)
+        for name, size_in, size_out, bias in linears:
+            shapes[f"{layer}{name}/kernel"] = (size_in, size_out)
             if bias:
-                shapes[f"{layer}{name}/bias"] = (outputs,)
+                shapes[f"{layer}{name}/bias"] = (size_out,)
     shapes["model/norm/weight"] = (hidden,)
     if not config.tied:
         shapes["lm_head/kernel"] = (hidden, config.vocab_size)

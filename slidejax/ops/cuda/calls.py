@@ -1,9 +1,9 @@
 """Custom calls of the compiled CUDA library: `call` by name, and the calls of the lift.
 
-The calls of a product are with its implementation.
+The call of a product is in the file of its implementation.
 
-To lower a call only its name is needed. A program can therefore be lowered for CUDA on a machine
-that has neither a GPU nor the library.
+Only the name of a call is needed to lower it. A program can therefore be lowered for CUDA on a
+machine that has neither a GPU nor the library.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prologues in the lift kernel: when it computes them, and as which operands and attributes."""
+"""Prologues in the lift kernel: when the kernel computes them, and how a call describes them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def operands_of(
 ) -> tuple[tuple[jax.Array, ...], dict[str, np.generic | str]]:
     """The operands that follow x, and the attributes of a call.
 
-    The operands are `up`, `weight` and `bias`; `[0]` stands for an array that there is not.
+    The operands are `up`, `weight` and `bias`; `[0]` stands for a missing array.
     """
     none = jnp.zeros(0, jnp.float32)
 

@@ -93,8 +93,8 @@ class Implementation(abc.ABC):
     ) -> jax.Array:
         """Multiplies lifted activations with a weight: `float32(acc) * scale_x * scale_w + bias`.
 
-        An implementation that overrides `linear` may leave this out. It then has to refuse problems
-        whose `op` is "sparse_matmul".
+        An implementation that overrides `linear` may leave this method out. It then has to refuse
+        problems whose `op` is "sparse_matmul".
 
         Args:
           lifted: `[M, K']` in the dtype of the weight's values. Neither this nor the weight is

@@ -1,6 +1,6 @@
 """The implementation "dense": the product of un-lifted rows and the weight with its zeros.
 
-Each column is multiplied once, and not once for every window that reads it. It runs everywhere, and
+It multiplies each column once, and not once for every window that reads it. It runs everywhere, and
 is chosen where nothing is known to be faster. On a Hopper GPU 8-bit products run in the Hopper
 kernel, scales and bias included. XLA would write the accumulators to memory and read them again.
 """
@@ -23,9 +23,9 @@ from slidejax.weights.pattern import UNPRUNED
 
 __all__ = ["DENSE", "dense_codes"]
 
-# Smallest dense kernel, in bytes, for which one row uses the Hopper kernel instead of XLA. A kernel
-# of 3584 x 3584 took as long either way. SmolLM2-135M, whose kernels have a megabyte at most, wrote
-# 857 tokens a second with XLA's products and 590 with the Hopper kernel's.
+# The smallest dense kernel, in bytes, for which one row uses the Hopper kernel instead of XLA. A
+# kernel of 3584 x 3584 took as long either way. SmolLM2-135M, whose kernels have a megabyte at
+# most, wrote text much faster with XLA's products.
 _SMALL_KERNEL = 8 << 20
 
 

@@ -122,7 +122,7 @@ class HopperWeight:
     def workspace_bytes(self, rows: int) -> int:
         """Bytes of workspace for a product of `rows` rows."""
         out, columns = self.values.shape[:2]
-        if self.group:  # until here they are groups
+        if self.group:  # the second axis counts groups
             columns *= 2 * (self.group - 2)
         has_metadata = not self.group or self.metadata.size > 0
         made = 0 if has_metadata else _metadata_bytes(out, columns)

@@ -137,9 +137,8 @@ class Stages:
 
     def _stream(self, tap: Tap) -> int | None:
         """The value to which a layer's result is added, if it is known by then; else None."""
-        ours = {
-            self.program.leaf[tap.path]
-        }  # the kernel, the input, and what becomes of their product
+        # The kernel, the input, and the values that are computed from their product.
+        ours = {self.program.leaf[tap.path]}
         for step in self.program.steps:
             if step.tap == tap:
                 ours |= set(step.outputs)

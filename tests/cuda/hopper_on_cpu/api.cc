@@ -1,4 +1,4 @@
-// What tests/cuda/test_hopper_emulated.py calls: the kernel's host interface as C functions.
+// The kernel's host interface as C functions, which tests/hopper_emulator.py calls.
 #include "hopper/hopper.h"
 
 using namespace slidejax::hopper;

@@ -21,7 +21,7 @@ std::vector<std::function<void()>> jobs;
 std::mt19937 random_bits(1);
 int multiprocessors = 8;
 int resident = 8;  // multiprocessors that are free
-int chance = 50;   // of what could happen next to happen, in percent
+int chance = 50;   // percent, that an event which could happen next does
 std::function<void()> body;
 bool failed = false;
 unsigned grid_y = 0;
@@ -29,7 +29,7 @@ struct Copy {
   void* to;
   std::vector<uint8_t> bytes;
 };
-std::vector<Copy> lift;  // what the kernel before the next launch writes
+std::vector<Copy> lift;  // the writes of the kernel before the next launch
 
 bool Maybe() { return static_cast<int>(random_bits() % 100) < chance; }
 
@@ -98,8 +98,8 @@ void Run(int blocks, int threads, int cluster_size, int resident) {
     if (running_clusters.empty()) break;
     bool moved = false;
     for (auto& one : running_clusters) {
-      for (size_t w = 0; w < one.fibers.size();
-           w += 32) {  // a warp at a time, some not in this round
+      // A warp runs at a time. Some warps do not run in this round.
+      for (size_t w = 0; w < one.fibers.size(); w += 32) {
         if (!Maybe()) continue;
         for (size_t i = w; i < std::min(w + 32, one.fibers.size()); ++i) {
           Fiber& fiber = *one.fibers[i];
@@ -137,8 +137,8 @@ void Run(int blocks, int threads, int cluster_size, int resident) {
         std::fprintf(stderr, "emulator: %d threads wait for %s\n", n, what.c_str());
       failed = true;
     }
-    // A block's shared memory goes with it: a job that would still write there is an error of the
-    // kernel.
+    // A block's shared memory ends with the block. A job that would still write there is an error
+    // of the kernel.
     if (jobs.empty()) running_clusters.remove_if([](const Running& one) { return one.left == 0; });
   }
   jobs.clear();
@@ -161,9 +161,9 @@ void WaitUntil(const char* what, std::function<bool()> ready) {
 }
 void Later(std::function<void()> job) { jobs.push_back(std::move(job)); }
 uint32_t SharedOffset(const void* variable) {
-  if (variable == nullptr) return 0x400;  // where it begins without static variables
-  static std::map<const void*, uint32_t>
-      offsets;  // of variables of up to 256 bytes, of all kernels
+  if (variable == nullptr) return 0x400;  // dynamic shared memory begins here
+  // Of the variables of all kernels, each of up to 256 bytes.
+  static std::map<const void*, uint32_t> offsets;
   const auto [found, fresh] =
       offsets.try_emplace(variable, 0x400 + 256 * static_cast<uint32_t>(offsets.size() % 16));
   return found->second;
@@ -247,7 +247,7 @@ void RunInstruction(Block& block, Instruction& i) {
 
 }  // namespace emulator
 
-// ---- What hopper/launch.cu calls of the CUDA runtime
+// ---- The functions of the CUDA runtime that hopper/launch.cu calls
 
 extern "C" {
 
@@ -260,7 +260,7 @@ void emulator_configure(int multiprocessors, int resident, int chance, int seed)
 }
 
 // The kernel before the next launch writes these bytes. It may still run when the next one begins,
-// if that is launched so.
+// if the next one is launched to begin early.
 void emulator_lift(void* to, const void* from, size_t bytes) {
   const auto* begin = static_cast<const uint8_t*>(from);
   emulator::lift.push_back({to, {begin, begin + bytes}});

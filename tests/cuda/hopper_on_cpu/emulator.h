@@ -1,7 +1,7 @@
-// Runs CUDA kernels on the CPU. Every thread is a fiber. What Hopper does asynchronously (bulk
-// copies, wgmma) happens at random later moments, as late as the kernel's own waits allow. So a
-// missing wait, fence or barrier shows as a wrong result, and a wait for something that never comes
-// shows as a message instead of a hang.
+// Runs CUDA kernels on the CPU. Every thread is a fiber. Hopper's asynchronous work (bulk copies,
+// wgmma) happens at random later moments, as late as the kernel's own waits allow. So a missing
+// wait, fence or barrier shows as a wrong result, and a wait for something that never comes shows
+// as a message instead of a hang.
 #pragma once
 
 #include <cuda.h>
@@ -9,7 +9,7 @@
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __shared__
-#define __shared__ static  // SharedAddress tells the blocks apart
+#define __shared__ static  // SharedOffset gives each variable an address in every block
 #include <ucontext.h>
 
 #include <cstdint>
@@ -66,7 +66,8 @@ struct WarpGroup {
 
 struct Block {
   std::vector<uint8_t> shared;
-  // Which thread has written 16 bytes that no bulk copy may read yet, for want of a fence.
+  // Maps an address to the thread that wrote 16 bytes there. No bulk copy may read them before that
+  // thread's next fence.
   std::map<uint32_t, int> unfenced;
   std::map<uint32_t, Barrier> barriers;
   Rendezvous named[16], all;
@@ -113,9 +114,9 @@ void Later(std::function<void()> job);  // runs it at some later moment, in any 
 uint32_t SharedOffset(const void* variable);  // nullptr: the dynamic shared memory
 uint8_t* SharedBytes(Block& block, uint32_t address, size_t size);
 Block& BlockOfCluster(uint32_t rank);
-extern bool lift_has_ended;  // it is the kernel that this one was launched to follow
+extern bool lift_has_ended;  // the lift is the kernel that this one was launched to follow
 
-// What a CUtensorMap holds here.
+// The contents of a CUtensorMap here.
 struct Tensor {
   uint8_t* base;
   int rank, element, swizzle;  // swizzle: 0, 1, 2, 3 bits

@@ -2,9 +2,9 @@
 // is tested where there is no GPU.
 //
 // The threads of a block are fibres that run one at a time, in an order that the test chooses, from
-// one barrier or warp-wide operation to the next. What is right in one order only goes wrong in
-// another. Asynchronous copies arrive either when they are issued or only when they
-// are waited for. What it cannot show: speed, and how real hardware orders memory.
+// one barrier or warp-wide operation to the next. A kernel that is right in one order only fails in
+// another. Asynchronous copies arrive either when they are issued or only when they are waited for.
+// The emulator cannot show speed, nor how real hardware orders memory.
 #pragma once
 
 #include <cmath>
@@ -51,7 +51,7 @@ struct alignas(16) float4 {
 
 namespace emulated {
 
-// Of the fibre that runs.
+// The indices of the fibre that runs.
 struct Thread {
   dim3 thread, block;
 };
@@ -68,8 +68,8 @@ cudaError_t Launch(const std::function<void()>& run, dim3 grid, dim3 block, size
 void CopyGranule(void* shared, const void* global, bool wanted);
 void CommitCopies();
 void WaitForCopies(int pending);
-void CheckRead(const void* address,
-               size_t bytes);  // ends the process if it lies outside what the test allowed
+// Ends the process if the bytes lie outside those that the test allowed.
+void CheckRead(const void* address, size_t bytes);
 
 }  // namespace emulated
 
@@ -78,8 +78,8 @@ void CheckRead(const void* address,
 #define blockDim (emulated::block_dim)
 #define gridDim (emulated::grid_dim)
 
-inline cudaError_t cudaGetDevice(
-    int* device) {  // each device that a test makes up has its own number
+// Each device that a test makes up has its own number.
+inline cudaError_t cudaGetDevice(int* device) {
   return *device = emulated::shared_of_block + emulated::multiprocessors, cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -155,5 +155,5 @@ constexpr T max(T a, T b) {
 }
 
 namespace slidejax::lift {
-extern char shared[];  // what the kernels declare: a block's shared memory
+extern char shared[];  // a block's shared memory, which the kernels declare
 }  // namespace slidejax::lift

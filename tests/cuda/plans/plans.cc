@@ -1,5 +1,5 @@
-// What tests/cuda/test_plans.py calls: the cost models as C functions. It is compiled with nothing
-// but the host's C++ compiler.
+// The cost models as C functions, which tests/cuda/test_plans.py calls. Only the host's C++
+// compiler is needed to build them.
 #include "decode/plan.h"
 #include "hopper/plan.h"
 #include "lift/geometry.h"

@@ -25,9 +25,8 @@ def test_each_row_counts_with_its_own_gradient():
         lambda params, x: jnp.sum(run(params, x) ** 2) / 2, params, list(x), {"kernel": changes}
     )["kernel"]
     for change, estimate in zip(changes, found, strict=True):
-        rows = (
-            jnp.sum(model(x) * (x @ change), axis=-1) ** 2 / 2
-        )  # the gradient is the output itself
+        # The gradient is the output itself.
+        rows = jnp.sum(model(x) * (x @ change), axis=-1) ** 2 / 2
         np.testing.assert_allclose(estimate.value, jnp.sum(rows), rtol=1e-5)
         np.testing.assert_allclose(estimate.noise, jnp.sum(rows**2) / jnp.sum(rows) ** 2, rtol=1e-4)
 
@@ -42,9 +41,8 @@ def test_rows_are_found_in_any_layout(equation):
     model = nn.Einsum(tuple(sizes[c] for c in operands.split(",")[1]), equation, use_bias=False)
     x = jax.random.normal(jax.random.key(0), [sizes[c] for c in operands.split(",")[0]])
     params = model.init(jax.random.key(1), x)
-    weight = jax.random.normal(
-        jax.random.key(2), [sizes[c] for c in result]
-    )  # the gradient of the output
+    # The weight is the gradient of the output.
+    weight = jax.random.normal(jax.random.key(2), [sizes[c] for c in result])
 
     made = sj.linen.functional(model, params)
     run, axes = made.run, made.layers(x)["kernel"]

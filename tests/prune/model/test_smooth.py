@@ -50,9 +50,8 @@ def strong(seed=0):
 def test_the_model_computes_the_same_and_rounds_better(norm):
     model, x = Gated(norm), strong()
     variables = model.init(jax.random.key(0), x)
-    loud = jnp.exp(
-        2 * jax.random.normal(jax.random.key(1), (24,))
-    )  # channels that a norm makes strong
+    # A norm makes some channels strong.
+    loud = jnp.exp(2 * jax.random.normal(jax.random.key(1), (24,)))
     variables["params"]["norm"]["scale"] = loud
     if norm is nn.LayerNorm:
         variables["params"]["norm"]["bias"] = loud[::-1] / 9

@@ -115,7 +115,7 @@ inline void NamedSync(int id, int threads) {
   emulator::WaitUntil("named barrier",
                       [&meeting, generation] { return meeting.generation != generation; });
 }
-inline constexpr int kSpinLimit = 50;  // turns of a thread; now and then they are too few
+inline constexpr int kSpinLimit = 50;  // turns of a thread, which are now and then too few
 inline bool WaitCount(const int* counter, int n, int spins) {
   emulator::WaitUntil("count", [=]() mutable { return *counter >= n || --spins <= 0; });
   return *counter >= n;
@@ -129,8 +129,8 @@ inline void LoadTensor(uint32_t dst, const CUtensorMap* map, int x, int y, int z
   for (uint32_t rank = 0; rank < 16; ++rank) {
     if (!(ranks >> rank & 1)) continue;
     auto& block = emulator::BlockOfCluster(rank);
-    std::memset(emulator::SharedBytes(block, dst, bytes), 0xA7,
-                bytes);  // from now on it may be overwritten
+    // From now on the copy may overwrite the bytes.
+    std::memset(emulator::SharedBytes(block, dst, bytes), 0xA7, bytes);
     emulator::Later([=, &block] {
       emulator::CopyBox(tensor, {x, y, z}, block.shared.data(), dst, false);
       BarrierAt(block, barrier).bytes -= static_cast<int>(bytes);

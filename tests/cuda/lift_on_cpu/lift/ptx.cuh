@@ -9,7 +9,7 @@ namespace slidejax::lift {
 inline void CopyGranule(void* to, const void* from, bool wanted) {
   emulated::CopyGranule(to, from, wanted);
 }
-inline void LetNextBegin() {}
+inline void GridRelease() {}
 inline void CommitCopies() { emulated::CommitCopies(); }
 inline void WaitForCopies(int pending) { emulated::WaitForCopies(pending); }
 

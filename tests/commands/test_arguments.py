@@ -1,0 +1,93 @@
+"""The checks of values, and flags that several commands share."""
+
+import argparse
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidejax.commands import arguments
+
+
+def refusal(check, text):
+    """The message for a value that `check` refuses."""
+    with pytest.raises(argparse.ArgumentTypeError) as error:
+        check(text)
+    return str(error.value)
+
+
+@given(st.floats(allow_nan=False), st.floats(-1e6, 1e6), st.booleans())
+def test_numbers_have_a_bound(value, least, above):
+    check = arguments.at_least(least, above=above)
+    if value > least or (value == least and not above):
+        assert check(repr(value)) == value
+    else:
+        assert repr(value) in refusal(check, repr(value))
+
+
+def test_what_is_no_number():
+    assert "must be 0 or more" in refusal(arguments.at_least(0), "nan")
+    for check in (arguments.at_least(0), arguments.share):
+        assert "must be a number, got 'x'" in refusal(check, "x")
+    for check in (arguments.positive, arguments.at_least(0, whole=True)):
+        assert "must be a whole number, got '1.5'" in refusal(check, "1.5")
+
+
+@given(st.integers(-9, 9))
+def test_counts_are_one_or_more(value):
+    if value >= 1:
+        assert arguments.positive(str(value)) == value
+    else:
+        assert "must be 1 or more" in refusal(arguments.positive, str(value))
+
+
+@given(st.floats(allow_nan=False))
+def test_shares_are_from_0_to_1(value):
+    if 0 <= value <= 1:
+        assert arguments.share(repr(value)) == value
+    else:
+        assert "must be" in refusal(arguments.share, repr(value))
+    assert math.isfinite(arguments.share("1e-300"))
+
+
+@given(st.lists(st.text("abc", min_size=1), min_size=1), st.sampled_from([",", " , ", ",,"]))
+def test_names_stand_between_commas(parts, comma):
+    assert arguments.names(comma.join(parts)) == parts
+
+
+def test_lists_check_each_value():
+    check = arguments.list_of(arguments.pattern)
+    assert check("6:8,4:4, dense") == ["6:8", "dense", "dense"]
+    assert "pattern must be" in refusal(check, "6:8,5:8")
+    assert "must be names" in refusal(check, ",")
+
+
+def test_dtypes():
+    assert arguments.dtype(none=True)("None") is None
+    assert arguments.dtype(none=False)("int8") == "int8"
+    assert "none keeps the model's" in refusal(arguments.dtype(none=True), "int3")
+    assert "none keeps" not in refusal(arguments.dtype(none=False), "none")
+    assert arguments.float_dtype("float16") == "float16"
+    assert "must be bfloat16" in refusal(arguments.float_dtype, "int8")
+
+
+def test_regular_expressions():
+    assert arguments.regex(r".*_proj") == r".*_proj"
+    assert "must be a regular expression, got '('" in refusal(arguments.regex, "(")
+
+
+def test_text_files(tmp_path):
+    (tmp_path / "good").write_text("Grüße", encoding="utf-8")
+    (tmp_path / "bad").write_bytes(b"\xff\xfe\x00")
+    assert arguments.text_file(str(tmp_path / "good")) == str(tmp_path / "good")
+    assert "UTF-8" in refusal(arguments.text_file, str(tmp_path / "bad"))
+    for path in (tmp_path, tmp_path / "nowhere"):
+        assert str(path) in refusal(arguments.text_file, str(path))
+
+
+def test_an_old_spelling_works_and_is_hidden():
+    parser = argparse.ArgumentParser()
+    arguments.add_renamed(parser, "--new", "--old", type=int, default=3, help="a number")
+    assert [parser.parse_args(a).new for a in ([], ["--old", "4"], ["--new", "5"])] == [3, 4, 5]
+    assert "--new" in parser.format_help() and "--old" not in parser.format_help()

@@ -1,0 +1,60 @@
+"""Models and texts that the arguments name."""
+
+import argparse
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+
+from command_line import SENTENCES
+
+from slidejax.commands import inputs
+
+
+@pytest.fixture(scope="module")
+def loaded(model):
+    return inputs.load(model, argparse.Namespace(compute="float32"))
+
+
+def test_the_model_computes_in_the_dtype_that_is_asked_for(model):
+    for dtype in ("bfloat16", "float32"):
+        found = inputs.load(model, argparse.Namespace(compute=dtype))
+        assert np.dtype(found.model.dtype).name == dtype
+    assert inputs.load(model, argparse.Namespace()).name == "dense"
+
+
+def test_one_token_more_than_is_predicted(loaded, text):
+    whole, source = inputs.evaluation_ids(loaded, text, None)
+    assert source == text and whole.tolist() == loaded.encode(SENTENCES * 2)
+    ids, _ = inputs.evaluation_ids(loaded, text, 20)
+    assert ids.dtype == np.int32 and ids.tolist() == whole[:21].tolist()
+
+
+def test_the_default_text_is_named(loaded):
+    ids, source = inputs.evaluation_ids(loaded, None, 10)
+    assert len(ids) == 11 and "Python" in source
+
+
+def test_a_text_of_one_token(loaded, tmp_path):
+    (tmp_path / "short").write_text("a")
+    with pytest.raises(ValueError, match="short has 1 tokens; at least two are needed"):
+        inputs.evaluation_ids(loaded, str(tmp_path / "short"), None)
+
+
+def calibration_arguments(**changes):
+    given = {"calibration": None, "method": "wanda", "sequences": 2, "seed": None} | changes
+    return argparse.Namespace(**given)
+
+
+def test_calibration_is_as_long_as_the_positions_allow(loaded):
+    ids = inputs.calibration(loaded, calibration_arguments())
+    assert ids.shape == (2, 128)  # the tiny Llama has 128 positions
+    drawn = inputs.calibration(loaded, calibration_arguments(seed=1))
+    assert drawn.shape == ids.shape and not np.array_equal(drawn, ids)
+
+
+def test_magnitude_needs_no_calibration(loaded, text):
+    assert inputs.calibration(loaded, calibration_arguments(method="magnitude")) is None
+    ids = inputs.calibration(loaded, calibration_arguments(method="magnitude", calibration=text))
+    assert ids.ravel().tolist() == loaded.encode(SENTENCES * 2)[: ids.size]

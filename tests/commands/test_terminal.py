@@ -1,0 +1,66 @@
+"""Text files and JSON of the commands."""
+
+import argparse
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidejax.commands import terminal
+
+numbers = st.floats() | st.integers() | st.none() | st.text(max_size=3) | st.booleans()
+values = st.recursive(
+    numbers,
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=2), v, max_size=3),
+    max_leaves=8,
+)
+
+
+def finite(value):
+    """The value with None for infinities and nan."""
+    if isinstance(value, dict):
+        return {name: finite(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@given(values)
+def test_any_value_is_written_as_json(tmp_path_factory, value):
+    file = tmp_path_factory.mktemp("json") / "out.json"
+    terminal.emit(argparse.Namespace(json=str(file)), value)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    assert json.loads(file.read_text(), parse_constant=refuse) == finite(value)
+
+
+def test_json_goes_where_the_flag_says(capsys, tmp_path):
+    terminal.emit(argparse.Namespace(json=None), {"x": 1})
+    assert capsys.readouterr().out == ""
+    terminal.emit(argparse.Namespace(json="-"), {"x": (1, math.inf)})
+    assert json.loads(capsys.readouterr().out) == {"x": [1, None]}
+    terminal.emit(argparse.Namespace(json=str(tmp_path / "out.json")), 1)
+    assert capsys.readouterr().out == "" and (tmp_path / "out.json").read_text() == "1\n"
+
+
+def test_a_text_must_be_utf_8(tmp_path):
+    (tmp_path / "good").write_text("Grüße", encoding="utf-8")
+    assert terminal.read_text(str(tmp_path / "good")) == "Grüße"
+    (tmp_path / "bad").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"bad.*UTF-8"):
+        terminal.read_text(str(tmp_path / "bad"))
+
+
+def test_written_text_is_shown_as_it_is(capsys):
+    pytest.importorskip("rich")
+    out = terminal.console()
+    terminal.show_written(out, "6:8 int8", "The [bold]moon[/bold]", " is [red]round\n")
+    assert capsys.readouterr().out.split("\n")[1:3] == [
+        "6:8 int8: The [bold]moon[/bold]",
+        "is [red]round",
+    ]
+    assert terminal.mib(3 << 19) == "1.5"

@@ -1,0 +1,75 @@
+"""NNX modules as a model family."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import slidejax as sj
+from slidejax.functional import watching_inputs, watching_outputs
+from slidejax.nnx.family import FAMILY, functional
+
+
+class Model(nnx.Module):
+    """A layer of each kind that converts, and one that is used twice."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Linear(8, 16, rngs=rngs)
+        self.heads = nnx.LinearGeneral(16, (2, 8), rngs=rngs)
+        self.mix = nnx.Einsum("bhd,hde->be", (2, 8, 8), rngs=rngs)
+
+    def __call__(self, x):
+        return self.up(self.mix(self.heads(nnx.relu(self.up(x)))))
+
+
+@pytest.fixture
+def model():
+    return Model(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (3, 8))
+
+
+def test_it_runs_as_the_module_does(model):
+    module, x = model
+    made = functional(module)
+    np.testing.assert_array_equal(made.run(made.params, x), module(x))
+    double = jax.tree.map(lambda leaf: 2 * leaf, made.params)
+    assert not np.array_equal(made.run(double, x), module(x))
+    np.testing.assert_array_equal(functional(module, double).run(double, x), made.run(double, x))
+
+
+def test_layers_show_their_inputs_and_outputs(model):
+    module, x = model
+    made, inputs, outputs = functional(module), [], []
+
+    def see_input(path, x, axes):
+        inputs.append((path, x))
+        return x
+
+    def see_output(path, y):
+        outputs.append((path, y))
+        return y
+
+    with watching_inputs(see_input), watching_outputs(see_output):
+        y = made.run(made.params, x)
+    order = ["up/kernel", "heads/kernel", "mix/kernel", "up/kernel"]
+    assert [path for path, _ in inputs] == [path for path, _ in outputs] == order
+    np.testing.assert_array_equal(inputs[0][1], x)
+    np.testing.assert_array_equal(inputs[3][1], outputs[2][1])
+    np.testing.assert_array_equal(outputs[3][1], y)
+    assert made.layers(x).keys() == set(order)
+
+
+def test_the_module_stays_as_it_is(model):
+    module, _ = model
+    made = functional(module)
+    packed = made.pack(made.params, "6:8")
+    assert type(module.up) is nnx.Linear and isinstance(module.up.kernel[...], jax.Array)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        nnx.state(packed),
+        nnx.state(sj.nnx.convert(module, "6:8")),
+    )
+
+
+def test_which_models_are_its_own(model):
+    assert FAMILY.owns(model[0]) and not FAMILY.owns(nn.Dense(2)) and not FAMILY.owns(None)
