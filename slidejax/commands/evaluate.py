@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> None:
 
     with terminal.progress() as bar:
         task = bar.add_task("reading", total=None)
-        loaded = [(name, inputs.read(name, args)) for name in args.models]
-        reference = inputs.read(args.against, args) if args.against else None
+        loaded = [(name, inputs.load(name, args, keep_class=False)) for name in args.models]
+        reference = inputs.load(args.against, args, keep_class=False) if args.against else None
         ids, source = _ids(args, loaded)
 
         def show(name: str, done: int, total: int) -> None:

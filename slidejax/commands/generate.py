@@ -1,4 +1,4 @@
-"""`slidejax generate`: a prompt and how a model continues it."""
+"""`slidejax generate`: a model continues a prompt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slidejax.commands import arguments, inputs, terminal
 
 if TYPE_CHECKING:
     from slidejax.lm.models import LoadedModel
-    from slidejax.lm.reading import LoadedDecoder
+    from slidejax.lm.reading import Loaded, LoadedDecoder
 
 __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run"]
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
     # Numbers are checked before a model is read.
     Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    loaded = inputs.read(args.model, args)
+    loaded = inputs.load(args.model, args, keep_class=False)
     ids = _chat(loaded, args.model, args.prompt) if args.chat else None
     if isinstance(loaded, LoadedDecoder):
         figures = _stream(args, loaded, args.prompt if ids is None else ids)
@@ -167,7 +167,7 @@ def _speed(figures: dict[str, Any]) -> str:
     return ", ".join(said)
 
 
-def _chat(loaded: LoadedDecoder | LoadedModel, name: str, prompt: str) -> list[int]:
+def _chat(loaded: Loaded, name: str, prompt: str) -> list[int]:
     """Token ids of the prompt as a user's message.
 
     Raises:

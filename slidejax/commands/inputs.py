@@ -10,36 +10,29 @@ from slidejax.commands import terminal
 if TYPE_CHECKING:
     import numpy as np
 
-    from slidejax.lm.models import LoadedModel
-    from slidejax.lm.reading import LoadedDecoder
+    from slidejax.lm.reading import Loaded
 
-__all__ = ["calibration", "calibration_ids", "evaluation_ids", "load", "read"]
+__all__ = ["calibration", "calibration_ids", "evaluation_ids", "load"]
 
 # The default text to calibrate on has this many sequences of 512 tokens; for more, docstrings are
 # added to it.
 _SHORT = 64
 
 
-def load(model: str, args: argparse.Namespace) -> LoadedModel:
-    """The model of that name as a Flax model of transformers.
+def load(model: str, args: argparse.Namespace, *, keep_class: bool = True) -> Loaded:
+    """The model of that name; it computes in the dtype of `--compute` or the device's default.
 
-    It computes in the dtype of `--compute` or the device's default.
+    Args:
+      model: the name.
+      args: the command's arguments.
+      keep_class: as in `slidejax.lm.reading.read_model`: True for commands that write a model.
     """
-    from slidejax.lm.models import default_dtype, load_model
-
-    return load_model(model, getattr(args, "compute", None) or default_dtype())
-
-
-def read(model: str, args: argparse.Namespace) -> LoadedDecoder | LoadedModel:
-    """The model of that name, as our own decoder if that knows it; see `load`."""
     from slidejax.lm.reading import read_model
 
-    return read_model(model, getattr(args, "compute", None))
+    return read_model(model, getattr(args, "compute", None), keep_class=keep_class)
 
 
-def evaluation_ids(
-    loaded: LoadedDecoder | LoadedModel, file: str | None, limit: int | None
-) -> tuple[np.ndarray, str]:
+def evaluation_ids(loaded: Loaded, file: str | None, limit: int | None) -> tuple[np.ndarray, str]:
     """Token ids to evaluate on.
 
     Args:
@@ -68,15 +61,18 @@ def evaluation_ids(
     return ids, source
 
 
-def calibration(loaded: LoadedModel, args: argparse.Namespace) -> np.ndarray | None:
+def calibration(loaded: Loaded, args: argparse.Namespace) -> np.ndarray | None:
     """`calibration_ids`, or None if the method needs none (magnitude) and no text is named."""
     if args.calibration is None and args.method == "magnitude":
         return None
     return calibration_ids(loaded, args)
 
 
-def calibration_ids(loaded: LoadedModel, args: argparse.Namespace) -> np.ndarray:
-    """Token ids `[sequences, 512]` to calibrate on, or as long as the model's positions allow."""
+def calibration_ids(loaded: Loaded, args: argparse.Namespace) -> np.ndarray:
+    """Token ids `[sequences, 512]` to calibrate on, or as long as the model's positions allow.
+
+    Each sequence begins with the start of a text, where the tokenizer puts one.
+    """
     import numpy as np
 
     from slidejax.lm import texts
@@ -88,4 +84,7 @@ def calibration_ids(loaded: LoadedModel, args: argparse.Namespace) -> np.ndarray
     else:
         text = texts.calibration() if args.sequences <= _SHORT else texts.training()
     ids = np.asarray(loaded.encode(text), np.int32)
-    return cut(ids, args.sequences, fitting(512, loaded.model), args.seed)
+    start = np.asarray(loaded.start, np.int32)
+    rows = cut(ids, args.sequences, fitting(512, loaded.model) - len(start), args.seed)
+    # A model in use never sees a text without its start.
+    return np.concatenate([np.broadcast_to(start, (len(rows), len(start))), rows], axis=1)

@@ -14,12 +14,9 @@ import numpy as np
 
 from slidejax.lm import serving
 from slidejax.lm.evaluate import Evaluation, default_batch, evaluate, fitting
-from slidejax.lm.models import LoadedModel
-from slidejax.lm.reading import LoadedDecoder
+from slidejax.lm.reading import Loaded
 
 __all__ = ["Compared", "compare", "plot", "table"]
-
-Loaded = LoadedModel | LoadedDecoder
 
 # Positions that are averaged in the picture; their loss falls fast at first and slowly later.
 _BINS = 16
@@ -104,7 +101,7 @@ def compare(
     if len(set(sizes.values())) > 1:
         raise ValueError(f"models must share one vocabulary to be compared, got {sizes}")
     begun = max(len(loaded.start) for _, loaded in models)
-    window = fitting(window + begun, *(serving.called(x.model) for _, x in models)) - begun
+    window = fitting(window + begun, *(loaded.model for _, loaded in models)) - begun
     rows = []
     with ThreadPoolExecutor(1) as pool:
         for name, loaded in models:

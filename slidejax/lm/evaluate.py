@@ -99,9 +99,8 @@ def default_batch() -> int:
 
 def fitting(window: int, *models: Any) -> int:
     """The largest window, up to the given one, that fits into the positions of all models."""
-    return min(
-        window, *(getattr(model.config, "max_position_embeddings", window) for model in models)
-    )
+    names = ("max_position_embeddings", "max_positions")  # transformers', and a decoder's
+    return min(window, *(getattr(m.config, name, window) for m in models for name in names))
 
 
 class Evaluator:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slidejax.checkpoint import store
-from slidejax.lm.decoder.files import load
+from slidejax.lm.decoder.files import CLASS, load
 from slidejax.lm.decoder.huggingface import MODEL_TYPES
 from slidejax.lm.decoder.model import Decoder
 from slidejax.lm.models import (
@@ -22,7 +22,7 @@ from slidejax.lm.models import (
 )
 from slidejax.lm.text.tokenizer import Tokenizer
 
-__all__ = ["LoadedDecoder", "decodes", "read_model"]
+__all__ = ["Loaded", "LoadedDecoder", "decodes", "read_model"]
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -71,11 +71,15 @@ class LoadedDecoder:
         return check_vocabulary(ids, self.model.config.vocab_size, self.name)
 
 
-def decodes(model: str | os.PathLike[str]) -> bool:
+Loaded = LoadedDecoder | LoadedModel
+
+
+def decodes(model: str | os.PathLike[str], *, keep_class: bool = False) -> bool:
     """Whether `read_model` reads a model as our own decoder.
 
     Args:
       model: a name, a file or a directory, as `read_model` takes them. It need not exist.
+      keep_class: as in `read_model`.
 
     >>> decodes("smollm2"), decodes("no such directory")
     (True, False)
@@ -83,8 +87,11 @@ def decodes(model: str | os.PathLike[str]) -> bool:
     name, path = os.fspath(model), Path(model)
     if name in NAMED or path.is_file():
         return True
-    if _saved_class(path) == "slidejax.lm.Decoder":
+    saved = _saved_class(path)
+    if saved == CLASS:
         return True
+    if saved is not None and keep_class:
+        return False
     try:
         config = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -106,20 +113,24 @@ def _saved_class(folder: Path) -> str | None:
         return None
 
 
-def read_model(model: str | os.PathLike[str], dtype: Any = None) -> LoadedDecoder | LoadedModel:
+def read_model(
+    model: str | os.PathLike[str], dtype: Any = None, *, keep_class: bool = False
+) -> Loaded:
     """Reads a model as a decoder, if its architecture is known, or as a Flax model of transformers.
 
     Args:
       model: "smollm2", a GGUF file, a directory of Hugging Face, or one that slidejax wrote.
       dtype: of the computation and of floating parameters; None: as it was saved by slidejax, else
         bfloat16 on a GPU and float32 on a CPU.
+      keep_class: read what slidejax saved of a Flax model of transformers as that Flax model, as
+        converting and training it need.
 
     Raises:
       ValueError: there is no such model, or its files are damaged.
       NotImplementedError: it asks for what neither of the two does.
       ImportError: a package that reads it is not installed.
     """
-    if not decodes(model):
+    if not decodes(model, keep_class=keep_class):
         return load_model(model, dtype or default_dtype())
     name = os.fspath(model)
     path = packaged_file(name) if name in NAMED else Path(name)

@@ -21,7 +21,7 @@ from slidejax.lm.decoder.model import Decoder
 from slidejax.weights.numerics import is_quantized
 from slidejax.weights.packed import LinearWeight, SlideWeight
 
-__all__ = ["TEXT_FILES", "load", "save"]
+__all__ = ["CLASS", "TEXT_FILES", "load", "save"]
 
 # Files of a model directory that go with the parameters. None of them is code.
 TEXT_FILES = (
@@ -40,7 +40,7 @@ TEXT_FILES = (
 )
 _LARGEST = 1 << 28  # bytes of such a file
 
-_CLASS = "slidejax.lm.Decoder"
+CLASS = "slidejax.lm.Decoder"  # what a saved directory says that it holds
 _FLOATS = ("bfloat16", "float16", "float32")
 
 
@@ -107,7 +107,7 @@ def save(model: Decoder, path: str | os.PathLike[str]) -> None:
     if not isinstance(model, Decoder):
         raise TypeError(f"model must be a slidejax.lm.Decoder, got {type(model).__name__}")
     content = {
-        "model": {"class": _CLASS, "dtype": model.dtype.name, "config": model.config.to_json()},
+        "model": {"class": CLASS, "dtype": model.dtype.name, "config": model.config.to_json()},
         "about": model.about,
         "params": model.params,
     }
@@ -155,7 +155,7 @@ def _load_saved(folder: Path, dtype: np.dtype | None) -> Decoder:
         name, saved = model["class"], _check_dtype(model["dtype"])
     except (KeyError, TypeError) as e:
         raise ValueError(f"{str(folder)!r} holds parameters but no model: {e!r}") from e
-    if name == _CLASS:
+    if name == CLASS:
         config = DecoderConfig.from_json(model.get("config") or {})
     else:  # a Flax model of transformers, whose parameters have the same names
         config, _ = directory.read_config(folder)

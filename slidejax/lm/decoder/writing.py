@@ -90,6 +90,7 @@ class Writes:
         top_p: float = 1.0,
         stop: str | Iterable[str] | None = None,
         seed: int = 0,
+        ends: Iterable[int] | None = None,
         cache_dtype: Any = None,
         params: Any = None,
         progress: Callable[[int], None] | None = None,
@@ -104,6 +105,7 @@ class Writes:
           top_p: draw among the likeliest tokens that have this probability together; 1 is all.
           stop: texts that end the text and are not part of it.
           seed: of the draws.
+          ends: the tokens that end a text; None: those of the tokenizer and its files; empty: none.
           cache_dtype: bfloat16, float16, float32, or int8, which halves the memory of a bfloat16
             cache; None: the decoder's own.
           params: other parameters of the same structure, such as prepared ones.
@@ -131,6 +133,7 @@ class Writes:
             top_p=top_p,
             stop=stop,
             seed=seed,
+            ends=ends,
             params=params,
             progress=progress,
         )
@@ -141,7 +144,7 @@ class Writes:
         Args:
           prompt: text or token ids.
           cache_dtype: as for `generate`.
-          **options: the other arguments of `generate`, but for `progress`.
+          **options: the other arguments of `generate`, but for `ends` and `progress`.
 
         Returns:
           An iterator of texts, which also says how long the first token took

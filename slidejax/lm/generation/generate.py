@@ -140,6 +140,7 @@ class Batch:
       prompts: token ids of each prompt, checked.
       counts: how many tokens each is to get, at least one.
       sampling: how tokens are chosen.
+      ends: the tokens that end a row.
       params: the parameters; None: the model's own.
 
     Attributes:
@@ -153,12 +154,13 @@ class Batch:
         prompts: Sequence[Sequence[int]],
         counts: Sequence[int],
         sampling: Sampling,
+        ends: Iterable[int],
         params: Any = None,
     ):
         self._programs = model.programs
         self._params = model.params if params is None else params
         self.prompts, self.counts, self._sampling = prompts, counts, sampling
-        self.ends = frozenset(model.ends)
+        self.ends = frozenset(ends)
         some = sorted(self.ends)
         self._ends = np.array(some + [-1] * (bucket(len(some), 8) - len(some)), np.int32)
         self._context = model.context
@@ -273,6 +275,7 @@ def generate(
     top_p: float = 1.0,
     stop: str | Iterable[str] | None = None,
     seed: int = 0,
+    ends: Iterable[int] | None = None,
     params: Any = None,
     progress: Callable[[int], None] | None = None,
 ) -> Any:
@@ -292,6 +295,8 @@ def generate(
         here counts; settings in files beside the model do not.
       stop: texts that end the text; they are not part of it. They may span tokens, and may be
         special tokens.
+      ends: the tokens that end a text; None: the model's own; empty: none, so that every row gets
+        `max_new_tokens`.
       params: other parameters of the same structure; None: the model's own.
       progress: called with the number of tokens written, of the longest row.
 
@@ -315,7 +320,12 @@ def generate(
     wanted = [i for i, count in enumerate(counts) if count]
     if wanted:
         batch = Batch(
-            model, [ids[i] for i in wanted], [counts[i] for i in wanted], sampling, params
+            model,
+            [ids[i] for i in wanted],
+            [counts[i] for i in wanted],
+            sampling,
+            model.ends if ends is None else ends,
+            params,
         )
         for i, completion in zip(wanted, _run(model, batch, stops, progress), strict=True):
             made[i] = completion

@@ -69,7 +69,7 @@ class Stream(Iterator[str]):
         self._row: Row | None = None
         self._pieces: Iterator[str] = iter(())
         if count:
-            batch = Batch(model, [ids], [count], sampling, params)
+            batch = Batch(model, [ids], [count], sampling, model.ends, params)
             self._row = Row(model.tokenizer, stops, batch.ends, count)
             self._pieces = self._run(batch, self._row)
 
