@@ -27,14 +27,14 @@ __all__ = ["measure", "table"]
 
 def _of_model(model: Any) -> tuple[list[tuple[int, int]], set[tuple[Pattern, Any]]]:
     """(out, in) of the layers of a model; for a converted model also its patterns and dtypes."""
-    from slidejax import huggingface
+    from slidejax import conversion
 
     weights = weights_of(model.params)
     if weights:
         return sorted({(w.out_features, w.in_features) for w in weights}), {
             (w.pattern, w.dtype) for w in weights
         }
-    converted = huggingface.planned(model, "2:4").converted
+    converted = conversion.functional(model).planned("2:4").converted
     return sorted({(layer.shape[-1], layer.shape[-2]) for layer in converted}), set()
 
 
@@ -118,8 +118,8 @@ def measure(
 
     Args:
       shapes: (out, in) of the layers, where no model is given.
-      model: a Hugging Face Flax model whose layers to measure. A converted one also gives patterns
-        and dtypes.
+      model: a decoder, or a Flax model of transformers, whose layers to measure. A converted one
+        also gives patterns and dtypes.
       patterns: of the weights.
       dtypes: of the values. None takes int8 and float8_e4m3fn.
       rows: numbers of rows of x. None takes 1, 8, 16, 64, 256, 1024, 4096 and 16384 on a GPU, and

@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> None:
     """Converts the model, writes it and prints the report."""
     from slidejax.checkpoint.staging import check_target
     from slidejax.checkpoint.store import METADATA
-    from slidejax.huggingface import write_pretrained
     from slidejax.lm import serving
+    from slidejax.lm.reading import write_model
     from slidejax.rules import Rule
     from slidejax.variants.prepared import weights_of
 
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         model, report, seconds = serving.convert(loaded.model, rules, args.method, calibration)
         bar.update(task, description=f"writing {args.out}", completed=2)
         about = _about(args, loaded.name, ids, report)
-        write_pretrained(args.out, model, loaded.tokenizer, about)
+        write_model(args.out, model, loaded, about)
     figures = {"out": args.out, **about, "layers": len(report.converted), "seconds": seconds}
     sizes = {"bytes_before": report.bytes_before, "bytes_after": report.bytes_after}
     terminal.emit(args, {**figures, **sizes})

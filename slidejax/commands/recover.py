@@ -10,7 +10,7 @@ from slidejax.commands import arguments, inputs, terminal
 if TYPE_CHECKING:
     import numpy as np
 
-    from slidejax.lm.models import LoadedModel
+    from slidejax.lm.reading import Loaded
 
 __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run"]
 
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
     """Trains the model, writes it and prints how the loss fell."""
     from slidejax.checkpoint.staging import check_target
     from slidejax.checkpoint.store import METADATA
-    from slidejax.huggingface import write_pretrained
+    from slidejax.lm.reading import write_model
 
     check_target(args.out, METADATA)
     with terminal.progress() as bar:
@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
             "text": source,
             "rows": len(rows),
         }
-        write_pretrained(args.out, model, loaded.tokenizer, {**loaded.about, "recovery": recovery})
+        write_model(args.out, model, loaded, {**loaded.about, "recovery": recovery})
     first = float(fitted.losses[0])
     last = float(fitted.losses[-max(1, len(fitted.losses) // 10) :].mean())
     terminal.emit(args, {"out": args.out, **recovery, "first_loss": first, "last_loss": last})
@@ -183,13 +183,14 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def _original(args: argparse.Namespace, loaded: LoadedModel) -> LoadedModel:
+def _original(args: argparse.Namespace, loaded: Loaded) -> Loaded:
     """The model that `--against` names, or that `loaded` was converted from.
 
     Raises:
       ValueError: neither is known, or the model is a converted one.
     """
-    from slidejax.lm.models import NAMED
+    from slidejax.lm.models import NAMED, default_dtype, load_model
+    from slidejax.lm.reading import LoadedDecoder
     from slidejax.variants.prepared import weights_of
 
     source = loaded.about.get("source")
@@ -199,7 +200,12 @@ def _original(args: argparse.Namespace, loaded: LoadedModel) -> LoadedModel:
             f"{args.model!r} does not say which original model it was converted from: "
             "name it with --against"
         )
-    original = inputs.load(name, args)
+    # Both must be of one kind.
+    original: Loaded = (
+        inputs.load(name, args, keep_class=False)
+        if isinstance(loaded, LoadedDecoder)
+        else load_model(name, args.compute or default_dtype())
+    )
     if weights_of(original.model.params):
         raise ValueError(
             f"{original.name!r} is converted too; --against must name the original model"
@@ -207,7 +213,7 @@ def _original(args: argparse.Namespace, loaded: LoadedModel) -> LoadedModel:
     return original
 
 
-def _tokens(args: argparse.Namespace, loaded: LoadedModel) -> tuple[np.ndarray, str]:
+def _tokens(args: argparse.Namespace, loaded: Loaded) -> tuple[np.ndarray, str]:
     """Token ids to train on, and a description of the text."""
     import numpy as np
 
@@ -222,7 +228,7 @@ def _tokens(args: argparse.Namespace, loaded: LoadedModel) -> tuple[np.ndarray, 
     return np.asarray(loaded.encode(text), np.int32), source
 
 
-def _rows(args: argparse.Namespace, original: LoadedModel, ids: np.ndarray) -> np.ndarray:
+def _rows(args: argparse.Namespace, original: Loaded, ids: np.ndarray) -> np.ndarray:
     """Rows `[n, window]` to train on: the text, and the rows that the original model writes."""
     import numpy as np
 
@@ -242,7 +248,7 @@ def _rows(args: argparse.Namespace, original: LoadedModel, ids: np.ndarray) -> n
 
 
 def _recover(
-    args: argparse.Namespace, loaded: LoadedModel, original: LoadedModel, rows: Any, progress: Any
+    args: argparse.Namespace, loaded: Loaded, original: Loaded, rows: Any, progress: Any
 ) -> tuple[Any, Any]:
     """Calls `slidejax.recover` with the arguments; returns the model and the `Fitted`."""
     from slidejax.train.recover import recover

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from slidejax.huggingface.family import HIDDEN_LAYERS, functional
 from slidejax.prune.model import convert as functional_conversion
-from slidejax.prune.model.calibration import Calibration
-from slidejax.prune.model.grams import collect
-from slidejax.prune.model.methods import Method, calibrated_method
+from slidejax.prune.model.methods import Method
 from slidejax.rules import Prune, Report
 
 if TYPE_CHECKING:
@@ -96,8 +94,5 @@ def calibrated(
     Raises:
       ValueError: if the tokens are not a matrix of integers, or the method is not calibrated.
     """
-    chosen, model = calibrated_method(method), functional(flax_model, params)
-    batches = Calibration(tokens).as_batches()
-    tell = None if progress is None else lambda done: progress(done * len(batches[0]), len(tokens))
-    diagonal = chosen.reads == "diagonal"
-    return chosen.pruner(collect(model.run, model.params, batches, tell, diagonal=diagonal))
+    model = functional(flax_model, params)
+    return functional_conversion.calibrated(model, method, tokens, progress=progress)

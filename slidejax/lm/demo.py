@@ -18,10 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from slidejax.lm.evaluate import Evaluator, default_batch
+from slidejax.lm.decoder.model import Decoder
+from slidejax.lm.evaluate import Evaluator, default_batch, fitting
 from slidejax.lm.generate import Generator
-from slidejax.lm.models import LoadedModel
-from slidejax.lm.serving import Summary, convert, ready, summary
+from slidejax.lm.reading import Loaded
+from slidejax.lm.serving import Called, Summary, called, convert, ready, summary, with_params
+from slidejax.prune.model.convert import calibrated
 from slidejax.rules import Rule
 from slidejax.variants.prepared import map_weights, weights_of
 from slidejax.variants.serving import ServingWeight
@@ -75,7 +77,7 @@ def _is_dense_form(node: Any) -> bool:
 
 
 def rows(
-    loaded: LoadedModel,
+    loaded: Loaded,
     tokens: np.ndarray,
     pool: Executor,
     *,
@@ -95,7 +97,7 @@ def rows(
       pool: one worker, which compiles beside other work.
       patterns: what to convert to.
       dtypes: of the weights; None leaves them unquantised.
-      method, calibration: how to prune (`slidejax.huggingface.convert`).
+      method, calibration: how to prune (`slidejax.prune.convert`).
       window: predictions in one sequence.
       progress: called with a line that says what is being done and the share of the row that is
         done.
@@ -107,27 +109,27 @@ def rows(
       ValueError: a bad pattern, dtype, method or text; before anything is measured where that can
         be known.
     """
-    from slidejax import huggingface
+    from slidejax import conversion
     from slidejax.prune.model.methods import CALIBRATED
 
     # Errors in the patterns and dtypes come before anything is measured.
     rules = [Rule(Pattern.parse(p), qdtype=d) for p in patterns for d in dtypes]
     model, found = loaded.model, summary(loaded.model.params)
-    meter = _Meter(huggingface.with_params(model, model.params), tokens, pool, window, progress)
+    meter = _Meter(loaded, tokens, pool, window, progress)
     if found.bytes:
         served = ready(model)
         yield meter(found, served, None), served
         return
-    dtype = np.dtype(model.dtype).name
-    original = Summary("original", dtype, huggingface.planned(model, "2:4").bytes_before)
-    yield meter(original, model, None), model
+    size = conversion.functional(model).planned("2:4").bytes_before
+    served = ready(model) if isinstance(model, Decoder) else model
+    yield meter(Summary("original", np.dtype(model.dtype).name, size), served, None), served
     if method in CALIBRATED and rules:  # once for all rows
 
         def tell(done: int, total: int) -> None:
             progress(f"calibrating: {done} of {total} sequences", 0.0)
 
         method, calibration = (
-            huggingface.calibrated(model, method, calibration, progress=tell),
+            calibrated(conversion.functional(model), method, calibration, progress=tell),
             None,
         )
     for pattern in patterns:
@@ -143,8 +145,6 @@ def rows(
 
 def _in_dtype(model: Any, dtype: str | None) -> tuple[Any, float]:
     """A float-packed model as if it had been converted to that dtype, and the seconds it took."""
-    from slidejax import huggingface
-
     if dtype is None:
         return model, 0.0
     resolved, begin = numerics.check_dtype(dtype), time.perf_counter()
@@ -157,7 +157,7 @@ def _in_dtype(model: Any, dtype: str | None) -> tuple[Any, float]:
         )
 
     params = jax.block_until_ready(map_weights(turn, model.params))
-    return huggingface.with_params(model, params), time.perf_counter() - begin
+    return with_params(model, params), time.perf_counter() - begin
 
 
 class _Meter:
@@ -165,22 +165,25 @@ class _Meter:
 
     def __init__(
         self,
-        model: Any,
+        loaded: Loaded,
         tokens: np.ndarray,
         pool: Executor,
         window: int,
         progress: Callable[[str, float], None],
     ):
-        positions = getattr(model.config, "max_position_embeddings", window)
-        self._evaluator = Evaluator(model, window=min(window, positions), batch=default_batch())
-        self._generator = Generator(model, min(_TIMED_TOKENS, positions - 1), stop=False)
+        start = loaded.start
+        window = fitting(window + len(start), loaded.model) - len(start)
+        model = called(with_params(loaded.model, loaded.model.params))
+        self._evaluator = Evaluator(model, window=window, batch=default_batch(), start=start)
+        count = min(_TIMED_TOKENS, fitting(_TIMED_TOKENS + 1, loaded.model) - 1)
+        self._writer = _Written(model, count) if isinstance(model, Called) else _Flax(model, count)
         self._tokens, self._pool, self._progress = tokens, pool, progress
 
     def __call__(self, found: Summary, served: Any, seconds: float | None) -> Row:
         """The row of a model as it serves, with its summary and the seconds of its conversion."""
         name, params, progress = f"{found.pattern} {found.dtype}", served.params, self._progress
         progress(f"{name}: compiling", 0.1)
-        compiled = self._pool.submit(self._generator.compile, 1, params=params)
+        compiled = self._pool.submit(self._writer.compile, params)
 
         def tell(done, total):
             return progress(f"{name}: {done} of {total} tokens", 0.2 + 0.4 * done / total)
@@ -188,10 +191,10 @@ class _Meter:
         quality = self._evaluator(self._tokens, params, progress=tell)
         progress(f"{name}: generating", 0.6)
         compiled.result()
-        start = [int(self._tokens[0])]
+        first = int(self._tokens[0])
         # the faster of two: the first may still pay for memory that the next one finds ready,
         # either may be disturbed
-        speed = max(self._generator(start, params=params).tokens_per_second for _ in range(2))
+        speed = max(self._writer.tokens_per_second(first, params) for _ in range(2))
         progress(f"{name}: done", 1.0)
         return Row(
             found.pattern,
@@ -204,3 +207,33 @@ class _Meter:
             speed,
             seconds,
         )
+
+
+class _Flax:
+    """How fast a Flax model writes."""
+
+    def __init__(self, model: Any, count: int):
+        self._generator = Generator(model, count, stop=False)
+
+    def compile(self, params: Any) -> None:
+        self._generator.compile(1, params=params)
+
+    def tokens_per_second(self, first: int, params: Any) -> float:
+        return self._generator([first], params=params).tokens_per_second
+
+
+class _Written:
+    """How fast a decoder writes."""
+
+    def __init__(self, model: Called, count: int):
+        self._decoder, self._count = model.decoder, count
+
+    def compile(self, params: Any) -> None:
+        # Programs are compiled when they first run.
+        self.tokens_per_second(0, params)
+
+    def tokens_per_second(self, first: int, params: Any) -> float:
+        options = {"max_new_tokens": self._count, "ends": (), "params": params}
+        begin = time.perf_counter()
+        self._decoder.generate([first], **options)
+        return self._count / (time.perf_counter() - begin)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from slidejax.checkpoint import store
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel, PreTrainedTokenizerFast
@@ -79,6 +82,17 @@ def check_vocabulary(ids: list[int], vocab_size: int, name: str) -> list[int]:
     return ids
 
 
+def saved_class(folder: Path) -> str | None:
+    """The class of the model that slidejax saved in a directory, or None."""
+    try:
+        tree = json.loads((folder / store.METADATA).read_bytes())["tree"]
+        for key in ("model", "class"):
+            tree = dict(tree["items"])[key]
+        return tree["value"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def packaged_file(name: str) -> Path:
     """The file of a model that a Python package ships; the package itself is not imported.
 
@@ -116,8 +130,10 @@ def load_model(model: str | os.PathLike[str], dtype: Any = None) -> LoadedModel:
       ValueError: there is no such model, or its files are damaged.
       ImportError: a package that reads it is not installed.
     """
-    _need_transformers()
     name = os.fspath(model)
+    if saved_class(Path(name)) == "slidejax.lm.Decoder":
+        raise ValueError(f"{name!r} holds a decoder of slidejax: slidejax.lm.load reads it")
+    _need_transformers()
     if name in NAMED:
         return _load_gguf(packaged_file(name), name, dtype)
     path = Path(name)

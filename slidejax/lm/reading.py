@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slidejax.checkpoint import store
-from slidejax.lm.decoder.files import CLASS, load
+from slidejax.lm.decoder.files import CLASS, load, save
 from slidejax.lm.decoder.huggingface import MODEL_TYPES
 from slidejax.lm.decoder.model import Decoder
 from slidejax.lm.models import (
@@ -19,10 +19,11 @@ from slidejax.lm.models import (
     default_dtype,
     load_model,
     packaged_file,
+    saved_class,
 )
 from slidejax.lm.text.tokenizer import Tokenizer
 
-__all__ = ["Loaded", "LoadedDecoder", "decodes", "read_model"]
+__all__ = ["Loaded", "LoadedDecoder", "decodes", "read_model", "write_model"]
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -87,7 +88,7 @@ def decodes(model: str | os.PathLike[str], *, keep_class: bool = False) -> bool:
     name, path = os.fspath(model), Path(model)
     if name in NAMED or path.is_file():
         return True
-    saved = _saved_class(path)
+    saved = saved_class(path)
     if saved == CLASS:
         return True
     if saved is not None and keep_class:
@@ -100,17 +101,6 @@ def decodes(model: str | os.PathLike[str], *, keep_class: bool = False) -> bool:
     # Weights in Flax's own files are for Flax classes.
     files = (store.METADATA, *_SAFETENSORS)
     return known and any((path / file).is_file() for file in files)
-
-
-def _saved_class(folder: Path) -> str | None:
-    """The class of the model that slidejax saved in a directory, or None."""
-    try:
-        tree = json.loads((folder / store.METADATA).read_bytes())["tree"]
-        for key in ("model", "class"):
-            tree = dict(tree["items"])[key]
-        return tree["value"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 def read_model(
@@ -135,3 +125,26 @@ def read_model(
     name = os.fspath(model)
     path = packaged_file(name) if name in NAMED else Path(name)
     return LoadedDecoder(load(path, dtype), name if name in NAMED else path.resolve().name)
+
+
+def write_model(
+    path: str | os.PathLike[str], model: Any, loaded: Loaded, about: dict[str, Any]
+) -> None:
+    """Writes a model with the tokenizer and the files of the one that it was made from.
+
+    Args:
+      path: the directory. It appears when it is complete.
+      model: a decoder or a Flax model.
+      loaded: what it was made from.
+      about: notes about how it was made, plain JSON values.
+
+    Raises:
+      ValueError: if `path` is a file, or a directory that holds other things.
+    """
+    if isinstance(model, Decoder):
+        made = Decoder(model.config, model.params, files=model.files, about=about)
+        save(made, path)
+        return
+    from slidejax.huggingface import write_pretrained
+
+    write_pretrained(path, model, loaded.tokenizer, about)

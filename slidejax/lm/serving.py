@@ -18,7 +18,7 @@ from slidejax.rules import Report, Rule
 from slidejax.variants.prepared import weights_of
 from slidejax.variants.serving import serving
 
-__all__ = ["Called", "Sample", "Summary", "called", "convert", "ready", "summary"]
+__all__ = ["Called", "Sample", "Summary", "called", "convert", "ready", "summary", "with_params"]
 
 
 class _Sizes(NamedTuple):
@@ -108,6 +108,15 @@ def convert(
         sparse = huggingface.convert(model, rule, method, calibration, report=report)
     jax.block_until_ready(sparse.params)
     return sparse, report, time.perf_counter() - begin
+
+
+def with_params(model: Any, params: Any) -> Any:
+    """A copy of a decoder or a Flax model with other parameters."""
+    if isinstance(model, Decoder):
+        return model.with_params(params)
+    from slidejax import huggingface
+
+    return huggingface.with_params(model, params)
 
 
 def ready(model: Any) -> Any:

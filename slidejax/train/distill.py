@@ -102,7 +102,7 @@ def sample(
     """Text that a model writes itself, for distillation without other data (arXiv 2305.17888).
 
     Args:
-      model: a Hugging Face Flax language model.
+      model: a `slidejax.lm.Decoder` or a Hugging Face Flax language model.
       prompts: token ids `[n, prompt]` at the beginning of the rows; single random tokens will do.
       length: tokens in a row, with its prompt.
       params: the parameters to run with; None: the model's own.
@@ -122,6 +122,9 @@ def sample(
             f"prompts must be token ids [n, prompt] with prompt < {length}, "
             f"got shape {prompts.shape}"
         )
+    batch = min(batch, len(prompts))
+    if hasattr(model, "outputs"):  # a decoder of slidejax
+        return _sample_decoder(model, prompts, length, params, temperature, batch, seed)
     never = model.config.vocab_size  # This is no token, so no text ends before the end of its row.
     options = {
         "do_sample": True,
@@ -136,7 +139,6 @@ def sample(
     def write(params, ids, key):
         return model.generate(ids, params=params, prng_key=key, **options).sequences
 
-    batch = min(batch, len(prompts))
     short = -len(prompts) % batch
     padded = np.concatenate([prompts, prompts[:1].repeat(short, 0)]).astype(np.int32)
     params = model.params if params is None else params
@@ -146,3 +148,28 @@ def sample(
         for i, key in enumerate(keys)
     ]
     return np.concatenate(rows)[: len(prompts)]
+
+
+def _sample_decoder(
+    model: Any,
+    prompts: np.ndarray,
+    length: int,
+    params: Any,
+    temperature: float,
+    batch: int,
+    seed: int,
+) -> np.ndarray:
+    """`sample` with a decoder's own loop."""
+    rows = []
+    for at in range(0, len(prompts), batch):
+        part = prompts[at : at + batch]
+        made = model.generate(
+            part.tolist(),
+            max_new_tokens=length - prompts.shape[1],
+            temperature=temperature,
+            seed=(seed * 1_000_003 + at) % 2**32,  # no two batches draw alike
+            ends=(),
+            params=params,
+        )
+        rows += [[*prompt, *new.tokens] for prompt, new in zip(part.tolist(), made, strict=True)]
+    return np.asarray(rows, np.int32)

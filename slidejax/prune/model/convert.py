@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from slidejax.functional import Functional
 from slidejax.prune.model.ahead import CompileAhead
 from slidejax.prune.model.calibration import Calibration
 from slidejax.prune.model.grams import collect
-from slidejax.prune.model.methods import Method, method_of
+from slidejax.prune.model.methods import Method, calibrated_method, method_of
 from slidejax.prune.model.program import named_leaves
 from slidejax.prune.model.result import Pruned, lookup
 from slidejax.prune.model.sequential import InOrder
@@ -23,7 +23,7 @@ from slidejax.prune.model.stages import SeveralDepths, Stages
 from slidejax.prune.model.store import Store, fingerprint
 from slidejax.rules import Prune, Report, Rule
 
-__all__ = ["convert", "planned_rules"]
+__all__ = ["calibrated", "convert", "planned_rules"]
 
 _SMOOTH_ON = 2  # smoothing measures the channels on this many batches
 
@@ -62,6 +62,37 @@ def convert(
         report = Report() if report is None else report
         params, prune = _calibrated(model, rules, chosen, Calibration.of(calibration), report)
     return model.pack(params, rules, prune=prune, report=report)
+
+
+def calibrated(
+    model: Functional,
+    method: str | Method,
+    tokens: Any,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Prune:
+    """Runs a model over calibration tokens once, for any number of conversions.
+
+    Every layer is pruned with the inputs that it has in the original model. This is quicker than
+    `convert` with calibration, and less accurate.
+
+    Args:
+      model: the original model.
+      method: "wanda", "sparsegpt", or a calibrated `slidejax.prune.Method`.
+      tokens: token ids `[sequences, length]`.
+      progress: called with the number of sequences that are done, and of all.
+
+    Returns:
+      A function that `convert` takes as `method`.
+
+    Raises:
+      ValueError: if the tokens are not a matrix of integers, or the method is not calibrated.
+    """
+    chosen = calibrated_method(method)
+    batches = Calibration(tokens).as_batches()
+    tell = None if progress is None else lambda done: progress(done * len(batches[0]), len(tokens))
+    diagonal = chosen.reads == "diagonal"
+    return chosen.pruner(collect(model.run, model.params, batches, tell, diagonal=diagonal))
 
 
 def planned_rules(model: Functional, rules: Any) -> dict[str, Rule]:
