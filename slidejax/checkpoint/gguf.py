@@ -29,6 +29,27 @@ _CONTROL, _USER_DEFINED = 3, 4
 # digits one by one.
 _PRE_TOKENIZERS = {"gpt-2": False, "default": False, "smollm": True}
 
+# Keys of a Llama that change what it computes, with the value that FlaxLlama computes.
+_PLAIN: dict[str, Any] = {
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+    "rope.scale_linear": 1.0,
+    "attention.sliding_window": 0,
+    "expert_count": 0,
+}
+# The tensors of a layer.
+_LAYER = (
+    "attn_norm",
+    "ffn_norm",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_output",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_down",
+)
+
 
 def deinterleave(weight: np.ndarray, heads: int) -> np.ndarray:
     """From llama.cpp's order of rotated rows to Hugging Face's; ``weight`` is [heads * dim, in].
@@ -123,8 +144,8 @@ class GGUFFile:
 
         Raises:
           ValueError: another architecture, or a key is missing (named).
-          NotImplementedError: the model has scaled rotary positions or a free head size, which
-            FlaxLlama lacks.
+          NotImplementedError: the model has scaled rotary positions, a free head size or tensors,
+            such as biases, that FlaxLlama lacks; or it is one file of several.
         """
         from transformers import LlamaConfig
 
@@ -133,11 +154,7 @@ class GGUFFile:
             raise ValueError(
                 f"{self.path!r} holds a model of architecture {architecture!r}; only 'llama' can be read"
             )
-        scaling = self._get("llama.rope.scaling.type", "none")
-        if scaling != "none":
-            raise NotImplementedError(
-                f"{self.path!r} scales its rotary positions ({scaling!r}), which FlaxLlama cannot do"
-            )
+        self._refuse_unread()
         vocab_size = self._get("llama.vocab_size") or len(self._require("tokenizer.ggml.tokens"))
         heads = int(self._require("llama.attention.head_count"))
         hidden = int(self._require("llama.embedding_length"))
@@ -167,6 +184,30 @@ class GGUFFile:
             tie_word_embeddings="output.weight" not in self._tensors,
             architectures=["LlamaForCausalLM"],
         )
+
+    def _refuse_unread(self) -> None:
+        """Raises if the file asks for what FlaxLlama does not compute, or holds more than it."""
+        if self._get("split.count", 0) > 1:
+            raise NotImplementedError(
+                f"{self.path!r} is one file of {self._get('split.count')} (split.count): join them "
+                "with llama.cpp's gguf-split --merge"
+            )
+        found = {key: self._get(f"llama.{key}", plain) for key, plain in _PLAIN.items()}
+        wrong = [f"llama.{key} {found[key]!r}" for key in _PLAIN if found[key] != _PLAIN[key]]
+        known = {"token_embd.weight", "output_norm.weight", "output.weight"}
+        for i in range(int(self._require("llama.block_count"))):
+            known |= {f"blk.{i}.{name}.weight" for name in _LAYER}
+        unread = sorted(self._tensors.keys() - known)
+        if "rope_freqs.weight" in unread and (self.read("rope_freqs.weight") == 1).all():
+            unread.remove("rope_freqs.weight")
+        if unread:
+            more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+            wrong.append(f"the tensors {', '.join(unread[:3])}{more}")
+        if wrong:
+            raise NotImplementedError(
+                f"{self.path!r} has {'; '.join(wrong)}, which FlaxLlama has no place for "
+                "(slidejax.lm.load reads more)"
+            )
 
     def _take(self, key: str, *shape: int) -> np.ndarray:
         """The tensor ``key`` in float32, which must have this shape."""

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax import linen
+from slidejax.huggingface.supported import rope_theta
 from slidejax.huggingface.write import write_pretrained
 from slidejax.variants.prepared import prepare
 
@@ -193,13 +194,15 @@ _FLAX_THETA = 10000.0  # written into transformers' Flax modules
 
 
 def with_rope_theta(model: Any) -> Any:
-    """Makes a Hugging Face Flax model rotate with the base `config.rope_theta`; returns the model.
+    """Makes a Hugging Face Flax model rotate with the base that its configuration says.
 
-    The Flax classes of transformers 4 rotate with a base of 10000, whatever `config.rope_theta`
+    Returns the model.
+
+    The Flax classes of transformers 4 rotate with a base of 10000, whatever the configuration
     says. So without this SmolLM2 (100000) and Llama 3 (500000) do not compute what they were
     trained to compute.
     """
-    theta = getattr(model.config, "rope_theta", None)
+    theta = rope_theta(model.config)
     module = model.module
     if theta in (None, _FLAX_THETA) or getattr(module, "_slidejax_rope_theta", None) == theta:
         return model

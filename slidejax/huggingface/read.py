@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from slidejax.checkpoint import store
 from slidejax.huggingface.model import hold, with_params, with_rope_theta
+from slidejax.huggingface.supported import check_supported
 from slidejax.weights.packed import SlideWeight
 
 if TYPE_CHECKING:
@@ -80,14 +81,14 @@ def build(
       cls: the class; None: `model_class`.
 
     Returns:
-      The model, computing with ``config.rope_theta``.
+      The model, computing with the rotary base of the configuration.
 
     Raises:
       ValueError: parameters are missing, or have other shapes than the configuration says. The
         error names all of them.
       NotImplementedError: the configuration asks for what the Flax class would silently ignore.
     """
-    _check_supported(config)
+    check_supported(config)
     model = (cls or model_class(config))(config, dtype=jnp.dtype(dtype), _do_init=False)
     shapes = flatten_dict(model.params_shape_tree, sep="/")
     flat = flatten_dict(params, sep="/")
@@ -130,25 +131,6 @@ def _fits(value: Any, shape: tuple[int, ...]) -> bool:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _check_supported(config: PretrainedConfig) -> None:
-    if config.model_type not in ("llama", "mistral"):
-        return
-    refused = []
-    if getattr(config, "rope_scaling", None):
-        refused.append(f"rope_scaling={config.rope_scaling}")
-    if getattr(config, "mlp_bias", False):
-        refused.append("mlp_bias=True")
-    head_dim = getattr(config, "head_dim", None)
-    if head_dim and head_dim * config.num_attention_heads != config.hidden_size:
-        refused.append(
-            f"head_dim={head_dim} with {config.num_attention_heads} heads and hidden_size={config.hidden_size}"
-        )
-    if refused:
-        raise NotImplementedError(
-            f"transformers' Flax {config.model_type} ignores {', '.join(refused)}"
-        )
 
 
 def cast(params: Any, dtype: Any) -> Any:
@@ -197,6 +179,7 @@ def read_pretrained(
     if (folder / store.METADATA).is_file():
         model, about = _read_converted(folder, config, dtype)
     else:
+        check_supported(config)
         cls, about = model_class(config), {}
         model = build(config, _read_params(folder, config, cls), dtype or jnp.float32, cls)
     if (folder / "generation_config.json").is_file() and model.can_generate():

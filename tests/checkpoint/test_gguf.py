@@ -27,7 +27,7 @@ def interleave(weight, heads):
     return weight[order]
 
 
-def write(path, config, params, *, tied=True, change=None, drop=None):
+def write(path, config, params, *, tied=True, change=None, drop=None, more=None):
     writer = gguf.GGUFWriter(path, "llama")
     alphabet = [chr(ord("!") + i) for i in range(94)]
     fields = {
@@ -42,7 +42,10 @@ def write(path, config, params, *, tied=True, change=None, drop=None):
         "vocab_size": config.vocab_size,
     }
     for name, value in {**fields, **(change or {})}.items():
-        getattr(writer, f"add_{name}")(value)
+        if name == "key_value":
+            writer.add_uint32(*value)
+        else:
+            getattr(writer, f"add_{name}")(value)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(["<end>", *alphabet, "Ġ", "1", "12", "ab", "Ġab"])
@@ -69,7 +72,7 @@ def write(path, config, params, *, tied=True, change=None, drop=None):
             f"blk.{i}.ffn_up.weight": mlp["up_proj"]["kernel"].T,
             f"blk.{i}.ffn_down.weight": mlp["down_proj"]["kernel"].T,
         }
-    for name, value in tensors.items():
+    for name, value in {**tensors, **(more or {})}.items():
         if name != drop:
             writer.add_tensor(name, np.ascontiguousarray(value))
     writer.write_header_to_file()
@@ -121,6 +124,29 @@ def test_damaged_and_foreign_files(tmp_path, tiny_config, tiny_params):
     write(tmp_path / "tiny.gguf", tiny_config, tiny_params, change={"rope_dimension_count": 6})
     with pytest.raises(NotImplementedError, match="head size 6"):
         load_model(tmp_path / "tiny.gguf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"more": {"blk.0.attn_q.bias": np.ones(48, np.float32)}}, r"blk\.0\.attn_q\.bias"),
+        ({"more": {"rope_freqs.weight": np.full(6, 2, np.float32)}}, r"rope_freqs\.weight"),
+        ({"change": {"key_value": ("llama.rope.scaling.factor", 4)}}, r"rope\.scaling\.factor 4"),
+        ({"change": {"sliding_window": 8}}, r"attention\.sliding_window 8"),
+        ({"change": {"key_value": ("split.count", 2)}}, r"one file of 2 \(split\.count\)"),
+    ],
+)
+def test_what_flax_llama_has_no_place_for_is_refused(
+    tmp_path, tiny_config, tiny_params, arguments, match
+):
+    path = write(tmp_path / "tiny.gguf", tiny_config, tiny_params, **arguments)
+    with pytest.raises(NotImplementedError, match=match):
+        load_model(path)
+
+
+def test_rotary_factors_of_one_change_nothing(tmp_path, tiny_config, tiny_params):
+    more = {"rope_freqs.weight": np.ones(6, np.float32)}
+    assert load_model(write(tmp_path / "tiny.gguf", tiny_config, tiny_params, more=more)).model
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch):

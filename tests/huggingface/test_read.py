@@ -118,12 +118,53 @@ def test_bert_reads_too(tmp_path):
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
         {"mlp_bias": True},
         {"head_dim": 16},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        {"quantization_config": {"quant_method": "gptq"}},
     ],
 )
 def test_what_the_flax_class_would_ignore_is_refused(tiny_config, tiny_params, change):
     config = type(tiny_config)(**{**tiny_config.to_dict(), **change})
     with pytest.raises(NotImplementedError, match=next(iter(change))):
         hf.build(config, tiny_params)
+
+
+@pytest.mark.parametrize(("window", "refused"), [(None, True), (64, True), (128, False)])
+def test_flax_mistral_is_off_by_one_in_windows(window, refused):
+    """It keeps one position more than the window, and none but the own one for null."""
+    from transformers import MistralConfig
+
+    config = MistralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        sliding_window=window,
+        architectures=["MistralForCausalLM"],
+    )
+    shapes = hf.model_class(config)(config, _do_init=False).params_shape_tree
+    params = jax.tree.map(lambda s: np.full(s.shape, 0.1, np.float32), shapes)
+    if refused:
+        with pytest.raises(NotImplementedError, match="sliding_window"):
+            hf.build(config, params)
+    else:
+        assert hf.build(config, params)(np.ones((1, 3), np.int32)).logits.shape == (1, 3, 32)
+
+
+def test_the_rotary_base_of_transformers_5_is_read(tiny_config, tiny_params):
+    values = tiny_config.to_dict()
+    theta = values.pop("rope_theta")
+    new = {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    config = type(tiny_config)(**values, **new)
+    assert config.rope_theta != theta
+    np.testing.assert_array_equal(
+        logits(hf.build(config, tiny_params)), logits(hf.build(tiny_config, tiny_params))
+    )
+    plain = type(tiny_config)(**tiny_config.to_dict() | {"rope_scaling": {"rope_type": "default"}})
+    assert hf.build(plain, tiny_params) is not None
 
 
 def test_missing_and_misshapen_parameters_are_named(tiny_config, tiny_params):

@@ -88,10 +88,21 @@ class Quantization:
         if not isinstance(groups, Mapping) or not groups:
             raise ValueError(f"{self._source}: config_groups must be an object with a group")
         self.schemes = tuple(self._scheme(name, group) for name, group in groups.items())
-        self._ignored = tuple(values.get("ignore") or ())
+        self._ignored = self._names(values.get("ignore") or [], "ignore")
 
     def _refuse(self, message: str) -> NoReturn:
         raise NotImplementedError(f"{self._source}: {message}")
+
+    def _names(self, names: Any, key: str) -> tuple[str, ...]:
+        """Names of modules, or expressions for them, from a list in the file."""
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{self._source}: {key} must be a list of names, got {names!r}")
+        for name in names:
+            try:
+                re.compile(name.removeprefix("re:"))
+            except re.error as e:
+                raise ValueError(f"{self._source}: {key}: {name!r}: {e}") from e
+        return tuple(names)
 
     def _check_format(self, name: Any) -> None:
         if name is not None and name not in _FORMATS:
@@ -125,7 +136,8 @@ class Quantization:
                 found = activations.get(key) if isinstance(activations, Mapping) else None
                 if found != wanted:
                     self._refuse(f"{name}: input_activations have {key} {found!r}, not {wanted!r}")
-        return Scheme(tuple(group["targets"]), _DTYPES[weights["type"]], activations is not None)
+        targets = self._names(group["targets"], f"{name}: targets")
+        return Scheme(targets, _DTYPES[weights["type"]], activations is not None)
 
     def scheme_of(self, module: str) -> Scheme | None:
         """How a linear layer is quantised, or None. `module` is a name such as `lm_head`."""

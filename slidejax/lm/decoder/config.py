@@ -138,6 +138,13 @@ class DecoderConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("norm_eps", "query_scale", "embedding_scale"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        for name in ("tied", "qk_norm", "sandwich_norm", "qkv_bias", "output_bias", "mlp_bias"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_heads {self.num_heads}, got {self.num_kv_heads}"
@@ -154,7 +161,7 @@ class DecoderConfig:
                     f"{name} must have an entry for each of {self.num_layers} layers, "
                     f"got {len(getattr(self, name))}"
                 )
-        if any(window is not None and window < 1 for window in self.windows):
+        if any(w is not None and (type(w) is not int or w < 1) for w in self.windows):
             raise ValueError(f"windows must be positive or None, got {self.windows}")
         for rope in self.ropes:
             if len(rope.divisors) not in (0, 1, self.head_dim // 2):
@@ -193,5 +200,5 @@ class DecoderConfig:
             fields["windows"] = tuple(fields["windows"])
             fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
             return cls(**fields)
-        except (KeyError, TypeError) as e:
-            raise ValueError(f"not a DecoderConfig: {e!r}") from e
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"not a DecoderConfig: {e}") from e

@@ -6,6 +6,7 @@ by stage and mixed patterns work as for every family.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from slidejax.functional import Family, Functional, arguments_of
 from slidejax.lm.decoder.apply import apply
 from slidejax.lm.decoder.model import Decoder
 from slidejax.prune.model.methods import Method
-from slidejax.rules import Prune, Report, Rule
+from slidejax.rules import Prune, Report, Rule, RuleSet, Skipped
 from slidejax.weights.pattern import Pattern
 
 __all__ = ["FAMILY", "HIDDEN_LAYERS", "Output", "convert", "functional"]
@@ -83,8 +84,8 @@ def convert(
     Args:
       model: the decoder. It stays as it is.
       rules: see `slidejax.rules`, with paths such as `model/layers/0/mlp/up_proj/kernel`. A single
-        pattern or `Rule` is for all linear layers but the output embedding. A tied output embedding
-        is no linear layer.
+        pattern or `Rule` is for all linear layers but the output embedding. A tied model gets an
+        output embedding of its own if a rule converts `lm_head/kernel`.
       method: "magnitude", "wanda", "sparsegpt", a `slidejax.prune.Method`, or a function
         (`slidejax.rules.Prune`). None means "sparsegpt" with calibration and "magnitude" without.
       calibration: for "wanda" and "sparsegpt": token ids `[sequences, length]`, or a
@@ -108,4 +109,25 @@ def convert(
     """
     if not isinstance(model, Decoder):
         raise TypeError(f"model must be a slidejax.lm.Decoder, got {type(model).__name__}")
+    if model.config.tied and _converts_head(rules):
+        model = _with_own_head(model)
     return conversion.convert(model, rules, calibration, method=method, report=report)
+
+
+def _converts_head(rules: Any) -> bool:
+    if isinstance(rules, (str, Pattern, Rule)):
+        return False
+    try:
+        RuleSet(rules).match("lm_head/kernel")
+    except Skipped:
+        return False
+    return True
+
+
+def _with_own_head(model: Decoder) -> Decoder:
+    """The decoder with its output embedding as a layer beside the input embedding."""
+    config = dataclasses.replace(model.config, tied=False)
+    params = model.params
+    embedding = params["model"]["embed_tokens"]["embedding"]
+    params = {**params, "lm_head": {"kernel": embedding.T}}
+    return type(model)(config, params, files=model.files, about=model.about)

@@ -67,10 +67,10 @@ def config_of(file: GGUFFile) -> DecoderConfig:
     positions = keys.size("context_length")
     # llama.cpp scales the scores of the largest Gemma 3, which has 62 layers, in another way.
     scalar = hidden / heads if gemma and layers == 62 else head_dim
-    vocabulary = keys.take("vocab_size", None) or len(file.value("tokenizer.ggml.tokens") or ())
+    vocabulary = keys.size("vocab_size", tensors.get("token_embd.weight", (0,))[0])
     config = DecoderConfig(
         model_type=_MODEL_TYPES.get(architecture, architecture),
-        vocab_size=int(vocabulary or tensors.get("token_embd.weight", (0,))[0]),
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=keys.size("feed_forward_length"),
         num_layers=layers,
@@ -155,10 +155,10 @@ class _Keys:
 
     def __init__(self, file: GGUFFile):
         self._file = file
-        if file.value("split.count", 0) > 1:
+        if (files := file.value("split.count", 1)) not in (0, 1):
             raise NotImplementedError(
-                f"{file.path!r} is one file of {file.value('split.count')} (split.count): join them "
-                "with llama.cpp's gguf-split --merge"
+                f"{file.path!r} is one file of {files} (split.count): join them with llama.cpp's "
+                "gguf-split --merge"
             )
         if file.value("general.type", "model") != "model":
             raise NotImplementedError(
@@ -222,7 +222,11 @@ class _Keys:
 
 def _token(file: GGUFFile, name: str) -> int | None:
     value = file.value(f"tokenizer.ggml.{name}_token_id")
-    return None if value is None else int(value)
+    if value is not None and not isinstance(value, int):
+        raise ValueError(
+            f"{file.path!r}: tokenizer.ggml.{name}_token_id must be an integer, got {value!r}"
+        )
+    return value
 
 
 def _windows(keys: _Keys, layers: int) -> tuple[int | None, ...]:
@@ -230,7 +234,8 @@ def _windows(keys: _Keys, layers: int) -> tuple[int | None, ...]:
     pattern = keys.take("attention.sliding_window_pattern", None)
     if not window:  # absent or 0
         return (None,) * layers
-    window = int(window)
+    if type(window) is not int or not (pattern is None or isinstance(pattern, (int, list))):
+        keys.refuse("attention.sliding_window", f"{window!r} with the pattern {pattern!r}")
     if keys.architecture == "llama" and pattern is None:  # a Mistral: every layer has it
         return (window,) * layers
     if keys.architecture != "gemma3":

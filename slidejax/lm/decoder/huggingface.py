@@ -84,14 +84,14 @@ _HARMLESS = frozenset([
     "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
     "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "id2label",
     "initializer_range", "is_decoder", "is_llama_config", "label2id", "length_penalty",
-    "max_length", "min_length", "model_max_length", "no_repeat_ngram_size", "num_beam_groups",
-    "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
-    "output_scores", "prefix", "pretraining_tp", "problem_type", "pruned_heads",
-    "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate",
-    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
-    "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
-    "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed",
-    "unsloth_version", "use_bfloat16", "use_cache",
+    "max_length", "max_sequence_length", "min_length", "model_max_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_scores", "prefix", "pretraining_tp", "problem_type",
+    "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
+    "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
+    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p",
+    "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
 ])
 # fmt: on
 
@@ -110,6 +110,7 @@ _ONLY = {
     "rope_interleaved": False,
     "text_config": None,
     "use_bidirectional_attention": False,
+    "use_mrope": False,
     "vision_config": None,
 }
 
@@ -140,7 +141,7 @@ def from_huggingface(values: Mapping[str, Any], source: str = "config.json") -> 
         raise ValueError(f"{source} must hold a JSON object, got {type(values).__name__}")
     keys = _Keys(values, source)
     model_type = keys.take("model_type", None)
-    if model_type not in _ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         raise NotImplementedError(
             f"{source}: model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}"
         )
@@ -259,7 +260,7 @@ def _check_class(values: Mapping[str, Any], source: str) -> None:
 def _activation(keys: _Keys, kind: _Architecture) -> str:
     key = "hidden_activation" if kind.gemma else "hidden_act"
     name = keys.take(key, None) or ("gelu_pytorch_tanh" if kind.gemma else "silu")
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         keys.refuse(key, f"{name!r} is not one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
@@ -354,6 +355,9 @@ def _ropes(
     nested = dict(new or {})
     if nested and not nested.keys() <= {"full_attention", "sliding_attention"}:
         keys.refuse("rope_parameters", f"{sorted(nested)} are not the types of Gemma's layers")
+    for name, part in nested.items():
+        if part is not None and not isinstance(part, Mapping):
+            keys.bad(f"rope_parameters.{name}", part, "an object or null")
     wide = {**(nested.get("full_attention") or {}), **(scaling or {})}
     wide.setdefault("rope_theta", 1_000_000.0 if theta is None else theta)
     near = dict(nested.get("sliding_attention") or {})

@@ -105,6 +105,8 @@ REFUSED = [
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
     ("llama", {"rope_interleaved": True}, "rope_interleaved: True"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
+    ("llama", {"hidden_act": ["silu"]}, "hidden_act: .'silu'."),
+    ("llama", {"use_mrope": True}, "use_mrope: True is not supported"),
     ("llama", {"sliding_window": 5}, "sliding_window: llama has none"),
     ("llama", {"num_experts": 8}, "num_experts: not a key that slidejax knows"),
     ("llama", {"auto_map": {"AutoModel": "x.X"}}, "auto_map"),
@@ -145,6 +147,11 @@ def test_another_computation_is_refused_by_name(model_type, change, match):
         ("mistral", {"sliding_window": 0}, "sliding_window must be a positive integer or null"),
         ("gemma3_text", {"sliding_window": None}, "sliding_window must be a positive integer"),
         ("gemma3_text", {"layer_types": ["full_attention"]}, "layer_types must be a list of 7"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": 3}},
+            "rope_parameters.full_attention must be an object or null",
+        ),
     ],
 )
 def test_impossible_values_are_named(model_type, change, match):
@@ -183,7 +190,19 @@ def test_a_configuration_goes_through_json(config):
     assert hash(config) == hash(DecoderConfig.from_json(config.to_json()))
 
 
-@pytest.mark.parametrize("change", [{"nonsense": 1}, {"ropes": None}, {"vocab_size": "64"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"nonsense": 1},
+        {"ropes": None},
+        {"ropes": [{"theta": "x", "divisors": []}] * 2},
+        {"vocab_size": "64"},
+        {"norm_eps": "x"},
+        {"windows": [0, None]},
+        {"windows": ["a", None]},
+        {"tied": 3},
+    ],
+)
 def test_json_of_another_kind_is_refused(change):
-    with pytest.raises(ValueError, match=r"not a DecoderConfig|must be a positive integer"):
+    with pytest.raises(ValueError, match=r"not a DecoderConfig|must be"):
         DecoderConfig.from_json({**tiny_config().to_json(), **change})

@@ -60,6 +60,21 @@ def test_rules_choose_by_the_names_of_hugging_face():
     assert model(tokens()).shape == (4, 24, 64)
 
 
+@pytest.mark.parametrize("method", [None, "wanda"])
+def test_a_tied_model_gets_a_head_of_its_own_where_a_rule_converts_it(method):
+    model, ids = tiny(tied=True), tokens(8)
+    rules = [("lm_head", "dense"), (".*", "6:8")]
+    converted = sj.lm.convert(model, rules, method, None if method is None else ids)
+    assert not converted.config.tied and model.config.tied
+    head = converted.params["lm_head"]["kernel"]
+    embedding = converted.params["model"]["embed_tokens"]["embedding"]
+    if method is None:  # calibration smooths: it scales the norm before the head, and the head
+        np.testing.assert_allclose(sj.unpack(head), embedding.T, atol=0.02)
+    assert str(head.pattern) == "dense" and not isinstance(embedding, SlideWeight)
+    others = sj.lm.convert(model, [(".*layers.*", "6:8")], method, None if method is None else ids)
+    assert others.config.tied and off(converted(ids), others(ids)) < 0.05
+
+
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_calibration_is_better_than_magnitude(method):
     """Inputs of very different sizes, which magnitude does not know about."""

@@ -150,6 +150,22 @@ def test_other_quantisations_are_refused_by_name(changes, match, tmp_path):
         sj.lm.load(folder_of(tmp_path, "w8a8_int8", config))
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"ignore": ["re:("]}, r"ignore: 're:\('"),
+        ({"ignore": 3}, "ignore must be a list of names"),
+        ({"group__targets": [3]}, "targets must be a list of names"),
+        ({"group__weights": None}, "must say weights and targets"),
+        ({"config_groups": {}}, "config_groups must be an object with a group"),
+    ],
+)
+def test_a_malformed_quantisation_is_named(changes, match, tmp_path):
+    config = {"quantization_config": quantization(**changes)}
+    with pytest.raises(ValueError, match=match):
+        sj.lm.load(folder_of(tmp_path, "w8a8_int8", config))
+
+
 def test_weights_alone_are_multiplied_out(tmp_path):
     config = {"quantization_config": quantization(group__input_activations=None)}
     model = sj.lm.load(folder_of(tmp_path / "a", "w8a8_int8", config), dtype="float32")
