@@ -96,9 +96,22 @@ def nnx_model():
     return Model(nnx.Rngs(0))
 
 
+def text_model(folder):
+    """A directory with a tiny decoder that has a tokenizer and a chat template."""
+    from slidejax.lm import Decoder, save
+    from slidejax.lm.decoder.examples import tiny
+    from slidejax.lm.text.examples import byte_tokenizer
+
+    model, tokenizer = tiny(vocab_size=260, max_positions=256), byte_tokenizer()
+    tokenizer.templates = {"default": "{{ messages[0].content }}"}
+    save(Decoder(model.config, model.params, files=tokenizer.files()), folder)
+    return folder
+
+
 def test_readme_code_runs(tmp_path, tiny_llama):
     """Every Python block of the README runs, in order, with the names that a reader would have."""
     pytest.importorskip("optax")
+    pytest.importorskip("jinja2")
     from flax import nnx
 
     import slidejax as sj
@@ -121,6 +134,8 @@ def test_readme_code_runs(tmp_path, tiny_llama):
         "original_nnx": nnx_model(),
         "params": {"kernel": sj.pack(kernel, "6:8"), "bias": jnp.zeros(32)},
         "path": tmp_path / "params",
+        "folder": text_model(tmp_path / "model"),
+        "out": tmp_path / "out",
     }
     _, blocks = split_code((ROOT / "README.md").read_text())
     assert len(blocks) > 5

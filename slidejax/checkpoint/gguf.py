@@ -79,7 +79,7 @@ class GGUFFile:
             import gguf
         except ImportError as e:
             raise ImportError(
-                "reading a GGUF file needs the package 'gguf': pip install 'slidejax[huggingface]'"
+                "reading a GGUF file needs the package 'gguf': pip install 'slidejax[lm]'"
             ) from e
         self.path = os.fspath(path)
         if not os.path.isfile(path):

@@ -111,6 +111,11 @@ def _show(out: Any, name: str, source: str, rows: Sequence[Row]) -> None:
     device = jax.devices()[0].device_kind
     out.print(f"{name} on {device}, {rows[0].tokens} tokens of: {source}", highlight=False)
     out.print(_table(rows))
+    if jax.default_backend() == "cpu":
+        out.print(
+            "A CPU has no sparse tensor cores: look here at quality and size, not at speed.",
+            highlight=False,
+        )
     prepared = max(row.prepared_bytes for row in rows)
     if prepared:
         out.print(

@@ -10,13 +10,28 @@ if TYPE_CHECKING:
     from slidejax.lm.decoder.family import convert
     from slidejax.lm.decoder.files import load, save
     from slidejax.lm.decoder.model import Decoder
+    from slidejax.lm.generation.generate import Completion
+    from slidejax.lm.generation.stream import Stream
+    from slidejax.lm.text.tokenizer import Tokenizer
 
-__all__ = ["Decoder", "DecoderConfig", "convert", "load", "save"]
+__all__ = [
+    "Completion",
+    "Decoder",
+    "DecoderConfig",
+    "Stream",
+    "Tokenizer",
+    "convert",
+    "load",
+    "save",
+]
 
 # Loaded when first used: the command line looks at other modules of this package without JAX.
 _HOME = {
+    "Completion": "generation.generate",
     "Decoder": "decoder",
     "DecoderConfig": "decoder",
+    "Stream": "generation.stream",
+    "Tokenizer": "text.tokenizer",
     "convert": "decoder",
     "load": "decoder",
     "save": "decoder",

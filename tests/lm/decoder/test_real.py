@@ -1,6 +1,7 @@
-"""Real models must speak. SLIDEJAX_TEST_MODELS names GGUF files, separated by colons.
+"""Real models must speak. SLIDEJAX_TEST_MODELS names them, separated by colons: GGUF files, or the
+demo's model.
 
-    SLIDEJAX_TEST_MODELS=qwen2.gguf:gemma3.gguf python -m pytest tests/lm/decoder/test_real.py
+    SLIDEJAX_TEST_MODELS=smollm2:qwen2.gguf:gemma3.gguf python -m pytest tests/lm/decoder
 
 They are large, so nothing runs without the variable.
 """
@@ -14,8 +15,10 @@ import pytest
 
 import slidejax as sj
 from slidejax.lm.decoder import apply, init_cache
+from slidejax.lm.models import NAMED, packaged_file
 
-MODELS = [path for path in os.environ.get("SLIDEJAX_TEST_MODELS", "").split(os.pathsep) if path]
+NAMES = [name for name in os.environ.get("SLIDEJAX_TEST_MODELS", "").split(os.pathsep) if name]
+MODELS = [str(packaged_file(name)) if name in NAMED else name for name in NAMES]
 TEXT = "The capital of France is Paris , and the capital of Germany is Berlin"
 
 pytestmark = pytest.mark.skipif(not MODELS, reason="SLIDEJAX_TEST_MODELS names no files")
@@ -63,3 +66,19 @@ def test_a_real_model_continues_through_the_cache_as_without_one(path):
     whole = np.asarray(model(text))[0, ids.shape[1] - 1 : -1].argmax(-1)
     print("".join(tokens[i] for i in text[0]).replace(space, " "))
     np.testing.assert_array_equal(whole, text[0, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("path", MODELS)
+def test_a_real_model_writes_text(path):
+    """Its tokenizer gives the words of the text, and it knows the capital of France."""
+    model = sj.lm.load(path)
+    ids, _, _ = words_of(model)
+    assert model.tokenizer.encode(TEXT) == ids[0].tolist()
+    prompt = "The capital of France is"
+    written = model.generate(prompt, max_new_tokens=12)
+    assert "Paris" in written.text
+    assert "".join(model.stream(prompt, max_new_tokens=12)) == written.text
+    both = model.generate([prompt, "One, two, three, four,"], max_new_tokens=12)
+    if model.dtype == np.float32:
+        assert both[0] == written
+    print(prompt, written.text, both[1].text)
