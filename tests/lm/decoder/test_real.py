@@ -74,7 +74,7 @@ def test_a_real_model_writes_text(path):
     model = sj.lm.load(path)
     ids, _, _ = words_of(model)
     assert model.tokenizer.encode(TEXT) == ids[0].tolist()
-    prompt = "The capital of France is"
+    prompt = "The capital of Germany is Berlin. The capital of France is"
     written = model.generate(prompt, max_new_tokens=12)
     assert "Paris" in written.text
     assert "".join(model.stream(prompt, max_new_tokens=12)) == written.text
