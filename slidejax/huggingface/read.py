@@ -37,6 +37,7 @@ _BUFFERS = (
     "position_ids",
     "num_batches_tracked",
 )
+_FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 # --- building -------------------------------------------------------------------------------------
@@ -108,6 +109,15 @@ def build(
     ]
     if wrong:
         raise ValueError(f"parameters of {type(model).__name__} have wrong shapes: {_some(wrong)}")
+    codes = [
+        f"{k}: {flat[k].dtype}"
+        for k in shapes
+        if not isinstance(flat[k], SlideWeight) and flat[k].dtype.name not in _FLOATS
+    ]
+    if codes:
+        raise ValueError(
+            f"parameters of {type(model).__name__} are codes and no weights: {_some(codes)}"
+        )
     extra = sorted(flat.keys() - shapes.keys())
     if extra:
         warnings.warn(
@@ -299,6 +309,8 @@ def _read_safetensors(
                 state.update({k: f.get_tensor(k) for k in f.keys() if not k.endswith(_BUFFERS)})  # noqa: SIM118
         except SafetensorError as e:
             raise ValueError(f"{str(file)!r} is damaged: {e}") from e
+        except (AttributeError, TypeError) as e:  # it has no name for float8
+            raise ValueError(f"{str(file)!r} holds tensors of a dtype that is not read: {e}") from e
     if layout == "flax":
         return _fit_prefix({k.replace(".", "/"): v for k, v in state.items()}, config, cls)
     if layout != "pt":

@@ -177,6 +177,15 @@ def test_missing_and_misshapen_parameters_are_named(tiny_config, tiny_params):
         hf.build(tiny_config, params)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_codes_are_not_taken_for_weights(tiny_config, tiny_params, dtype):
+    params = jax.tree.map(lambda x: x, tiny_params)
+    up = params["model"]["layers"]["1"]["mlp"]["up_proj"]
+    up["kernel"] = jax.numpy.asarray(up["kernel"], dtype)
+    with pytest.raises(ValueError, match=rf"up_proj/kernel: {dtype}"):
+        hf.build(tiny_config, params)
+
+
 def test_damaged_directories(folder):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])

@@ -20,6 +20,8 @@ __all__ = ["attend"]
 # Up to this many scores are computed at once: 256 MiB of float32.
 _AT_ONCE = 1 << 26
 _QUERIES, _KEYS = 256, 1024  # the sizes of a block
+# With so few queries there is nothing to skip that would be worth a loop.
+_FEW = 16
 
 # What an unseen score is. It is finite, so that a query that sees nothing gives no nan.
 _UNSEEN = -1e30
@@ -53,7 +55,8 @@ def attend(
     q = queries.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
     q = q.transpose(0, 2, 3, 1, 4)
     inside = _Scores(scale, window)
-    if batch * heads * tokens * length <= _AT_ONCE:
+    fits = batch * heads * tokens * length <= _AT_ONCE
+    if fits and (tokens <= _FEW or length <= 2 * _KEYS):
         out = inside.at_once(q, held, query_positions, key_positions)
     else:
         out = inside.by_blocks(q, held, query_positions, key_positions)
@@ -109,11 +112,10 @@ class _Scores:
         padding = blocks * _QUERIES - tokens
         q = jnp.pad(q, [(0, 0)] * 3 + [(0, padding), (0, 0)])
         query_positions = jnp.pad(query_positions, [(0, 0), (0, padding)], constant_values=-1)
-        key_blocks, key_positions = _cut(held, key_positions)
 
         def one(block):
             q, query_positions = block
-            return self._over_keys(q, query_positions, key_blocks, key_positions)
+            return self._over_keys(q, held, query_positions, key_positions)
 
         out = lax.map(
             one,
@@ -125,8 +127,9 @@ class _Scores:
         out = jnp.moveaxis(out, 0, 3).reshape(batch, kv_heads, group, -1, head_dim)
         return out[:, :, :, :tokens]
 
-    def _over_keys(self, q, query_positions, key_blocks, key_positions) -> jax.Array:
-        """A block of queries with all blocks of keys, `[blocks, ...]` each."""
+    def _over_keys(self, q, held: LayerCache, query_positions, key_positions) -> jax.Array:
+        """A block of queries with all blocks of keys."""
+        size = min(_KEYS, held.keys.shape[2])
 
         @jax.checkpoint
         def add(running, held, positions):
@@ -138,9 +141,11 @@ class _Scores:
             out = out * shrink[..., None] + self.weighted(weights, held, q.dtype)
             return higher, total * shrink + weights.sum(-1), out
 
-        def step(running, block):
-            visible = self.seen(query_positions, block[1]).any()
-            return lax.cond(visible, add, lambda running, *_: running, running, *block), None
+        def step(running, index):
+            block, positions = _block(held, key_positions, index, size)
+            visible = self.seen(query_positions, positions).any()
+            skip = lambda running, *_: running  # noqa: E731
+            return lax.cond(visible, add, skip, running, block, positions), None
 
         rows = q.shape[:-1]
         start = (
@@ -148,25 +153,24 @@ class _Scores:
             jnp.zeros(rows, jnp.float32),
             jnp.zeros(q.shape, jnp.float32),
         )
-        (_, total, out), _ = lax.scan(step, start, (key_blocks, key_positions))
+        blocks = jnp.arange(math.ceil(held.keys.shape[2] / size), dtype=jnp.int32)
+        (_, total, out), _ = lax.scan(step, start, blocks)
         return out / jnp.maximum(total, jnp.float32(1e-30))[..., None]
 
 
-def _cut(held: LayerCache, key_positions: jax.Array) -> tuple[LayerCache, jax.Array]:
-    """Keys, values and positions as blocks along a new first axis; missing keys are not seen."""
+def _block(
+    held: LayerCache, key_positions: jax.Array, index: jax.Array, size: int
+) -> tuple[LayerCache, jax.Array]:
+    """A block of keys, read where they lie. The last one begins earlier, if it would not fit.
+
+    Keys that the block before it has are not seen again.
+    """
     length = held.keys.shape[2]
-    blocks = math.ceil(length / _KEYS)
-    padding = blocks * _KEYS - length
-
-    def cut(x: jax.Array, axis: int) -> jax.Array:
-        fill = -1 if x is key_positions else 0
-        widths = [(0, padding if a == axis else 0) for a in range(x.ndim)]
-        x = jnp.pad(x, widths, constant_values=fill)
-        return jnp.moveaxis(
-            x.reshape(*x.shape[:axis], blocks, _KEYS, *x.shape[axis + 1 :]), axis, 0
-        )
-
-    return jax.tree.map(lambda x: cut(x, 2), held), cut(key_positions, 1)
+    start = jnp.minimum(index * size, length - size)
+    block = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, 2), held)
+    positions = lax.dynamic_slice_in_dim(key_positions, start, size, 1)
+    new = start + jnp.arange(size, dtype=jnp.int32) >= index * size
+    return block, jnp.where(new[None], positions, -1)
 
 
 def _precision(dtype) -> lax.Precision | None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.weights import numerics
@@ -46,7 +47,12 @@ class LayerCache(NamedTuple):
         slots = jnp.where(positions < 0, length, positions)
 
         def put(cache: jax.Array, new: jax.Array) -> jax.Array:
-            return cache.at[rows, :, slots].set(new.astype(cache.dtype), mode="drop")
+            new, dtype = new.astype(cache.dtype), cache.dtype
+            if dtype.itemsize == 2:
+                # XLA's CPU would turn the whole cache into float32 and back to write 16-bit floats.
+                cache, new = (lax.bitcast_convert_type(x, jnp.uint16) for x in (cache, new))
+            written = cache.at[rows, :, slots].set(new, mode="drop")
+            return lax.bitcast_convert_type(written, dtype) if dtype.itemsize == 2 else written
 
         if self.key_scales is None or self.value_scales is None:
             return LayerCache(put(self.keys, keys), put(self.values, values))
