@@ -236,7 +236,10 @@ def _rows(args: argparse.Namespace, original: Loaded, ids: np.ndarray) -> np.nda
     from slidejax.train.distill import rows_of, sample
 
     window = fitting(args.window or min(512 if _on_gpu() else 256, len(ids)), original.model)
-    text = rows_of(ids, window)
+    start = np.asarray(original.start, np.int32)
+    text = rows_of(ids, window - len(start))
+    # A model in use never sees a text without its start.
+    text = np.concatenate([np.broadcast_to(start, (len(text), len(start))), text], axis=1)
     count = args.sample if args.sample is not None else 768 if _on_gpu() else 0
     if count == 0:
         return text

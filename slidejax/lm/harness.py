@@ -269,8 +269,9 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         stops = (stops,) if isinstance(stops, str) else tuple(stop for stop in stops if stop)
         count = int(options.pop("max_new_tokens", self.max_gen_toks))
         count = min(int(options.pop("max_gen_toks", count)), self.max_length - 1)
-        temperature = float(options.pop("temperature", 0.0))
-        sampled = bool(options.pop("do_sample", temperature > 0)) and temperature > 0
+        drawn = options.pop("do_sample", None)
+        temperature = float(options.pop("temperature", 1.0 if drawn else 0.0))
+        sampled = drawn is not False and temperature > 0
         top_k, top_p = int(options.pop("top_k", 0)), float(options.pop("top_p", 1.0))
         if options.get("num_beams") == 1:
             del options["num_beams"]

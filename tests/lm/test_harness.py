@@ -177,7 +177,14 @@ def test_options_of_a_request_are_obeyed(lm):
     hot = {"max_gen_toks": 5, "do_sample": True, "temperature": 9.0}
     for options in ({"top_k": 1}, {"top_p": 1e-6}):
         assert ask(lm.generate_until, ("ab", {**hot, **options})) == greedy
-    assert ask(lm.generate_until, ("ab", {"num_beams": 1, "max_gen_toks": 5})) == greedy
+    for options in (
+        {"num_beams": 1},
+        {"do_sample": False, "temperature": 9.0},
+        {"do_sample": True, "temperature": 0.0},
+        {"top_p": None},
+    ):
+        assert ask(lm.generate_until, ("ab", {**options, "max_gen_toks": 5})) == greedy
+    assert lm._generation("ab", {"do_sample": True})[2][1:] == (1.0, 0, 1.0)
 
 
 def test_a_context_begins_with_the_start_where_it_is_asked_for(loaded):

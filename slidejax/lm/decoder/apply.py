@@ -55,8 +55,8 @@ def apply(
     Args:
       config: the decoder's configuration. Static.
       params: nested dicts, see this module.
-      ids: int32 `[batch, tokens]`. An id outside the vocabulary gives no error here; the nearest
-        one is read.
+      ids: int32 `[batch, tokens]`. An id outside the vocabulary gives no error here; the logits of
+        its row are nan.
       positions: int32 `[batch, tokens]`: the position of each token in its row, from 0. -1 marks
         padding, on any side: it is not written and nobody sees it, and its logits have no meaning.
         The positions of a row must be without gaps, over all calls with one cache. None means that
@@ -123,7 +123,11 @@ def _states(
 ) -> tuple[list[jax.Array], Cache | None]:
     """The residual stream before the first layer and after each; and the cache."""
     body = params["model"]
-    x = jnp.take(body["embed_tokens"]["embedding"], ids, axis=0, mode="clip")
+    embedding = body["embed_tokens"]["embedding"]
+    # Padding may have any id. Elsewhere one that is not there must be seen: its logits are nan.
+    known = jnp.where(ids < 0, embedding.shape[0], ids)
+    known = jnp.where(positions < 0, 0, known)
+    x = jnp.take(embedding, known, axis=0, mode="fill", fill_value=jnp.nan)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     turns = {rope: _turns(rope, config.head_dim, positions) for rope in dict.fromkeys(config.ropes)}

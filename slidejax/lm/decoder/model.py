@@ -95,8 +95,20 @@ class Decoder(Writes, nnx.Module):
         return type(self)(self.config, params, files=self.files, about=self.about)
 
     def __call__(self, ids: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """Logits, float32 `[batch, tokens, vocab]`, without a cache; see `apply`."""
+        """Logits, float32 `[batch, tokens, vocab]`, without a cache; see `apply`.
+
+        Raises:
+          ValueError: as `apply`; or an id is outside the vocabulary, where ids are concrete.
+        """
+        if not isinstance(ids, jax.core.Tracer):
+            self._check(np.asarray(ids))
         return _logits(self.config, self.params, ids, positions)
+
+    def _check(self, ids: np.ndarray) -> None:
+        size = self.config.vocab_size
+        bad = ids[(ids < 0) | (ids >= size)] if np.issubdtype(ids.dtype, np.integer) else ids[:0]
+        if bad.size:
+            raise ValueError(f"ids must be tokens of the model, 0 to {size - 1}, got {bad[0]}")
 
     def outputs(
         self, params: Mapping[str, Any], ids: jax.Array

@@ -1,0 +1,42 @@
+"""Tokens that a decoder lacks are never read as others."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slidejax as sj
+from slidejax.lm.decoder import apply, init_cache
+from slidejax.lm.decoder.examples import tiny
+
+BAD = np.array([[1, 2, 3, 64] * 8], np.int32)
+
+
+@pytest.mark.parametrize("token", [64, 1000, -1])
+def test_a_token_that_is_not_there_is_an_error_or_nan(token):
+    model = tiny()
+    ids = jnp.array([[1, 2, token, 3], [4, 5, 6, 7]])
+    with pytest.raises(ValueError, match=f"0 to 63, got {token}"):
+        model(ids)
+    logits = np.asarray(jax.jit(lambda ids: model(ids))(ids))
+    assert np.isnan(logits[0, 2:]).all() and np.isfinite(logits[1]).all()
+
+
+def test_padding_may_have_any_id():
+    model = tiny()
+    ids, positions = np.array([[1, 2, -7], [64, 3, 4]]), np.array([[0, 1, -1], [-1, 0, 1]])
+    for cache in (None, init_cache(model.config, 2, 8, "float32")):
+        logits, _ = apply(model.config, model.params, ids, positions, cache, last=True)
+        for row, alone in zip(np.asarray(logits), ([[1, 2]], [[3, 4]]), strict=True):
+            np.testing.assert_allclose(row, np.asarray(model(np.array(alone)))[0, -1], atol=1e-5)
+
+
+def test_calibration_on_them_is_an_error():
+    model = tiny()
+    with pytest.raises(ValueError, match="inf or nan"):
+        sj.lm.convert(model, "6:8", "wanda", BAD)
+    with pytest.raises(ValueError, match="inf or nan"):
+        sj.prune.mixed(model, "6:8", BAD, patterns=("14:16", "2:4"))
+    converted = sj.lm.convert(model, "6:8")
+    with pytest.raises(ValueError, match=r"0\.\.63"):
+        sj.recover(converted, model, np.repeat(BAD, 4, 0), steps=1, window=8)
