@@ -14,7 +14,17 @@ __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "collect", "run", "text"]
 SUMMARY = "Versions, devices, the CUDA library, and which implementations can run here."
 EXAMPLE = "slidejax info --json info.json"
 
-_PACKAGES = ("slidejax", "jax", "jaxlib", "flax", "transformers", "nvidia-cusparselt-cu13")
+_PACKAGES = (
+    "slidejax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "tokenizers",
+    "jinja2",
+    "gguf",
+    "transformers",
+    "nvidia-cusparselt-cu13",
+)
 _ROWS = (1, 16)  # of x in the sample: decode takes few rows, the other kernels any number
 
 

@@ -6,6 +6,8 @@ models that do not continue their prompt.
 """
 
 import json
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -363,6 +365,22 @@ def test_a_decoder_goes_through_every_command(capsys, tmp_path):
     )  # fmt: skip
     assert "7 layers converted" in mixed
     assert "converted already" in error(capsys, "convert", out, new, "--pattern", "6:8")
+
+
+def test_transformers_is_not_needed(tmp_path):
+    path = directory(tmp_path / "m", tensors())
+    (tmp_path / "text.txt").write_text(SENTENCES)
+    code = f"""
+import sys
+sys.modules["transformers"] = None
+from slidejax.commands.main import main
+folder, out, text = {str(path)!r}, {str(tmp_path / "out")!r}, {str(tmp_path / "text.txt")!r}
+assert main(["generate", folder, "--prompt", "ab", "--max-new-tokens", "2"]) == 0
+assert main(["convert", folder, out, "--pattern", "6:8"]) == 0
+assert main(["eval", folder, out, "--text", text, "--tokens", "32"]) == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -39,6 +39,12 @@ def programs(config: DecoderConfig, cache_dtype: str) -> Programs:
     return Programs(cache, step)
 
 
+@functools.lru_cache(maxsize=8)
+def _tokenizer(contents: tuple[tuple[str, bytes], ...], ends: tuple[int, ...]) -> Tokenizer | None:
+    """The tokenizer out of files, shared by all decoders that have the same ones."""
+    return files.from_files(dict(contents), "", ends)
+
+
 class _Writer:
     """A decoder as `generate` takes it, with the dtype of its cache."""
 
@@ -60,7 +66,6 @@ class Writes:
 
     if TYPE_CHECKING:
         config: DecoderConfig
-        _extra: Any
 
         @property
         def files(self) -> dict[str, bytes]: ...
@@ -75,10 +80,7 @@ class Writes:
           ValueError: its files are damaged.
           NotImplementedError: it is of a kind that cannot be read, which is named.
         """
-        if not hasattr(self._extra, "tokenizer"):
-            found = files.from_files(self.files, "", self.config.eos_token_ids)
-            self._extra.tokenizer = found
-        return self._extra.tokenizer
+        return _tokenizer(tuple(sorted(self.files.items())), self.config.eos_token_ids)
 
     def generate(
         self,
