@@ -257,7 +257,7 @@ def _op(pattern: Pattern, dtype, inputs: InputLayout, reduce_axis: tuple[str, ..
         )
 
     def vmap_rule(op, axis_size, in_batched, *xs):
-        return map_batched(op, axis_size, in_batched, inputs.rows, xs)
+        return map_batched(op, axis_size, in_batched, range(inputs.rows), xs)
 
     def residuals(xs, results):
         _, scale = results
