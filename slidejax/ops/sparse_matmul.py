@@ -319,10 +319,12 @@ def _kept_lifted(lifted_kernel: jax.Array, w: SlideWeight) -> jax.Array:
 
     This is the transpose of `expand_lifted`.
     """
-    (values,) = jax.linear_transpose(
-        lambda values: expand_lifted(w.replace(values=values)),
-        jnp.zeros(w.values.shape, jnp.float32),
-    )(lifted_kernel)
+
+    def expanded(values):
+        return expand_lifted(w.replace(values=values))
+
+    like = vary(varying_axes(lifted_kernel), jnp.zeros(w.values.shape, jnp.float32))
+    (values,) = jax.linear_transpose(expanded, *like)(lifted_kernel)
     return values
 
 
