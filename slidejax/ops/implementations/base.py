@@ -8,10 +8,9 @@ To add an implementation, write a subclass of `Implementation` with:
    whole layer can be computed in a better way than by lifting first and multiplying afterwards.
 4. `form`: the array that it needs beside a weight's packed form, and how to make it. Leave it out
    if the packed form is enough.
-5. `available()`, `facts()`, `settings(...)` and `search(...)`: what `slidejax info`, `bench` and
+5. `takes_residual`, if it adds a residual before it rounds. Otherwise that is done for it.
+6. `available()`, `facts()`, `settings(...)` and `search(...)`: what `slidejax info`, `bench` and
    `tune` report about it. All of these are optional.
-
-A `residual` that the caller gives is added for it. Set `takes_residual` if it adds one itself.
 
 Then pass an object of this class to `slidejax.ops.registry.register`. From then on
 `slidejax.implementations()` lists it, `explain` names it or its reason to refuse, `prepare` makes
