@@ -178,7 +178,7 @@ def test_a_residual_is_added_once_where_the_call_is_cut(on_gpu, rows, columns, o
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("implementation", ["decode", "hopper", "dense"])
+@pytest.mark.parametrize("implementation", ["decode", "hopper", "cusparselt", "dense"])
 def test_a_residual_is_rounded_once_on_every_implementation(on_gpu, implementation):
     """The stream of a transformer: x itself is the residual, and donated."""
     if reason := registry.get(implementation).available():
