@@ -267,6 +267,7 @@ def contract(
     features: tuple[int, ...],
     bias: jax.Array | None = None,
     implementation: str | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
     """The layer's result in x's dtype.
 
@@ -277,6 +278,8 @@ def contract(
       features: sizes of the kernel's output axes.
       bias: a bias in the layer's own shape, or None.
       implementation: as in `slidejax.linear`.
+      residual: an array in the shape of the layer's result, added as `slidejax.linear` does; or
+        None.
 
     Raises:
       ValueError: if the shapes do not fit each other.
@@ -292,10 +295,35 @@ def contract(
     if bias is not None:
         bias = jnp.transpose(bias, axes.bias_order()).reshape(*batch, -1)
 
-    def product(x, w, bias):
-        return linear(x, w, bias, implementation=implementation)
+    shape = (*batch, *free_shape, *features)
+    if residual is not None:
+        residual = _as_computed(residual, shape, axes.result)
+        residual = residual.reshape(*batch, *free_shape, w.out_features)
+
+    def product(x, w, bias, residual):
+        return linear(x, w, bias, implementation=implementation, residual=residual)
 
     for _ in batch:
         product = jax.vmap(product)
-    y = product(x, w, bias).reshape(*batch, *free_shape, *features)
+    y = product(x, w, bias, residual).reshape(shape)
     return y if axes.result is None else jnp.transpose(y, axes.result)
+
+
+def _as_computed(residual, shape: tuple[int, ...], order: tuple[int, ...] | None) -> jax.Array:
+    """A residual of a layer's result, with its axes as they are before the result is transposed.
+
+    Args:
+      residual: an array in the shape of the layer's result.
+      shape: of the result before it is transposed.
+      order: the transposition, or None.
+    """
+    result = shape if order is None else tuple(shape[a] for a in order)
+    if jnp.shape(residual) != result:
+        raise ValueError(
+            f"residual must have the shape of the layer's result, {result}, got "
+            f"{jnp.shape(residual)}"
+        )
+    residual = jnp.asarray(residual)
+    if order is None:
+        return residual
+    return jnp.transpose(residual, sorted(range(len(order)), key=order.__getitem__))

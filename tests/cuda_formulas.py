@@ -50,10 +50,10 @@ def lift(codes, group):
     padded = -(-codes.shape[1] // block) * block
     x = np.zeros((codes.shape[0], padded), codes.dtype)
     x[:, : codes.shape[1]] = codes
-    x = x.reshape(codes.shape[0], -1, group)
-    return np.concatenate([x[..., 2 * w : 2 * w + 4] for w in range(group // 2 - 1)], -1).reshape(
-        codes.shape[0], -1
-    )
+    x = x.reshape(codes.shape[0], padded // group, group)
+    windows = [x[..., 2 * w : 2 * w + 4] for w in range(group // 2 - 1)]
+    lifted = padded // group * 4 * len(windows)
+    return np.concatenate(windows, -1).reshape(codes.shape[0], lifted)
 
 
 def lifted_weight(values, zeros):
@@ -78,11 +78,28 @@ def accumulate(lifted, weight):
     return lifted.astype(wide) @ weight.astype(wide).T
 
 
-def finish(acc, scale_x, scale_w, bias=None):
-    """float32(acc) * scale_x * scale_w + bias, in float32."""
+def finish(acc, scale_x, scale_w, bias=None, residual=None):
+    """float32(acc) * scale_x * scale_w + bias + residual, in float32."""
     with np.errstate(invalid="ignore"):
         y = acc.astype(np.float32) * scale_x[:, None] * scale_w[None]
-    return y if bias is None else y + np.asarray(bias, np.float32)
+        for term in (bias, residual):
+            if term is not None:
+                y = y + np.asarray(term).astype(np.float32)
+    return y
+
+
+def linear(x, w, bias, out_dtype, residual=None):
+    """The whole of `slidejax.linear` of rows of x `[M, in]` and an 8-bit weight."""
+    values = np.asarray(w.values)
+    codes, scale = quantize(np.asarray(x), values.dtype)
+    if w.pattern.prunes:
+        weight, codes = lifted_weight(values, np.asarray(w.zeros)), lift(codes, w.pattern.group)
+    else:
+        weight = values.reshape(w.out_features, -1)
+        codes = np.pad(codes, ((0, 0), (0, weight.shape[1] - codes.shape[1])))
+    y = finish(accumulate(codes, weight), scale, np.asarray(w.scale), bias, residual)
+    with np.errstate(over="ignore"):
+        return y.astype(out_dtype)
 
 
 def bits(a):

@@ -29,6 +29,12 @@ def test_einsum(equation, x_shape, kernel_shape):
     assert jnp.all((dense == kernel) | (dense == 0)) and jnp.any(dense != 0)
     got = contract(x, w, axes, tuple(kernel_shape[a] for a in axes.kernel_out))
     np.testing.assert_allclose(got, jnp.einsum(equation, x, dense), rtol=1e-4, atol=1e-4)
+    residual = jnp.asarray(random.normal(size=got.shape), jnp.float32)
+    features = tuple(kernel_shape[a] for a in axes.kernel_out)
+    with_residual = contract(x, w, axes, features, residual=residual)
+    np.testing.assert_allclose(with_residual, got + residual, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="shape of the layer's result"):
+        contract(x, w, axes, features, residual=residual[..., :1])
     with pytest.raises(ValueError, match="does not fit"):
         contract(x, w, axes, (1,))
 

@@ -92,6 +92,10 @@ Plan PlanOf(const DecodeArgs& a, const Device& device) {
                   device.shared_limit);
 }
 
+const void* Behind(const void* from, int64_t bytes) {
+  return from == nullptr ? nullptr : static_cast<const char*>(from) + bytes;
+}
+
 }  // namespace
 
 int64_t DecodeWorkspace(int M, int group, int blocks) {
@@ -127,6 +131,7 @@ cudaError_t Decode(const DecodeArgs& a, cudaStream_t stream) {
       const int64_t skipped = first.M;
       second.x = static_cast<const char*>(a.x) + skipped * a.columns * Bytes(a.x_type);
       second.y = static_cast<char*>(a.y) + skipped * a.out * Bytes(a.y_type);
+      second.residual = Behind(a.residual, skipped * a.out * Bytes(a.residual_type));
     } else {
       if (a.out <= kTileRows) return cudaErrorInvalidConfiguration;
       first.out = RoundUp(a.out / 2, kTileRows), second.out = a.out - first.out;
@@ -137,6 +142,7 @@ cudaError_t Decode(const DecodeArgs& a, cudaStream_t stream) {
       second.scale_w = a.scale_w + skipped;
       if (a.bias != nullptr) second.bias = a.bias + skipped;
       second.y = static_cast<char*>(a.y) + skipped * Bytes(a.y_type);
+      second.residual = Behind(a.residual, skipped * Bytes(a.residual_type));
     }
     if (auto s = Decode(first, stream)) return s;
     return Decode(second, stream);

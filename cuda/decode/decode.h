@@ -25,6 +25,8 @@ struct DecodeArgs {
   const uint8_t* zeros;  // [out, groups], z1 | z2 << 4; null for a dense weight
   const float* scale_w;  // [out]
   const float* bias;     // [out] or null
+  const void* residual;  // [M, out] or null
+  DType residual_type;   // bfloat16, float16 or float32
   void* y;               // [M, out]
   DType y_type;          // bfloat16, float16 or float32
   DType type;            // of values: int8 or float8_e4m3fn

@@ -1,8 +1,8 @@
 // FFI target of the decode kernel (decode/decode.h).
 //
 //   slidejax_linear_decode: x [M, K], values [out, groups, kept], zeros u8 [out, groups],
-//       scale_w f32 [out], bias f32 [out] or [0] -> y [M, out], workspace u8 [W]. A dense weight
-//       has values [out, K'], K' a multiple of 32, and zeros [0].
+//       scale_w f32 [out], bias f32 [out] or [0], residual [M, out] or [0] -> y [M, out],
+//       workspace u8 [W]. A dense weight has values [out, K'], K' a multiple of 32, and zeros [0].
 #include "handlers.h"
 
 #include <algorithm>
@@ -27,8 +27,9 @@ ffi::Error InitializeImpl(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionar
 // Fills in the arguments; returns what is wrong with them, or "".
 std::string Arguments(const ffi::AnyBuffer& x, const ffi::AnyBuffer& values,
                       const ffi::Buffer<ffi::U8>& zeros, const ffi::Buffer<ffi::F32>& scale_w,
-                      const ffi::Buffer<ffi::F32>& bias, const ffi::AnyBuffer& y,
-                      const ffi::Buffer<ffi::U8>& workspace, DecodeArgs& args) {
+                      const ffi::Buffer<ffi::F32>& bias, const ffi::AnyBuffer& residual,
+                      const ffi::AnyBuffer& y, const ffi::Buffer<ffi::U8>& workspace,
+                      DecodeArgs& args) {
   const auto shape = values.dimensions();
   const bool dense = shape.size() == 2;
   if (x.dimensions().size() != 2 || y.dimensions().size() != 2 || (!dense && shape.size() != 3))
@@ -44,24 +45,31 @@ std::string Arguments(const ffi::AnyBuffer& x, const ffi::AnyBuffer& values,
   if (static_cast<int64_t>(zeros.element_count()) != (dense ? 0 : outputs * shape[1]))
     return "zeros must be [out, groups] or, of a dense weight, [0]";
   const auto type = DTypeOf(values.element_type()), x_type = DTypeOf(x.element_type()),
-             y_type = DTypeOf(y.element_type());
+             y_type = DTypeOf(y.element_type()), residual_type = DTypeOf(residual.element_type());
   if (!type || (*type != DType::kS8 && *type != DType::kE4M3))
     return "values must be int8 or float8_e4m3fn";
   const auto is_float = [](DType t) {
     return t == DType::kBF16 || t == DType::kF16 || t == DType::kF32;
   };
-  if (!x_type || !y_type || !is_float(*x_type) || !is_float(*y_type))
-    return "x and y must be bfloat16, float16 or float32";
+  if (!x_type || !y_type || !residual_type || !is_float(*x_type) || !is_float(*y_type) ||
+      !is_float(*residual_type))
+    return "x, residual and y must be bfloat16, float16 or float32";
   if (y.dimensions()[0] != rows || y.dimensions()[1] != outputs) return "y must be [M, out]";
   if (static_cast<int64_t>(scale_w.element_count()) != outputs) return "scale_w must be [out]";
   if (bias.element_count() != 0 && static_cast<int64_t>(bias.element_count()) != outputs)
     return "bias must be [out] or [0]";
+  const bool adds = residual.dimensions().size() == 2;
+  if (adds ? residual.dimensions()[0] != rows || residual.dimensions()[1] != outputs
+           : residual.element_count() != 0)
+    return "residual must be [M, out] or [0]";
 
   args.x = x.untyped_data(), args.x_type = *x_type;
   args.values = values.untyped_data(), args.type = *type;
   args.zeros = dense ? nullptr : zeros.typed_data();
   args.scale_w = scale_w.typed_data();
   args.bias = bias.element_count() != 0 ? bias.typed_data() : nullptr;
+  args.residual = adds ? residual.untyped_data() : nullptr;
+  args.residual_type = *residual_type;
   args.y = y.untyped_data(), args.y_type = *y_type;
   args.M = static_cast<int32_t>(rows), args.out = static_cast<int32_t>(outputs);
   args.columns = static_cast<int32_t>(columns), args.group = static_cast<int32_t>(group);
@@ -80,13 +88,15 @@ std::string Arguments(const ffi::AnyBuffer& x, const ffi::AnyBuffer& values,
 
 ffi::Error LinearImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer values,
                       ffi::Buffer<ffi::U8> zeros, ffi::Buffer<ffi::F32> scale_w,
-                      ffi::Buffer<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> y,
-                      ffi::ResultBuffer<ffi::U8> workspace) {
+                      ffi::Buffer<ffi::F32> bias, ffi::AnyBuffer residual,
+                      ffi::Result<ffi::AnyBuffer> y, ffi::ResultBuffer<ffi::U8> workspace) {
   DecodeArgs args = {};
-  const std::string wrong = Arguments(x, values, zeros, scale_w, bias, *y, *workspace, args);
+  const std::string wrong =
+      Arguments(x, values, zeros, scale_w, bias, residual, *y, *workspace, args);
   if (!wrong.empty()) {
     return InvalidArgument(kLinear, wrong + " (x " + Describe(x) + ", values " + Describe(values) +
-                                        ", y " + Describe(*y) + ", workspace u8[" +
+                                        ", residual " + Describe(residual) + ", y " + Describe(*y) +
+                                        ", workspace u8[" +
                                         std::to_string(workspace->element_count()) + "])");
   }
   if (y->element_count() == 0) return ffi::Error::Success();
@@ -109,6 +119,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_linear_decode, slidejax::decode::LinearIm
                                   .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::U8>>(),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -38,6 +38,15 @@ struct Item {
   int tile_slot;  // where the tile's sums are
 };
 
+// Number i of an array of bfloat16, float16 or float32, from L2.
+__device__ inline float LoadFloat(const void* from, DType type, int64_t i) {
+  switch (type) {
+    case DType::kBF16: return __bfloat162float(__ldcg(static_cast<const __nv_bfloat16*>(from) + i));
+    case DType::kF16: return __half2float(__ldcg(static_cast<const __half*>(from) + i));
+    default: return __ldcg(static_cast<const float*>(from) + i);
+  }
+}
+
 template <typename Code, int kWindows>
 class Decoder {
  public:
@@ -342,13 +351,17 @@ class Decoder {
     const Sum* from = sums_ + item.tile_slot * warps_ * kTileRows * a.M;
     for (int i = lane_; i < kTileRows * a.M; i += kLanes) {
       const int row = row0 + i % kTileRows, m = i / kTileRows;
+      const int64_t to = static_cast<int64_t>(m) * a.out + row;
+      // It is asked for before the sums are read, which hides a part of its latency.
+      const bool adds = a.residual != nullptr && row < a.out;
+      const float residual = adds ? LoadFloat(a.residual, a.residual_type, to) : 0;
       Sum sum = from[i];
 #pragma unroll 4
       for (int part = 1; part < parts; ++part) sum += from[part * kTileRows * a.M + i];
       if (row >= a.out) continue;
-      const int64_t to = static_cast<int64_t>(m) * a.out + row;
       float v = __fmul_rn(__fmul_rn(static_cast<float>(sum), scale_x_[m]), scales[row - begin]);
       if (a.bias != nullptr) v = __fadd_rn(v, biases[row - begin]);
+      if (adds) v = __fadd_rn(v, residual);
       switch (a.y_type) {
         case DType::kBF16: static_cast<__nv_bfloat16*>(a.y)[to] = __float2bfloat16(v); break;
         case DType::kF16: static_cast<__half*>(a.y)[to] = __float2half(v); break;

@@ -133,9 +133,10 @@ def run_layer(
     features,
     x,
     implementation: str | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
     """A layer's result with a packed weight in place of its kernel."""
-    return product(module, w, axes, features, x, bias_of(module), implementation)
+    return product(module, w, axes, features, x, bias_of(module), implementation, residual)
 
 
 def product(
@@ -146,11 +147,13 @@ def product(
     x,
     bias,
     implementation: str | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
     """A layer's result with a packed weight and this bias.
 
-    Dtypes are promoted as the layer promotes them, except that 8-bit values take no part.
+    Dtypes are promoted as the layer promotes them, except that 8-bit values and the residual take
+    no part.
     """
     promote = getattr(module, "promote_dtype", nn.dtypes.promote_dtype)
     x, w, bias = promote_packed(lambda *arrays: promote(*arrays, dtype=module.dtype), x, w, bias)
-    return contract(x, w, axes, features, bias, implementation)
+    return contract(x, w, axes, features, bias, implementation, residual)

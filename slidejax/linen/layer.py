@@ -61,8 +61,13 @@ class SlideDense(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, residual: jax.Array | None = None) -> jax.Array:
         """Computes `[..., features]` from inputs `[..., in]`.
+
+        Args:
+          inputs: `[..., in]`.
+          residual: `[..., features]`, added in float32 before the result is rounded, as
+            `slidejax.linear` does; or None. It takes no part in the promotion of dtypes.
 
         Raises:
           ValueError: if the parameter has another pattern or shape, or is not packed.
@@ -87,6 +92,7 @@ class SlideDense(nn.Module):
             (self.features,),
             inputs,
             self.implementation,
+            residual,
         )
 
 

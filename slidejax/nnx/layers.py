@@ -139,7 +139,9 @@ class SlideLayer(nnx.Module):
             return AdaptedWeight(w, self.lora_a.get_value(), self.lora_b.get_value(), *self.lora)
         return w
 
-    def _run(self, x, axes: Contraction, features: tuple[int, ...], out_sharding) -> jax.Array:
+    def _run(
+        self, x, axes: Contraction, features: tuple[int, ...], out_sharding, residual
+    ) -> jax.Array:
         w, bias = (
             self.kernel.check(f"kernel of {type(self).__name__}"),
             None if self.bias is None else self.bias.get_value(),
@@ -147,7 +149,7 @@ class SlideLayer(nnx.Module):
         x, w, bias = promote_packed(
             lambda *arrays: self.promote_dtype(arrays, dtype=self.dtype), x, w, bias
         )
-        y = contract(x, w, axes, features, bias, self.implementation)
+        y = contract(x, w, axes, features, bias, self.implementation, residual)
         return y if out_sharding is None else lax.with_sharding_constraint(y, out_sharding)
 
 
@@ -218,25 +220,46 @@ class SlideLinear(SlideLayer):
         self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
         self.implementation = implementation
 
-    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
-        """Computes `[..., out_features]` from inputs `[..., in_features]`."""
-        return self._run(inputs, Contraction.dense(inputs.ndim), (self.out_features,), out_sharding)
+    def __call__(
+        self, inputs: jax.Array, out_sharding=None, residual: jax.Array | None = None
+    ) -> jax.Array:
+        """Computes `[..., out_features]` from inputs `[..., in_features]`.
+
+        Args:
+          inputs: `[..., in_features]`.
+          out_sharding: a sharding of the result, or None.
+          residual: `[..., out_features]`, added in float32 before the result is rounded, as
+            `slidejax.linear` does; or None. It takes no part in the promotion of dtypes.
+        """
+        axes = Contraction.dense(inputs.ndim)
+        return self._run(inputs, axes, (self.out_features,), out_sharding, residual)
 
 
 class SlideLinearGeneral(SlideLayer):
-    """An `nnx.LinearGeneral` with a packed kernel, made by `convert`."""
+    """An `nnx.LinearGeneral` with a packed kernel, made by `convert`.
 
-    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
-        return self._run(
-            inputs, general_contraction(self, inputs.ndim), self.out_features, out_sharding
-        )
+    Its call takes a `residual` in the shape of the result, as `SlideLinear` does.
+    """
+
+    def __call__(
+        self, inputs: jax.Array, out_sharding=None, residual: jax.Array | None = None
+    ) -> jax.Array:
+        axes = general_contraction(self, inputs.ndim)
+        return self._run(inputs, axes, self.out_features, out_sharding, residual)
 
 
 class SlideEinsum(SlideLayer):
-    """An `nnx.Einsum` with a packed kernel, made by `convert`."""
+    """An `nnx.Einsum` with a packed kernel, made by `convert`.
+
+    Its call takes a `residual` in the shape of the result, as `SlideLinear` does.
+    """
 
     def __call__(
-        self, inputs: jax.Array, einsum_str: str | None = None, out_sharding=None
+        self,
+        inputs: jax.Array,
+        einsum_str: str | None = None,
+        out_sharding=None,
+        residual: jax.Array | None = None,
     ) -> jax.Array:
         axes = Contraction.einsum(
             self.einsum_str if einsum_str is None else einsum_str, inputs.ndim
@@ -245,9 +268,8 @@ class SlideEinsum(SlideLayer):
             raise ValueError(
                 f"the kernel is packed for {self.einsum_str!r}, and cannot run {einsum_str!r}"
             )
-        return self._run(
-            inputs, axes, tuple(self.kernel_shape[a] for a in axes.kernel_out), out_sharding
-        )
+        features = tuple(self.kernel_shape[a] for a in axes.kernel_out)
+        return self._run(inputs, axes, features, out_sharding, residual)
 
 
 def general_contraction(layer, x_ndim: int) -> Contraction:

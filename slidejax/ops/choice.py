@@ -55,7 +55,7 @@ def choose(problem: Problem) -> Choice:
       NotImplementedError: if the caller asks for an implementation that refuses, with its reason.
     """
     if problem.requested is not None:
-        reason = registry.get(problem.requested).refuses(problem)
+        reason = registry.get(problem.requested).refusal(problem)
         if reason is not None:
             raise NotImplementedError(
                 f"slidejax {problem.op}: implementation {problem.requested!r} refuses: {reason}"

@@ -57,7 +57,7 @@ def _walk(jaxpr, platform: str, found: list) -> None:
             settings = eqn.params["settings"]
             op = eqn.primitive.name.removeprefix("slidejax_")
             avals = [v.aval for v in eqn.invars]
-            w, _ = settings.weight(avals[settings.inputs.count if op == "linear" else 2 :])
+            w, _ = settings.weight(avals)
             problem = Problem.of(op, avals[0], w, settings, platform)
             found.append((problem, choose(problem)))
         for inner in _sub_jaxprs(eqn.params.values()):

@@ -257,7 +257,7 @@ def _op(pattern: Pattern, dtype, inputs: InputLayout, reduce_axis: tuple[str, ..
         )
 
     def vmap_rule(op, axis_size, in_batched, *xs):
-        return map_batched(op, axis_size, in_batched, inputs.rows, xs)
+        return map_batched(op, axis_size, in_batched, range(inputs.rows), xs)
 
     def residuals(xs, results):
         _, scale = results
@@ -280,8 +280,9 @@ def _op(pattern: Pattern, dtype, inputs: InputLayout, reduce_axis: tuple[str, ..
 
 
 def _lift_transpose(d_lifted: jax.Array, pattern: Pattern, columns: int) -> jax.Array:
-    zeros = jnp.zeros((d_lifted.shape[0], columns), d_lifted.dtype)
-    (d_x,) = jax.linear_transpose(functools.partial(lift, pattern=pattern), zeros)(d_lifted)
+    x = jnp.zeros((d_lifted.shape[0], columns), d_lifted.dtype)
+    like = vary(varying_axes(d_lifted), x)
+    (d_x,) = jax.linear_transpose(functools.partial(lift, pattern=pattern), *like)(d_lifted)
     return d_x
 
 

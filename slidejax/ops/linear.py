@@ -3,9 +3,9 @@
 The primitive takes x as it is. Rows of x, outputs of W, and K by whole blocks can then each be
 split over a mesh without gathering x or W, and every shard runs the same custom call. If K is
 split, the rows' largest magnitudes are max-reduced and the raw accumulators are summed; the scales
-follow, and the bias is added once. The implementation is chosen when the op is lowered for a
-platform (`slidejax.ops.choice`). A prologue (`slidejax.ops.prologue`) is applied where the rows are
-quantised.
+follow, and bias and residual are added once. The implementation is chosen when the op is lowered
+for a platform (`slidejax.ops.choice`). A prologue (`slidejax.ops.prologue`) is applied where the
+rows are quantised.
 
 The derivative treats quantisation as straight-through. 8-bit values have no gradient, and the mask
 stays.
@@ -44,28 +44,30 @@ __all__ = ["linear", "linear_p"]
 
 
 def _shapes(*operands, settings):
-    x, values = operands[0], operands[settings.inputs.count]
-    return [((x.shape[0], values.shape[0]), settings.out_dtype)]
+    w, _ = settings.weight(operands)
+    return [((operands[0].shape[0], w.out_features), settings.out_dtype)]
 
 
-def _split(operands, settings: LinearParams) -> tuple[tuple, SlideWeight, jax.Array | None]:
-    """Returns x with its prologue's arrays, the weight and the bias."""
-    count = settings.inputs.count
-    return operands[:count], *settings.weight(operands[count:])
+def _split(
+    operands, settings: LinearParams
+) -> tuple[tuple, jax.Array | None, SlideWeight, jax.Array | None]:
+    """Returns x with its prologue's arrays, the residual, the weight and the bias."""
+    xs = operands[: settings.inputs.count]
+    return xs, settings.residual(operands), *settings.weight(operands)
 
 
 def _lowering(*operands, platform, settings):
-    xs, w, bias = _split(operands, settings)
+    xs, residual, w, bias = _split(operands, settings)
     prologue = settings.inputs.prologue(xs)
     runs = implementation_for(Problem.of("linear", xs[0], w, settings, platform))
-    return [runs.linear(xs[0], prologue, w, bias, settings.out_dtype, platform)]
+    return [runs.run_linear(xs[0], prologue, w, bias, residual, settings.out_dtype, platform)]
 
 
 linear_p = make_primitive("slidejax_linear", _shapes, _lowering)
 
 
-def _bind(xs, w: SlideWeight, bias, settings: LinearParams) -> jax.Array:
-    operands = (*xs, *settings.operands(w, bias))
+def _bind(xs, residual, w: SlideWeight, bias, settings: LinearParams) -> jax.Array:
+    operands = (*xs, *sparse_matmul.given(residual), *settings.operands(w, bias))
     (y,) = linear_p.bind(*vary(varying_axes(*operands), *operands), settings=settings)
     return y
 
@@ -73,17 +75,18 @@ def _bind(xs, w: SlideWeight, bias, settings: LinearParams) -> jax.Array:
 # --- sharding -------------------------------------------------------------------------------------
 
 
-def _split_k(xs, w: SlideWeight, bias, settings: LinearParams, axes: tuple[str, ...]) -> jax.Array:
+def _split_k(
+    xs, residual, w: SlideWeight, bias, settings: LinearParams, axes: tuple[str, ...]
+) -> jax.Array:
     """One shard of a product whose K is split over the mesh axes `axes`."""
     codes, scale_x = lift_shard(xs, w.pattern, w.dtype, settings.inputs, axes)
-    return sparse_matmul.split_k(codes, scale_x, w, bias, settings, axes)
+    return sparse_matmul.split_k(codes, scale_x, residual, w, bias, settings, axes)
 
 
 def _partitioned(settings: LinearParams):
     @custom_partitioning
     def op(*operands):
-        xs, w, bias = _split(operands, settings)
-        return _bind(xs, w, bias, settings)
+        return _bind(*_split(operands, settings), settings)
 
     def rule(mesh, operands, results):
         weight = sparse_matmul.weight_factors(settings, operands)
@@ -100,17 +103,16 @@ def _partitioned(settings: LinearParams):
         return SdyShardingRule((*settings.inputs.mappings("k"), *weight), (ArrayMapping("m", "o"),))
 
     def partition(mesh, operands, result):
-        cut = sparse_matmul.partition_of(
-            "linear", mesh, operands, result, settings, values_at=settings.inputs.count
-        )
+        cut = sparse_matmul.partition_of("linear", mesh, operands, result, settings)
 
         def local(*operands):
-            xs, w, bias = _split(operands, settings)
+            xs, residual, w, bias = _split(operands, settings)
             if cut.k or cut.out:
                 w = w.replace(prepared={})
             if cut.k:
-                return _split_k(xs, w, bias, settings, cut.k)
-            return _bind(xs, w, bias, dataclasses.replace(settings, prepared=tuple(w.prepared)))
+                return _split_k(xs, residual, w, bias, settings, cut.k)
+            here = dataclasses.replace(settings, prepared=tuple(w.prepared))
+            return _bind(xs, residual, w, bias, here)
 
         shardings = (
             *settings.inputs.shardings(cut),
@@ -132,14 +134,16 @@ def _op(settings: LinearParams):
     def primal(*operands):
         if not settings.reduce_axis:
             return partitioned(*operands)
-        xs, w, bias = _split(operands, settings)
-        return _split_k(xs, w, bias, settings, settings.reduce_axis)
+        return _split_k(*_split(operands, settings), settings, settings.reduce_axis)
 
     def vmap_rule(op, axis_size, in_batched, *operands):
-        return map_batched(op, axis_size, in_batched, settings.inputs.rows, operands)
+        rows = {*range(settings.inputs.rows)}
+        if settings.has_residual:
+            rows.add(settings.residual_at(operands))
+        return map_batched(op, axis_size, in_batched, rows, operands)
 
     def backward(operands, dy):
-        xs, w, bias = _split(operands, settings)
+        xs, _, w, bias = _split(operands, settings)
         dy = dy.astype(jnp.float32)
         codes = scatter_values(w.values, w.zeros)  # a shard may have no prepared forms
         codes = codes.reshape(codes.shape[0], -1).astype(jnp.float32)
@@ -152,6 +156,7 @@ def _op(settings: LinearParams):
         d_bias = (dy.sum(0).astype(bias.dtype),) if bias is not None else ()
         return (
             *settings.inputs.pull_back(xs, dx, settings.reduce_axis),
+            *sparse_matmul.residual_gradient(settings, operands, dy),
             d_values,
             None,
             None,
@@ -159,7 +164,8 @@ def _op(settings: LinearParams):
             *([None] * len(settings.prepared)),
         )
 
-    return with_rules(primal, vmap_rule, backward)
+    saved = functools.partial(sparse_matmul.saved, settings)
+    return with_rules(primal, vmap_rule, backward, saved)
 
 
 # --- public ---------------------------------------------------------------------------------------
@@ -173,8 +179,9 @@ def linear(
     out_dtype=None,
     reduce_axis: str | tuple[str, ...] | None = None,
     prologue: Prologue | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
-    """Computes `x @ kernel + bias` for a packed kernel.
+    """Computes `x @ kernel + bias + residual` for a packed kernel.
 
     With an 8-bit weight each row of x is quantised dynamically.
 
@@ -189,6 +196,10 @@ def linear(
       reduce_axis: inside `shard_map`, the mesh axes over which K is split. x then has the columns
         of its shard, and no others.
       prologue: an `RMSNorm`, `LayerNorm`, `Activation` or `GLU` of slidejax to apply to x first.
+      residual: bfloat16, float16 or float32 `[..., out]`, such as the stream of a transformer. It
+        is added in float32 after the bias, and the sum is rounded once. The implementation "decode"
+        adds it in its kernel. "hopper" and "cusparselt" hand out float32 results, to which XLA adds
+        it: for many rows that moves more bytes than adding it to rounded results.
 
     Returns:
       `[..., out]`.
@@ -203,12 +214,20 @@ def linear(
     >>> linear(jnp.ones((2, 8)), w, bias=jnp.ones(1))
     Array([[34.],
            [34.]], dtype=float32)
+    >>> linear(jnp.ones((2, 8)), w, residual=jnp.array([[1.], [2.]]))
+    Array([[34.],
+           [35.]], dtype=float32)
     """
     if isinstance(w, WrappedWeight):
         inputs, xs = inputs_of(check_input(x), prologue)
         x = inputs.apply(xs).reshape(jnp.shape(x)) if inputs.has_prologue else x
         return w.linear(
-            x, bias, implementation=implementation, out_dtype=out_dtype, reduce_axis=reduce_axis
+            x,
+            bias,
+            implementation=implementation,
+            out_dtype=out_dtype,
+            reduce_axis=reduce_axis,
+            residual=residual,
         )
     w = check_weight(w)
     x = check_input(x)
@@ -225,5 +244,8 @@ def linear(
     )
     inputs, xs = inputs_of(x, prologue)
     settings = dataclasses.replace(settings, inputs=inputs)
-    y = _op(settings)(*sparse_matmul.align(xs, [], w, bias, settings))
+    settings, residual = sparse_matmul.take_residual(
+        settings, residual, x.shape[:-1], w.out_features
+    )
+    y = _op(settings)(*sparse_matmul.align(xs, [], residual, w, bias, settings))
     return y.reshape(*x.shape[:-1], w.out_features)

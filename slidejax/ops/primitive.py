@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -95,19 +95,23 @@ def with_rules(
     return op
 
 
-def map_batched(op, axis_size: int, in_batched, x_operands: int, operands):
-    """The vmap rule of an op whose first `x_operands` operands, and whose results, have rows.
+def map_batched(op, axis_size: int, in_batched, row_operands: Collection[int], operands):
+    """The vmap rule of an op whose results have rows, as have the operands numbered `row_operands`.
 
     A batch of rows becomes more rows. A batch of anything else runs one element after the other.
     """
     batched = list(jax.tree.leaves(in_batched))
-    if not any(batched[x_operands:]):
-        x_parts = [
-            a if b else jnp.broadcast_to(a, (axis_size, *a.shape))
-            for a, b in zip(operands[:x_operands], batched, strict=False)
-        ]
-        ys = op(*(a.reshape(-1, a.shape[-1]) for a in x_parts), *operands[x_operands:])
-        ys = jax.tree.map(lambda y: y.reshape(axis_size, -1, y.shape[-1]), ys)
+    if not any(b for i, b in enumerate(batched) if i not in row_operands):
+
+        def more_rows(i, a):
+            if i not in row_operands:
+                return a
+            a = a if batched[i] else jnp.broadcast_to(a, (axis_size, *a.shape))
+            return a.reshape(axis_size * a.shape[1], a.shape[2])
+
+        rows = operands[0].shape[-2]
+        ys = op(*map(more_rows, range(len(operands)), operands))
+        ys = jax.tree.map(lambda y: y.reshape(axis_size, rows, y.shape[-1]), ys)
         return ys, jax.tree.map(lambda y: True, ys)
 
     def one(slices):

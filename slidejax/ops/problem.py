@@ -32,6 +32,7 @@ class Problem:
       out_dtype: dtype of the result; None for raw accumulators.
       prepared: names of the prepared forms that the weight carries.
       requested: the implementation that the caller named, or None.
+      has_residual: whether a residual is added to the result.
     """
 
     op: str
@@ -46,6 +47,7 @@ class Problem:
     out_dtype: np.dtype | None
     prepared: tuple[str, ...] = ()
     requested: str | None = None
+    has_residual: bool = False
 
     @classmethod
     def of(cls, op: str, x, w: SlideWeight, settings, platform: str) -> Problem:
@@ -71,6 +73,7 @@ class Problem:
             settings.out_dtype,
             settings.prepared,
             settings.implementation,
+            settings.has_residual,
         )
 
 

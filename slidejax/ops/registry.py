@@ -101,5 +101,5 @@ def competing() -> tuple[Implementation, ...]:
 
 def refusals(problem: Problem) -> dict[str, str]:
     """Every implementation that refuses the problem, with its reason."""
-    reasons = {i.name: i.refuses(problem) for i in _IMPLEMENTATIONS}
+    reasons = {i.name: i.refusal(problem) for i in _IMPLEMENTATIONS}
     return {name: reason for name, reason in reasons.items() if reason is not None}

@@ -1,6 +1,7 @@
 """The product of lifted activations and a packed weight.
 
     y[m, o] = float32(sum over K' of lifted[m, k'] * W'[o, k']) * scale_x[m] * scale_w[o] + bias[o]
+              + residual[m, o]
 
 `W'` is the weight in lifted order, which is 2:4: window `w` of a group holds kept values `2w` and
 `2w + 1`. int8 accumulates in int32, everything else in float32. The implementation "reference"
@@ -55,7 +56,8 @@ class LinearParams:
       has_bias: whether a bias follows the weight's leaves among the operands.
       prepared: names of the prepared forms, which follow the bias.
       reduce_axis: inside `shard_map`, the mesh axes over which K is split.
-      inputs: the layout of x and its prologue, which precede the weight's leaves in `linear`.
+      inputs: the layout of x and its prologue, the first operands of `linear`.
+      has_residual: whether a residual precedes the weight's leaves among the operands.
     """
 
     pattern: Pattern
@@ -66,25 +68,38 @@ class LinearParams:
     prepared: tuple[str, ...] = ()
     reduce_axis: tuple[str, ...] = ()
     inputs: InputLayout = PLAIN
+    has_residual: bool = False
 
     def operands(self, w: SlideWeight, bias: jax.Array | None) -> tuple:
-        """The weight's operands in the order that `weight` reads them."""
+        """The weight's operands, an op's last ones, in the order that `weight` reads them."""
         rest = () if bias is None else (bias,)
         return (w.values, w.zeros, w.scale, *rest, *(w.prepared[name] for name in self.prepared))
 
     def weight(self, operands) -> tuple[SlideWeight, jax.Array | None]:
-        """The inverse of `operands`."""
-        values, zeros, scale, *rest = operands
+        """The weight and the bias, from all operands of an op or from the last of them."""
+        values, zeros, scale, *rest = operands[-self._weight_operands :]
         bias = rest.pop(0) if self.has_bias else None
         prepared = dict(zip(self.prepared, rest, strict=True))
         return SlideWeight(values, zeros, scale, self.pattern, self.in_features, prepared), bias
+
+    @property
+    def _weight_operands(self) -> int:
+        return 3 + self.has_bias + len(self.prepared)
+
+    def residual(self, operands) -> jax.Array | None:
+        """The residual, from all operands of an op; None if there is none."""
+        return operands[self.residual_at(operands)] if self.has_residual else None
+
+    def residual_at(self, operands) -> int:
+        """Where the residual is among all operands of an op that has one."""
+        return len(operands) - self._weight_operands - 1
 
     def prepared_of(self, operands) -> tuple:
         """The prepared forms, the last of an op's operands."""
         return tuple(operands[len(operands) - len(self.prepared) :])
 
     def raw(self, in_features: int) -> LinearParams:
-        """The same product without scales and bias, over a shard of K with `in_features` inputs."""
+        """The raw accumulators of a shard of K with `in_features` inputs."""
         return dataclasses.replace(
             self,
             in_features=in_features,
@@ -93,40 +108,50 @@ class LinearParams:
             prepared=(),
             reduce_axis=(),
             inputs=PLAIN,
+            has_residual=False,
         )
 
 
 # --- primitive ------------------------------------------------------------------------------------
 
 
-def _shapes(lifted, scale_x, values, *rest, settings):
+def _shapes(lifted, *operands, settings):
+    w, _ = settings.weight(operands)
     dtype = settings.out_dtype
     if dtype is None:
-        dtype = np.dtype(np.int32 if values.dtype == jnp.int8 else np.float32)
-    return [((lifted.shape[0], values.shape[0]), dtype)]
+        dtype = np.dtype(np.int32 if w.dtype == jnp.int8 else np.float32)
+    return [((lifted.shape[0], w.out_features), dtype)]
 
 
 def _lowering(lifted, scale_x, *operands, platform, settings):
     w, bias = settings.weight(operands)
     problem = Problem.of("sparse_matmul", lifted, w, settings, platform)
     runs = implementation_for(problem)
-    return [runs.matmul(lifted, scale_x, w, bias, settings.out_dtype, platform)]
+    residual = settings.residual(operands)
+    return [
+        runs.run_sparse_matmul(lifted, scale_x, w, bias, residual, settings.out_dtype, platform)
+    ]
 
 
 sparse_matmul_p = make_primitive("slidejax_sparse_matmul", _shapes, _lowering)
 
 
-def bind(lifted, scale_x, w: SlideWeight, bias, settings: LinearParams) -> jax.Array:
-    operands = (lifted, scale_x, *settings.operands(w, bias))
+def bind(lifted, scale_x, residual, w: SlideWeight, bias, settings: LinearParams) -> jax.Array:
+    operands = (lifted, scale_x, *given(residual), *settings.operands(w, bias))
     (y,) = sparse_matmul_p.bind(*vary(varying_axes(*operands), *operands), settings=settings)
     return y
+
+
+def given(residual: jax.Array | None) -> tuple[jax.Array, ...]:
+    """The residual as operands: none or one."""
+    return () if residual is None else (residual,)
 
 
 # --- sharding -------------------------------------------------------------------------------------
 
 
 def weight_factors(settings: LinearParams, operands) -> tuple:
-    """The Shardy factors of the weight's operands, which are an op's last ones.
+    """The Shardy factors of the residual and of the weight's operands, which are an op's last ones.
 
     Outputs "o" and groups "g" can be cut. The zeros of the pattern "dense", which has none, are cut
     with the outputs.
@@ -136,28 +161,32 @@ def weight_factors(settings: LinearParams, operands) -> tuple:
         for i, form in enumerate(settings.prepared_of(operands))
     )
     bias = (ArrayMapping("o"),) if settings.has_bias else ()
+    residual = (ArrayMapping("m", "o"),) if settings.has_residual else ()
     zeros = ArrayMapping("o", "g" if settings.pattern.prunes else "none")
-    return (ArrayMapping("o", "g", "v"), zeros, ArrayMapping("o"), *bias, *prepared)
+    return (*residual, ArrayMapping("o", "g", "v"), zeros, ArrayMapping("o"), *bias, *prepared)
 
 
 def weight_shardings(cut: MeshPartition, settings: LinearParams, operands) -> tuple:
-    """The shardings of the weight's operands in a cut. Prepared forms are whole on each device."""
+    """The shardings of the residual and of the weight's operands in a cut.
+
+    The residual is cut as y is. Prepared forms are whole on each device.
+    """
     prepared = (cut.sharding(*([None] * len(f.shape))) for f in settings.prepared_of(operands))
     bias = (cut.sharding("out"),) if settings.has_bias else ()
+    residual = (cut.sharding("rows", "out"),) if settings.has_residual else ()
     zeros = cut.sharding("out", "k" if settings.pattern.prunes else None)
-    return (cut.sharding("out", "k", None), zeros, cut.sharding("out"), *bias, *prepared)
+    return (*residual, cut.sharding("out", "k", None), zeros, cut.sharding("out"), *bias, *prepared)
 
 
-def partition_of(
-    op: str, mesh, operands, result, settings: LinearParams, values_at: int
-) -> MeshPartition:
+def partition_of(op: str, mesh, operands, result, settings: LinearParams) -> MeshPartition:
     """How the partitioner wants to cut a product, from the shardings of x, values and y.
 
-    x is the first operand, and the values are operand `values_at`.
+    x is the first operand.
     """
+    w, _ = settings.weight(operands)
     (x_rows, x_k), (w_out, w_k, _), (y_rows, y_out) = (
         spec_of(operands[0]),
-        spec_of(operands[values_at]),
+        spec_of(w.values),
         spec_of(result),
     )
     cut = MeshPartition(
@@ -169,7 +198,9 @@ def partition_of(
 def _partitioned(settings: LinearParams):
     @custom_partitioning
     def op(lifted, scale_x, *operands):
-        return bind(lifted, scale_x, *settings.weight(operands), settings)
+        return bind(
+            lifted, scale_x, settings.residual(operands), *settings.weight(operands), settings
+        )
 
     def rule(mesh, operands, results):
         lifted = ArrayMapping("m", CompoundFactor("g", "l"))
@@ -181,17 +212,16 @@ def _partitioned(settings: LinearParams):
         )
 
     def partition(mesh, operands, result):
-        cut = partition_of("sparse_matmul", mesh, operands, result, settings, values_at=2)
+        cut = partition_of("sparse_matmul", mesh, operands, result, settings)
 
         def local(lifted, scale_x, *operands):
-            w, bias = settings.weight(operands)
+            residual, (w, bias) = settings.residual(operands), settings.weight(operands)
             if cut.k or cut.out:
                 w = w.replace(prepared={})
             if cut.k:
-                return split_k(lifted, scale_x, w, bias, settings, cut.k)
-            return bind(
-                lifted, scale_x, w, bias, dataclasses.replace(settings, prepared=tuple(w.prepared))
-            )
+                return split_k(lifted, scale_x, residual, w, bias, settings, cut.k)
+            here = dataclasses.replace(settings, prepared=tuple(w.prepared))
+            return bind(lifted, scale_x, residual, w, bias, here)
 
         shardings = (
             cut.sharding("rows", "k"),
@@ -205,15 +235,15 @@ def _partitioned(settings: LinearParams):
 
 
 def split_k(
-    lifted, scale_x, w: SlideWeight, bias, settings: LinearParams, axes: tuple[str, ...]
+    lifted, scale_x, residual, w: SlideWeight, bias, settings: LinearParams, axes: tuple[str, ...]
 ) -> jax.Array:
     """One shard of a product whose K is split.
 
-    Raw accumulators are summed over `axes`; scales follow, and the bias is added once.
+    Raw accumulators are summed over `axes`; scales follow, and bias and residual are added once.
     """
     w = w.replace(prepared={}, in_features=w.groups * w.pattern.group)
-    acc = jax.lax.psum(bind(lifted, scale_x, w, None, settings.raw(w.in_features)), axes)
-    return finish(acc, scale_x, w.scale, bias, settings.out_dtype)
+    acc = jax.lax.psum(bind(lifted, scale_x, None, w, None, settings.raw(w.in_features)), axes)
+    return finish(acc, scale_x, w.scale, bias, settings.out_dtype, residual)
 
 
 # --- batching, derivative -------------------------------------------------------------------------
@@ -231,13 +261,14 @@ def _op(settings: LinearParams):
 
     def primal(lifted, scale_x, *operands):
         if settings.reduce_axis:
-            return split_k(
-                lifted, scale_x, *settings.weight(operands), settings, settings.reduce_axis
-            )
+            residual, (w, bias) = settings.residual(operands), settings.weight(operands)
+            return split_k(lifted, scale_x, residual, w, bias, settings, settings.reduce_axis)
         return partitioned(lifted, scale_x, *operands)
 
     def vmap_rule(op, axis_size, in_batched, *operands):
-        return map_batched(op, axis_size, in_batched, 2, operands)
+        # lifted rows, their scales and the residual
+        rows = range(2 + settings.has_residual)
+        return map_batched(op, axis_size, in_batched, rows, operands)
 
     def backward(operands, dy):
         lifted, scale_x, *rest = operands
@@ -258,6 +289,7 @@ def _op(settings: LinearParams):
         return (
             d_lifted,
             d_scale_x,
+            *residual_gradient(settings, operands, dy),
             d_values,
             None,
             None,
@@ -265,7 +297,21 @@ def _op(settings: LinearParams):
             *([None] * len(settings.prepared)),
         )
 
-    return with_rules(primal, vmap_rule, backward)
+    return with_rules(primal, vmap_rule, backward, functools.partial(saved, settings))
+
+
+def saved(settings: LinearParams, operands: tuple, results) -> tuple:
+    """What the derivative needs of the operands: all, but of the residual only its dtype."""
+    if not settings.has_residual:
+        return operands
+    at = settings.residual_at(operands)
+    return (*operands[:at], jnp.zeros(0, operands[at].dtype), *operands[at + 1 :])
+
+
+def residual_gradient(settings: LinearParams, operands, dy: jax.Array) -> tuple[jax.Array, ...]:
+    """The gradient of the residual as operands: none or one."""
+    residual = settings.residual(operands)
+    return () if residual is None else (dy.astype(residual.dtype),)
 
 
 def _kept_lifted(lifted_kernel: jax.Array, w: SlideWeight) -> jax.Array:
@@ -273,10 +319,12 @@ def _kept_lifted(lifted_kernel: jax.Array, w: SlideWeight) -> jax.Array:
 
     This is the transpose of `expand_lifted`.
     """
-    (values,) = jax.linear_transpose(
-        lambda values: expand_lifted(w.replace(values=values)),
-        jnp.zeros(w.values.shape, jnp.float32),
-    )(lifted_kernel)
+
+    def expanded(values):
+        return expand_lifted(w.replace(values=values))
+
+    like = vary(varying_axes(lifted_kernel), jnp.zeros(w.values.shape, jnp.float32))
+    (values,) = jax.linear_transpose(expanded, *like)(lifted_kernel)
     return values
 
 
@@ -291,6 +339,7 @@ def sparse_matmul(
     out_dtype=None,
     implementation: str | None = None,
     reduce_axis: str | tuple[str, ...] | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
     """Multiplies lifted activations with a packed weight.
 
@@ -303,6 +352,8 @@ def sparse_matmul(
         bfloat16 for 8-bit ones.
       implementation: one of `slidejax.implementations()`. None takes the fastest.
       reduce_axis: inside `shard_map`, the mesh axes over which K is split.
+      residual: bfloat16, float16 or float32 `[..., out]`, added in float32 after the bias, before
+        the one rounding.
 
     Returns:
       `[..., out]`.
@@ -338,22 +389,28 @@ def sparse_matmul(
         out_dtype = jnp.bfloat16 if numerics.is_quantized(w.dtype) else w.dtype
     settings, bias = product_settings(w, bias, out_dtype, implementation, reduce_axis)
     rows = math.prod(lifted.shape[:-1])
-    operands = align([lifted.reshape(rows, columns)], [scale.reshape(rows, 1)], w, bias, settings)
+    settings, residual = take_residual(settings, residual, lifted.shape[:-1], w.out_features)
+    operands = align(
+        [lifted.reshape(rows, columns)], [scale.reshape(rows, 1)], residual, w, bias, settings
+    )
     y = _op(settings)(*operands)
     return y.reshape(*lifted.shape[:-1], w.out_features)
 
 
-def align(lifted: list, scales: list, w: SlideWeight, bias, settings: LinearParams) -> list:
+def align(
+    lifted: list, scales: list, residual, w: SlideWeight, bias, settings: LinearParams
+) -> list:
     """The operands of a product, made to vary over the same manual mesh axes.
 
-    Each gradient then has its operand's type. Operands with a K axis vary over all axes. Scales and
-    bias vary over all but the axes that split K, since their gradients must not be summed over
-    these.
+    Each gradient then has its operand's type. Operands with a K axis vary over all axes. Scales,
+    residual and bias vary over all but the axes that split K, since their gradients must not be
+    summed over these.
     """
-    operands = [*lifted, *scales, *settings.operands(w, bias)]
+    before = [*lifted, *scales, *given(residual)]
+    operands = [*before, *settings.operands(w, bias)]
     axes = varying_axes(*operands)
     whole = axes - set(settings.reduce_axis)
-    lifted_end, values_at = len(lifted), len(lifted) + len(scales)
+    lifted_end, values_at = len(lifted), len(before)
     return [
         vary(axes if i < lifted_end or values_at <= i < values_at + 2 else whole, operand)[0]
         for i, operand in enumerate(operands)
@@ -377,6 +434,32 @@ def check_result(out_features: int, bias, out_dtype) -> tuple[jax.Array | None, 
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise ValueError(f"bias must be floating, got {bias.dtype}")
     return bias, out_dtype
+
+
+def check_residual(residual, shape: tuple[int, ...]) -> jax.Array | None:
+    """Returns the residual of a result of this shape as an array `[rows, out]`, or None.
+
+    Raises:
+      ValueError: if it has another shape, or is not bfloat16, float16 or float32.
+    """
+    if residual is None:
+        return None
+    residual = jnp.asarray(residual)
+    if residual.shape != shape:
+        raise ValueError(
+            f"residual must have the shape of the result, {shape}, got {residual.shape}"
+        )
+    if residual.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"residual must be bfloat16, float16 or float32, got {residual.dtype}")
+    return residual.reshape(math.prod(shape[:-1]), shape[-1])
+
+
+def take_residual(
+    settings: LinearParams, residual, leading: tuple[int, ...], out_features: int
+) -> tuple[LinearParams, jax.Array | None]:
+    """Checks the residual of a product of x with these leading axes; returns settings with it."""
+    residual = check_residual(residual, (*leading, out_features))
+    return dataclasses.replace(settings, has_residual=residual is not None), residual
 
 
 def product_settings(

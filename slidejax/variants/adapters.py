@@ -2,7 +2,7 @@
 
 The packed weight is frozen, and a small update of it is trained:
 
-    y = linear(x, weight, bias) + (x @ a) @ b * scaling
+    y = linear(x, weight, bias) + (x @ a) @ b * scaling + residual
 
 with `a` `[in, rank]`, `b` `[rank, out]` and `scaling = alpha / rank`. The packed weight may be
 8-bit. It runs as it will serve, and the adapter runs beside it in x's dtype. In a tree of
@@ -28,7 +28,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slidejax.ops.implementations.base import add_residual
 from slidejax.ops.linear import linear
+from slidejax.ops.sparse_matmul import check_residual
 from slidejax.variants.trainable import Selection, is_packed, path_of, selector
 from slidejax.weights import numerics
 from slidejax.weights.layout import kept_values, to_groups
@@ -97,12 +99,13 @@ class AdaptedWeight(WrappedWeight):
         return self
 
     def linear(
-        self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None
+        self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None, residual=None
     ) -> jax.Array:
         if reduce_axis is not None or self.is_k_shard:
             raise NotImplementedError("an adapted weight needs the whole of K: merge it first")
         self.check()
         x = jnp.asarray(x)
+        residual = check_residual(residual, (*x.shape[:-1], self.out_features))
         out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
         y = linear(x, self.base, bias, implementation, jnp.float32)
         a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
@@ -110,7 +113,10 @@ class AdaptedWeight(WrappedWeight):
             update = linear(x, _kept(a @ b, self.base), None, implementation, jnp.float32)
         else:
             update = jnp.matmul(x @ a, b, preferred_element_type=jnp.float32)
-        return (y + update * self.scaling).astype(out_dtype)
+        y = y + update * self.scaling
+        if residual is None:
+            return y.astype(out_dtype)
+        return add_residual(y, residual.reshape(y.shape), out_dtype)
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey

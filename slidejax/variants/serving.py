@@ -20,7 +20,7 @@ from slidejax.ops.implementations.dense import DENSE
 from slidejax.ops.implementations.reference import accumulate, finish
 from slidejax.ops.lift_quantize import quantize_rows
 from slidejax.ops.primitive import check_input
-from slidejax.ops.sparse_matmul import check_result
+from slidejax.ops.sparse_matmul import check_residual, check_result
 from slidejax.variants.prepared import map_weights, prepare
 from slidejax.weights.numerics import is_quantized
 from slidejax.weights.packed import WrappedWeight, check_weight
@@ -101,7 +101,7 @@ class ServingWeight(WrappedWeight):
         return self
 
     def linear(
-        self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None
+        self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None, residual=None
     ) -> jax.Array:
         self.check()
         if implementation not in (None, DENSE.name) or reduce_axis is not None:
@@ -116,10 +116,10 @@ class ServingWeight(WrappedWeight):
                 f"x must be [..., {k}] for a weight with in_features {k}, got shape {x.shape}"
             )
         bias, out_dtype = check_result(out, bias, x.dtype if out_dtype is None else out_dtype)
+        residual = check_residual(residual, (*x.shape[:-1], out))
         rows = x.reshape(math.prod(x.shape[:-1]), k)
-        return _product_of(out_dtype, rows, self.values, self.scale, bias).reshape(
-            *x.shape[:-1], out
-        )
+        y = _product_of(out_dtype, rows, self.values, self.scale, bias, residual)
+        return y.reshape(*x.shape[:-1], out)
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
@@ -133,26 +133,30 @@ class ServingWeight(WrappedWeight):
 @functools.partial(
     jax.jit, static_argnums=0
 )  # traced once for each shape, however many layers have it
-def _product_of(out_dtype, x, values, scale, bias) -> jax.Array:
-    return _dense_product(out_dtype, x, values, scale, bias)
+def _product_of(out_dtype, x, values, scale, bias, residual) -> jax.Array:
+    return _dense_product(out_dtype, x, values, scale, bias, residual)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dense_product(out_dtype, x, values, scale, bias) -> jax.Array:
+def _dense_product(out_dtype, x, values, scale, bias, residual) -> jax.Array:
     codes, scale_x = quantize_rows(x, values.dtype)
-    return finish(accumulate(codes, values), scale_x, scale, bias, out_dtype)
+    return finish(accumulate(codes, values), scale_x, scale, bias, out_dtype, residual)
 
 
-def _dense_forward(out_dtype, x, values, scale, bias):
-    return _dense_product(out_dtype, x, values, scale, bias), (x, values, scale, bias)
+def _dense_forward(out_dtype, x, values, scale, bias, residual):
+    y = _dense_product(out_dtype, x, values, scale, bias, residual)
+    of_residual = None if residual is None else jnp.zeros(0, residual.dtype)
+    return y, (x, values, scale, bias, of_residual)
 
 
 def _dense_backward(out_dtype, saved, dy):
     """Straight-through, as `linear` has it; the weight has no gradient."""
-    x, values, scale, bias = saved
+    x, values, scale, bias, of_residual = saved
+    d_residual = None if of_residual is None else dy.astype(of_residual.dtype)
     dy = dy.astype(jnp.float32)
     d_bias = None if bias is None else dy.sum(0).astype(bias.dtype)
-    return ((dy * scale) @ values.astype(jnp.float32)).astype(x.dtype), None, None, d_bias
+    dx = ((dy * scale) @ values.astype(jnp.float32)).astype(x.dtype)
+    return dx, None, None, d_bias, d_residual
 
 
 _dense_product.defvjp(_dense_forward, _dense_backward)

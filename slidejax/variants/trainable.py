@@ -30,7 +30,7 @@ import numpy as np
 
 from slidejax.ops.lift_quantize import quantize_rows
 from slidejax.ops.linear import linear
-from slidejax.ops.sparse_matmul import values_gradient
+from slidejax.ops.sparse_matmul import check_residual, values_gradient
 from slidejax.weights import numerics
 from slidejax.weights.layout import scatter_values
 from slidejax.weights.packed import (
@@ -197,7 +197,7 @@ class MasterWeight(WrappedWeight):
         return jax.tree.unflatten(jax.tree.structure(self), [True, False])
 
     def linear(
-        self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None
+        self, x, bias, *, implementation=None, out_dtype=None, reduce_axis=None, residual=None
     ) -> jax.Array:
         if reduce_axis is not None or self.is_k_shard:
             raise NotImplementedError(
@@ -206,10 +206,11 @@ class MasterWeight(WrappedWeight):
         x = jnp.asarray(x)
         out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
         static = _StaticArgs(self.pattern, self.in_features, self.qdtype, implementation, out_dtype)
+        shape = (*x.shape[:-1], self.out_features)
+        residual = check_residual(residual, shape)
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        return _straight_through(static, rows, self.values, self.zeros, bias).reshape(
-            *x.shape[:-1], -1
-        )
+        y = _straight_through(static, rows, self.values, self.zeros, bias, residual)
+        return y.reshape(shape)
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
@@ -239,17 +240,19 @@ class _StaticArgs:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _straight_through(static: _StaticArgs, x, values, zeros, bias):
-    return linear(x, static.deployed(values, zeros), bias, static.implementation, static.out_dtype)
+def _straight_through(static: _StaticArgs, x, values, zeros, bias, residual):
+    return _forward(static, x, values, zeros, bias, residual)[0]
 
 
-def _forward(static: _StaticArgs, x, values, zeros, bias):
+def _forward(static: _StaticArgs, x, values, zeros, bias, residual):
     w = static.deployed(values, zeros)
-    return linear(x, w, bias, static.implementation, static.out_dtype), (x, w, bias)
+    y = linear(x, w, bias, static.implementation, static.out_dtype, residual=residual)
+    return y, (x, w, bias, None if residual is None else jnp.zeros(0, residual.dtype))
 
 
 def _backward(static: _StaticArgs, saved, dy):
-    x, w, bias = saved
+    x, w, bias, of_residual = saved
+    d_residual = None if of_residual is None else dy.astype(of_residual.dtype)
     out, columns = w.out_features, w.groups * w.pattern.group
     codes_x, scale_x = quantize_rows(x, static.qdtype)
     # bfloat16 holds the codes exactly (int8 has 8 bits, e4m3 has 4); the scales go to the operand
@@ -266,7 +269,7 @@ def _backward(static: _StaticArgs, saved, dy):
         w.replace(values=w.values.astype(jnp.float32)),
     )
     d_bias = None if bias is None else dy.sum(0).astype(bias.dtype)
-    return dx, d_values, None, d_bias
+    return dx, d_values, None, d_bias, d_residual
 
 
 def _product(a, b) -> jax.Array:

@@ -122,6 +122,7 @@ class WrappedWeight(LinearWeight):
         implementation: str | None = None,
         out_dtype: Any = None,
         reduce_axis: Any = None,
+        residual: jax.Array | None = None,
     ) -> jax.Array:
         """The product; arguments and result are those of `slidejax.linear`."""
 

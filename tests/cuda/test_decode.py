@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from patterns import PATTERNS
 
 import slidejax as sj
+from slidejax.ops import registry
 from slidejax.ops.implementations import decode
 from slidejax.ops.implementations.decode import DECODE
 
 ROWS = decode.MAX_ROWS
+FLOATS = [jnp.bfloat16, jnp.float16, jnp.float32]
 
 
 def problem(rows, columns, out, pattern="6:8", dtype=jnp.int8, x_dtype=jnp.bfloat16, seed=0):
@@ -24,38 +26,49 @@ def problem(rows, columns, out, pattern="6:8", dtype=jnp.int8, x_dtype=jnp.bfloa
     return x, w, jnp.asarray(rng.standard_normal(out), jnp.float32)
 
 
-def expected(x, w, bias, out_dtype):
+def residual_of(x, out, dtype, seed=0):
+    """A residual for the rows of x, of very different sizes."""
+    return jnp.asarray(formulas.values(x.shape[0], out, np.float32, seed + 1)).astype(dtype)
+
+
+def expected(x, w, bias, out_dtype, residual=None):
     """docs/design.md's formulas, in float32 before the last rounding."""
-    codes, scale = formulas.quantize(np.asarray(x), np.asarray(w.values).dtype)
-    if w.pattern.prunes:
-        weight = formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros))
-        codes = formulas.lift(codes, w.pattern.group)
-    else:
-        weight = np.asarray(w.values).reshape(w.out_features, -1)
-        codes = np.pad(codes, ((0, 0), (0, weight.shape[1] - codes.shape[1])))
-    acc = formulas.accumulate(codes, weight)
-    return formulas.finish(acc, scale, np.asarray(w.scale), bias).astype(jnp.dtype(out_dtype))
+    return formulas.linear(x, w, bias, jnp.dtype(out_dtype), residual)
 
 
-def run(x, w, bias=None, **options):
-    return jax.jit(lambda x, w, bias: sj.linear(x, w, bias, implementation="decode", **options))(
-        x, w, bias
-    )
+def run(x, w, bias=None, residual=None, **options):
+    def linear(x, w, bias, residual):
+        return sj.linear(x, w, bias, implementation="decode", residual=residual, **options)
+
+    return jax.jit(linear)(x, w, bias, residual)
 
 
 # --- lowering -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("residual_dtype", [None, "bfloat16", "float32"])
 @pytest.mark.parametrize("pattern", ["6:8", "dense"])
-def test_one_call_from_x_to_y(pattern):
+def test_one_call_from_x_to_y(pattern, residual_dtype):
     x, w, bias = problem(3, 600, 24, pattern)
-    traced = jax.jit(lambda x, w, bias: sj.linear(x, w, bias, implementation="decode")).trace(
-        x, w, bias
-    )
+    residual = None if residual_dtype is None else residual_of(x, 24, residual_dtype)
+    traced = jax.jit(
+        lambda x, w, bias, residual: sj.linear(
+            x, w, bias, implementation="decode", residual=residual
+        )
+    ).trace(x, w, bias, residual)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "custom_call @slidejax" in line]
     assert len(calls) == 1 and "slidejax_linear_decode" in calls[0]
-    assert "tensor<3x24xbf16>" in calls[0].rsplit("->", 1)[1]
+    operands, results = calls[0].rsplit("->", 1)
+    assert "tensor<3x24xbf16>" in results
+    # The residual goes in as it is, and XLA adds nothing.
+    found = {
+        None: "tensor<0xf32>)",
+        "bfloat16": "tensor<3x24xbf16>)",
+        "float32": "tensor<3x24xf32>)",
+    }
+    assert operands.rstrip().endswith(found[residual_dtype])
+    assert "stablehlo.add" not in text
 
 
 def test_an_unprepared_weight_runs_it_without_any_measurement(monkeypatch, tmp_path):
@@ -104,7 +117,7 @@ def on_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("x_dtype", FLOATS)
 @pytest.mark.parametrize(
     ("rows", "columns", "out"),
     [(1, 4096, 520), (2, 600, 16), (3, 1999, 33), (4, 256, 5000), (5, 129, 7), (8, 3584, 1000)],
@@ -123,13 +136,58 @@ def test_int8_equals_the_formulas_bit_for_bit(on_gpu, rows, columns, out, x_dtyp
     columns=st.integers(1, 3000),
     out=st.integers(1, 700),
     pattern=st.sampled_from(PATTERNS),
-    x_dtype=st.sampled_from([jnp.bfloat16, jnp.float16, jnp.float32]),
+    x_dtype=st.sampled_from(FLOATS),
+    residual_dtype=st.sampled_from([None, *FLOATS]),
+    has_bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_shape(on_gpu, rows, columns, out, pattern, x_dtype, seed):
+def test_any_shape_with_and_without_residual(
+    on_gpu, rows, columns, out, pattern, x_dtype, residual_dtype, has_bias, seed
+):
     x, w, bias = problem(rows, columns, out, pattern, x_dtype=x_dtype, seed=seed)
-    got = run(x, w, bias)
-    np.testing.assert_array_equal(formulas.bits(got), formulas.bits(expected(x, w, bias, x_dtype)))
+    bias = bias if has_bias else None
+    residual = None if residual_dtype is None else residual_of(x, out, residual_dtype, seed)
+    got, want = run(x, w, bias, residual), expected(x, w, bias, x_dtype, residual)
+    np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", FLOATS)
+@pytest.mark.parametrize("residual_dtype", FLOATS)
+@pytest.mark.parametrize(("rows", "columns", "out"), [(1, 4096, 520), (8, 600, 1000)])
+def test_a_residual_of_every_dtype(on_gpu, rows, columns, out, residual_dtype, out_dtype):
+    x, w, bias = problem(rows, columns, out)
+    residual = residual_of(x, out, residual_dtype)
+    for given_bias in (None, bias):
+        got = run(x, w, given_bias, residual, out_dtype=out_dtype)
+        want = expected(x, w, given_bias, out_dtype, residual)
+        np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(("rows", "columns", "out"), [(8, 18944, 100), (8, 280_000, 24)])
+def test_a_residual_is_added_once_where_the_call_is_cut(on_gpu, rows, columns, out, dtype):
+    """K in slices; and two launches of half of the rows, each with its part of the residual."""
+    x, w, bias = problem(rows, columns, out)
+    residual = residual_of(x, out, dtype)
+    want = expected(x, w, bias, x.dtype, residual)
+    np.testing.assert_array_equal(formulas.bits(run(x, w, bias, residual)), formulas.bits(want))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["decode", "hopper", "cusparselt", "dense"])
+def test_a_residual_is_rounded_once_on_every_implementation(on_gpu, implementation):
+    """The stream of a transformer: x itself is the residual, and donated."""
+    if reason := registry.get(implementation).available():
+        pytest.skip(reason)
+    x, w, bias = problem(8, 512, 512)
+    want = expected(x, w, bias, x.dtype, x)
+    layer = jax.jit(
+        lambda x: sj.linear(x, w, bias, implementation=implementation, residual=x),
+        donate_argnums=0,
+    )
+    np.testing.assert_array_equal(formulas.bits(layer(x + 0)), formulas.bits(want))
 
 
 @pytest.mark.gpu
@@ -146,8 +204,10 @@ def test_long_rows(on_gpu, rows, columns):
 def test_many_outputs(on_gpu, rows, out):
     """Some thread blocks have one tile more than others, which may then not keep its scales."""
     x, w, bias = problem(rows, 64, out)
-    want = expected(x, w, bias, jnp.bfloat16)
-    np.testing.assert_array_equal(formulas.bits(run(x, w, bias)), formulas.bits(want))
+    for residual in (None, residual_of(x, out, jnp.float32)):
+        want = expected(x, w, bias, jnp.bfloat16, residual)
+        got = run(x, w, bias, residual)
+        np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
 
 
 @pytest.mark.gpu

@@ -221,3 +221,19 @@ def test_projections_share_one_lift():
         )
         == 1
     ), text
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_a_residual_is_added_before_the_result_is_rounded(dtype):
+    layer, x = sj.linen.SlideDense(24, pattern="6:8", dtype=dtype), data(2, 3, 40)
+    residual = data(2, 3, 24) * 100
+    variables = layer.init(KEY, x, residual=residual)
+    assert jax.tree.structure(variables) == jax.tree.structure(layer.init(KEY, x))
+    params = variables["params"]
+    y = layer.apply(variables, x, residual=residual)
+    x = x.astype(y.dtype)  # the residual is not rounded to the dtype of the computation
+    want = sj.linear(x, params["kernel"], params["bias"], residual=residual)
+    assert y.dtype == (dtype or jnp.float32)
+    np.testing.assert_array_equal(y, want)
+    with pytest.raises(ValueError, match="residual must have the shape"):
+        layer.apply(variables, x, residual=residual[..., :3])

@@ -101,3 +101,22 @@ def test_layer_is_linear_with_its_unpacked_kernel(qdtype, use_bias):
     trained = nnx.state(layer, nnx.Param)
     floats = qdtype in (None, "bfloat16")
     assert len(jax.tree.leaves(trained)) == floats + use_bias
+
+
+def test_a_residual_is_added_before_the_result_is_rounded():
+    x, residual = data(2, 3, 40), data(2, 3, 24) * 100
+    layer = sj.nnx.SlideLinear(40, 24, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    narrow = x.astype(jnp.bfloat16)
+    want = sj.linear(narrow, layer.kernel, layer.bias[...].astype(jnp.bfloat16), residual=residual)
+    np.testing.assert_array_equal(layer(x, residual=residual), want)
+
+
+@pytest.mark.parametrize("make", [
+    lambda rngs: (nnx.LinearGeneral(40, (4, 6), rngs=rngs), (2, 3, 4, 6)),
+    lambda rngs: (nnx.Einsum("btd,dnh->nbth", (40, 4, 6), (4, 6), rngs=rngs), (4, 2, 3, 6)),
+])  # fmt: skip
+def test_converted_layers_take_a_residual(make):
+    dense, shape = make(nnx.Rngs(0))
+    layer, x, residual = sj.nnx.convert(dense, FLOAT), data(2, 3, 40), data(*shape)
+    got = layer(x, residual=residual)
+    np.testing.assert_allclose(got, layer(x) + residual, rtol=1e-5, atol=1e-5)

@@ -36,7 +36,7 @@ def test_maps_of_rows_are_more_rows_and_other_maps_run_in_turn():
         return x @ w
 
     def vmap_rule(op, axis_size, in_batched, *operands):
-        return primitive.map_batched(op, axis_size, in_batched, 1, operands)
+        return primitive.map_batched(op, axis_size, in_batched, [0], operands)
 
     op = primitive.with_rules(product, vmap_rule, lambda operands, dy: (dy @ operands[1].T, None))
     x, ws = jnp.arange(24.0).reshape(2, 3, 4), jnp.arange(40.0).reshape(2, 4, 5)

@@ -129,6 +129,57 @@ def test_a_registered_implementation_runs(toy, prepared, prologue):
         sj.sparse_matmul(*sj.lift_quantize(x, "6:8"), w, implementation="toy")
 
 
+@pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
+def test_one_that_knows_nothing_of_residuals_runs_with_one(toy, out_dtype):
+    x, w, bias = random_problem()
+    residual = jax.random.normal(jax.random.key(3), (4, 48), jnp.bfloat16)
+    options = {"out_dtype": out_dtype, "residual": residual}
+    y = sj.linear(x, w, bias, "toy", **options)
+    want = sj.linear(x, w, bias, "toy", "float32") + residual.astype(jnp.float32)
+    np.testing.assert_array_equal(y, want.astype(out_dtype))
+    np.testing.assert_allclose(
+        y.astype(jnp.float32),
+        sj.linear(x, w, bias, "reference", **options).astype(jnp.float32),
+        rtol=1e-2 if out_dtype == "bfloat16" else 1e-6,
+        atol=1e-5,
+    )
+    assert sj.linear(x[:0], w, bias, "toy", residual=residual[:0]).shape == (0, 48)
+
+
+def test_it_is_asked_whether_it_has_the_float32_results_to_which_a_residual_is_added(toy):
+    asked = []
+
+    class Narrow(Toy):
+        name, form = "narrow", None
+
+        def refuses(self, problem):
+            asked.append((str(problem.out_dtype), problem.has_residual))
+            return None if problem.out_dtype == jnp.bfloat16 else "bfloat16 results only"
+
+    class Native(Narrow):
+        name, takes_residual = "native", True
+
+        def linear(self, x, prologue, w, bias, out_dtype, platform="default", residual=None):
+            assert out_dtype == jnp.bfloat16
+            y = super().linear(x, prologue, w, bias, jnp.float32, platform)
+            return (y if residual is None else y + residual).astype(out_dtype)
+
+    registry.register(Narrow())
+    registry.register(Native())
+    x, w, bias = random_problem()
+    residual = jnp.ones((4, 48))
+
+    def run(name, residual):
+        return sj.linear(x, w, bias, name, "bfloat16", residual=residual)
+
+    assert run("narrow", None).dtype == jnp.bfloat16 and asked.pop() == ("bfloat16", False)
+    with pytest.raises(NotImplementedError, match="'narrow' refuses: bfloat16 results only"):
+        run("narrow", residual)
+    assert asked.pop() == ("float32", False)
+    np.testing.assert_array_equal(run("native", residual), run("dense", residual))
+    assert asked.pop() == ("bfloat16", True)
+
+
 @pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 CPU devices")
 def test_a_registered_implementation_runs_over_a_mesh(toy):
     x, w, bias = random_problem(rows=8)

@@ -166,3 +166,77 @@ def test_k_that_does_not_divide_is_one_clear_error(mesh):
     x = place(mesh, jnp.ones((16, 100)), P(None, "k"))
     with pytest.raises(Exception, match="not a whole number of blocks"):
         jax.jit(sj.linear)(x, odd)
+
+
+# --- a residual -----------------------------------------------------------------------------------
+
+
+def residual_problem(dtype="int8"):
+    x, w, bias = problem(dtype)
+    residual = np.random.default_rng(1).standard_normal((16, 32)) * 20
+    return x, w, bias, jnp.asarray(residual, jnp.bfloat16)
+
+
+def lifted(x, w, bias, residual, reduce_axis=None):
+    """The same product by the two ops."""
+    rows = sj.lift_quantize(x, w.pattern, w.dtype, reduce_axis=reduce_axis)
+    return sj.sparse_matmul(
+        *rows, w, bias, out_dtype="float32", reduce_axis=reduce_axis, residual=residual
+    )
+
+
+def whole(x, w, bias, residual, reduce_axis=None):
+    return sj.linear(x, w, bias, reduce_axis=reduce_axis, residual=residual)
+
+
+@pytest.mark.parametrize("run", [whole, lifted])
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_a_residual_is_cut_as_the_result_is(mesh, cut, run):
+    rows, out, k = cut
+    x, w, bias, residual = residual_problem()
+    args = (
+        place(mesh, x, P(rows, k)),
+        place(mesh, w, w.partition_spec(out=out, k=k)),
+        place(mesh, bias, P(out)),
+        place(mesh, residual, P(rows, out)),
+    )
+    y = jax.jit(run)(*args)
+    np.testing.assert_array_equal(y, run(x, w, bias, residual))
+    assert collectives(run, *args) == ({"all-reduce"} if k else set())
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(rows, out)), 2)
+
+
+@pytest.mark.parametrize("run", [whole, lifted])
+def test_a_residual_in_shard_map_is_added_once(mesh, run):
+    x, w, bias, residual = residual_problem()
+    specs = P("m", "k"), w.partition_spec(out="o", k="k"), P("o"), P("m", "o")
+    body = functools.partial(run, reduce_axis="k")
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P("m", "o"))
+    y = jax.jit(mapped)(x, w, bias, residual)
+    np.testing.assert_array_equal(y, run(x, w, bias, residual))
+    assert collectives(mapped, *place(mesh, (x, w, bias, residual), specs)) == {"all-reduce"}
+
+
+@pytest.mark.parametrize("run", [whole, lifted])
+@pytest.mark.parametrize(
+    ("spec", "copies"), [(P("m", "o"), (1, 1)), (P(None, "o"), (2, 1)), (P(), (2, 2))], ids=str
+)
+def test_gradients_of_a_residual_over_a_mesh(mesh, spec, copies, run):
+    """A residual that shards of y have in common gets the sum of their gradients, once each."""
+    x, w, bias, residual = residual_problem("float32")
+    residual = residual[: 16 // copies[0], : 32 // copies[1]].astype(jnp.float32)
+    in_specs = P("m", "k"), w.partition_spec("o", "k"), P("o"), spec
+    body = functools.partial(run, reduce_axis="k")
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=P("m", "o"))
+
+    def loss(x, values, bias, residual, run):
+        return (run(x, w.replace(values=values), bias, residual) ** 2).sum()
+
+    def tiled(x, w, bias, residual):
+        return run(x, w, bias, jnp.tile(residual, copies))
+
+    args, every = (x, w.values, bias, residual), (0, 1, 2, 3)
+    got = jax.jit(jax.grad(functools.partial(loss, run=mapped), every))(*args)
+    want = jax.grad(functools.partial(loss, run=tiled), every)(*args)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2)

@@ -8,7 +8,8 @@ To add an implementation, write a subclass of `Implementation` with:
    whole layer can be computed in a better way than by lifting first and multiplying afterwards.
 4. `form`: the array that it needs beside a weight's packed form, and how to make it. Leave it out
    if the packed form is enough.
-5. `available()`, `facts()`, `settings(...)` and `search(...)`: what `slidejax info`, `bench` and
+5. `takes_residual`, if it adds a residual before it rounds. Otherwise that is done for it.
+6. `available()`, `facts()`, `settings(...)` and `search(...)`: what `slidejax info`, `bench` and
    `tune` report about it. All of these are optional.
 
 Then pass an object of this class to `slidejax.ops.registry.register`. From then on
@@ -25,6 +26,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from slidejax.ops.cuda import library
 from slidejax.ops.lift_quantize import lift_rows
@@ -32,7 +35,15 @@ from slidejax.ops.problem import Problem
 from slidejax.ops.prologue import Prologue, inputs_of
 from slidejax.weights.packed import SlideWeight
 
-__all__ = ["Form", "Implementation", "cuda_refusal", "nothing_to_skip"]
+__all__ = [
+    "Form",
+    "Implementation",
+    "add_residual",
+    "cuda_refusal",
+    "lift_input",
+    "nothing_to_skip",
+    "with_residual",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +81,9 @@ class Implementation(abc.ABC):
         nothing was measured.
       competes: whether it is timed, and chosen where it is the fastest. Otherwise it runs only if
         the caller asks for it.
+      takes_residual: whether it has a `matmul` and a `linear` with one more argument, `residual`:
+        bfloat16, float16 or float32 `[M, out]`, which they add in float32 after the bias; or None.
+        Otherwise they are asked for float32 results, and the residual is added to these.
     """
 
     name: ClassVar[str]
@@ -77,10 +91,54 @@ class Implementation(abc.ABC):
     cuda_only: ClassVar[bool] = False
     reads_packed: ClassVar[bool] = False
     competes: ClassVar[bool] = True
+    takes_residual: ClassVar[bool] = False
 
     @abc.abstractmethod
     def refuses(self, problem: Problem) -> str | None:
         """The reason why it does not run a problem, or None. Called when a program is lowered."""
+
+    def refusal(self, problem: Problem) -> str | None:
+        """The reason why it does not run a problem, with its residual if it has one, or None.
+
+        This is what is asked before it runs. It is `refuses` of the problem that it is given.
+        """
+        if problem.has_residual and not self.takes_residual:
+            float32 = np.dtype(np.float32)
+            problem = dataclasses.replace(problem, has_residual=False, out_dtype=float32)
+        return self.refuses(problem)
+
+    def run_sparse_matmul(
+        self, lifted, scale_x, w, bias, residual, out_dtype, platform: str = "default"
+    ) -> jax.Array:
+        """`matmul`, and the residual `[M, out]` added if there is one.
+
+        Raises:
+          ValueError: if there is a residual and `out_dtype` is None.
+        """
+        if residual is not None and out_dtype is None:
+            raise ValueError(
+                "residual must be None where out_dtype is None, since raw accumulators have no "
+                f"scales yet; got a residual of shape {residual.shape}"
+            )
+        operands = (lifted, scale_x, w, bias)
+        if residual is not None and self.takes_residual:
+            matmul: Callable[..., jax.Array] = self.matmul
+            return matmul(*operands, out_dtype, platform, residual=residual)
+        return with_residual(
+            lambda dtype: self.matmul(*operands, dtype, platform), out_dtype, residual
+        )
+
+    def run_linear(
+        self, x, prologue, w, bias, residual, out_dtype, platform: str = "default"
+    ) -> jax.Array:
+        """`linear`, and the residual `[M, out]` added if there is one."""
+        operands = (x, prologue, w, bias)
+        if residual is not None and self.takes_residual:
+            linear: Callable[..., jax.Array] = self.linear
+            return linear(*operands, out_dtype, platform, residual=residual)
+        return with_residual(
+            lambda dtype: self.linear(*operands, dtype, platform), out_dtype, residual
+        )
 
     def matmul(
         self,
@@ -130,9 +188,7 @@ class Implementation(abc.ABC):
         Returns:
           `[M, out]`.
         """
-        inputs, xs = inputs_of(x, prologue)
-        lifted, scale_x = lift_rows(xs, w.pattern, w.dtype, inputs)
-        return self.matmul(lifted, scale_x, w, bias, out_dtype, platform)
+        return self.matmul(*lift_input(x, prologue, w), w, bias, out_dtype, platform)
 
     def available(self) -> str | None:
         """The reason why it cannot run in this process at all, or None, for `slidejax info`."""
@@ -161,6 +217,31 @@ class Implementation(abc.ABC):
           NotImplementedError, RuntimeError: if the search fails. `tune` then times it as it is.
         """
         return None
+
+
+def lift_input(
+    x: jax.Array, prologue: Prologue | None, w: SlideWeight
+) -> tuple[jax.Array, jax.Array]:
+    """The rows of x after its prologue, lifted for a weight: `(lifted, scale_x)` of `matmul`."""
+    inputs, xs = inputs_of(x, prologue)
+    return lift_rows(xs, w.pattern, w.dtype, inputs)
+
+
+def add_residual(y: jax.Array, residual: jax.Array, out_dtype) -> jax.Array:
+    """Adds a residual to float32 results of the same shape and rounds once."""
+    return (y + residual.astype(jnp.float32)).astype(out_dtype)
+
+
+def with_residual(
+    run: Callable[[Any], jax.Array], out_dtype, residual: jax.Array | None
+) -> jax.Array:
+    """The result of `run(dtype)`, which adds no residual itself, with the residual if there is one.
+
+    The residual is added to float32 results, so that they are rounded once, as always.
+    """
+    if residual is None:
+        return run(out_dtype)
+    return add_residual(run(jnp.float32), residual, out_dtype)
 
 
 def cuda_refusal(problem: Problem) -> str | None:

@@ -2,7 +2,8 @@
 
 The kernel reads the packed form once, at about the rate of the memory, and makes the 2:4 metadata
 on the way (cuda/decode, docs/decode-kernel.md). It quantises a few rows of x itself. For more rows,
-and for rows that start anywhere, a small kernel of the same call quantises them first.
+and for rows that start anywhere, a small kernel of the same call quantises them first. Bias and
+residual are added before the one rounding.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Decode(Implementation):
     name = "decode"
     cuda_only = True
     reads_packed = True
+    takes_residual = True
 
     def refuses(self, problem):
         if reason := cuda_refusal(problem):
@@ -64,7 +66,7 @@ class Decode(Implementation):
             return f"values must be int8 or float8_e4m3fn, not {problem.dtype.name}"
         return None if problem.dtype == jnp.int8 else _refuses_float8(problem)
 
-    def linear(self, x, prologue, w, bias, out_dtype, platform="default"):
+    def linear(self, x, prologue, w, bias, out_dtype, platform="default", residual=None):
         if prologue is not None:
             x = prologue.apply(x)
         values, zeros = w.values, w.zeros
@@ -74,8 +76,11 @@ class Decode(Implementation):
             jax.ShapeDtypeStruct((x.shape[0], w.out_features), out_dtype),
             jax.ShapeDtypeStruct((_workspace_bytes(w, x.shape[0]),), jnp.uint8),
         )
-        given = jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32)
-        y, _ = calls.call("slidejax_linear_decode", out_types, x, values, zeros, w.scale, given)
+        none = jnp.zeros(0, jnp.float32)
+        bias = none if bias is None else bias.astype(jnp.float32)
+        residual = none if residual is None else residual
+        operands = (x, values, zeros, w.scale, bias, residual)
+        y, _ = calls.call("slidejax_linear_decode", out_types, *operands)
         return y
 
     def available(self):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.ops.implementations import hopper
-from slidejax.ops.implementations.base import Form, Implementation
+from slidejax.ops.implementations.base import Form, Implementation, with_residual
 from slidejax.ops.implementations.reference import accumulate, finish
 from slidejax.ops.lift_quantize import lift_rows, unlift
 from slidejax.ops.problem import device_kind
@@ -58,16 +58,22 @@ def _in_hopper_kernel(x: jax.Array, kernel: jax.Array, platform: str) -> bool:
     return min(*x.shape, *kernel.shape) > 0 and kernel.shape[1] % 16 == 0
 
 
-def _product(codes, kernel, scale_x, scale_w, bias, out_dtype, platform: str) -> jax.Array:
+def _product(
+    codes, kernel, scale_x, scale_w, bias, out_dtype, platform: str, residual
+) -> jax.Array:
     """`codes [M, K] @ kernel [out, K]^T` with scales `[M, 1]` and `[out]`, and bias `[out]`.
 
-    `out_dtype` None gives the raw accumulators.
+    The residual is `[M, out]` or None. `out_dtype` None gives the raw accumulators.
     """
     if out_dtype is not None and _in_hopper_kernel(codes, kernel, platform):
         weight = hopper.HopperWeight.dense(kernel, scale_w)
-        return hopper.matmul_call(codes, scale_x[:, 0], weight, bias, out_dtype)
+        return with_residual(
+            lambda dtype: hopper.matmul_call(codes, scale_x[:, 0], weight, bias, dtype),
+            out_dtype,
+            residual,
+        )
     acc = accumulate(codes, kernel, platform)
-    return acc if out_dtype is None else finish(acc, scale_x, scale_w, bias, out_dtype)
+    return acc if out_dtype is None else finish(acc, scale_x, scale_w, bias, out_dtype, residual)
 
 
 class Dense(Implementation):
@@ -77,22 +83,28 @@ class Dense(Implementation):
     # The form is as large as the weight itself. Other forms have a fifth of its size.
     form = Form("dense", jax.jit(dense_codes), must_gain=1.05)
 
+    takes_residual = True
+
     def refuses(self, problem):
         return None
 
-    def matmul(self, lifted, scale_x, w, bias, out_dtype, platform="default"):
+    def matmul(self, lifted, scale_x, w, bias, out_dtype, platform="default", residual=None):
         codes, kernel = unlift(lifted, w.pattern), dense_codes(w, padded=True)
-        return _product(codes, kernel, scale_x, w.scale, bias, out_dtype, platform)
+        return _product(codes, kernel, scale_x, w.scale, bias, out_dtype, platform, residual)
 
-    def linear(self, x, prologue, w, bias, out_dtype, platform="default"):
+    def linear(self, x, prologue, w, bias, out_dtype, platform="default", residual=None):
         kernel = dense_codes(w, padded=not w.pattern.prunes)
         if x.shape[0] <= hopper.FEW_ROWS and _in_hopper_kernel(x, kernel, platform):
             weight = hopper.HopperWeight.dense(kernel, w.scale)
-            return hopper.linear_call(x, prologue, weight, bias, kernel.shape[1], out_dtype)
+            return with_residual(
+                lambda dtype: hopper.linear_call(x, prologue, weight, bias, kernel.shape[1], dtype),
+                out_dtype,
+                residual,
+            )
         inputs, xs = inputs_of(x, prologue)
         codes, scale_x = lift_rows(xs, UNPRUNED, w.dtype, inputs, pads=False)
         kernel = kernel[:, : codes.shape[1]]  # cuts off padding
-        return _product(codes, kernel, scale_x, w.scale, bias, out_dtype, platform)
+        return _product(codes, kernel, scale_x, w.scale, bias, out_dtype, platform, residual)
 
 
 DENSE = Dense()

@@ -3,6 +3,7 @@
 It is the specification of all other implementations:
 
     y[m, o] = float32(sum over K' of lifted[m, k'] * W'[o, k']) * scale_x[m] * scale_w[o] + bias[o]
+              + residual[m, o]
 
 `W'` is the weight in lifted order, `expand_lifted`.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from slidejax.ops.implementations.base import Implementation
+from slidejax.ops.implementations.base import Implementation, add_residual, lift_input
 from slidejax.weights.layout import split_zeros
 from slidejax.weights.packed import SlideWeight
 
@@ -87,13 +88,18 @@ def exact_int8_dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def finish(
-    acc: jax.Array, scale_x: jax.Array, scale_w: jax.Array, bias: jax.Array | None, out_dtype
+    acc: jax.Array,
+    scale_x: jax.Array,
+    scale_w: jax.Array,
+    bias: jax.Array | None,
+    out_dtype,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
-    """Applies scales and bias and rounds once: `float32(acc) * scale_x * scale_w + bias`."""
+    """Scales, adds and rounds once: `float32(acc) * scale_x * scale_w + bias + residual`."""
     y = acc.astype(jnp.float32) * scale_x * scale_w
     if bias is not None:
         y = y + bias.astype(jnp.float32)
-    return y.astype(out_dtype)
+    return y.astype(out_dtype) if residual is None else add_residual(y, residual, out_dtype)
 
 
 class Reference(Implementation):
@@ -101,13 +107,20 @@ class Reference(Implementation):
 
     name = "reference"
     competes = False
+    takes_residual = True
 
     def refuses(self, problem):
         return None
 
-    def matmul(self, lifted, scale_x, w, bias, out_dtype, platform="default"):
+    def matmul(self, lifted, scale_x, w, bias, out_dtype, platform="default", residual=None):
         acc = accumulate(lifted, expand_lifted(w), platform)
-        return acc if out_dtype is None else finish(acc, scale_x, w.scale, bias, out_dtype)
+        if out_dtype is None:
+            return acc
+        return finish(acc, scale_x, w.scale, bias, out_dtype, residual)
+
+    def linear(self, x, prologue, w, bias, out_dtype, platform="default", residual=None):
+        lifted, scale_x = lift_input(x, prologue, w)
+        return self.matmul(lifted, scale_x, w, bias, out_dtype, platform, residual)
 
 
 REFERENCE = Reference()
