@@ -12,9 +12,12 @@ Face's layout:
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from slidejax.checkpoint.gguf_layout import GGUFLayout, TensorPlace
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -84,37 +87,36 @@ class GGUFFile:
         self.path = os.fspath(path)
         if not os.path.isfile(path):
             raise ValueError(f"no GGUF file at {self.path!r}")
-        with open(path, "rb") as f:
-            magic = f.read(4)
-        if magic != b"GGUF":
-            raise ValueError(
-                f"{self.path!r} is not a GGUF file: it starts with {magic!r}, expected b'GGUF'"
-            )
-        try:
-            reader = gguf.GGUFReader(path)
-        except (
-            Exception
-        ) as e:  # it indexes into a memory map: a cut-off file surfaces as almost any exception
-            raise ValueError(f"{self.path!r} is damaged or cut short: {e}") from e
-        self._fields = reader.fields
-        self._tensors = {t.name: t for t in reader.tensors}
+        self._layout = GGUFLayout(Path(path))
+        self._values = self._layout.values
+        self._tensors: dict[str, tuple[Any, TensorPlace, int]] = {}
+        for name, place in self._layout.tensors.items():
+            try:
+                kind = gguf.GGMLQuantizationType(place.kind)
+            except ValueError as e:
+                raise ValueError(f"{self.path!r}: tensor {name!r} has type {place.kind}") from e
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            if place.shape[-1] % block:
+                raise ValueError(
+                    f"{self.path!r} is damaged: rows of tensor {name!r} have {place.shape[-1]} "
+                    f"numbers, which fill no blocks of {block}"
+                )
+            row_bytes = place.shape[-1] // block * size
+            self._layout.data(place, row_bytes)  # it checks that they lie in the file
+            self._tensors[name] = (kind, place, row_bytes)
 
     @property
     def keys(self) -> list[str]:
         """The names of the metadata."""
-        return list(self._fields)
+        return list(self._values)
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors by their names, as `read` returns them."""
-        return {name: tuple(int(n) for n in t.shape)[::-1] for name, t in self._tensors.items()}
+        return {name: place.shape for name, (_, place, _) in self._tensors.items()}
 
     def value(self, key: str, default: Any = None) -> Any:
-        """The metadata under a key, or the default.
-
-        Raises:
-          ValueError: it is damaged.
-        """
+        """The metadata under a key, or the default."""
         return self._get(key, default)
 
     def read(self, name: str) -> np.ndarray:
@@ -129,15 +131,12 @@ class GGUFFile:
         return self._take(name, *self.tensors[name])
 
     def _get(self, key: str, default: Any = None) -> Any:
-        return self._require(key) if key in self._fields else default
+        return self._values.get(key, default)
 
     def _require(self, key: str) -> Any:
-        if key not in self._fields:
+        if key not in self._values:
             raise ValueError(f"{self.path!r} has no key {key!r}")
-        try:
-            return self._fields[key].contents()
-        except (ValueError, IndexError) as e:
-            raise ValueError(f"{self.path!r} is damaged: key {key!r}: {e}") from e
+        return self._values[key]
 
     def config(self) -> LlamaConfig:
         """Hugging Face's configuration of the model.
@@ -215,12 +214,12 @@ class GGUFFile:
 
         if key not in self._tensors:
             raise ValueError(f"{self.path!r} has no tensor {key!r}")
-        tensor = self._tensors[key]
+        kind, place, row_bytes = self._tensors[key]
         try:
-            array = gguf.dequantize(tensor.data, tensor.tensor_type)
+            array = gguf.dequantize(self._layout.data(place, row_bytes), kind)
         except NotImplementedError as e:
             raise NotImplementedError(
-                f"{self.path!r}: tensor {key!r} has type {tensor.tensor_type.name}: {e}"
+                f"{self.path!r}: tensor {key!r} has type {kind.name}: {e}"
             ) from e
         if array.shape != shape:
             raise ValueError(

@@ -66,10 +66,11 @@ def gguf_name(path: str, sandwich_norm: bool) -> str:
 
 def parameter(path: str, tensor: np.ndarray, dtype: Any) -> jax.Array:
     """A floating tensor of a file as a parameter: kernels transposed, norms in float32."""
+    # JAX may go on using NumPy's memory, and this can be the file itself: so it is copied.
     if path.endswith("/weight"):
-        return jnp.asarray(tensor, jnp.float32)
-    tensor = np.asarray(tensor, dtype)
-    return jnp.asarray(np.ascontiguousarray(tensor.T) if path.endswith("/kernel") else tensor)
+        return jnp.array(tensor, jnp.float32)
+    value = jnp.array(np.asarray(tensor, dtype))
+    return value.T if path.endswith("/kernel") else value  # JAX transposes faster than NumPy
 
 
 def tree_of(flat: Mapping[str, Any]) -> dict[str, Any]:
