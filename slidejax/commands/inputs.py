@@ -19,17 +19,21 @@ __all__ = ["calibration", "calibration_ids", "evaluation_ids", "load"]
 _SHORT = 64
 
 
-def load(model: str, args: argparse.Namespace, *, keep_class: bool = True) -> Loaded:
+def load(
+    model: str, args: argparse.Namespace, *, keep_class: bool = True, text: bool = True
+) -> Loaded:
     """The model of that name; it computes in the dtype of `--compute` or the device's default.
 
     Args:
       model: the name.
       args: the command's arguments.
       keep_class: as in `slidejax.lm.reading.read_model`: True for commands that write a model.
+      text: as in `slidejax.lm.reading.read_model`.
     """
     from slidejax.lm.reading import read_model
 
-    return read_model(model, getattr(args, "compute", None), keep_class=keep_class)
+    compute = getattr(args, "compute", None)
+    return read_model(model, compute, keep_class=keep_class, text=text)
 
 
 def evaluation_ids(loaded: Loaded, file: str | None, limit: int | None) -> tuple[np.ndarray, str]:

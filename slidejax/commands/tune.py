@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     """Measures, records and shows the times; each step is named on standard error."""
     from slidejax.bench import tuning
 
-    model = inputs.load(args.model, args).model if args.model else None
+    model = inputs.load(args.model, args, text=False).model if args.model else None
     note = lambda text: print(text, file=sys.stderr)  # noqa: E731
     options = {"model": model, "dry_run": args.dry_run, "note": note}
     entries, path = tuning.measure(bench.shapes(args), **options, **bench.measured(args))

@@ -21,6 +21,7 @@ from slidejax.lm.models import (
     packaged_file,
     saved_class,
 )
+from slidejax.lm.text import files
 from slidejax.lm.text.tokenizer import Tokenizer
 
 __all__ = ["Loaded", "LoadedDecoder", "decodes", "read_model", "write_model"]
@@ -104,7 +105,11 @@ def decodes(model: str | os.PathLike[str], *, keep_class: bool = False) -> bool:
 
 
 def read_model(
-    model: str | os.PathLike[str], dtype: Any = None, *, keep_class: bool = False
+    model: str | os.PathLike[str],
+    dtype: Any = None,
+    *,
+    keep_class: bool = False,
+    text: bool = True,
 ) -> Loaded:
     """Reads a model as a decoder, if its architecture is known, or as a Flax model of transformers.
 
@@ -114,6 +119,8 @@ def read_model(
         bfloat16 on a GPU and float32 on a CPU.
       keep_class: read what slidejax saved of a Flax model of transformers as that Flax model, as
         converting and training it need.
+      text: a tokenizer will be needed. One that cannot be read is then refused before the weights
+        are read.
 
     Raises:
       ValueError: there is no such model, or its files are damaged.
@@ -124,6 +131,8 @@ def read_model(
         return load_model(model, dtype or default_dtype())
     name = os.fspath(model)
     path = packaged_file(name) if name in NAMED else Path(name)
+    if text and path.is_dir():
+        files.check(os.listdir(path), name)
     return LoadedDecoder(load(path, dtype), name if name in NAMED else path.resolve().name)
 
 

@@ -367,6 +367,16 @@ def test_a_decoder_goes_through_every_command(capsys, tmp_path):
     assert "converted already" in error(capsys, "convert", out, new, "--pattern", "6:8")
 
 
+def test_a_tokenizer_that_cannot_be_read_is_refused_before_the_weights(capsys, tmp_path):
+    path = directory(tmp_path / "m", tensors())
+    (path / "tokenizer.json").rename(path / "tokenizer.model")
+    (path / "model.safetensors").write_bytes(b"not weights")
+    for command in (["generate", path], ["eval", path], ["convert", path, tmp_path / "out"]):
+        flags = ["--pattern", "6:8"] if command[0] == "convert" else []
+        assert "tokenizer.model" in error(capsys, *command, *flags)
+    assert "model.safetensors" in error(capsys, "tune", path, "--dry-run")
+
+
 def test_transformers_is_not_needed(tmp_path):
     path = directory(tmp_path / "m", tensors())
     (tmp_path / "text.txt").write_text(SENTENCES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from slidejax.lm.text.tokenizer import SPECIAL, Tokenizer, need_tokenizers
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["from_files", "gather", "read"]
+__all__ = ["check", "from_files", "gather", "read"]
 
 # What belongs to a tokenizer, beside the templates in additional_chat_templates/.
 _NAMES = (
@@ -75,6 +75,22 @@ def gather(folder: str | os.PathLike[str]) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths if p.is_file()}
 
 
+def check(names: Collection[str], where: str = "") -> None:
+    """Looks at the names of a directory's files only, before anything is read.
+
+    Raises:
+      NotImplementedError: there is a tokenizer, but no tokenizer.json.
+    """
+    if "tokenizer.json" in names or gguf.FILE in names:
+        return
+    for name, kind in _OTHERS.items():
+        if name in names:
+            raise NotImplementedError(
+                f"{os.path.join(where, name)!r} is {kind}, and there is no tokenizer.json beside "
+                "it: save the tokenizer with a version of transformers that writes tokenizer.json"
+            )
+
+
 def from_files(
     files: Mapping[str, bytes], where: str = "", ends: Iterable[int] = ()
 ) -> Tokenizer | None:
@@ -95,13 +111,8 @@ def from_files(
     folder = _Folder(files, where)
     if gguf.FILE in files:
         return gguf.from_metadata(folder.json(gguf.FILE), folder.name(gguf.FILE))
+    check(files, where)
     if "tokenizer.json" not in files:
-        for name, kind in _OTHERS.items():
-            if name in files:
-                raise NotImplementedError(
-                    f"{folder.name(name)} is {kind}, and there is no tokenizer.json beside it: "
-                    "save the tokenizer with a version of transformers that writes tokenizer.json"
-                )
         return None
     about = folder.json("tokenizer_config.json")
     backend = _backend(folder)
