@@ -14,11 +14,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-import transformers
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
-
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -93,8 +88,8 @@ CASES = {
 # 8-bit checkpoints in the format of compressed-tensors:
 # name -> (type, dtype, largest code)
 QUANTIZED = {
-    "w8a8_int8": ("int", torch.int8, 127),
-    "w8a8_fp8": ("float", torch.float8_e4m3fn, 448),
+    "w8a8_int8": ("int", "int8", 127),
+    "w8a8_fp8": ("float", "float8_e4m3fn", 448),
 }
 
 
@@ -119,6 +114,10 @@ def quantization_config(kind: str) -> dict:
 
 def quantized(folder: Path, name: str) -> None:
     """The case "llama" with 8-bit weights, and the logits that transformers computes with them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
     kind, dtype, largest = QUANTIZED[name]
     case, source = folder / name, folder / "llama"
     case.mkdir(exist_ok=True)
@@ -127,7 +126,7 @@ def quantized(folder: Path, name: str) -> None:
         if "_proj" in key:
             scale = value.abs().amax(1, keepdim=True) / largest
             codes = value / scale
-            tensors[key] = (codes.round() if kind == "int" else codes).to(dtype)
+            tensors[key] = (codes.round() if kind == "int" else codes).to(getattr(torch, dtype))
             tensors[f"{key}_scale"] = scale
         else:
             tensors[key] = value
@@ -146,6 +145,11 @@ def quantized(folder: Path, name: str) -> None:
 
 
 def main(folder: Path) -> None:
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     for index, (name, (model_type, dtype, shards, changes)) in enumerate(CASES.items()):
         torch.manual_seed(index)
         config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
