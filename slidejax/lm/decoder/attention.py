@@ -78,13 +78,17 @@ class _Scores:
 
     def scores(self, q, held: LayerCache, query_positions, key_positions) -> jax.Array:
         """Float32 `[batch, kv_heads, group, tokens, length]`."""
-        scores = jnp.einsum(
-            "bkgtd,bksd->bkgts",
-            q,
-            held.keys.astype(q.dtype),
-            preferred_element_type=jnp.float32,
-            precision=_precision(q.dtype),
-        )
+        if _by_sums(q.shape[3]):
+            products = q.astype(jnp.float32) * held.keys[:, :, None].astype(jnp.float32)
+            scores = products.sum(-1)[:, :, :, None]
+        else:
+            scores = jnp.einsum(
+                "bkgtd,bksd->bkgts",
+                q,
+                held.keys.astype(q.dtype),
+                preferred_element_type=jnp.float32,
+                precision=_precision(q.dtype),
+            )
         if held.key_scales is not None:
             scores = scores * held.key_scales[:, :, None, None, :]
         seen = self.seen(query_positions, key_positions)[:, None, None]
@@ -94,6 +98,9 @@ class _Scores:
         """Float32 `[batch, kv_heads, group, tokens, head_dim]`: the sum of weighted values."""
         if held.value_scales is not None:
             weights = weights * held.value_scales[:, :, None, None, :]
+        if _by_sums(weights.shape[3]):
+            products = weights[:, :, :, 0, :, None] * held.values[:, :, None].astype(jnp.float32)
+            return products.sum(3)[:, :, :, None]
         return jnp.einsum(
             "bkgts,bksd->bkgtd",
             weights.astype(dtype),
@@ -171,6 +178,15 @@ def _block(
     positions = lax.dynamic_slice_in_dim(key_positions, start, size, 1)
     new = start + jnp.arange(size, dtype=jnp.int32) >= index * size
     return block, jnp.where(new[None], positions, -1)
+
+
+def _by_sums(tokens: int) -> bool:
+    """Whether products are written as sums: for one token on a CPU.
+
+    XLA's products on a CPU copy the keys to transpose them, and copy a cache that the same step
+    writes. Sums are fused with the reading and copy nothing.
+    """
+    return tokens == 1 and jax.default_backend() == "cpu"
 
 
 def _precision(dtype) -> lax.Precision | None:
