@@ -93,6 +93,23 @@ def test_a_cache_of_8_bits_is_an_option():
         model.generate([1], max_new_tokens=2, cache_dtype="int4")
 
 
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_step_copies_no_cache(cache_dtype, rows):
+    """On a CPU the caches of 16 bits are still copied, layer by layer."""
+    model = tiny(max_positions=8192, head_dim=64)
+    ends, live = np.full(8, -1, np.int32), np.ones(rows, bool)
+    made = programs(model.config, cache_dtype)
+    arguments = (np.zeros((rows, 16), np.int32), np.ones(rows, np.int32), live, ends)
+    state, *_ = made.prefill(
+        model.params, *arguments, Sampling().draw(), length=8192, kind="greedy"
+    )
+    step = (live, ends, Sampling().draw(), np.int32(4))
+    used = made.decode.lower(model.params, state, *step, kind="greedy").compile().memory_analysis()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
+    assert used.alias_size_in_bytes >= held and used.temp_size_in_bytes < held / 2
+
+
 def test_text_goes_in_and_out():
     model = text_model()
     completion = model.generate("hé", max_new_tokens=12)
