@@ -11,6 +11,7 @@ A decoder's weights are a list with one dictionary for each block, by the names 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,16 @@ import jax.numpy as jnp
 
 from slidejax.bench.shapes import Sizes
 
-__all__ = ["Attention", "Caches", "Multiply", "attention_here", "block", "caches", "decode", "prefill"]
+__all__ = [
+    "Attention",
+    "Caches",
+    "Multiply",
+    "attention_here",
+    "block",
+    "caches",
+    "decode",
+    "prefill",
+]
 
 Multiply = Callable[[jax.Array, Any], jax.Array]
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # of queries, keys, values
@@ -29,9 +39,7 @@ Caches = list[tuple[jax.Array, jax.Array]]
 def caches(sizes: Sizes, layers: int, batch: int, context: int) -> Caches:
     """Empty caches in bfloat16, for `context` positions of `batch` sequences."""
     shape = (batch, context, sizes.kv_heads, sizes.head)
-    return [
-        (jnp.zeros(shape, jnp.bfloat16), jnp.zeros(shape, jnp.bfloat16)) for _ in range(layers)
-    ]
+    return [(jnp.zeros(shape, jnp.bfloat16), jnp.zeros(shape, jnp.bfloat16)) for _ in range(layers)]
 
 
 def _norm(x: jax.Array, eps: float) -> jax.Array:
@@ -50,7 +58,11 @@ def _rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 
 
 def _attend_cached(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: tuple[jax.Array, jax.Array], position: jax.Array
+    cache: tuple[jax.Array, jax.Array],
+    position: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Attention of one position to all positions of a cache up to it, and the cache with it."""
     keys, values = (
@@ -151,14 +163,8 @@ def decode(
         x = embedding[tokens][:, None]
         new = []
         for w, cache in zip(weights, old, strict=True):
-            x, cache = block(
-                sizes,
-                multiply,
-                x,
-                w,
-                lambda q, k, v, cache=cache: _attend_cached(q, k, v, cache, position),
-                position[None],
-            )
+            attend = functools.partial(_attend_cached, cache, position)
+            x, cache = block(sizes, multiply, x, w, attend, position[None])
             new.append(cache)
         logits = jax.lax.dot_general(
             _norm(x[:, 0], sizes.eps),
@@ -184,7 +190,5 @@ def prefill(
     """x `[batch, length, hidden]` after all blocks. Nothing is cached, and there is no head."""
     positions = jnp.arange(x.shape[1])
     for w in weights:
-        x, _ = block(
-            sizes, multiply, x, w, lambda q, k, v: (attention(q, k, v), None), positions
-        )
+        x, _ = block(sizes, multiply, x, w, lambda q, k, v: (attention(q, k, v), None), positions)
     return x

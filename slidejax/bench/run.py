@@ -19,7 +19,7 @@ from slidejax.weights import numerics
 from slidejax.weights.packed import SlideWeight, pack
 from slidejax.weights.pattern import UNPRUNED, Pattern
 
-__all__ = ["measure", "set_flags", "table"]
+__all__ = ["copy_of", "measure", "set_flags", "table"]
 
 _FLAG = "--xla_gpu_enable_triton_gemm=false"
 _LIFT_BYTES = 1 << 30  # x of the lift is at most this large
@@ -197,7 +197,7 @@ def _settings(w: SlideWeight, rows: int, refused: Mapping[str, str]) -> dict[str
     return {name: text for name, text in texts.items() if text is not None}
 
 
-def _copy(x: jax.Array) -> jax.Array:
+def copy_of(x: jax.Array) -> jax.Array:
     """A copy by the driver if there is the library; else a negation, which moves as many bytes."""
     return calls.memcpy_call(x) if library.on_gpu() and library.missing() is None else -x
 
@@ -222,7 +222,7 @@ def _lift(
     cases = {f"{p} {d.name}": (p, d) for p in patterns for d in dtypes}
     plain = {f"quantise {d.name}": d for d in dtypes}
     timed = [
-        Contender("copy", lambda x, _: _copy(x)),
+        Contender("copy", lambda x, _: copy_of(x)),
         *(Contender(name, quantise(d)) for name, d in plain.items()),
         *(Contender(name, lift(*c)) for name, c in cases.items()),
     ]

@@ -22,7 +22,17 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-__all__ = ["FAILURES", "Clock", "Contender", "Timed", "build_all", "in_turns", "reason", "time_all"]
+__all__ = [
+    "FAILURES",
+    "Clock",
+    "Contender",
+    "Timed",
+    "build_all",
+    "in_turns",
+    "nbytes",
+    "reason",
+    "time_all",
+]
 
 _OUTSIDE_CACHE = 192 << 20  # bytes of weights that no cache holds
 # The least bytes that a program reads on a GPU, so that it runs longer than its dispatch takes.
@@ -95,7 +105,8 @@ def reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _nbytes(tree: Any) -> int:
+def nbytes(tree: Any) -> int:
+    """The bytes of all arrays of a tree."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
@@ -124,7 +135,7 @@ def _program(contender: Contender, xs: Sequence[jax.Array], loops: int | None = 
 
     None loops until a program on a GPU reads enough bytes.
     """
-    size = _nbytes(contender.weights)
+    size = nbytes(contender.weights)
     gpu = jax.default_backend() == "gpu"
     copies = min(16, -(-_OUTSIDE_CACHE // size)) if gpu and size else 1
     weights = [
