@@ -99,8 +99,8 @@ class Timed(Protocol):
 def reason(error: Exception) -> str:
     """The first line of an error.
 
-    >>> reason(ValueError("this.\nand more"))
-    'this.'
+    >>> reason(ValueError(chr(10).join(["no memory", "and more"])))
+    'no memory'
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

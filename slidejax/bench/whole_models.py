@@ -409,7 +409,7 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         report.machine_line(results),
         f"XLA flags: {results['xla_flags'] or 'none'}",
-        f"{results['model']}: {results['layers']} layers with random weights, vocabulary "
+        f"{results['model']}: {results['layers']} layer(s) with random weights, vocabulary "
         f"{sizes['vocabulary']}, a KV cache of {results['context']} positions; "
         f"{results['steps']} decoding steps a call",
         f"a copy moves {report.microseconds(copy['gb_per_s'])} GB/s, read and written",
