@@ -174,3 +174,15 @@ def test_a_gpu_gets_more_rounds_unless_told_otherwise(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert whole_models.usual_clock() == timing.Clock(0.1, 0.2, 5)
     assert whole_models.usual_clock(1.0, None, 2) == timing.Clock(1.0, 0.2, 2)
+
+
+def test_room_for_the_caches_is_taken_while_weights_are_made_on_a_gpu(monkeypatch):
+    size = 123_457
+
+    def rooms():
+        return sum(array.nbytes == size for array in jax.live_arrays())
+
+    assert whole_models._with_room(size, rooms) == 0  # a CPU swaps, or has none to give
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert whole_models._with_room(size, rooms) == 1
+    assert rooms() == 0
