@@ -129,11 +129,18 @@ class _Race:
     ends: tuple[jax.Array, jax.Array]
     attention: decoder.Attention
 
-    def build(self, kind: Kind, weights: Any, work: Workload) -> _Decoding | _Prefill:
-        """Compiles the program of a kind and a workload."""
-        if work.length is not None:
-            shape = (work.batch, work.length, self.sizes.hidden)
-            x = jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
+    def prompt(self, work: Workload) -> jax.Array | None:
+        """What a prefill reads, `[batch, length, hidden]`; None for decoding."""
+        if work.length is None:
+            return None
+        shape = (work.batch, work.length, self.sizes.hidden)
+        return jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
+
+    def build(
+        self, kind: Kind, weights: Any, work: Workload, x: jax.Array | None
+    ) -> _Decoding | _Prefill:
+        """Compiles the program of a kind and a workload, whose `prompt` is x."""
+        if x is not None:
             read = functools.partial(decoder.prefill, self.sizes, kind.multiply, self.attention)
             return _Prefill(jax.jit(read).lower(weights, x).compile(), weights, x)
         run = functools.partial(decoder.decode, self.sizes, kind.multiply, self.steps)
@@ -224,7 +231,7 @@ def measure(
         and `in_memory` with what was prepared;
       - "times": for each workload and contender `us` of a step or a prefill, the median over the
         rounds; `rounds`, all of them; `tokens_per_s`; `read_bytes` at least; `gb_per_s` and
-        ``share_of_copy` of these; `over`, how many times as fast as the bfloat16 layers, the best
+        `share_of_copy` of these; `over`, how many times as fast as the bfloat16 layers, the best
         JAX 8 bit and our own dense int8; and the `implementations` of slidejax that ran;
       - "not_run": contenders that did not run, with the workload (None: any) and the reason.
 
@@ -319,9 +326,10 @@ def _timed(
     """The rows of one workload, and the contenders that did not run."""
     note(f"{work}: compiling, then {clock.rounds} round(s)")
     present = [kind for kind in racing if kind.name in weights]
+    x = race.prompt(work)
     programs, refused = build_all(
         {
-            kind.name: functools.partial(race.build, kind, weights[kind.name], work)
+            kind.name: functools.partial(race.build, kind, weights[kind.name], work, x)
             for kind in present
         }
     )
