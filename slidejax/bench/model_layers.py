@@ -82,17 +82,19 @@ def kinds(patterns: Sequence[Pattern], dtypes: Sequence[Any]) -> list[Kind]:
     return found
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _kernel(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """W `[out, in]` in bfloat16, with the spread of an initialised layer."""
+    return jax.random.normal(key, shape, jnp.bfloat16) * shape[1] ** -0.5
+
+
 def _made(kind: Kind, sizes: Sizes, layers: int) -> list[dict[str, Any]]:
     """The weights of all blocks; every layer has values of its own."""
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def make(key: jax.Array, shape: tuple[int, int]) -> Any:
-        return kind.make(jax.random.normal(key, shape, jnp.bfloat16) * shape[1] ** -0.5)
-
+    make = jax.jit(kind.make)
     return jax.block_until_ready(
         [
             {
-                name: make(jax.random.fold_in(jax.random.key(layer), i), shape)
+                name: make(_kernel(jax.random.fold_in(jax.random.key(layer), i), shape))
                 for i, (name, shape) in enumerate(sizes.linears.items())
             }
             for layer in range(layers)

@@ -180,12 +180,13 @@ def _run_for(program: Timed, seconds: float) -> float:
 
 
 def build_all(
-    builders: Mapping[str, Callable[[], Timed]],
+    builders: Mapping[str, Callable[[], Timed]], at_once: int | None = None
 ) -> tuple[dict[str, Timed], dict[str, str]]:
     """Compiles programs, and runs each of them once.
 
     Args:
       builders: functions that compile a program, by name.
+      at_once: how many are compiled at the same time; None: as many as there are CPU cores.
 
     Returns:
       The programs that run here, and the reasons of the others, by name.
@@ -193,7 +194,7 @@ def build_all(
     programs: dict[str, Timed] = {}
     reasons: dict[str, str] = {}
     # Compiling takes most of the time, and XLA compiles in parallel.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(at_once or os.cpu_count()) as pool:
         built = {name: pool.submit(build) for name, build in builders.items()}
     for name, future in built.items():
         try:

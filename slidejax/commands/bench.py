@@ -28,14 +28,14 @@ def _shape(text: str) -> tuple[int, int]:
     return arguments.positive(parts[0]), arguments.positive(parts[1])
 
 
-def _prompts(text: str) -> list[tuple[int, int]]:
-    """(sequences, tokens of each) from "8x512,1x2048"; none from "none"."""
-    if text.strip().lower() == "none":
-        return []
-    return [_prompt(part) for part in arguments.names(text)]
+def _list_or_none(check: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A check for values with commas between them; "none" is an empty list."""
+    values = arguments.list_of(check)
+    return lambda text: [] if text.strip().lower() == "none" else values(text)
 
 
 def _prompt(text: str) -> tuple[int, int]:
+    """(sequences, tokens of each) from "8x512"."""
     parts = text.lower().split("x")
     if len(parts) != 2:
         raise argparse.ArgumentTypeError(
@@ -149,13 +149,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--batch",
-        type=arguments.list_of(arguments.positive),
+        type=_list_or_none(arguments.positive),
         metavar="1,16,…",
-        help="numbers of sequences that decode together (default 1,16,64)",
+        help="numbers of sequences that decode together, or none (default 1,16,64)",
     )
     group.add_argument(
         "--prefill",
-        type=_prompts,
+        type=_list_or_none(_prompt),
         metavar="8x512,…",
         help="sequences x tokens that a prefill reads, or none (default 8x512)",
     )
@@ -183,6 +183,8 @@ def _check_together(args: argparse.Namespace) -> None:
         if (value := getattr(args, name)) is not None:
             goes = "does not go with --model" if args.model else "goes with --model only"
             raise ValueError(f"--{name} {goes}, got --{name} {_as_typed(name, value)}")
+    if args.batch == [] and args.prefill == []:
+        raise ValueError("--batch none and --prefill none leave nothing to time: give one of them")
     context, steps = args.context or _CONTEXT, args.steps or _STEPS
     if steps > context:
         raise ValueError(f"--steps must be at most --context, {context}, got {steps}")
@@ -194,7 +196,7 @@ def _as_typed(name: str, value: Any) -> str:
         return ",".join(f"{batch}x{length}" for batch, length in value) or "none"
     if name == "shape":
         return f" --{name} ".join(f"{out},{inputs}" for out, inputs in value)
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (",".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -225,7 +227,7 @@ def _whole_model(
     results = whole_models.measure(
         args.model,
         layers=args.layers,
-        batches=args.batch or [1, 16, 64],
+        batches=[1, 16, 64] if args.batch is None else args.batch,
         prefills=[(8, 512)] if args.prefill is None else args.prefill,
         patterns=args.pattern,
         dtypes=args.dtype,

@@ -1,3 +1,6 @@
+import functools
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,3 +90,18 @@ def test_a_contender_that_cannot_run_is_named_and_has_no_time():
     )
     assert us["good"] > 0 and us["bad"] is None
     assert said == ["bad does not run: it needs a GPU"]
+
+
+def test_programs_are_compiled_one_after_the_other_where_asked():
+    running, most = [], []
+
+    def build(name):
+        running.append(name)
+        time.sleep(0.01)
+        most.append(len(running))
+        running.remove(name)
+        return Program(name, [])
+
+    builders = {name: functools.partial(build, name) for name in "abcd"}
+    programs, reasons = timing.build_all(builders, at_once=1)
+    assert list(programs) == list("abcd") and reasons == {} and most == [1, 1, 1, 1]

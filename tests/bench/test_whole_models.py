@@ -40,6 +40,8 @@ def test_every_contender_is_timed_in_every_workload_and_round(results, notes):
         assert len(row["rounds"]) == 2 and min(row["rounds"]) <= row["us"] <= max(row["rounds"])
     assert results["not_run"] == []
     assert any("say nothing about a GPU" in text for text in notes)
+    for row in results["times"]:  # said at once: a run that is cut off has not been in vain
+        assert f"{row['workload']} {row['contender']}: {report.microseconds(row['us'])} us" in notes
 
 
 def test_the_bytes_are_those_that_must_be_read(results):

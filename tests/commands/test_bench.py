@@ -55,6 +55,13 @@ def test_a_whole_model_on_a_cpu(capsys):
     assert all(len(row["rounds"]) == 1 for row in got["times"])
 
 
+def test_a_prefill_alone(capsys):
+    got = json.loads(
+        output(capsys, "bench", *TINY, "--batch", "none", "--prefill", "1x4", "--json")
+    )
+    assert {row["workload"] for row in got["times"]} == {"prefill 1x4"}
+
+
 def test_a_whole_model_prints_its_table(capsys):
     said = output(capsys, "bench", *TINY, "--batch", "1", "--prefill", "1x4")
     assert "decode 1: one step" in said and "prefill 1x4: one prefill" in said
@@ -86,6 +93,8 @@ def test_bad_values_are_named(capsys, flags, said):
     ("--model tiny --rows 1,2", "--rows does not go with --model, got --rows 1,2"),
     ("--model tiny --shape 3,4", "--shape does not go with --model, got --shape 3,4"),
     ("--model tiny --preset smollm2", "--preset does not go with --model"),
+    ("--batch none", "--batch goes with --model only, got --batch none"),
+    ("--model tiny --batch none --prefill none", "leave nothing to time"),
     ("--model tiny --steps 9 --context 8", "--steps must be at most --context, 8, got 9"),
     ("--model tiny --steps 600", "--steps must be at most --context, 512, got 600"),
 ])  # fmt: skip
