@@ -1,4 +1,4 @@
-// What a family of kernels knows about each GPU of the process.
+// A table with one entry for each GPU of the process.
 #pragma once
 
 #include <cuda_runtime_api.h>

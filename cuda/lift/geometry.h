@@ -15,6 +15,7 @@ constexpr int kGranule = 16;    // bytes of one asynchronous copy
 constexpr int kLine = 128;      // bytes, of memory
 constexpr int kMaxWarps = 32;   // of a block
 constexpr int kMaxPending = 7;  // groups of asynchronous copies that a wait can leave under way
+constexpr int kDefaultSharedBytes = 48 * 1024;  // of a block, for which a launch need not ask
 
 // Returns how many columns lifting gives: four for each of a group's N-1 windows, in whole blocks
 // of 8 groups.

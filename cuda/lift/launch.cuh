@@ -37,7 +37,7 @@ cudaError_t LaunchRing(RingParams p, const DeviceLimits& device, const RingGeome
                        cudaStream_t stream) {
   const auto kernel = RingKernel<In, Out, kN, Prologue>;
   p.depth = geometry.depth;
-  if (geometry.bytes > 48 * 1024) {
+  if (geometry.bytes > kDefaultSharedBytes) {
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, geometry.bytes);
     if (status != cudaSuccess) return status;

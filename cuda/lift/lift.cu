@@ -112,7 +112,7 @@ cudaError_t LaunchStream(RingParams p, const float* absmax, cudaStream_t stream)
   const int warps = std::min(p.tiles, kStreamingWarps);
   const int bytes = kReductionBytes + warps * StageBytes(p, p.n, p.steps, sizeof(Out));
   const auto kernel = StreamKernel<In, Out>;
-  if (bytes > 48 * 1024) {
+  if (bytes > kDefaultSharedBytes) {
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;

@@ -13,7 +13,7 @@
 
 namespace slidejax::lift {
 
-// What is computed on x before it is quantised. Python passes the names as attributes.
+// The computations on x before it is quantised. Python passes the names as attributes.
 enum class PrologueKind : int { kNone, kRmsNorm, kLayerNorm, kActivation, kGlu };
 enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu };
 

@@ -1,13 +1,19 @@
 """The contenders: linear layers in plain JAX, and `slidejax.linear` with every implementation.
 
 All of them take bfloat16 x and return bfloat16 y. Baselines keep W as `[out, in]`, which suits the
-vendor's 8-bit products best. The last two baselines are a bound. They are slidejax's quantisation
+vendor's 8-bit products best. The "unscaled" baselines are a bound. They are slidejax's quantisation
 of x without lifting, followed by the bare product of the codes, without scales. No dense layer made
 of these parts is faster.
+
+A layer alone pays for its own quantisation. Behind a norm XLA fuses the two, so a second group of
+contenders computes the norm as well (`behind_norm`, `fastest_behind_norm`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,17 +26,46 @@ from slidejax.ops.explain import explain
 from slidejax.ops.lift_quantize import lift_rows
 from slidejax.ops.linear import linear
 from slidejax.ops.problem import Problem
+from slidejax.ops.prologue import RMSNorm
 from slidejax.ops.tuning import Variant
 from slidejax.variants.prepared import drop_prepared, prepare
 from slidejax.weights import numerics
 from slidejax.weights.packed import SlideWeight
 from slidejax.weights.pattern import UNPRUNED
 
-__all__ = ["BASELINES", "BEST_DENSE", "baselines", "best_dense", "kernel_of", "sparse", "variants"]
+__all__ = [
+    "BASELINES",
+    "BEST_DENSE",
+    "JAX_LAYERS",
+    "NORMED",
+    "SLIDEJAX",
+    "WEIGHTS_ALONE",
+    "WEIGHTS_ALONE_ROWS",
+    "JaxLayer",
+    "baselines",
+    "behind_norm",
+    "best_dense",
+    "fastest_behind_norm",
+    "kernel_of",
+    "sparse",
+    "variants",
+]
 
+WEIGHTS_ALONE = "jax int8 weights"  # int8 weights alone, x stays bfloat16
+WEIGHTS_ALONE_ROWS = 64  # with more rows nobody would leave x unquantised
 _UNSCALED = ("dense int8 unscaled", "dense fp8 unscaled")
 BEST_DENSE = "best dense 8 bit"  # the faster of the two for each layer
-BASELINES = ("jax bf16", "jax int8", "jax fp8", "jax fp8 per tensor", *_UNSCALED, BEST_DENSE)
+BASELINES = (
+    "jax bf16",
+    "jax int8",
+    "jax fp8",
+    WEIGHTS_ALONE,
+    "jax fp8 per tensor",
+    *_UNSCALED,
+    BEST_DENSE,
+)
+NORMED = ("jax int8", "jax fp8")  # the baselines that are also timed behind a norm
+SLIDEJAX = "slidejax"  # behind a norm: the implementation that was the fastest without one
 _LAST = (((1,), (1,)), ((), ()))  # contract the last axis of x with the last of W
 _E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 
@@ -64,6 +99,13 @@ def _per_row(x: jax.Array, weights: Any) -> jax.Array:
     return (acc.astype(jnp.float32) * scale_x * scale_w).astype(x.dtype)
 
 
+def _weights_alone(x: jax.Array, weights: Any) -> jax.Array:
+    """A layer whose weights alone are int8. XLA turns them into x's dtype on their way."""
+    w, scale_w = weights
+    acc = jax.lax.dot_general(x, w.astype(x.dtype), _LAST, preferred_element_type=jnp.float32)
+    return (acc * scale_w).astype(x.dtype)
+
+
 def _per_tensor(x: jax.Array, weights: Any) -> jax.Array:
     """A layer that XLA turns into one scaled FP8 product of cuBLASLt.
 
@@ -85,7 +127,39 @@ def _unscaled(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     ), scale
 
 
-def best_dense(us: dict[str, float | None]) -> float | None:
+def _codes(dtype: Any, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The codes of W `[out, in]`, and their scales `[out]`."""
+    codes, scale = _quantise(w, numerics.QMAX[np.dtype(dtype)], dtype, axis=1)
+    return codes, scale[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class JaxLayer:
+    """A linear layer as users of plain JAX write it.
+
+    Attributes:
+      name: its name in tables.
+      weights: what `apply` takes, from W `[out, in]` in bfloat16. Layers that can share their
+        weights have the same function here.
+      apply: `(x [M, in], weights) -> y [M, out]`.
+    """
+
+    name: str
+    weights: Callable[[jax.Array], Any]
+    apply: Callable[[jax.Array, Any], jax.Array]
+
+
+_INT8 = functools.partial(_codes, jnp.int8)
+_FP8 = functools.partial(_codes, _E4M3)
+JAX_LAYERS = (
+    JaxLayer("jax bf16", lambda w: w, _bf16),
+    JaxLayer("jax int8", _INT8, _per_row),
+    JaxLayer("jax fp8", _FP8, _per_row),
+    JaxLayer(WEIGHTS_ALONE, _INT8, _weights_alone),
+)
+
+
+def best_dense(us: Mapping[str, float | None]) -> float | None:
     """The time of `BEST_DENSE`, from the times of the baselines."""
     return min((t for name in _UNSCALED if (t := us.get(name)) is not None), default=None)
 
@@ -93,21 +167,15 @@ def best_dense(us: dict[str, float | None]) -> float | None:
 def baselines(kernel: jax.Array) -> list[Contender]:
     """Layers without slidejax for a kernel `[in, out]`, and the bounds of a dense layer."""
     w = kernel.T
-
-    def per_row(dtype: Any) -> Any:
-        codes, scale = _quantise(w, numerics.QMAX[np.dtype(dtype)], dtype, axis=1)
-        return codes, scale[:, 0]
-
+    made = {layer.weights: layer.weights(w) for layer in JAX_LAYERS}
     codes, scale_w = _quantise(w, 448.0, _E4M3, axis=None)
     static = (codes, jnp.asarray(4 / 448, w.dtype), scale_w.reshape(()).astype(w.dtype))
     return [
-        Contender("jax bf16", _bf16, w),
-        Contender("jax int8", _per_row, per_row(jnp.int8)),
-        Contender("jax fp8", _per_row, per_row(_E4M3)),
+        *(Contender(layer.name, layer.apply, made[layer.weights]) for layer in JAX_LAYERS),
         Contender("jax fp8 per tensor", _per_tensor, static),
         *(
-            Contender(name, _unscaled, per_row(dtype)[0])
-            for name, dtype in zip(_UNSCALED, (jnp.int8, _E4M3), strict=True)
+            Contender(name, _unscaled, made[weights][0])
+            for name, weights in zip(_UNSCALED, (_INT8, _FP8), strict=True)
         ),
     ]
 
@@ -157,6 +225,50 @@ def sparse(
 
 def _contender(w: SlideWeight, variant: Variant) -> Contender:
     name = variant.implementation
+    return Contender(
+        str(variant), lambda x, w: linear(x, w, implementation=name), _weight_for(w, variant)
+    )
+
+
+def _weight_for(w: SlideWeight, variant: Variant) -> SlideWeight:
     plain = drop_prepared(w)
-    weight = plain if variant.form is None else prepare(plain, name)
-    return Contender(str(variant), lambda x, w: linear(x, w, implementation=name), weight)
+    return plain if variant.form is None else prepare(plain, variant.implementation)
+
+
+def _norm_for(inputs: int) -> RMSNorm:
+    return RMSNorm(jnp.ones(inputs, jnp.bfloat16))
+
+
+def behind_norm(contender: Contender, inputs: int) -> Contender:
+    """A layer of plain JAX behind an RMS norm of its `inputs` columns, which XLA fuses with it."""
+
+    def apply(x: jax.Array, weights: Any) -> Any:
+        norm, w = weights
+        return contender.apply(norm.apply(x), w)
+
+    return Contender(contender.name, apply, (_norm_for(inputs), contender.weights))
+
+
+def fastest_behind_norm(
+    w: SlideWeight, us: Mapping[Variant, float | None], name: str
+) -> tuple[Variant, Contender] | None:
+    """`linear` with an RMS norm as its prologue, in the variant that was the fastest without one.
+
+    Args:
+      w: the weight.
+      us: microseconds without the norm, by variant; None for what did not run.
+      name: of the contender.
+
+    Returns:
+      The variant and the contender, or None if nothing ran.
+    """
+    timed = {variant: time for variant, time in us.items() if time is not None}
+    if not timed:
+        return None
+    fastest = min(timed, key=timed.__getitem__)
+
+    def apply(x: jax.Array, weights: Any) -> jax.Array:
+        norm, w = weights
+        return linear(x, w, implementation=fastest.implementation, prologue=norm)
+
+    return fastest, Contender(name, apply, (_norm_for(w.in_features), _weight_for(w, fastest)))

@@ -9,17 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import slidejax
-from slidejax.bench import contenders
+from slidejax.bench import contenders, report
 from slidejax.bench.timing import Clock, Contender, time_all
 from slidejax.ops import registry
 from slidejax.ops.cuda import calls, library
 from slidejax.ops.lift_quantize import lift_quantize, lift_rows
+from slidejax.ops.tuning import Variant
 from slidejax.weights import numerics
 from slidejax.weights.packed import SlideWeight, pack
 from slidejax.weights.pattern import UNPRUNED, Pattern
 
-__all__ = ["measure", "set_flags", "table"]
+__all__ = ["copy_of", "measure", "set_flags", "table"]
 
 _FLAG = "--xla_gpu_enable_triton_gemm=false"
 _LIFT_BYTES = 1 << 30  # x of the lift is at most this large
@@ -65,13 +65,15 @@ def measure(
       note: called with a line of text for each step, and for each contender that could not run.
 
     Returns:
-      A JSON object with "device", "jax", "slidejax", "xla_flags", "clock", "shapes" and
+      A JSON object with what `report.machine` says, "shapes" and
 
       - "lift": rows with `us` and `gb_per_s` of the lift, the copy and quantising alone;
       - "linear": rows with `us` by contender, the reasons of implementations that refuse, and the
         settings of those that have any;
-      - "sums": the same added up over the shapes, for each dtype, pattern and M, with ratios to the
-        baselines. A ratio above 1 means that slidejax is faster.
+      - "normed": rows with `us` of the layers behind an RMS norm that is computed in the same time,
+        and the variant that runs for slidejax: the one that was the fastest without a norm;
+      - "sums", "normed_sums": the same added up over the shapes, for each dtype, pattern and M,
+        with ratios to the baselines. A ratio above 1 means that slidejax is faster.
 
     Raises:
       ValueError: a bad pattern or dtype, before anything is measured.
@@ -84,7 +86,7 @@ def measure(
         for d in dtypes or (("int8", "float8_e4m3fn") if gpu else ("int8",))
     ]
     rows = rows or ([16, 256, 1024, 4096, 16384] if gpu else [1, 16])
-    lift, linear = [], []
+    lift, linear, normed = [], [], []
     for k in sorted({k for _, k in shapes}):
         for m in rows:
             lift += _lift(m, k, parsed, resolved, clock, note)
@@ -93,27 +95,18 @@ def measure(
         baselines = contenders.baselines(kernel)
         weights = [pack(kernel, p, dtype=d) for p in parsed for d in resolved]
         for m in rows:
-            linear += _linear(m, weights, baselines, clock, note)
+            alone, behind_norm = _linear(m, weights, baselines, clock, note)
+            linear += alone
+            normed += behind_norm
     return {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "slidejax": _version(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "clock": {"warmup_s": clock.warmup, "seconds": clock.seconds, "rounds": clock.rounds},
+        **report.machine(clock),
         "shapes": [list(shape) for shape in shapes],
         "lift": lift,
         "linear": linear,
-        "sums": _sums(linear, shapes),
+        "normed": normed,
+        "sums": _sums(linear, shapes, contenders.BASELINES),
+        "normed_sums": _sums(normed, shapes, contenders.NORMED),
     }
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("slidejax")
-    except PackageNotFoundError:
-        return f"not installed ({os.path.dirname(slidejax.__file__)})"
 
 
 def _linear(
@@ -122,8 +115,11 @@ def _linear(
     baselines: Sequence[Contender],
     clock: Clock,
     note: Callable[[str], None],
-) -> list[dict]:
-    """One row of results for each weight; all have one shape, and share the baselines."""
+) -> tuple[list[dict], list[dict]]:
+    """Rows of results, one for each weight: of the layers alone, and behind a norm.
+
+    All weights have one shape, and share the baselines.
+    """
     n, k = weights[0].out_features, weights[0].in_features
     note(f"linear: N={n} K={k} M={m}")
     found = [contenders.sparse(w, m) for w in weights]
@@ -133,21 +129,65 @@ def _linear(
         for prefix, (variants, _) in zip(prefixes, found, strict=True)
         for c in variants.values()
     ]
-    us = time_all([*baselines, *ours], inputs_of(m, k), clock, note)
+    xs = inputs_of(m, k)
+    alone = [
+        c
+        for c in baselines
+        if c.name != contenders.WEIGHTS_ALONE or m <= contenders.WEIGHTS_ALONE_ROWS
+    ]
+    us = time_all([*alone, *ours], xs, clock, note)
     us[contenders.BEST_DENSE] = contenders.best_dense(us)
-    common = {name: us[name] for name in contenders.BASELINES}
-    return [
+    common = {name: us.get(name) for name in contenders.BASELINES}
+    about = [
+        {"out": n, "in": k, "rows": m, "pattern": str(w.pattern), "dtype": w.dtype.name}
+        for w in weights
+    ]
+    by_variant = [
+        {variant: us[prefix + c.name] for variant, c in variants.items()}
+        for prefix, (variants, _) in zip(prefixes, found, strict=True)
+    ]
+    rows = [
         {
-            "out": n,
-            "in": k,
-            "rows": m,
-            "pattern": str(w.pattern),
-            "dtype": w.dtype.name,
-            "us": common | {c.name: us[prefix + c.name] for c in variants.values()},
+            **what,
+            "us": common | {str(variant): time for variant, time in times.items()},
             "refused": refused,
             "settings": _settings(w, m, refused),
         }
-        for w, prefix, (variants, refused) in zip(weights, prefixes, found, strict=True)
+        for what, times, w, (_, refused) in zip(about, by_variant, weights, found, strict=True)
+    ]
+    return rows, _normed(about, weights, by_variant, baselines, xs, clock, note)
+
+
+def _normed(
+    about: Sequence[dict],
+    weights: Sequence[SlideWeight],
+    by_variant: Sequence[Mapping[Variant, float | None]],
+    baselines: Sequence[Contender],
+    xs: Sequence[jax.Array],
+    clock: Clock,
+    note: Callable[[str], None],
+) -> list[dict]:
+    """The rows of results of layers behind a norm, one for each weight.
+
+    `about` says what the weights are, and `by_variant` holds their times without the norm.
+    """
+    inputs = weights[0].in_features
+    jax_layers = [
+        contenders.behind_norm(c, inputs) for c in baselines if c.name in contenders.NORMED
+    ]
+    ours = [
+        contenders.fastest_behind_norm(w, times, f"{w.pattern} {w.dtype.name} behind a norm")
+        for w, times in zip(weights, by_variant, strict=True)
+    ]
+    us = time_all([*jax_layers, *(o[1] for o in ours if o is not None)], xs, clock, note)
+    return [
+        {
+            **what,
+            "variant": None if o is None else str(o[0]),
+            "us": {name: us[name] for name in contenders.NORMED}
+            | {contenders.SLIDEJAX: None if o is None else us[o[1].name]},
+        }
+        for what, o in zip(about, ours, strict=True)
     ]
 
 
@@ -157,7 +197,7 @@ def _settings(w: SlideWeight, rows: int, refused: Mapping[str, str]) -> dict[str
     return {name: text for name, text in texts.items() if text is not None}
 
 
-def _copy(x: jax.Array) -> jax.Array:
+def copy_of(x: jax.Array) -> jax.Array:
     """A copy by the driver if there is the library; else a negation, which moves as many bytes."""
     return calls.memcpy_call(x) if library.on_gpu() and library.missing() is None else -x
 
@@ -182,7 +222,7 @@ def _lift(
     cases = {f"{p} {d.name}": (p, d) for p in patterns for d in dtypes}
     plain = {f"quantise {d.name}": d for d in dtypes}
     timed = [
-        Contender("copy", lambda x, _: _copy(x)),
+        Contender("copy", lambda x, _: copy_of(x)),
         *(Contender(name, quantise(d)) for name, d in plain.items()),
         *(Contender(name, lift(*c)) for name, c in cases.items()),
     ]
@@ -203,7 +243,7 @@ def _lift(
             "gb_per_s": speed[name],
             "quantise_us": us[f"quantise {d.name}"],
             "quantise_gb_per_s": speed[f"quantise {d.name}"],
-            "over_quantise": _ratio(us[name], us[f"quantise {d.name}"]),
+            "over_quantise": report.ratio(us[name], us[f"quantise {d.name}"]),
             "copy_us": us["copy"],
             "copy_gb_per_s": speed["copy"],
         }
@@ -211,8 +251,10 @@ def _lift(
     ]
 
 
-def _sums(linear: list[dict], shapes: Sequence[tuple[int, int]]) -> list[dict]:
-    """Times added up over the shapes, each as often as it is given.
+def _sums(
+    linear: list[dict], shapes: Sequence[tuple[int, int]], bases: Sequence[str]
+) -> list[dict]:
+    """Times added up over the shapes, each as often as it is given, and ratios to the baselines.
 
     A sum is None if a layer's time is missing.
     """
@@ -228,94 +270,76 @@ def _sums(linear: list[dict], shapes: Sequence[tuple[int, int]]) -> list[dict]:
             us[name] = (
                 None if any(t is None for _, t in times) else sum(count * t for count, t in times)
             )
-        sums.append({"pattern": p, "dtype": d, "rows": m, "us": us, "ratios": _ratios(us)})
+        sums.append({"pattern": p, "dtype": d, "rows": m, "us": us, "ratios": _ratios(us, bases)})
     return sums
 
 
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a / b
-
-
-def _ratios(us: dict[str, float | None]) -> dict[str, dict[str, float | None]]:
+def _ratios(
+    us: dict[str, float | None], bases: Sequence[str]
+) -> dict[str, dict[str, float | None]]:
     """How many times as fast as each baseline each of slidejax's contenders is."""
-    ours = [name for name in us if name not in contenders.BASELINES]
-    return {
-        name: {base: _ratio(us.get(base), us[name]) for base in contenders.BASELINES}
-        for name in ours
-    }
+    ours = [name for name in us if name not in bases]
+    return {name: {base: report.ratio(us.get(base), us[name]) for base in bases} for name in ours}
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _us(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def _times_as(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in (head, *lines)
-    ]
-
-
-def _times(rows: Sequence[dict], keys: Sequence[str]) -> list[str]:
-    names = [
-        *contenders.BASELINES,
-        *dict.fromkeys(n for row in rows for n in row["us"] if n not in contenders.BASELINES),
-    ]
-    return _grid(
+def _times(rows: Sequence[dict], keys: Sequence[str], bases: Sequence[str]) -> list[str]:
+    names = [*bases, *dict.fromkeys(n for row in rows for n in row["us"] if n not in bases)]
+    return report.grid(
         [*keys, *names],
         [
-            [*(str(row[key]) for key in keys), *(_us(row["us"].get(n)) for n in names)]
+            [
+                *(str(row[key]) for key in keys),
+                *(report.microseconds(row["us"].get(n)) for n in names),
+            ]
             for row in rows
         ],
     )
 
 
+def _sum_lines(sums: Sequence[dict], bases: Sequence[str], what: str) -> list[str]:
+    """Sums over the shapes, and the ratios to the baselines."""
+    ratios = [
+        [row["pattern"], row["dtype"], str(row["rows"]), name, *map(report.times_as, by.values())]
+        for row in sums
+        for name, by in row["ratios"].items()
+    ]
+    return [
+        "",
+        f"sum over {what}",
+        *_times(sums, ("pattern", "dtype", "rows"), bases),
+        "",
+        "sum, times as fast as",
+        *report.grid(["pattern", "dtype", "rows", "implementation", *bases], ratios),
+    ]
+
+
 def table(results: dict[str, Any]) -> str:
     """The results of `measure` as text."""
-    clock = results["clock"]
-    lines = [
-        f"{results['device']}, jax {results['jax']}, slidejax {results['slidejax']}; each measured "
-        f"for {clock['seconds']} s after "
-        f"{clock['warmup_s']} s, {clock['rounds']} round(s); bfloat16 x to bfloat16 y, "
-        "microseconds",
-        "",
-        "lift_quantize",
-    ]
-    keys = ("pattern", "dtype", "rows", "in")
+    lines = [report.machine_line(results), "", "lift_quantize"]
+    lift_keys = ("pattern", "dtype", "rows", "in")
     speeds = ("us", "gb_per_s", "quantise_us", "quantise_gb_per_s", "copy_us", "copy_gb_per_s")
-    head = [*keys, "us", "GB/s", "quantise us", "GB/s", "copy us", "GB/s", "over quantise"]
-    lines += _grid(
+    head = [*lift_keys, "us", "GB/s", "quantise us", "GB/s", "copy us", "GB/s", "over quantise"]
+    lines += report.grid(
         head,
         [
             [
-                *(str(r[k]) for k in keys),
-                *(_us(r[k]) for k in speeds),
-                _times_as(r["over_quantise"]),
+                *(str(r[k]) for k in lift_keys),
+                *(report.microseconds(r[k]) for k in speeds),
+                report.times_as(r["over_quantise"]),
             ]
             for r in results["lift"]
         ],
     )
-    lines += ["", "linear", *_times(results["linear"], ("pattern", "dtype", "rows", "out", "in"))]
+    keys = ("pattern", "dtype", "rows", "out", "in")
+    lines += ["", "linear", *_times(results["linear"], keys, contenders.BASELINES)]
     shapes = ", ".join(f"{n}x{k}" for n, k in results["shapes"])
-    lines += ["", f"sum over {shapes}", *_times(results["sums"], ("pattern", "dtype", "rows"))]
-    ratios = [
-        [row["pattern"], row["dtype"], str(row["rows"]), name, *map(_times_as, by.values())]
-        for row in results["sums"]
-        for name, by in row["ratios"].items()
-    ]
-    lines += [
-        "",
-        "sum, times as fast as",
-        *_grid(["pattern", "dtype", "rows", "implementation", *contenders.BASELINES], ratios),
-    ]
+    lines += _sum_lines(results["sums"], contenders.BASELINES, shapes)
+    lines += ["", "linear behind an RMS norm, which is computed in the same time"]
+    lines += _times(results["normed"], (*keys, "variant"), contenders.NORMED)
+    lines += _sum_lines(results["normed_sums"], contenders.NORMED, f"{shapes}, with the norm")
     for name in dict.fromkeys(name for r in results["linear"] for name in r["settings"]):
         lines += ["", f"settings of {name}"]
         lines += sorted(

@@ -15,18 +15,30 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Clock", "Contender", "time_all"]
+__all__ = [
+    "FAILURES",
+    "Clock",
+    "Contender",
+    "Timed",
+    "build_all",
+    "in_turns",
+    "nbytes",
+    "reason",
+    "time_all",
+]
 
 _OUTSIDE_CACHE = 192 << 20  # bytes of weights that no cache holds
 # The least bytes that a program reads on a GPU, so that it runs longer than its dispatch takes.
 _BUSY = 1200 << 20
+# What is raised where a contender cannot run here: it refuses, or the memory does not suffice.
+FAILURES = (NotImplementedError, ValueError, jax.errors.JaxRuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +82,31 @@ class Clock:
         return cls(warmup or usual[0], seconds or usual[1], rounds)
 
 
-def _nbytes(tree: Any) -> int:
+class Timed(Protocol):
+    """A compiled program to time. Each call takes the place of its results, and returns them."""
+
+    @property
+    def applications(self) -> int:
+        """How many times a call does what is timed."""
+
+    def room(self) -> Any:
+        """The place for the results of the first call."""
+
+    def __call__(self, room: Any) -> Any:
+        """Runs; `room` is that of `room()`, or what the last call has returned."""
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error.
+
+    >>> reason(ValueError(chr(10).join(["no memory", "and more"])))
+    'no memory'
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def nbytes(tree: Any) -> int:
+    """The bytes of all arrays of a tree."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
@@ -99,7 +135,7 @@ def _program(contender: Contender, xs: Sequence[jax.Array], loops: int | None = 
 
     None loops until a program on a GPU reads enough bytes.
     """
-    size = _nbytes(contender.weights)
+    size = nbytes(contender.weights)
     gpu = jax.default_backend() == "gpu"
     copies = min(16, -(-_OUTSIDE_CACHE // size)) if gpu and size else 1
     weights = [
@@ -127,7 +163,7 @@ def _program(contender: Contender, xs: Sequence[jax.Array], loops: int | None = 
     )
 
 
-def _run_for(program: _Program, seconds: float) -> float:
+def _run_for(program: Timed, seconds: float) -> float:
     """Runs a program for at least `seconds`; returns the seconds of one application."""
     result = jax.block_until_ready(program(program.room()))
     begin, calls, chunk = time.perf_counter(), 0, 1
@@ -141,6 +177,59 @@ def _run_for(program: _Program, seconds: float) -> float:
             return passed / calls / program.applications
         # Wait for the device seldom, but do not queue much longer than `seconds`.
         chunk = max(1, min(200, int(calls * max(0.1, (seconds - passed) / max(passed, 1e-9)) / 2)))
+
+
+def build_all(
+    builders: Mapping[str, Callable[[], Timed]], at_once: int | None = None
+) -> tuple[dict[str, Timed], dict[str, str]]:
+    """Compiles programs, and runs each of them once.
+
+    Args:
+      builders: functions that compile a program, by name.
+      at_once: how many are compiled at the same time; None: as many as there are CPU cores.
+
+    Returns:
+      The programs that run here, and the reasons of the others, by name.
+    """
+    programs: dict[str, Timed] = {}
+    reasons: dict[str, str] = {}
+    # Compiling takes most of the time, and XLA compiles in parallel.
+    with ThreadPoolExecutor(at_once or os.cpu_count()) as pool:
+        built = {name: pool.submit(build) for name, build in builders.items()}
+    for name, future in built.items():
+        try:
+            program = future.result()
+            jax.block_until_ready(program(program.room()))
+            programs[name] = program
+        except FAILURES as error:
+            reasons[name] = reason(error)
+    return programs, reasons
+
+
+def in_turns(
+    programs: Mapping[str, Timed], clock: Clock
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Times programs round after round; in each round every program has its turn.
+
+    Args:
+      programs: by name.
+      clock: how long to measure.
+
+    Returns:
+      Microseconds of one application in each round, by name; and the reasons of programs that
+      failed, which have no times.
+    """
+    found: dict[str, list[float]] = {name: [] for name in programs}
+    reasons: dict[str, str] = {}
+    for _ in range(clock.rounds):
+        for name in list(found):
+            try:
+                _run_for(programs[name], clock.warmup)
+                found[name].append(1e6 * _run_for(programs[name], clock.seconds))
+            except FAILURES as error:
+                reasons[name] = reason(error)
+                del found[name]
+    return found, reasons
 
 
 def time_all(
@@ -161,20 +250,10 @@ def time_all(
       Microseconds of one application by name, the median over the rounds. None for a contender that
       could not run.
     """
-    programs: dict[str, _Program] = {}
-    found: dict[str, list[float]] = {c.name: [] for c in contenders}
-    # Compiling takes most of the time, and XLA compiles in parallel.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        built = {c.name: pool.submit(_program, c, xs) for c in contenders}
-    for contender in contenders:
-        try:
-            program = built[contender.name].result()
-            jax.block_until_ready(program(program.room()))
-            programs[contender.name] = program
-        except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
-            note(f"{contender.name} does not run: {str(error).strip().splitlines()[0]}")
-    for _ in range(clock.rounds):
-        for name, program in programs.items():
-            _run_for(program, clock.warmup)
-            found[name].append(1e6 * _run_for(program, clock.seconds))
-    return {name: statistics.median(times) if times else None for name, times in found.items()}
+    programs, refused = build_all({c.name: functools.partial(_program, c, xs) for c in contenders})
+    found, failed = in_turns(programs, clock)
+    for name, why in (refused | failed).items():
+        note(f"{name} does not run: {why}")
+    return {
+        c.name: statistics.median(found[c.name]) if c.name in found else None for c in contenders
+    }

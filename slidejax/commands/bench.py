@@ -1,17 +1,22 @@
-"""`slidejax bench`: linear layers timed side by side."""
+"""`slidejax bench`: linear layers timed side by side, alone or in a whole decoder."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from slidejax.bench.shapes import PRESETS, default_preset
+from slidejax.bench.shapes import MODELS, PRESETS, default_preset
 from slidejax.commands import arguments, terminal
 
 __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "add_measured", "measured", "run", "shapes"]
 
-SUMMARY = "Time linear layers: JAX bf16, int8 and fp8 as users write them, and slidejax."
+SUMMARY = (
+    "Time linear layers, alone or in a whole decoder: JAX bf16, int8 and fp8 as users write them, "
+    "and slidejax."
+)
+_CONTEXT, _STEPS = 512, 32  # the defaults of --context and --steps
 EXAMPLE = "slidejax bench --shape 4096,4096 --rows 1,16 --pattern 6:8 --json bench.json"
 
 
@@ -21,6 +26,25 @@ def _shape(text: str) -> tuple[int, int]:
     if len(parts) != 2:
         raise argparse.ArgumentTypeError(f"must be N,K (outputs, inputs), got {text!r}")
     return arguments.positive(parts[0]), arguments.positive(parts[1])
+
+
+def _list_or_none(check: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A check for values with commas between them; "none" is an empty list."""
+    values = arguments.list_of(check)
+    return lambda text: [] if text.strip().lower() == "none" else values(text)
+
+
+def _prompt(text: str) -> tuple[int, int]:
+    """(sequences, tokens of each) from "8x512"."""
+    parts = text.lower().split("x")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(
+            f"must be SEQUENCESxTOKENS such as 8x512, or none, got {text!r}"
+        )
+    try:
+        return arguments.positive(parts[0]), arguments.positive(parts[1])
+    except argparse.ArgumentTypeError as e:
+        raise argparse.ArgumentTypeError(f"{e} in {text!r}; 8x512 would do") from None
 
 
 def add_measured(p: argparse.ArgumentParser, rows: str) -> None:
@@ -83,7 +107,6 @@ def add_measured(p: argparse.ArgumentParser, rows: str) -> None:
         "--rounds",
         type=int,
         choices=range(1, 21),
-        default=1,
         metavar="R",
         help="measurements of each contender, 1 to 20 (default 1)",
     )
@@ -93,7 +116,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """The values of the flags that `bench` and `tune` share, as arguments of their functions."""
     from slidejax.bench.timing import Clock
 
-    clock = Clock.of_device(args.warmup, args.seconds, args.rounds)
+    clock = Clock.of_device(args.warmup, args.seconds, args.rounds or 1)
     return {"patterns": args.pattern, "dtypes": args.dtype, "rows": args.rows, "clock": clock}
 
 
@@ -106,15 +129,111 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     add_measured(p, "16,256,1024,4096,16384")
     arguments.add_json(p)
+    group = p.add_argument_group(
+        "a whole decoder",
+        "With --model the linear layers are timed inside a decoder with random weights. On a GPU "
+        "each contender then has five rounds of 0.2 s after 0.1 s, unless --rounds, --seconds and "
+        "--warmup say otherwise. --pattern and --dtype name the weights of slidejax; dense int8 "
+        "always takes part, and without --dtype all are int8.",
+    )
+    group.add_argument(
+        "--model",
+        choices=list(MODELS),
+        help="the model's sizes; tiny is no model, and shows in a minute that everything runs",
+    )
+    group.add_argument(
+        "--layers",
+        type=arguments.positive,
+        metavar="L",
+        help="blocks of the decoder (default: as many as the model has)",
+    )
+    group.add_argument(
+        "--batch",
+        type=_list_or_none(arguments.positive),
+        metavar="1,16,…",
+        help="numbers of sequences that decode together, or none (default 1,16,64)",
+    )
+    group.add_argument(
+        "--prefill",
+        type=_list_or_none(_prompt),
+        metavar="8x512,…",
+        help="sequences x tokens that a prefill reads, or none (default 8x512)",
+    )
+    group.add_argument(
+        "--context",
+        type=arguments.positive,
+        metavar="N",
+        help="positions of the static KV cache, all read in each step (default 512)",
+    )
+    group.add_argument(
+        "--steps",
+        type=arguments.positive,
+        metavar="T",
+        help="decoding steps in one call, at most --context (default 32)",
+    )
+
+
+_OF_LAYERS = ("preset", "shape", "rows")
+_OF_MODELS = ("layers", "batch", "prefill", "context", "steps")
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that do not go together."""
+    for name in _OF_LAYERS if args.model else _OF_MODELS:
+        if (value := getattr(args, name)) is not None:
+            goes = "does not go with --model" if args.model else "goes with --model only"
+            raise ValueError(f"--{name} {goes}, got --{name} {_as_typed(name, value)}")
+    if args.batch == [] and args.prefill == []:
+        raise ValueError("--batch none and --prefill none leave nothing to time: give one of them")
+    context, steps = args.context or _CONTEXT, args.steps or _STEPS
+    if steps > context:
+        raise ValueError(f"--steps must be at most --context, {context}, got {steps}")
+
+
+def _as_typed(name: str, value: Any) -> str:
+    """A flag's value as it may have been typed."""
+    if name == "prefill":
+        return ",".join(f"{batch}x{length}" for batch, length in value) or "none"
+    if name == "shape":
+        return f" --{name} ".join(f"{out},{inputs}" for out, inputs in value)
+    return (",".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures and prints the tables; standard error names each step."""
+    _check_together(args)
+    note = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    results, table = (_whole_model if args.model else _layers)(args, note)
+    terminal.emit(args, results)
+    if args.json != "-":
+        print(table)
+
+
+def _layers(args: argparse.Namespace, note: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """The race of layers alone, and its tables."""
     from slidejax.bench import run as race
 
     race.set_flags()
-    note = lambda text: print(text, file=sys.stderr)  # noqa: E731
     results = race.measure(shapes(args), note=note, **measured(args))
-    terminal.emit(args, results)
-    if args.json != "-":
-        print(race.table(results))
+    return results, race.table(results)
+
+
+def _whole_model(
+    args: argparse.Namespace, note: Callable[[str], None]
+) -> tuple[dict[str, Any], str]:
+    """The race of whole decoders, and its tables. XLA's flags stay as users of models have them."""
+    from slidejax.bench import whole_models
+
+    results = whole_models.measure(
+        args.model,
+        layers=args.layers,
+        batches=[1, 16, 64] if args.batch is None else args.batch,
+        prefills=[(8, 512)] if args.prefill is None else args.prefill,
+        patterns=args.pattern,
+        dtypes=args.dtype,
+        context=args.context or _CONTEXT,
+        steps=args.steps or _STEPS,
+        clock=whole_models.usual_clock(args.warmup, args.seconds, args.rounds),
+        note=note,
+    )
+    return results, whole_models.table(results)

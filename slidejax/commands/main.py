@@ -1,7 +1,7 @@
-"""The command line: ``slidejax demo | convert | recover | eval | generate | bench | tune | info``.
+"""The command line: `slidejax demo | convert | recover | eval | generate | bench | tune | info`.
 
 Each command is a module with `add_arguments` and `run`, and loads what it needs when it runs:
-``slidejax --help`` loads no JAX, and ``info``, ``bench`` and ``tune`` work in an installation
+`slidejax --help` loads no JAX, and `info`, `bench` and `tune` work in an installation
 without extras. Results go to standard output, progress and notes to standard error.
 """
 

@@ -18,7 +18,7 @@ SUMMARY = "Train a converted model until it predicts as the original one does; w
 EXAMPLE = "slidejax recover out recovered --minutes 10"
 
 # Rows that the original model writes begin with this many tokens of the text.
-_PROMPT = 24
+_PROMPT_TOKENS = 24
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -235,7 +235,7 @@ def _rows(args: argparse.Namespace, original: LoadedModel, ids: np.ndarray) -> n
     if count == 0:
         return text
     begun = np.random.default_rng(args.seed).integers(0, len(text), count)
-    prompts = text[begun, : min(_PROMPT, window // 2)]
+    prompts = text[begun, : min(_PROMPT_TOKENS, window // 2)]
     batch = min(count, 256 if _on_gpu() else 16)
     written = sample(original.model, prompts, window, batch=batch, seed=args.seed)
     return np.concatenate([text, written])

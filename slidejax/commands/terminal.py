@@ -40,7 +40,7 @@ def read_text(file: str) -> str:
 
 
 def emit(args: argparse.Namespace, value: Any) -> None:
-    """Writes the value as JSON where ``--json`` says; infinities and nan become null."""
+    """Writes the value as JSON where `--json` says; infinities and nan become null."""
     from slidejax.files import write_json
 
     value = _finite(value)

@@ -22,8 +22,7 @@ from slidejax.weights.packed import SlideWeight, TreeLayout
 
 __all__ = ["run_gated_mlp"]
 
-# The functions that run these blocks. They go by their names, because transformers need not be
-# installed.
+# The names of the functions that run these blocks: transformers need not be installed.
 _BODIES = frozenset(
     f"transformers.models.{name}.modeling_flax_{name}.Flax{name.capitalize()}MLP.__call__"
     for name in ("llama", "mistral", "gemma")

@@ -69,8 +69,8 @@ def _name(method: Callable) -> str:
 
 
 # A layer is known by the function that runs. So a subclass that overrides `__call__` is known if it
-# calls the inherited function, and not known if it does something else with the kernel. The
-# functions go by their names, because transformers need not be installed.
+# calls the inherited function, and not known if it does something else with the kernel. The table
+# holds the names of the functions, because transformers need not be installed.
 _LAYERS: dict[str, Layer] = {
     _name(nn.Dense.__call__): _dense,
     _name(nn.DenseGeneral.__call__): _dense_general,

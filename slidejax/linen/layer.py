@@ -102,7 +102,7 @@ def _check_own(w: Any, pattern: Pattern, shape: tuple[int, int], path: str) -> N
         raise w.not_a_weight()
     if not isinstance(w, LinearWeight):
         raise ValueError(
-            f"{path} is a dense array of shape {jnp.shape(w)}; SlideDense takes a SlideWeight "
+            f"{path} is an unpacked array of shape {jnp.shape(w)}; SlideDense takes a SlideWeight "
             "(slidejax.linen.convert)"
         )
     w.check(path)

@@ -100,13 +100,13 @@ class _Done:
     Attributes:
       kernel: the Variable that the layer had. It is held here so that no other object gets its id.
       layer: the layer.
-      how: the layer's class, the kernel's axes and the rule.
+      result: the class that the layer became, the kernel's axes and the rule.
       line: the layer's line in the report.
     """
 
     kernel: nnx.Variable
     layer: SlideLayer
-    how: tuple
+    result: tuple
     line: Converted
 
 
@@ -117,13 +117,13 @@ def _convert_layer(
     if type(layer) not in _LAYERS:
         raise Skipped(f"{type(layer).__name__} is not a linear layer that slidejax knows")
     cls, axes, shape = _LAYERS[type(layer)](layer)
-    array, how = kernel.get_value(), (cls, axes, rule)
+    array, result = kernel.get_value(), (cls, axes, rule)
     stacked_axes(array.shape, shape, path)
     if array.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise Skipped(f"its kernel is {np.dtype(array.dtype).name}")
     first = done.get(id(kernel))
     if first is not None:  # tied layers go on sharing their Variables
-        if first.how != how:
+        if first.result != result:
             raise Skipped(
                 f"it shares its kernel with {first.line.path}, which uses it in another way"
             )
@@ -139,7 +139,7 @@ def _convert_layer(
         w = prepare(w)
     _become(layer, cls).hold(w, kernel, axes)
     line = Converted(path, rule, w.dtype, matrix.shape, nbytes(array), nbytes(w))
-    done[id(kernel)] = _Done(kernel, layer, how, line)
+    done[id(kernel)] = _Done(kernel, layer, result, line)
     return line
 
 

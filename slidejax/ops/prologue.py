@@ -7,7 +7,7 @@
 | `Activation("silu")` | `activation(x)` |
 | `GLU(up, "silu")` | `activation(x) * up` |
 
-The variance is `max(0, mean(x^2) - mean(x)^2)`, the fast one.
+The variance is `max(0, mean(x^2) - mean(x)^2)`, which needs one pass over x.
 
 The formulas are those of `flax.linen` and `flax.nnx`. They are computed in float32 and rounded
 once, to x's dtype. XLA does the same with the unfused model: it does not round between elementwise

@@ -1,1 +1,1 @@
-"""What else may stand in a tree of parameters where a packed weight may."""
+"""Other kinds of weight that take the place of a packed one in a tree of parameters."""

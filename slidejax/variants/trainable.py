@@ -136,7 +136,7 @@ def _trained(node):
     if isinstance(node, LinearWeight):
         return node.trained()
     if isinstance(node, TreeLayout):
-        return jax.tree.map(lambda _: False, node)  # it serves
+        return jax.tree.map(lambda _: False, node)  # fused projections serve and are not trained
     return hasattr(node, "dtype") and jnp.issubdtype(node.dtype, jnp.floating)
 
 

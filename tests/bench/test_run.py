@@ -2,7 +2,7 @@
 
 import pytest
 
-from slidejax.bench import contenders, run, timing
+from slidejax.bench import contenders, report, run, timing
 
 QUICK = timing.Clock(warmup=0.001, seconds=0.005)
 
@@ -37,10 +37,35 @@ def test_lifting_is_compared_with_quantising_alone(results):
     )
 
 
+def test_layers_are_also_timed_behind_a_norm(results):
+    for alone, behind in zip(results["linear"], results["normed"], strict=True):
+        assert {*behind["us"]} == {"jax int8", "jax fp8", "slidejax"}
+        ours = {name: us for name, us in alone["us"].items() if name not in contenders.BASELINES}
+        assert behind["variant"] == min(ours, key=ours.__getitem__)
+        assert (behind["out"], behind["in"]) == (alone["out"], alone["in"])
+    [total] = results["normed_sums"]
+    assert total["us"]["slidejax"] == pytest.approx(
+        sum(row["us"]["slidejax"] for row in results["normed"])
+    )
+    assert total["ratios"]["slidejax"]["jax int8"] == pytest.approx(
+        total["us"]["jax int8"] / total["us"]["slidejax"]
+    )
+
+
+def test_int8_weights_alone_race_up_to_64_rows():
+    found = run.measure([(32, 64)], rows=[64, 65], dtypes=["int8"], clock=QUICK)
+    few, many = (row["us"][contenders.WEIGHTS_ALONE] for row in found["linear"])
+    assert few > 0 and many is None
+    assert found["sums"][1]["us"][contenders.WEIGHTS_ALONE] is None
+    assert contenders.WEIGHTS_ALONE in run.table(found)
+
+
 def test_the_table_shows_every_column(results):
     text = run.table(results)
-    for word in (*contenders.BASELINES, "over quantise", "64x96, 32x96", "not timed: int8 hopper"):
+    words = ("over quantise", "64x96, 32x96", "not timed: int8 hopper", "behind an RMS norm")
+    for word in (*contenders.BASELINES, *words):
         assert word in text
+    assert text.splitlines()[0] == report.machine_line(results) and results["date"] in text
     assert "settings of" not in text  # no implementation with settings runs here
     row = dict(
         results["linear"][0],

@@ -1,3 +1,6 @@
+import functools
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,3 +33,75 @@ def test_every_application_that_is_counted_runs(inputs, loops):
         assert len(ran) == program.applications == loops * max(2, inputs, copies)
     for i, result in enumerate(results):
         np.testing.assert_array_equal(result, xs[i % inputs] @ jnp.ones((3, 5)))
+
+
+class Program:
+    """A program that does nothing; `journal` lists its calls."""
+
+    applications = 1
+
+    def __init__(self, name, journal, fails_at=None):
+        self.name, self.journal, self.fails_at = name, journal, fails_at
+
+    def room(self):
+        return 0
+
+    def __call__(self, room):
+        self.journal.append(self.name)
+        if self.journal.count(self.name) == self.fails_at:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
+        return room + 1
+
+
+def test_programs_are_timed_in_turns():
+    journal = []
+    programs = {name: Program(name, journal) for name in "abc"}
+    found, reasons = timing.in_turns(programs, timing.Clock(1e-9, 1e-9, rounds=3))
+    turns = [name for i, name in enumerate(journal) if i == 0 or journal[i - 1] != name]
+    assert turns == list("abc" * 3) and reasons == {}
+    assert {name: len(times) for name, times in found.items()} == dict.fromkeys("abc", 3)
+    assert all(us > 0 for times in found.values() for us in times)
+
+
+def test_a_program_that_fails_leaves_the_others_in_the_race():
+    journal = []
+    late, early = Program("late", journal, fails_at=7), Program("early", journal, fails_at=1)
+    good = Program("good", journal)
+    programs, reasons = timing.build_all(
+        {"late": lambda: late, "early": lambda: early, "good": lambda: good}
+    )
+    assert programs == {"late": late, "good": good}
+    assert reasons == {"early": "RESOURCE_EXHAUSTED: out of memory"}
+    found, reasons = timing.in_turns(programs, timing.Clock(1e-9, 1e-9, rounds=3))
+    assert {name: len(times) for name, times in found.items()} == {"good": 3}
+    assert reasons == {"late": "RESOURCE_EXHAUSTED: out of memory"}
+
+
+def test_a_contender_that_cannot_run_is_named_and_has_no_time():
+    def refuse(x, weights):
+        raise NotImplementedError("it needs a GPU")
+
+    said = []
+    us = timing.time_all(
+        [timing.Contender("good", lambda x, _: -x), timing.Contender("bad", refuse)],
+        [jnp.ones(3)],
+        timing.Clock(1e-9, 1e-9),
+        said.append,
+    )
+    assert us["good"] > 0 and us["bad"] is None
+    assert said == ["bad does not run: it needs a GPU"]
+
+
+def test_programs_are_compiled_one_after_the_other_where_asked():
+    running, most = [], []
+
+    def build(name):
+        running.append(name)
+        time.sleep(0.01)
+        most.append(len(running))
+        running.remove(name)
+        return Program(name, [])
+
+    builders = {name: functools.partial(build, name) for name in "abcd"}
+    programs, reasons = timing.build_all(builders, at_once=1)
+    assert list(programs) == list("abcd") and reasons == {} and most == [1, 1, 1, 1]

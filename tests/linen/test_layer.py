@@ -13,7 +13,7 @@ import slidejax as sj
 
 
 def quantized_product(x, w, bias=None):
-    """What an 8-bit layer computes, by the formulas of the design."""
+    """The result of an 8-bit layer, by the formulas of the design."""
     codes, scale = sj.lift_quantize(x, w.pattern, dtype=w.dtype)
     return sj.sparse_matmul(codes, scale, w, bias, out_dtype=x.dtype)
 
@@ -171,7 +171,7 @@ def test_slide_dense_errors():
     x = data(2, 16)
     layer = sj.linen.SlideDense(8)
     with pytest.raises(
-        ValueError, match=r"kernel is a dense array.*SlideDense takes a SlideWeight"
+        ValueError, match=r"kernel is an unpacked array.*SlideDense takes a SlideWeight"
     ):
         layer.apply(nn.Dense(8).init(KEY, x), x)
     with pytest.raises(ValueError, match=r"kernel is a 4:6 weight.*expected 6:8"):

@@ -27,6 +27,10 @@ def cuda_text(fn, *args):
     return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
+def test_the_order_in_which_implementations_are_asked():
+    assert sj.implementations() == ("decode", "hopper", "cusparselt", "dense", "reference")
+
+
 @cpu_only
 @pytest.mark.parametrize(
     ("implementation", "target"),
@@ -43,12 +47,8 @@ def test_the_pattern_dense_is_the_dense_product():
     x, w = problem(pattern="dense")
     [(_, choice)] = sj.explain(sj.linear, x, w, platform="cuda")
     assert choice.implementation == "dense" and choice.reason == "nothing is pruned"
-    choice.refused.pop("decode", None)  # it multiplies few rows with this pattern too
-    assert "no zeros to skip" in choice.refused["hopper"] and choice.refused.keys() == {
-        "hopper",
-        "cusparselt",
-    }
     for name in ("hopper", "cusparselt"):
+        assert "no zeros to skip" in choice.refused[name]
         with pytest.raises(NotImplementedError, match="the pattern dense prunes nothing"):
             cuda_text(lambda x, w, name=name: sj.linear(x, w, implementation=name), x, w)
     # It is quantised without lifting, in one step and in two.
@@ -78,8 +78,8 @@ def test_every_refusal_has_a_reason():
     with pytest.raises(NotImplementedError, match="float32"):
         cuda_text(lambda x, w: sj.linear(x, w, implementation="cusparselt"), x, w)
     [(_, choice)] = sj.explain(sj.linear, x, w, platform="cuda")
-    assert set(choice.refused) == {"decode", "hopper", "cusparselt"}
-    assert choice.implementation == "dense"
+    assert set(choice.refused) >= {"decode", "hopper", "cusparselt"}
+    assert all(choice.refused.values()) and choice.implementation == "dense"
 
 
 # --- an implementation of one's own ---------------------------------------------------------------
@@ -90,7 +90,9 @@ def toy(monkeypatch, tmp_path):
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
     monkeypatch.setattr(registry, "_IMPLEMENTATIONS", list(registry._IMPLEMENTATIONS))
     monkeypatch.setattr(Toy, "searched", [])
+    shipped = sj.implementations()
     registry.register(Toy())
+    return shipped
 
 
 def random_problem(rows=4):
@@ -104,14 +106,7 @@ def random_problem(rows=4):
 @pytest.mark.parametrize("prologue", [None, sj.Activation("silu")])
 @pytest.mark.parametrize("prepared", [False, True])
 def test_a_registered_implementation_runs(toy, prepared, prologue):
-    assert sj.implementations() == (
-        "toy",
-        "decode",
-        "hopper",
-        "cusparselt",
-        "dense",
-        "reference",
-    )
+    assert sj.implementations() == ("toy", *toy)  # before those that slidejax ships
     x, w, bias = random_problem()
     if prepared:
         w = sj.prepare(w, "toy")
@@ -273,5 +268,5 @@ def test_one_that_fails_stops_no_call_that_names_another(monkeypatch):
 
 
 def test_names_are_checked(toy):
-    with pytest.raises(ValueError, match="one of toy, decode, hopper"):
+    with pytest.raises(ValueError, match=f"one of {', '.join(['toy', *toy])}, got 'magic'"):
         sj.linear(jnp.ones((1, 100)), random_problem()[1], implementation="magic")

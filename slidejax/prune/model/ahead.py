@@ -19,7 +19,7 @@ _COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
 def jitted(fn: Callable[..., Any], **options: Any) -> Any:
     """`jax.jit(fn, **options)` for the large programs of a conversion.
 
-    Nothing calls them in a trace.
+    They are called from Python, and never while something is traced.
     """
     return jax.jit(fn, compiler_options=_COMPILER_OPTIONS, **options)
 

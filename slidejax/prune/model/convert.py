@@ -67,7 +67,7 @@ def convert(
 def planned_rules(model: Functional, rules: Any) -> dict[str, Rule]:
     """Path -> rule of the kernels `[in, out]` that a conversion would pack; nothing is computed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the conversion itself will say it
+        warnings.simplefilter("ignore")  # the conversion itself will warn
         report = model.planned(rules)
     return {line.path: line.rule for line in report.converted if len(line.shape) == 2}
 

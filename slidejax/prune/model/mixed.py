@@ -53,18 +53,17 @@ def mixed_rules(
 
     Arguments, result and errors are those of `slidejax.prune.mixed`, for a model of any family.
     """
-    how = Calibration.of(calibration)
+    calibration = Calibration.of(calibration)
     rule = rule if isinstance(rule, Rule) else Rule(rule)
     candidates = list(dict.fromkeys(map(Pattern.parse, patterns)))
     if not candidates:
         raise ValueError("patterns must name at least one pattern")
-    batches = how.as_batches()
-    if hasattr(
-        how.batches, "ndim"
-    ):  # one by one, so that a quarter of a few sequences can be held out
-        batches = list(np.asarray(how.batches)[:, None])
+    batches = calibration.as_batches()
+    if hasattr(calibration.batches, "ndim"):
+        # one by one, so that a quarter of a few sequences can be held out
+        batches = list(np.asarray(calibration.batches)[:, None])
     fit, held_out = _parted(batches)
-    kernels = _Kernels(model, planned_rules(model, rule), fit, how.damping)
+    kernels = _Kernels(model, planned_rules(model, rule), fit, calibration.damping)
     baseline = rule.pattern if rule.pattern.prunes else min(candidates, key=lambda p: p.density)
     others = [p for p in candidates if p != baseline]
     sample = dict.fromkeys(_sampled(list(kernels.shapes)), others)

@@ -119,7 +119,7 @@ class InOrder:
         kernels = jax.eval_shape(
             group.kernels, shapes_of({tap.path: leaves[tap.path] for tap in group.taps})
         )
-        sums, x = shapes_of(_nothing(stages, group, leaves)), stages.program.shape(group.value)
+        sums, x = shapes_of(_zero_moments(stages, group, leaves)), stages.program.shape(group.value)
         lost = tuple(None if v is None else (stages.program.shape(v),) * 2 for v in group.streams)
         numbers = shapes_of((np.float32(0), np.float32(0)))
         self._ahead.begin(group.solved, kernels, sums, *numbers)
@@ -153,7 +153,7 @@ class InOrder:
         for at, taps in enumerate(self._stages.taps):
             found = None if self._store is None else self._store.load(at)
             groups = self._groups[at] if found is None else []
-            sums = [_nothing(self._stages, group, leaves) for group in groups]
+            sums = [_zero_moments(self._stages, group, leaves) for group in groups]
             for i, state in enumerate(states):
                 states[i] = self._add_batch(at, state, leaves, new, groups, sums)
             if found is None:
@@ -254,7 +254,7 @@ def _groups(
 # --- moments --------------------------------------------------------------------------------------
 
 
-def _nothing(stages: Stages, group: _LayerGroup, leaves: Mapping[str, Any]) -> Any:
+def _zero_moments(stages: Stages, group: _LayerGroup, leaves: Mapping[str, Any]) -> Any:
     """The moments `(Z^T Z, Z^T X, [Z^T Y])` before the first batch; None where one is not needed.
 
     `Y` is the output that a layer should give so that it makes up for what its stream lost. All

@@ -1,4 +1,4 @@
-"""What the lift's calls are lowered to."""
+"""The programs to which the lift's calls are lowered."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What a model is calibrated on."""
+"""The text that a model is calibrated on."""
 
 import numpy as np
 import pytest

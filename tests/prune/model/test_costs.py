@@ -1,4 +1,4 @@
-"""What a layer with a pattern costs."""
+"""The cost of a layer with a pattern."""
 
 import pytest
 

@@ -133,7 +133,7 @@ def test_a_choice_that_is_no_nearer_is_not_taken(monkeypatch):
 
 
 def test_layers_that_cannot_be_told_apart_share_the_pattern():
-    """What may be noise moves nothing: three equal layers at one batch of few rows."""
+    """Differences that may be noise move nothing: three equal layers at one batch of few rows."""
 
     class Equal(nnx.Module):
         def __init__(self):
