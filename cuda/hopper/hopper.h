@@ -20,7 +20,7 @@
 
 namespace slidejax::hopper {
 
-// lifted, values and metadata must be 16-byte aligned.
+// lifted, values and metadata must be 16-byte aligned, zeros 8-byte aligned.
 struct Args {
   Problem problem;
   Schedule schedule;
@@ -32,7 +32,7 @@ struct Args {
                          // of a dense weight [out, columns]
   const uint8_t* zeros;  // [out, groups], z1 | z2 << 4; null for a dense weight, may be null where
                          // metadata is given
-  const uint32_t* metadata;  // from ExpandMetadata; null: it is expanded into the workspace
+  const uint32_t* metadata;  // from ExpandMetadata; null: the call makes it
   const float* scale_w;      // [out]
   const float* bias;         // [out] or null
   void* y;                   // [M, out]

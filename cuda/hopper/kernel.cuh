@@ -1,5 +1,6 @@
 // The GEMM kernel: a persistent grid of clusters. Each CTA has two consumer warp groups, which
-// issue wgmma and write y, and two producer threads, which copy X and W (pipeline.cuh).
+// issue wgmma and write y, and a producer warp group, of which one warp copies X and one copies W.
+// Tiles of few tokens have one more warp group, which makes the metadata (pipeline.cuh).
 //
 // The sparse operand of wgmma must be A, so a CTA computes D = W' X^T: rows of D are outputs,
 // columns are tokens. The same kernel multiplies dense weights, without metadata.
@@ -33,7 +34,8 @@ class Consumer {
         place_(place),
         thread_(threadIdx.x & 127),
         warp_(__shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0)),
-        group_(warp_ >> 2) {}
+        group_(warp_ >> 2),
+        metadata_at_(MetadataOfThread(thread_)) {}
 
   SJ_DEVICE void Run() {
     for (bool start = true;; start = false, scale_set_ ^= 1) {
@@ -88,13 +90,21 @@ class Consumer {
     }
   }
 
+  // Thread 32 q + l of a warp group holds the metadata of row 16 q + l / 4 + 8 (l % 2) and, of each
+  // k64 step, of the 32 columns from 32 (l / 2 % 2) on, as eight nibbles with K ascending.
+  SJ_DEVICE static int MetadataOfThread(int thread) {
+    const int row = thread / 32 * 16 + thread % 32 / 4 + 8 * (thread % 2), half = thread / 2 % 2;
+    return MetadataRow(row) + 8 * half;
+  }
+
   SJ_DEVICE void LoadMetadata(Metadata& meta, uint32_t stage, int slice) {
     if constexpr (T::kSparse) {
       const uint32_t from = stage + T::kValueBytes +
-                            (group_ * T::kM64Blocks * T::kSlicesW + slice) * 1024 + thread_ * 8;
+                            (group_ * T::kM64Blocks * T::kSlicesW + slice) * kMetadataSliceBytes +
+                            metadata_at_;
 #pragma unroll
       for (int b = 0; b < T::kM64Blocks; ++b) {
-        const uint2 v = LoadShared2(from + b * T::kSlicesW * 1024);
+        const uint2 v = LoadShared2(from + b * T::kSlicesW * kMetadataSliceBytes);
         meta[b][0] = v.x;
         meta[b][1] = v.y;
       }
@@ -261,6 +271,7 @@ class Consumer {
   const CtaPlace& place_;
   const int thread_;  // of the warp group
   const int warp_, group_;
+  const int metadata_at_;  // of a slice of an m64 block
   RingPosition<T::kStagesX> x_{0, 0};
   RingPosition<T::kStagesW> w_{0, 0};
   int previous_x_ = 0, previous_w_ = 0;  // the stages that the slice before has read
@@ -275,14 +286,15 @@ SJ_DEVICE void InitBarriers(const Params& p, const Shared& shared) {
     BarrierInit(shared.x.empty + 8 * i, T::kWarpGroups * T::kCtas);
   }
   for (int i = 0; i < T::kStagesW; ++i) {
-    BarrierInit(shared.w.full + 8 * i, 1);
+    BarrierInit(shared.w.full + 8 * i, ExpandsZeros<T>(p) ? 1 + kExpanders / 32 : 1);
     BarrierInit(shared.w.empty + 8 * i, T::kWarpGroups * (p.role == kPrimary ? 2 : 1));
+    if constexpr (T::kExpands) BarrierInit(shared.zeros + 8 * i, 32);
   }
   FenceBarrierInit();
   PrefetchMap(&p.map_x);
   if (p.M % T::kTokensOfCta != 0) PrefetchMap(&p.map_x_end);
   PrefetchMap(&p.map_w);
-  if constexpr (T::kSparse) PrefetchMap(&p.map_e);
+  if (T::kSparse && !ExpandsZeros<T>(p)) PrefetchMap(&p.map_e);
 }
 
 template <class T>
@@ -302,15 +314,17 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
   if (threadIdx.x >= T::kWarpGroups * 128) {
     RegistersDecrease<T::kProducerRegisters>();
-    if (threadIdx.x == T::kWarpGroups * 128) {
-      if (p.role == kPrimary) GridRelease();
+    const int thread = static_cast<int>(threadIdx.x) - T::kWarpGroups * 128, warp = thread / 32;
+    if (thread == 0) {
       LoadActivations<T>(p, shared, place);
-    } else if (threadIdx.x == T::kWarpGroups * 128 + 32) {
+    } else if (thread == 32 || (warp == 1 && ExpandsZeros<T>(p))) {
       if (T::kCanShareW && p.role == kPrimary) {
-        LoadWeights<T, true>(p, shared, place);
+        LoadWeights<T, true>(p, shared, place, thread - 32);
       } else {
-        LoadWeights<T, false>(p, shared, place);
+        LoadWeights<T, false>(p, shared, place, thread - 32);
       }
+    } else if (warp >= 4 && ExpandsZeros<T>(p)) {
+      if constexpr (T::kExpands) ExpandMetadata<T>(p, shared, place, thread - 128);
     }
     __syncwarp();
     if (T::kCanSplitInCluster && p.cluster_groups > 1 &&

@@ -150,7 +150,7 @@ bool MakeWeightMaps(Params& p, const Args& a, const TileInfo& t, const uint32_t*
                        {1024, 1024 * slices},
                        {256, slices_w, rows / 64},
                        CU_TENSOR_MAP_SWIZZLE_NONE};
-  return Encode(&p.map_w, w) && (!t.sparse || Encode(&p.map_e, e));
+  return Encode(&p.map_w, w) && (metadata == nullptr || Encode(&p.map_e, e));
 }
 
 bool MakeMaps(Params& p, const Args& a, const TileInfo& t, const uint32_t* metadata) {
@@ -183,10 +183,10 @@ bool MakeMaps(Params& p, const Args& a, const TileInfo& t, const uint32_t* metad
 // A call's plan on the current device, and what lies where in its workspace.
 struct Call {
   Plan plan;
-  int cta_groups;    // of all launches
-  int clusters_2x2;  // of the primary launch, where CTA pairs share W
-  const uint32_t* metadata;
-  uint32_t* own_metadata;  // where this call expands it, or null
+  int cta_groups;            // of all launches
+  int clusters_2x2;          // of the primary launch, where CTA pairs share W
+  const uint32_t* metadata;  // null where the kernel makes it
+  uint32_t* own_metadata;    // where this call expands it before the kernel, or null
   uint8_t* stream_k_workspace;
 
   Counters counters() const {
@@ -200,11 +200,10 @@ struct Call {
   }
 };
 
-// Makes a plan that the device can run. The split is another one where fewer CTA groups run side by
-// side than the cost model expects, or where the workspace has no room.
-void PlanFor(const Args& a, const Device& device, size_t stream_k_bytes, Call* call) {
+// Makes a plan one that the device can run. The split is another one where fewer CTA groups run
+// side by side than the cost model expects, or where the workspace has no room.
+void FitPlan(const Args& a, const Device& device, size_t stream_k_bytes, Call* call) {
   Plan& plan = call->plan;
-  plan = MakePlan(a.problem, a.schedule, device.multiprocessors);
   const TileInfo& t = GetTile(plan.tile);
   const int planned = PlannedGroups(t, device.multiprocessors, 1);
   const int groups = std::min(planned, device.CtaGroups(plan.tile, 1));
@@ -232,12 +231,14 @@ cudaError_t Prepare(const Args& a, Call* call) {
   if (Check(a)) return cudaErrorInvalidValue;
   Device* device;
   if (auto s = GetDevice(&device)) return s;
-  const size_t metadata_bytes = a.metadata ? 0 : MetadataBytes(a.problem);
+  call->plan = MakePlan(a.problem, a.schedule, device->multiprocessors);
+  const bool expands_zeros = ExpandsZeros(GetTile(call->plan.tile), a.problem);
+  const size_t metadata_bytes = a.metadata || expands_zeros ? 0 : MetadataBytes(a.problem);
   if (a.workspace_bytes < metadata_bytes) return cudaErrorInvalidValue;
   call->own_metadata = metadata_bytes > 0 ? static_cast<uint32_t*>(a.workspace) : nullptr;
   call->metadata = a.metadata ? a.metadata : call->own_metadata;
   call->stream_k_workspace = static_cast<uint8_t*>(a.workspace) + metadata_bytes;
-  PlanFor(a, *device, a.workspace_bytes - metadata_bytes, call);
+  FitPlan(a, *device, a.workspace_bytes - metadata_bytes, call);
   constexpr size_t kWord = sizeof(*Counters::first);
   static_assert(132 * 2 * 4 * kWord <= kCounterBytes);
   return call->counters().count * kWord > kCounterBytes ? cudaErrorInvalidValue : cudaSuccess;
@@ -246,6 +247,12 @@ cudaError_t Prepare(const Args& a, Call* call) {
 Params MakeParams(const Args& a, const Call& call, const TileInfo& t) {
   const Split& split = call.plan.split;
   Params p = {};
+  if (a.problem.sparse() && call.metadata == nullptr) {
+    p.zeros = a.zeros;
+    p.groups = a.problem.groups();
+    p.windows = a.problem.group / 2 - 1;
+    p.windows_reciprocal = static_cast<uint32_t>(((uint64_t{1} << 32) + p.windows - 1) / p.windows);
+  }
   p.scale_x = a.scale_x;
   p.scale_w = a.scale_w;
   p.bias = a.bias;
@@ -306,23 +313,25 @@ const char* Check(const Args& a) {
   if (!Aligned(a.lifted, 16) || !Aligned(a.values, 16) || !Aligned(a.metadata, 16)) {
     return "lifted, values and metadata must be 16-byte aligned";
   }
+  if (!Aligned(a.zeros, 8)) return "zeros must be 8-byte aligned";
   if (!Aligned(a.workspace, 128)) return "workspace must be 128-byte aligned";
   return nullptr;
 }
 
 cudaError_t ExpandMetadata(const uint8_t* zeros, uint32_t* metadata, const Problem& problem,
                            cudaStream_t stream) {
-  using Kernel = void (*)(const uint8_t*, uint2*, int, int, int);
-  static constexpr Kernel kByWindows[] = {ExpandMetadataKernel<1>, ExpandMetadataKernel<2>,
-                                          ExpandMetadataKernel<3>, ExpandMetadataKernel<4>,
-                                          ExpandMetadataKernel<5>, ExpandMetadataKernel<6>,
-                                          ExpandMetadataKernel<7>};
-  int out = problem.out, groups = problem.groups(), slices = MetadataSlices(problem);
-  const int windows = problem.group / 2 - 1;
-  const dim3 grid(CeilDiv(slices, kMetadataGroups / 32 * windows), CeilDiv(out, 64));
-  void* parameters[] = {&zeros, &metadata, &out, &groups, &slices};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kByWindows[windows - 1]), grid,
-                          kMetadataThreads, parameters, 0, stream);
+  if (MetadataBytes(problem) == 0) return cudaSuccess;
+  int out = problem.out, groups = problem.groups(), windows = problem.group / 2 - 1;
+  int stages = MetadataSlices(problem) / 2;
+  constexpr int kAtOnce = kExpandThreads / kExpandRows;
+  const bool eight = windows == 3;
+  const dim3 grid(CeilDiv(stages, eight ? 3 * kAtOnce : kAtOnce), CeilDiv(out, kExpandRows));
+  const void* const kernel =
+      eight ? reinterpret_cast<const void*>(ExpandGroupsOfEightKernel)
+            : reinterpret_cast<const void*>(windows == 1 ? ExpandMetadataKernel<8>
+                                                         : ExpandMetadataKernel<kStagePieces>);
+  void* parameters[] = {&zeros, &metadata, &out, &groups, &windows, &stages};
+  return cudaLaunchKernel(kernel, grid, kExpandThreads, parameters, 0, stream);
 }
 
 cudaError_t BeforeLift(const Args& args, cudaStream_t stream, Counters* counters) {
@@ -337,18 +346,21 @@ cudaError_t SparseMatmul(const Args& a, cudaStream_t stream) {
   if (auto s = Prepare(a, &call)) return s;
   const int tile = call.plan.tile;
   const TileInfo& t = GetTile(tile);
+  // The kernel may begin before the metadata is there. It then waits for it with all but its start.
+  const bool after_metadata = !a.after_lift && call.own_metadata != nullptr;
   if (!a.after_lift) {
-    if (auto s = call.ExpandOwnMetadata(a, stream)) return s;
     if (const Counters counters = call.counters(); counters.count > 0) {
       const size_t bytes = counters.count * sizeof(*counters.first);
       if (auto s = cudaMemsetAsync(counters.first, 0, bytes, stream)) return s;
     }
+    if (auto s = call.ExpandOwnMetadata(a, stream)) return s;
   }
   Params params = MakeParams(a, call, t);
+  params.after_metadata = after_metadata;
   if (!MakeMaps(params, a, t, call.metadata)) return cudaErrorInvalidValue;
   const Split& split = call.plan.split;
   if (!split.share_w) {
-    const bool early = a.after_lift && a.problem.M <= kEarlyTokens;
+    const bool early = after_metadata || (a.after_lift && a.problem.M <= kEarlyTokens);
     return Launch(params, a, tile, call.cta_groups, t.ctas * split.cluster_groups, early, stream);
   }
   // The primary launch has the 2x2 clusters, the secondary one the other CTA pairs.
@@ -356,7 +368,7 @@ cudaError_t SparseMatmul(const Args& a, cudaStream_t stream) {
   Params primary = params;
   primary.role = kPrimary;
   if (!MakeWeightMaps(primary, a, t, call.metadata, 2)) return cudaErrorInvalidValue;
-  if (auto s = Launch(primary, a, tile, in_2x2, 2 * t.ctas, false, stream)) return s;
+  if (auto s = Launch(primary, a, tile, in_2x2, 2 * t.ctas, after_metadata, stream)) return s;
   params.role = kSecondary;
   params.first_group = in_2x2;
   return left > 0 ? Launch(params, a, tile, left, t.ctas, true, stream) : cudaSuccess;

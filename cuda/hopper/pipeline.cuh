@@ -1,7 +1,7 @@
-// The rings of X and W in shared memory, and the two producer threads that fill them.
+// The rings of X and W in shared memory, and the warps that fill them.
 #pragma once
 
-#include "hopper/scheduler.cuh"
+#include "hopper/expand.cuh"
 
 namespace slidejax::hopper {
 
@@ -25,11 +25,13 @@ struct RingPosition {
 
 // The shared memory of a CTA, as addresses.
 struct Shared {
-  Ring x;              // [stage][slice][tokens][128 bytes]
-  Ring w;              // [stage]: values [rows][128 bytes], metadata [rows / 64][slice][1 KB]
-  uint32_t staging;    // results on their way to y, then scales (epilogue.cuh)
-  uint32_t work_info;  // [stage of x]: first row, first token, steps and split of the work tile
-                       // that begins there
+  Ring x;            // [stage][slice][tokens][128 bytes]
+  Ring w;            // [stage]: values [rows][128 bytes], metadata [rows / 64][slice][1 KB]
+  uint32_t staging;  // results on their way to y, then scales (epilogue.cuh)
+  // Barriers: the zeros of a stage of w have arrived where its metadata will be (expand.cuh).
+  uint32_t zeros;
+  // [stage of x]: first row, first token, steps and split of the work tile that begins there.
+  uint32_t work_info;
 };
 template <class T>
 SJ_DEVICE Shared MakeShared(uint32_t base) {
@@ -39,6 +41,7 @@ SJ_DEVICE Shared MakeShared(uint32_t base) {
   return {{base, barriers, barriers + 8 * T::kStagesX},
           {base + T::kStagesX * T::kStageBytesX, barriers_w, barriers_w + 8 * T::kStagesW},
           staging,
+          barriers_w + 16 * T::kStagesW,
           barriers + T::kBarrierBytes};
 }
 
@@ -54,6 +57,7 @@ struct CtaPlace {
 template <class T>
 SJ_DEVICE void LoadActivations(const Params& p, const Shared& shared, const CtaPlace& place) {
   if (p.role != kSecondary) GridWait();
+  if (p.role == kPrimary) GridRelease();
   const int rank = static_cast<int>(place.rank), share = rank * T::kTokensOfCta;
   const uint16_t group_mask = ((1 << T::kCtas) - 1) << (place.in_cluster - place.rank);
   RingPosition<T::kStagesX> to{0, 1};  // the first turn of the ring waits for nothing
@@ -96,15 +100,18 @@ SJ_DEVICE void LoadActivations(const Params& p, const Shared& shared, const CtaP
   }
 }
 
-// Copies the W of a CTA group's work tiles, and its metadata. It waits for nothing but room: W is
-// under way before the activations exist. kSharesW: the other CTA group of the cluster multiplies
-// the same rows, and each of the two copies half of them to both.
+// Copies the W of a CTA group's work tiles, and its metadata or its zeros. It waits for nothing but
+// room, and for metadata that the launch before makes: W is under way before the activations exist.
+// kSharesW: the other CTA group of the cluster multiplies the same rows, and each of the two copies
+// half of the values to both. One lane issues the bulk copies. The whole warp copies zeros.
 template <class T, bool kSharesW>
-SJ_DEVICE void LoadWeights(const Params& p, const Shared& shared, const CtaPlace& place) {
+SJ_DEVICE void LoadWeights(const Params& p, const Shared& shared, const CtaPlace& place, int lane) {
   // W stays in L2 when more than one token group passes over it.
   const uint64_t policy = p.token_tiles == p.token_group_tiles ? kEvictFirst : kEvictNormal;
   const int half = static_cast<int>(place.in_cluster / T::kCtas);
   const uint16_t pair_mask = (1 | 1 << T::kCtas) << place.rank;
+  const bool copies_metadata = T::kSparse && !ExpandsZeros<T>(p);
+  if (p.after_metadata && p.role != kSecondary) GridWait();
   RingPosition<T::kStagesW> to{0, 1};
   for (int i = 0;; ++i) {
     const WorkTile work = GetWorkTile(p, place.cta_group, place.cta_groups, i);
@@ -116,22 +123,52 @@ SJ_DEVICE void LoadWeights(const Params& p, const Shared& shared, const CtaPlace
       const uint32_t values = shared.w.data + to.stage * T::kStageBytesW;
       const uint32_t metadata = values + T::kValueBytes;
       BarrierWait(shared.w.empty + 8 * to.stage, to.parity);
-      BarrierExpect(full, T::kStageBytesW);
-      if constexpr (kSharesW) {
-        TmaLoad2dMulticast(values + half * (T::kValueBytes / 2), &p.map_w, k * 128,
-                           row + half * (T::kRows / 2), full, pair_mask, policy);
-        if constexpr (T::kSparse) {
-          TmaLoad3dMulticast(metadata + half * (T::kMetadataBytes / 2), &p.map_e, 0,
-                             k * T::kSlicesW, row / 64 + half * (T::kRows / 128), full, pair_mask,
-                             policy);
-        }
-      } else {
-        TmaLoad2d(values, &p.map_w, k * 128, row, full, policy);
-        if constexpr (T::kSparse) {
-          TmaLoad3d(metadata, &p.map_e, 0, k * T::kSlicesW, row / 64, full, policy);
+      if (lane == 0) {
+        BarrierExpect(full, copies_metadata ? T::kStageBytesW : T::kValueBytes);
+        if constexpr (kSharesW) {
+          TmaLoad2dMulticast(values + half * (T::kValueBytes / 2), &p.map_w, k * 128,
+                             row + half * (T::kRows / 2), full, pair_mask, policy);
+          if (copies_metadata) {
+            TmaLoad3dMulticast(metadata + half * (T::kMetadataBytes / 2), &p.map_e, 0,
+                               k * T::kSlicesW, row / 64 + half * (T::kRows / 128), full, pair_mask,
+                               policy);
+          }
+        } else {
+          TmaLoad2d(values, &p.map_w, k * 128, row, full, policy);
+          if (copies_metadata) {
+            TmaLoad3d(metadata, &p.map_e, 0, k * T::kSlicesW, row / 64, full, policy);
+          }
         }
       }
+      if (ExpandsZeros<T>(p)) {
+        const StageGroups groups(k, p.windows, p.windows_reciprocal);
+        CopyZeros<T>(p, metadata, groups, row, lane);
+        CopyAsyncArrive(shared.zeros + 8 * to.stage);
+      }
       to.Advance();
+    }
+  }
+}
+
+// Makes the metadata of a CTA group's work tiles, stage after stage. `thread`: of the expanders.
+template <class T>
+SJ_DEVICE void ExpandMetadata(const Params& p, const Shared& shared, const CtaPlace& place,
+                              int thread) {
+  RingPosition<T::kStagesW> at{0, 0};
+  for (int i = 0;; ++i) {
+    const WorkTile work = GetWorkTile(p, place.cta_group, place.cta_groups, i);
+    if (work.begin == work.end) return;
+#pragma unroll 1
+    for (int stage = work.begin; stage < work.end; ++stage) {
+      const uint32_t metadata = shared.w.data + at.stage * T::kStageBytesW + T::kValueBytes;
+      const StageGroups groups(stage, p.windows, p.windows_reciprocal);
+      const int legal = WordsFrom(stage, p.groups, p.windows);
+      BarrierWait(shared.zeros + 8 * at.stage, at.parity);
+      static_assert(T::kRows == kExpanders);
+      ExpandRow(metadata + MetadataRowOfStage<T>(thread), groups, p.windows, legal);
+      __syncwarp();
+      if (thread % 32 == 0) BarrierArrive(shared.w.full + 8 * at.stage);
+      at.Advance();
     }
   }
 }

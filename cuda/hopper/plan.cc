@@ -44,6 +44,7 @@ constexpr TileInfo InfoOf(const char* name, float stage_clocks, float tile_clock
                           float shared_w_time) {
   return {name,
           T::kSparse,
+          T::kExpands,
           T::kRows,
           T::kTokens,
           T::kCtas,
@@ -256,10 +257,13 @@ size_t MetadataBytes(const Problem& p) {
   return static_cast<size_t>(CeilDiv(p.out, 64)) * MetadataSlices(p) * 1024;
 }
 
+bool ExpandsZeros(const TileInfo& tile, const Problem& p) { return tile.expands && p.group >= 6; }
+
 size_t WorkspaceBytes(const Problem& p, const Schedule& schedule, bool metadata_prepared,
                       int multiprocessors) {
-  return (metadata_prepared ? 0 : MetadataBytes(p)) +
-         StreamKBytes(MakePlan(p, schedule, multiprocessors));
+  const Plan plan = MakePlan(p, schedule, multiprocessors);
+  const bool needs_metadata = !metadata_prepared && !ExpandsZeros(GetTile(plan.tile), p);
+  return (needs_metadata ? MetadataBytes(p) : 0) + StreamKBytes(plan);
 }
 
 }  // namespace slidejax::hopper

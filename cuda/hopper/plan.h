@@ -36,7 +36,7 @@ struct Schedule {
 // `ctas` of them, stacked along the outputs, which share the tokens.
 struct TileInfo {
   const char* name;
-  bool sparse;
+  bool sparse, expands;  // Tile::kSparse, Tile::kExpands
   int rows, tokens, ctas, warp_groups;
   int threads, shared_bytes;                       // of a CTA
   int slab_tokens, slices_w;                       // Tile::kSlabTokens, Tile::kSlicesW
@@ -94,11 +94,16 @@ inline constexpr size_t kCounterBytes = 16384;
 // Bytes of stream-K's counters and partial sums; 0 where no tile is cut through memory.
 size_t StreamKBytes(const Plan& plan);
 
-// The 2:4 metadata in the kernel's order is [ceil(out / 64)][MetadataSlices][128 threads][2] words.
+// The 2:4 metadata in the kernel's order is [ceil(out / 64)][MetadataSlices][64 rows][4] words.
 int MetadataSlices(const Problem& problem);
 size_t MetadataBytes(const Problem& problem);  // 0 for a dense weight
 
-// Bytes of workspace. Metadata that is not prepared is expanded into it.
+// Whether the kernel of a tile makes the metadata by itself. Its stages have room for the zeros of
+// groups with two windows or more.
+bool ExpandsZeros(const TileInfo& tile, const Problem& problem);
+
+// Bytes of workspace. Metadata that is not prepared is expanded into it, for tiles that do not make
+// it by themselves.
 size_t WorkspaceBytes(const Problem& problem, const Schedule& schedule, bool metadata_prepared,
                       int multiprocessors);
 

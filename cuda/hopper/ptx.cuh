@@ -42,8 +42,8 @@ inline constexpr int kSpinLimit = 4096;
 
 // ---- mbarrier. Arrive and wait carry no .release.cluster and no .acquire.cluster, because those
 // forms compile to MEMBAR.ALL.GPU and CCTL.IVALL for each stage. They are not needed: what is
-// handed over is read and written by the asynchronous proxy alone (TMA, wgmma), or TMA has written
-// it and LDS reads it, which the barrier's completion orders.
+// handed over to another CTA is read and written by the asynchronous proxy alone (TMA, wgmma), or
+// TMA has written it and LDS reads it, which the barrier's completion orders.
 SJ_DEVICE void BarrierInit(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
@@ -177,6 +177,13 @@ SJ_DEVICE uint64_t Descriptor(uint32_t address) {
   return kFixed | (address >> 4);
 }
 
+// __byte_perm without its mask for bits that no selector here has.
+SJ_DEVICE uint32_t BytePermute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+  return result;
+}
+
 // ---- Small copies
 SJ_DEVICE uint2 LoadShared2(uint32_t address) {
   uint2 v;
@@ -227,6 +234,9 @@ SJ_DEVICE void StoreShared4(uint32_t address, uint4 v) {
                "r"(v.z), "r"(v.w)
                : "memory");
 }
+SJ_DEVICE void StoreSharedU32(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
 SJ_DEVICE void StoreSharedF32(uint32_t address, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
@@ -239,11 +249,21 @@ SJ_DEVICE void StoreMatricesTransposed(uint32_t address, uint32_t a, uint32_t b,
       "r"(a), "r"(b), "r"(c), "r"(d)
       : "memory");
 }
-// Copies four bytes asynchronously. Where `inside` is false it writes zeros and reads nothing.
+// Copies four or eight bytes asynchronously. Where `inside` is false they write zeros and read
+// nothing.
 SJ_DEVICE void CopyAsync4(uint32_t dst, const void* src, bool inside) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src),
                "r"(inside ? 4 : 0)
                : "memory");
+}
+SJ_DEVICE void CopyAsync8(uint32_t dst, const void* src, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(dst), "l"(src),
+               "r"(inside ? 8 : 0)
+               : "memory");
+}
+// Arrives at a barrier when all copies of this thread have arrived. The barrier counts threads.
+SJ_DEVICE void CopyAsyncArrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 SJ_DEVICE void CopyAsyncWait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

@@ -19,6 +19,8 @@ enum LaunchRole { kSingle, kPrimary, kSecondary };
 struct Params {
   // map_x_end has a smaller box, for the last tokens where M is no multiple of a CTA's share.
   CUtensorMap map_x, map_x_end, map_w, map_e, map_y;
+  const uint8_t* zeros;  // [out, groups]; null: map_e describes the metadata
+  uint32_t groups, windows, windows_reciprocal;  // ceil(2**32 / windows)
   const float* scale_x;
   const float* scale_w;
   const float* bias;
@@ -42,6 +44,7 @@ struct Params {
                                 // divide, one tile for each cluster
   int first_group, cta_groups;  // the first CTA group of this launch, and all of the call
   int role;                     // LaunchRole
+  int after_metadata;           // the launch before this call's makes the metadata
   DType result;                 // of y
   int vector_stores;            // rows of y are 16-byte aligned
   int bulk_stores;              // y has a tensor map: it is bfloat16 with such rows

@@ -49,7 +49,7 @@ template <bool kFp8_, int kWarpGroups_, int kM64Blocks_, int kTokens_, int kCtas
 struct Tile {
   static constexpr bool kFp8 = kFp8_;
   static constexpr bool kSparse = kSparse_;  // W is 2:4 with metadata; else it has all its columns
-  static constexpr int kWarpGroups = kWarpGroups_;  // that multiply; one more loads
+  static constexpr int kWarpGroups = kWarpGroups_;  // that multiply
   static constexpr int kM64Blocks = kM64Blocks_;    // blocks of 64 rows of each warp group
   static constexpr int kTokens = kTokens_;
   static constexpr int kCtas = kCtas_;        // of a CTA group: they are stacked along the outputs
@@ -57,17 +57,22 @@ struct Tile {
   static constexpr int kStagesX = kStagesX_;  // of the ring of X
   static constexpr int kStagesW = kStagesW_;  // of the ring of W
   static constexpr int kRows = kWarpGroups * kM64Blocks * 64;
-  static constexpr int kThreads = (kWarpGroups + 1) * 128;
+  // Whether the kernel makes its metadata from zeros (expand.cuh), in a warp group of its own.
+  // Larger tiles have neither the registers for it nor rings that are deep enough.
+  static constexpr bool kExpands = kSparse && kTokens <= 64;
+  // The warp groups are those that multiply, one that loads, and the expanders.
+  static constexpr int kThreads = (kWarpGroups + (kExpands ? 2 : 1)) * 128;
   static constexpr int kTokensOfCta = kTokens / kCtas;  // that a CTA copies for its group
   static constexpr bool kCanShareW = kCtas == 2;        // two CTA groups can share W
 
   // Registers of a thread, for setmaxnreg. Their sum must not exceed what a CTA is launched with,
   // else setmaxnreg waits for ever.
   static constexpr bool kLarge = kM64Blocks * kTokens > 320;
-  static constexpr int kConsumerRegisters = kLarge ? 240 : 232;
-  static constexpr int kProducerRegisters = kLarge ? 24 : 40;
-  static_assert(kWarpGroups * kConsumerRegisters + kProducerRegisters <=
-                65536 / kThreads / 8 * 8 * (kWarpGroups + 1));
+  static constexpr int kConsumerRegisters = kExpands ? 160 : kLarge ? 240 : 232;
+  static constexpr int kProducerRegisters = kExpands ? 96 : kLarge ? 24 : 40;  // and expanders
+  static_assert(kWarpGroups * (kConsumerRegisters - kProducerRegisters) +
+                    kThreads / 128 * kProducerRegisters <=
+                65536 / kThreads / 8 * 8 * (kThreads / 128));
 
   // A slice is 128 columns of the product. A stage always holds rows of 128 bytes: of X one slice
   // each, of sparse W two. Small tiles take two slices of X into a stage as well.
@@ -90,7 +95,7 @@ struct Tile {
   static constexpr int kStagingBytes = std::max(kSlabs * kSlabBytes / 4, 2048);  // of a warp
   // scale_x, scale_w and bias of a warp group, of which it has two sets.
   static constexpr int kScaleBytes = kTokens * 4 + kM64Blocks * 512;
-  static constexpr int kBarrierBytes = 16 * (kStagesX + kStagesW);
+  static constexpr int kBarrierBytes = 16 * (kStagesX + (kExpands ? 2 : 1) * kStagesW);
   static constexpr int kInfoBytes = 16 * kStagesX;  // work-tile info, one for each stage of X
   static constexpr int kSharedBytes =
       kRingBytes + kWarpGroups * (4 * kStagingBytes + 2 * kScaleBytes) + kBarrierBytes + kInfoBytes;

@@ -35,14 +35,25 @@ def test_all_tiles_are_tested(emulated):
 @pytest.mark.parametrize("tile", TILES)
 @both_inputs
 def test_every_tile(emulated, tile, dtype):
-    """Every CTA group has more than one tile, so that the remains of one could disturb the next.
-    Tiles are whole at first, then cut along K."""
+    """More than one tile for every CTA group, so remains of one tile could disturb the next one. The
+    tiles are whole at first, with prepared metadata. Then they are cut along K, and the call makes
+    the metadata."""
     index, shape = emulated.tile(tile)
     rows, tokens = shape.rows, shape.tokens
     whole = Problem(tokens + 9, 5 * rows + 8, 16, dtype=dtype, seed=index)
     emulated.check(whole, tile=index, stream_k=0)
-    cut = Problem(2 * tokens - 3, 2 * rows + 40, 48, dtype=dtype, bias=False)
+    cut = Problem(2 * tokens - 3, 2 * rows + 40, 48, dtype=dtype, bias=False, prepared=False)
     emulated.check(cut, tile=index, stream_k=4, chance=20)
+
+
+@pytest.mark.parametrize("group", [4, 6, 8, 10, 12, 14, 16])
+@pytest.mark.parametrize("tile", ["128x64", "128x32", "128x16", "256x160"])
+def test_metadata_is_made_of_zeros_in_every_phase(emulated, tile, group):
+    """A stage of 64 windows begins anywhere in a group, and K cuts the last one off."""
+    index, shape = emulated.tile(tile)
+    for blocks in (1, 7, 16):  # of eight groups
+        problem = Problem(5, shape.rows + 24, 8 * blocks, group, prepared=False, seed=blocks)
+        emulated.check(problem, tile=index, stream_k=0)
 
 
 @pytest.mark.parametrize("tile", DENSE)

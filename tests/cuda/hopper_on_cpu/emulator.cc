@@ -346,17 +346,17 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
 }
 cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a, size_t,
                              cudaStream_t) {
-  using Expand = void (*)(const uint8_t*, uint2*, int, int, int);
+  using Expand = void (*)(const uint8_t*, uint8_t*, int, int, int, int);
   auto number = [&](int i) { return *static_cast<int*>(a[i]); };
   gridDim = grid;
   for (unsigned y = 0; y < grid.y; ++y) {
     emulator::grid_y = y;
     emulator::body = [=] {
       reinterpret_cast<Expand>(kernel)(*static_cast<const uint8_t**>(a[0]),
-                                       *static_cast<uint2**>(a[1]), number(2), number(3),
-                                       number(4));
+                                       *static_cast<uint8_t**>(a[1]), number(2), number(3),
+                                       number(4), number(5));
     };
-    emulator::Run(grid.x, block.x, 1, 1);  // one block at a time: they share their static variables
+    emulator::Run(grid.x, block.x, 1, 1);
   }
   emulator::grid_y = 0;
   return emulator::failed ? cudaErrorLaunchTimeout : cudaSuccess;

@@ -53,12 +53,33 @@ inline unsigned long long atomicOr(unsigned long long* p, unsigned long long v) 
   LetOthersRun();
   return std::exchange(*p, *p | v);
 }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t pick = selector >> (4 * i) & 15;
+    const auto byte = static_cast<uint8_t>(bytes >> (8 * (pick & 7)));
+    const uint32_t sign = byte & 0x80 ? 0xff : 0;
+    result |= (pick & 8 ? sign : byte) << (8 * i);
+  }
+  return result;
+}
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
+inline uint32_t __umulhi(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(uint64_t{a} * b >> 32);
+}
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
 namespace slidejax::hopper {
 
+inline uint32_t BytePermute(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
 inline constexpr uint64_t kEvictNormal = 0, kEvictFirst = 1, kEvictLast = 2;
 
 inline uint32_t SharedAddress(const void* variable) { return emulator::SharedOffset(variable); }
@@ -215,6 +236,9 @@ inline void StoreRemote4(uint32_t address, uint32_t rank, uint4 v) {
 inline void StoreShared4(uint32_t address, uint4 v) {
   std::memcpy(emulator::SharedBytes(*emulator::Current().block, address, 16), &v, 16);
 }
+inline void StoreSharedU32(uint32_t address, uint32_t v) {
+  std::memcpy(emulator::SharedBytes(*emulator::Current().block, address, 4), &v, 4);
+}
 inline void StoreSharedF32(uint32_t address, float v) {
   std::memcpy(emulator::SharedBytes(*emulator::Current().block, address, 4), &v, 4);
 }
@@ -244,6 +268,17 @@ inline void CopyAsync4(uint32_t dst, const void* src, bool inside) {
     uint32_t v = 0;
     if (inside) std::memcpy(&v, src, 4);
     std::memcpy(emulator::SharedBytes(block, dst, 4), &v, 4);
+  });
+}
+inline void CopyAsync8(uint32_t dst, const void* src, bool inside) {
+  CopyAsync4(dst, src, inside);
+  CopyAsync4(dst + 4, static_cast<const uint8_t*>(src) + 4, inside);
+}
+inline void CopyAsyncArrive(uint32_t barrier) {
+  auto& block = *emulator::Current().block;
+  emulator::Later([copies = std::exchange(emulator::Current().copies, {}), barrier, &block] {
+    for (auto& copy : copies) copy();
+    Arrive(BarrierAt(block, barrier));
   });
 }
 inline void CopyAsyncWait() {
