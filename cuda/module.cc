@@ -4,7 +4,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "cusparselt/plan.h"
+#include "cusparselt/layout.h"
+#include "cusparselt/tune.h"
 #include "handlers.h"
 #ifdef SLIDEJAX_HOPPER
 #include "hopper/plan.h"
@@ -84,15 +85,26 @@ size_t CompressedBytes(const std::string& dtype, int64_t outputs, int64_t column
   return slidejax::cusparselt::SizeOfCompressed(ToDType(dtype), outputs, columns).compressed;
 }
 
+nb::object CompressedLayout(const std::string& dtype, int64_t outputs, int64_t columns) {
+  std::optional<slidejax::cusparselt::Layout> layout;
+  {
+    const DType type = ToDType(dtype);
+    nb::gil_scoped_release release;
+    layout = slidejax::cusparselt::LearnLayout(type, outputs, columns);
+  }
+  if (!layout) return nb::none();
+  return nb::cast(slidejax::cusparselt::ToNumbers(*layout));
+}
+
 nb::list Tune(const std::string& dtype, const std::string& result, int64_t outputs, int64_t tokens,
-              int64_t columns, size_t workspace_limit, int repeats) {
+              int64_t columns, size_t workspace_limit, bool finish) {
   std::vector<slidejax::cusparselt::Timing> timings;
   {
     slidejax::cusparselt::Problem problem = {};
     problem.operand = ToDType(dtype), problem.result = ToDType(result);
     problem.outputs = outputs, problem.tokens = tokens, problem.columns = columns;
     nb::gil_scoped_release release;
-    timings = slidejax::cusparselt::Tune(problem, workspace_limit, repeats);
+    timings = slidejax::cusparselt::Tune(problem, workspace_limit, finish);
   }
   nb::list list;
   for (const auto& timing : timings) {
@@ -100,6 +112,8 @@ nb::list Tune(const std::string& dtype, const std::string& result, int64_t outpu
     entry["algorithm"] = timing.choice.algorithm;
     entry["split_k"] = timing.choice.split_k;
     entry["split_k_mode"] = timing.choice.split_k_mode;
+    entry["parts"] = timing.choice.parts;
+    entry["beside"] = timing.choice.beside;
     entry["microseconds"] = timing.microseconds;
     entry["workspace_bytes"] = timing.workspace_bytes;
     list.append(entry);
@@ -127,8 +141,11 @@ NB_MODULE(_cuda, m) {
   m.def("cusparselt_version", &CusparseltVersion);
   m.def("cusparselt_compressed_bytes", &CompressedBytes, nb::arg("dtype"), nb::arg("outputs"),
         nb::arg("columns"));
+  m.def("cusparselt_layout", &CompressedLayout, nb::arg("dtype"), nb::arg("outputs"),
+        nb::arg("columns"));
   m.def("cusparselt_tune", &Tune, nb::arg("dtype"), nb::arg("result"), nb::arg("outputs"),
-        nb::arg("tokens"), nb::arg("columns"), nb::arg("workspace_limit"), nb::arg("repeats") = 10);
+        nb::arg("tokens"), nb::arg("columns"), nb::arg("workspace_limit"),
+        nb::arg("finish") = true);
 #ifdef SLIDEJAX_HOPPER
   m.def("hopper_workspace_bytes", &HopperWorkspaceBytes, nb::arg("M"), nb::arg("out"),
         nb::arg("columns"), nb::arg("group"), nb::arg("metadata_prepared"),

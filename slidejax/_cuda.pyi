@@ -24,6 +24,10 @@ def cusparselt_version() -> tuple[int, int, int] | None:
 def cusparselt_compressed_bytes(dtype: str, outputs: int, columns: int) -> int:
     """Bytes of the compressed form of a weight of `columns` lifted columns. Needs a GPU."""
 
+def cusparselt_layout(dtype: str, outputs: int, columns: int) -> list[int] | None:
+    """The order of the compressed form of a weight on the current GPU, as the attribute `layout` of
+    `slidejax_compress_cusparselt`; None if it could not be found out. Needs a GPU."""
+
 def cusparselt_tune(
     dtype: str,
     result: str,
@@ -31,10 +35,11 @@ def cusparselt_tune(
     tokens: int,
     columns: int,
     workspace_limit: int,
-    repeats: int = 10,
+    finish: bool = True,
 ) -> list[dict[str, Any]]:
     """Times cuSPARSELt's algorithms for a product on the current GPU, fastest first: `algorithm`,
-    `split_k`, `split_k_mode`, `microseconds`, `workspace_bytes`."""
+    `split_k`, `split_k_mode`, `parts`, `beside`, `microseconds`, `workspace_bytes`. With `finish`,
+    scales are applied too. Those that are clearly slower than the fastest are left out."""
 
 def hopper_workspace_bytes(
     M: int, out: int, columns: int, group: int, metadata_prepared: bool, multiprocessors: int

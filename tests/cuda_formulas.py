@@ -106,3 +106,25 @@ def bits(a):
     """The array's bits, for comparisons that tell nan from nan and +0 from -0."""
     a = np.asarray(a)
     return a.view(f"u{a.dtype.itemsize}")
+
+
+def twice_rounded(acc, scale_x, scale_w, bias=None, residual=None):
+    """What cuSPARSELt's kernel and slidejax's behind it make of exact sums, in bfloat16."""
+    f32 = np.float32
+    y = np.asarray(acc).astype(f32).astype(ml_dtypes.bfloat16).astype(f32)
+    return finish(y, scale_x, scale_w, bias, residual).astype(ml_dtypes.bfloat16)
+
+
+def twice_rounded_bound(acc, scale_x, scale_w, bias=None, residual=None):
+    """The exact results in float64, and how far `twice_rounded` may be from them.
+
+    bfloat16 rounds by at most u = 2**-8 of a value: once the sum, and once the result. float32
+    rounds a few times between.
+    """
+    u, between = 2.0**-8, 2.0**-22
+    wide = np.float64
+    z = np.asarray(acc, wide) * scale_x[:, None].astype(wide) * scale_w[None].astype(wide)
+    b, r = (0.0 if term is None else np.asarray(term).astype(wide) for term in (bias, residual))
+    exact = z + b + r
+    moved = u * np.abs(z) + between * (np.abs(z) + np.abs(b) + np.abs(r))
+    return exact, moved + u * (np.abs(exact) + moved)

@@ -44,14 +44,12 @@ enum Operation : int { kNonTranspose = 0, kTranspose = 1 };
 enum Order : int { kColumnMajor = 1, kRowMajor = 2 };
 enum Sparsity : int { kHalf = 0 };
 enum ComputeType : int { kCompute32I = 0, kCompute32F = 2 };
-enum MatmulAttribute : int { kAlphaVectorScaling = 5 };
 enum Algorithm : int { kDefaultAlgorithm = 0 };
 enum AlgorithmAttribute : int {
   kConfigId = 0,
   kConfigMaxId = 1,
   kSplitK = 3,
   kSplitKMode = 4,
-
 };
 
 // The functions: name without its prefix, and parameters. Each returns Status.
@@ -67,8 +65,6 @@ enum AlgorithmAttribute : int {
     (const Handle*, MatmulDescriptor*, Operation a, Operation b,                                \
      const MatDescriptor* a_descriptor, const MatDescriptor* b_descriptor,                      \
      const MatDescriptor* c_descriptor, const MatDescriptor* d_descriptor, ComputeType))        \
-  F(MatmulDescSetAttribute,                                                                     \
-    (const Handle*, MatmulDescriptor*, MatmulAttribute, const void*, size_t))                   \
   F(MatmulAlgSelectionInit, (const Handle*, AlgSelection*, const MatmulDescriptor*, Algorithm)) \
   F(MatmulAlgSelectionDestroy, (const AlgSelection*))                                           \
   F(MatmulAlgSetAttribute,                                                                      \

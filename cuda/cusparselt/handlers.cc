@@ -1,18 +1,20 @@
 // FFI targets of the cuSPARSELt implementation.
 //
 //   slidejax_compress_cusparselt: values [out, groups, kept], zeros u8 [out, groups]
-//       -> compressed u8 [bytes]
+//       -> compressed u8 [bytes]; attribute layout, of layout.h: with none the library compresses
 //   slidejax_sparse_matmul_cusparselt: lifted [M, K'], scale_x f32 [M], compressed u8 [bytes],
-//       scale_w f32 [out], bias f32 [out] or [0] -> y [M, out], workspace u8 [W];
-//       attributes raw, alpha_vector, algorithm, split_k, split_k_mode
+//       scale_w f32 [out], bias f32 [out] or [0], residual [M, out] or [0] -> y [M, out],
+//       workspace u8 [W];
+//       attributes raw, algorithm, split_k, split_k_mode, parts, beside
 //
-// With the attribute raw, y is the int32 or float32 accumulators. With alpha_vector the library
-// applies scale_w inside the product (int8 to bfloat16), which rounds once more and moves less
-// memory; slidejax does not use that yet.
+// With the attribute raw, y is the int32 or float32 accumulators. For bfloat16 y the library rounds
+// the accumulators of 8-bit codes to bfloat16, whose range holds all of them, and slidejax's kernel
+// applies scales and bias in place: a second rounding, for a third of the memory traffic. Any other
+// y is made from int32 or float32 accumulators and rounded once.
 //
-// The initialize stage makes a plan, once for each device, and keeps it in the state that the
-// instantiate stage has made. The execute stage only copies, multiplies and finishes, all on the
-// stream and into XLA's buffers, so that it can be captured in a CUDA graph.
+// The initialize stage makes the plans, once for each device, and keeps them in the state that the
+// instantiate stage has made. The execute stage only copies, multiplies and finishes, into XLA's
+// buffers and in order with its stream, so that it can be captured in a CUDA graph.
 #include "handlers.h"
 
 #include <cstring>
@@ -22,7 +24,9 @@
 
 #include "common/ffi_util.h"
 #include "cusparselt/helpers.h"
+#include "cusparselt/layout.h"
 #include "cusparselt/plan.h"
+#include "cusparselt/product.h"
 
 namespace slidejax::cusparselt {
 namespace {
@@ -32,7 +36,8 @@ constexpr char kMatmul[] = "sparse_matmul_cusparselt";
 constexpr int64_t kAlignment = 256;  // of the parts of the workspace
 
 ffi::Error CompressImpl(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer values,
-                        ffi::Buffer<ffi::U8> zeros, ffi::ResultBuffer<ffi::U8> compressed) {
+                        ffi::Buffer<ffi::U8> zeros, ffi::ResultBuffer<ffi::U8> compressed,
+                        ffi::Span<const int64_t> layout) {
   const auto fail = [&](const std::string& message) {
     return InvalidArgument(kCompress, message + " (values " + slidejax::Describe(values) +
                                           ", zeros u8[" + std::to_string(zeros.element_count()) +
@@ -58,6 +63,15 @@ ffi::Error CompressImpl(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi:
       return fail("the compressed form takes " + std::to_string(size.compressed) + " bytes, not " +
                   std::to_string(compressed->element_count()));
     }
+    if (const auto known = FromNumbers(layout.begin(), layout.size())) {
+      PackArgs pack = {};
+      pack.values = values.untyped_data(), pack.zeros = zeros.typed_data();
+      pack.compressed = compressed->typed_data(), pack.compressed_bytes = Count(*compressed);
+      pack.type = *type, pack.outputs = args.outputs, pack.padded_outputs = args.padded_outputs;
+      pack.groups = args.groups, pack.group = args.group, pack.layout = *known;
+      const cudaError_t status = PackCompressed(pack, stream);
+      return status == cudaSuccess ? ffi::Error::Success() : CudaError(kCompress, status);
+    }
     // XLA accepts no alignment above 16 here, but aligns to more.
     const auto dense =
         scratch.Allocate(std::max<size_t>(args.padded_outputs * columns * Bytes(*type), 16), 16);
@@ -81,47 +95,52 @@ ffi::Error CompressImpl(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi:
 
 // ---- The product --------------------------------------------------------------------------------
 
-// The plans of one call in one executable. The devices that run the executable share it, each with
-// a plan of its own.
+// The products of one call in one executable. The devices that run the executable share it, each
+// with a product of its own.
 class State {
  public:
   static ffi::TypeId id;
 
-  // Returns the plan for a problem on the current device, and makes it if there is none. The
-  // problem's algorithm was measured at a nearby number of tokens. Where the library refuses it
-  // here, or it wants more workspace than there is, the library's default takes its place. Throws
-  // Failure.
-  const Plan& Get(const Problem& problem, size_t workspace_limit) {
+  // Returns the product for a problem on the current device, and makes it if there is none. The
+  // problem's choice was measured at a nearby number of tokens. Where these are too few for its
+  // parts, there is one part. Where the library refuses its algorithm, or the algorithm wants more
+  // workspace than there is, the library's default takes its place. Throws Failure.
+  const Product& Get(const Problem& problem, size_t workspace_limit) {
     int device = 0;
     if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess)
       throw Failure(cudaGetErrorString(status));
     std::lock_guard<std::mutex> lock(mutex_);
-    std::unique_ptr<Plan>& plan = plans_[{device, problem.Key()}];
-    if (plan == nullptr) plan = Make(problem, workspace_limit);
-    return *plan;
+    std::unique_ptr<Product>& product = products_[{device, problem.Key()}];
+    if (product == nullptr) product = Make(problem, workspace_limit);
+    return *product;
   }
 
  private:
-  static std::unique_ptr<Plan> Make(Problem problem, size_t workspace_limit) {
-    if (problem.choice.algorithm >= 0) {
+  static std::unique_ptr<Product> Make(Problem problem, size_t workspace_limit) {
+    const Choice asked = problem.choice;
+    const Choice in_one_part = {asked.algorithm, asked.split_k, asked.split_k_mode, 1};
+    for (const Choice& choice : {asked, in_one_part}) {
+      if (choice.algorithm < 0) break;
+      problem.choice = choice;
       try {
-        auto plan = std::make_unique<Plan>(problem);
-        if (plan->workspace_bytes() <= workspace_limit) return plan;
+        auto product = std::make_unique<Product>(problem);
+        if (product->workspace_bytes() <= workspace_limit) return product;
       } catch (const Failure&) {
       }
-      problem.choice = {};
     }
-    auto plan = std::make_unique<Plan>(problem);
-    if (plan->workspace_bytes() > workspace_limit) {
-      throw Failure("the library wants " + std::to_string(plan->workspace_bytes()) +
+    problem.choice = {};
+    auto product = std::make_unique<Product>(problem);
+    if (product->workspace_bytes() > workspace_limit) {
+      throw Failure("the library wants " + std::to_string(product->workspace_bytes()) +
                     " bytes of workspace, and has " + std::to_string(workspace_limit) + ", for " +
                     problem.Describe());
     }
-    return plan;
+    return product;
   }
 
   std::mutex mutex_;
-  std::map<std::pair<int, decltype(std::declval<Problem>().Key())>, std::unique_ptr<Plan>> plans_;
+  std::map<std::pair<int, decltype(std::declval<Problem>().Key())>, std::unique_ptr<Product>>
+      products_;
 };
 ffi::TypeId State::id = {};
 
@@ -136,7 +155,7 @@ struct Call {
   DType y_type;
   bool raw;
   bool padded_rows;  // x is copied, so that the library may read whole multiples of rows
-  bool direct;       // the library writes y
+  bool direct;       // the accumulators are where y will be
   // Bytes of the workspace's parts.
   int64_t accumulator_bytes, padded_bytes;
   size_t library_bytes;  // the rest of the workspace
@@ -148,10 +167,11 @@ struct Operands {
   ffi::Buffer<ffi::U8> compressed;
   ffi::Buffer<ffi::F32> scale_w;
   ffi::Buffer<ffi::F32> bias;
+  ffi::AnyBuffer residual;
   ffi::AnyBuffer y;
   ffi::Buffer<ffi::U8> workspace;
-  bool raw, alpha_vector;
-  int32_t algorithm, split_k, split_k_mode;
+  bool raw;
+  int32_t algorithm, split_k, split_k_mode, parts, beside;
 
   std::string Describe() const {
     return "(lifted " + slidejax::Describe(lifted) + ", compressed u8[" +
@@ -163,6 +183,10 @@ struct Operands {
 // The failure to report about a call's operands.
 Failure FailureOf(const std::string& message, const Operands& o) {
   return Failure(message + " " + o.Describe());
+}
+
+bool IsWide(DType type) {
+  return type == DType::kBF16 || type == DType::kF16 || type == DType::kF32;
 }
 
 // Throws Failure.
@@ -182,17 +206,17 @@ void CheckShapes(const Operands& o) {
   require(Count(o.scale_w) == outputs, "scale_w must have one element for each output");
   require(Count(o.bias) == 0 || Count(o.bias) == outputs,
           "bias must have one element for each output, or none");
+  const auto residual_type = DTypeOf(o.residual.element_type());
+  require(Count(o.residual) == 0 ||
+              (Count(o.residual) == rows * outputs && residual_type && IsWide(*residual_type)),
+          "residual must be bfloat16, float16 or float32 of the shape of y, or nothing");
+  require(!o.raw || Count(o.residual) == 0, "raw y takes no residual");
   if (o.raw) {
     require(*y_type == (*type == DType::kS8 ? DType::kS32 : DType::kF32),
             "raw y must be int32 for int8 codes, float32 for others");
   } else {
     require(*y_type != DType::kS32, "y must be a float");
   }
-  // A product of codes and one scale fits bfloat16's range, not float16's.
-  require(!o.alpha_vector || (*type == DType::kS8 && *y_type == DType::kBF16 && !o.raw &&
-                              outputs % Multiple(*type) == 0),
-          "a scale for each output inside the product takes int8 codes, bfloat16 y and whole "
-          "multiples of outputs");
 }
 
 Problem ProblemOf(const Operands& o) {
@@ -201,12 +225,13 @@ Problem ProblemOf(const Operands& o) {
   p.outputs = RoundUp(o.y.dimensions()[1], Multiple(p.operand));
   p.tokens = RoundUp(o.lifted.dimensions()[0], Multiple(p.operand));
   p.columns = o.lifted.dimensions()[1];
-  p.choice = {o.algorithm, o.split_k, o.split_k_mode};
-  p.alpha_vector = o.alpha_vector;
-  p.result = o.alpha_vector              ? DType::kBF16
-             : p.operand == DType::kS8   ? DType::kS32
-             : p.operand == DType::kE4M3 ? DType::kF32
-                                         : p.operand;
+  p.choice = {o.algorithm, o.split_k, o.split_k_mode, o.parts, o.beside};
+  if (Bytes(p.operand) > 1)
+    p.result = p.operand;
+  else if (!o.raw && *DTypeOf(o.y.element_type()) == DType::kBF16)
+    p.result = DType::kBF16;
+  else
+    p.result = p.operand == DType::kS8 ? DType::kS32 : DType::kF32;
   return p;
 }
 
@@ -222,7 +247,8 @@ Call CheckCall(const Operands& o) {
     throw FailureOf("the library has no float32 accumulators for this dtype", o);
   }
   call.padded_rows = p.tokens != call.rows;
-  call.direct = p.result == call.y_type && !call.padded_rows && p.outputs == call.outputs;
+  call.direct =
+      Bytes(p.result) == Bytes(call.y_type) && !call.padded_rows && p.outputs == call.outputs;
   const int64_t result_bytes = Bytes(p.result), operand_bytes = Bytes(p.operand);
   call.accumulator_bytes = call.direct ? 0 : p.tokens * p.outputs * result_bytes;
   call.padded_bytes = call.padded_rows ? p.tokens * p.columns * operand_bytes : 0;
@@ -239,9 +265,9 @@ Call CheckCall(const Operands& o) {
 template <typename... Rest>
 Operands Gather(ffi::AnyBuffer lifted, ffi::Buffer<ffi::F32> scale_x,
                 ffi::Buffer<ffi::U8> compressed, ffi::Buffer<ffi::F32> scale_w,
-                ffi::Buffer<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> y,
+                ffi::Buffer<ffi::F32> bias, ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> y,
                 ffi::ResultBuffer<ffi::U8> workspace, Rest... attributes) {
-  return {lifted, scale_x, compressed, scale_w, bias, *y, *workspace, attributes...};
+  return {lifted, scale_x, compressed, scale_w, bias, residual, *y, *workspace, attributes...};
 }
 
 ffi::Error Initialize(State* state, const Operands& o) {
@@ -256,7 +282,7 @@ ffi::Error Initialize(State* state, const Operands& o) {
 }
 
 // Runs a checked call; throws Failure.
-void Run(const Call& call, const Plan& plan, const Operands& o, cudaStream_t stream) {
+void Run(const Call& call, const Product& product, const Operands& o, cudaStream_t stream) {
   const Problem& p = call.problem;
   // The parts of the workspace are accumulators, padded x and the library's own, in this order.
   char* next = reinterpret_cast<char*>(
@@ -279,14 +305,11 @@ void Run(const Call& call, const Plan& plan, const Operands& o, cudaStream_t str
     check(cudaMemsetAsync(copy + bytes, 0, call.padded_bytes - bytes, stream), "padding x");
     x = copy;
   }
-  void* scratch = take(plan.workspace_bytes());
-  const float one = 1.0f;
-  const void* alpha = p.alpha_vector ? static_cast<const void*>(o.scale_w.typed_data()) : &one;
-  plan.Run(alpha, o.compressed.typed_data(), x, d, plan.workspace_bytes() > 0 ? scratch : nullptr,
-           stream);
-  if (call.raw && call.direct) return;
-  if (call.raw) {  // there is only padding to drop
-    const int64_t element = Bytes(p.result);
+  void* scratch = take(product.workspace_bytes());
+  if (call.raw) {
+    product.Run(o.compressed.typed_data(), x, d, scratch, nullptr, stream);
+    if (call.direct) return;
+    const int64_t element = Bytes(p.result);  // there is only padding to drop
     check(cudaMemcpy2DAsync(o.y.untyped_data(), call.outputs * element, d, p.outputs * element,
                             call.outputs * element, call.rows, cudaMemcpyDeviceToDevice, stream),
           "dropping padding");
@@ -295,11 +318,16 @@ void Run(const Call& call, const Plan& plan, const Operands& o, cudaStream_t str
   DequantizeArgs finish = {};
   finish.accumulators = d, finish.accumulator_type = p.result, finish.pitch = p.outputs;
   finish.scale_x = o.scale_x.typed_data();
-  finish.scale_w = p.alpha_vector ? nullptr : o.scale_w.typed_data();
+  // A weight that is not quantised has scales of one.
+  finish.scale_w = Bytes(p.operand) == 1 ? o.scale_w.typed_data() : nullptr;
   finish.bias = o.bias.element_count() > 0 ? o.bias.typed_data() : nullptr;
+  if (o.residual.element_count() > 0) {
+    finish.residual = o.residual.untyped_data();
+    finish.residual_type = *DTypeOf(o.residual.element_type());
+  }
   finish.y = o.y.untyped_data(), finish.y_type = call.y_type;
   finish.rows = call.rows, finish.outputs = call.outputs;
-  check(Dequantize(finish, stream), "dequantising");
+  product.Run(o.compressed.typed_data(), x, d, scratch, &finish, stream);
 }
 
 ffi::Error Execute(cudaStream_t stream, State* state, const Operands& o) {
@@ -324,13 +352,15 @@ auto BindOperands(Binding binding) {
       .template Arg<ffi::Buffer<ffi::U8>>()
       .template Arg<ffi::Buffer<ffi::F32>>()
       .template Arg<ffi::Buffer<ffi::F32>>()
+      .template Arg<ffi::AnyBuffer>()
       .template Ret<ffi::AnyBuffer>()
       .template Ret<ffi::Buffer<ffi::U8>>()
       .template Attr<bool>("raw")
-      .template Attr<bool>("alpha_vector")
       .template Attr<int32_t>("algorithm")
       .template Attr<int32_t>("split_k")
-      .template Attr<int32_t>("split_k_mode");
+      .template Attr<int32_t>("split_k_mode")
+      .template Attr<int32_t>("parts")
+      .template Attr<int32_t>("beside");
 }
 
 }  // namespace
@@ -349,7 +379,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_compress_cusparselt, slidejax::cusparselt
                                   .Ctx<xla::ffi::ScratchAllocator>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::U8>>());
+                                  .Ret<xla::ffi::Buffer<xla::ffi::U8>>()
+                                  .Attr<xla::ffi::Span<const int64_t>>("layout"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_sparse_matmul_cusparselt_instantiate,
                               slidejax::cusparselt::Instantiate,

@@ -21,17 +21,22 @@ struct ExpandArgs {
 };
 cudaError_t ExpandLifted(const ExpandArgs& args, cudaStream_t stream);
 
-// y = float32(accumulator) * scale_x * scale_w + bias, rounded once.
+// y = ((float32(accumulator) * scale_x) * scale_w + bias) + residual, rounded once.
 struct DequantizeArgs {
   const void* accumulators;  // [rows, pitch] of accumulator_type; may be y itself
   DType accumulator_type;    // int32, float32, bfloat16, float16
   int64_t pitch;             // elements, a multiple of 8
   const float* scale_x;      // [rows]
-  const float* scale_w;      // [outputs], or nullptr: already applied
+  const float* scale_w;      // [outputs], or nullptr: all are 1
   const float* bias;         // [outputs] or nullptr
+  const void* residual;      // [rows, outputs] of residual_type, or nullptr
+  DType residual_type;       // bfloat16, float16, float32
   void* y;                   // [rows, outputs] of y_type: bfloat16, float16, float32
   DType y_type;
   int64_t rows, outputs;
+  // At most about this many thread blocks, so that another kernel keeps most of the GPU. 0: as many
+  // as are fastest alone.
+  int64_t most_blocks = 0;
 };
 cudaError_t Dequantize(const DequantizeArgs& args, cudaStream_t stream);
 

@@ -1,6 +1,5 @@
 #include "cusparselt/plan.h"
 
-#include <algorithm>
 #include <map>
 #include <mutex>
 
@@ -19,11 +18,6 @@ void Check(Status status, const char* function, const std::string& context) {
   if (status != kSuccess)
     throw Failure(std::string("cusparseLt") + function + " failed with " + Describe(status) +
                   " for " + context);
-}
-
-void CheckCuda(cudaError_t status, const std::string& context) {
-  if (status != cudaSuccess)
-    throw Failure(std::string("CUDA: ") + cudaGetErrorString(status) + " in " + context);
 }
 
 cudaDataType CudaType(DType type) {
@@ -82,13 +76,18 @@ class WeightDescriptor {
 
 }  // namespace
 
+void CheckCuda(cudaError_t status, const std::string& context) {
+  if (status != cudaSuccess)
+    throw Failure(std::string("CUDA: ") + cudaGetErrorString(status) + " in " + context);
+}
+
 std::string Problem::Describe() const {
   return std::string(Name(operand)) + " x[" + std::to_string(tokens) + ", " +
          std::to_string(columns) + "] * w[" + std::to_string(outputs) + ", " +
-         std::to_string(columns) + "]^T -> " + Name(result) +
-         (alpha_vector ? " with a scale for each output" : "") + ", algorithm " +
+         std::to_string(columns) + "]^T -> " + Name(result) + ", algorithm " +
          std::to_string(choice.algorithm) + ", split_k " + std::to_string(choice.split_k) +
-         " mode " + std::to_string(choice.split_k_mode);
+         " mode " + std::to_string(choice.split_k_mode) + ", " + std::to_string(choice.parts) +
+         " parts" + (choice.parts > 1 && choice.beside ? " beside each other" : "");
 }
 
 Plan::Plan(const Problem& problem)
@@ -116,11 +115,6 @@ Plan::Plan(const Problem& problem)
     Check(api_.MatmulDescriptorInit(handle_, &matmul_, kNonTranspose, kTranspose, &w_, &x_, &d_,
                                     &d_, p.operand == DType::kS8 ? kCompute32I : kCompute32F),
           "MatmulDescriptorInit", context);
-    if (p.alpha_vector) {
-      const int on = 1;
-      Check(api_.MatmulDescSetAttribute(handle_, &matmul_, kAlphaVectorScaling, &on, sizeof(on)),
-            "MatmulDescSetAttribute", context);
-    }
     Check(api_.MatmulAlgSelectionInit(handle_, &selection_, &matmul_, kDefaultAlgorithm),
           "MatmulAlgSelectionInit", context);
     cleanup_.push_back([this] { api_.MatmulAlgSelectionDestroy(&selection_); });
@@ -145,11 +139,11 @@ Plan::~Plan() {
   for (auto step = cleanup_.rbegin(); step != cleanup_.rend(); ++step) (*step)();
 }
 
-void Plan::Run(const void* alpha, const void* compressed, const void* x, void* d, void* workspace,
+void Plan::Run(const void* compressed, const void* x, void* d, void* workspace,
                cudaStream_t stream) const {
-  const float zero = 0.0f;
+  const float one = 1.0f, zero = 0.0f;
   const Status status =
-      api_.Matmul(handle_, &plan_, alpha, compressed, x, &zero, d, d, workspace, &stream, 1);
+      api_.Matmul(handle_, &plan_, &one, compressed, x, &zero, d, d, workspace, &stream, 1);
   if (status != kSuccess) Check(status, "Matmul", problem_.Describe());
 }
 
@@ -174,127 +168,6 @@ void Compress(DType operand, int64_t outputs, int64_t columns, const void* dense
   Check(w.api_.SpMMACompress2(w.handle_, &w.descriptor_, /*is_sparse_a=*/1, kNonTranspose, dense,
                               compressed, buffer, stream),
         "SpMMACompress2", w.context_);
-}
-
-// ---- Tuning -------------------------------------------------------------------------------------
-
-namespace {
-
-// Device memory and a stream for one search, outside of XLA's pool.
-class Bench {
- public:
-  explicit Bench(std::string context) : context_(std::move(context)) {
-    CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), context_);
-    for (cudaEvent_t& event : events) CheckCuda(cudaEventCreate(&event), context_);
-  }
-  ~Bench() {
-    cudaStreamSynchronize(stream);
-    for (void* memory : memory_) cudaFree(memory);
-    for (cudaEvent_t event : events) cudaEventDestroy(event);
-    cudaStreamDestroy(stream);
-  }
-  Bench(const Bench&) = delete;
-
-  void* Allocate(size_t bytes) {
-    void* memory = nullptr;
-    CheckCuda(cudaMalloc(&memory, std::max<size_t>(bytes, 256)),
-              "allocating " + std::to_string(bytes) + " bytes for " + context_);
-    memory_.push_back(memory);
-    return memory;
-  }
-
-  // Returns the microseconds of one call of `run`, the least of a few groups of calls.
-  template <typename F>
-  double Time(int repeats, const F& run) {
-    double best = 1e30;
-    for (int group = 0; group < 4; ++group) {  // the first warms up
-      CheckCuda(cudaEventRecord(events[0], stream), context_);
-      for (int i = 0; i < repeats; ++i) run();
-      CheckCuda(cudaEventRecord(events[1], stream), context_);
-      CheckCuda(cudaEventSynchronize(events[1]), context_);
-      float milliseconds = 0;
-      CheckCuda(cudaEventElapsedTime(&milliseconds, events[0], events[1]), context_);
-      if (group > 0) best = std::min(best, 1e3 * milliseconds / repeats);
-    }
-    return best;
-  }
-
-  cudaStream_t stream = nullptr;
-  cudaEvent_t events[2] = {};
-
- private:
-  std::string context_;
-  std::vector<void*> memory_;
-};
-
-// Returns the splits of K that are worth a try. The modes are CUSPARSELT_SPLIT_K_MODE_ONE_KERNEL
-// and _TWO_KERNELS. From compute capability 9.0 on, the library's kernels schedule K themselves,
-// and a forced split has ended in an illegal instruction, which loses the CUDA context of the
-// process. So there only the algorithms are tried.
-std::vector<Choice> Splits() {
-  int device = 0, major = 0;
-  CheckCuda(cudaGetDevice(&device), "finding the current device");
-  CheckCuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-            "asking for the compute capability");
-  if (major >= 9) return {{-1, 1, 0}};
-  return {{-1, 1, 0}, {-1, 2, 1}, {-1, 2, 2}, {-1, 4, 1}, {-1, 4, 2}};
-}
-
-}  // namespace
-
-std::vector<Timing> Tune(Problem problem, size_t workspace_limit, int repeats) {
-  problem.outputs = RoundUp(problem.outputs, Multiple(problem.operand));
-  problem.tokens = RoundUp(problem.tokens, Multiple(problem.operand));
-  problem.choice = {};
-  Bench bench(problem.Describe());
-  const int algorithms = Plan(problem).AlgorithmCount();
-
-  const size_t element = Bytes(problem.operand);
-  const CompressedSize size = SizeOfCompressed(problem.operand, problem.outputs, problem.columns);
-  void* compressed = bench.Allocate(size.compressed);
-  void* x = bench.Allocate(problem.tokens * problem.columns * element);
-  void* d = bench.Allocate(problem.tokens * problem.outputs * Bytes(problem.result));
-  void* workspace = bench.Allocate(workspace_limit);
-  {
-    Bench scratch(problem.Describe());
-    void* dense = scratch.Allocate(problem.outputs * problem.columns * element);
-    void* buffer = scratch.Allocate(size.buffer);
-    CheckCuda(
-        FillRandom(problem.operand, dense, problem.outputs * problem.columns, true, scratch.stream),
-        "filling weights");
-    Compress(problem.operand, problem.outputs, problem.columns, dense, compressed, buffer,
-             scratch.stream);
-    CheckCuda(
-        FillRandom(problem.operand, x, problem.tokens * problem.columns, false, scratch.stream),
-        "filling activations");
-    CheckCuda(cudaStreamSynchronize(scratch.stream), "preparing the search");
-  }
-
-  const std::vector<Choice> splits = Splits();
-  const float one = 1.0f;
-  std::vector<Timing> timings;
-  for (int algorithm = 0; algorithm < algorithms; ++algorithm) {
-    for (Choice choice : splits) {
-      choice.algorithm = algorithm;
-      problem.choice = choice;
-      try {
-        const Plan plan(problem);
-        if (plan.workspace_bytes() > workspace_limit) continue;
-        plan.Run(&one, compressed, x, d, workspace, bench.stream);
-        CheckCuda(cudaStreamSynchronize(bench.stream), "running " + problem.Describe());
-        const double us =
-            bench.Time(repeats, [&] { plan.Run(&one, compressed, x, d, workspace, bench.stream); });
-        timings.push_back({choice, us, plan.workspace_bytes()});
-      } catch (const Failure&) {
-        if (choice.split_k == 1)
-          break;  // the library refuses the algorithm; a refused split says nothing about others
-      }
-    }
-  }
-  if (timings.empty()) throw Failure("cuSPARSELt has no algorithm for " + problem.Describe());
-  std::sort(timings.begin(), timings.end(),
-            [](const Timing& a, const Timing& b) { return a.microseconds < b.microseconds; });
-  return timings;
 }
 
 }  // namespace slidejax::cusparselt

@@ -25,26 +25,28 @@ class Failure : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// One of the library's kernels for a problem. Ids change with the library's release.
+void CheckCuda(cudaError_t status, const std::string& context);  // throws Failure
+
+// How a problem is computed. Ids of algorithms change with the library's release.
 struct Choice {
-  int algorithm = -1;  // -1: the library's default
+  int algorithm = -1;  // one of the library's kernels; -1: its default
   int split_k = 1;
   int split_k_mode = 0;  // of split_k > 1
+  int parts = 1;         // the tokens are cut into this many products (see product.h)
+  int beside = 1;        // of several parts: finish one beside the next, or 0: before the next
 };
 
 struct Problem {
-  DType operand;      // int8, float8_e4m3fn, bfloat16, float16
-  DType result;       // of D
-  bool alpha_vector;  // multiply row o of W by alpha[o] (a device vector) in float32 before
-                      // rounding to `result`
-  int64_t outputs;    // a multiple of Multiple(operand)
-  int64_t tokens;     // likewise
-  int64_t columns;    // K', a multiple of 32
+  DType operand;    // int8, float8_e4m3fn, bfloat16, float16
+  DType result;     // of D: the sums, rounded to it where it has 16 bits
+  int64_t outputs;  // a multiple of Multiple(operand)
+  int64_t tokens;   // likewise
+  int64_t columns;  // K', a multiple of 32
   Choice choice;
 
   auto Key() const {
-    return std::tuple(operand, result, alpha_vector, outputs, tokens, columns, choice.algorithm,
-                      choice.split_k, choice.split_k_mode);
+    return std::tuple(operand, result, outputs, tokens, columns, choice.algorithm, choice.split_k,
+                      choice.split_k_mode, choice.parts, choice.beside);
   }
   std::string Describe() const;
 };
@@ -55,9 +57,9 @@ inline constexpr int64_t RoundUp(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// A plan, which cannot be moved, because the library's structs point at each other. Its device must
-// be current when it is made and when it is used. Running it changes nothing in it, so that threads
-// and streams may share it.
+// A plan of one call of the library, for all tokens of its problem. It cannot be moved, because
+// the library's structs point at each other. Its device must be current when it is made and when it
+// is used. Running it changes nothing in it, so that threads and streams may share it.
 class Plan {
  public:
   explicit Plan(const Problem& problem);  // throws Failure
@@ -68,9 +70,8 @@ class Plan {
   size_t workspace_bytes() const { return workspace_bytes_; }
   const Problem& problem() const { return problem_; }
 
-  // alpha: a host pointer to a float; with alpha_vector, a device pointer to a float for each
-  // output. Throws Failure.
-  void Run(const void* alpha, const void* compressed, const void* x, void* d, void* workspace,
+  // Throws Failure.
+  void Run(const void* compressed, const void* x, void* d, void* workspace,
            cudaStream_t stream) const;
 
   // Returns the number of algorithms that the library has for this problem.
@@ -99,16 +100,5 @@ CompressedSize SizeOfCompressed(DType operand, int64_t outputs, int64_t columns)
 // Compresses a dense 2:4 matrix [outputs rounded up, columns]. Throws Failure.
 void Compress(DType operand, int64_t outputs, int64_t columns, const void* dense, void* compressed,
               void* buffer, cudaStream_t stream);
-
-struct Timing {
-  Choice choice;
-  double microseconds;
-  size_t workspace_bytes;
-};
-
-// Times the library's kernels for a problem on the current device, fastest first. It leaves out
-// kernels that refuse the problem or want more workspace than the limit. It allocates memory and
-// synchronises. Throws Failure.
-std::vector<Timing> Tune(Problem problem, size_t workspace_limit, int repeats);
 
 }  // namespace slidejax::cusparselt

@@ -22,6 +22,7 @@ import numpy as np
 
 from slidejax.bench.timing import Contender
 from slidejax.ops import registry
+from slidejax.ops.cuda import library
 from slidejax.ops.explain import explain
 from slidejax.ops.lift_quantize import lift_rows
 from slidejax.ops.linear import linear
@@ -211,8 +212,8 @@ def sparse(
     Args:
       w: the weight.
       rows: of x.
-      both: time each implementation without and with its prepared form. Otherwise with the form,
-        if it has one.
+      both: time each implementation without and with its prepared form, and search for nothing.
+        Otherwise with the form, if it has one, and with its fastest settings for these rows.
 
     Returns:
       Contenders by `variants`, and the reasons of those that refuse.
@@ -220,11 +221,13 @@ def sparse(
     found, refused = variants(w, rows)
     if not both:  # the last variant of each implementation
         found = list({variant.implementation: variant for variant in found}.values())
-    return {variant: _contender(w, variant) for variant in found}, refused
+    return {variant: _contender(w, variant, rows, search=not both) for variant in found}, refused
 
 
-def _contender(w: SlideWeight, variant: Variant) -> Contender:
+def _contender(w: SlideWeight, variant: Variant, rows: int, *, search: bool) -> Contender:
     name = variant.implementation
+    if search and library.on_gpu():
+        registry.get(name).search_missing(w, (rows,))
     return Contender(
         str(variant), lambda x, w: linear(x, w, implementation=name), _weight_for(w, variant)
     )
@@ -232,7 +235,7 @@ def _contender(w: SlideWeight, variant: Variant) -> Contender:
 
 def _weight_for(w: SlideWeight, variant: Variant) -> SlideWeight:
     plain = drop_prepared(w)
-    return plain if variant.form is None else prepare(plain, variant.implementation)
+    return plain if variant.form is None else prepare(plain, variant.implementation, tune=False)
 
 
 def _norm_for(inputs: int) -> RMSNorm:

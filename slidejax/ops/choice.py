@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from slidejax.ops import registry
@@ -20,11 +21,13 @@ from slidejax.ops.tuning import Variant, alike, distance, entries, log_ratio
 from slidejax.weights.packed import SlideWeight
 from slidejax.weights.pattern import Pattern
 
-__all__ = ["Choice", "choose", "forms", "implementation_for", "lookup", "time_of"]
+__all__ = ["Choice", "choose", "estimate", "forms", "implementation_for", "lookup", "time_of"]
 
 # An entry of the table speaks for a problem up to this distance. It is counted in factors of two,
 # summed over rows, inputs and outputs.
 _MAX_DISTANCE = 3.0
+# The numbers of rows for which forms are estimated.
+_ESTIMATED_ROWS = (1, 16, 256, 4096)
 # A weight can do without a prepared form if it takes at most this many times its shortest time.
 _CLOSE_ENOUGH = 1.2
 
@@ -37,15 +40,18 @@ class Choice:
       implementation: its name.
       reason: why it was chosen.
       refused: the reasons of the implementations that refuse the problem, by name.
+      note: what the implementation says about how it runs the problem; or None.
     """
 
     implementation: str
     reason: str
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    note: str | None = None
 
     def __str__(self) -> str:
+        note = "" if self.note is None else f"; {self.note}"
         refused = "".join(f"; not {name}: {why}" for name, why in self.refused.items())
-        return f"{self.implementation} ({self.reason}{refused})"
+        return f"{self.implementation} ({self.reason}{note}{refused})"
 
 
 def choose(problem: Problem) -> Choice:
@@ -60,7 +66,18 @@ def choose(problem: Problem) -> Choice:
             raise NotImplementedError(
                 f"slidejax {problem.op}: implementation {problem.requested!r} refuses: {reason}"
             )
-        return Choice(problem.requested, "asked for")
+        return _noted(problem, Choice(problem.requested, "asked for"))
+    return _noted(problem, _choose(problem))
+
+
+def _noted(problem: Problem, choice: Choice) -> Choice:
+    """The choice, with what its implementation has to say about how it runs the problem."""
+    note = registry.get(choice.implementation).note(problem)
+    return choice if note is None else dataclasses.replace(choice, note=note)
+
+
+def _choose(problem: Problem) -> Choice:
+    """The choice where the caller asks for no implementation."""
     refused = registry.refusals(problem)
     candidates = [i.name for i in registry.competing() if i.name not in refused]
     fallback = registry.FALLBACK.name
@@ -71,6 +88,10 @@ def choose(problem: Problem) -> Choice:
         return Choice(*measured, refused)
     if not problem.pattern.prunes:
         return Choice(fallback, "nothing is pruned", refused)
+    estimated = estimate(problem, candidates)
+    if estimated is not None:
+        best = _best_by_estimate(problem, estimated)
+        return Choice(best, f"estimated for {problem.device}: {_figures(estimated)}", refused)
     # Nothing near this shape was measured. The fallback would unpack a weight that has no dense
     # codes in every call, which takes longer than any product that reads the packed form.
     form = registry.FALLBACK.form
@@ -94,6 +115,66 @@ def implementation_for(problem: Problem) -> Implementation:
     chosen = registry.get(choose(problem).implementation)
     empty = 0 in (problem.rows, problem.in_features, problem.out_features)
     return registry.REFERENCE if empty else chosen
+
+
+# --- by estimates ---------------------------------------------------------------------------------
+
+
+def estimate(problem: Problem, candidates: Sequence[str]) -> dict[str, float] | None:
+    """The estimated times of implementations that do not refuse a problem.
+
+    Returns:
+      Microseconds by name; None if there are not two or more, or one of them has no estimate.
+    """
+    seconds = {name: registry.get(name).estimate(problem) for name in candidates}
+    us = {name: 1e6 * time for name, time in seconds.items() if time is not None}
+    return us if len(us) == len(candidates) > 1 else None
+
+
+def _best_by_estimate(problem: Problem, us: Mapping[str, float]) -> str:
+    """The implementation that estimates speak for.
+
+    The fallback does not unpack a weight in every call while another one reads it as it is.
+    """
+    form = registry.FALLBACK.form
+    unpacks = form is not None and form.name not in problem.prepared
+    if unpacks and any(registry.get(name).reads_packed for name in us):
+        us = {name: time for name, time in us.items() if name != registry.FALLBACK.name}
+    return min(us, key=us.__getitem__)
+
+
+def _estimated_entries(w: SlideWeight) -> list[dict[Variant, float]]:
+    """Estimated times of a weight's shape for few and for many rows, as `_times` gives them."""
+    found = []
+    for rows in _ESTIMATED_ROWS:
+        times: dict[Variant, float] = {}
+        bfloat16 = np.dtype(jnp.bfloat16)
+        plain = Problem(
+            "linear",
+            "cuda",
+            device_kind("cuda"),
+            rows,
+            w.in_features,
+            w.out_features,
+            w.pattern,
+            bfloat16,
+            w.dtype,
+            bfloat16,
+        )
+        refused = registry.refusals(plain)
+        candidates = [i for i in registry.competing() if i.name not in refused]
+        for form in {None, *(i.form.name for i in candidates if i.form is not None)}:
+            problem = dataclasses.replace(plain, prepared=() if form is None else (form,))
+            us = estimate(problem, [i.name for i in candidates])
+            if us is None:
+                return []
+            times |= {
+                Variant(i.name, form): us[i.name]
+                for i in candidates
+                if form in (None, i.form and i.form.name)
+            }
+        found.append(times)
+    return found
 
 
 # --- by the measured table ------------------------------------------------------------------------
@@ -136,13 +217,16 @@ def lookup(problem: Problem, candidates: Sequence[str]) -> tuple[str, str] | Non
     entry = min(near, key=far)
     times = {name: entry["us"][v] for v, name in variants.items() if v in entry["us"]}
     best = min(times, key=times.__getitem__)
-    figures = ", ".join(
-        f"{name} {us:.0f} us" for name, us in sorted(times.items(), key=lambda item: item[1])
-    )
     where = f"M={entry['rows']} K={entry['in']} N={entry['out']}" + (
         f" {entry['dtype']}" if entry["dtype"] != problem.dtype.name else ""
     )
-    return best, f"measured at {where}: {figures}"
+    return best, f"measured at {where}: {_figures(times)}"
+
+
+def _figures(us: Mapping[str, float]) -> str:
+    """Times in microseconds, the shortest first."""
+    by_time = sorted(us.items(), key=lambda item: item[1])
+    return ", ".join(f"{name} {time:.0f} us" for name, time in by_time)
 
 
 def time_of(
@@ -184,7 +268,8 @@ def forms(w: SlideWeight) -> tuple[str, ...]:
 
     These are as few forms as possible: every number of rows that was measured must take at most
     1.2 times as long as with all forms. Of several such sets the one that is faster on the whole is
-    taken. If nothing near was measured it is the form of the fallback, which then is chosen.
+    taken. If nothing near was measured, estimates stand for measurements. If there are none, it is
+    the form of the fallback, which then is chosen.
     """
     gains = {i.form.name: i.form.must_gain for i in registry.competing() if i.form is not None}
     near = [
@@ -193,6 +278,7 @@ def forms(w: SlideWeight) -> tuple[str, ...]:
         if log_ratio(e["in"], w.in_features) + log_ratio(e["out"], w.out_features) <= _MAX_DISTANCE
         and (times := _times(e))
     ]
+    near = near or _estimated_entries(w)
     if not near:
         fallback = registry.FALLBACK.form
         return () if fallback is None else (fallback.name,)

@@ -22,7 +22,7 @@ import jax
 
 from slidejax.ops import choice, registry
 from slidejax.ops.cuda import library
-from slidejax.ops.implementations.base import Form
+from slidejax.ops.implementations.base import Form, Implementation
 from slidejax.weights.packed import SlideWeight, check_weight
 
 __all__ = ["drop_prepared", "map_weights", "prepare", "weights_of"]
@@ -49,14 +49,17 @@ def drop_prepared(tree: Any) -> Any:
     return map_weights(lambda w: w.replace(prepared={}) if w.prepared else w, tree)
 
 
-def prepare(tree: Any, implementation: str | None = None) -> Any:
+def prepare(tree: Any, implementation: str | None = None, *, tune: bool = True) -> Any:
     """Adds prepared forms to every `SlideWeight` of a tree.
 
     Args:
       tree: any pytree, such as a model's variables.
       implementation: the implementation whose form to add: "dense", "cusparselt" or "hopper". None
-        adds the forms that pay on this device for each weight's shape, by the measured table. On a
-        CPU this is "dense".
+        adds the forms that pay on this device for each weight's shape, by the measured table, or by
+        estimates where nothing was measured. On a CPU this is "dense".
+      tune: whether an implementation whose form is added may search for its fastest settings, once
+        for each shape and machine. For "cusparselt" this takes seconds. Under a trace nothing is
+        searched.
 
     Returns:
       The tree. Weights for which no form pays, and other leaves, stay as they were.
@@ -73,16 +76,20 @@ def prepare(tree: Any, implementation: str | None = None) -> Any:
     """
     if implementation is not None:
         _form(implementation)
-    return map_weights(lambda w: _prepare(check_weight(w), implementation), tree)
+    return map_weights(lambda w: _prepare(check_weight(w), implementation, tune), tree)
 
 
-def _prepare(w: SlideWeight, implementation: str | None) -> SlideWeight:
+def _prepare(w: SlideWeight, implementation: str | None, tune: bool) -> SlideWeight:
     if not w.pattern.prunes:
         return w
     forms = dict(w.prepared)
-    for form in _wanted(w) if implementation is None else (_form(implementation),):
+    may_search = tune and library.on_gpu() and not isinstance(w.values, jax.core.Tracer)
+    for runs in _wanted(w) if implementation is None else (registry.get(implementation),):
+        form = _form(runs.name)
         if form.name not in forms:
             forms[form.name] = form.of(w.replace(prepared={}))
+        if may_search:
+            runs.search_missing(w)
     return w.replace(prepared=forms)
 
 
@@ -93,11 +100,14 @@ def _form(implementation: str) -> Form:
     return form
 
 
-def _wanted(w: SlideWeight) -> tuple[Form, ...]:
-    """The forms that pay here: by the table on a GPU, and that of the fallback elsewhere."""
+def _wanted(w: SlideWeight) -> tuple[Implementation, ...]:
+    """The implementations whose forms pay here: by the table or by estimates on a GPU.
+
+    Elsewhere it is the fallback.
+    """
     names = choice.forms(w) if library.on_gpu() else None
     return tuple(
-        i.form
+        i
         for i in registry.competing()
         if i.form is not None
         and (i is registry.FALLBACK if names is None else i.form.name in names)

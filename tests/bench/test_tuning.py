@@ -2,17 +2,17 @@
 
 import json
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 import slidejax as sj
 from slidejax.bench import contenders, tuning
 from slidejax.bench.timing import Clock
 from slidejax.ops.choice import choose
+from slidejax.ops.cuda import cusparselt
 from slidejax.ops.cuda import library as cuda_library
-from slidejax.ops.implementations import cusparselt
 from slidejax.ops.implementations.base import nothing_to_skip
-from slidejax.ops.implementations.cusparselt import CUSPARSELT
+from slidejax.ops.implementations.cusparselt import CUSPARSELT, _choice
 
 QUICK = Clock(0.001, 0.005)
 
@@ -23,12 +23,14 @@ class Library:
     def __init__(self):
         self.searched = []
 
-    def cusparselt_tune(self, dtype, result, out, rows, columns, workspace_limit):
+    def cusparselt_tune(self, dtype, result, out, rows, columns, workspace_limit, finish):
+        assert finish
         self.searched.append((dtype, result, out, rows, columns))
         fast = {
             "algorithm": 7,
             "split_k": 1,
             "split_k_mode": 0,
+            "parts": 1,
             "microseconds": 12.5,
             "workspace_bytes": 1024,
         }
@@ -55,17 +57,20 @@ def test_tune_searches_cusparselt_and_calls_use_what_it_found(library, tmp_path)
     notes = []
     tuning.measure([(64, 96)], rows=[256, 4096], dtypes=["int8"], clock=QUICK, note=notes.append)
     columns = sj.Pattern.parse("6:8").lifted(96)
-    assert library.searched == [("int8", "int32", 64, rows, columns) for rows in (256, 4096)]
+    assert library.searched == [("int8", "bfloat16", 64, rows, columns) for rows in (256, 4096)]
     assert any("fastest algorithm is 7: 12.5 us" in note for note in notes)
     assert (
         CUSPARSELT.settings(w, 256)
-        == "7, the fastest of a search at M=256 (12.5 us for the product alone)"
+        == "algorithm 7, the fastest of a search at M=256 (12.5 us without the lift)"
     )
-    assert "M=4096" in CUSPARSELT.settings(w, 8192) and "default" in CUSPARSELT.settings(w, 16)
-    assert cusparselt._choice(w.dtype, np.int32, 64, 256, columns) == {
+    assert "M=4096" in CUSPARSELT.settings(w, 8192) and "default" in CUSPARSELT.settings(w, 64)
+    product = cusparselt.Product.of(w.dtype, jnp.bfloat16, 64, columns)
+    assert _choice(product, 256) == {
         "algorithm": 7,
         "split_k": 1,
         "split_k_mode": 0,
+        "parts": 1,
+        "beside": 1,
         "workspace_bytes": 1024,
     }
     # The file is for this device and this release of the library.

@@ -35,9 +35,11 @@ def test_all_tiles_are_tested(emulated):
 @pytest.mark.parametrize("tile", TILES)
 @both_inputs
 def test_every_tile(emulated, tile, dtype):
-    """More than one tile for every CTA group, so remains of one tile could disturb the next one. The
-    tiles are whole at first, with prepared metadata. Then they are cut along K, and the call makes
-    the metadata."""
+    """More than one tile for every CTA group, so remains of one tile could disturb the next one.
+
+    The tiles are whole at first, with prepared metadata. Then they are cut along K, and the call
+    makes the metadata.
+    """
     index, shape = emulated.tile(tile)
     rows, tokens = shape.rows, shape.tokens
     whole = Problem(tokens + 9, 5 * rows + 8, 16, dtype=dtype, seed=index)

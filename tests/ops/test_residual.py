@@ -218,8 +218,8 @@ def test_explain_says_that_there_is_one():
 
 
 @pytest.mark.parametrize("rows", [4, 100])
-@pytest.mark.parametrize("implementation", ["hopper", "cusparselt", "dense"])
-def test_others_than_decode_hand_out_float32_sums(implementation, rows):
+@pytest.mark.parametrize("implementation", ["hopper", "dense"])
+def test_kernels_that_add_no_residual_hand_out_float32_sums(implementation, rows):
     x, w, bias = problem(0, rows, 128, 64, "6:8", "int8", "bfloat16")
     residual = residual_of(0, (rows, 64), "bfloat16")
     traced = jax.jit(

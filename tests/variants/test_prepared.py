@@ -2,8 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy_implementation import Toy
 
 import slidejax as sj
+from slidejax.ops import registry
+from slidejax.ops.cuda import library
 
 on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what a CPU serves")
 
@@ -64,3 +67,26 @@ def test_the_pattern_dense_needs_no_prepared_form():
 @on_a_cpu
 def test_default_on_a_cpu_is_dense():
     assert set(sj.prepare(weight()).prepared) == {"dense"}
+
+
+def test_prepare_searches_on_a_gpu_and_outside_a_trace(monkeypatch):
+    searched = []
+
+    class Searching(Toy):
+        def search_missing(self, w):
+            searched.append(w.shape)
+
+    monkeypatch.setattr(registry, "_IMPLEMENTATIONS", list(registry._IMPLEMENTATIONS))
+    registry.register(Searching())
+    tree = {"a": weight(), "b": weight(pattern="dense"), "c": weight(shape=(2, 50, 6))}
+    sj.prepare(tree, "toy")
+    assert searched == []  # there is no GPU
+    monkeypatch.setattr(library, "on_gpu", lambda: True)
+    jax.jit(lambda tree: sj.prepare(tree, "toy"))(tree)
+    sj.prepare(tree, "toy", tune=False)
+    assert searched == []
+    prepared = sj.prepare(tree, "toy")
+    assert searched == [(50, 6), (2, 50, 6)]
+    # Whether all is known already is for the implementation to say.
+    sj.prepare(prepared, "toy")
+    assert len(searched) == 4

@@ -9,8 +9,12 @@ To add an implementation, write a subclass of `Implementation` with:
 4. `form`: the array that it needs beside a weight's packed form, and how to make it. Leave it out
    if the packed form is enough.
 5. `takes_residual`, if it adds a residual before it rounds. Otherwise that is done for it.
-6. `available()`, `facts()`, `settings(...)` and `search(...)`: what `slidejax info`, `bench` and
-   `tune` report about it. All of these are optional.
+6. `estimate(problem)`: the seconds that it takes where nothing was measured.
+7. `available()`, `facts()`, `note(problem)`, `settings(...)`, `search(...)` and
+   `search_missing(...)`: what `slidejax info`, `explain`, `bench` and `tune` report about it, and
+   what `prepare` lets it search.
+
+All but the first three are optional.
 
 Then pass an object of this class to `slidejax.ops.registry.register`. From then on
 `slidejax.implementations()` lists it, `explain` names it or its reason to refuse, `prepare` makes
@@ -22,7 +26,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -190,6 +194,25 @@ class Implementation(abc.ABC):
         """
         return self.matmul(*lift_input(x, prologue, w), w, bias, out_dtype, platform)
 
+    def estimate(self, problem: Problem) -> float | None:
+        """The seconds that a problem takes, where nothing was measured.
+
+        It is made of published rates of the device and of what the implementation reads, writes and
+        multiplies (`slidejax.ops.estimates`). Estimates decide only where all implementations that
+        can run a problem have one.
+
+        Args:
+          problem: one that the implementation does not refuse.
+
+        Returns:
+          Seconds; None if it cannot tell.
+        """
+        return None
+
+    def note(self, problem: Problem) -> str | None:
+        """What `explain` says about how it runs a problem, beside the reason of the choice."""
+        return None
+
     def available(self) -> str | None:
         """The reason why it cannot run in this process at all, or None, for `slidejax info`."""
         return None
@@ -215,6 +238,18 @@ class Implementation(abc.ABC):
 
         Raises:
           NotImplementedError, RuntimeError: if the search fails. `tune` then times it as it is.
+        """
+        return None
+
+    def search_missing(self, w: SlideWeight, rows: Sequence[int] | None = None) -> None:
+        """Searches for the fastest settings for numbers of rows that have none yet.
+
+        `prepare` calls it on a GPU, outside a trace, for a weight that gets the prepared form. It
+        may take seconds. What fails is a warning.
+
+        Args:
+          w: the weight whose shape to search for.
+          rows: numbers of rows of x. None takes all usual ones.
         """
         return None
 

@@ -1,69 +1,42 @@
 """The implementation "cusparselt": products by cuSPARSELt, NVIDIA's library for 2:4 weights.
 
-The library has many algorithms. `search` finds the fastest one for a shape and remembers it in a
-file beside the tuning table. Calls that are lowered afterwards use it.
+The library knows no scale of a row of x. A result in bfloat16 is therefore rounded twice: the
+library rounds its sums, and a kernel applies scales, bias and residual and rounds again. Compared
+with one rounding of exact sums, less memory is moved between the two kernels. Results in float32
+and float16 are made from the library's int32 or float32 sums, and are rounded once.
 """
 
 from __future__ import annotations
 
-import functools
-import glob
-import importlib.util
-import json
-import math
-import os
-from pathlib import Path
-from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.files import write_json
-from slidejax.ops.cuda import calls, library
+from slidejax.ops import estimates
+from slidejax.ops.cuda import calls, cusparselt, library
 from slidejax.ops.implementations.base import (
     Form,
     Implementation,
     cuda_refusal,
+    lift_input,
     nothing_to_skip,
 )
-from slidejax.ops.tuning import table_path
+from slidejax.ops.problem import Problem
+from slidejax.ops.rates import rates_of
 from slidejax.weights.numerics import is_quantized
 from slidejax.weights.packed import SlideWeight
 
-__all__ = ["CUSPARSELT", "compressed", "search"]
+__all__ = ["CUSPARSELT", "compressed", "matmul_call"]
 
 
-# --- the library ----------------------------------------------------------------------------------
-
-
-def _wheel_libraries() -> list[str]:
-    """Paths of cuSPARSELt in NVIDIA's wheels, if these are installed."""
-    spec = importlib.util.find_spec("nvidia")
-    roots = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return sorted(
-        path
-        for root in roots
-        for path in glob.glob(os.path.join(glob.escape(root), "*", "lib", "libcusparseLt.so*"))
-    )
-
-
-@functools.cache
-def missing() -> str | None:
-    """The reason why cuSPARSELt cannot be used on this machine, or None."""
-    if reason := library.missing():
-        return reason
-    system = ["libcusparseLt.so.0", "/usr/local/cuda/lib64/libcusparseLt.so.0"]
-    reason = library.load()[0].load_cusparselt([*_wheel_libraries(), *system])
-    return f"cuSPARSELt: {reason} (pip install nvidia-cusparselt-cu13)" if reason else None
-
-
-def version() -> tuple[int, int, int] | None:
-    """The version of cuSPARSELt that is loaded, or None. `missing` says why there is none."""
-    return None if missing() else library.load()[0].cusparselt_version()
-
-
-# --- the product ----------------------------------------------------------------------------------
+# Seconds that the library itself takes to compress a weight, for each lifted weight: the least that
+# was measured on an H100 (4608 x 3584 to 37888 x 3584 and 3584 x 18944, 6:8 int8, 2026-11-26).
+_COMPRESSION = 8e-12
+# Bytes that could be moved in the time that writing the metadata takes beside its bytes, for each
+# lifted weight: 168 us for 37888 x 3584 on an H100 (6:8 int8, 2026-11-26).
+_SCATTERED = 2.5
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -77,7 +50,7 @@ def _multiple(dtype) -> int:
 
 def _compressed_bytes(w: SlideWeight) -> int:
     out, columns = _round_up(w.out_features, _multiple(w.dtype)), w.lifted_columns
-    if library.on_gpu() and missing() is None:
+    if library.on_gpu() and cusparselt.missing() is None:
         return library.load()[0].cusparselt_compressed_bytes(w.dtype.name, out, columns)
     # Ahead of time: half of the values, and a nibble for each window of whole 128 columns, as in
     # version 0.8. The call checks this.
@@ -87,7 +60,14 @@ def _compressed_bytes(w: SlideWeight) -> int:
 def compressed(w: SlideWeight) -> jax.Array:
     """The library's own form of a weight, uint8."""
     out_type = jax.ShapeDtypeStruct((_compressed_bytes(w),), jnp.uint8)
-    return calls.call("slidejax_compress_cusparselt", out_type, w.values, w.zeros)
+    layout = cusparselt.layout(w.dtype.name, w.out_features, w.lifted_columns)
+    return calls.call(
+        "slidejax_compress_cusparselt",
+        out_type,
+        w.values,
+        w.zeros,
+        layout=np.asarray(layout, np.int64),
+    )
 
 
 def matmul_call(
@@ -96,6 +76,7 @@ def matmul_call(
     compressed: jax.Array,
     scale_w: jax.Array,
     bias: jax.Array,
+    residual: jax.Array | None = None,
     *,
     dtype,
     workspace_bytes: int,
@@ -103,6 +84,8 @@ def matmul_call(
     algorithm: int = -1,
     split_k: int = 1,
     split_k_mode: int = 0,
+    parts: int = 1,
+    beside: int = 1,
 ) -> jax.Array:
     """The custom call of the product.
 
@@ -112,10 +95,12 @@ def matmul_call(
       compressed: uint8, from `compressed`.
       scale_w: float32 `[out]`.
       bias: float32 `[out]`, or `[0]` if there is none.
+      residual: bfloat16, float16 or float32 `[M, out]`, or None.
       dtype: of the result.
       workspace_bytes: bytes that the call may use.
       raw: whether the result is the accumulators, int32 or float32, without scales and bias.
-      algorithm, split_k, split_k_mode: an entry of `search`. -1, 1 and 0 are the library's default.
+      algorithm, split_k, split_k_mode, parts, beside: what a search found. -1, 1, 0, 1 and 1 are
+        the library's default.
 
     Returns:
       `[M, out]`.
@@ -126,101 +111,21 @@ def matmul_call(
     )
     y, _ = calls.call(
         "slidejax_sparse_matmul_cusparselt", out_types, lifted, scale_x, compressed, scale_w, bias,
-        raw=np.bool_(raw), alpha_vector=np.bool_(False),
-        algorithm=np.int32(algorithm), split_k=np.int32(split_k),
-        split_k_mode=np.int32(split_k_mode),
+        jnp.zeros(0, jnp.float32) if residual is None else residual,
+        raw=np.bool_(raw), algorithm=np.int32(algorithm), split_k=np.int32(split_k),
+        split_k_mode=np.int32(split_k_mode), parts=np.int32(parts), beside=np.int32(beside),
     )  # fmt: skip
     return y
 
 
-# --- the search for its fastest algorithm ---------------------------------------------------------
+def _choice(product: cusparselt.Product, rows: int) -> dict[str, int]:
+    """The attributes of a call: those of the nearest search, or the library's default.
 
-# Bytes of workspace that an algorithm may use. The library knows its needs only when the program
-# runs, and memory is planned before.
-_WORKSPACE = 64 << 20
-_DEFAULT_CHOICE = {"algorithm": -1, "split_k": 1, "split_k_mode": 0, "workspace_bytes": _WORKSPACE}
-# The largest distance, in factors of two, between the rows of a search and those of a call.
-_MAX_DISTANCE = 1.0
-
-
-def _search_path() -> Path:
-    """The file of searches for this kind of device and this release of the library.
-
-    Another release gives other meanings to the algorithms' numbers.
+    If the library refuses them for this number of rows, the call takes the default.
     """
-    release = version() or (0, 0, 0)
-    table = table_path(jax.devices()[0].device_kind)
-    return table.with_name(f"{table.stem}-cusparselt-{'.'.join(map(str, release))}.json")
-
-
-@functools.cache
-def _searches(path: Path, stamp: int) -> dict[str, dict[str, Any]]:
-    try:
-        entries = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}  # This is a cache: an algorithm that cannot be read is searched again.
-    return entries if isinstance(entries, dict) else {}
-
-
-def _read_searches() -> tuple[Path, dict[str, dict[str, Any]]]:
-    path = _search_path()
-    return path, _searches(path, path.stat().st_mtime_ns if path.exists() else 0)
-
-
-def _search_key(dtype, result, out: int, columns: int) -> str:
-    return f"{np.dtype(dtype).name}->{np.dtype(result).name} {out}x{columns}"
-
-
-def _nearest_search(
-    dtype, result, out: int, rows: int, columns: int
-) -> tuple[str, dict[str, Any]] | None:
-    """The nearest search within reach: its rows, and its fastest algorithm. None without one."""
-    if not library.on_gpu() or missing() is not None:
-        return None
-    found = _read_searches()[1].get(_search_key(dtype, result, out, columns), {})
-    near = min(found, key=lambda r: abs(math.log2(int(r) / max(rows, 1))), default=None)
-    if near is None or abs(math.log2(int(near) / max(rows, 1))) > _MAX_DISTANCE:
-        return None
-    return near, found[near]
-
-
-def _choice(dtype, result, out: int, rows: int, columns: int) -> dict[str, Any]:
-    """The algorithm of the nearest search, or the library's default.
-
-    If the library refuses the algorithm for this number of rows, the call takes the default.
-    """
-    found = _nearest_search(dtype, result, out, rows, columns)
-    return (
-        dict(_DEFAULT_CHOICE)
-        if found is None
-        else {name: int(found[1][name]) for name in _DEFAULT_CHOICE}
-    )
-
-
-def search(w: SlideWeight, rows: int) -> list[dict[str, Any]]:
-    """Times the library's algorithms for a weight's shape and `rows` rows.
-
-    The fastest is kept in a JSON file beside the tuning table, by device, version of the library
-    and shape. Calls that are lowered from now on use it.
-
-    Returns:
-      All algorithms that ran, the fastest first. Each has `algorithm`, `split_k`, `split_k_mode`,
-      `microseconds` and `workspace_bytes`.
-
-    Raises:
-      NotImplementedError: without a GPU or the library, with the reason.
-    """
-    reason = "there is no CUDA GPU" if not library.on_gpu() else missing()
-    if reason is not None:
-        raise NotImplementedError(f"cusparselt.search: {reason}")
-    result, columns = calls.accumulator(w.dtype), w.lifted_columns
-    timings = library.load()[0].cusparselt_tune(
-        w.dtype.name, result.name, w.out_features, rows, columns, workspace_limit=_WORKSPACE
-    )
-    path, entries = _read_searches()
-    key = _search_key(w.dtype, result, w.out_features, columns)
-    write_json(path, entries | {key: entries.get(key, {}) | {str(rows): timings[0]}})
-    return timings
+    found = cusparselt.nearest(product, rows)
+    chosen = {} if found is None else found[1]
+    return {name: int(chosen.get(name, value)) for name, value in cusparselt.DEFAULT.items()}
 
 
 class Cusparselt(Implementation):
@@ -229,11 +134,16 @@ class Cusparselt(Implementation):
     name = "cusparselt"
     form = Form("cusparselt", compressed)
     cuda_only = True
+    takes_residual = True
 
     def refuses(self, problem):
         reason = nothing_to_skip(problem) or cuda_refusal(problem)
         if reason is None and library.on_gpu():
-            reason = missing()
+            reason = cusparselt.missing()
+        if reason is None and problem.dtype == jnp.float8_e4m3fn:
+            rates = rates_of(problem.device)
+            if rates is not None and not rates.float8:
+                reason = f"{problem.device} has no sparse products of {problem.dtype.name}"
         if reason is None and problem.dtype == jnp.float32:
             reason = "float32 values are not supported"
         if reason is None and problem.out_dtype is None and not is_quantized(problem.dtype):
@@ -243,65 +153,133 @@ class Cusparselt(Implementation):
             )
         return reason
 
-    def matmul(self, lifted, scale_x, w, bias, out_dtype, platform="default"):
+    def linear(self, x, prologue, w, bias, out_dtype, platform="default", residual=None):
+        lifted, scale_x = lift_input(x, prologue, w)
+        return self.matmul(lifted, scale_x, w, bias, out_dtype, platform, residual)
+
+    def matmul(self, lifted, scale_x, w, bias, out_dtype, platform="default", residual=None):
         raw = out_dtype is None
-        accumulator = calls.accumulator(w.dtype)
-        if raw and accumulator.itemsize < 4:
+        rows, columns = lifted.shape
+        product = cusparselt.Product.of(w.dtype, out_dtype, w.out_features, columns)
+        if raw and product.result.itemsize < 4:
             raise NotImplementedError(
                 f"cuSPARSELt gives no float32 accumulators of {w.dtype.name} values"
             )
-        dtype = accumulator if raw else np.dtype(out_dtype)
+        dtype = product.result if raw else np.dtype(out_dtype)
         form = w.prepared["cusparselt"] if "cusparselt" in w.prepared else compressed(w)
         bias = jnp.zeros(0, jnp.float32) if bias is None or raw else bias.astype(jnp.float32)
-        rows, columns = lifted.shape
         tokens, out = (
             _round_up(rows, _multiple(w.dtype)),
             _round_up(w.out_features, _multiple(w.dtype)),
         )
-        choice = _choice(w.dtype, accumulator, w.out_features, rows, columns)
-        direct = accumulator == dtype and tokens == rows and out == w.out_features
-        parts = (
-            0 if direct else tokens * out * accumulator.itemsize,
+        choice = _choice(product, rows)
+        is_whole = tokens == rows and out == w.out_features
+        direct = (
+            is_whole and product.result.itemsize == dtype.itemsize
+        )  # accumulated where y will be
+        sizes = (
+            0 if direct else tokens * out * product.result.itemsize,
             0 if tokens == rows else tokens * columns * w.dtype.itemsize,
             choice.pop("workspace_bytes"),
         )
-        workspace = calls.ALIGN + sum(_round_up(part, calls.ALIGN) for part in parts)
         return matmul_call(
             lifted,
             scale_x[:, 0],
             form,
             w.scale,
             bias,
+            residual,
             dtype=dtype,
-            workspace_bytes=workspace,
+            workspace_bytes=calls.ALIGN + sum(_round_up(size, calls.ALIGN) for size in sizes),
             raw=raw,
             **choice,
         )
 
+    def estimate(self, problem):
+        rates = rates_of(problem.device)
+        if rates is None:
+            return None
+        columns, product = problem.pattern.lifted(problem.in_features), _product_of(problem)
+        # Half of the values, and a nibble for each window of four columns.
+        weight = columns * problem.out_features * (problem.dtype.itemsize / 2 + 1 / 8)
+        sums = product.result.itemsize
+        seconds = estimates.lift(rates, problem, columns) + estimates.multiply(
+            rates, problem, columns, weight, sums, sparse=True
+        )
+        if is_quantized(problem.dtype) and problem.out_dtype is not None:
+            seconds += estimates.finish(rates, problem, sums)
+        if "cusparselt" in problem.prepared:
+            return seconds
+        if library.on_gpu() and not cusparselt.layout(
+            problem.dtype.name, problem.out_features, columns
+        ):
+            return seconds + _COMPRESSION * columns * problem.out_features
+        moved = estimates.packed_bytes(problem) + weight
+        scattered = _SCATTERED * columns * problem.out_features
+        return seconds + estimates.move(rates, moved + scattered)
+
     def available(self):
-        return missing()
+        return cusparselt.missing()
 
     def facts(self):
-        release = version()
-        return {"cusparselt_version": None if release is None else ".".join(map(str, release))}
+        release, shapes = cusparselt.version(), cusparselt.shapes()
+        return {
+            "cusparselt_version": None if release is None else ".".join(map(str, release)),
+            "cusparselt_searched_shapes": None
+            if shapes is None
+            else f"{shapes}; others run its default algorithm",
+        }
+
+    def note(self, problem):
+        how = _in_words(_product_of(problem), problem.rows)
+        if "cusparselt" in problem.prepared:
+            return how
+        return f"{how}; its form is made in each call: sj.prepare makes it once"
 
     def settings(self, w, rows):
-        found = _nearest_search(
-            w.dtype, calls.accumulator(w.dtype), w.out_features, rows, w.lifted_columns
-        )
-        if found is None:
-            return "the library's default; slidejax tune searches for the fastest"
-        near, choice = found
-        return (
-            f"{choice['algorithm']}, the fastest of a search at M={near} "
-            f"({choice['microseconds']:.1f} us for the product alone)"
-        )
+        return _in_words(_product(w), rows)
 
     def search(self, w, rows):
-        best = search(w, rows)[0]
+        best = cusparselt.search(_product(w), rows)[0]
         return (
             f"cuSPARSELt's fastest algorithm is {best['algorithm']}: {best['microseconds']:.1f} us"
         )
+
+    def search_missing(self, w, rows=None):
+        product = _product(w)
+        for m in sorted({*(rows or cusparselt.ROWS)} - cusparselt.searched(product).keys()):
+            try:
+                cusparselt.search(product, m)
+            except RuntimeError as error:
+                warnings.warn(
+                    f"no search for cuSPARSELt's fastest algorithm at {m} rows: {error}. Its "
+                    "default runs there.",
+                    stacklevel=2,
+                )
+
+
+def _in_words(product: cusparselt.Product, rows: int) -> str:
+    """Which algorithm a call runs."""
+    found = cusparselt.nearest(product, rows)
+    if found is None:
+        return "the library's default algorithm, without a search: sj.prepare or slidejax tune"
+    near, choice = found
+    parts = f" in {choice['parts']} parts" if choice.get("parts", 1) > 1 else ""
+    return (
+        f"algorithm {choice['algorithm']}{parts}, the fastest of a search at M={near} "
+        f"({choice['microseconds']:.1f} us without the lift)"
+    )
+
+
+def _product_of(problem: Problem) -> cusparselt.Product:
+    """The product of a problem."""
+    columns = problem.pattern.lifted(problem.in_features)
+    return cusparselt.Product.of(problem.dtype, problem.out_dtype, problem.out_features, columns)
+
+
+def _product(w: SlideWeight) -> cusparselt.Product:
+    """The product of a weight with bfloat16 results, which is what a search is for."""
+    return cusparselt.Product.of(w.dtype, jnp.bfloat16, w.out_features, w.lifted_columns)
 
 
 CUSPARSELT = Cusparselt()

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from slidejax.ops import estimates
 from slidejax.ops.cuda import calls, library
 from slidejax.ops.implementations import hopper
 from slidejax.ops.implementations.base import Implementation, cuda_refusal
 from slidejax.ops.problem import Problem
+from slidejax.ops.rates import rates_of
 from slidejax.weights.numerics import is_quantized
 from slidejax.weights.packed import SlideWeight
 from slidejax.weights.pattern import BLOCK_GROUPS
@@ -65,6 +68,17 @@ class Decode(Implementation):
         if not is_quantized(problem.dtype):
             return f"values must be int8 or float8_e4m3fn, not {problem.dtype.name}"
         return None if problem.dtype == jnp.int8 else _refuses_float8(problem)
+
+    def estimate(self, problem):
+        rates = rates_of(problem.device)
+        if rates is None:
+            return None
+        result = problem.out_features * np.dtype(problem.out_dtype).itemsize
+        rows = problem.rows * (problem.in_features * problem.x_dtype.itemsize + result)
+        # A small kernel quantises the rows first where it must.
+        return estimates.move(rates, 0) + estimates.move(
+            rates, estimates.packed_bytes(problem) + rows
+        )
 
     def linear(self, x, prologue, w, bias, out_dtype, platform="default", residual=None):
         if prologue is not None:

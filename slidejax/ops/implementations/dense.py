@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.ops import estimates
 from slidejax.ops.implementations import hopper
 from slidejax.ops.implementations.base import Form, Implementation, with_residual
 from slidejax.ops.implementations.reference import accumulate, finish
 from slidejax.ops.lift_quantize import lift_rows, unlift
 from slidejax.ops.problem import device_kind
 from slidejax.ops.prologue import inputs_of
+from slidejax.ops.rates import rates_of
 from slidejax.weights.layout import scatter_values
+from slidejax.weights.numerics import is_quantized
 from slidejax.weights.packed import SlideWeight
 from slidejax.weights.pattern import UNPRUNED
 
@@ -87,6 +90,31 @@ class Dense(Implementation):
 
     def refuses(self, problem):
         return None
+
+    def estimate(self, problem):
+        rates = rates_of(problem.device)
+        if rates is None or problem.platform != "cuda":
+            return None
+        columns, weight = problem.in_features, estimates.dense_bytes(problem)
+        if is_quantized(problem.dtype):  # XLA writes the sums, and scales them afterwards
+            seconds = estimates.lift(rates, problem, columns)
+            seconds += estimates.multiply(rates, problem, columns, weight, 4)
+            seconds += estimates.finish(rates, problem, 4) if problem.out_dtype is not None else 0.0
+        else:
+            seconds = estimates.multiply(rates, problem, columns, weight, problem.dtype.itemsize)
+        if problem.op != "linear":
+            lifted = problem.pattern.lifted(columns)
+            seconds += estimates.move(
+                rates, problem.rows * (lifted + columns) * problem.dtype.itemsize
+            )
+        if "dense" not in problem.prepared:
+            seconds += estimates.move(rates, estimates.packed_bytes(problem) + weight)
+        return seconds
+
+    def note(self, problem):
+        if problem.platform != "cuda" or not problem.pattern.prunes or "dense" in problem.prepared:
+            return None
+        return "the weight is unpacked in each call: sj.prepare"
 
     def matmul(self, lifted, scale_x, w, bias, out_dtype, platform="default", residual=None):
         codes, kernel = unlift(lifted, w.pattern), dense_codes(w, padded=True)
