@@ -1,6 +1,9 @@
 """`Tokenizer`: encoding, decoding, conversations, and saving."""
 
 import pytest
+
+pytest.importorskip("jinja2")
+
 from text_examples import sentence_piece
 
 from slidejax.lm.text.examples import byte_tokenizer
