@@ -73,8 +73,8 @@ cudaError_t PrepareTile(int tile, Device& device) {
   const TileInfo& t = GetTile(tile);
   const Kernels& kernels = kKernels[tile];
   for (const void* kernel : {kernels.s8, kernels.e4m3}) {
-    constexpr auto kSharedBytes = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    if (auto s = cudaFuncSetAttribute(kernel, kSharedBytes, t.shared_bytes)) return s;
+    constexpr auto kSharedLimit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (auto s = cudaFuncSetAttribute(kernel, kSharedLimit, t.shared_bytes)) return s;
   }
   for (int groups = 1; groups <= kMaxClusterCtas; ++groups) {
     const bool shares_w = groups == 2 && t.ctas == 2;

@@ -36,7 +36,7 @@ def test_scales_of_a_sum_stay_until_every_lane_has_read_them(emulated):
         ("128x256", 2),
         ("256x128", 2),
         ("128x128", 4),
-        ("128x128 in fours", 2),
+        ("128x128 (4 CTAs)", 2),
     ],
 )
 def test_cta_groups_of_a_cluster_divide_k(emulated, tile, parts, dtype):

@@ -124,7 +124,7 @@ def plan(library, shape, prepared=True, multiprocessors=H200, **schedule):
         (64, 3584, 3584, "128x64", False, "3 groups"),
         (64, 3584, 37888, "128x64", False, "2 groups"),
         (64, 18944, 3584, "128x64", False, "3 groups"),
-        (256, 3584, 4608, "128x128 in fours", False, "whole tiles"),
+        (256, 3584, 4608, "128x128 (4 CTAs)", False, "whole tiles"),
         (256, 3584, 3584, "128x64", False, "whole tiles"),
         (256, 3584, 37888, "128x256", False, "2 groups"),
         (256, 18944, 3584, "128x256", False, "4 groups"),
