@@ -1,19 +1,21 @@
 // 2:4 metadata from the zeros of the packed form: its layout, the arithmetic, and the kernels that
 // make it ahead of a product. expand.cuh makes it within the product's kernel.
 //
-// A stage is 256 lifted columns: 64 windows of each row, a nibble each. They may begin within a
-// group and end within another. Rows of zeros are 8-byte aligned, and so are the pieces that are
-// read.
+// A stage is a step of 256 lifted columns: 64 windows of each row, a nibble each. They may begin
+// within a group and end within another. Rows of zeros are 8-byte aligned, and so are the pieces
+// that are read.
 #pragma once
 
 #include "hopper/ptx.cuh"
+#include "hopper/tile.h"
 
 namespace slidejax::hopper {
 
-inline constexpr int kStageWindows = 64, kStageWords = kStageWindows / 8;  // of a row
-inline constexpr int kPieceBytes = 8;                                      // of a row's zeros
-inline constexpr int kMetadataSliceBytes = 1024;    // of 64 rows in one of a stage's two slices
-inline constexpr uint32_t kLegalWord = 0x44444444;  // beyond the last column, where W is zero
+inline constexpr int kStageWindows = kStepColumns / 4;  // of a row, a nibble each
+inline constexpr int kStageWords = kStageWindows / 8;   // of a row, 32 bits each
+inline constexpr int kPieceBytes = 8;                   // of a row's zeros
+inline constexpr int kMetadataSliceBytes = 1024;        // of 64 rows in one of a stage's two slices
+inline constexpr uint32_t kLegalWord = 0x44444444;      // beyond the last column, where W is zero
 
 // Returns where the four words lie that a row has in a slice, in bytes. One bit of the row's number
 // is exchanged, so that the eight rows that 16 lanes of a consumer warp read lie in different

@@ -22,7 +22,6 @@ constexpr float kClusterSumClocks = 40;       // to send sums around, for each t
 constexpr float kSparseRowBytes = 72, kDenseRowBytes = 128;
 constexpr float kSparseBytesPerColumn = 0.625f, kDenseBytesPerColumn = 1;
 
-constexpr int kStepColumns = 256;
 constexpr int64_t kTokenGroupBytes = 16 << 20;  // of X, kept in L2 while all of W passes
 constexpr int kPowerLimitedTokens = 1024;       // with fewer, power does not limit
 constexpr int kFewTokens = 64;                  // up to here no larger tile was ever faster
@@ -105,8 +104,8 @@ Split CutThroughMemory(const TileInfo& t, const Problem& p, int workers, int pai
     const float move = 2 * parts * (t.partial_bytes / t.ctas) / kPartialBytesPerClock;
     // Equal parts run through K side by side. Unequal ones each read their own W and X from memory,
     // with shared W at half of its rate.
-    const float bytes =
-        rest * (t.rows * t.ctas * WeightBytes(p) / p.out + paired * t.tokens * 256.0f * steps);
+    const float bytes = rest * (t.rows * t.ctas * WeightBytes(p) / p.out +
+                                paired * t.tokens * float{kStepColumns} * steps);
     const float apart = sharers % rest ? paired * bytes / kMemoryBytesPerClock : 0;
     const float shared = std::max(CeilDiv(rest * steps, sharers) * step_clocks(sharers), apart);
     const float clocks =

@@ -80,7 +80,7 @@ Split SplitTiles(const TileInfo& tile, const Problem& problem, const Schedule& s
 int PlannedGroups(const TileInfo& tile, int multiprocessors, int cluster_groups);
 
 // Tiles of a CTA group along the outputs; tiles of `paired_groups` CTA groups along the tokens;
-// steps along K, of 256 columns each.
+// steps along K, of kStepColumns each (tile.h).
 int RowTiles(const TileInfo& tile, const Problem& problem);
 int TokenTiles(const TileInfo& tile, const Problem& problem, int paired_groups);
 int Steps(const Problem& problem);

@@ -34,6 +34,9 @@ namespace slidejax::hopper {
   F("dense 128x64", 2, 1, 64, 1, 7, 7, false, 340, 1000, 1)        \
   F("dense 128x16", 2, 1, 16, 1, 10, 10, false, 400, 800, 1)
 
+// K is walked in steps of two slices. A slice is 128 columns of the product.
+inline constexpr int kStepColumns = 2 * 128;
+
 // The numbers of parts into which the CTA groups of a cluster can divide K.
 inline constexpr int kClusterSplits[] = {2, 3, 4, 6, 8};
 inline constexpr int kMaxClusterCtas = 8;  // what every Hopper GPU can launch
@@ -74,8 +77,8 @@ struct Tile {
                     kThreads / 128 * kProducerRegisters <=
                 65536 / kThreads / 8 * 8 * (kThreads / 128));
 
-  // A slice is 128 columns of the product. A stage always holds rows of 128 bytes: of X one slice
-  // each, of sparse W two. Small tiles take two slices of X into a stage as well.
+  // A stage always holds rows of 128 bytes: of X one slice each, of sparse W two. Small tiles take
+  // two slices of X into a stage as well.
   static constexpr int kSlicesX = kSparse && kM64Blocks == 1 && kTokens <= 64 ? 2 : 1;
   static constexpr int kSlicesW = kSparse ? 2 : 1;
   static constexpr int kStageBytesX = kSlicesX * kTokens * 128;
