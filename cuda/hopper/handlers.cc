@@ -18,6 +18,7 @@
 #include <algorithm>
 
 #include "common/ffi_util.h"
+#include "common/group.h"
 #include "common/integers.h"
 #include "hopper/hopper.h"
 #include "lift/arguments.h"
@@ -35,7 +36,7 @@ ffi::Error MetadataImpl(cudaStream_t stream, ffi::Buffer<ffi::U8> zeros,
     return InvalidArgument("metadata_hopper", message);
   };
   if (zeros.dimensions().size() != 2) return fail("zeros must be [out, groups]");
-  if (group < 4 || group > 16 || group % 2) {
+  if (!IsGroup(group)) {
     return fail("group must be even, 4 to 16, got " + std::to_string(group));
   }
   const int64_t out = zeros.dimensions()[0], columns = zeros.dimensions()[1] * 2 * (group - 2);
@@ -82,7 +83,7 @@ std::string WeightArguments(const Weight& w, int64_t columns, Args& args) {
     return "";
   }
   const int64_t group = w.values.dimensions()[2] + 2;
-  if (group < 4 || group > 16 || group % 2) return "kept must be even, 2 to 14";
+  if (!IsGroup(group)) return "kept must be even, 2 to 14";
   if (columns != groups * (group / 2 - 1) * 4) {
     return "lifted columns do not fit the groups of values";
   }

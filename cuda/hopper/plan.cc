@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "common/group.h"
 #include "common/integers.h"
 #include "hopper/tile.h"
 
@@ -221,7 +222,7 @@ Plan MakePlan(const Problem& p, const Schedule& schedule, int multiprocessors) {
 const char* Check(const Problem& p, const Schedule& schedule) {
   constexpr int kMaxGroups = 1 << 20, kMaxDenseColumns = 1 << 24;
   if (p.M < 1 || p.out < 1) return "M and out must be at least 1";
-  if (p.group != 0 && (p.group < 4 || p.group > 16 || p.group % 2)) {
+  if (p.group != 0 && !IsGroup(p.group)) {
     return "group must be 4, 6, ... 16, or 0 for a dense weight";
   }
   if (p.sparse()) {

@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "common/ffi_util.h"
+#include "common/group.h"
 #include "lift/arguments.h"
 #include "lift/lift.h"
 
@@ -27,9 +28,7 @@ std::string CheckShapes(const ffi::AnyBuffer& x, const ffi::AnyBuffer& lifted,
   if (!lifted_type || *lifted_type == DType::kS32) {
     return "lifted must be int8, float8_e4m3fn, bfloat16, float16 or float32";
   }
-  if (group != 0 && (group < 4 || group > 16 || group % 2)) {
-    return "group must be 0 or even, 4 to 16";
-  }
+  if (group != 0 && !IsGroup(group)) return "group must be 0 or even, 4 to 16";
   if (x.dimensions().size() != 2 || lifted.dimensions().size() != 2) {
     return "x and lifted must be matrices";
   }
