@@ -55,7 +55,7 @@ _LAYER = (
 
 
 def deinterleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """From llama.cpp's order of rotated rows to Hugging Face's; ``weight`` is [heads * dim, in].
+    """From llama.cpp's order of rotated rows to Hugging Face's; `weight` is [heads * dim, in].
 
     >>> deinterleave(np.arange(4)[:, None], heads=1).ravel()
     array([0, 2, 1, 3])
@@ -74,7 +74,7 @@ class GGUFFile:
 
     Raises:
       ValueError: the file is missing, damaged, cut short or not GGUF.
-      ImportError: the package ``gguf`` is not installed.
+      ImportError: the package `gguf` is not installed.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -209,7 +209,7 @@ class GGUFFile:
             )
 
     def _take(self, key: str, *shape: int) -> np.ndarray:
-        """The tensor ``key`` in float32, which must have this shape."""
+        """The tensor `key` in float32, which must have this shape."""
         import gguf
 
         if key not in self._tensors:

@@ -167,10 +167,10 @@ def plot(rows: Sequence[Compared], path: str | os.PathLike[str], window: int) ->
     """Two pictures in one file: where in a window models lose, and how much single tokens suffer.
 
     Both show how much more than the first model the others lose (one model alone: what it loses).
-    Left, the mean against the position in the window: models that lose their first tokens, or
-    forget a long context. Right, the share of tokens that lose more than so many nats: a perplexity
-    that is a little worse everywhere and one that is far worse on a few tokens look alike in a
-    table, not here.
+    Left is the mean loss against the position in the window. It shows models that lose their first
+    tokens, and models that forget a long context. Right is the share of tokens whose loss is above
+    a threshold, against the threshold in nats. A model that is a little worse everywhere and a
+    model that is far worse on a few tokens can have one perplexity. Here they look different.
 
     Args:
       rows: from `compare`.

@@ -1,7 +1,7 @@
 """The rows of `slidejax demo`: a model and its conversions to every pattern, measured on one text.
 
-Each row runs the deployed path: the model is converted, its own ``__call__`` is evaluated under
-`jax.jit` and its own ``.generate`` is timed under `jax.jit`. Parameters are arguments of both
+Each row runs the deployed path: the model is converted, its own `__call__` is evaluated under
+`jax.jit` and its own `.generate` is timed under `jax.jit`. Parameters are arguments of both
 programs, so that rows whose parameters have one structure share them: on a CPU those of one dtype
 (`slidejax.variants.serving`). Programs for generating are compiled in a thread while the model is
 evaluated; nothing else runs while generation is timed.
@@ -66,7 +66,7 @@ class Row:
 
 
 def _prepared_bytes(params: Any) -> int:
-    """Of the prepared forms in a tree that serves."""
+    """The bytes of the prepared forms and serving weights in a tree of parameters."""
     forms: list[Any] = [dict(w.prepared) for w in weights_of(params)]
     forms += [w for w in jax.tree.leaves(params, is_leaf=_is_dense_form) if _is_dense_form(w)]
     return sum(leaf.nbytes for leaf in jax.tree.leaves(forms))
