@@ -169,8 +169,8 @@ def plot(rows: Sequence[Compared], path: str | os.PathLike[str], window: int) ->
     Both show how much more than the first model the others lose (one model alone: what it loses).
     Left is the mean loss against the position in the window. It shows models that lose their first
     tokens, and models that forget a long context. Right is the share of tokens whose loss is above
-    a threshold, against the threshold in nats. A model that is a little worse everywhere and a
-    model that is far worse on a few tokens can have one perplexity. Here they look different.
+    a threshold, against the threshold in nats. A model that is a little worse everywhere can have
+    the same perplexity as one that is far worse on a few tokens. Here they look different.
 
     Args:
       rows: from `compare`.

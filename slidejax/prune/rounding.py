@@ -17,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.prune.sparsegpt import damped
+from slidejax.prune.sparsegpt import EXACT, damped
 from slidejax.weights import numerics
 
 __all__ = ["clip_search", "round_kernel"]
 
-_EXACT = jax.lax.Precision.HIGHEST
 _SHARES = {
     np.dtype(jnp.int8): tuple(1 - 0.02 * i for i in range(13)),
     np.dtype(jnp.float8_e4m3fn): tuple(2.0 ** (-i / 12) for i in range(12)),
@@ -138,12 +137,12 @@ def _round_kernel(kernel, mask, gram, start, dtype, sweeps):
             return w.at[k].set(new), r - inner[:, k, None] * (new - old)
 
         after, _ = jax.lax.fori_loop(0, _BLOCK, column, (before, rows(r)))
-        r = r - jnp.matmul(h.T, after - before, precision=_EXACT)
+        r = r - jnp.matmul(h.T, after - before, precision=EXACT)
         return jax.lax.dynamic_update_slice_in_dim(w, after, at, axis=0), r
 
     def sweep(_, w):
         # The residual is computed afresh, so that rounding errors do not add up.
-        r = jnp.matmul(gram, kernel - w, precision=_EXACT)
+        r = jnp.matmul(gram, kernel - w, precision=EXACT)
         return jax.lax.fori_loop(0, len(kernel) // _BLOCK, block, (w, r))[0]
 
     return jax.lax.fori_loop(0, sweeps, sweep, start)[:columns], scale

@@ -25,7 +25,9 @@ from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
 
 __all__ = ["layer_error", "refit", "sparsegpt"]
 
-_EXACT = jax.lax.Precision.HIGHEST
+# Gram matrices and what is solved from them need all bits of float32. By default GPUs and TPUs
+# multiply with fewer.
+EXACT = jax.lax.Precision.HIGHEST
 _SWEEPS = 2  # sweeps of `exchange` in each round
 
 
@@ -216,7 +218,7 @@ def _pairs(size: int):
 
 
 def _dot(a, b):
-    return jnp.matmul(a, b, precision=_EXACT)
+    return jnp.matmul(a, b, precision=EXACT)
 
 
 def _columns(x, index, width: int):
@@ -251,7 +253,7 @@ def layer_error(kernel: jax.Array, other: jax.Array, gram: jax.Array) -> jax.Arr
       float32 `[]`.
     """
     difference = (kernel - other).astype(jnp.float32)
-    return jnp.sum(difference * jnp.matmul(gram, difference, precision=_EXACT))
+    return jnp.sum(difference * jnp.matmul(gram, difference, precision=EXACT))
 
 
 @jax.jit
@@ -339,7 +341,7 @@ def refit(
 @functools.partial(jax.jit, static_argnums=4)
 def _refit(kernel, mask, gram, start, steps):
     def apply(v):
-        return jnp.where(mask, jnp.matmul(gram, v, precision=_EXACT), 0)
+        return jnp.where(mask, jnp.matmul(gram, v, precision=EXACT), 0)
 
     def dot(a, b):  # each output is a system of its own
         return jnp.sum(a * b, axis=0, keepdims=True)

@@ -33,11 +33,9 @@ from slidejax.prune.model.program import Tap, named_leaves
 from slidejax.prune.model.result import Pruned
 from slidejax.prune.model.stages import Stages
 from slidejax.prune.model.store import Store
-from slidejax.prune.sparsegpt import damped
+from slidejax.prune.sparsegpt import EXACT, damped
 
 __all__ = ["InOrder"]
-
-_EXACT = jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +276,7 @@ def _moments_of(axes, dtype) -> Callable[..., Any]:
         z = as_rows(
             rounded(z, axes, dtype) if dtype is not None and dtype.itemsize == 1 else z, axes
         )
-        dot = functools.partial(jnp.matmul, precision=_EXACT)
+        dot = functools.partial(jnp.matmul, precision=EXACT)
         gram, cross, wanted = sums
         gram = gram + dot(z.T, z)
         if x is None:
@@ -310,7 +308,7 @@ def _solved_by(solve: Solve) -> Callable[..., Any]:
         target = kernel
         if cross is not None or any(w is not None for w in wanted):
             parts = [
-                jnp.matmul(cross, k, precision=_EXACT) if w is None else w
+                jnp.matmul(cross, k, precision=EXACT) if w is None else w
                 for k, w in zip(kernels, wanted, strict=True)
             ]
             target = kernel + correct * (
