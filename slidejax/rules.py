@@ -148,21 +148,26 @@ class Report:
     def __str__(self) -> str:
         width = max((len(layer.path) for layer in self.converted), default=0)
         lines = [
-            f"{len(self.converted)} layers converted, {_mib(self.bytes_before)} to "
-            f"{_mib(self.bytes_after)}; {len(self.skipped)} skipped"
+            f"{len(self.converted)} layers converted, {mib(self.bytes_before, 2)} MiB to "
+            f"{mib(self.bytes_after, 2)} MiB; {len(self.skipped)} skipped"
         ]
         lines += [
             f"  {layer.path:<{width}}  {layer.rule.pattern!s:>5} {layer.dtype.name:<13} "
             f"{'x'.join(map(str, layer.shape))}  "
-            f"{_mib(layer.bytes_before)} to {_mib(layer.bytes_after)}"
+            f"{mib(layer.bytes_before, 2)} MiB to {mib(layer.bytes_after, 2)} MiB"
             for layer in self.converted
         ]
         lines += [f"  skipped: {path}: {reason}" for path, reason in self.skipped.items()]
         return "\n".join(lines + [f"  {line}" for line in (*self.unmatched, *self.notes)])
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.2f} MiB"
+def mib(size: int, digits: int) -> str:
+    """Bytes as MiB, without the unit.
+
+    >>> mib(3 << 19, 2)
+    '1.50'
+    """
+    return f"{size / 2**20:.{digits}f}"
 
 
 class RuleSet:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slidejax as sj
-from slidejax.rules import LeftDense, RuleSet, Skipped, pack_by_rule
+from slidejax.rules import LeftDense, RuleSet, Skipped, mib, pack_by_rule
 
 
 def test_first_match_wins_and_kernel_may_be_left_out():
@@ -116,3 +116,10 @@ def test_a_method_may_change_the_kernel():
     np.testing.assert_array_equal(sj.unpack(w), 2 * sj.unpack(sj.pack(kernel, "6:8")))
     with pytest.raises(ValueError, match="a/kernel: mask"):
         pack_by_rule(kernel, sj.Rule("6:8"), "a/kernel", lambda *_: jnp.ones((2, 2), bool))
+
+
+@given(st.integers(0, 2**40))
+def test_sizes_are_rounded_to_the_digits_that_are_asked_for(size):
+    for digits in (1, 2):
+        assert abs(float(mib(size, digits)) * 2**20 - size) <= 2**20 * 0.51 * 10**-digits
+    assert (mib(3 << 19, 1), mib(3 << 19, 2)) == ("1.5", "1.50")

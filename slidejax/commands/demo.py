@@ -108,6 +108,8 @@ def _show(out: Any, name: str, source: str, rows: Sequence[Row]) -> None:
     """Prints the table, below a line about the device and the text."""
     import jax
 
+    from slidejax.rules import mib
+
     device = jax.devices()[0].device_kind
     out.print(f"{name} on {device}, {rows[0].tokens} tokens of: {source}", highlight=False)
     out.print(_table(rows))
@@ -120,7 +122,7 @@ def _show(out: Any, name: str, source: str, rows: Sequence[Row]) -> None:
     if prepared:
         out.print(
             "The weights are those of the linear layers, as files hold them. This device serves a "
-            f"prepared form of up to {terminal.mib(prepared)} MiB, made outside the loop.",
+            f"prepared form of up to {mib(prepared, 1)} MiB, made outside the loop.",
             highlight=False,
         )
 
@@ -128,6 +130,8 @@ def _show(out: Any, name: str, source: str, rows: Sequence[Row]) -> None:
 def _table(rows: Sequence[Row]) -> Any:
     """The rows as a table of rich."""
     from rich.table import Table
+
+    from slidejax.rules import mib
 
     table = Table()
     for name in ("pattern", "weights"):
@@ -140,7 +144,7 @@ def _table(rows: Sequence[Row]) -> Any:
             row.dtype,
             f"{row.perplexity:.2f}" if row.perplexity < 1e5 else f"{row.perplexity:.1e}",
             f"{100 * row.next_token_accuracy:.1f} %",
-            terminal.mib(row.bytes),
+            mib(row.bytes, 1),
             "" if row.convert_seconds is None else f"{row.convert_seconds:.1f}",
             f"{row.tokens_per_second:.1f}",
         )

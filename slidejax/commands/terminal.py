@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["console", "emit", "mib", "progress", "read_text", "show_written"]
+__all__ = ["console", "emit", "progress", "read_text", "show_written"]
 
 
 def console(stderr: bool = False) -> Any:
@@ -57,11 +57,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def mib(size: int) -> str:
-    """Bytes as MiB, without the unit."""
-    return f"{size / 2**20:.1f}"
 
 
 def show_written(out: Any, name: str, prompt: str, text: str) -> None:

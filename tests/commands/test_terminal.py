@@ -63,4 +63,3 @@ def test_written_text_is_shown_as_it_is(capsys):
         "6:8 int8: The [bold]moon[/bold]",
         "is [red]round",
     ]
-    assert terminal.mib(3 << 19) == "1.5"
