@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from slidejax.commands import arguments, inputs, terminal
+from slidejax.lm.texts import WINDOW
 
 __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run"]
 
@@ -34,9 +35,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--window",
         type=arguments.positive,
-        default=512,
+        default=WINDOW,
         metavar="N",
-        help="predictions in one sequence (default 512)",
+        help=f"predictions in one sequence (default {WINDOW})",
     )
     p.add_argument(
         "--batch",

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from slidejax.commands import arguments, inputs, terminal
+from slidejax.lm.texts import WINDOW
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +20,10 @@ EXAMPLE = "slidejax recover out recovered --minutes 10"
 
 # Rows that the original model writes begin with this many tokens of the text.
 _PROMPT_TOKENS = 24
+# Rows in a step and tokens in a row, where there is no GPU. `slidejax.recover` takes more. A step
+# of this size already takes a CPU many seconds (docs/journal/2026-11-23-recovery.md), and some
+# steps must fit into the default of --minutes.
+_CPU_ROWS, _CPU_WINDOW = 4, 256
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -81,7 +86,7 @@ def _add_training(p: argparse.ArgumentParser) -> None:
         "--batch",
         type=positive,
         metavar="ROWS",
-        help="rows in a step (default 32 on a GPU, 4 elsewhere)",
+        help=f"rows in a step (default 32 on a GPU, {_CPU_ROWS} elsewhere)",
     )
     p.add_argument(
         "--accumulate",
@@ -94,7 +99,7 @@ def _add_training(p: argparse.ArgumentParser) -> None:
         "--window",
         type=positive,
         metavar="N",
-        help="tokens in a row (default 512 on a GPU, 256 elsewhere)",
+        help=f"tokens in a row (default {WINDOW} on a GPU, {_CPU_WINDOW} elsewhere)",
     )
     p.add_argument(
         "--learning-rate",
@@ -235,7 +240,8 @@ def _rows(args: argparse.Namespace, original: Loaded, ids: np.ndarray) -> np.nda
     from slidejax.lm.evaluate import fitting
     from slidejax.train.distill import rows_of, sample
 
-    window = fitting(args.window or min(512 if _on_gpu() else 256, len(ids)), original.model)
+    wanted = args.window or min(WINDOW if _on_gpu() else _CPU_WINDOW, len(ids))
+    window = fitting(wanted, original.model)
     start = np.asarray(original.start, np.int32)
     text = rows_of(ids, window - len(start))
     # A model in use never sees a text without its start.
@@ -264,7 +270,7 @@ def _recover(
         minutes=None if args.steps else args.minutes,
         qdtype=args.dtype,
         window=rows.shape[1],
-        batch=args.batch or min(32 if _on_gpu() else 4, len(rows)),
+        batch=args.batch or (None if _on_gpu() else min(_CPU_ROWS, len(rows))),
         accumulate=args.accumulate,
         learning_rate=args.learning_rate,
         warmup=args.warmup,

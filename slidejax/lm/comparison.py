@@ -15,6 +15,7 @@ import numpy as np
 from slidejax.lm import serving
 from slidejax.lm.evaluate import Evaluation, default_batch, evaluate, fitting
 from slidejax.lm.reading import Loaded
+from slidejax.lm.texts import WINDOW
 
 __all__ = ["Compared", "compare", "plot", "table"]
 
@@ -73,7 +74,7 @@ def compare(
     models: Sequence[tuple[str, Loaded]],
     tokens: np.ndarray,
     *,
-    window: int = 512,
+    window: int = WINDOW,
     batch: int | None = None,
     reference: Loaded | None = None,
     prompt: str | None = None,

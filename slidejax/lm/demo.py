@@ -23,6 +23,7 @@ from slidejax.lm.evaluate import Evaluator, default_batch, fitting
 from slidejax.lm.generate import Generator
 from slidejax.lm.reading import Loaded
 from slidejax.lm.serving import Called, Summary, called, convert, ready, summary, with_params
+from slidejax.lm.texts import WINDOW
 from slidejax.prune.model.convert import calibrated
 from slidejax.rules import Rule
 from slidejax.variants.prepared import map_weights, weights_of
@@ -85,7 +86,7 @@ def rows(
     dtypes: Sequence[str | None] = ("int8", None),
     method: Any = "magnitude",
     calibration: Any = None,
-    window: int = 512,
+    window: int = WINDOW,
     progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> Iterator[tuple[Row, Any]]:
     """Converts and measures, row by row.

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.lm.texts import WINDOW
+
 __all__ = [
     "Agreement",
     "Evaluation",
@@ -126,7 +128,7 @@ class Evaluator:
         self,
         model: Any,
         *,
-        window: int = 512,
+        window: int = WINDOW,
         batch: int = 4,
         reference: Any = None,
         start: Sequence[int] = (),
@@ -235,7 +237,7 @@ def evaluate(
     tokens: Sequence[int] | np.ndarray,
     params: Any = None,
     *,
-    window: int = 512,
+    window: int = WINDOW,
     batch: int = 4,
     reference: Any = None,
     start: Sequence[int] = (),

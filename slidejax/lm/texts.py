@@ -16,7 +16,10 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-__all__ = ["calibration", "evaluation", "overlaps", "source", "training"]
+__all__ = ["WINDOW", "calibration", "evaluation", "overlaps", "source", "training"]
+
+# A text is evaluated in windows of this many predictions, unless the caller says otherwise.
+WINDOW = 512
 
 # A paragraph that shares this many words in a row with the evaluation text is not trained on.
 _RUN = 8

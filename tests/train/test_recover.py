@@ -1,5 +1,7 @@
 """Recovery of a tiny pruned Llama from its dense original."""
 
+import inspect
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ pytest.importorskip("transformers")
 
 import slidejax as sj
 from slidejax.lm.evaluate import evaluate
+from slidejax.lm.texts import WINDOW as EVALUATED
 from slidejax.train import distill
 
 WINDOW = 32
@@ -86,3 +89,7 @@ def test_bad_input(written, tiny_config):
         sj.recover(sparse, dense, [1, 2, 3], steps=1)
     with pytest.raises(ValueError, match="prompt <"):
         distill.sample(dense, rows, 4)
+
+
+def test_rows_are_as_long_as_the_windows_of_an_evaluation():
+    assert inspect.signature(sj.recover).parameters["window"].default == EVALUATED
