@@ -85,6 +85,7 @@ def library(tmp_path_factory):
         ("hopper_counter_bytes", ctypes.c_uint64),
         ("hopper_metadata_bytes", ctypes.c_uint64, pointer(Shape)),
         ("hopper_check", ctypes.c_char_p, pointer(Shape), pointer(Schedule)),
+        ("decode_most_rows", ctypes.c_int),
         ("decode_plan", DecodePlan, *[ctypes.c_int] * 6),
         ("decode_own_rows", ctypes.c_bool, *[ctypes.c_int] * 6),
         ("decode_workspace", ctypes.c_int64, *[ctypes.c_int] * 3),
@@ -234,6 +235,10 @@ SHARED = {H200: 232448, 108: 166912, 46: 101376}  # bytes of a block, by multipr
 
 def decode_blocks(windows, columns):
     return -(-columns // (32 if windows == 0 else 16 * (windows + 1)))
+
+
+def test_python_knows_how_many_rows_decode_takes(library):
+    assert library.decode_most_rows() == decode.MAX_ROWS
 
 
 def test_decode_reads_every_step_of_k_once_and_fits(library):

@@ -10,6 +10,7 @@ extern "C" {
 
 // ---- decode/plan.h
 
+int decode_most_rows() { return decode::kTileTokens; }
 decode::Plan decode_plan(int windows, int M, int out, int blocks, int multiprocessors,
                          int shared_limit) {
   return decode::MakePlan({windows}, M, out, blocks, multiprocessors, shared_limit);
