@@ -88,8 +88,8 @@ def finish(acc, scale_x, scale_w, bias=None, residual=None):
     return y
 
 
-def linear(x, w, bias, out_dtype, residual=None):
-    """The whole of `slidejax.linear` of rows of x `[M, in]` and an 8-bit weight."""
+def operands(x, w):
+    """What is multiplied: lifted codes [M, K'] and the weight [out, K'], and the rows' scales."""
     values = np.asarray(w.values)
     codes, scale = quantize(np.asarray(x), values.dtype)
     if w.pattern.prunes:
@@ -97,6 +97,12 @@ def linear(x, w, bias, out_dtype, residual=None):
     else:
         weight = values.reshape(w.out_features, -1)
         codes = np.pad(codes, ((0, 0), (0, weight.shape[1] - codes.shape[1])))
+    return codes, weight, scale
+
+
+def linear(x, w, bias, out_dtype, residual=None):
+    """The whole of `slidejax.linear` of rows of x `[M, in]` and an 8-bit weight."""
+    codes, weight, scale = operands(x, w)
     y = finish(accumulate(codes, weight), scale, np.asarray(w.scale), bias, residual)
     with np.errstate(over="ignore"):
         return y.astype(out_dtype)

@@ -25,7 +25,12 @@ const void* KernelOf(int windows) {
 }
 
 const void* KernelOf(DType type, int windows) {
-  return type == DType::kS8 ? KernelOf<int8_t>(windows) : KernelOf<__nv_fp8_e4m3>(windows);
+  switch (type) {
+    case DType::kS8: return KernelOf<int8_t>(windows);
+    case DType::kE4M3: return KernelOf<__nv_fp8_e4m3>(windows);
+    case DType::kBF16: return KernelOf<__nv_bfloat16>(windows);
+    default: return KernelOf<__half>(windows);
+  }
 }
 
 template <typename Code>
@@ -48,8 +53,12 @@ const void* AheadOf(DType x_type, int windows) {
 }
 
 const void* AheadOf(DType type, DType x_type, int windows) {
-  return type == DType::kS8 ? AheadOf<int8_t>(x_type, windows)
-                            : AheadOf<__nv_fp8_e4m3>(x_type, windows);
+  switch (type) {
+    case DType::kS8: return AheadOf<int8_t>(x_type, windows);
+    case DType::kE4M3: return AheadOf<__nv_fp8_e4m3>(x_type, windows);
+    case DType::kBF16: return AheadOf<__nv_bfloat16>(x_type, windows);
+    default: return AheadOf<__half>(x_type, windows);
+  }
 }
 
 struct Device {
@@ -68,7 +77,7 @@ cudaError_t PrepareDevice(int id, Device& device) {
   cudaFuncAttributes code = {};
   if (auto s = cudaFuncGetAttributes(&code, KernelOf(DType::kS8, kMaxWindows))) return s;
   device.architecture = code.ptxVersion;
-  for (const DType type : {DType::kS8, DType::kE4M3}) {
+  for (const DType type : {DType::kS8, DType::kE4M3, DType::kBF16, DType::kF16}) {
     if (type == DType::kE4M3 && device.architecture < 89) continue;
     for (int windows = 0; windows <= kMaxWindows; ++windows) {
       if (auto s = cudaFuncSetAttribute(KernelOf(type, windows),
@@ -85,10 +94,14 @@ cudaError_t GetDevice(Device** device) {
   return devices.Get(device, PrepareDevice);
 }
 
-int WindowsOf(const DecodeArgs& a) { return a.group == 0 ? 0 : a.group / 2 - 1; }
+Shape ShapeOf(DType type, int group) {
+  return Shape{group == 0 ? 0 : group / 2 - 1, static_cast<int>(Bytes(type))};
+}
 
 Plan PlanOf(const DecodeArgs& a, const Device& device) {
-  return MakePlan(Shape{WindowsOf(a)}, a.M, a.out, a.blocks, device.multiprocessors,
+  const int row_bytes =
+      OwnRowBytes(a.M, a.columns, Bytes(a.x_type), reinterpret_cast<uintptr_t>(a.x));
+  return MakePlan(ShapeOf(a.type, a.group), a.M, a.out, a.blocks, row_bytes, device.multiprocessors,
                   device.shared_limit);
 }
 
@@ -98,8 +111,8 @@ const void* Behind(const void* from, int64_t bytes) {
 
 }  // namespace
 
-int64_t DecodeWorkspace(int M, int group, int blocks) {
-  return WorkspaceBytes(Shape{group == 0 ? 0 : group / 2 - 1}, M, blocks);
+int64_t DecodeWorkspace(int M, DType type, int group, int blocks) {
+  return WorkspaceBytes(ShapeOf(type, group), M, blocks);
 }
 
 cudaError_t DecodeInit() {
@@ -124,6 +137,7 @@ cudaError_t Decode(const DecodeArgs& a, cudaStream_t stream) {
   Device* device = nullptr;
   if (auto s = GetDevice(&device)) return s;
   const Plan plan = PlanOf(a, *device);
+  const Shape shape = ShapeOf(a.type, a.group);
   if (plan.warps == 0) {  // too much for shared memory at once: half of the rows, or of the outputs
     DecodeArgs first = a, second = a;
     if (a.M > 1) {
@@ -136,8 +150,7 @@ cudaError_t Decode(const DecodeArgs& a, cudaStream_t stream) {
       if (a.out <= kTileRows) return cudaErrorInvalidConfiguration;
       first.out = RoundUp(a.out / 2, kTileRows), second.out = a.out - first.out;
       const int64_t skipped = first.out, blocks = skipped * a.blocks;
-      second.values =
-          static_cast<const char*>(a.values) + blocks * Shape{WindowsOf(a)}.block_bytes();
+      second.values = static_cast<const char*>(a.values) + blocks * shape.block_bytes();
       if (a.group != 0) second.zeros = a.zeros + blocks * 8;
       second.scale_w = a.scale_w + skipped;
       if (a.bias != nullptr) second.bias = a.bias + skipped;
@@ -147,23 +160,20 @@ cudaError_t Decode(const DecodeArgs& a, cudaStream_t stream) {
     if (auto s = Decode(first, stream)) return s;
     return Decode(second, stream);
   }
-  const int tiles = CeilDiv(a.out, kTileRows), windows = WindowsOf(a);
+  const int tiles = CeilDiv(a.out, kTileRows);
   Params p = {};
   p.a = a;
   p.tiles_each = tiles / plan.grid, p.tiles_more = tiles % plan.grid;
   p.steps = CeilDiv(a.blocks, kStepBlocks);
   p.slices = plan.slices, p.slice_steps = plan.slice_steps, p.tile_slots = plan.tile_slots;
-  p.cached = plan.cached;
-  p.log_share = LogShare(a.M, plan.warps);
-  const bool own = plan.slices == 1 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0 &&
-                   OwnRows(Shape{windows}, a.M, a.columns, static_cast<int>(Bytes(a.x_type)),
-                           p.steps, plan.warps);
-  if (!own) {
+  p.sums_bytes = plan.sums_bytes, p.cached = plan.cached;
+  p.warps = plan.warps, p.log_share = LogShare(a.M, shape.block_warps());
+  if (!plan.own) {
     auto* scale_x = static_cast<float*>(a.workspace);
     auto* codes = static_cast<uint8_t*>(a.workspace) + RoundUp(4 * a.M, 16);
     p.scale_x = scale_x, p.codes = codes;
     void* arguments[] = {&p.a, &p.steps, &codes, &scale_x};
-    if (auto s = cudaLaunchKernel(AheadOf(a.type, a.x_type, windows), dim3(a.M),
+    if (auto s = cudaLaunchKernel(AheadOf(a.type, a.x_type, shape.windows), dim3(a.M),
                                   dim3(kMaxWarps * kLanes), arguments, 0, stream))
       return s;
   }
@@ -173,13 +183,13 @@ cudaError_t Decode(const DecodeArgs& a, cudaStream_t stream) {
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = plan.grid;
-  config.blockDim = plan.warps * kLanes;
+  config.blockDim = shape.block_warps() * kLanes;
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = !own && device->architecture >= 90 ? 1 : 0;
+  config.numAttrs = !plan.own && device->architecture >= 90 ? 1 : 0;
   void* arguments[] = {&p};
-  return cudaLaunchKernelExC(&config, KernelOf(a.type, windows), arguments);
+  return cudaLaunchKernelExC(&config, KernelOf(a.type, shape.windows), arguments);
 }
 
 }  // namespace slidejax::decode

@@ -1,9 +1,9 @@
 // y = x W' for few rows of x, at the rate at which memory delivers the weights: the host interface.
 //
-// W' is a (2N-2):2N weight in the packed form of SlideWeight as it lies, or a dense 8-bit one. The
-// kernel needs nothing prepared and no Hopper instruction (docs/decode-kernel.md says how it
-// works). It quantises a few rows of x itself; for more, a small kernel runs ahead of it in the
-// same call.
+// W' is a (2N-2):2N weight in the packed form of SlideWeight as it lies, or a dense one. Its values
+// have 8 or 16 bits; x is quantised to 8 bits, or rounded to the 16-bit type. The kernel needs
+// nothing prepared and no Hopper instruction (docs/decode-kernel.md says how it works). It converts
+// a few rows of x itself; for more, a small kernel runs ahead of it in the same call.
 //
 // Nothing here allocates, synchronises or, after DecodeInit, looks anything up: calls can be
 // captured in a CUDA graph. Pointers are device pointers.
@@ -18,10 +18,9 @@
 namespace slidejax::decode {
 
 struct DecodeArgs {
-  const void* x;  // [M, columns]
-  DType x_type;   // bfloat16, float16 or float32
-  const void*
-      values;  // [out, groups, group - 2], 8 bit; a dense weight: [out, K']. 16-byte aligned
+  const void* x;         // [M, columns]
+  DType x_type;          // bfloat16, float16 or float32
+  const void* values;    // [out, groups, group - 2]; a dense weight: [out, K']. 16-byte aligned
   const uint8_t* zeros;  // [out, groups], z1 | z2 << 4; null for a dense weight
   const float* scale_w;  // [out]
   const float* bias;     // [out] or null
@@ -29,7 +28,7 @@ struct DecodeArgs {
   DType residual_type;   // bfloat16, float16 or float32
   void* y;               // [M, out]
   DType y_type;          // bfloat16, float16 or float32
-  DType type;            // of values: int8 or float8_e4m3fn
+  DType type;            // of values: int8, float8_e4m3fn, bfloat16 or float16
   int32_t M, out;
   int32_t columns;  // of x
   int32_t group;    // 2N; 0 for a dense weight
@@ -41,7 +40,7 @@ struct DecodeArgs {
 inline constexpr int kDecodeTokens = 8;
 
 // Bytes of workspace for a call, enough for every device.
-int64_t DecodeWorkspace(int M, int group, int blocks);
+int64_t DecodeWorkspace(int M, DType type, int group, int blocks);
 
 // Readies the kernels on the current device; call once per device, outside of stream capture.
 // Repeating it costs nothing.

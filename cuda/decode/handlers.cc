@@ -46,8 +46,7 @@ std::string Arguments(const ffi::AnyBuffer& x, const ffi::AnyBuffer& values,
     return "zeros must be [out, groups] or, of a dense weight, [0]";
   const auto type = DTypeOf(values.element_type()), x_type = DTypeOf(x.element_type()),
              y_type = DTypeOf(y.element_type()), residual_type = DTypeOf(residual.element_type());
-  if (!type || (*type != DType::kS8 && *type != DType::kE4M3))
-    return "values must be int8 or float8_e4m3fn";
+  if (!type || Bytes(*type) > 2) return "values must be int8, float8_e4m3fn, bfloat16 or float16";
   const auto is_float = [](DType t) {
     return t == DType::kBF16 || t == DType::kF16 || t == DType::kF32;
   };
@@ -79,7 +78,7 @@ std::string Arguments(const ffi::AnyBuffer& x, const ffi::AnyBuffer& values,
   const auto begin = reinterpret_cast<uintptr_t>(workspace.typed_data());
   const uintptr_t aligned = RoundUp<uintptr_t>(begin, kAlignment);
   args.workspace = reinterpret_cast<void*>(aligned);
-  const int64_t wanted = DecodeWorkspace(args.M, args.group, args.blocks);
+  const int64_t wanted = DecodeWorkspace(args.M, args.type, args.group, args.blocks);
   if (static_cast<int64_t>(workspace.element_count() - (aligned - begin)) < wanted)
     return "the workspace must have " + std::to_string(wanted + kAlignment) + " bytes";
   const char* wrong = DecodeCheck(args);

@@ -17,13 +17,17 @@ namespace slidejax::decode {
 struct Params {
   DecodeArgs a;
   int tiles_each, tiles_more;  // tiles of a block; the first tiles_more blocks have one more
-  int steps, slices, slice_steps, tile_slots;
+  int warps;                   // that multiply; the others only convert x
+  int steps, slices, slice_steps, tile_slots, sums_bytes;
   int log_share;  // of RowShare
   bool cached;    // of Plan: blocks with a tile less than others must not decide for themselves
   // What QuantiseAhead wrote, or null: the kernel quantises x itself.
   const uint8_t* codes;
   const float* scale_x;
 };
+
+// The largest power of two that divides a number.
+constexpr int Power2In(int a) { return a & -a; }
 
 template <typename Code>
 using SumsOf = std::conditional_t<std::is_same_v<Code, int8_t>, SumsS32, SumsF32>;
@@ -50,14 +54,14 @@ __device__ inline float LoadFloat(const void* from, DType type, int64_t i) {
 template <typename Code, int kWindows>
 class Decoder {
  public:
-  static constexpr Shape kShape{kWindows};
+  static constexpr Shape kShape{kWindows, sizeof(Code)};
   static constexpr int kDepth = kShape.depth();
   using Sums = SumsOf<Code>;
   using Sum = SumOf<Code>;
 
   __device__ Decoder(const Params& p, uint8_t* shared)
       : p_(p),
-        warps_(blockDim.x / kLanes),
+        warps_(p.warps),
         warp_(threadIdx.x / kLanes),
         lane_(threadIdx.x % kLanes),
         first_tile_(blockIdx.x * p.tiles_each + min(static_cast<int>(blockIdx.x), p.tiles_more)),
@@ -70,7 +74,7 @@ class Decoder {
     codes_ = shared;
     shared += (M * token_bytes_ + 127) / 128 * 128;
     sums_ = reinterpret_cast<Sum*>(shared);
-    shared += p.tile_slots * warps_ * kTileRows * M * 4;
+    shared += p.sums_bytes;
     scale_w_ = reinterpret_cast<float*>(shared);
     shared += p_.cached ? 2 * 4 * rows : 0;
     arrived_ = reinterpret_cast<int*>(shared);
@@ -83,10 +87,10 @@ class Decoder {
     const DecodeArgs& a = p_.a;
     const bool own = p_.codes == nullptr;
     const RowShare share(p_.log_share);
-    HeldChunks held;
+    auto* rows = reinterpret_cast<uint8_t*>(sums_);  // of x: there are no sums yet
     if (own) {  // before the weights: else x waits behind megabytes of them
       WithTypeOfX(a.x_type,
-                  [&](auto x) { HeldRows<decltype(x), Code, kWindows>(a, share).Ask(held); });
+                  [&](auto x) { OwnRows<decltype(x), Code, kWindows>(a, share, rows).Ask(); });
     }
     AskForScales();
     PlanPieces();
@@ -105,12 +109,12 @@ class Decoder {
     for (int slice = 0; slice < p_.slices; ++slice) {
       if (slice > 0) __syncthreads();  // the slice before has been read
       if (own) {
+        WaitForCopies<kDepth - 1>();  // of this thread's part of x, and its scales
         WithTypeOfX(a.x_type, [&](auto x) {
-          HeldRows<decltype(x), Code, kWindows>(a, share).Run(
-              held, warp_max_, scale_x_ + share.row, codes_ + share.row * token_bytes_,
-              p_.steps * kStepBlocks * kShape.block_columns() / kChunk);
+          OwnRows<decltype(x), Code, kWindows>(a, share, rows)
+              .Run(warp_max_, scale_x_ + share.row, codes_ + share.row * token_bytes_,
+                   p_.steps * kStepBlocks * kShape.block_columns() / kChunk);
         });
-        WaitForCopies<kDepth - 1>();  // of this thread's scales
       } else {
         CopyCodes(slice);
         WaitForCopies<0>();
@@ -142,6 +146,7 @@ class Decoder {
   }
 
   __device__ Item First() const {
+    if (warp_ >= warps_) return {p_.slices, 0, 0, 0, 0};
     Item item = {0, 0, warp_, StepsOf(0), 0};
     Settle(item);
     return item;
@@ -168,6 +173,11 @@ class Decoder {
   static constexpr int kRowPieces = kStepBlocks * kShape.block_bytes() / 16;
   static constexpr int kPieces = kTileRows * kRowPieces / kLanes;
   static constexpr int kZeroPieces = kShape.dense() ? 0 : kTileRows * kStepBlocks / kLanes;
+  static constexpr int kFirstZeroBit = 30;  // of ValidPieces
+  static_assert(kPieces <= kFirstZeroBit && kZeroPieces <= 2, "each piece has a bit");
+  // A lane's pieces number i and i + kPeriod are kPeriodRows rows apart, at the same place.
+  static constexpr int kPeriod = kRowPieces / Power2In(kRowPieces);
+  static constexpr int kPeriodRows = kPeriod * kLanes / kRowPieces;
 
   __device__ void PlanPieces() {
     const DecodeArgs& a = p_.a;
@@ -180,11 +190,19 @@ class Decoder {
       const int piece = lane_ + i * kLanes;
       value_piece_[i] =
           piece / kRowPieces * a.blocks * kShape.block_bytes() + piece % kRowPieces * 16;
+      if (i < kPeriod)
+        slot_piece_[i] = piece / kRowPieces * kShape.row_bytes() + piece % kRowPieces * 16;
     }
   }
 
+  // Where piece number i of the lane goes in a slot.
+  __device__ int SlotPiece(int i) const {
+    if constexpr (!kShape.wide()) return (lane_ + i * kLanes) * 16;  // the rows are not padded
+    return slot_piece_[i % kPeriod] + i / kPeriod * kPeriodRows * kShape.row_bytes();
+  }
+
   // Which of the lane's pieces lie inside a weight of which `left` blocks and `rows` rows remain.
-  // Bit i stands for piece i of the values, and bit 16 + i for piece i of the zeros.
+  // Bit i stands for piece i of the values, and bit kFirstZeroBit + i for piece i of the zeros.
   __device__ unsigned ValidPieces(int left, int rows) const {
     unsigned valid = 0;
 #pragma unroll 1
@@ -192,7 +210,7 @@ class Decoder {
       const int piece = lane_ + i * kLanes, at = piece % kRowPieces * 16 / kShape.block_bytes();
       const bool zeros = piece / kStepBlocks < rows && piece % kStepBlocks < left;
       valid |= (piece / kRowPieces < rows && at < left ? 1u : 0) << i;
-      if (i < kZeroPieces) valid |= (zeros ? 0x10000u : 0) << i;
+      if (i < kZeroPieces) valid |= (zeros ? 1u << kFirstZeroBit : 0) << i;
     }
     return valid;
   }
@@ -202,7 +220,7 @@ class Decoder {
   __device__ void Load(Item& item, int slot) const {
     if (item.slice < p_.slices) {
       const DecodeArgs& a = p_.a;
-      const uint32_t to = ring_address_ + slot * kShape.slot_bytes() + lane_ * 16;
+      const uint32_t to = ring_address_ + slot * kShape.slot_bytes();
       const int block = (item.slice * p_.slice_steps + item.step) * kStepBlocks;
       // A thread block's weights are less than 2 GB.
       const int begin = item.tile * kTileRows * a.blocks + block;
@@ -212,14 +230,14 @@ class Decoder {
       const uint8_t* values = values_ + begin * kShape.block_bytes();
 #pragma unroll
       for (int i = 0; i < kPieces; ++i)
-        Copy16(to + i * kLanes * 16, values + value_piece_[i], valid & 1u << i);
+        Copy16(to + SlotPiece(i), values + value_piece_[i], valid & 1u << i);
       if constexpr (!kShape.dense()) {
         const uint8_t* zeros = zeros_ + begin * 8;
-        const uint32_t to_zeros = to + kShape.slot_values() - lane_ * 8;
+        const uint32_t to_zeros = to + kShape.slot_values() + lane_ * 8;
 #pragma unroll
         for (int i = 0; i < kZeroPieces; ++i)
           Copy8(to_zeros + i * kLanes * 8, zeros + i * kLanes / kStepBlocks * a.blocks * 8,
-                valid & 0x10000u << i);
+                valid & (1u << kFirstZeroBit) << i);
       }
       Advance(item);
     }
@@ -232,7 +250,7 @@ class Decoder {
     const int pieces = min(p_.slice_steps, p_.steps - begin) * kShape.step_lifted() / 16;
     const RowShare share(p_.log_share);
 #pragma unroll 1
-    for (int m = share.row; m < p_.a.M; m += warps_ >> p_.log_share) {
+    for (int m = share.row; m < p_.a.M; m += share.rows) {
       const uint8_t* from = p_.codes + static_cast<int64_t>(m) * row + begin * kShape.step_lifted();
       const uint32_t to = SharedAddress(codes_ + m * token_bytes_);
 #pragma unroll 1
@@ -260,6 +278,58 @@ class Decoder {
 
   // Adds an item's products to the warp's sums.
   __device__ void Multiply(int slot, const Item& item) {
+    if constexpr (kShape.wide()) {
+      MultiplyWide(slot, item);
+    } else {
+      MultiplyNarrow(slot, item);
+    }
+  }
+
+  // 16 bytes of the codes of token lane / 4, for this lane: number i of a step.
+  __device__ uint4 CodesOf(const Item& item, int i) const {
+    const int g = lane_ / 4, t = lane_ % 4;
+    const uint8_t* codes = codes_ + g * token_bytes_ + item.step * kShape.step_lifted() + t * 16;
+    return g < p_.a.M ? *reinterpret_cast<const uint4*>(codes + i * 64) : uint4{0, 0, 0, 0};
+  }
+
+  // Values of 16 bits.
+  __device__ void MultiplyWide(int slot, const Item& item) {
+    constexpr int kBytes = kShape.block_bytes(), kChunks = kBytes / 16;
+    // Lanes 0 to 15 say where the rows of the first block of a pair are, the others the second.
+    const uint32_t from = ring_address_ + slot * kShape.slot_bytes() +
+                          lane_ % kTileRows * kShape.row_bytes() + lane_ / kTileRows * kBytes;
+    const auto values = [&](uint32_t (&to)[4], int pair, int chunk) {
+      LoadMatrices(to, from + pair * 2 * kBytes + chunk * 16);
+    };
+    if constexpr (kShape.dense()) {
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {  // two mma share 16 bytes of codes
+        const int pair = 2 * i / kChunks, chunk = 2 * i % kChunks;
+        const uint4 b = CodesOf(item, i);
+        uint32_t first[4], second[4];
+        values(first, pair, chunk), values(second, pair, chunk + 1);
+        MultiplyDense<Code>(sums_of_[0], first, b.x, b.y);
+        MultiplyDense<Code>(sums_of_[1], second, b.z, b.w);
+      }
+    } else {
+      const int g = lane_ / 4, t = lane_ % 4;
+      const auto* zeros =
+          reinterpret_cast<const uint2*>(ring_ + slot * kShape.slot_bytes() + kShape.slot_values());
+      uint32_t metadata[kChunks];  // of block t of rows g and g + 8
+      ExpandWideMetadata<kWindows>(zeros[g * kStepBlocks + t], zeros[(g + 8) * kStepBlocks + t],
+                                   metadata);
+#pragma unroll
+      for (int j = 0; j < kChunks; ++j) {
+        uint32_t first[4], second[4];
+        values(first, 0, j), values(second, 1, j);
+        MultiplySparse<Code, 0>(sums_of_[0], first, CodesOf(item, j), metadata[j]);
+        MultiplySparse<Code, 1>(sums_of_[1], second, CodesOf(item, kChunks + j), metadata[j]);
+      }
+    }
+  }
+
+  // Values of 8 bits.
+  __device__ void MultiplyNarrow(int slot, const Item& item) {
     const uint8_t* from = ring_ + slot * kShape.slot_bytes();
     const int g = lane_ / 4, t = lane_ % 4;
     constexpr int kBytes = kShape.block_bytes(), kWords = kBytes / 4;
@@ -271,15 +341,10 @@ class Decoder {
       upper[i] = u.x, upper[i + 1] = u.y, upper[i + 2] = u.z, upper[i + 3] = u.w;
       lower[i] = l.x, lower[i + 1] = l.y, lower[i + 2] = l.z, lower[i + 3] = l.w;
     }
-    const uint8_t* codes = codes_ + g * token_bytes_ + item.step * kShape.step_lifted() + t * 16;
-    const bool is_token = g < p_.a.M;
-    const auto token = [&](int j) {  // 16 bytes of the codes of token g
-      return is_token ? *reinterpret_cast<const uint4*>(codes + j * 64) : uint4{0, 0, 0, 0};
-    };
     if constexpr (kShape.dense()) {
 #pragma unroll
       for (int j = 0; j < 4; j += 2) {
-        const uint4 b = token(j / 2);
+        const uint4 b = CodesOf(item, j / 2);
         MultiplyDense(sums_of_[0], {upper[j], lower[j], upper[4 + j], lower[4 + j]}, b.x, b.y);
         MultiplyDense(sums_of_[1], {upper[j + 1], lower[j + 1], upper[5 + j], lower[5 + j]}, b.z,
                       b.w);
@@ -291,7 +356,7 @@ class Decoder {
 #pragma unroll
       for (int j = 0; j < kHalf; ++j) {
         MultiplySparse(sums_of_[j % 2], {upper[j], lower[j], upper[kHalf + j], lower[kHalf + j]},
-                       token(j), metadata[j]);
+                       CodesOf(item, j), metadata[j]);
       }
     }
   }
@@ -302,12 +367,8 @@ class Decoder {
     const int row = lane_ / 4 + 8 * (lane_ % 2), half = lane_ % 4 / 2;
     const auto* at = reinterpret_cast<const uint4*>(from + row * kStepBlocks * 8);
     const uint4 v = at[0], w = at[1];
-    uint32_t zeros[kStepBlocks] = {half ? v.y : v.x, half ? v.w : v.z, half ? w.y : w.x,
-                                   half ? w.w : w.z};
-    // Beyond the weight there are zeros, which is no pair of places; the values are zero as well.
-#pragma unroll
-    for (int b = 0; b < kStepBlocks; ++b)
-      if (zeros[b] == 0) zeros[b] = 0x10101010u;
+    const uint32_t zeros[kStepBlocks] = {half ? v.y : v.x, half ? v.w : v.z, half ? w.y : w.x,
+                                         half ? w.w : w.z};
     ExpandMetadata<kWindows>(zeros, metadata);
   }
 
@@ -383,6 +444,7 @@ class Decoder {
   const uint8_t* values_;  // of the block's first tile; of zeros, the lane's first piece
   const uint8_t* zeros_;
   int value_piece_[kPieces];
+  int slot_piece_[kPeriod];
   uint8_t* codes_;
   Sum* sums_;
   float* scale_w_;
@@ -394,7 +456,7 @@ class Decoder {
 };
 
 template <typename Code, int kWindows>
-__global__ void __launch_bounds__(Shape{kWindows}.most_warps() * kLanes, 1)
+__global__ void __launch_bounds__(Shape{kWindows, sizeof(Code)}.block_warps() * kLanes, 1)
     DecodeKernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) uint8_t decode_shared[];
   Decoder<Code, kWindows>(p, decode_shared).Run();

@@ -1,5 +1,5 @@
-// Quantises rows of x to codes in the order of fragments.cuh. HeldRows does it in the decode
-// kernel, and QuantiseAhead in a kernel before it.
+// Turns rows of x into codes in the order of fragments.cuh: quantised to 8 bits, or rounded to 16.
+// OwnRows does it in the decode kernel, and QuantiseAhead in a kernel before it.
 #pragma once
 
 #include "decode/fragments.cuh"
@@ -35,6 +35,25 @@ __device__ __noinline__ Chunk<T> LoadPart(const T* from, int count) {
 // Writes chunk number `index` of a token, lifted. A pair of columns is the first half of the window
 // that it begins and the second half of the window before.
 template <int kWindows>
+__device__ inline void PlaceWideCodes(uint8_t* token, int index, const uint32_t (&pairs)[4]) {
+  constexpr int kBlockChunks = Shape{kWindows, 2}.block_columns() / kChunk;
+  constexpr int kGroupWindows = kWindows == 0 ? 1 : kWindows, kPairs = kGroupWindows + 1;
+  const int block = index / kBlockChunks, within = index % kBlockChunks;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int pair = 4 * within + i, group = pair / kPairs, place = pair % kPairs;
+    const int window = group * kGroupWindows + place;
+    const auto put = [&](int to, int half) {
+      *reinterpret_cast<uint32_t*>(token + WideWindowOffset<kWindows>(block, to) +
+                                   half * kHalfWindow) = pairs[i];
+    };
+    if (place < kGroupWindows) put(window, 0);
+    if (place > 0) put(window - 1, 1);
+  }
+}
+
+// The same of codes of 8 bits.
+template <int kWindows>
 __device__ inline void PlaceCodes(uint8_t* token, int index, uint2 codes) {
   constexpr Shape kShape{kWindows};
   constexpr int kBlockChunks = kShape.block_columns() / kChunk, kPairs = kWindows + 1;
@@ -67,19 +86,15 @@ __device__ inline void PlaceCodes(uint8_t* token, int index, uint2 codes) {
 // How the warps of a block share the rows of x evenly: each row has 2^log_share warps.
 struct RowShare {
   int row, first, stride, log_share;
+  int rows;  // that the block has at a time
 
   __device__ explicit RowShare(int log_share, int first_row = 0) : log_share(log_share) {
     const int warp = threadIdx.x / kLanes;
     row = first_row + (warp >> log_share);
     first = (warp & ((1 << log_share) - 1)) * kLanes + threadIdx.x % kLanes;
     stride = kLanes << log_share;
+    rows = static_cast<int>(blockDim.x / kLanes) >> log_share;
   }
-};
-
-// The part of x that a thread holds in registers until it knows its row's maximum: four chunks of
-// 16 bits a column, or two of 32.
-struct HeldChunks {
-  uint4 v[kHeldWords / 4];
 };
 
 // The largest |x| of a row: `most` is that of a thread. All threads of the block call it; warp_max
@@ -108,56 +123,71 @@ template <typename T, typename Code, int kWindows>
 __device__ inline void QuantiseChunk(uint8_t* token, int index, const Chunk<T>& chunk,
                                      float factor) {
   const Chunk<Code> codes = Convert<T, Code, false>(chunk, factor);
-  PlaceCodes<kWindows>(token, index, {codes.word[0], codes.word[1]});
+  if constexpr (sizeof(Code) == 2) {
+    PlaceWideCodes<kWindows>(token, index, codes.word);
+  } else {
+    PlaceCodes<kWindows>(token, index, {codes.word[0], codes.word[1]});
+  }
 }
 
-// Quantises rows of x in the decode kernel, for which registers hold them (OwnRows in plan.h): the
-// fewer instructions, the sooner the first product.
+// Converts rows of x in the decode kernel. They are copied to shared memory first, each chunk by
+// the thread that converts it.
 template <typename T, typename Code, int kWindows>
-class HeldRows {
-  static constexpr int kParts = sizeof(T) / 2;  // of a chunk
-  static constexpr int kHeld = kHeldWords / 4 / kParts;
+class OwnRows {
+  static constexpr int kParts = sizeof(T) / 2;  // of a chunk, of 16 bytes each
 
  public:
-  __device__ HeldRows(const DecodeArgs& a, const RowShare& at)
+  // `rows` is the shared memory for all rows of x.
+  __device__ OwnRows(const DecodeArgs& a, const RowShare& at, uint8_t* rows)
       : at_(at), chunks_(at.row < a.M ? a.columns / kChunk : 0) {
-    from_ = static_cast<const T*>(a.x) + static_cast<int64_t>(at.row) * a.columns;
+    const int64_t begin = static_cast<int64_t>(at.row) * a.columns;
+    from_ = static_cast<const T*>(a.x) + begin;
+    row_ = rows + begin * sizeof(T);
   }
 
-  __device__ void Ask(HeldChunks& held) const {
+  __device__ void Ask() const {
+    const uint32_t to = SharedAddress(row_);
+#pragma unroll 4
+    for (int index = at_.first; index < chunks_; index += at_.stride) {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int index = at_.first + i * at_.stride;
-#pragma unroll
-      for (int k = 0; k < kParts; ++k) {
-        const auto* from = reinterpret_cast<const uint4*>(from_ + index * kChunk) + k;
-        held.v[i * kParts + k] = index < chunks_ ? __ldcg(from) : uint4{};
-      }
+      for (int k = 0; k < kParts; ++k)
+        Copy16(to + (index * kParts + k) * 16, from_ + index * kChunk + k * 16 / sizeof(T), true);
     }
   }
 
   // Writes the row's codes to `token`, with zeros up to chunk number `all`.
-  __device__ void Run(const HeldChunks& held, uint32_t* warp_max, float* scale_x, uint8_t* token,
-                      int all) const {
+  __device__ void Run(uint32_t* warp_max, float* scale_x, uint8_t* token, int all) const {
     AbsMax<T> most;
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) most.Add(ChunkOf<T>(held.v + i * kParts));
-    const RowScale scale = ScaleOf<Code>(RowMax(at_, most.Bits(), warp_max));
-    if (chunks_ == 0) return;
-    if (at_.first == 0) *scale_x = scale.scale;
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int index = at_.first + i * at_.stride;
-      if (index >= all) break;
-      const auto chunk = ChunkOf<T>(held.v + i * kParts);
-      QuantiseChunk<T, Code, kWindows>(token, index, chunk, scale.factor);
+    if constexpr (lift::kQuantised<Code>) {
+#pragma unroll 4
+      for (int index = at_.first; index < chunks_; index += at_.stride) most.Add(ChunkAt(index));
+    } else {
+      Place(token, all, 1.0f, &most);  // the maximum only tells whether there is inf or nan
     }
+    const RowScale scale = ScaleOf<Code>(RowMax(at_, most.Bits(), warp_max));
+    if (chunks_ > 0 && at_.first == 0) *scale_x = scale.scale;
+    if constexpr (lift::kQuantised<Code>) Place(token, all, scale.factor, nullptr);
   }
 
  private:
+  __device__ void Place(uint8_t* token, int all, float factor, AbsMax<T>* most) const {
+    if (chunks_ == 0) return;
+#pragma unroll 2
+    for (int index = at_.first; index < all; index += at_.stride) {
+      const Chunk<T> chunk = index < chunks_ ? ChunkAt(index) : Chunk<T>{};
+      if (most != nullptr) most->Add(chunk);
+      QuantiseChunk<T, Code, kWindows>(token, index, chunk, factor);
+    }
+  }
+
+  __device__ Chunk<T> ChunkAt(int index) const {
+    return ChunkOf<T>(reinterpret_cast<const uint4*>(row_) + index * kParts);
+  }
+
   const RowShare at_;
   const int chunks_;
   const T* from_;
+  uint8_t* row_;
 };
 
 // Calls `work` with a zero of the type of x, for its type.
@@ -177,7 +207,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
     QuantiseAhead(const __grid_constant__ DecodeArgs a, int steps, uint8_t* codes, float* scale_x) {
   constexpr int kLogWarps = 4, kParts = sizeof(T) / 2;
   static_assert(1 << kLogWarps == kMaxWarps, "the block shares one row");
-  constexpr Shape kShape{kWindows};
+  constexpr Shape kShape{kWindows, sizeof(Code)};
   __shared__ uint32_t warp_max[kMaxWarps];
   GridRelease();
   const RowShare at(kLogWarps, blockIdx.x);

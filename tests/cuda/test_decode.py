@@ -16,6 +16,8 @@ from slidejax.ops.implementations.decode import DECODE
 
 ROWS = decode.MAX_ROWS
 FLOATS = [jnp.bfloat16, jnp.float16, jnp.float32]
+# The largest error of a float32 sum, as a part of the sum of the magnitudes.
+SUM_ERROR = 1e-6
 
 
 def problem(rows, columns, out, pattern="6:8", dtype=jnp.int8, x_dtype=jnp.bfloat16, seed=0):
@@ -36,6 +38,22 @@ def expected(x, w, bias, out_dtype, residual=None):
     return formulas.linear(x, w, bias, jnp.dtype(out_dtype), residual)
 
 
+def assert_within_rounding(y, x, w, bias, out_dtype, residual=None):
+    """y is as near the float64 sum of 16-bit values' products as the contract says."""
+    codes, weight, scale = formulas.operands(x, w)
+    assert (scale == 1).all()
+    exact = formulas.accumulate(codes, weight)
+    magnitude = formulas.accumulate(np.abs(codes), np.abs(weight))
+    for term in (bias, residual):
+        if term is not None:
+            term = np.asarray(term, np.float64)
+            exact, magnitude = exact + term, magnitude + np.abs(term)
+    rounding = float(jnp.finfo(out_dtype).eps) / 2
+    bound = SUM_ERROR * magnitude + rounding * np.abs(exact) + float(jnp.finfo(out_dtype).tiny)
+    over = np.abs(np.asarray(y, np.float64) - exact) / bound
+    assert over.max() <= 1, (over.max(), np.unravel_index(over.argmax(), over.shape))
+
+
 def run(x, w, bias=None, residual=None, **options):
     def linear(x, w, bias, residual):
         return sj.linear(x, w, bias, implementation="decode", residual=residual, **options)
@@ -46,10 +64,11 @@ def run(x, w, bias=None, residual=None, **options):
 # --- lowering -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("residual_dtype", [None, "bfloat16", "float32"])
 @pytest.mark.parametrize("pattern", ["6:8", "dense"])
-def test_one_call_from_x_to_y(pattern, residual_dtype):
-    x, w, bias = problem(3, 600, 24, pattern)
+def test_one_call_from_x_to_y(pattern, residual_dtype, dtype):
+    x, w, bias = problem(3, 600, 24, pattern, dtype)
     residual = None if residual_dtype is None else residual_of(x, 24, residual_dtype)
     traced = jax.jit(
         lambda x, w, bias, residual: sj.linear(
@@ -71,12 +90,13 @@ def test_one_call_from_x_to_y(pattern, residual_dtype):
     assert "stablehlo.add" not in text
 
 
-def test_an_unprepared_weight_runs_it_without_any_measurement(monkeypatch, tmp_path):
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
+def test_an_unprepared_weight_runs_it_without_any_measurement(monkeypatch, tmp_path, dtype):
     """A weight as pack makes it is never unpacked in the loop of a GPU program."""
     monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
     monkeypatch.setattr("slidejax.ops.problem.device_kind", lambda platform: "NVIDIA A100")
     monkeypatch.setattr("slidejax.ops.choice.device_kind", lambda platform: "NVIDIA A100")
-    x, w, _ = problem(1, 600, 24)
+    x, w, _ = problem(1, 600, 24, dtype=dtype)
     [(_, choice)] = sj.explain(sj.linear, x, w, platform="cuda")
     assert choice.implementation == "decode" and "reads the weight as it is" in choice.reason
 
@@ -85,7 +105,7 @@ def test_an_unprepared_weight_runs_it_without_any_measurement(monkeypatch, tmp_p
     ("rows", "dtype", "reason"),
     [
         (ROWS + 1, jnp.int8, f"at most {ROWS} rows, not {ROWS + 1}"),
-        (1, jnp.bfloat16, "must be int8 or float8_e4m3fn, not bfloat16"),
+        (1, jnp.float32, "must be int8, float8_e4m3fn, bfloat16 or float16, not float32"),
         (1, jnp.float8_e4m3fn, "runs in the Hopper kernel"),  # lowered for an H100
     ],
 )
@@ -128,6 +148,59 @@ def test_int8_equals_the_formulas_bit_for_bit(on_gpu, rows, columns, out, x_dtyp
         got = run(x, w, bias, out_dtype=out_dtype)
         want = expected(x, w, bias, out_dtype)
         np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    ("dtype", "x_dtype", "out_dtype"),
+    [
+        (jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),
+        (jnp.bfloat16, jnp.float32, jnp.float16),
+        (jnp.float16, jnp.float16, jnp.float16),
+        (jnp.float16, jnp.bfloat16, jnp.float32),
+    ],
+)
+@pytest.mark.parametrize(
+    ("rows", "columns", "out"),
+    [(1, 4096, 520), (2, 600, 16), (3, 1999, 33), (4, 256, 5000), (5, 129, 7), (8, 3584, 1000)],
+)
+def test_16_bit_values_are_within_rounding(
+    on_gpu, rows, columns, out, dtype, x_dtype, out_dtype, pattern
+):
+    x, w, bias = problem(rows, columns, out, pattern, dtype, x_dtype)
+    y = run(x, w, bias, out_dtype=out_dtype)
+    assert y.dtype == out_dtype
+    assert_within_rounding(y, x, w, bias, out_dtype)
+
+
+@pytest.mark.gpu
+@given(
+    rows=st.integers(1, ROWS),
+    columns=st.integers(1, 3000),
+    out=st.integers(1, 700),
+    pattern=st.sampled_from(PATTERNS),
+    dtype=st.sampled_from([jnp.bfloat16, jnp.float16]),
+    x_dtype=st.sampled_from([jnp.bfloat16, jnp.float16, jnp.float32]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_of_16_bit_values(on_gpu, rows, columns, out, pattern, dtype, x_dtype, seed):
+    x, w, bias = problem(rows, columns, out, pattern, dtype, x_dtype, seed)
+    residual = residual_of(x, out, x_dtype, seed)
+    y = run(x, w, bias, residual, out_dtype=jnp.float32)
+    assert_within_rounding(y, x, w, bias, jnp.float32, residual)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["dense", "4:6", "6:8", "14:16"])
+def test_whole_numbers_are_exact_in_16_bits(on_gpu, pattern):
+    """Float32 sums of small whole numbers have no error, so a wrong product shows by its bits."""
+    x, w, _ = problem(4, 3000, 700, pattern, jnp.bfloat16)
+    x = jnp.round(x * 4 / jnp.abs(x).max(1, keepdims=True))
+    w = w.replace(values=jnp.round(2 * w.values))
+    codes, weight, _ = formulas.operands(x, w)
+    want = formulas.accumulate(codes, weight)
+    np.testing.assert_array_equal(np.asarray(run(x, w, out_dtype=jnp.float32)), want)
 
 
 @pytest.mark.gpu
@@ -197,6 +270,9 @@ def test_long_rows(on_gpu, rows, columns):
     x, w, _ = problem(rows, columns, 100)
     want = expected(x, w, None, jnp.bfloat16)
     np.testing.assert_array_equal(formulas.bits(run(x, w)), formulas.bits(want))
+    for pattern in ("6:8", "14:16"):
+        x, w, _ = problem(rows, columns, 100, pattern, jnp.bfloat16)
+        assert_within_rounding(run(x, w), x, w, None, jnp.bfloat16)
 
 
 @pytest.mark.gpu
@@ -211,13 +287,16 @@ def test_many_outputs(on_gpu, rows, out):
 
 
 @pytest.mark.gpu
-def test_rows_with_inf_or_nan_are_nan_and_no_others(on_gpu):
-    x, w, _ = problem(8, 600, 40)
+@pytest.mark.parametrize("rows", [4, 8])  # the kernel's own rows, and rows converted ahead
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16, jnp.float16])
+def test_rows_with_inf_or_nan_are_nan_and_no_others(on_gpu, dtype, rows):
+    x, w, _ = problem(8, 600, 40, dtype=dtype)
     x = x.at[1, 5].set(jnp.nan).at[3, 599].set(jnp.inf).at[6].set(0)
-    got = np.asarray(run(x, w), np.float32)
+    first = 3 if rows == 4 else 0
+    got = np.asarray(run(x[first : first + rows], w), np.float32)
     bad = np.isnan(got).all(1)
-    assert bad.tolist() == [False, True, False, True, False, False, False, False]
-    assert np.isfinite(got[~bad]).all() and (got[6] == 0).all()
+    assert bad.tolist() == [first + row in (1, 3) for row in range(rows)]
+    assert np.isfinite(got[~bad]).all() and (got[6 - first] == 0).all()
 
 
 @pytest.mark.gpu

@@ -45,7 +45,12 @@ class Plan(ctypes.Structure):
 class DecodePlan(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int) for name in ("warps", "grid", "slices", "slice_steps", "tile_slots")
-    ] + [("cached", ctypes.c_bool), ("shared_bytes", ctypes.c_int)]
+    ] + [
+        ("cached", ctypes.c_bool),
+        ("own", ctypes.c_bool),
+        ("sums_bytes", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
+    ]
 
 
 class RowShape(ctypes.Structure):
@@ -86,9 +91,8 @@ def library(tmp_path_factory):
         ("hopper_metadata_bytes", ctypes.c_uint64, pointer(Shape)),
         ("hopper_check", ctypes.c_char_p, pointer(Shape), pointer(Schedule)),
         ("decode_most_rows", ctypes.c_int),
-        ("decode_plan", DecodePlan, *[ctypes.c_int] * 6),
-        ("decode_own_rows", ctypes.c_bool, *[ctypes.c_int] * 6),
-        ("decode_workspace", ctypes.c_int64, *[ctypes.c_int] * 3),
+        ("decode_plan", DecodePlan, *[ctypes.c_int] * 8),
+        ("decode_workspace", ctypes.c_int64, *[ctypes.c_int] * 4),
         ("lift_geometry", Geometry, pointer(RowShape), *[ctypes.c_int] * 3, pointer(Limits)),
         ("lift_steps", ctypes.c_int, ctypes.c_int),
         ("lift_columns", ctypes.c_int64, ctypes.c_int64, ctypes.c_int),
@@ -246,17 +250,19 @@ def test_decode_reads_every_step_of_k_once_and_fits(library):
     kinds = set()
     for _ in range(3000):
         windows, rows = rng.randint(0, 7), rng.randint(1, decode.MAX_ROWS)
+        shape = windows, rng.choice([1, 2])  # bytes of a value
         out, columns = rng.randint(1, 160000), int(2 ** rng.uniform(0, 17))
         blocks, multiprocessors = decode_blocks(windows, columns), rng.choice(list(SHARED))
         limit = SHARED[multiprocessors]
-        chosen = library.decode_plan(windows, rows, out, blocks, multiprocessors, limit)
+        row_bytes = rng.choice([0, 2, 4]) * columns if rows <= 4 else 0
+        chosen = library.decode_plan(*shape, rows, out, blocks, row_bytes, multiprocessors, limit)
         steps, tiles = -(-blocks // 4), -(-out // 16)
         if chosen.warps == 0:  # a call then halves the rows, or the outputs of one row
             assert multiprocessors == 46 or rows > 1
-            one = library.decode_plan(windows, 1, 16, blocks, multiprocessors, limit)
+            one = library.decode_plan(*shape, 1, 16, blocks, 0, multiprocessors, limit)
             assert one.warps > 0
             continue
-        assert chosen.warps in (4, 8, 16) and chosen.shared_bytes <= limit
+        assert chosen.warps in (2, 4, 8, 16) and chosen.shared_bytes <= limit
         assert chosen.grid == min(multiprocessors, tiles)
         assert (chosen.slices - 1) * chosen.slice_steps < steps
         assert chosen.slices * chosen.slice_steps >= steps
@@ -264,47 +270,61 @@ def test_decode_reads_every_step_of_k_once_and_fits(library):
         block_tiles = -(-tiles // chosen.grid)
         assert chosen.slices == 1 or chosen.tile_slots == block_tiles
         assert 1 <= chosen.tile_slots <= block_tiles
-        kinds.add((chosen.warps, chosen.slices > 1))
-    assert len(kinds) >= 4
+        # x itself lies where the sums will lie.
+        assert chosen.sums_bytes >= chosen.tile_slots * chosen.warps * 64 * rows
+        assert not chosen.own or chosen.slices == 1
+        assert not chosen.own or chosen.sums_bytes >= rows * row_bytes > 0
+        kinds.add((chosen.warps, chosen.slices > 1, chosen.own))
+    assert len(kinds) >= 7
 
 
 @pytest.mark.parametrize("out", [2048 * H200, 2048 * H200 + 1, 271000, 2048 * H200 + 16 * H200])
 def test_all_blocks_of_decode_keep_scales_or_none_does(library, out):
     """Some thread blocks have a tile less than others. They must not lay out more memory."""
-    chosen = library.decode_plan(3, 1, out, decode_blocks(3, 3584), H200, SHARED[H200])
-    other = library.decode_plan(3, 1, 2048 * H200, decode_blocks(3, 3584), H200, SHARED[H200])
+    chosen = library.decode_plan(3, 1, 1, out, decode_blocks(3, 3584), 2 * 3584, H200, SHARED[H200])
+    other = library.decode_plan(
+        3, 1, 1, 2048 * H200, decode_blocks(3, 3584), 2 * 3584, H200, SHARED[H200]
+    )
     assert chosen.cached == (out <= 2048 * H200)
     assert other.shared_bytes - chosen.shared_bytes == (0 if chosen.cached else 8 * 2048)
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "out", "own"),
+    ("value_bytes", "rows", "columns", "out", "own"),
     [
-        (1, 4096, 6144, True),  # Llama-3-8B
-        (1, 4096, 28672, True),
-        (1, 14336, 4096, True),
-        (4, 4096, 28672, True),
-        (8, 4096, 28672, False),
-        (1, 3584, 37888, True),  # Qwen2.5-7B
-        (1, 18944, 3584, False),
+        (1, 1, 4096, 6144, True),  # Llama-3-8B
+        (1, 1, 4096, 28672, True),
+        (1, 1, 14336, 4096, True),
+        (1, 4, 4096, 28672, True),
+        (1, 8, 4096, 28672, False),
+        (1, 1, 3584, 37888, True),  # Qwen2.5-7B
+        (1, 1, 18944, 3584, True),
+        (2, 1, 3584, 37888, True),
+        (2, 1, 18944, 3584, True),
     ],
 )
-def test_where_decode_quantises_the_rows_itself_on_an_h100(library, rows, columns, out, own):
+def test_where_decode_converts_the_rows_itself_on_an_h100(
+    library, value_bytes, rows, columns, out, own
+):
     blocks = decode_blocks(3, columns)
-    chosen = library.decode_plan(3, rows, out, blocks, H200, SHARED[H200])
-    assert chosen.warps == 16 and chosen.slices == 1
-    steps = -(-blocks // 4)
-    assert library.decode_own_rows(3, rows, columns, 2, steps, chosen.warps) == own
+    row_bytes = 2 * columns if rows <= 4 else 0
+    shape = 3, value_bytes, rows, out, blocks, row_bytes
+    chosen = library.decode_plan(*shape, H200, SHARED[H200])
+    assert chosen.warps == 16 // value_bytes and chosen.slices == 1
+    assert chosen.own == own
 
 
 @pytest.mark.parametrize("pattern", ["dense", "2:4", "4:6", "6:8", "14:16"])
 @pytest.mark.parametrize("columns", [64, 600, 3584])
 @pytest.mark.parametrize("rows", [1, 5, 8])
-def test_python_knows_the_workspace_of_decode(library, pattern, columns, rows):
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_python_knows_the_workspace_of_decode(library, pattern, columns, rows, dtype):
     kernel = jax.ShapeDtypeStruct((columns, 48), jnp.float32)
-    w = jax.eval_shape(lambda k: sj.pack(k, pattern, dtype="int8"), kernel)
+    w = jax.eval_shape(lambda k: sj.pack(k, pattern, dtype=dtype), kernel)
     windows = w.pattern.group // 2 - 1 if w.pattern.prunes else 0
-    wanted = library.decode_workspace(windows, rows, decode_blocks(windows, columns))
+    wanted = library.decode_workspace(
+        windows, w.dtype.itemsize, rows, decode_blocks(windows, columns)
+    )
     # The call aligns what it is given to 16 bytes.
     assert decode._workspace_bytes(w, rows) == wanted + 16
 

@@ -1,9 +1,9 @@
 """The implementation "decode": up to 8 rows times a packed weight as it lies, in one custom call.
 
 The kernel reads the packed form once, at about the rate of the memory, and makes the 2:4 metadata
-on the way (cuda/decode, docs/decode-kernel.md). It quantises a few rows of x itself. For more rows,
-and for rows that start anywhere, a small kernel of the same call quantises them first. Bias and
-residual are added before the one rounding.
+on the way (cuda/decode, docs/decode-kernel.md). It quantises a few rows of x itself, or rounds them
+to the weight's 16-bit type. For more rows, and for rows that start anywhere, a small kernel of the
+same call does that first. Bias and residual are added before the one rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from slidejax.ops.implementations import hopper
 from slidejax.ops.implementations.base import Implementation, cuda_refusal
 from slidejax.ops.problem import Problem
 from slidejax.ops.rates import rates_of
-from slidejax.weights.numerics import is_quantized
 from slidejax.weights.packed import SlideWeight
 from slidejax.weights.pattern import BLOCK_GROUPS
 
@@ -35,7 +34,8 @@ def _workspace_bytes(w: SlideWeight, rows: int) -> int:
     blocks = w.groups // BLOCK_GROUPS
     lifted = w.lifted_columns // blocks if w.pattern.prunes else BLOCK_GROUPS * group
     steps = -(-blocks // _STEP_BLOCKS)
-    return rows * steps * _STEP_BLOCKS * lifted + -(-4 * rows // _ALIGN) * _ALIGN + _ALIGN
+    codes = rows * steps * _STEP_BLOCKS * lifted * w.dtype.itemsize
+    return codes + -(-4 * rows // _ALIGN) * _ALIGN + _ALIGN
 
 
 def _refuses_float8(problem: Problem) -> str | None:
@@ -51,7 +51,7 @@ def _refuses_float8(problem: Problem) -> str | None:
 
 
 class Decode(Implementation):
-    """8-bit values of all patterns, "dense" included, times at most 8 rows."""
+    """8- and 16-bit values of all patterns, "dense" included, times at most 8 rows."""
 
     name = "decode"
     cuda_only = True
@@ -62,12 +62,12 @@ class Decode(Implementation):
         if reason := cuda_refusal(problem):
             return reason
         if problem.op != "linear":
-            return "quantises the rows itself: it computes linear alone"
+            return "lifts the rows itself: it computes linear alone"
         if problem.rows > MAX_ROWS:
             return f"takes at most {MAX_ROWS} rows, not {problem.rows}"
-        if not is_quantized(problem.dtype):
-            return f"values must be int8 or float8_e4m3fn, not {problem.dtype.name}"
-        return None if problem.dtype == jnp.int8 else _refuses_float8(problem)
+        if problem.dtype == jnp.float32:
+            return "values must be int8, float8_e4m3fn, bfloat16 or float16, not float32"
+        return _refuses_float8(problem) if problem.dtype == jnp.float8_e4m3fn else None
 
     def estimate(self, problem):
         rates = rates_of(problem.device)

@@ -11,15 +11,13 @@ extern "C" {
 // ---- decode/plan.h
 
 int decode_most_rows() { return decode::kTileTokens; }
-decode::Plan decode_plan(int windows, int M, int out, int blocks, int multiprocessors,
-                         int shared_limit) {
-  return decode::MakePlan({windows}, M, out, blocks, multiprocessors, shared_limit);
+decode::Plan decode_plan(int windows, int value_bytes, int M, int out, int blocks, int row_bytes,
+                         int multiprocessors, int shared_limit) {
+  return decode::MakePlan({windows, value_bytes}, M, out, blocks, row_bytes, multiprocessors,
+                          shared_limit);
 }
-bool decode_own_rows(int windows, int M, int columns, int column_bytes, int steps, int warps) {
-  return decode::OwnRows({windows}, M, columns, column_bytes, steps, warps);
-}
-int64_t decode_workspace(int windows, int M, int blocks) {
-  return decode::WorkspaceBytes({windows}, M, blocks);
+int64_t decode_workspace(int windows, int value_bytes, int M, int blocks) {
+  return decode::WorkspaceBytes({windows, value_bytes}, M, blocks);
 }
 
 // ---- hopper/plan.h

@@ -42,7 +42,9 @@ def gpu(monkeypatch):
         ({"rows": MAX_ROWS}, None),
         ({"rows": MAX_ROWS + 1}, "at most 8 rows, not 9"),
         ({"op": "sparse_matmul"}, "linear alone"),
-        ({"dtype": jnp.dtype("bfloat16")}, "int8 or float8_e4m3fn, not bfloat16"),
+        ({"dtype": jnp.dtype("bfloat16")}, None),
+        ({"dtype": jnp.dtype("float16")}, None),
+        ({"dtype": jnp.dtype("float32")}, "bfloat16 or float16, not float32"),
         ({"platform": "default"}, "CUDA"),
     ],
 )
