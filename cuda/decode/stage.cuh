@@ -2,6 +2,7 @@
 // OwnRows does it in the decode kernel, and QuantiseAhead in a kernel before it.
 #pragma once
 
+#include "decode/decode.h"
 #include "decode/fragments.cuh"
 #include "decode/ptx.cuh"
 #include "lift/chunk.cuh"

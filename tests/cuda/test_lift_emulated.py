@@ -1,4 +1,4 @@
-"""The lift kernels, compiled for the CPU and run thread by thread (lift_on_cpu/), against the
+"""The lift kernels, compiled for the CPU and run thread by thread (cuda_on_cpu/), against the
 formulas.
 
 Each case draws another order of the threads, and asynchronous copies arrive as early or as late as
@@ -20,6 +20,7 @@ from slidejax.ops.cuda import prologues
 from slidejax.ops.prologue import ACTIVATIONS
 
 ROOT = Path(__file__).parent.parent.parent
+LIFT = "tests/cuda/lift_on_cpu"
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 PROLOGUES = prologues.NAMES.values()
 H100, A100, SMALL = 232448, 166912, 101376  # shared memory that a block may have
@@ -32,12 +33,12 @@ def library(tmp_path_factory):
     if compiler is None:
         pytest.skip("needs g++")
     target = tmp_path_factory.mktemp("emulated") / "lift.so"
-    emulator, kernels = ROOT / "tests/cuda/lift_on_cpu", ROOT / "cuda"
-    sources = [emulator / "lift.cc"]
+    cuda, own, kernels = (ROOT / name for name in ("tests/cuda/cuda_on_cpu", LIFT, "cuda"))
+    sources = [cuda / "emulator.cc", own / "lift.cc"]
     sources += [kernels / "lift" / name for name in ("lift.cu", "fused.cu", "geometry.cc")]
-    # The emulator's folder comes first: its headers take the place of those of the same name.
-    flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{emulator}", f"-I{kernels}"]
-    flags += ["-fno-strict-aliasing", "-ffp-contract=off"]
+    # The emulator's folders come first: their headers take the place of those of the same name.
+    flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
+    flags += ["-ffp-contract=off", f"-I{cuda}", f"-I{own}", f"-I{kernels}"]
     command = [compiler, *flags, "-x", "c++", *sources, "-o", target]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(target))

@@ -6,8 +6,10 @@
 
 namespace slidejax::lift {
 
+extern char shared[];  // a block's shared memory, which the kernels declare
+
 inline void CopyGranule(void* to, const void* from, bool wanted) {
-  emulated::CopyGranule(to, from, wanted);
+  emulated::Copy(to, from, wanted, 16);
 }
 inline void GridRelease() {}
 inline void CommitCopies() { emulated::CommitCopies(); }

@@ -16,6 +16,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
   const uint32_t bits = __float_as_uint(v);
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
+inline __nv_bfloat16 __float2bfloat16(float v) { return __float2bfloat16_rn(v); }
 inline __nv_bfloat162 __float22bfloat162_rn(float2 v) {
   return {__float2bfloat16_rn(v.x), __float2bfloat16_rn(v.y)};
 }

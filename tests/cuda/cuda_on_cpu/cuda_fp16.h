@@ -10,6 +10,8 @@ struct __half2 {
   __half x, y;
 };
 
+inline float __half2float(__half v) { return static_cast<float>(v.value); }
+inline __half __float2half(float v) { return {static_cast<_Float16>(v)}; }
 inline float2 __half22float2(__half2 v) {
   return {static_cast<float>(v.x.value), static_cast<float>(v.y.value)};
 }

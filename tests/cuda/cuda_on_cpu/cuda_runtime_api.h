@@ -1,5 +1,5 @@
-// Just enough of CUDA for the lift kernels to run on a CPU, thread by thread, so that their logic
-// is tested where there is no GPU.
+// Just enough of CUDA for the lift and decode kernels to run on a CPU, thread by thread, so that
+// their logic is tested where there is no GPU.
 //
 // The threads of a block are fibres that run one at a time, in an order that the test chooses, from
 // one barrier or warp-wide operation to the next. A kernel that is right in one order only fails in
@@ -19,11 +19,19 @@
 #define __device__
 #define __global__ static
 #define __forceinline__ inline
+#define __noinline__
+#define __grid_constant__
 #define __shared__
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInitializationError = 3,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+};
 using cudaStream_t = void*;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr {
@@ -36,7 +44,7 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct uint2 {
+struct alignas(8) uint2 {
   uint32_t x, y;
 };
 struct alignas(16) uint4 {
@@ -59,15 +67,28 @@ extern Thread* current;
 extern dim3 block_dim, grid_dim;
 extern int multiprocessors, shared_of_block, shared_of_multiprocessor;
 constexpr int kSharedBytes = 232448;
+extern char* const shared_memory;  // of the block, where the kernels declare it
 
 void SyncWarp();
 void SyncThreads();
 uint32_t Exchange(uint32_t value, int from);  // the value of lane `from`
 uint32_t ReduceMax(uint32_t value);
 cudaError_t Launch(const std::function<void()>& run, dim3 grid, dim3 block, size_t shared);
-void CopyGranule(void* shared, const void* global, bool wanted);
+void Copy(void* shared, const void* global, bool wanted, int bytes);  // or of zeros
 void CommitCopies();
 void WaitForCopies(int pending);
+// What Copy and CheckRead take from now on, and in which order threads run.
+void Begin(bool lazy, int seed);
+void Allow(const void* from, int64_t bytes);
+[[noreturn]] void Fail(const char* what);
+// What a lane shows the others of its warp, until they meet the next time.
+struct Words {
+  uint32_t v[9];
+};
+void Publish(const Words& words);
+Words WordsOf(int lane);
+int Poll(const int* shared);  // reads it. A thread that reads the same again waits for a change
+int Device();                 // a number for each device that a test makes up
 // Ends the process if the bytes lie outside those that the test allowed.
 void CheckRead(const void* address, size_t bytes);
 
@@ -78,10 +99,7 @@ void CheckRead(const void* address, size_t bytes);
 #define blockDim (emulated::block_dim)
 #define gridDim (emulated::grid_dim)
 
-// Each device that a test makes up has its own number.
-inline cudaError_t cudaGetDevice(int* device) {
-  return *device = emulated::shared_of_block + emulated::multiprocessors, cudaSuccess;
-}
+inline cudaError_t cudaGetDevice(int* device) { return *device = emulated::Device(), cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? emulated::multiprocessors
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin
@@ -129,6 +147,10 @@ T __ldg(const T* address) {
   emulated::CheckRead(address, sizeof(T));
   return *address;
 }
+template <typename T>
+T __ldcg(const T* address) {
+  return __ldg(address);
+}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __frcp_rn(float v) { return 1.0f / v; }
@@ -137,6 +159,9 @@ inline float __expf(float v) { return std::exp(v); }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) << (shift & 31) >> 32);
 }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = uint64_t{b} << 32 | a;
@@ -153,7 +178,3 @@ template <typename T>
 constexpr T max(T a, T b) {
   return a < b ? b : a;
 }
-
-namespace slidejax::lift {
-extern char shared[];  // a block's shared memory, which the kernels declare
-}  // namespace slidejax::lift
