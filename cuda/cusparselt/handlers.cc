@@ -23,6 +23,7 @@
 #include <mutex>
 
 #include "common/ffi_util.h"
+#include "common/group.h"
 #include "cusparselt/helpers.h"
 #include "cusparselt/layout.h"
 #include "cusparselt/plan.h"
@@ -50,13 +51,12 @@ ffi::Error CompressImpl(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi:
   ExpandArgs args = {};
   args.outputs = values.dimensions()[0], args.groups = values.dimensions()[1];
   args.group = static_cast<int>(values.dimensions()[2]) + 2;
-  if (args.group < 4 || args.group > 16 || args.group % 2)
-    return fail("kept must be even, 2 to 14");
+  if (!IsGroup(args.group)) return fail("kept must be even, 2 to 14");
   if (args.groups % 8 != 0) return fail("groups must be whole blocks of 8");
   if (static_cast<int64_t>(zeros.element_count()) != args.outputs * args.groups)
     return fail("zeros must be [out, groups]");
   const int64_t columns = args.groups * (args.group / 2 - 1) * 4;
-  args.padded_outputs = RoundUp(args.outputs, Multiple(*type));
+  args.padded_outputs = RoundUp<int64_t>(args.outputs, Multiple(*type));
   try {
     const CompressedSize size = SizeOfCompressed(*type, args.outputs, columns);
     if (compressed->element_count() != size.compressed) {
@@ -222,8 +222,8 @@ void CheckShapes(const Operands& o) {
 Problem ProblemOf(const Operands& o) {
   Problem p = {};
   p.operand = *DTypeOf(o.lifted.element_type());
-  p.outputs = RoundUp(o.y.dimensions()[1], Multiple(p.operand));
-  p.tokens = RoundUp(o.lifted.dimensions()[0], Multiple(p.operand));
+  p.outputs = RoundUp<int64_t>(o.y.dimensions()[1], Multiple(p.operand));
+  p.tokens = RoundUp<int64_t>(o.lifted.dimensions()[0], Multiple(p.operand));
   p.columns = o.lifted.dimensions()[1];
   p.choice = {o.algorithm, o.split_k, o.split_k_mode, o.parts, o.beside};
   if (Bytes(p.operand) > 1)
@@ -252,8 +252,8 @@ Call CheckCall(const Operands& o) {
   const int64_t result_bytes = Bytes(p.result), operand_bytes = Bytes(p.operand);
   call.accumulator_bytes = call.direct ? 0 : p.tokens * p.outputs * result_bytes;
   call.padded_bytes = call.padded_rows ? p.tokens * p.columns * operand_bytes : 0;
-  const int64_t used = kAlignment + RoundUp(call.accumulator_bytes, kAlignment) +
-                       RoundUp(call.padded_bytes, kAlignment);
+  const int64_t used = kAlignment + RoundUp<int64_t>(call.accumulator_bytes, kAlignment) +
+                       RoundUp<int64_t>(call.padded_bytes, kAlignment);
   if (Count(o.workspace) < used) {
     throw FailureOf("workspace must have at least " + std::to_string(used) + " bytes", o);
   }
@@ -286,10 +286,10 @@ void Run(const Call& call, const Product& product, const Operands& o, cudaStream
   const Problem& p = call.problem;
   // The parts of the workspace are accumulators, padded x and the library's own, in this order.
   char* next = reinterpret_cast<char*>(
-      RoundUp(reinterpret_cast<intptr_t>(o.workspace.untyped_data()), kAlignment));
+      RoundUp<int64_t>(reinterpret_cast<intptr_t>(o.workspace.untyped_data()), kAlignment));
   const auto take = [&](int64_t bytes) {
     char* part = next;
-    next += RoundUp(bytes, kAlignment);
+    next += RoundUp<int64_t>(bytes, kAlignment);
     return part;
   };
   const auto check = [&](cudaError_t status, const char* what) {

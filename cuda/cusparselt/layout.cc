@@ -15,7 +15,7 @@ class Probe {
  public:
   Probe(DType operand, int64_t outputs, int64_t columns)
       : operand_(operand),
-        outputs_(RoundUp(outputs, Multiple(operand))),
+        outputs_(RoundUp<int64_t>(outputs, Multiple(operand))),
         columns_(columns),
         scratch_("learning the compressed form of " + std::string(Name(operand)) + " [" +
                  std::to_string(outputs) + ", " + std::to_string(columns) + "]"),

@@ -60,9 +60,9 @@ class WeightDescriptor {
         handle_(HandleOfDevice()),
         context_(std::string(Name(operand)) + " weights [" + std::to_string(outputs) + ", " +
                  std::to_string(columns) + "]") {
-    Check(api_.StructuredDescriptorInit(handle_, &descriptor_, RoundUp(outputs, Multiple(operand)),
-                                        columns, columns, kAlignment, CudaType(operand), kRowMajor,
-                                        kHalf),
+    Check(api_.StructuredDescriptorInit(handle_, &descriptor_,
+                                        RoundUp<int64_t>(outputs, Multiple(operand)), columns,
+                                        columns, kAlignment, CudaType(operand), kRowMajor, kHalf),
           "StructuredDescriptorInit", context_);
   }
   ~WeightDescriptor() { api_.MatDescriptorDestroy(&descriptor_); }

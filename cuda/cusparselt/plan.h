@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/integers.h"
 #include "cusparselt/api.h"
 
 namespace slidejax::cusparselt {
@@ -53,9 +54,6 @@ struct Problem {
 
 // Outputs and tokens must be multiples of this.
 inline constexpr int64_t Multiple(DType operand) { return Bytes(operand) == 1 ? 32 : 16; }
-inline constexpr int64_t RoundUp(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // A plan of one call of the library, for all tokens of its problem. It cannot be moved, because
 // the library's structs point at each other. Its device must be current when it is made and when it

@@ -45,7 +45,7 @@ Product::Product(const Problem& problem) : problem_(problem), part_tokens_(probl
   const int parts = problem.choice.parts;
   if (parts < 1) throw Failure("parts must be at least 1 for " + context);
   if (parts > 1) {
-    part_tokens_ = RoundUp((problem.tokens + parts - 1) / parts, kPartMultiple);
+    part_tokens_ = RoundUp<int64_t>((problem.tokens + parts - 1) / parts, kPartMultiple);
     if (part_tokens_ * (parts - 1) >= problem.tokens)
       throw Failure("there are too few tokens for " + context);
   }

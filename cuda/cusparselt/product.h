@@ -39,7 +39,7 @@ class Product {
   int64_t part_tokens_;                       // of every part but the last
   std::vector<std::unique_ptr<Plan>> plans_;  // of a part, and of the last one where it differs
   size_t workspace_bytes_ = 0;
-  // Of several parts: the stream that finishes, and an event for each part that is multiplied and
+  // With several parts, the stream that finishes, and an event for each part that is multiplied and
   // for all that are finished. Calls of several threads share them.
   struct Destroy {
     void operator()(CUstream_st* stream) const { cudaStreamDestroy(stream); }

@@ -11,7 +11,7 @@
 namespace slidejax::cusparselt {
 namespace {
 
-// What a first run may take, as a multiple of the best time so far, to be timed well.
+// A candidate is timed well only if its first run takes at most this multiple of the best time.
 constexpr double kWorthTiming = 1.3;
 constexpr double kMicrosecondsOfGroup = 3000;  // of repeated runs that are timed together
 constexpr int kMostRepeats = 20;
@@ -129,8 +129,8 @@ class Search {
 }  // namespace
 
 std::vector<Timing> Tune(Problem problem, size_t workspace_limit, bool finish) {
-  problem.outputs = RoundUp(problem.outputs, Multiple(problem.operand));
-  problem.tokens = RoundUp(problem.tokens, Multiple(problem.operand));
+  problem.outputs = RoundUp<int64_t>(problem.outputs, Multiple(problem.operand));
+  problem.tokens = RoundUp<int64_t>(problem.tokens, Multiple(problem.operand));
   problem.choice = {};
   const std::vector<Choice> variants = Variants(problem, finish);
   const int algorithms = Plan(problem).AlgorithmCount();

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "common/ffi_util.h"
+#include "common/group.h"
 #include "common/integers.h"
 #include "decode/decode.h"
 
@@ -38,7 +39,7 @@ std::string Arguments(const ffi::AnyBuffer& x, const ffi::AnyBuffer& values,
   const int64_t group = dense ? 0 : shape[2] + 2;
   const int64_t block = dense ? kDenseBlock : kBlockGroups;  // along values' second axis
   if (std::max({rows, columns, outputs, shape[1]}) > kMost) return "a dimension is over 2**30";
-  if (!dense && (group < 4 || group > 16 || group % 2)) return "kept must be even, 2 to 14";
+  if (!dense && !IsGroup(group)) return "kept must be even, 2 to 14";
   if (shape[1] % block != 0)
     return "values must have a multiple of " + std::to_string(block) + " groups or columns";
   if (columns > shape[1] * (dense ? 1 : group)) return "x has more columns than the weight";

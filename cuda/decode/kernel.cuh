@@ -397,7 +397,8 @@ class Decoder {
     if (__shfl_sync(kAllLanes, last, 0)) Finish(item);
   }
 
-  // Of a tile: each warp that has an item of it in a slice brings one.
+  // How often warps bring sums for a tile. In each slice, every warp brings them once that has an
+  // item of the tile.
   __device__ int Contributions() const {
     return (p_.slices - 1) * min(warps_, p_.slice_steps) + min(warps_, StepsOf(p_.slices - 1));
   }

@@ -40,8 +40,8 @@ struct Shape {
     return (dense() ? 32 : 32 * windows) * value_bytes;
   }  // bytes of a token's lifted codes
   SLIDEJAX_HOST_DEVICE constexpr int step_lifted() const { return kStepBlocks * block_lifted(); }
-  // Of values of 16 bits, eight rows of a slot are read at once. The 16 bytes put them into
-  // different banks.
+  // With values of 16 bits, eight rows of a slot are read at once. The 16 bytes of padding put them
+  // into different banks.
   SLIDEJAX_HOST_DEVICE constexpr int row_bytes() const {
     return kStepBlocks * block_bytes() + (wide() ? 16 : 0);
   }
@@ -50,11 +50,11 @@ struct Shape {
     return dense() ? 0 : kTileRows * kStepBlocks * 8;
   }
   SLIDEJAX_HOST_DEVICE constexpr int slot_bytes() const { return slot_values() + slot_zeros(); }
-  // Of a thread block. Larger blocks of values take more registers.
+  // Warps of a thread block. Larger blocks of values take more registers.
   SLIDEJAX_HOST_DEVICE constexpr int block_warps() const {
     return windows > 4 ? kMaxWarps / 2 : kMaxWarps;
   }
-  // Of them, those that multiply: larger blocks of values are more bytes in flight a warp.
+  // Warps that multiply. With larger blocks of values a warp has more bytes in flight.
   SLIDEJAX_HOST_DEVICE constexpr int most_warps() const {
     return slot_bytes() > 10000 ? kMaxWarps / 4 : slot_bytes() > 5000 ? kMaxWarps / 2 : kMaxWarps;
   }
@@ -69,7 +69,7 @@ struct Shape {
   }
 };
 
-// What a launch is given beside its operands.
+// The numbers that a launch is given beside its operands.
 struct Plan {
   int warps = 0;   // of a thread block, those that multiply; 0: no plan fits
   int grid = 0;    // thread blocks

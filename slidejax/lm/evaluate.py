@@ -1,6 +1,6 @@
 """The quality of a language model on a text: perplexity, accuracy, agreement with another model.
 
-The model runs as it will serve: its own ``__call__`` under `jax.jit`, with the parameters that it
+The model runs as it will serve: its own `__call__` under `jax.jit`, with the parameters that it
 has, packed or not.
 """
 
@@ -75,7 +75,7 @@ def windows(tokens: Sequence[int] | np.ndarray, length: int) -> tuple[np.ndarray
       Neighbours share one token, and the last window is padded with zeros.
 
     Raises:
-      ValueError: if there are fewer than two tokens, or ``length`` is not positive.
+      ValueError: if there are fewer than two tokens, or `length` is not positive.
 
     >>> windows([1, 2, 3, 4], 2)[0].tolist(), windows([1, 2, 3, 4], 2)[1].tolist()
     ([[1, 2, 3], [3, 4, 0]], [[1.0, 1.0], [1.0, 0.0]])

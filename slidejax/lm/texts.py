@@ -1,7 +1,7 @@
 """English text that every machine with Python has: the language reference, and docstrings.
 
 The reference is the text that `help()` shows. It is part of the standard library
-(``pydoc_data.topics``) and differs from version to version of Python, so a figure that was measured
+(`pydoc_data.topics`) and differs from version to version of Python, so a figure that was measured
 on it should name the version (`source`). It is divided into two disjoint parts, one to evaluate on
 and one to calibrate on. The text to train on (`training`) shares not even eight words in a row with
 the part to evaluate on.
