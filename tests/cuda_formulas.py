@@ -1,5 +1,7 @@
-"""The formulas of docs/design.md in NumPy, independent of slidejax's own reference, and rows to try
-them on. The kernels are compared with them."""
+"""The formulas of docs/contract.md in NumPy, independent of slidejax's own reference.
+
+The kernels are compared with them. Beside them stand rows to try them on.
+"""
 
 import ml_dtypes
 import numpy as np

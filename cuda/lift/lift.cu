@@ -1,5 +1,5 @@
 // Activation lifting fused with dynamic quantisation (SlideSparse, arXiv 2603.05232). The formulas
-// are those of docs/design.md.
+// are those of docs/contract.md.
 //
 //   lifted[m, g, w, l] = code(x[m, 2N*g + 2*w + l]),  scale[m] = absmax[m] * float32(1/qmax),
 //   code(v) = round_half_even(v * (1/scale)) clipped to +-qmax.

@@ -1,5 +1,5 @@
 // Activation lifting fused with dynamic quantisation: the kernels' host interface. The formulas are
-// in docs/design.md.
+// in docs/contract.md.
 #pragma once
 
 #include <cuda_runtime_api.h>

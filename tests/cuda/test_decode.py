@@ -34,7 +34,7 @@ def residual_of(x, out, dtype, seed=0):
 
 
 def expected(x, w, bias, out_dtype, residual=None):
-    """docs/design.md's formulas, in float32 before the last rounding."""
+    """docs/contract.md's formulas, in float32 before the last rounding."""
     return formulas.linear(x, w, bias, jnp.dtype(out_dtype), residual)
 
 

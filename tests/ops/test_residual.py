@@ -1,4 +1,4 @@
-"""`residual=` of the products, with the formula of docs/design.md: rounded once, added once."""
+"""`residual=` of the products, with the formula of docs/contract.md: rounded once, added once."""
 
 import cuda_formulas as formulas
 import jax
