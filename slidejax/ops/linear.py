@@ -206,7 +206,8 @@ def linear(
 
     Raises:
       ValueError: for shapes or dtypes that do not fit each other.
-      TypeError: if `w` is no `LinearWeight`, or `prologue` is none of these.
+      TypeError: if `w` is no `LinearWeight`, `prologue` is none of these, or another argument is no
+        array.
       NotImplementedError: if the implementation refuses, with the reason.
 
     >>> from slidejax import pack

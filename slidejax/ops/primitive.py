@@ -12,7 +12,7 @@ from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-__all__ = ["check_input", "make_primitive", "map_batched", "with_rules"]
+__all__ = ["as_array", "check_input", "make_primitive", "map_batched", "with_rules"]
 
 
 def make_primitive(
@@ -51,9 +51,14 @@ def make_primitive(
         lambda *operands, params: primitive.bind(*operands, **dict(params)),
         static_argnames="params",
     )
-    primitive.def_impl(
-        lambda *operands, **params: jitted(*operands, params=tuple(sorted(params.items())))
-    )
+
+    def run(*operands, **params):
+        # Only a compiled program runs a primitive. Under `jax.disable_jit` the call would come back
+        # here without end.
+        with jax.disable_jit(False):
+            return jitted(*operands, params=tuple(sorted(params.items())))
+
+    primitive.def_impl(run)
     return primitive
 
 
@@ -122,9 +127,26 @@ def map_batched(op, axis_size: int, in_batched, row_operands: Collection[int], o
     return ys, jax.tree.map(lambda y: True, ys)
 
 
+def as_array(value, name: str) -> jax.Array:
+    """Returns an argument as an array.
+
+    Raises:
+      TypeError: naming the argument, if it is no array of numbers.
+    """
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as e:  # ValueError: None, and rows of different lengths
+        raise TypeError(f"{name} must be an array of numbers, got {type(value).__name__}") from e
+
+
 def check_input(x, name: str = "x") -> jax.Array:
-    """Returns `x` as a float array with at least one axis; raises ValueError otherwise."""
-    x = jnp.asarray(x)
+    """Returns `x` as a float array with at least one axis.
+
+    Raises:
+      ValueError: if it has no axis, or another dtype.
+      TypeError: if it is no array.
+    """
+    x = as_array(x, name)
     if x.ndim < 1:
         raise ValueError(f"{name} must be [..., in], got a scalar")
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):

@@ -27,7 +27,7 @@ from jax.experimental.custom_partitioning import (
 from slidejax.ops import registry
 from slidejax.ops.choice import implementation_for
 from slidejax.ops.implementations.reference import expand_lifted, finish
-from slidejax.ops.primitive import make_primitive, map_batched, with_rules
+from slidejax.ops.primitive import as_array, make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem
 from slidejax.ops.prologue import PLAIN, InputLayout
 from slidejax.ops.sharding import MeshPartition, axis_names, first_axes, spec_of, vary, varying_axes
@@ -360,6 +360,7 @@ def sparse_matmul(
 
     Raises:
       ValueError: for shapes or dtypes that do not fit each other.
+      TypeError: if `w` is no `SlideWeight`, or another argument is no array.
       NotImplementedError: if the implementation refuses, with the reason.
 
     >>> from slidejax import lift_quantize, pack
@@ -368,7 +369,7 @@ def sparse_matmul(
     Array([[6., 6.]], dtype=float32)
     """
     check_weight(w)
-    lifted, scale = jnp.asarray(lifted), jnp.asarray(scale)
+    lifted, scale = as_array(lifted, "lifted"), as_array(scale, "scale")
     columns = w.lifted_columns
     if lifted.ndim < 1 or lifted.shape[-1] != columns:
         raise ValueError(
@@ -423,12 +424,16 @@ def check_result(out_features: int, bias, out_dtype) -> tuple[jax.Array | None, 
     Raises:
       ValueError: if one of them is not possible.
     """
-    out_dtype = jnp.dtype(out_dtype)
-    if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise ValueError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype.name}")
+    try:
+        resolved = np.dtype(jnp.dtype(out_dtype))
+    except TypeError:
+        resolved = None
+    if resolved not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        got = repr(out_dtype) if resolved is None else resolved.name
+        raise ValueError(f"out_dtype must be bfloat16, float16 or float32, got {got}")
     if bias is None:
-        return None, out_dtype
-    bias = jnp.asarray(bias)
+        return None, resolved
+    bias = as_array(bias, "bias")
     if bias.shape != (out_features,):
         raise ValueError(f"bias must have shape ({out_features},), got {bias.shape}")
     if not jnp.issubdtype(bias.dtype, jnp.floating):
@@ -444,7 +449,7 @@ def check_residual(residual, shape: tuple[int, ...]) -> jax.Array | None:
     """
     if residual is None:
         return None
-    residual = jnp.asarray(residual)
+    residual = as_array(residual, "residual")
     if residual.shape != shape:
         raise ValueError(
             f"residual must have the shape of the result, {shape}, got {residual.shape}"

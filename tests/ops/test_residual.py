@@ -251,3 +251,34 @@ def test_raw_accumulators_take_no_residual():
     lifted, scale = sj.lift_quantize(x, "6:8")
     with pytest.raises(ValueError, match="residual must be None where out_dtype is None"):
         REFERENCE.run_sparse_matmul(lifted, scale, w, None, jnp.ones((3, 8)), None)
+
+
+# --- what is no array; without jit ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ["x", {}, [[1], [1, 2]], object(), np.array(["a"])])
+@pytest.mark.parametrize("name", ["residual", "bias"])
+def test_what_is_no_array_is_named(name, bad):
+    x, w, _ = problem(0, 4, 24, 8, "6:8", "int8")
+    with pytest.raises(TypeError, match=f"{name} must be an array of numbers, got"):
+        sj.linear(x, w, **{name: bad})
+    with pytest.raises(TypeError, match=f"{name} must be an array of numbers, got"):
+        sj.sparse_matmul(*sj.lift_quantize(x, "6:8"), w, **{name: bad})
+    with pytest.raises(TypeError, match="x must be an array of numbers, got"):
+        sj.linear(bad, w)
+
+
+@pytest.mark.parametrize("bad", ["x", 5, object(), "int32", "float64", []])
+def test_another_out_dtype_is_refused_with_its_name(bad):
+    x, w, _ = problem(0, 4, 24, 8, "6:8", "int8")
+    with pytest.raises(ValueError, match="out_dtype must be bfloat16, float16 or float32, got"):
+        sj.linear(x, w, out_dtype=bad, residual=residual_of(0, (4, 8), "float32"))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_without_jit_the_result_is_the_same(dtype):
+    x, w, bias = problem(0, 4, 24, 8, "6:8", dtype)
+    residual = residual_of(0, (4, 8), "float32")
+    want = sj.linear(x, w, bias, residual=residual)
+    with jax.disable_jit():
+        equal(sj.linear(x, w, bias, residual=residual), want)
