@@ -163,7 +163,15 @@ class DecoderConfig:
                 )
         if any(w is not None and (type(w) is not int or w < 1) for w in self.windows):
             raise ValueError(f"windows must be positive or None, got {self.windows}")
+        tokens = (self.bos_token_id, self.pad_token_id, *self.eos_token_ids)
+        if any(token is not None and (type(token) is not int or token < 0) for token in tokens):
+            raise ValueError(
+                "bos_token_id, pad_token_id and eos_token_ids must be natural numbers, got "
+                f"{self.bos_token_id!r}, {self.pad_token_id!r} and {self.eos_token_ids!r}"
+            )
         for rope in self.ropes:
+            if not all(0 < value < math.inf for value in (rope.theta, *rope.divisors)):
+                raise ValueError(f"theta and divisors of a rope must be positive, got {rope}")
             if len(rope.divisors) not in (0, 1, self.head_dim // 2):
                 raise ValueError(
                     f"a rope's divisors must be none, one or {self.head_dim // 2}, "

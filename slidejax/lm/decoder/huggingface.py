@@ -65,6 +65,16 @@ _ARCHITECTURES = {
     ),
 }
 MODEL_TYPES = tuple(_ARCHITECTURES)
+_CLASSES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma3ForCausalLM": "gemma3_text",
+}
+
+# The most that a file may say: indices are int32, and a damaged number must not fill the memory.
+_MOST, _MOST_LAYERS = 2**31 - 1, 4096
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -146,10 +156,17 @@ def from_huggingface(values: Mapping[str, Any], source: str = "config.json") -> 
             f"{source}: model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}"
         )
     kind = _ARCHITECTURES[model_type]
-    _check_class(values, source)
+    _check_class(values, model_type, source)
     heads = keys.size("num_attention_heads")
-    hidden, layers = keys.size("hidden_size"), keys.size("num_hidden_layers")
+    hidden, layers = keys.size("hidden_size"), keys.size("num_hidden_layers", most=_MOST_LAYERS)
+    if kind.head_dim is None and heads > hidden and values.get("head_dim") is None:
+        keys.bad("num_attention_heads", heads, f"at most hidden_size, {hidden}")
     head_dim = keys.size("head_dim", kind.head_dim or hidden // heads)
+    if head_dim % 2:
+        keys.bad("head_dim", head_dim, "even")
+    kv_heads = keys.size("num_key_value_heads", kind.kv_heads or heads, null=heads)
+    if heads % kv_heads:
+        keys.bad("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads, {heads}")
     positions = keys.size("max_position_embeddings", kind.max_positions)
     bias = kind.may_have_bias and keys.flag("attention_bias", False)
     if kind.qkv_bias and keys.take("attention_bias", True) is not True:
@@ -163,7 +180,7 @@ def from_huggingface(values: Mapping[str, Any], source: str = "config.json") -> 
         intermediate_size=keys.size("intermediate_size"),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=keys.size("num_key_value_heads", kind.kv_heads or heads, null=heads),
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_positions=positions,
         norm_eps=keys.number("rms_norm_eps", 1e-6),
@@ -203,7 +220,9 @@ class _Keys:
     def bad(self, key: str, value: Any, expected: str) -> NoReturn:
         raise ValueError(f"{self._source}: {key} must be {expected}, got {value!r}")
 
-    def size(self, key: str, default: int | None = None, null: int | None = None) -> int:
+    def size(
+        self, key: str, default: int | None = None, null: int | None = None, most: int = _MOST
+    ) -> int:
         if key not in self._values and default is None:
             raise ValueError(f"{self._source} lacks {key}")
         value = self.take(key, default)
@@ -211,13 +230,15 @@ class _Keys:
             value = default if null is None else null
         if type(value) is not int or value < 1:
             self.bad(key, value, "a positive integer")
+        if value > most:
+            self.bad(key, value, f"at most {most}")
         return value
 
     def number(self, key: str, default: float) -> float:
         value = self.take(key, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if not _is_positive(value):
             self.bad(key, value, "a positive number")
-        return value
+        return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.take(key, default)
@@ -227,16 +248,16 @@ class _Keys:
 
     def token(self, key: str) -> int | None:
         value = self.take(key, None)
-        if value is not None and type(value) is not int:
+        if value is not None and not _is_token(value):
             self.bad(key, value, "a token id or null")
         return value if value is None or value >= 0 else None
 
     def tokens(self, key: str) -> tuple[int, ...]:
         value = self.take(key, None)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(type(token) is not int for token in ids):
+        if not all(_is_token(token) for token in ids):
             self.bad(key, value, "a token id, a list of them or null")
-        return tuple(ids)
+        return tuple(token for token in ids if token >= 0)
 
     def finish(self) -> None:
         for key, value in self._values.items():
@@ -249,17 +270,35 @@ class _Keys:
             self.refuse(key, "not a key that slidejax knows, and it may change what is computed")
 
 
-def _check_class(values: Mapping[str, Any], source: str) -> None:
+def _is_positive(value: Any) -> bool:
+    """Whether a value of a file is a number, and neither 0 nor infinite in float32."""
+    return type(value) in (int, float) and 1e-37 < value < 1e38
+
+
+def _is_token(value: Any) -> bool:
+    """Whether a value of a file is a token id, or a negative number that stands for none."""
+    return type(value) is int and -_MOST <= value <= _MOST
+
+
+def _check_class(values: Mapping[str, Any], model_type: str, source: str) -> None:
     names = values.get("architectures") or []
     if not isinstance(names, list) or any(not str(name).endswith("ForCausalLM") for name in names):
         raise NotImplementedError(
             f"{source}: architectures: {names!r} is no causal language model (...ForCausalLM)"
         )
+    for name in names:
+        other = _CLASSES.get(name, model_type)
+        if other != model_type:
+            raise NotImplementedError(
+                f"{source}: architectures: {name} is no {model_type!r}, which model_type says"
+            )
 
 
 def _activation(keys: _Keys, kind: _Architecture) -> str:
     key = "hidden_activation" if kind.gemma else "hidden_act"
-    name = keys.take(key, None) or ("gelu_pytorch_tanh" if kind.gemma else "silu")
+    name = keys.take(key, None)
+    if name is None:
+        name = "gelu_pytorch_tanh" if kind.gemma else "silu"
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         keys.refuse(key, f"{name!r} is not one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
@@ -281,8 +320,10 @@ def _windows(
         if window is not None:
             keys.refuse("sliding_window", f"{model_type} has none")
     elif kind.gemma:
-        pattern = keys.take("sliding_window_pattern", None) or 6
-        also = keys.take("_sliding_window_pattern", None) or pattern
+        pattern = keys.take("sliding_window_pattern", None)
+        pattern = 6 if pattern is None else pattern
+        also = keys.take("_sliding_window_pattern", None)
+        also = pattern if also is None else also
         if type(pattern) is not int or pattern < 1:
             keys.bad("sliding_window_pattern", pattern, "a positive integer")
         if also != pattern and types is None:
@@ -345,6 +386,7 @@ def _ropes(
         if value is not None and not isinstance(value, Mapping):
             keys.bad(key, value, "an object or null")
     if not kind.gemma:
+        _agree(keys, theta, scaling, new, "rope_parameters")
         given = dict(scaling or new or {})
         given.setdefault("rope_theta", 10_000.0 if theta is None else theta)
         rope = _rope(
@@ -358,6 +400,13 @@ def _ropes(
     for name, part in nested.items():
         if part is not None and not isinstance(part, Mapping):
             keys.bad(f"rope_parameters.{name}", part, "an object or null")
+    for name, old, key in (
+        ("full_attention", theta, "rope_theta"),
+        ("sliding_attention", local, "rope_local_base_freq"),
+    ):
+        part = nested.get(name)
+        scales = scaling if name == "full_attention" else None
+        _agree(keys, old, scales, part, f"rope_parameters.{name}", key)
     wide = {**(nested.get("full_attention") or {}), **(scaling or {})}
     wide.setdefault("rope_theta", 1_000_000.0 if theta is None else theta)
     near = dict(nested.get("sliding_attention") or {})
@@ -366,6 +415,28 @@ def _ropes(
         _rope(keys, given, "rope_parameters", head_dim, positions) for given in (wide, near)
     )
     return tuple(full if window is None else sliding for window in windows)
+
+
+def _agree(
+    keys: _Keys, theta: Any, scaling: Any, new: Any, where: str, key: str = "rope_theta"
+) -> None:
+    """Refuses a file in which the keys of transformers 4 and 5 say different things.
+
+    Each version would compute another model.
+    """
+    if not new:
+        return
+    if theta is not None and theta != new.get("rope_theta", theta):
+        keys.bad(key, theta, f"what {where}.rope_theta is, {new['rope_theta']!r}")
+
+    def scaled(values: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {
+            k: v for k, v in values.items() if k not in ("type", "rope_theta") and v is not None
+        }
+        return {**kept, "rope_type": values.get("rope_type", values.get("type")) or "default"}
+
+    if scaling and scaled(scaling) != scaled(new):
+        keys.bad("rope_scaling", scaling, f"what {where} is, {new!r}")
 
 
 def _rope(keys: _Keys, given: Mapping[str, Any], key: str, head_dim: int, positions: int) -> Rope:
@@ -378,11 +449,11 @@ def _rope(keys: _Keys, given: Mapping[str, Any], key: str, head_dim: int, positi
 
     def number(field: str, default: Any = None) -> float:
         value = rest.pop(field, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if not _is_positive(value):
             keys.bad(f"{key}.{field}", value, f"a positive number (rope_type {name!r})")
         return float(value)
 
-    if type(theta) not in (int, float) or not 0 < theta < float("inf"):
+    if not _is_positive(theta):
         keys.bad("rope_theta", theta, "a positive number")
     theta = float(theta)
     if name == "default":
@@ -396,6 +467,8 @@ def _rope(keys: _Keys, given: Mapping[str, Any], key: str, head_dim: int, positi
             number(field) for field in ("factor", "low_freq_factor", "high_freq_factor")
         )
         original = number("original_max_position_embeddings", positions)
+        if original < 1:
+            keys.bad(f"{key}.original_max_position_embeddings", original, "1 or more")
         if not low < high:
             keys.bad(f"{key}.low_freq_factor", low, f"below high_freq_factor, {high}")
         rope = Rope.llama3(theta, head_dim, factor, low, high, int(original))

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slidejax.lm.decoder import DecoderConfig, Rope
 from slidejax.lm.decoder.examples import tiny_config
@@ -135,7 +137,11 @@ def test_another_computation_is_refused_by_name(model_type, change, match):
         ("llama", {"hidden_size": "absent"}, "lacks hidden_size"),
         ("llama", {"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, got 0"),
         ("llama", {"vocab_size": 64.0}, "vocab_size must be a positive integer"),
-        ("llama", {"num_key_value_heads": 3}, "num_kv_heads must divide num_heads 4, got 3"),
+        (
+            "llama",
+            {"num_key_value_heads": 3},
+            "num_key_value_heads must be a divisor of num_attention_heads, 4, got 3",
+        ),
         ("llama", {"head_dim": 7}, "head_dim must be even"),
         ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a positive number"),
         ("llama", {"rope_theta": -1}, "rope_theta must be a positive number"),
@@ -205,4 +211,114 @@ def test_a_configuration_goes_through_json(config):
 )
 def test_json_of_another_kind_is_refused(change):
     with pytest.raises(ValueError, match=r"not a DecoderConfig|must be"):
+        DecoderConfig.from_json({**tiny_config().to_json(), **change})
+
+
+# --- damaged and contradictory files --------------------------------------------------------------
+
+ODD = [None, "8", "", 0, -1, 1.5, True, [], {}, [1], {"a": 1}, float("nan"), 1e400, 10**400, 2**70]
+KEYS = [
+    *SIZES,
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
+    "sliding_window_pattern",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "architectures",
+]
+
+
+@given(
+    model_type=st.sampled_from(MODEL_TYPES), key=st.sampled_from(KEYS), value=st.sampled_from(ODD)
+)
+def test_an_odd_value_is_read_or_refused_by_its_key(model_type, key, value):
+    try:
+        config = read(model_type, **{key: value})
+    except (ValueError, NotImplementedError) as e:
+        said = str(e)
+        assert key in said or "hidden_size" in said
+    else:
+        assert DecoderConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "match"),
+    [
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 4096"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads must be a divisor of num_att"),
+        ("llama", {"head_dim": 7}, "head_dim must be even, got 7"),
+        ("llama", {"num_attention_heads": 64}, "num_attention_heads must be at most hidden_size"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive"),
+        (
+            "llama",
+            {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_theta must be what rope_parameters.rope_theta is, 500000.0, got 10000.0",
+        ),
+        (
+            "llama",
+            {
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+            },
+            "rope_scaling must be what rope_parameters is",
+        ),
+        (
+            "gemma3_text",
+            {
+                "rope_local_base_freq": 7.0,
+                "rope_parameters": {"sliding_attention": {"rope_theta": 8.0}},
+            },
+            "rope_local_base_freq must be what rope_parameters.sliding_attention.rope_theta is",
+        ),
+        (
+            "llama",
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 0.5,
+                }
+            },
+            "original_max_position_embeddings must be 1 or more, got 0.5",
+        ),
+    ],
+)
+def test_values_that_cannot_be_or_contradict_each_other(model_type, change, match):
+    with pytest.raises(ValueError, match=match):
+        read(model_type, **change)
+
+
+def test_both_versions_of_the_rotary_keys_may_say_the_same():
+    old = {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    new = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}
+    assert read(**old) == read(**new) == read(**old, **new)
+    assert read(eos_token_id=[2, -1]).eos_token_ids == (2,)
+
+
+def test_a_class_of_another_architecture_is_refused():
+    with pytest.raises(NotImplementedError, match="architectures: Qwen2ForCausalLM is no 'llama'"):
+        read(architectures=["Qwen2ForCausalLM"])
+    assert read(architectures=["YiForCausalLM"]) == read()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"eos_token_ids": ["a"]}, "natural numbers"),
+        ({"bos_token_id": -1}, "natural numbers"),
+        ({"ropes": [{"theta": 0.0, "divisors": []}] * 2}, "must be positive"),
+    ],
+)
+def test_saved_tokens_and_ropes_are_checked(change, match):
+    with pytest.raises(ValueError, match=match):
         DecoderConfig.from_json({**tiny_config().to_json(), **change})
