@@ -61,7 +61,8 @@ def load(path: str | os.PathLike[str], dtype: Any = None) -> Decoder:
 
     Raises:
       ValueError: there is no such path, or files are missing or damaged, or their tensors are not
-        those of the configuration.
+        those of the configuration, or hold values that are not finite in the dtype.
+      TypeError: `path` is no path.
       NotImplementedError: naming it, if the files ask for a computation that the decoder does not
         do, or are quantised in a way that cannot be read.
       ImportError: a GGUF file needs the package gguf.
@@ -75,7 +76,7 @@ def load(path: str | os.PathLike[str], dtype: Any = None) -> Decoder:
     ('bfloat16', (1, 2, 64))
     """
     dtype = _check_dtype(dtype)
-    path = Path(path)
+    path = _check_path(path)
     if path.is_file():
         file = GGUFFile(path)
         config = gguf.config_of(file)
@@ -102,8 +103,11 @@ def save(model: Decoder, path: str | os.PathLike[str]) -> None:
 
     Raises:
       ValueError: if `path` is a file, or a directory that holds other things.
-      TypeError: if `model` is no decoder, or holds weights that cannot be saved.
+      TypeError: if `model` is no decoder, or holds weights that cannot be saved, or `path` is no
+        path.
+      OSError: if the directory cannot be written. An earlier one then stays as it is.
     """
+    path = _check_path(path)
     if not isinstance(model, Decoder):
         raise TypeError(f"model must be a slidejax.lm.Decoder, got {type(model).__name__}")
     content = {
@@ -120,6 +124,14 @@ def save(model: Decoder, path: str | os.PathLike[str]) -> None:
 
 def _default() -> np.dtype:
     return np.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def _check_path(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or os.PathLike, got {type(path).__name__}")
+    if not os.fspath(path):  # pathlib would take the directory that one is in
+        raise ValueError("path must not be empty, got ''")
+    return Path(path)
 
 
 def _check_dtype(dtype: Any) -> np.dtype | None:

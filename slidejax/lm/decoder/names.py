@@ -65,11 +65,29 @@ def gguf_name(path: str, sandwich_norm: bool) -> str:
 
 
 def parameter(path: str, tensor: np.ndarray, dtype: Any) -> jax.Array:
-    """A floating tensor of a file as a parameter: kernels transposed, norms in float32."""
+    """A floating tensor of a file as a parameter: kernels transposed, norms in float32.
+
+    Raises:
+      ValueError: naming the parameter, if it has nan or infinite values, or values that are too
+        large for the dtype.
+    """
+    value = _parameter(path, tensor, dtype)
+    if not bool(jnp.isfinite(value).all()):
+        if bool(jnp.isfinite(jnp.asarray(tensor)).all()):
+            raise ValueError(
+                f"{path!r} has values that are too large for dtype {value.dtype.name}: "
+                "take bfloat16 or float32"
+            )
+        raise ValueError(f"{path!r} has values that are nan or infinite: the file is damaged")
+    return value
+
+
+def _parameter(path: str, tensor: np.ndarray, dtype: Any) -> jax.Array:
     # JAX may go on using NumPy's memory, and this can be the file itself: so it is copied.
     if path.endswith("/weight"):
         return jnp.array(tensor, jnp.float32)
-    value = jnp.array(np.asarray(tensor, dtype))
+    with np.errstate(over="ignore"):  # `parameter` looks at the result
+        value = jnp.array(np.asarray(tensor, dtype))
     return value.T if path.endswith("/kernel") else value  # JAX transposes faster than NumPy
 
 

@@ -251,3 +251,57 @@ def test_a_converted_flax_model_is_read(rules, tiny_llama, tmp_path):
     ids = np.arange(1, 17, dtype=np.int32)[None]
     expected = np.asarray(converted(ids).logits)
     assert np.abs(np.asarray(model(ids)) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+# --- damaged values, odd paths --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(name, value, tmp_path):
+    tensor = tensors_of("llama")[name].copy()
+    tensor.flat[-1] = value
+    with pytest.raises(ValueError, match=f"{name.replace('.', '/')[:-7]}.* nan or infinite"):
+        sj.lm.load(folder_of(tmp_path, tensors={name: tensor}))
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_that_float16_cannot_hold_are_refused(tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    folder = folder_of(tmp_path, tensors={name: np.full((48, 32), 1e6, np.float32)})
+    with pytest.raises(ValueError, match="up_proj/kernel' has values that are too large for dtype"):
+        sj.lm.load(folder, dtype="float16")
+    assert sj.lm.load(folder, dtype="bfloat16").dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("path", [None, 3, b"x", ["a"]])
+def test_what_is_no_path_is_refused(path):
+    said = f"path must be a str or os.PathLike, got {type(path).__name__}"
+    with pytest.raises(TypeError, match=said):
+        sj.lm.load(path)
+    with pytest.raises(TypeError, match=said):
+        sj.lm.save(tiny(), path)
+
+
+def test_an_empty_path_is_not_the_directory_that_one_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(folder_of(tmp_path))
+    with pytest.raises(ValueError, match="path must not be empty"):
+        sj.lm.load("")
+    assert sj.lm.load(".").config.num_layers == 2
+
+
+def test_a_write_that_fails_leaves_the_earlier_model(tmp_path, monkeypatch):
+    from slidejax.checkpoint import store
+
+    sj.lm.save(tiny(), tmp_path / "model")
+    write = store.write_into
+
+    def full(folder, content):
+        write(folder, content)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "write_into", full)
+    with pytest.raises(OSError, match="No space left"):
+        sj.lm.save(tiny(seed=1), tmp_path / "model")
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    np.testing.assert_array_equal(sj.lm.load(tmp_path / "model")(IDS), tiny()(IDS))
