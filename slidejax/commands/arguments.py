@@ -8,6 +8,8 @@ value that needs it.
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +86,8 @@ def at_least(least: float, whole: bool = False, above: bool = False) -> Callable
         if not (value > least if above else value >= least):
             bound = f"more than {least:g}" if above else f"{least:g} or more"
             raise argparse.ArgumentTypeError(f"must be {bound}, got {text!r}")
+        if math.isinf(value):
+            raise argparse.ArgumentTypeError(f"must be finite, got {text!r}")
         return value
 
     return check
@@ -200,12 +204,30 @@ def add_renamed(p: argparse.ArgumentParser, name: str, old: str, **options: Any)
     p.add_argument(old, **{**options, **hidden})
 
 
+def _json_file(text: str) -> str:
+    """ "-", or a file that can be written, as far as can be seen before any work."""
+    if text == "-":
+        return text
+    if not text or os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"must be a file to write, or -, got {text!r}")
+    folder = os.path.dirname(os.path.abspath(text))
+    while not os.path.exists(folder):  # missing folders are made
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(
+            f"must be a file that can be written, got {text!r}: {folder!r} is not a folder that "
+            "one may write"
+        )
+    return text
+
+
 def add_json(p: argparse.ArgumentParser) -> None:
     """`--json`: figures for programs."""
     p.add_argument(
         "--json",
         nargs="?",
         const="-",
+        type=_json_file,
         metavar="FILE",
         help="write the figures as JSON to FILE, or to standard output in place of the table",
     )

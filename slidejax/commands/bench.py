@@ -173,6 +173,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
 
 
+_MOST_LAYERS = 1000  # more than any model has: a slip of the finger must not fill the memory
 _OF_LAYERS = ("preset", "shape", "rows")
 _OF_MODELS = ("layers", "batch", "prefill", "context", "steps")
 
@@ -185,6 +186,8 @@ def _check_together(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {goes}, got --{name} {_as_typed(name, value)}")
     if args.batch == [] and args.prefill == []:
         raise ValueError("--batch none and --prefill none leave nothing to time: give one of them")
+    if (args.layers or 0) > _MOST_LAYERS:
+        raise ValueError(f"--layers must be at most {_MOST_LAYERS}, got {args.layers}")
     context, steps = args.context or _CONTEXT, args.steps or _STEPS
     if steps > context:
         raise ValueError(f"--steps must be at most --context, {context}, got {steps}")

@@ -81,6 +81,11 @@ def test_a_whole_model_prints_its_table(capsys):
     (["--rounds", "0"], "argument --rounds: invalid choice: 0"),
     (["--pattern", "5:8"], "argument --pattern: pattern must be"),
     (["--dtype", "int4"], "argument --dtype: dtype must be"),
+    (["--seconds", "inf"], "argument --seconds: must be finite, got 'inf'"),
+    (["--warmup", "inf"], "argument --warmup: must be finite, got 'inf'"),
+    (["--json", ""], "argument --json: must be a file to write, or -, got ''"),
+    (["--json", "."], "argument --json: must be a file to write, or -, got '.'"),
+    (["--json", f"{__file__}/x"], "argument --json: must be a file that can be written, got"),
 ])  # fmt: skip
 def test_bad_values_are_named(capsys, flags, said):
     assert said in usage_error(capsys, "bench", "--model", "tiny", *flags)
@@ -96,6 +101,7 @@ def test_bad_values_are_named(capsys, flags, said):
     ("--batch none", "--batch goes with --model only, got --batch none"),
     ("--model tiny --batch none --prefill none", "leave nothing to time"),
     ("--model tiny --steps 9 --context 8", "--steps must be at most --context, 8, got 9"),
+    ("--model tiny --layers 1001", "--layers must be at most 1000, got 1001"),
     ("--model tiny --steps 600", "--steps must be at most --context, 512, got 600"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together_are_named(capsys, flags, said):
