@@ -31,6 +31,7 @@ from slidejax.lm.decoder.attention import attend
 from slidejax.lm.decoder.cache import Cache, LayerCache
 from slidejax.lm.decoder.config import DecoderConfig, Rope
 from slidejax.ops.linear import linear
+from slidejax.ops.primitive import as_array
 from slidejax.weights.packed import LinearWeight
 
 __all__ = ["apply", "outputs"]
@@ -71,8 +72,9 @@ def apply(
       cache with the tokens in it, or None.
 
     Raises:
-      ValueError: if ids or positions are no integer matrices of one shape, or the cache has other
-        rows or layers.
+      ValueError: if ids or positions are no integer matrices of one shape, the cache has other
+        rows, layers or sizes, or without positions ids are longer than the cache.
+      TypeError: if one of them is no array, or the cache is none.
 
     The right padding of a batch does not change its rows:
 
@@ -142,28 +144,45 @@ def _states(
 
 
 def _check(config: DecoderConfig, ids, positions, cache) -> tuple[jax.Array, jax.Array]:
-    ids = jnp.asarray(ids)
+    ids = as_array(ids, "ids")
     if ids.ndim != 2 or 0 in ids.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
             f"ids must be integers [batch, tokens], at least one, got {ids.dtype} of shape "
             f"{ids.shape}"
         )
+    _check_cache(config, ids, positions, cache)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-    positions = jnp.asarray(positions)
+    positions = as_array(positions, "positions")
     if positions.shape != ids.shape or not jnp.issubdtype(positions.dtype, jnp.integer):
         raise ValueError(
             f"positions must be integers of the shape of ids, {ids.shape}, got {positions.dtype} "
             f"of shape {positions.shape}"
         )
-    if cache is not None and (
-        len(cache) != config.num_layers or cache[0].keys.shape[0] != ids.shape[0]
-    ):
-        raise ValueError(
-            f"cache has {len(cache)} layers and {cache[0].keys.shape[0] if cache else 0} rows, "
-            f"expected {config.num_layers} and {ids.shape[0]}"
-        )
     return ids.astype(jnp.int32), positions.astype(jnp.int32)
+
+
+def _check_cache(config: DecoderConfig, ids: jax.Array, positions, cache) -> None:
+    if cache is None:
+        return
+    if not isinstance(cache, (tuple, list)) or not all(isinstance(c, LayerCache) for c in cache):
+        raise TypeError(
+            f"cache must be what init_cache made, a LayerCache for each layer, "
+            f"got {type(cache).__name__}"
+        )
+    found = {layer.keys.shape for layer in cache}
+    length = cache[0].keys.shape[2] if cache else 0
+    wanted = (ids.shape[0], config.num_kv_heads, length, config.head_dim)
+    if len(cache) != config.num_layers or found != {wanted}:
+        raise ValueError(
+            f"cache has {len(cache)} layers with keys {sorted(found)}, expected "
+            f"{config.num_layers} with [batch, kv_heads, length, head_dim] {wanted}"
+        )
+    if positions is None and ids.shape[1] > length:
+        raise ValueError(
+            f"ids must be at most as long as the cache, {length} positions, got {ids.shape[1]} "
+            "tokens"
+        )
 
 
 # --- the parts ------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = "bfl
       it.
 
     Raises:
-      ValueError: for a batch or length below 1, or another dtype.
+      ValueError: for a batch or length that is no positive integer, or another dtype.
 
     >>> from slidejax.lm.decoder.examples import tiny
     >>> cache = init_cache(tiny().config, batch=2, length=16)
@@ -93,8 +93,8 @@ def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = "bfl
     (2, (2, 2, 16, 8), 'bfloat16')
     """
     for name, value in (("batch", batch), ("length", length)):
-        if value < 1:
-            raise ValueError(f"{name} must be positive, got {value}")
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
     try:
         resolved = np.dtype(jnp.dtype(dtype))
     except TypeError:

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from slidejax import conversion, nnx
 from slidejax.functional import Family, Functional, arguments_of
 from slidejax.lm.decoder.apply import apply
 from slidejax.lm.decoder.model import Decoder
+from slidejax.prune.model.calibration import Calibration
 from slidejax.prune.model.methods import Method
 from slidejax.rules import Prune, Report, Rule, RuleSet, Skipped
 from slidejax.weights.pattern import Pattern
@@ -96,8 +98,9 @@ def convert(
       A new decoder with packed weights, and the same files.
 
     Raises:
-      ValueError: for bad rules, an unknown method, or calibration that is missing or not used.
-      TypeError: if `model` is no decoder.
+      ValueError: for bad rules, an unknown method, or calibration that is missing or not used, or
+        has tokens that the model does not have.
+      TypeError: if `model` is no decoder, or `report` no report.
 
     >>> import slidejax as sj
     >>> from slidejax.lm.decoder.examples import tiny
@@ -109,9 +112,27 @@ def convert(
     """
     if not isinstance(model, Decoder):
         raise TypeError(f"model must be a slidejax.lm.Decoder, got {type(model).__name__}")
+    if calibration is not None:
+        _check_tokens(calibration, model.config.vocab_size)
+    if report is not None and not isinstance(report, Report):
+        raise TypeError(f"report must be a slidejax.Report, got {type(report).__name__}")
     if model.config.tied and _converts_head(rules):
         model = _with_own_head(model)
     return conversion.convert(model, rules, calibration, method=method, report=report)
+
+
+def _check_tokens(calibration: Any, vocab: int) -> None:
+    """Raises ValueError for an array with ids outside the vocabulary, or for no array."""
+    if isinstance(calibration, Calibration):
+        return
+    if isinstance(calibration, (str, bytes)):
+        raise TypeError(f"calibration must be token ids, got {type(calibration).__name__}")
+    if isinstance(calibration, (jax.Array, np.ndarray)) and calibration.size:
+        least, most = int(calibration.min()), int(calibration.max())
+        if least < 0 or most >= vocab:
+            raise ValueError(
+                f"calibration must be token ids from 0 to {vocab - 1}, got {least} to {most}"
+            )
 
 
 def _converts_head(rules: Any) -> bool:

@@ -20,6 +20,7 @@ from slidejax.lm.decoder.apply import apply, outputs
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.writing import Writes
 from slidejax.nnx.layers import SlideLayer, SlideLinear
+from slidejax.ops.primitive import as_array
 from slidejax.weights.packed import LinearWeight
 
 __all__ = ["Decoder", "expected"]
@@ -42,8 +43,9 @@ class Decoder(Writes, nnx.Module):
       files, about: as given.
 
     Raises:
-      ValueError: naming them, if parameters are missing, unknown, or of another shape than the
-        configuration says.
+      ValueError: naming them, if parameters are missing, unknown, not floating, or of another
+        shape than the configuration says.
+      TypeError: if `config` or `params` are something else, or a file is no bytes.
 
     >>> from slidejax.lm.decoder.examples import tiny
     >>> model = tiny()
@@ -59,6 +61,13 @@ class Decoder(Writes, nnx.Module):
         files: Mapping[str, bytes] | None = None,
         about: Mapping[str, Any] | None = None,
     ):
+        if not isinstance(config, DecoderConfig):
+            raise TypeError(f"config must be a DecoderConfig, got {type(config).__name__}")
+        if not isinstance(params, Mapping):
+            raise TypeError(f"params must be nested dicts, got {type(params).__name__}")
+        for name, data in (files or {}).items():
+            if not isinstance(data, bytes):
+                raise TypeError(f"files[{name!r}] must be bytes, got {type(data).__name__}")
         check_params(config, params)
         self.config = config
         self._extra = _Extra(dict(files or {}), dict(about or {}))
@@ -99,7 +108,10 @@ class Decoder(Writes, nnx.Module):
 
         Raises:
           ValueError: as `apply`; or an id is outside the vocabulary, where ids are concrete.
+          TypeError: as `apply`.
         """
+        ids = as_array(ids, "ids")
+        positions = None if positions is None else as_array(positions, "positions")
         if not isinstance(ids, jax.core.Tracer):
             self._check(np.asarray(ids))
         return _logits(self.config, self.params, ids, positions)
@@ -232,15 +244,31 @@ def check_params(config: DecoderConfig, params: Mapping[str, Any]) -> None:
     problems = [f"{path} is missing" for path in shapes if path not in found]
     problems += [f"{path} is unknown" for path in found if path not in shapes]
     problems += [
+        f"{path} is {_dtype_of(found[path])} instead of floating"
+        for path in shapes
+        if path in found and not _is_floating(found[path])
+    ]
+    problems += [
         f"{path} is {tuple(found[path].shape)} instead of {shape}"
         for path, shape in shapes.items()
-        if path in found and tuple(found[path].shape) != shape
+        if path in found and tuple(getattr(found[path], "shape", shape)) != shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(
             f"parameters do not fit the configuration: {', '.join(problems[:3])}{more}"
         )
+
+
+def _dtype_of(value: Any) -> str:
+    dtype = getattr(value, "dtype", None)
+    return type(value).__name__ if dtype is None else np.dtype(dtype).name
+
+
+def _is_floating(value: Any) -> bool:
+    if isinstance(value, LinearWeight):
+        return True
+    return hasattr(value, "dtype") and jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:

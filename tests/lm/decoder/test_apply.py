@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slidejax as sj
-from slidejax.lm.decoder import Rope, apply, fuse, init_cache, serving
+from slidejax.lm.decoder import Decoder, Rope, apply, fuse, init_cache, serving
 from slidejax.lm.decoder.examples import tiny
 
 run = jax.jit(apply, static_argnums=0, static_argnames=("last",))
@@ -165,15 +165,15 @@ def test_bad_arguments_are_named(ids, positions, match):
 
 def test_a_cache_of_another_batch_is_refused():
     cache = init_cache(model().config, 2, 4)
-    with pytest.raises(ValueError, match="cache has 2 layers and 2 rows, expected 2 and 1"):
+    with pytest.raises(ValueError, match="cache has 2 layers with keys"):
         apply(model().config, model().params, tokens(1, 2), None, cache)
 
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ((0, 4), "batch must be positive"),
-        ((1, 0), "length must be positive"),
+        ((0, 4), "batch must be a positive integer, got 0"),
+        ((1, 0), "length must be a positive integer, got 0"),
         ((1, 4, "int4x"), "dtype of a cache"),
         ((1, 4, "int32"), "dtype of a cache"),
     ],
@@ -193,3 +193,60 @@ def test_gradients_reach_every_parameter():
         if not np.abs(np.asarray(g)).max() > 0
     ]
     assert dead == []
+
+
+# --- what is no array, no cache, no decoder -------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ["x", {}, [[1], [1, 2]], None, [["a"]], object()])
+def test_ids_and_positions_that_are_no_arrays_are_named(bad):
+    with pytest.raises(TypeError, match="ids must be an array of numbers"):
+        model()(bad)
+    if bad is not None:
+        with pytest.raises(TypeError, match="positions must be an array of numbers"):
+            model()(tokens(1, 3), bad)
+
+
+@pytest.mark.parametrize("value", [0, -1, "2", 2.0, None, True])
+@pytest.mark.parametrize("name", ["batch", "length"])
+def test_sizes_of_a_cache_are_positive_integers(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer, got {value!r}"):
+        init_cache(model().config, **{"batch": 2, "length": 4, name: value})
+
+
+@pytest.mark.parametrize("cache", ["xx", {0: 1, 1: 2}, 5, (1, 2)])
+def test_what_is_no_cache_is_refused(cache):
+    with pytest.raises(TypeError, match="cache must be what init_cache made"):
+        apply(model().config, model().params, tokens(2, 3), None, cache)
+
+
+def test_a_cache_of_another_model_or_too_short_a_one_is_refused():
+    config, params = model().config, model().params
+    other = init_cache(tiny(num_kv_heads=4).config, 2, 8)
+    with pytest.raises(ValueError, match="cache has 2 layers with keys"):
+        apply(config, params, tokens(2, 3), None, other)
+    with pytest.raises(ValueError, match="as long as the cache, 8 positions, got 9"):
+        apply(config, params, tokens(2, 9), None, init_cache(config, 2, 8))
+
+
+@pytest.mark.parametrize("rule", [None, "int8", "bfloat16"])
+def test_without_jit_the_results_are_the_same(rule):
+    decoder = model() if rule is None else sj.lm.convert(model(), sj.Rule("6:8", dtype=rule))
+    ids = tokens(1, 5)
+    want = decoder(ids)
+    with jax.disable_jit():
+        np.testing.assert_allclose(decoder(ids), want, rtol=0, atol=1e-5)
+
+
+def test_what_a_decoder_is_made_of_is_checked():
+    config, params = model().config, model().params
+    with pytest.raises(TypeError, match="config must be a DecoderConfig, got dict"):
+        Decoder({}, params)
+    for bad in (None, [], 5):
+        with pytest.raises(TypeError, match="params must be nested dicts"):
+            Decoder(config, bad)
+    for kernel, said in ((5, "int"), (np.zeros((32, 64), np.int8), "int8"), ("x", "str")):
+        with pytest.raises(ValueError, match=f"lm_head/kernel is {said} instead of floating"):
+            Decoder(config, {**params, "lm_head": {"kernel": kernel}})
+    with pytest.raises(TypeError, match=r"files\['a'\] must be bytes, got str"):
+        Decoder(config, params, files={"a": "text"})
