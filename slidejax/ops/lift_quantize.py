@@ -30,7 +30,15 @@ from jax.experimental.custom_partitioning import (
 from slidejax.ops.cuda import calls, library, prologues
 from slidejax.ops.primitive import check_input, make_primitive, map_batched, with_rules
 from slidejax.ops.prologue import PLAIN, InputLayout, Prologue, inputs_of
-from slidejax.ops.sharding import MeshPartition, axis_names, first_axes, spec_of, vary, varying_axes
+from slidejax.ops.sharding import (
+    MeshPartition,
+    axis_names,
+    first_axes,
+    spec_of,
+    vary,
+    varying_axes,
+    without,
+)
 from slidejax.weights import numerics
 from slidejax.weights.pattern import Pattern
 
@@ -222,7 +230,7 @@ def _partitioned(pattern: Pattern, dtype, inputs: InputLayout):
 
     def partition(mesh, operands, results):
         (rows, k), (_, lifted_k) = spec_of(operands[0]), spec_of(results[0])
-        cut = MeshPartition(mesh, rows=first_axes(rows), k=first_axes(k, lifted_k))
+        cut = MeshPartition(mesh, rows=first_axes(rows), k=first_axes(k, without(lifted_k, rows)))
         if cut.k:
             cut.check_k("lift_quantize", pattern, operands[0].shape[1])
 

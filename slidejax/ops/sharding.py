@@ -22,6 +22,7 @@ __all__ = [
     "spec_of",
     "vary",
     "varying_axes",
+    "without",
 ]
 
 
@@ -104,6 +105,11 @@ class MeshPartition:
 def first_axes(*entries) -> tuple[str, ...]:
     """The mesh axes of the first of several PartitionSpec entries that names one."""
     return next((axes for axes in map(spec_axes, entries) if axes), ())
+
+
+def without(entry, taken) -> tuple[str, ...]:
+    """The mesh axes of a PartitionSpec entry that another entry does not take."""
+    return tuple(axis for axis in spec_axes(entry) if axis not in spec_axes(taken))
 
 
 def spec_of(shape_with_sharding) -> tuple:

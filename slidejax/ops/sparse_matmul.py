@@ -30,7 +30,15 @@ from slidejax.ops.implementations.reference import expand_lifted, finish
 from slidejax.ops.primitive import as_array, make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem
 from slidejax.ops.prologue import PLAIN, InputLayout
-from slidejax.ops.sharding import MeshPartition, axis_names, first_axes, spec_of, vary, varying_axes
+from slidejax.ops.sharding import (
+    MeshPartition,
+    axis_names,
+    first_axes,
+    spec_of,
+    vary,
+    varying_axes,
+    without,
+)
 from slidejax.weights import numerics
 from slidejax.weights.layout import kept_values
 from slidejax.weights.packed import SlideWeight, check_weight
@@ -181,7 +189,9 @@ def weight_shardings(cut: MeshPartition, settings: LinearParams, operands) -> tu
 def partition_of(op: str, mesh, operands, result, settings: LinearParams) -> MeshPartition:
     """How the partitioner wants to cut a product, from the shardings of x, values and y.
 
-    x is the first operand.
+    x is the first operand. Operands may want one mesh axis for two things, such as x for its rows
+    and the residual for the outputs. It then goes to the result's axis, else to rows, outputs and K
+    in this order, and the partitioner moves the other operand.
     """
     w, _ = settings.weight(operands)
     (x_rows, x_k), (w_out, w_k, _), (y_rows, y_out) = (
@@ -189,9 +199,10 @@ def partition_of(op: str, mesh, operands, result, settings: LinearParams) -> Mes
         spec_of(w.values),
         spec_of(result),
     )
-    cut = MeshPartition(
-        mesh, rows=first_axes(y_rows, x_rows), out=first_axes(y_out, w_out), k=first_axes(x_k, w_k)
-    )
+    rows = first_axes(y_rows, without(x_rows, y_out))
+    out = first_axes(y_out, without(w_out, rows))
+    k = first_axes(without(x_k, (*rows, *out)), without(w_k, (*rows, *out)))
+    cut = MeshPartition(mesh, rows=rows, out=out, k=k)
     return cut.check_k(op, settings.pattern, settings.in_features) if cut.k else cut
 
 

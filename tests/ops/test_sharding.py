@@ -240,3 +240,21 @@ def test_gradients_of_a_residual_over_a_mesh(mesh, spec, copies, run):
     want = jax.grad(functools.partial(loss, run=tiled), every)(*args)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2)
+
+
+# --- operands that want one axis for two things ---------------------------------------------------
+
+
+@pytest.mark.parametrize("x_spec", [P("m"), P(None, "m"), P("m", "k")], ids=str)
+@pytest.mark.parametrize("residual_spec", [P("m"), P(None, "m"), P("k", "m")], ids=str)
+@pytest.mark.parametrize("w_axes", [{}, {"out": "m"}, {"k": "m"}], ids=str)
+@pytest.mark.parametrize("run", [whole, lifted])
+def test_operands_may_want_one_axis_for_two_things(mesh, x_spec, residual_spec, w_axes, run):
+    x, w, bias, residual = residual_problem()
+    args = (
+        place(mesh, x, x_spec),
+        place(mesh, w, w.partition_spec(**w_axes)),
+        bias,
+        place(mesh, residual, residual_spec),
+    )
+    np.testing.assert_array_equal(jax.jit(run)(*args), run(x, w, bias, residual))
