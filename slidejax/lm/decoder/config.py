@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ACTIVATIONS", "DecoderConfig", "Rope"]
+__all__ = ["ACTIVATIONS", "MOST", "MOST_LAYERS", "DecoderConfig", "Rope"]
+
+# The most that a file may say: indices are int32, and a damaged number must not fill the memory.
+MOST, MOST_LAYERS = 2**31 - 1, 4096
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from slidejax.checkpoint.gguf import GGUFFile, deinterleave
-from slidejax.lm.decoder.config import DecoderConfig, Rope
+from slidejax.lm.decoder.config import MOST, MOST_LAYERS, DecoderConfig, Rope
 from slidejax.lm.decoder.model import expected
 from slidejax.lm.decoder.names import gguf_name, parameter, tree_of
 
@@ -199,6 +199,9 @@ class _Keys:
             self.refuse(key, "layers of different sizes")
         if not isinstance(value, (int, np.integer)) or value < 1:
             self._fail(key, value, "a positive integer")
+        most = MOST_LAYERS if key == "block_count" else MOST
+        if value > most:
+            self._fail(key, value, f"at most {most}")
         return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:

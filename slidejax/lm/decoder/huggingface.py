@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from slidejax.lm.decoder.config import DecoderConfig, Rope
+from slidejax.lm.decoder.config import MOST, MOST_LAYERS, DecoderConfig, Rope
 
 __all__ = ["MODEL_TYPES", "from_huggingface"]
 
@@ -72,9 +72,6 @@ _CLASSES = {
     "Qwen3ForCausalLM": "qwen3",
     "Gemma3ForCausalLM": "gemma3_text",
 }
-
-# The most that a file may say: indices are int32, and a damaged number must not fill the memory.
-_MOST, _MOST_LAYERS = 2**31 - 1, 4096
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -158,7 +155,7 @@ def from_huggingface(values: Mapping[str, Any], source: str = "config.json") -> 
     kind = _ARCHITECTURES[model_type]
     _check_class(values, model_type, source)
     heads = keys.size("num_attention_heads")
-    hidden, layers = keys.size("hidden_size"), keys.size("num_hidden_layers", most=_MOST_LAYERS)
+    hidden, layers = keys.size("hidden_size"), keys.size("num_hidden_layers", most=MOST_LAYERS)
     if kind.head_dim is None and heads > hidden and values.get("head_dim") is None:
         keys.bad("num_attention_heads", heads, f"at most hidden_size, {hidden}")
     head_dim = keys.size("head_dim", kind.head_dim or hidden // heads)
@@ -221,7 +218,7 @@ class _Keys:
         raise ValueError(f"{self._source}: {key} must be {expected}, got {value!r}")
 
     def size(
-        self, key: str, default: int | None = None, null: int | None = None, most: int = _MOST
+        self, key: str, default: int | None = None, null: int | None = None, most: int = MOST
     ) -> int:
         if key not in self._values and default is None:
             raise ValueError(f"{self._source} lacks {key}")
@@ -277,7 +274,7 @@ def _is_positive(value: Any) -> bool:
 
 def _is_token(value: Any) -> bool:
     """Whether a value of a file is a token id, or a negative number that stands for none."""
-    return type(value) is int and -_MOST <= value <= _MOST
+    return type(value) is int and -MOST <= value <= MOST
 
 
 def _check_class(values: Mapping[str, Any], model_type: str, source: str) -> None:
