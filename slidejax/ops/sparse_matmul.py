@@ -449,7 +449,7 @@ def check_result(out_features: int, bias, out_dtype) -> tuple[jax.Array | None, 
         raise ValueError(f"bias must have shape ({out_features},), got {bias.shape}")
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise ValueError(f"bias must be floating, got {bias.dtype}")
-    return bias, out_dtype
+    return bias, resolved
 
 
 def check_residual(residual, shape: tuple[int, ...]) -> jax.Array | None:
