@@ -38,6 +38,20 @@ hypothesis.settings.register_profile("slidejax", deadline=None, max_examples=25,
 hypothesis.settings.load_profile("slidejax")
 
 
+# Linux gives a process 65,530 memory maps, and each compiled program takes some. Without more of
+# them the next program ends in a segmentation fault.
+_MANY_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_memory_maps():
+    """Drops the compiled programs of a process that has run many modules."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
+
+
 def pytest_collection_modifyitems(items):
     if jax.default_backend() == "gpu":
         return
