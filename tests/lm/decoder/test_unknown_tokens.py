@@ -33,7 +33,7 @@ def test_padding_may_have_any_id():
 
 def test_calibration_on_them_is_an_error():
     model = tiny()
-    with pytest.raises(ValueError, match="inf or nan"):
+    with pytest.raises(ValueError, match="calibration must be token ids from 0 to 63, got 1 to 64"):
         sj.lm.convert(model, "6:8", "wanda", BAD)
     with pytest.raises(ValueError, match="inf or nan"):
         sj.prune.mixed(model, "6:8", BAD, patterns=("14:16", "2:4"))
