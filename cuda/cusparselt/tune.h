@@ -15,9 +15,10 @@ struct Timing {
 };
 
 // Times the library's kernels for a problem, fastest first. With `finish` a time includes
-// slidejax's kernel behind the library's, and several parts are tried as well; without, it is that
-// of the product alone. Leaves out what refuses the problem, wants more workspace than the limit,
-// or is clearly slower than the best so far. Allocates memory and synchronises. Throws Failure.
+// slidejax's kernel behind the library's, and several parts are tried as well. Without it, a time
+// is that of the product alone. A candidate is left out if it refuses the problem, if it wants more
+// workspace than the limit, or if it is clearly slower than the best so far. Allocates memory and
+// synchronises. Throws Failure.
 std::vector<Timing> Tune(Problem problem, size_t workspace_limit, bool finish);
 
 }  // namespace slidejax::cusparselt

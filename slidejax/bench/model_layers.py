@@ -77,7 +77,7 @@ def kinds(patterns: Sequence[Pattern], dtypes: Sequence[Any]) -> list[Kind]:
             found.append(Kind(f"{name} prepared", make, linear, prepare))
         else:
             found.append(Kind(name, make, linear))
-    # One output of W takes its place: a product so cheap that only what stands between is left.
+    # One output of W takes the place of each product. The step then takes the time of all the rest.
     found.append(Kind(NO_LINEARS, lambda w: w[:, 0], lambda x, w: x[..., :1] * w))
     return found
 

@@ -53,7 +53,7 @@ class LoadedDecoder:
 
     @property
     def start(self) -> list[int]:
-        """What stands before every text in use, such as the start-of-text token."""
+        """The tokens that every text begins with in use, such as the start-of-text token."""
         return [] if self.tokenizer is None else list(self.tokenizer.start)
 
     def encode(self, text: str, *, start: bool = False) -> list[int]:

@@ -83,7 +83,7 @@ class Programs:
 
     @staticmethod
     def cache_length(tokens: int, context: int) -> int:
-        """The length of the cache for so many tokens in all, at most the model's context."""
+        """The length of the cache for a number of tokens in all, at most the model's context."""
         return min(bucket(tokens, 4 * _SHORTEST), max(context, tokens))
 
     def _prefill(

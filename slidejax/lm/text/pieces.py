@@ -125,14 +125,14 @@ class Utf8:
         return self._decoder.decode(data)
 
     def end(self) -> str:
-        """What is left: U+FFFD for a character that was never completed, else nothing."""
+        """The last text: U+FFFD for a character that was never completed, else nothing."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
 
 
 def joined(pieces: Iterable[tuple[bytes, bool]]) -> Iterable[tuple[str, bool]]:
-    """Text of `(bytes, special)` pairs. A special token ends what stands before it."""
+    """Text of `(bytes, special)` pairs. A special token ends the character before it."""
     stream = Utf8()
     for data, special in pieces:
         if special:

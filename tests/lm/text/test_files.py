@@ -36,7 +36,7 @@ NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
     ("about", "template", "start"),
     [
         ({}, False, ()),
-        ({}, True, (256,)),  # what stands after the text is left out
+        ({}, True, (256,)),  # tokens after the text are left out
         ({"add_bos_token": True}, False, (256,)),
         ({"add_bos_token": True}, True, (256,)),
         ({"add_bos_token": False}, True, ()),
