@@ -101,10 +101,11 @@ cudaError_t PackCompressed(const PackArgs& a, cudaStream_t stream) {
       cudaMemcpyAsync(to, a.values, a.outputs * row, cudaMemcpyDeviceToDevice, stream);
   if (status == cudaSuccess && a.padded_outputs > a.outputs)
     status = cudaMemsetAsync(to + a.outputs * row, 0, (a.padded_outputs - a.outputs) * row, stream);
-  // The metadata may have room for more windows than there are. 4 is a legal nibble.
+  // The metadata may have room for more rows and windows than there are. The library writes the
+  // nibble 14 there.
   const int64_t nibbles = a.padded_outputs * a.groups * (a.group / 2 - 1);
   if (status == cudaSuccess && 2 * (a.compressed_bytes - values) > nibbles)
-    status = cudaMemsetAsync(to + values, 0x44, a.compressed_bytes - values, stream);
+    status = cudaMemsetAsync(to + values, 0xee, a.compressed_bytes - values, stream);
   if (status != cudaSuccess) return status;
   PackKernel<<<Blocks(a.padded_outputs * a.groups / kBlock), kThreads, 0, stream>>>(a, to + values);
   return cudaPeekAtLastError();
