@@ -31,6 +31,7 @@ __all__ = [
     "float_dtype",
     "list_of",
     "names",
+    "out_file",
     "pattern",
     "positive",
     "regex",
@@ -204,7 +205,7 @@ def add_renamed(p: argparse.ArgumentParser, name: str, old: str, **options: Any)
     p.add_argument(old, **{**options, **hidden})
 
 
-def _json_file(text: str) -> str:
+def out_file(text: str) -> str:
     """ "-", or a file that can be written, as far as can be seen before any work."""
     if text == "-":
         return text
@@ -227,7 +228,7 @@ def add_json(p: argparse.ArgumentParser) -> None:
         "--json",
         nargs="?",
         const="-",
-        type=_json_file,
+        type=out_file,
         metavar="FILE",
         help="write the figures as JSON to FILE, or to standard output in place of the table",
     )

@@ -1,20 +1,22 @@
-"""`slidejax eval`: models side by side on one text."""
+"""`slidejax eval`: models side by side, on one text or on programs that they write."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from slidejax.commands import arguments, inputs, terminal
+from slidejax.commands import arguments, humaneval, inputs, terminal
 from slidejax.lm.texts import WINDOW
 
 __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run"]
 
-SUMMARY = "Perplexity and next-token accuracy on a text; agreement with another model."
+SUMMARY = "Perplexity and next-token accuracy on a text, or the programs of HumanEval."
 EXAMPLE = "slidejax eval out --against smollm2"
 
 # Tokens of the default text to predict where `--tokens` does not say.
 _TOKENS = 4096
+# Tokens of a sample to write where `--max-new-tokens` does not say.
+_CONTINUATION = 40
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -24,6 +26,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="MODEL",
         help=f"{arguments.MODEL}; several are compared with the first",
+    )
+    p.add_argument(
+        "--task",
+        choices=("perplexity", "humaneval"),
+        default="perplexity",
+        help="perplexity: predict a text (default); humaneval: write 164 functions of Python, whose "
+        "tests are run. Needs the extra humaneval",
     )
     arguments.add_text(p)
     p.add_argument(
@@ -43,12 +52,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--batch",
         type=arguments.positive,
         metavar="N",
-        help="sequences at a time (default 8 on a GPU, 2 on a CPU)",
+        help="sequences at a time (default 8 on a GPU, 2 on a CPU; humaneval: 128, 8)",
     )
     p.add_argument(
         "--against",
         metavar="MODEL",
-        help="measure agreement with this model: share of equal first choices, and KL divergence",
+        help="measure agreement with this model: share of equal first choices, and KL divergence; "
+        "humaneval: what is kept of its share, on the same problems",
     )
     p.add_argument(
         "--plot",
@@ -61,16 +71,21 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--max-new-tokens",
         type=arguments.positive,
-        default=40,
         metavar="N",
-        help="tokens of the continuation at most (default 40)",
+        help=f"tokens of a continuation at most (default {_CONTINUATION}; humaneval: "
+        f"{humaneval.MAX_NEW_TOKENS})",
     )
+    humaneval.add_arguments(p)
     arguments.add_compute(p)
     arguments.add_json(p)
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates the models one after the other and prints one table."""
+    humaneval.check(args)
+    if args.task == "humaneval":
+        humaneval.run(args)
+        return
     from slidejax.lm import comparison
 
     with terminal.progress() as bar:
@@ -90,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
             batch=args.batch,
             reference=reference,
             prompt=args.prompt,
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=args.max_new_tokens or _CONTINUATION,
             progress=show,
         )
     if args.plot:

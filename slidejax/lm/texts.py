@@ -91,16 +91,20 @@ def training(docstrings: float = 1.0) -> str:
     return "\n\n".join(reference + spread)
 
 
-def overlaps(text: str, other: str) -> int:
-    """The number of different runs of eight words that are in both texts.
+def overlaps(text: str, other: str, words: int = _RUN) -> int:
+    """The number of different runs of words that are in both texts.
 
     Case and punctuation do not count.
+
+    Args:
+      text, other: the texts.
+      words: the length of a run.
 
     >>> text = "one two three four five six seven eight"
     >>> overlaps(text, "so One, two three four five six - seven eight!")
     1
     """
-    return len(_runs(_words(text)) & _runs(_words(other)))
+    return len(_runs(_words(text), words) & _runs(_words(other), words))
 
 
 def _words(text: str) -> list[str]:
@@ -108,9 +112,9 @@ def _words(text: str) -> list[str]:
     return "".join(c if c.isalnum() else " " for c in text.lower()).split()
 
 
-def _runs(words: list[str]) -> set[tuple[str, ...]]:
-    """All runs of eight words."""
-    return {tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)}
+def _runs(words: list[str], length: int = _RUN) -> set[tuple[str, ...]]:
+    """All runs of so many words."""
+    return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
 
 
 def _docstrings() -> Iterator[str]:
