@@ -16,9 +16,8 @@ SENTENCES = (
 def write_files(folder, original, pattern, text):
     """Writes `dense` (a model), `out` (the model converted) and `text.txt`; returns the folder."""
     shutil.copytree(original, folder / "dense")
-    assert (
-        cli.main(["convert", str(folder / "dense"), str(folder / "out"), "--pattern", pattern]) == 0
-    )
+    convert = ["convert", str(folder / "dense"), str(folder / "out"), "--pattern", pattern]
+    assert cli.main([*convert, "--data-free"]) == 0
     (folder / "text.txt").write_text(text)
     return folder
 

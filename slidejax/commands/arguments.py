@@ -244,13 +244,19 @@ def add_text(p: argparse.ArgumentParser) -> None:
     )
 
 
-def add_method(p: argparse.ArgumentParser, default: str, sequences: int) -> None:
+def add_method(
+    p: argparse.ArgumentParser,
+    default: str,
+    sequences: int,
+    text: str = "other parts of Python's documentation",
+) -> None:
     """`--method`, `--calibration`, `--sequences` and `--seed`: how to prune and calibrate.
 
     Args:
       p: the command's parser.
       default: the default method.
       sequences: the default number of sequences of 512 tokens.
+      text: the default text, for the help.
     """
     p.add_argument(
         "--method",
@@ -261,8 +267,10 @@ def add_method(p: argparse.ArgumentParser, default: str, sequences: int) -> None
     p.add_argument(
         "--calibration",
         type=text_file,
+        nargs="+",
+        action="extend",
         metavar="FILE",
-        help="text file for wanda and sparsegpt (default: other parts of Python's documentation)",
+        help=f"text files for wanda and sparsegpt (default: {text})",
     )
     p.add_argument(
         "--sequences",

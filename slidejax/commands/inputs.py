@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from slidejax.commands import terminal
@@ -65,17 +66,27 @@ def evaluation_ids(loaded: Loaded, file: str | None, limit: int | None) -> tuple
     return ids, source
 
 
-def calibration(loaded: Loaded, args: argparse.Namespace) -> np.ndarray | None:
+def calibration(
+    loaded: Loaded, args: argparse.Namespace, default: Callable[[], str] | None = None
+) -> np.ndarray | None:
     """`calibration_ids`, or None if the method needs none (magnitude) and no text is named."""
     if args.calibration is None and args.method == "magnitude":
         return None
-    return calibration_ids(loaded, args)
+    return calibration_ids(loaded, args, default)
 
 
-def calibration_ids(loaded: Loaded, args: argparse.Namespace) -> np.ndarray:
+def calibration_ids(
+    loaded: Loaded, args: argparse.Namespace, default: Callable[[], str] | None = None
+) -> np.ndarray:
     """Token ids `[sequences, 512]` to calibrate on, or as long as the model's positions allow.
 
     Each sequence begins with the start of a text, where the tokenizer puts one.
+
+    Args:
+      loaded: the model, for its tokenizer, its name and its sizes.
+      args: the command's arguments.
+      default: makes the text that is taken if the arguments name none. None: parts of Python's
+        documentation.
     """
     import numpy as np
 
@@ -84,7 +95,9 @@ def calibration_ids(loaded: Loaded, args: argparse.Namespace) -> np.ndarray:
     from slidejax.prune.model.calibration import cut
 
     if args.calibration is not None:
-        text = terminal.read_text(args.calibration)
+        text = "\n\n".join(map(terminal.read_text, args.calibration))
+    elif default is not None:
+        text = default()
     else:
         text = texts.calibration() if args.sequences <= _SHORT else texts.training()
     ids = np.asarray(loaded.encode(text), np.int32)

@@ -137,7 +137,11 @@ def read_model(
 
 
 def write_model(
-    path: str | os.PathLike[str], model: Any, loaded: Loaded, about: dict[str, Any]
+    path: str | os.PathLike[str],
+    model: Any,
+    loaded: Loaded,
+    about: dict[str, Any],
+    floats: str | None = None,
 ) -> None:
     """Writes a model with the tokenizer and the files of the one that it was made from.
 
@@ -146,13 +150,14 @@ def write_model(
       model: a decoder or a Flax model.
       loaded: what it was made from.
       about: notes about how it was made, plain JSON values.
+      floats: as in `slidejax.lm.save`, for a decoder.
 
     Raises:
       ValueError: if `path` is a file, or a directory that holds other things.
     """
     if isinstance(model, Decoder):
         made = Decoder(model.config, model.params, files=model.files, about=about)
-        save(made, path)
+        save(made, path, floats=floats)
         return
     from slidejax.huggingface import write_pretrained
 

@@ -5,6 +5,9 @@ The reference is the text that `help()` shows. It is part of the standard librar
 on it should name the version (`source`). It is divided into two disjoint parts, one to evaluate on
 and one to calibrate on. The text to train on (`training`) shares not even eight words in a row with
 the part to evaluate on.
+
+Beside the reference there is a text that ships with the package (`shipped`), which `slidejax
+convert` calibrates on: prose of many kinds and code, written for this project.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ import platform
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
+from importlib import resources
 from pathlib import Path
 
-__all__ = ["WINDOW", "calibration", "evaluation", "overlaps", "source", "training"]
+__all__ = ["WINDOW", "calibration", "evaluation", "overlaps", "shipped", "source", "training"]
 
 # A text is evaluated in windows of this many predictions, unless the caller says otherwise.
 WINDOW = 512
@@ -49,6 +53,20 @@ def source() -> str:
 def evaluation() -> str:
     """The part to evaluate on: about a quarter of the topics, without repeated paragraphs."""
     return "\n\n".join(_parts()[0])
+
+
+def shipped() -> str:
+    """The text that ships with the package to calibrate on: about 97,000 characters.
+
+    Prose of many kinds (stories, letters, news, lists, dialogue, mathematics), code in several
+    languages, and technical notes take turns, so that its beginning holds some of each. It was
+    written for this project and has its licence. It shares no eight words in a row with
+    `evaluation`.
+
+    >>> shipped().startswith("The ferry left the island")
+    True
+    """
+    return (resources.files("slidejax") / "data" / "calibration.txt").read_text(encoding="utf-8")
 
 
 def calibration() -> str:

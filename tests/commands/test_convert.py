@@ -17,6 +17,8 @@ from slidejax.lm.models import load_model
 from slidejax.rules import Rule
 from slidejax.weights.packed import SlideWeight
 
+FREE = ("--data-free",)  # no calibration, which takes a while
+
 
 @pytest.mark.parametrize(
     ("dtype", "expected"),
@@ -24,7 +26,7 @@ from slidejax.weights.packed import SlideWeight
 )
 def test_convert_writes_what_convert_makes(capsys, tmp_path, model, dtype, expected):
     path = str(tmp_path / "out")
-    said = output(capsys, "convert", model, path, "--pattern", "4:6", "--dtype", dtype)
+    said = output(capsys, "convert", model, path, "--pattern", "4:6", "--dtype", dtype, *FREE)
     assert "14 layers converted" in said
     loaded = load_model(path)
     qdtype = None if dtype == "none" else dtype
@@ -128,6 +130,8 @@ def test_convert_chooses_a_pattern_for_each_layer(capsys, tmp_path, model):
         "14:16,6:8,4:6",
         "--sequences",
         "2",
+        "--method",
+        "magnitude",
     )
     assert (
         "14 layers converted" in said
@@ -155,7 +159,7 @@ def test_convert_chooses_a_pattern_for_each_layer(capsys, tmp_path, model):
 @pytest.mark.parametrize("flag", ["--skip", "--dense"])
 def test_layers_can_be_skipped(capsys, tmp_path, model, flag):
     path = str(tmp_path / "out")
-    output(capsys, "convert", model, path, "--pattern", "6:8", flag, ".*/self_attn/.*")
+    output(capsys, "convert", model, path, "--pattern", "6:8", flag, ".*/self_attn/.*", *FREE)
     params = load_model(path).model.params
     assert len(packed(params)) == 6
     assert not isinstance(
@@ -165,7 +169,7 @@ def test_layers_can_be_skipped(capsys, tmp_path, model, flag):
 
 def test_the_figures_as_json(capsys, tmp_path, model):
     path = str(tmp_path / "out")
-    figures = json.loads(output(capsys, "convert", model, path, "--pattern", "6:8", "--json"))
+    figures = json.loads(output(capsys, "convert", model, path, "--json", *FREE))
     assert (figures["out"], figures["source"], figures["pattern"]) == (path, "dense", "6:8")
     assert figures["layers"] == 14 and figures["seconds"] > 0
     assert figures["bytes_before"] == sum(4 * i * o for i, o in layers())

@@ -55,9 +55,7 @@ def test_wrong_values_are_named_before_a_model_is_read(capsys, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize(
-    "args", [[], ["fly"], ["convert", "a", "b"], ["eval", "m", "--tokens", "0"]]
-)
+@pytest.mark.parametrize("args", [[], ["fly"], ["convert", "a"], ["eval", "m", "--tokens", "0"]])
 def test_bad_usage(capsys, args):
     with pytest.raises(SystemExit) as e:
         cli.main(args)

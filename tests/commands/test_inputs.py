@@ -56,5 +56,5 @@ def test_calibration_is_as_long_as_the_positions_allow(loaded):
 
 def test_magnitude_needs_no_calibration(loaded, text):
     assert inputs.calibration(loaded, calibration_arguments(method="magnitude")) is None
-    ids = inputs.calibration(loaded, calibration_arguments(method="magnitude", calibration=text))
+    ids = inputs.calibration(loaded, calibration_arguments(method="magnitude", calibration=[text]))
     assert ids.ravel().tolist() == loaded.encode(SENTENCES * 2)[: ids.size]

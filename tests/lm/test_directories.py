@@ -397,7 +397,7 @@ sys.modules["transformers"] = None
 from slidejax.commands.main import main
 folder, out, text = {str(path)!r}, {str(tmp_path / "out")!r}, {str(tmp_path / "text.txt")!r}
 assert main(["generate", folder, "--prompt", "ab", "--max-new-tokens", "2"]) == 0
-assert main(["convert", folder, out, "--pattern", "6:8"]) == 0
+assert main(["convert", folder, out, "--data-free"]) == 0
 assert main(["eval", folder, out, "--text", text, "--tokens", "32"]) == 0
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

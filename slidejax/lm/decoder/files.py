@@ -91,7 +91,7 @@ def load(path: str | os.PathLike[str], dtype: Any = None) -> Decoder:
     return Decoder(config, params, files=_text_files(path))
 
 
-def save(model: Decoder, path: str | os.PathLike[str]) -> None:
+def save(model: Decoder, path: str | os.PathLike[str], *, floats: Any = None) -> None:
     """Writes a decoder into a directory that `load` reads.
 
     Packed weights are kept in the packed form (`slidejax.checkpoint`), and a tied embedding once.
@@ -100,9 +100,12 @@ def save(model: Decoder, path: str | os.PathLike[str]) -> None:
     Args:
       model: the decoder. Master weights and adapters must be deployed or merged first.
       path: the directory to write. If it exists, it must be empty or hold an earlier checkpoint.
+      floats: bfloat16, float16 or float32, in which embeddings and kernels that are not packed are
+        kept. Whatever it is, `load` gives them the dtype in which the decoder computes. None keeps
+        theirs.
 
     Raises:
-      ValueError: if `path` is a file, or a directory that holds other things.
+      ValueError: if `path` is a file, or a directory that holds other things; or for another dtype.
       TypeError: if `model` is no decoder, or holds weights that cannot be saved, or `path` is no
         path.
       OSError: if the directory cannot be written. An earlier one then stays as it is.
@@ -110,16 +113,35 @@ def save(model: Decoder, path: str | os.PathLike[str]) -> None:
     path = _check_path(path)
     if not isinstance(model, Decoder):
         raise TypeError(f"model must be a slidejax.lm.Decoder, got {type(model).__name__}")
-    content = {
-        "model": {"class": CLASS, "dtype": model.dtype.name, "config": model.config.to_json()},
-        "about": model.about,
-        "params": model.params,
-    }
+    params = model.params if floats is None else kept_in(model.params, _check_dtype(floats))
     with staged(path, store.METADATA) as folder:
-        store.write_into(folder, content)
-        for name, data in model.files.items():
-            if name in TEXT_FILES:
-                (folder / name).write_bytes(data)
+        store.write_into(folder, content(model.config, model.dtype, model.about, params))
+        write_texts(folder, model.files)
+
+
+def content(config: DecoderConfig, dtype: np.dtype, about: Any, params: Any) -> dict[str, Any]:
+    """What a saved directory says, as `slidejax.checkpoint` writes it."""
+    model = {"class": CLASS, "dtype": dtype.name, "config": config.to_json()}
+    return {"model": model, "about": about, "params": params}
+
+
+def write_texts(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes the text files that go with a model."""
+    for name, data in files.items():
+        if name in TEXT_FILES:
+            (folder / name).write_bytes(data)
+
+
+def kept_in(tree: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """A tree with its embeddings and its unpacked kernels in a dtype, all else as it is."""
+    return {
+        name: kept_in(value, dtype)
+        if isinstance(value, Mapping)
+        else value.astype(dtype)
+        if name in ("embedding", "kernel") and not isinstance(value, LinearWeight)
+        else value
+        for name, value in tree.items()
+    }
 
 
 def _default() -> np.dtype:

@@ -23,7 +23,7 @@ from slidejax.prune.model.stages import SeveralDepths, Stages
 from slidejax.prune.model.store import Store, fingerprint
 from slidejax.rules import Prune, Report, Rule
 
-__all__ = ["calibrated", "convert", "planned_rules"]
+__all__ = ["calibrated", "convert", "planned_report", "planned_rules"]
 
 _SMOOTH_ON = 2  # smoothing measures the channels on this many batches
 
@@ -97,10 +97,15 @@ def calibrated(
 
 def planned_rules(model: Functional, rules: Any) -> dict[str, Rule]:
     """Path -> rule of the kernels `[in, out]` that a conversion would pack; nothing is computed."""
+    report = planned_report(model, rules)
+    return {line.path: line.rule for line in report.converted if len(line.shape) == 2}
+
+
+def planned_report(model: Functional, rules: Any) -> Report:
+    """The report that a conversion would give, without its warnings; nothing is computed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the conversion itself will warn
-        report = model.planned(rules)
-    return {line.path: line.rule for line in report.converted if len(line.shape) == 2}
+        return model.planned(rules)
 
 
 def _calibrated(
