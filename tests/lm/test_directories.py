@@ -267,7 +267,7 @@ def test_calibration_begins_as_in_use(tmp_path):
     loaded = read_model(directory(tmp_path / "m", tensors()))
     text = tmp_path / "text.txt"
     text.write_text(SENTENCES * 9)
-    args = argparse.Namespace(calibration=str(text), sequences=2, seed=None, method="wanda")
+    args = argparse.Namespace(calibration=[str(text)], sequences=2, seed=None, method="wanda")
     ids = inputs.calibration_ids(loaded, args)
     assert ids.shape == (2, 256) and (ids[:, 0] == 256).all()
     assert ids[0, 1:].tolist() == list((SENTENCES * 9).encode())[:255]
@@ -375,7 +375,7 @@ def test_a_decoder_goes_through_every_command(capsys, tmp_path):
         *calibrate,
     )  # fmt: skip
     assert "7 layers converted" in mixed
-    assert "converted already" in error(capsys, "convert", out, new, "--pattern", "6:8")
+    assert "converted already" in error(capsys, "convert", out, tmp_path / "x")
 
 
 def test_a_tokenizer_that_cannot_be_read_is_refused_before_the_weights(capsys, tmp_path):
