@@ -123,6 +123,7 @@ def mixed(
     cost: Cost = multiplications,
     loss: Callable[[Any, Any], jax.Array] | None = None,
     params: Any = None,
+    speedup: float = 1.0,
 ) -> list[tuple[str, Rule]]:
     """Rules that give each linear layer its own pattern, at the cost of one pattern for all.
 
@@ -147,11 +148,14 @@ def mixed(
         `r".*/(mlp|self_attn)/.*"` chooses one pattern for all MLPs and one for all attentions. Each
         other layer gets a pattern of its own.
       cost: `(shape, pattern) -> cost`: `multiplications`, `packed_bytes`
-        (`slidejax.prune.model.costs`), or `slidejax.prune.measured_times(rows)`.
+        (`slidejax.prune.model.costs`), `slidejax.prune.measured_times(rows)`, or
+        `slidejax.prune.Times(rows, patterns)`, which also estimates.
       loss: `(the model's output, batch) -> scalar`, a sum over tokens. None takes the cross-entropy
         of a language model of transformers with tokens that are drawn from its own predictions. It
         measures the divergence from the original model.
       params: as in `convert`.
+      speedup: the budget is the cost of the uniform rule divided by this. So `rule="dense"`, a cost
+        in time and 1.1 ask for linear layers that are 1.1 times as fast as dense 8-bit ones.
 
     Returns:
       Rules for `convert`, one for each layer.
@@ -164,5 +168,12 @@ def mixed(
     calibration = Calibration.of(calibration)
     made = functional(model, params, arguments_of(calibration.as_batches()[0]))
     return mixed_rules(
-        made, rule, calibration, patterns=patterns, groups=groups, cost=cost, loss=loss
+        made,
+        rule,
+        calibration,
+        patterns=patterns,
+        groups=groups,
+        cost=cost,
+        loss=loss,
+        speedup=speedup,
     )

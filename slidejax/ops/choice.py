@@ -21,7 +21,16 @@ from slidejax.ops.tuning import Variant, alike, distance, entries, log_ratio
 from slidejax.weights.packed import SlideWeight
 from slidejax.weights.pattern import Pattern
 
-__all__ = ["Choice", "choose", "estimate", "forms", "implementation_for", "lookup", "time_of"]
+__all__ = [
+    "Choice",
+    "choose",
+    "estimate",
+    "estimated_time",
+    "forms",
+    "implementation_for",
+    "lookup",
+    "time_of",
+]
 
 # An entry of the table speaks for a problem up to this distance. It is counted in factors of two,
 # summed over rows, inputs and outputs.
@@ -229,8 +238,36 @@ def _figures(us: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {time:.0f} us" for name, time in by_time)
 
 
-def time_of(
+def estimated_time(
     device: str, rows: int, shape: tuple[int, int], pattern: Pattern, dtype: np.dtype
+) -> float | None:
+    """The time of one `linear` with the implementation and form that estimates say are fastest.
+
+    Arguments are those of `time_of`. Implementations count that this machine lacks.
+
+    Returns:
+      Microseconds; None if the device's rates are not known.
+    """
+    bfloat16 = np.dtype(jnp.bfloat16)
+    found = []
+    for one in registry.competing():
+        prepared = () if one.form is None else (one.form.name,)
+        problem = Problem(
+            "linear", "cuda", device, rows, *shape, pattern, bfloat16, dtype, bfloat16, prepared
+        )
+        if one.refuses(problem) is None and (seconds := one.estimate(problem)) is not None:
+            found.append(1e6 * seconds)
+    return min(found, default=None)
+
+
+def time_of(
+    device: str,
+    rows: int,
+    shape: tuple[int, int],
+    pattern: Pattern,
+    dtype: np.dtype,
+    *,
+    any_shape: bool = False,
 ) -> float | None:
     """The time of one `linear` with the fastest implementation, from the nearest measurement.
 
@@ -243,6 +280,8 @@ def time_of(
       shape: `(in, out)` of the kernel.
       pattern: of the weight.
       dtype: of the weight's values.
+      any_shape: where nothing near was measured, take the nearest shape that was measured with
+        about as many rows, at most twice or half as many.
 
     Returns:
       Microseconds; None if nothing near was measured.
@@ -256,7 +295,9 @@ def time_of(
             for variant, time in _times(e).items()
             if pattern.prunes or variant.implementation == registry.FALLBACK.name
         ]
-        if us and (far := distance(e, rows, *shape)) <= _MAX_DISTANCE:
+        far = distance(e, rows, *shape)
+        near = far <= _MAX_DISTANCE or (any_shape and log_ratio(e["rows"], rows) <= 1)
+        if us and near:
             times.append(
                 (far, min(us) * rows * math.prod(shape) / (e["rows"] * e["in"] * e["out"]))
             )

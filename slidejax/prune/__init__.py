@@ -17,13 +17,14 @@ from slidejax.weights.magnitude import magnitude
 if TYPE_CHECKING:
     from slidejax.conversion import convert, mixed
     from slidejax.prune.model.calibration import Calibration, cut
-    from slidejax.prune.model.costs import measured_times
+    from slidejax.prune.model.costs import Times, measured_times
     from slidejax.prune.model.methods import Method
     from slidejax.prune.rounding import clip_search, round_kernel
 
 __all__ = [
     "Calibration",
     "Method",
+    "Times",
     "clip_search",
     "convert",
     "cut",
@@ -42,6 +43,7 @@ __all__ = [
 _LAZY = {
     "Calibration": "slidejax.prune.model.calibration",
     "Method": "slidejax.prune.model.methods",
+    "Times": "slidejax.prune.model.costs",
     "clip_search": "slidejax.prune.rounding",
     "convert": "slidejax.conversion",
     "cut": "slidejax.prune.model.calibration",

@@ -1,16 +1,17 @@
-"""The cost of a layer with a pattern: in multiplications, in bytes, or in measured time."""
+"""The cost of a layer with a pattern: in multiplications, in bytes, or in time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from slidejax.ops.choice import time_of
+from slidejax.ops.choice import estimated_time, time_of
 from slidejax.ops.problem import device_kind
 from slidejax.rules import Rule
 from slidejax.weights.pattern import Pattern
 
-__all__ = ["Cost", "measured_times", "multiplications", "packed_bytes"]
+__all__ = ["Cost", "Times", "measured_times", "multiplications", "packed_bytes"]
 
 Cost = Callable[[tuple[int, int], Pattern], float]
 
@@ -77,3 +78,70 @@ def measured_times(rows: int, qdtype: Any = "int8", device: str | None = None) -
         return time
 
     return cost
+
+
+class Times:
+    """A cost in time for every shape: microseconds of `slidejax.linear`, measured where they are.
+
+    The times of one shape all come from one source, because different sources do not compare:
+
+    1. measurements near the shape (`slidejax tune`), as in `measured_times`;
+    2. measurements of other shapes with about as many rows, in proportion to the multiplications;
+    3. estimates from the device's published rates.
+
+    Estimates know no limit of power. On an H100 sparse products with many rows gain less than they
+    say, so measure where it matters.
+
+    Args:
+      rows: the number of rows of x for which the model is to be fast.
+      patterns: the patterns that will be asked for.
+      qdtype: dtype of the packed values: int8 or float8_e4m3fn.
+      device: the kind of device, such as "NVIDIA H100"; None: the GPU of this process, or an H100
+        where there is none.
+
+    Attributes:
+      device: as given, or found.
+      sources: where the times came from that were asked for so far: "measured", "measured at other
+        shapes" or "estimated".
+
+    Raises:
+      ValueError: when it is called: nothing is known of the device.
+
+    >>> times = Times(4096, ["dense", "2:4"], device="NVIDIA H100")
+    >>> half, all_ = (times((3584, 18944), Pattern.parse(p)) for p in ("2:4", "dense"))
+    >>> half < all_, times.sources
+    (True, {'measured'})
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        patterns: Sequence[str | Pattern],
+        qdtype: Any = "int8",
+        device: str | None = None,
+    ):
+        self._rows, self._dtype = rows, Rule("6:8", qdtype).qdtype
+        self._patterns = tuple(dict.fromkeys(map(Pattern.parse, patterns)))
+        self.device = device_kind("cuda") if device is None else device
+        self.sources: set[str] = set()
+        self._of = functools.cache(self._found)
+
+    def __call__(self, shape: tuple[int, int], pattern: Pattern) -> float:
+        source, times = self._of(shape)
+        self.sources.add(source)
+        return times[pattern]
+
+    def _found(self, shape: tuple[int, int]) -> tuple[str, dict[Pattern, float]]:
+        """The source of a shape's times, and the times by pattern."""
+        near = functools.partial(time_of, self.device)
+        far = functools.partial(near, any_shape=True)
+        sources = (("measured", near), ("measured at other shapes", far))
+        for name, time in (*sources, ("estimated", functools.partial(estimated_time, self.device))):
+            times = {p: time(self._rows, shape, p, self._dtype) for p in self._patterns}
+            known = {p: us for p, us in times.items() if us is not None}
+            if len(known) == len(times):
+                return name, known
+        raise ValueError(
+            f"no time is known of {self._dtype.name} products on {self.device!r}: run slidejax "
+            "tune on it"
+        )

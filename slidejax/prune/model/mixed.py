@@ -48,6 +48,7 @@ def mixed_rules(
     groups: Sequence[str],
     cost: Cost,
     loss: Callable[[Any, Any], jax.Array] | None,
+    speedup: float = 1.0,
 ) -> list[tuple[str, Rule]]:
     """Rules that give each linear layer its own pattern, at the cost of one pattern for all.
 
@@ -58,6 +59,8 @@ def mixed_rules(
     candidates = list(dict.fromkeys(map(Pattern.parse, patterns)))
     if not candidates:
         raise ValueError("patterns must name at least one pattern")
+    if not (math.isfinite(speedup) and speedup > 0):
+        raise ValueError(f"speedup must be positive and finite, got {speedup!r}")
     batches = calibration.as_batches()
     if hasattr(calibration.batches, "ndim"):
         # one by one, so that a quarter of a few sequences can be held out
@@ -79,11 +82,11 @@ def mixed_rules(
         changes,
     )
     estimates = _estimated(measured, baseline, sample, candidates, kernels.shapes)
-    rules = choose(
-        estimates, kernels.shapes, rule.pattern, groups=groups, cost=cost, qdtype=rule.qdtype
-    )
+    budget = sum(cost(shape, rule.pattern) for shape in kernels.shapes.values()) / speedup
+    rules = choose(estimates, kernels.shapes, budget, groups=groups, cost=cost, qdtype=rule.qdtype)
     uniform = [(regex, rule) for regex, _ in rules]
     comparable = loss is None and baseline == rule.pattern and baseline in candidates
+    comparable = comparable and speedup <= 1  # else the uniform rules cost too much
     if not comparable or rules == uniform:
         return rules
     pruned = [

@@ -3,7 +3,7 @@
 import pytest
 
 import slidejax as sj
-from slidejax.prune.model.costs import measured_times
+from slidejax.prune.model.costs import Times, measured_times
 
 
 def test_time_as_a_cost(monkeypatch, tmp_path):
@@ -39,3 +39,37 @@ def test_time_as_a_cost(monkeypatch, tmp_path):
             time(far, what)
     with pytest.raises(ValueError, match="float8_e4m3fn on A GPU"):
         measured_times(16, "float8_e4m3fn", "A GPU")((64, 32), sj.Pattern(6, 8))
+
+
+PATTERNS = [sj.Pattern.parse(p) for p in ("dense", "6:8", "2:4")]
+
+
+def test_times_of_a_shape_come_from_one_source(monkeypatch, tmp_path):
+    """Near measurements, else those of other shapes with as many rows, else estimates."""
+    monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
+    device = "NVIDIA A100-SXM4-80GB"
+
+    def of(rows, shape):
+        times = Times(rows, PATTERNS, device=device)
+        return [times(shape, p) for p in PATTERNS], times.sources
+
+    estimated, sources = of(4096, (1024, 4096))
+    assert sources == {"estimated"} and estimated == sorted(estimated, reverse=True)
+    entry = {"in": 1024, "out": 4096, "dtype": "int8", "rows": 4096}
+    rows = [("6:8", {"hopper+prepared": 9.0, "dense+prepared": 10.0})]
+    sj.tune.record(device, [entry | {"pattern": p, "us": us} for p, us in rows])
+    # 2:4 was not measured, and its estimate does not compare with measurements
+    assert of(4096, (1024, 4096)) == (estimated, {"estimated"})
+    rows = [("2:4", {"hopper+prepared": 6.0})]
+    sj.tune.record(device, [entry | {"pattern": p, "us": us} for p, us in rows])
+    assert of(4096, (1024, 4096)) == ([10.0, 9.0, 6.0], {"measured"})
+    assert of(8192, (64, 256)) == (
+        pytest.approx([10 / 128, 9 / 128, 6 / 128]),
+        {"measured at other shapes"},
+    )
+    assert of(1, (1024, 4096))[1] == {"estimated"}
+
+
+def test_times_of_an_unknown_device():
+    with pytest.raises(ValueError, match="no time is known of int8 products on 'A toaster'"):
+        Times(16, PATTERNS, device="A toaster")((64, 64), PATTERNS[0])

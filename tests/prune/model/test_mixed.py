@@ -48,8 +48,31 @@ def test_a_layer_that_matters_more_keeps_more(count, factor):
     )
 
 
+@pytest.mark.parametrize(("speedup", "quiet"), [(1.0, "dense"), (1.05, "14:16"), (1.3, "2:4")])
+def test_as_many_times_as_fast_as_dense(speedup, quiet):
+    """Dense layers count as 1, 2:4 as a half; what matters least pays."""
+    batches = list(jax.random.normal(jax.random.key(0), (4, 64, 32)))
+    rules = dict(
+        sj.prune.mixed(
+            Two(nnx.Rngs(0)),
+            "dense",
+            batches,
+            patterns=["dense", "14:16", "6:8", "2:4"],
+            loss=squares,
+            speedup=speedup,
+        )
+    )
+    patterns = [rule.pattern for rule in rules.values()]
+    cost = sum(multiplications((32, 16), p) for p in patterns)
+    assert cost <= 2 * 32 * 16 / speedup * (1 + 1e-9)
+    assert str(rules["loud/kernel"].pattern) == "dense"
+    assert str(rules["quiet/kernel"].pattern) == quiet
+
+
 def test_what_mixed_cannot_do():
     model, x = Two(nnx.Rngs(0)), jnp.ones((64, 32))
+    with pytest.raises(ValueError, match="speedup must be positive and finite, got 0"):
+        sj.prune.mixed(model, "dense", [x], patterns=["dense"], loss=squares, speedup=0)
     with pytest.raises(ValueError, match="loss= is needed"):
         sj.prune.mixed(model, "6:8", [x])
     with pytest.raises(ValueError, match="patterns must name at least one"):
