@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slidejax.commands import arguments
@@ -75,16 +76,13 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--budget chooses 8-bit patterns for all layers: no {flag} with it")
 
 
-def rules(args: argparse.Namespace, model: Any, ids: Any) -> tuple[list[tuple[str, Rule]], str]:
-    """The rules of `--budget`.
+def rules(args: argparse.Namespace, model: Any, ids: Any) -> list[tuple[str, Rule]]:
+    """The rules of `--budget`. Standard error says where the times came from.
 
     Args:
       args: the command's arguments.
       model: the model.
       ids: token ids to calibrate on.
-
-    Returns:
-      The rules, and where the times came from, in words.
 
     Raises:
       ValueError: no pattern is so fast, or no time is known of the GPU.
@@ -117,4 +115,6 @@ def rules(args: argparse.Namespace, model: Any, ids: Any) -> tuple[list[tuple[st
         raise ValueError(
             f"--budget {args.budget} cannot be had with {', '.join(patterns)} on {times.device}: {e}"
         ) from e
-    return found, f"times of {times.device}: {', '.join(sorted(times.sources))}"
+    how = " and ".join(sorted(times.sources))
+    print(f"note: the times of layers on {times.device} are {how}", file=sys.stderr)
+    return found

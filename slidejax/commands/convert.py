@@ -11,7 +11,7 @@ import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from slidejax.commands import arguments, inputs, terminal
+from slidejax.commands import arguments, budget, inputs, terminal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,6 +44,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="choose one of these patterns for each layer, by how much the loss depends on it; the "
         "model then needs at most as many multiplications as with --pattern in every layer",
     )
+    budget.add_arguments(p)
     p.add_argument(
         "--dtype",
         type=arguments.dtype(none=True),
@@ -97,16 +98,19 @@ def run(args: argparse.Namespace) -> None:
     from slidejax.rules import Rule
 
     args.method = _method(args)
+    budget.check(args)
     _try_out(args)
     rule = Rule(args.pattern, qdtype=args.dtype)
-    chosen = (
-        f"{', '.join(args.mixed)} for the multiplications of {rule}" if args.mixed else str(rule)
-    )
+    chosen = str(rule)
+    if args.budget is not None:
+        chosen = f"{args.budget} times as fast as dense"
+    elif args.mixed:
+        chosen = f"{', '.join(args.mixed)} for the multiplications of {rule}"
     with terminal.progress() as bar:
         task = bar.add_task(f"reading {args.model}", total=3)
         loaded = _load(args)
         ids = _calibration_ids(args, loaded)
-        if args.mixed:
+        if args.mixed or args.budget is not None:
             bar.update(task, description="choosing patterns", completed=1)
         rules = _rules(args, rule, loaded, ids)
         _try_out(args, _bytes_of(loaded.model, rules))
@@ -139,6 +143,7 @@ def _method(args: argparse.Namespace) -> str:
             ("--method", args.method not in (None, "magnitude")),
             ("--calibration", args.calibration is not None),
             ("--mixed", bool(args.mixed)),
+            ("--budget", args.budget is not None),
         ):
             if given:
                 raise ValueError(f"--data-free uses no text: it does not go with {flag}")
@@ -209,15 +214,17 @@ def _bytes_of(model: Any, rules: Any) -> int:
 
 
 def _rules(args: argparse.Namespace, rule: Any, loaded: Any, ids: Any) -> list[tuple[str, Any]]:
-    """The rules of the layers: chosen for `--mixed`, else `rule` for all that are not skipped."""
+    """The rules of the layers: chosen, or else `rule` for all that are not skipped."""
     from slidejax.huggingface import HIDDEN_LAYERS
     from slidejax.lm import texts
     from slidejax.prune import mixed
 
-    if not args.mixed:
+    if not args.mixed and args.budget is None:
         return [*((path, None) for path in args.skip), (HIDDEN_LAYERS, rule)]
     if ids is None:
         ids = inputs.calibration_ids(loaded, args, texts.shipped)
+    if args.budget is not None:
+        return budget.rules(args, loaded.model, ids)
     return [*mixed(loaded.model, rule, ids, patterns=args.mixed)]
 
 
@@ -237,6 +244,7 @@ def _about(args: argparse.Namespace, source: str, ids: Any, report: Report) -> d
         "source": source,
         "pattern": args.pattern,
         "mixed": args.mixed,
+        "budget": None if args.budget is None else str(args.budget),
         "dtype": args.dtype or "none",
         "method": args.method,
         "skipped": args.skip,
