@@ -1,38 +1,256 @@
-"""Writing files so that a half-written one never replaces a good one."""
+"""Writing files so that a half-written one never replaces a good one.
+
+A file is written under another name beside its place and then renamed. The other name ends in
+`.partial`, and its writer holds a lock on it. A writer that was killed leaves its file behind, and
+nobody holds the lock: the next writer of the same place removes the file.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
-import tempfile
+import re
+import secrets
+import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["replacing", "write_json"]
+__all__ = [
+    "PARTIAL",
+    "exclusive",
+    "partial_directory",
+    "remove_abandoned",
+    "replacing",
+    "sync",
+    "write_json",
+]
+
+PARTIAL = ".partial"
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name[:60]}."  # a name has at most 255 bytes
+
+
+def _partial_name(target: Path) -> Path:
+    return target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}{PARTIAL}")
+
+
+# --- one file -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     """Yields a new file that takes the place of `path` when the block ends without an error.
 
-    Missing folders are made.
+    Missing folders are made. A symbolic link stays, and the file that it points to is replaced. A
+    new file gets the usual permissions, and an earlier one's are kept. What is no regular file,
+    such as a pipe or `/dev/null`, is written to and not replaced.
+
+    Args:
+      path: the file.
+      mode: "wb" or "w".
+
+    Raises:
+      OSError: naming the file, if it cannot be written. An earlier file then stays as it is.
     """
     path = Path(path)
+    written = _written_in_place(path)
+    if written is not None:
+        with open(written, mode.replace("w", "a")) as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    remove_abandoned(path)
+    earlier = path.stat().st_mode if path.exists() else None
+    if earlier is not None and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    handle, temporary = _new_file(path)
     try:
         with os.fdopen(handle, mode) as file:
+            if earlier is not None:
+                os.fchmod(handle, stat.S_IMODE(earlier))
             yield file
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+            file.flush()
+            os.fsync(handle)
+            os.replace(temporary, path)
+        sync(path.parent)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(e, OSError) and e.errno and e.filename in (None, str(temporary)):
+            raise OSError(e.errno, f"cannot be written: {e.strerror}", str(path)) from e
         raise
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as JSON to `path`, atomically; missing folders are made."""
+    text = json.dumps(value, indent=1) + "\n"
     with replacing(path, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+        file.write(text)
+
+
+_OPEN = re.compile(rf"/(?:proc/(?:self|{os.getpid()})|dev)/fd/(\d+)")
+
+
+def _written_in_place(path: Path) -> Path | int | None:
+    """What to open for a path that no file can take the place of; None for a regular file."""
+    at = os.path.abspath(path)
+    for _ in range(40):  # as many links as the kernel follows
+        open_file = _OPEN.fullmatch(at)
+        if open_file is not None:  # such as /dev/stdout: opening it again would begin at its start
+            return os.dup(int(open_file[1]))
+        if not os.path.islink(at):
+            break
+        at = os.path.normpath(os.path.join(os.path.dirname(at), os.readlink(at)))
+    try:
+        kind = os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    return None if stat.S_ISREG(kind) else path
+
+
+def _new_file(path: Path) -> tuple[int, Path]:
+    """A new file beside `path`, open and locked, with the permissions of any other new file."""
+    while True:
+        name = _partial_name(path)
+        handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        if _hold(handle, name):
+            return handle, name
+        os.close(handle)
+
+
+# --- locks ----------------------------------------------------------------------------------------
+
+
+def _try_lock(handle: int, wait: bool) -> bool | None:
+    """Locks an open file or directory for this process; False if another one holds it.
+
+    None means that the system or the file system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _hold(handle: int, path: Path, *, wait: bool = False, certain: bool = False) -> bool:
+    """Locks what was opened at `path`; False if it is another's, or is not at `path` any more.
+
+    Args:
+      handle: the open file or directory.
+      path: its path.
+      wait: for the one who holds it.
+      certain: where there are no locks, the answer is False and not True.
+    """
+    locked = _try_lock(handle, wait)
+    if locked is False or (locked is None and certain):
+        return False
+    return not _is_gone(handle, path)
+
+
+@contextlib.contextmanager
+def exclusive(path: str | os.PathLike, *, wait: bool = True) -> Iterator[bool]:
+    """Keeps other processes out while the block runs, by a lock file that is there only then.
+
+    Args:
+      path: the lock file. Its folder is made.
+      wait: for a process that is inside; else the block runs at once and gets False.
+
+    Yields:
+      Whether this process holds the lock.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        held = _hold(handle, path, wait=wait)
+        if held or not (wait or _is_gone(handle, path)):
+            break
+        os.close(handle)  # the one before has removed it: it takes a new one
+    try:
+        yield held
+    finally:
+        if held:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        os.close(handle)
+
+
+def _is_gone(handle: int, path: Path) -> bool:
+    """Whether something else, or nothing, is at the path of what was opened there."""
+    try:
+        return not os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return True
+
+
+@contextlib.contextmanager
+def partial_directory(target: Path) -> Iterator[Path]:
+    """Yields a new locked directory beside `target`; it is removed when the block ends."""
+    while True:
+        path = _partial_name(target)
+        path.mkdir()
+        handle = os.open(path, os.O_RDONLY)
+        if _hold(handle, path):
+            break
+        os.close(handle)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)
+
+
+def remove_abandoned(target: Path) -> None:
+    """Removes what killed writers of `target` left beside it."""
+    prefix = _prefix(target)
+    try:
+        names = [
+            name
+            for name in os.listdir(target.parent)
+            if name.startswith(prefix) and name.endswith(PARTIAL)
+        ]
+    except OSError:
+        return
+    for name in names:
+        path = target.parent / name
+        if "." in name[len(prefix) : -len(PARTIAL)]:  # of a target with a longer name
+            continue
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                if not _hold(handle, path, certain=True):
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+            finally:
+                os.close(handle)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or a directory is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # this file system cannot
+            raise OSError(e.errno, e.strerror, str(path)) from e
+    finally:
+        os.close(handle)

@@ -139,7 +139,11 @@ struct RowScale {
 
 template <typename Out>
 __device__ RowScale ScaleOf(uint32_t absmax_bits) {
-  constexpr uint32_t kInfBits = 0x7f800000u;
+  // The bits of the smallest magnitude that is no number in `Out`, or becomes inf when it is rounded:
+  // 65520 for float16, 2^128 - 2^119 for bfloat16.
+  constexpr uint32_t kInfBits = std::is_same_v<Out, __half>          ? 0x477ff000u
+                                : std::is_same_v<Out, __nv_bfloat16> ? 0x7f7f8000u
+                                                                     : 0x7f800000u;
   constexpr float kReciprocalQmax =
       static_cast<float>(1.0 / (std::is_same_v<Out, int8_t> ? 127.0 : 448.0));
   if (absmax_bits >= kInfBits) return {__uint_as_float(0x7fc00000u), 0.0f};

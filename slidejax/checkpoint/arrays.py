@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["MAX_HEADER", "METADATA", "SAVABLE", "ArrayFile", "checksum"]
+__all__ = ["MAX_HEADER", "METADATA", "SAVABLE", "ArrayFile", "checksum", "write_arrays"]
 
 METADATA = "slidejax.json"  # the file that says what the arrays are
 MAX_HEADER = 100_000_000  # the limit of the safetensors format
@@ -37,11 +38,43 @@ _DTYPES = {
     "F8_E5M2": "float8_e5m2",
 }
 SAVABLE = frozenset(_DTYPES.values())
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def checksum(array: np.ndarray) -> int:
     """The CRC-32 of an array's bytes."""
     return zlib.crc32(array.reshape(-1).view(np.uint8).data)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, one array after the other.
+
+    Args:
+      path: the file.
+      arrays: little-endian arrays of `SAVABLE` dtypes, by name.
+      metadata: texts for the header.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    # Wide numbers come first, so that each array is aligned.
+    ordered = sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    for name, array in ordered:
+        begin, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": _CODES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for _, array in ordered:
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 class ArrayFile:

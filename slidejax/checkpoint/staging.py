@@ -4,79 +4,250 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import glob
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["check_target", "staged"]
+from slidejax.files import exclusive, partial_directory, remove_abandoned, sync
+
+__all__ = ["check_space", "check_target", "claimed", "staged"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_MOUNTS = Path("/proc/self/mountinfo")
+
+# What slidejax writes into directories. Everything else in an earlier directory is the user's.
+_OURS = frozenset(
+    {
+        "slidejax.json",
+        "slidejax.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "chat_template.jinja",
+        "chat_template.json",
+        "additional_chat_templates",
+        "gguf_tokenizer.json",
+    }
+)
+
+
+# --- before the work ------------------------------------------------------------------------------
+
+
+def check_target(path: str | os.PathLike[str], marker: str, name: str = "path") -> Path:
+    """The absolute path, without symbolic links, if `staged` may write there.
+
+    Nothing is written. `claimed` also tries to write.
+
+    Args:
+      path: the directory.
+      marker: as in `staged`.
+      name: of the argument, for the error.
+
+    Raises:
+      ValueError: if `path` is a file, a mount point, a link to nothing, or a directory that holds
+        other things than an earlier one.
+    """
+    named = os.fspath(path)
+    target = Path(os.path.realpath(path))
+    if os.path.islink(path) and not os.path.exists(path):
+        raise ValueError(
+            f"{name} {named!r} is a symbolic link to {str(target)!r}, which is not there"
+        )
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise ValueError(f"{name} {named!r} is a file; a directory is written")
+    if _is_mount(target):
+        raise ValueError(
+            f"{name} {named!r} is a mount point, which cannot be replaced as a whole: name a "
+            "directory in it"
+        )
+    if any(target.iterdir()) and not (target / marker).is_file():
+        raise ValueError(
+            f"{name} {named!r} is a directory with other things in it (no {marker}): not replaced"
+        )
+    return target
+
+
+@contextlib.contextmanager
+def claimed(
+    path: str | os.PathLike[str], marker: str, *, overwrite: bool = False, flag: str = "overwrite"
+) -> Iterator[Path]:
+    """Makes sure, before long work, that `staged` can write a directory; keeps others away from it.
+
+    A directory is written and removed beside `path` for a trial.
+
+    Args:
+      path: the directory that will be written in the block.
+      marker: as in `staged`.
+      overwrite: whether an earlier directory may be replaced.
+      flag: what the user sets to allow that, for the error.
+
+    Yields:
+      The absolute path, without symbolic links.
+
+    Raises:
+      ValueError: as `check_target`; if there is an earlier directory and `overwrite` is False; if
+        another process has claimed the path.
+      OSError: naming the directory that cannot be written.
+    """
+    target = check_target(path, marker)
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise ValueError(
+            f"path {os.fspath(path)!r} holds an earlier result: name another one, or replace it "
+            f"with {flag}"
+        )
+    made = _try_to_write(target)
+    try:
+        with exclusive(target.with_name(f".{target.name[:60]}.claimed"), wait=False) as held:
+            if not held:
+                raise ValueError(
+                    f"path {os.fspath(path)!r} is being written by another process at this moment"
+                )
+            yield target
+    finally:
+        for folder in made:  # where nothing was written after all
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _try_to_write(target: Path) -> list[Path]:
+    """Writes a directory beside the target and removes it; returns the parents that were made."""
+    missing = [p for p in target.parents if not p.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(target)
+        with partial_directory(target) as trial:
+            (trial / "trial").write_bytes(b"trial")
+    except OSError as e:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        reason = f"no directory can be written there: {e.strerror}"
+        raise OSError(e.errno, reason, str(target)) from e
+    return missing
+
+
+def check_space(target: Path, size: int) -> None:
+    """Raises an OSError if a file of that many bytes does not fit beside `target`.
+
+    Args:
+      target: what will be written.
+      size: bytes.
+    """
+    folder = next(p for p in target.parents if p.exists())
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(
+            errno.ENOSPC, f"{size >> 20} MiB will be written and {free >> 20} are free", str(folder)
+        )
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY and size > limit:
+        reason = f"a file of {size >> 20} MiB will be written, and files may have {limit >> 20}"
+        raise OSError(errno.EFBIG, f"{reason} (ulimit -f)", str(target))
+
+
+def _is_mount(target: Path) -> bool:
+    if os.path.ismount(target):
+        return True
+    try:  # a directory that is mounted from the same file system is not found otherwise
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return False
+    places = (line.split()[4] for line in lines if line.count(b" ") > 4)
+    return os.fsencode(target) in (p.decode("unicode_escape").encode("latin-1") for p in places)
+
+
+# --- the writing ----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def staged(path: str | os.PathLike[str], marker: str) -> Iterator[Path]:
     """Yields a new directory that takes the place of `path` when the block ends without an error.
 
-    Until then an earlier directory at `path` stays as it is. If the block fails, the new directory
-    is removed.
+    Until then an earlier directory at `path` stays as it is. Files in it that slidejax does not
+    write are the user's, and are in the new directory, too. If the block fails, the new directory
+    is removed. If the process is killed, the next one that writes there removes it.
 
     Args:
       path: the directory to write. An earlier one is replaced if it is empty or holds `marker`.
       marker: the name of a file that marks directories that may be replaced.
 
     Raises:
-      ValueError: if `path` is a file, or a directory that holds other things.
+      ValueError: as `check_target`.
+      OSError: naming the file or directory that cannot be written. If the new directory is complete
+        and only cannot be put in its place, it is kept, and the error says where.
     """
     target = check_target(path, marker)
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        fresh.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        yield fresh
-        for file in fresh.rglob("*"):
-            _sync(file)
-        _sync(fresh)
-        _replace(fresh, target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)  # after an exchange this is the old directory
+    _bring_back(target)
+    remove_abandoned(target)
+    with partial_directory(target) as fresh:
+        try:
+            yield fresh
+            for file in fresh.rglob("*"):
+                sync(file)
+            sync(fresh)
+        except OSError as e:  # in the words of the one who named `path`
+            if e.errno is None:
+                raise
+            name = os.path.relpath(os.fspath(e.filename or fresh), fresh)
+            reason = f"cannot be written: {e.strerror}"
+            raise OSError(e.errno, reason, os.path.normpath(target / name)) from e
+        try:
+            check_target(path, marker)
+            _replace(fresh, target)
+        except (OSError, ValueError) as e:
+            kept = _keep(fresh, target)
+            raise OSError(
+                f"{str(target)!r} cannot be replaced ({e}); what was to be written there is "
+                f"complete in {str(kept)!r}"
+            ) from e
+        sync(target.parent)
 
 
-def check_target(path: str | os.PathLike[str], marker: str) -> Path:
-    """The absolute path, if `staged` may write there; otherwise its ValueError is raised."""
-    target = Path(os.path.abspath(path))
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"path {str(target)!r} is a file; a directory is written")
-    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
-        raise ValueError(
-            f"path {str(target)!r} is a directory with other things in it (no {marker}): "
-            "not replaced"
-        )
-    return target
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _keep(fresh: Path, target: Path) -> Path:
+    """Gives a complete directory a name that nobody removes."""
+    number = 1
+    while True:
+        kept = target.with_name(f"{target.name}.written-{number}")
+        if not kept.exists():
+            os.rename(fresh, kept)
+            return kept
+        number += 1
 
 
 def _replace(fresh: Path, target: Path) -> None:
     """Puts `fresh` in the place of `target`. The old directory is removed, or left at `fresh`."""
     if not target.exists():
-        os.rename(fresh, target)
-    elif not _exchange(fresh, target):
+        try:
+            os.rename(fresh, target)
+            return
+        except OSError as e:  # another process was faster
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    for entry in target.iterdir():
+        if entry.name not in _OURS and not (fresh / entry.name).exists():
+            _carry_over(entry, fresh / entry.name)
+    if not _exchange(fresh, target):
         # No atomic exchange on this system: between two renames the old directory has another name.
         old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
         os.rename(target, old)
@@ -85,7 +256,38 @@ def _replace(fresh: Path, target: Path) -> None:
         except BaseException:
             os.rename(old, target)
             raise
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _bring_back(target: Path) -> None:
+    """Gives an earlier directory its name again, if a process was killed between two renames."""
+    prefix = f".{target.name}.replaced-"
+    if target.exists():
+        return
+    for old in target.parent.glob(f"{glob.escape(prefix)}*"):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(old.name.removeprefix(prefix))
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                os.rename(old, target)
+                return
+
+
+def _carry_over(entry: Path, to: Path) -> None:
+    """Puts a user's file or directory into the new directory as well, if possible as a link."""
+    if entry.is_dir() and not entry.is_symlink():
+        to.mkdir()
+        for inner in entry.iterdir():
+            _carry_over(inner, to / inner.name)
+        shutil.copystat(entry, to)
+        return
+    try:
+        os.link(entry, to, follow_symlinks=False)
+    except OSError as e:
+        if e.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV):
+            raise
+        shutil.copy2(entry, to, follow_symlinks=False)
 
 
 def _exchange(a: Path, b: Path) -> bool:

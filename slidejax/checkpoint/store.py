@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.checkpoint.arrays import MAX_HEADER, METADATA, ArrayFile
+from slidejax.checkpoint.arrays import MAX_HEADER, METADATA, ArrayFile, write_arrays
 from slidejax.checkpoint.staging import staged
 from slidejax.checkpoint.tree import Decoder, encode
 
@@ -67,9 +67,7 @@ def write_into(folder: Path, params: Any) -> None:
 
 
 def _write(folder: Path, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
-    from safetensors.numpy import save_file
-
-    save_file(arrays, folder / ARRAYS, metadata={"format": _FORMAT})
+    write_arrays(folder / ARRAYS, arrays, {"format": _FORMAT})
     (folder / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
 
 

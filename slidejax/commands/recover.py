@@ -9,6 +9,8 @@ from slidejax.commands import arguments, inputs, terminal
 from slidejax.lm.texts import WINDOW
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
     from slidejax.lm.reading import Loaded
@@ -32,6 +34,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("out", help="the directory to write; it appears when it is complete")
     _add_text(p)
     _add_training(p)
+    p.add_argument(
+        "--force",
+        action="store_true",
+        help="replace OUT, if slidejax wrote it; without this an OUT that exists is refused",
+    )
     arguments.add_compute(p)
     arguments.add_json(p)
 
@@ -150,14 +157,25 @@ def _add_training(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trains the model, writes it and prints how the loss fell."""
-    from slidejax.checkpoint.staging import check_target
+    from slidejax.checkpoint.staging import check_target, claimed
     from slidejax.checkpoint.store import METADATA
+
+    if args.checkpoint is not None:
+        check_target(args.checkpoint, METADATA, "--checkpoint")
+    with claimed(args.out, METADATA, overwrite=args.force, flag="--force") as target:
+        _run(args, target)
+
+
+def _run(args: argparse.Namespace, target: Path) -> None:
+    import jax
+
+    from slidejax.checkpoint.staging import check_space
     from slidejax.lm.reading import write_model
 
-    check_target(args.out, METADATA)
     with terminal.progress() as bar:
         task = bar.add_task(f"reading {args.model}", total=None)
         loaded = inputs.load(args.model, args)
+        check_space(target, sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.model.params)))
         original = _original(args, loaded)
         ids, source = _tokens(args, loaded)
 
@@ -194,16 +212,15 @@ def _original(args: argparse.Namespace, loaded: Loaded) -> Loaded:
     Raises:
       ValueError: neither is known, or the model is a converted one.
     """
-    from slidejax.lm.models import NAMED, default_dtype, load_model
+    from slidejax.lm.models import default_dtype, load_model
     from slidejax.lm.reading import LoadedDecoder
     from slidejax.variants.prepared import weights_of
 
-    source = loaded.about.get("source")
-    name = args.against or (source if source in NAMED else None)
+    name = args.against or _source(args, loaded)
     if name is None:
         raise ValueError(
-            f"{args.model!r} does not say which original model it was converted from: "
-            "name it with --against"
+            f"{args.model!r} does not say which original model it was converted from, or that is "
+            "not there any more: name it with --against"
         )
     # Both must be of one kind.
     original: Loaded = (
@@ -216,6 +233,26 @@ def _original(args: argparse.Namespace, loaded: Loaded) -> Loaded:
             f"{original.name!r} is converted too; --against must name the original model"
         )
     return original
+
+
+def _source(args: argparse.Namespace, loaded: Loaded) -> str | None:
+    """The model that `loaded` was converted from, by what was noted then; None if it is not there.
+
+    It is looked for where it was, and beside the converted one.
+    """
+    from pathlib import Path
+
+    from slidejax.lm.models import NAMED
+
+    source, path = (loaded.about.get(key) for key in ("source", "source_path"))
+    if not isinstance(source, str) or not source:
+        return None
+    if source in NAMED:
+        return source
+    places = [Path(args.model).resolve().parent / source, Path(source)]
+    if isinstance(path, str) and path:
+        places.insert(0, Path(path))
+    return next((str(place) for place in places if place.exists()), None)
 
 
 def _tokens(args: argparse.Namespace, loaded: Loaded) -> tuple[np.ndarray, str]:

@@ -40,5 +40,6 @@ def write_pretrained(
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            # Names of chat templates come from files of others: no file is named after one.
+            tokenizer.save_pretrained(folder, save_jinja_files=False)
         store.write_into(folder, content)

@@ -29,12 +29,14 @@ class LoadedModel:
       tokenizer: its tokenizer, or None if the directory has none.
       name: what to call it in tables.
       about: for a converted model, what `slidejax convert` noted; else empty.
+      path: where it was read, or None if it is one of `NAMED`.
     """
 
     model: FlaxPreTrainedModel
     tokenizer: PreTrainedTokenizerFast | None
     name: str
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    path: str | None = None
 
     @property
     def start(self) -> list[int]:
@@ -138,7 +140,8 @@ def load_model(model: str | os.PathLike[str], dtype: Any = None) -> LoadedModel:
         return _load_gguf(packaged_file(name), name, dtype)
     path = Path(name)
     if path.is_file():
-        return _load_gguf(path, path.name, dtype)
+        loaded = _load_gguf(path, path.name, dtype)
+        return dataclasses.replace(loaded, path=str(path.resolve()))
     if not path.is_dir():
         raise ValueError(
             f"no model {name!r}: not a file, not a directory, and not one of {', '.join(NAMED)}"
@@ -146,7 +149,8 @@ def load_model(model: str | os.PathLike[str], dtype: Any = None) -> LoadedModel:
     from slidejax import huggingface
 
     flax_model, tokenizer, about = huggingface.read_pretrained(path, dtype)
-    return LoadedModel(flax_model, tokenizer, path.resolve().name, about)
+    where = path.resolve()
+    return LoadedModel(flax_model, tokenizer, where.name, about, str(where))
 
 
 def _load_gguf(path: Path, name: str, dtype: Any) -> LoadedModel:

@@ -36,10 +36,12 @@ class LoadedDecoder:
     Attributes:
       model: the decoder.
       name: what to call it in tables.
+      path: where it was read, or None if it is one of `NAMED`.
     """
 
     model: Decoder = dataclasses.field(repr=False)
     name: str
+    path: str | None = None
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -133,7 +135,9 @@ def read_model(
     path = packaged_file(name) if name in NAMED else Path(name)
     if text and path.is_dir():
         files.check(os.listdir(path), name)
-    return LoadedDecoder(load(path, dtype), name if name in NAMED else path.resolve().name)
+    if name in NAMED:
+        return LoadedDecoder(load(path, dtype), name)
+    return LoadedDecoder(load(path, dtype), path.resolve().name, str(path.resolve()))
 
 
 def write_model(
@@ -149,12 +153,14 @@ def write_model(
       path: the directory. It appears when it is complete.
       model: a decoder or a Flax model.
       loaded: what it was made from.
-      about: notes about how it was made, plain JSON values.
+      about: notes about how it was made, plain JSON values. Where `loaded` was read is added, as
+        `source_path`, unless it is there.
       floats: as in `slidejax.lm.save`, for a decoder.
 
     Raises:
       ValueError: if `path` is a file, or a directory that holds other things.
     """
+    about = {"source_path": loaded.path, **about}
     if isinstance(model, Decoder):
         made = Decoder(model.config, model.params, files=model.files, about=about)
         save(made, path, floats=floats)

@@ -6,9 +6,9 @@ The GEMM runs over lifted columns. Window `w` of group `g` reads its four column
     lifted[m, g, w, l] = code(x[m, 2N g + 2 w + l])        flattened, K' = groups * (N - 1) * 4
 
 Each row is quantised with its own scale (`slidejax.weights.numerics`). 16- and 32-bit values are
-not quantised. Their scale is 1, or nan for a row that holds inf or nan, so that the row's outputs
-are nan on every implementation. The norm or activation before the layer can be part of the op
-(`slidejax.ops.prologue`).
+not quantised. Their scale is 1, or nan for a row that holds inf or nan, or a number that becomes
+inf in the dtype of the values. Then the row's outputs are nan on every implementation. The norm or
+activation before the layer can be part of the op (`slidejax.ops.prologue`).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def quantize_rows(
     Args:
       x: `[..., K]`.
       dtype: of the codes. For 16- and 32-bit dtypes the codes are x itself, and the scale is 1, or
-        nan for a row with inf or nan.
+        nan for a row with inf or nan, or with a number that becomes inf in that dtype.
       absmax: float32 `[..., 1]`, the largest magnitude of each row; None to compute it.
 
     Returns:
@@ -111,7 +111,10 @@ def row_scale(absmax: jax.Array, dtype) -> jax.Array:
     """The scale of each row from its largest magnitude, in float32 and the same shape."""
     if numerics.is_quantized(dtype):
         return numerics.scale_from_absmax(absmax, dtype)
-    return jnp.where(jnp.isfinite(absmax), np.float32(1), np.float32(np.nan))
+    # Float16 has numbers below 65,520 only. A larger one must not become inf in one implementation
+    # and nan in another.
+    finite = jnp.isfinite(absmax.astype(dtype))
+    return jnp.where(finite, np.float32(1), np.float32(np.nan))
 
 
 def _reference(x, absmax, pattern, dtype):

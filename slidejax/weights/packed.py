@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -21,14 +20,14 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from slidejax.weights import numerics
+from slidejax.weights.checks import check_sums, check_values
 from slidejax.weights.layout import (
     check_kernel,
     from_groups,
-    kept_values,
     scatter_values,
-    to_groups,
 )
 from slidejax.weights.magnitude import magnitude
+from slidejax.weights.packing import packed_arrays, quantized_values
 from slidejax.weights.pattern import Pattern
 
 __all__ = [
@@ -224,6 +223,14 @@ class SlideWeight(LinearWeight):
         return frozen.replace(values=not numerics.is_quantized(self.dtype))
 
     def replace(self, **changes) -> SlideWeight:
+        """Itself with other fields. Prepared forms of other values are dropped.
+
+        >>> w = pack(jnp.ones((8, 2)), "6:8").replace(prepared={"dense": jnp.ones((2, 8))})
+        >>> len(w.replace(scale=2 * w.scale).prepared), len(w.replace(values=2 * w.values).prepared)
+        (1, 0)
+        """
+        if not changes.keys().isdisjoint(("values", "zeros", "pattern", "in_features")):
+            changes.setdefault("prepared", {})
         return dataclasses.replace(self, **changes)
 
     def partition_spec(self, out: Any = None, k: Any = None, batch: tuple = ()) -> SlideWeight:
@@ -317,6 +324,8 @@ class SlideWeight(LinearWeight):
                 "A cast of the whole tree (tree.map(astype), to_bf16) ruins packed weights: cast "
                 "before packing"
             )
+        if self.values.dtype == jnp.int8:
+            check_sums(self.in_features, self.pattern, name)
         return self
 
 
@@ -333,7 +342,8 @@ def pack(
       kernel: `[..., in, out]`; leading axes are a batch of kernels.
       pattern: such as `"6:8"`; "dense" prunes nothing.
       dtype: of the values. None keeps the kernel's dtype. int8 or float8_e4m3fn quantises a float
-        kernel with one scale for each output (`slidejax.weights.numerics`).
+        kernel with one scale for each output (`slidejax.weights.numerics`). A kernel of int8 or
+        float8_e4m3fn holds codes, whose scale is 1.
       mask: bool `[..., in, out]`, True where a weight is kept. None prunes by magnitude.
       scale: `[..., out]`, positive: the scales of 8-bit values, such as those that
         `slidejax.prune.round_kernel` finds. Values beyond the largest code are clipped. None takes
@@ -344,9 +354,11 @@ def pack(
       `unpack(w) == where(mask & (kernel != 0), kernel, +0)`.
 
     Raises:
-      ValueError: for a bad shape, pattern or dtype; or if a group would keep more than
-        `pattern.kept` non-zeros. The message names the row and the group. Under tracing values are
-        not known, and such a row becomes nan instead.
+      ValueError: for a bad shape, pattern or dtype, or integers that are no int8 codes; for int8
+        values if more than 133,144 columns are kept, whose sum may not fit into int32; or if a
+        group would keep more than `pattern.kept` non-zeros, a scale is not positive, or a value
+        becomes infinite in `dtype`. The message names the row and the group. Under tracing values
+        are not known, and such a row becomes nan instead.
 
     >>> w = pack(jnp.arange(1., 9.).reshape(8, 1), "6:8")
     >>> unpack(w).ravel().tolist()
@@ -357,6 +369,9 @@ def pack(
     dtype = numerics.check_dtype(
         kernel.dtype if dtype is None else dtype, "kernel's dtype" if dtype is None else "dtype"
     )
+    check_values(kernel, dtype)
+    if dtype == jnp.int8:
+        check_sums(kernel.shape[-2], pattern, "kernel", 128 if kernel.dtype == jnp.int8 else 127)
     if mask is None:
         mask = magnitude(kernel, pattern)
     else:
@@ -375,8 +390,19 @@ def pack(
                 f"{(*kernel.shape[:-2], kernel.shape[-1])}; "
                 f"got shape {scale.shape} for {dtype.name} values of a {kernel.dtype.name} kernel"
             )
-    w, crowded = _pack(kernel, mask, scale, pattern, dtype)
-    if not isinstance(crowded, jax.core.Tracer) and crowded.any():
+        if not isinstance(scale, jax.core.Tracer) and bool(((scale <= 0) | jnp.isinf(scale)).any()):
+            raise ValueError(f"scale must be positive and finite, got {float(scale.min()):g}")
+    values, zeros, scale, crowded, infinite = packed_arrays(kernel, mask, scale, pattern, dtype)
+    w = SlideWeight(values, zeros, scale, pattern, kernel.shape[-2])
+    if isinstance(crowded, jax.core.Tracer):
+        return w
+    if infinite.any():
+        at = tuple(int(i) for i in np.argwhere(np.asarray(infinite))[0])
+        raise ValueError(
+            f"kernel has finite values in output {at[-1]} that become infinite in dtype "
+            f"{dtype.name}, whose largest number is {float(jnp.finfo(dtype).max):g}"
+        )
+    if crowded.any():
         *batch, row, group = (int(i) for i in np.argwhere(np.asarray(crowded))[0])
         where = f"kernel {tuple(batch)}, " if batch else ""
         raise ValueError(
@@ -387,57 +413,6 @@ def pack(
             f"{pattern.kept}. {int(crowded.sum())} group(s) are too full"
         )
     return w
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _pack(kernel, mask, given_scale, pattern: Pattern, dtype) -> tuple[SlideWeight, jax.Array]:
-    """The packed weight, and a bool `[..., out, groups]`, True where a group keeps too much."""
-    nonzero = to_groups(mask & (kernel != 0), pattern, fill=False)
-    # Some 2:4 compressors count -0.0 as a non-zero, so a pruned weight is stored as +0.
-    groups = jnp.where(nonzero, to_groups(kernel, pattern), jnp.zeros((), kernel.dtype))
-    crowded = jnp.sum(nonzero, axis=-1) > pattern.kept
-    zeros = _zeros_of(nonzero) if pattern.prunes else jnp.zeros((*nonzero.shape[:-2], 0), jnp.uint8)
-    values = kept_values(groups, zeros)
-    bad_row = jnp.any(crowded, axis=-1)
-    scale = jnp.ones(bad_row.shape, jnp.float32)
-    if (
-        numerics.is_quantized(dtype)
-        and jnp.issubdtype(kernel.dtype, jnp.floating)
-        and not numerics.is_quantized(kernel.dtype)
-    ):
-        values, scale = _quantize_values(values, dtype, given_scale)
-    else:
-        values = values.astype(dtype)
-    if numerics.is_quantized(dtype):
-        scale = jnp.where(bad_row, jnp.nan, scale)
-    else:
-        values = jnp.where(bad_row[..., None, None], jnp.asarray(jnp.nan, dtype), values)
-    return SlideWeight(values, zeros, scale, pattern, kernel.shape[-2]), crowded
-
-
-def _zeros_of(nonzero: jax.Array) -> jax.Array:
-    """The packed byte of each group of `nonzero` `[..., out, groups, group]`.
-
-    It names the two zeros with the largest index. In a last partial group these are the missing
-    columns.
-    """
-    column = jnp.arange(nonzero.shape[-1])
-    z2 = jnp.max(jnp.where(nonzero, 1, column), axis=-1)
-    z1 = jnp.max(jnp.where(nonzero | (column >= z2[..., None]), 0, column), axis=-1)
-    return (z1 | z2 << 4).astype(jnp.uint8)
-
-
-def _quantize_values(
-    values: jax.Array, dtype, scale: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    if scale is not None:
-        # A value that is code * scale gives this code back, whatever the last bit of the scale is.
-        codes, _ = numerics.encode(
-            values, scale[..., None, None] * numerics.QMAX[np.dtype(dtype)], dtype
-        )
-        return codes, scale
-    codes, scale = numerics.encode(values, numerics.absmax(values, (-2, -1)), dtype)
-    return codes, scale[..., 0, 0]
 
 
 def quantize(w: SlideWeight, dtype) -> SlideWeight:
@@ -460,7 +435,7 @@ def quantize(w: SlideWeight, dtype) -> SlideWeight:
         raise ValueError(
             f"w is quantised already (values {w.dtype.name}); quantize takes float-packed weights"
         )
-    values, scale = jax.jit(_quantize_values, static_argnums=1)(w.values, dtype)
+    values, scale = jax.jit(quantized_values, static_argnums=1)(w.values, dtype)
     return w.replace(values=values, scale=scale, prepared={})
 
 

@@ -10,6 +10,7 @@ pytest.importorskip("rich")
 
 from command_line import SENTENCES, run, write_files
 
+from slidejax.huggingface import write_pretrained
 from slidejax.lm.models import load_model
 
 TEXT = SENTENCES * 8
@@ -63,6 +64,20 @@ def test_recover_writes_a_better_model(capsys, files):
     np.testing.assert_array_equal(*kernels)
 
 
+def test_an_earlier_result_is_not_replaced_by_chance(capsys, files):
+    out = files / "old"
+    write_pretrained(out, load_model(files / "dense").model)
+    before = (out / "slidejax.safetensors").read_bytes()
+    args = ("recover", files / "out", out, "--text", files / "text.txt", "--steps", 1)
+    options = ("--window", 32, "--batch", 2)
+    status, _, err = run(capsys, *args, *options)
+    assert status == 1 and "holds an earlier result" in err and "--force" in err
+    assert (out / "slidejax.safetensors").read_bytes() == before
+    # slidejax.json names the original model, which is beside it
+    status, _, err = run(capsys, *args, *options, "--force")
+    assert status == 0 and load_model(out).about["recovery"]["steps"] == 1, err
+
+
 def test_the_original_model_writes_some_of_the_text(capsys, files):
     options = [
         "--against",
@@ -93,8 +108,11 @@ def test_the_original_model_writes_some_of_the_text(capsys, files):
 def test_errors_are_one_line(capsys, files):
     dense, out, text = files / "dense", files / "out", files / "text.txt"
     (files / "short").write_text("moon")
+    lost = files / "lost"
+    made = load_model(out)
+    write_pretrained(lost, made.model, made.tokenizer, {"source": "gone", "source_path": "/gone"})
     for args, message in [
-        ((out, files / "x", "--text", text), "name it with --against"),
+        ((lost, files / "x", "--text", text), "name it with --against"),
         ((out, files / "x", "--against", out, "--text", text), "must name the original model"),
         (
             (dense, files / "x", "--against", dense, "--text", text, "--steps", 1),

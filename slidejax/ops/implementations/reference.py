@@ -19,8 +19,9 @@ from slidejax.weights.packed import SlideWeight
 
 __all__ = ["REFERENCE", "accumulate", "exact_int8_dot", "expand_lifted", "finish"]
 
-# 127 * 127 * 1040 < 2**24: a float32 sum of 1040 products of int8 codes is exact.
-_EXACT_K = 1040
+# 127 * 128 * 1024 < 2**24: a float32 sum of 1024 products of int8 codes is exact. A code of x is at
+# most 127, one of an int8 kernel -128 at least.
+_EXACT_K = 1024
 
 
 def expand_lifted(w: SlideWeight) -> jax.Array:
@@ -62,7 +63,7 @@ def accumulate(codes: jax.Array, kernel: jax.Array, platform: str = "default") -
 
 
 def exact_int8_dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`int8 [M, K] @ int8 [out, K]^T` in int32, through float32 products of at most 1040 columns.
+    """`int8 [M, K] @ int8 [out, K]^T` in int32, through float32 products of at most 1024 columns.
 
     The result is exact. On a CPU this is many times faster than an integer product.
     """
