@@ -8,8 +8,10 @@ in the order of the result's axes. A kernel is packed as `[..., in, out]`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 
 from slidejax.ops.linear import linear
 from slidejax.rules import Skipped
+from slidejax.weights.numerics import is_quantized
 from slidejax.weights.packed import LinearWeight, SlideWeight
 
 __all__ = [
@@ -260,6 +263,24 @@ def promote_packed(promote: Callable[..., Any], x, w: LinearWeight, bias) -> tup
     return x, w, bias
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _warn_if_trained(dtype: str, bias: jax.Array) -> jax.Array:
+    """The bias. If it has a gradient, a training goes on in which the values have none."""
+    return bias
+
+
+def _backward_of_bias(dtype: str, residuals: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    warnings.warn(
+        f"a layer's bias is trained, and its {dtype} values have no gradient: "
+        "slidejax.trainable.masters trains them, too",
+        stacklevel=2,
+    )
+    return (cotangent,)
+
+
+_warn_if_trained.defvjp(lambda dtype, bias: (bias, None), _backward_of_bias)
+
+
 def contract(
     x: jax.Array,
     w: LinearWeight,
@@ -293,6 +314,8 @@ def contract(
     free_shape = tuple(x.shape[a] for a in free)
     x = jnp.transpose(x, (*axes.x_batch, *free, *axes.x_in)).reshape(*batch, *free_shape, -1)
     if bias is not None:
+        if isinstance(w, SlideWeight) and is_quantized(w.dtype):
+            bias = _warn_if_trained(w.dtype.name, bias)
         bias = jnp.transpose(bias, axes.bias_order()).reshape(*batch, -1)
 
     shape = (*batch, *free_shape, *features)

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 __all__ = [
+    "CHECKSUM",
     "PARTIAL",
+    "check_json",
     "exclusive",
+    "json_checksum",
     "partial_directory",
     "remove_abandoned",
     "replacing",
@@ -125,6 +129,32 @@ def _new_file(path: Path) -> tuple[int, Path]:
         if _hold(handle, name):
             return handle, name
         os.close(handle)
+
+
+# --- JSON with a checksum -------------------------------------------------------------------------
+
+CHECKSUM = "sha256"
+
+
+def json_checksum(value: Mapping[str, Any]) -> str:
+    """The checksum of a JSON object's content, whatever its white space and its order of keys are.
+
+    >>> json_checksum({"a": 1, "b": 2}) == json_checksum({"b": 2, "a": 1, CHECKSUM: "of it"})
+    True
+    """
+    rest = {key: one for key, one in value.items() if key != CHECKSUM}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_json(value: Mapping[str, Any], file: str) -> None:
+    """Raises a ValueError that names the file if an object's `CHECKSUM` is not that of the rest."""
+    try:
+        right = value.get(CHECKSUM) == json_checksum(value)
+    except (ValueError, TypeError, RecursionError):
+        right = False
+    if not right:
+        raise ValueError(f"{file!r} is damaged: its content does not match its key {CHECKSUM!r}")
 
 
 # --- locks ----------------------------------------------------------------------------------------

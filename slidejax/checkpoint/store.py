@@ -18,11 +18,13 @@ import numpy as np
 from slidejax.checkpoint.arrays import MAX_HEADER, METADATA, ArrayFile, write_arrays
 from slidejax.checkpoint.staging import staged
 from slidejax.checkpoint.tree import Decoder, encode
+from slidejax.files import CHECKSUM, check_json, json_checksum
 
 __all__ = ["ARRAYS", "METADATA", "load", "save", "write_into"]
 
 ARRAYS = "slidejax.safetensors"
-_FORMAT, _FORMAT_VERSION = "slidejax", 1
+_FORMAT, _FORMAT_VERSION = "slidejax", 2
+_KEYS = {"format", "format_version", "library_version", "tree"}
 
 # --- saving ---------------------------------------------------------------------------------------
 
@@ -75,13 +77,16 @@ def _describe(params: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     import slidejax
 
     arrays: dict[str, np.ndarray] = {}
-    tree = encode(params, (), arrays)
-    return arrays, {
-        "format": _FORMAT,
-        "format_version": _FORMAT_VERSION,
-        "library_version": slidejax.__version__,
-        "tree": tree,
-    }
+    try:
+        metadata = {
+            "format": _FORMAT,
+            "format_version": _FORMAT_VERSION,
+            "library_version": slidejax.__version__,
+            "tree": encode(params, (), arrays),
+        }
+        return arrays, metadata | {CHECKSUM: json_checksum(metadata)}
+    except RecursionError:
+        raise ValueError("params are nested too deeply to be saved") from None
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -105,9 +110,14 @@ def load(path: str | os.PathLike[str]) -> Any:
     folder = Path(path)
     metadata = _read_metadata(folder)
     with ArrayFile(folder / ARRAYS) as arrays:
-        Decoder(arrays, folder / METADATA, None)(metadata["tree"])
-        arrays.finish()
-        return Decoder(arrays, folder / METADATA, jnp.asarray)(metadata["tree"])
+        try:
+            Decoder(arrays, folder / METADATA, None)(metadata["tree"])
+            arrays.finish()
+            return Decoder(arrays, folder / METADATA, jnp.asarray)(metadata["tree"])
+        except RecursionError:
+            raise ValueError(
+                f"{str(folder / METADATA)!r}: key 'tree' is nested too deeply"
+            ) from None
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
@@ -125,12 +135,17 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
             f"{str(file)!r} is not a slidejax checkpoint: key 'format' is not {_FORMAT!r}"
         )
     version = metadata.get("format_version")
-    if version != _FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= _FORMAT_VERSION:
         raise ValueError(
             f"{str(file)!r} has format_version {version!r} "
             f"(written by slidejax {metadata.get('library_version')}); "
-            f"this library reads {_FORMAT_VERSION}"
+            f"this library reads 1 to {_FORMAT_VERSION}"
         )
-    if "tree" not in metadata:
-        raise ValueError(f"{str(file)!r} has no key 'tree'")
+    expected = _KEYS if version == 1 else _KEYS | {CHECKSUM}  # version 1 had none
+    if metadata.keys() != expected:
+        key = sorted(metadata.keys() ^ expected)[0]
+        has = "a key" if key in metadata else "no key"
+        raise ValueError(f"{str(file)!r} has {has} {key!r} (format_version {version})")
+    if version > 1:
+        check_json(metadata, str(file))
     return metadata

@@ -12,6 +12,7 @@ import numpy as np
 
 from slidejax.checkpoint.arrays import SAVABLE, ArrayFile, checksum
 from slidejax.variants.projections import unfuse_module
+from slidejax.weights.checks import check_content
 from slidejax.weights.packed import SlideWeight
 from slidejax.weights.pattern import Pattern
 
@@ -71,6 +72,8 @@ def _encode_weight(
     w: SlideWeight, path: tuple[Any, ...], arrays: dict[str, np.ndarray]
 ) -> dict[str, Any]:
     w.check(_show(path))
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in (w.values, w.zeros, w.scale)):
+        check_content(w.values, w.zeros, w.scale, w.pattern, f"params at {_show(path)!r}")
     parts = {"values": w.values, "zeros": w.zeros, "scale": w.scale}
     return {
         "kind": "slide_weight",
@@ -105,6 +108,19 @@ def _encode_array(
     }
 
 
+_ARRAY = frozenset({"name", "dtype", "shape", "crc32"})
+# The keys of each kind of description.
+_NODES: dict[str, frozenset[str]] = {
+    "constant": frozenset({"kind", "value"}),
+    "array": frozenset({"kind", *_ARRAY}),
+    "prng_key": frozenset({"kind", "implementation", "data"}),
+    "slide_weight": frozenset(
+        {"kind", "pattern", "dtype", "in_features", "values", "zeros", "scale"}
+    ),
+    "dict": frozenset({"kind", "items"}),
+    "list": frozenset({"kind", "items"}),
+    "tuple": frozenset({"kind", "items"}),
+}
 _WIDE = frozenset({"int64", "uint64", "float64"})  # what JAX holds only with x64
 
 
@@ -129,6 +145,9 @@ class Decoder:
             the arrays.
         """
         kind = node.get("kind") if isinstance(node, dict) else None
+        keys = _NODES.get(kind) if isinstance(kind, str) else None
+        if keys is not None and node.keys() != keys:
+            self._fail(path, f"a {kind} has the keys {sorted(keys)}, got {sorted(node)}")
         match kind:
             case "constant":
                 return self._constant(node, path)
@@ -149,13 +168,13 @@ class Decoder:
         raise ValueError(f"{str(self._file)!r}, key {_show(path)!r}: {message}")
 
     def _constant(self, node: dict[str, Any], path: tuple[Any, ...]) -> Any:
-        value = node.get("value")
+        value = node["value"]
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         self._fail(path, "bad constant")
 
     def _array(self, entry: Any, path: tuple[Any, ...]) -> Any:
-        if not isinstance(entry, dict) or not {"name", "dtype", "shape", "crc32"} <= entry.keys():
+        if not isinstance(entry, dict) or entry.keys() - {"kind"} != _ARRAY:
             self._fail(path, "an array needs 'name', 'dtype', 'shape' and 'crc32'")
         name, dtype, shape = entry["name"], entry["dtype"], entry["shape"]
         if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(shape, list):
@@ -211,6 +230,8 @@ class Decoder:
         weight = SlideWeight(values, zeros, scale, pattern, in_features)
         try:
             weight.check("weight")
+            if self._place is not None:
+                check_content(values, zeros, scale, pattern, "weight")
         except ValueError as e:
             self._fail(path, str(e))
         # A process that holds a shard of K saves fewer groups than a whole weight has. More are an

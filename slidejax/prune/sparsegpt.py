@@ -59,8 +59,9 @@ def sparsegpt(
       new values where a weight is kept, and zeros elsewhere.
 
     Raises:
-      ValueError: for shapes that do not fit each other, a bad pattern, or a gram that is not
-        finite.
+      ValueError: for shapes that do not fit each other, a bad pattern, a gram or a kernel that is
+        not finite, or a damping so small that the gram cannot be factorised. Under tracing the
+        last three give nan.
 
     >>> x = jax.random.normal(jax.random.key(0), (64, 8))
     >>> x = x @ jax.random.normal(jax.random.key(1), (8, 8))
@@ -80,12 +81,21 @@ def sparsegpt(
     pattern = Pattern.parse(pattern)
     if not pattern.prunes:
         return jnp.ones(kernel.shape, bool), kernel
-    exact, full = kernel.astype(jnp.float32), damped(gram, damping)
+    exact, full = _driven(kernel, gram), damped(gram, damping)
     mask, new = _sparsegpt(exact, full, pattern)
     for _ in range(rounds):
         mask, new = _exchange(exact, mask, full, new, pattern, _SWEEPS)
         new = _refit(exact, mask, full, new, refit_steps)
-    return mask, jnp.where(mask, new, 0).astype(kernel.dtype)
+    new = _with_idle(new, kernel, gram)
+    new = jnp.where(mask, new, 0).astype(kernel.dtype)
+    if not isinstance(new, jax.core.Tracer) and not bool(jnp.isfinite(new).all()):
+        if not bool(jnp.isfinite(kernel).all()):
+            raise ValueError("kernel holds inf or nan")
+        raise ValueError(
+            f"damping {float(damping):g} is too small: with it gram has no Cholesky factor (there "
+            "are fewer calibration inputs than columns, or they depend on each other)"
+        )
+    return mask, new
 
 
 def exchange(
@@ -119,14 +129,27 @@ def exchange(
     Raises:
       ValueError: for a bad pattern, or "dense".
     """
-    pattern, gram = Pattern.parse(pattern), damped(jnp.asarray(gram, jnp.float32), damping)
+    pattern, gram = Pattern.parse(pattern), jnp.asarray(gram, jnp.float32)
     if not pattern.prunes:
         raise ValueError(
             f"pattern {pattern} has no pairs to exchange: refit changes the weights alone"
         )
-    return _exchange(
-        kernel.astype(jnp.float32), mask, gram, start.astype(jnp.float32), pattern, sweeps
+    mask, new = _exchange(
+        _driven(kernel, gram), mask, damped(gram, damping), _driven(start, gram), pattern, sweeps
     )
+    return mask, jnp.where(mask, _with_idle(new, start, gram), 0)
+
+
+# An input that is always zero puts no constraint on its weights. They count as zeros while columns
+# are chosen, so that they are pruned first. Those that are kept nevertheless stay as they were.
+
+
+def _driven(kernel, gram):
+    return jnp.where(jnp.diagonal(gram)[:, None] > 0, kernel.astype(jnp.float32), 0)
+
+
+def _with_idle(new, kernel, gram):
+    return jnp.where(jnp.diagonal(gram)[:, None] > 0, new, kernel.astype(jnp.float32))
 
 
 def _best_pair(w, s, first, second):
@@ -237,7 +260,8 @@ def _padded(kernel, pattern: Pattern, gram, *others):
     The added columns have zero weights, and no product with other columns in `gram`.
     """
     missing = pattern.padded(len(gram)) - len(gram)
-    gram = jax.scipy.linalg.block_diag(gram, jnp.eye(missing) * jnp.mean(jnp.diagonal(gram)))
+    mean = jnp.mean(jnp.diagonal(gram))
+    gram = jax.scipy.linalg.block_diag(gram, jnp.eye(missing, dtype=gram.dtype) * mean)
     return (*(jnp.pad(k.T, ((0, 0), (0, missing))) for k in (kernel, *others)), gram)
 
 
@@ -260,13 +284,13 @@ def layer_error(kernel: jax.Array, other: jax.Array, gram: jax.Array) -> jax.Arr
 def damped(gram: jax.Array, damping: float) -> jax.Array:
     """`gram` with `damping` times the mean of its diagonal added to the diagonal.
 
-    Where an input is always zero, 1 is added instead.
+    Where an input is always zero, a thousandth of the mean is added at least.
     """
     diagonal = jnp.diagonal(gram)
-    # An input that is always zero puts no constraint on its weights. The 1 keeps the matrix
-    # invertible there.
-    ridge = jnp.where(diagonal > 0, damping * jnp.mean(diagonal), 1.0)
-    return gram + jnp.diag(ridge)
+    mean = jnp.mean(diagonal)
+    # The ridge keeps the matrix invertible there. It has the unit of the others.
+    ridge = jnp.where(diagonal > 0, damping, jnp.maximum(damping, 1e-3)) * mean
+    return gram + jnp.diag(jnp.where(mean > 0, ridge, 1.0))
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -192,21 +192,42 @@ def fit(
         if state.total is None and minutes is not None:
             state.total = clock.steps_in(minutes, state.step, loss)
         # The loss of the previous step: waiting for this one would leave the device idle.
-        shown = float(losses[-2] if len(losses) > 1 else loss)
-        if not math.isfinite(shown):
-            raise ValueError(
-                f"the loss is {shown} at step {len(losses) - 1}: "
-                f"lower learning_rate ({learning_rate}), or look at the model"
-            )
+        at = max(len(losses) - 2, 0)
+        shown = _finite_loss(losses, at, learning_rate)
         if progress is not None:
             progress(state.step, state.total, shown)
-        if store is not None and (state.step % every == 0 or state.step == state.total):
-            store.save(state, clock)
+        due = store is not None and state.step % every == 0
+        if due or state.step == state.total:  # what is kept must be good: a wait does not matter
+            _finite_loss(losses, -1, learning_rate)
+            if not _all_finite(state.train):
+                raise ValueError(
+                    f"parameters are not finite after step {state.step}: lower learning_rate "
+                    f"({learning_rate}), or look at the model"
+                )
+            if store is not None:
+                store.save(state, clock)
     trained_tree = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), state.train, dtypes)
     made = jax.block_until_ready(deploy(combine(trained_tree, rest)))
     return Fitted(
         made, state.step, clock.seconds(), np.asarray([float(loss) for loss in losses], np.float32)
     )
+
+
+def _finite_loss(losses: list[Any], at: int, learning_rate: float) -> float:
+    """The loss of a step; ValueError if it is not finite."""
+    loss = float(losses[at])
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss is {loss} at step {range(len(losses))[at] + 1}: lower learning_rate "
+            f"({learning_rate}), or look at the model and its batches"
+        )
+    return loss
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    """Whether a tree of floating arrays holds neither inf nor nan."""
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _make_update(
@@ -372,18 +393,34 @@ class _Checkpoint:
                 f"checkpoint {str(self._path)!r} is of a training with other parameters or "
                 "settings: name another directory"
             )
-
-        def like(tree, leaves):
-            return jax.tree.unflatten(
-                jax.tree.structure(tree), [jnp.asarray(leaf) for leaf in leaves]
+        keys = ("step", "total", "seconds", "losses")
+        step, total, seconds, losses = (saved.get(key) for key in keys)
+        for key, good in (
+            ("step", type(step) is int and step >= 0),
+            ("total", total is None or (type(total) is int and total >= 0)),
+            ("seconds", isinstance(seconds, float) and 0 <= seconds < math.inf),
+            ("losses", getattr(losses, "shape", None) == (step,)),
+        ):
+            if not good:
+                raise ValueError(f"checkpoint {str(self._path)!r}: key {key!r} is damaged")
+        train = self._like(state.train, saved, "train")
+        memory = self._like(state.memory, saved, "memory")
+        if not _all_finite(train):
+            raise ValueError(
+                f"checkpoint {str(self._path)!r} holds parameters that are not finite: remove it"
             )
+        assert isinstance(step, int) and isinstance(seconds, float)
+        clock.resume(seconds)
+        return _State(train, memory, step, total, list(np.asarray(losses)))
 
-        clock.resume(saved["seconds"])
-        losses = list(np.asarray(saved["losses"]))
-        return _State(
-            like(state.train, saved["train"]),
-            like(state.memory, saved["memory"]),
-            saved["step"],
-            saved["total"],
-            losses,
-        )
+    def _like(self, tree: Any, saved: dict[str, Any], key: str) -> Any:
+        """The saved leaves under a key, in the form of a tree."""
+        leaves, expected = saved.get(key), jax.tree.leaves(tree)
+        kinds = [(np.shape(leaf), jnp.asarray(leaf).dtype) for leaf in expected]
+        if not isinstance(leaves, list) or kinds != [
+            (np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves
+        ]:
+            raise ValueError(
+                f"checkpoint {str(self._path)!r}: key {key!r} does not fit this training"
+            )
+        return jax.tree.unflatten(jax.tree.structure(tree), [jnp.asarray(leaf) for leaf in leaves])

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -84,9 +85,33 @@ def partition(tree: Any, trained: Selection = None) -> tuple[Any, Any]:
     if trained is not None and not any(jax.tree.leaves(keep)):
         some = [path_of(path) for path, yes in jax.tree_util.tree_leaves_with_path(can) if yes][:2]
         raise ValueError(f"trained={trained!r} selects none of the floating leaves, such as {some}")
+    if trained is None:
+        _warn_of_codes(tree)
     train = jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, keep)
     rest = jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, keep)
     return train, rest
+
+
+def _warn_of_codes(tree: Any) -> None:
+    """Warns of 8-bit weights: nothing in them is trained, and nothing else would say so.
+
+    Beside masters and adapters they are there on purpose.
+    """
+    if any(isinstance(node, WrappedWeight) for node in jax.tree.leaves(tree, is_leaf=is_packed)):
+        return
+    weights = [
+        (path_of(path), node)
+        for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_packed)
+        if isinstance(node, SlideWeight) and numerics.is_quantized(node.dtype)
+    ]
+    if weights:
+        path, node = weights[0]
+        warnings.warn(
+            f"{len(weights)} weights of {node.dtype.name} values, such as {path!r}, have no "
+            "gradient and are not trained: slidejax.trainable.masters trains them; trained= says "
+            "that this is meant",
+            stacklevel=3,
+        )
 
 
 def combine(train: Any, rest: Any) -> Any:

@@ -435,6 +435,8 @@ def quantize(w: SlideWeight, dtype) -> SlideWeight:
         raise ValueError(
             f"w is quantised already (values {w.dtype.name}); quantize takes float-packed weights"
         )
+    if dtype == jnp.int8:
+        check_sums(w.in_features, w.pattern, "w")
     values, scale = jax.jit(quantized_values, static_argnums=1)(w.values, dtype)
     return w.replace(values=values, scale=scale, prepared={})
 

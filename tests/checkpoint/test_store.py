@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import slidejax as sj
 import slidejax.checkpoint
 from slidejax.checkpoint import store
+from slidejax.files import json_checksum
 
 DTYPES = ["int8", "float8_e4m3fn", "bfloat16", "float16", "float32"]
 
@@ -146,10 +148,7 @@ def test_a_flipped_bit_never_passes_in_silence(data, tmp_path_factory):
         again = sj.checkpoint.load(path)
     except ValueError:
         return
-    # If it still loads, it differs at most in the JSON text: white space, a key's name, the version
-    # that wrote it.
-    got = [np.asarray(x).tobytes() for x in jax.tree.leaves(again)]
-    assert sorted(got) == sorted(np.asarray(x).tobytes() for x in jax.tree.leaves(tree))
+    assert_same(again, tree)  # what was flipped is white space
 
 
 def test_sizes_are_checked_before_memory_is_taken(saved):
@@ -178,14 +177,82 @@ def test_sizes_are_checked_before_memory_is_taken(saved):
         (lambda m: weight_of(m)["zeros"].pop("dtype"), "an array needs"),
         (lambda m: m["tree"]["items"].pop(), "does not know"),
         (lambda m: m["tree"]["items"].append(m["tree"]["items"][0]), "each once"),
+        (lambda m: m.update(more=1), "has a key 'more'"),
+        (lambda m: m.update(format_version=True), "format_version True"),
     ],
 )
 def test_metadata_that_lies_is_refused(saved, change, message):
     metadata = json.loads((saved / store.METADATA).read_text())
     change(metadata)
     (saved / store.METADATA).write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match=store.METADATA):  # by its checksum, or before
+        sj.checkpoint.load(saved)
+    metadata["sha256"] = json_checksum(metadata)
+    (saved / store.METADATA).write_text(json.dumps(metadata))
     with pytest.raises(ValueError, match=message):
         sj.checkpoint.load(saved)
+
+
+def test_files_of_version_1_had_no_checksum(saved):
+    metadata = json.loads((saved / store.METADATA).read_text()) | {"format_version": 1}
+    (saved / store.METADATA).write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match="has a key 'sha256'"):  # one that lost its checksum
+        sj.checkpoint.load(saved)
+    del metadata["sha256"]
+    (saved / store.METADATA).write_text(json.dumps(metadata))
+    sj.checkpoint.load(saved)
+    metadata["tree"] = {"kind": "constant", "valeu": 3}
+    (saved / store.METADATA).write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match=r"a constant has the keys .* got"):
+        sj.checkpoint.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value"),
+    [
+        *(("zeros", byte) for byte in (0x11, 0x12, 0x80)),
+        *(("scale", bad) for bad in (np.nan, np.inf, 0.0, -1.0)),
+    ],
+)
+def test_weights_that_pack_does_not_make_are_refused(tmp_path, leaf, value):
+    """In a file, whose checksums are right, and before anything is written."""
+    w = sj.pack(jnp.ones((8, 3)), "6:8", dtype="int8")
+    changed = np.array(getattr(w, leaf))
+    changed.flat[1] = value
+    bad = w.replace(**{leaf: jnp.asarray(changed)})
+    with pytest.raises(ValueError, match=rf"params at 'w'\.{leaf}\["):
+        sj.checkpoint.save(tmp_path / "bad", {"w": bad})
+    assert not os.listdir(tmp_path)
+    sj.checkpoint.save(tmp_path / "out", {"w": w})
+    metadata = json.loads((tmp_path / "out" / store.METADATA).read_text())
+    ((_, node),) = metadata["tree"]["items"]
+    node[leaf]["crc32"] = zlib.crc32(changed.tobytes())
+    metadata["sha256"] = json_checksum(metadata)
+    (tmp_path / "out" / store.METADATA).write_text(json.dumps(metadata))
+    file = tmp_path / "out" / store.ARRAYS
+    before = np.asarray(getattr(w, leaf)).tobytes()
+    assert file.read_bytes().count(before) == 1
+    file.write_bytes(file.read_bytes().replace(before, changed.tobytes()))
+    with pytest.raises(ValueError, match=rf"'w'.*{leaf}\["):
+        sj.checkpoint.load(tmp_path / "out")
+
+
+def test_trees_that_are_too_deep_are_one_error(tmp_path):
+    tree = 1
+    for _ in range(5000):
+        tree = [tree]
+    with pytest.raises(ValueError, match="too deep"):
+        sj.checkpoint.save(tmp_path / "out", tree)
+    sj.checkpoint.save(tmp_path / "out", 1)
+    file = tmp_path / "out" / store.METADATA
+    metadata = json.loads(file.read_text()) | {"format_version": 1}
+    del metadata["sha256"]
+    for depth in (330, 5000):
+        tree = '{"kind": "list", "items": [' * depth + '{"kind": "bad"}' + "]}" * depth
+        text = json.dumps(metadata | {"tree": "here"}).replace('"here"', tree)
+        file.write_text(text)
+        with pytest.raises(ValueError, match=store.METADATA):
+            sj.checkpoint.load(tmp_path / "out")
 
 
 def weight_of(metadata):

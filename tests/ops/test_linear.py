@@ -211,3 +211,15 @@ def test_bad_arguments():
     shard = w.replace(values=w.values[:, :4], zeros=w.zeros[:, :4])
     with pytest.raises(ValueError, match="name the mesh axis"):
         sj.linear(x[:, :32], shard)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "reference", None])
+def test_what_becomes_infinite_in_the_values_dtype_is_nan(implementation):
+    """On every implementation, in its own row; a number below the bound is not touched."""
+    w = sj.pack(jnp.full((64, 3), 1e-3), "6:8", dtype="float16")
+    x = jnp.ones((20, 64)).at[0, 3].set(65_520.0).at[1, 3].set(-1e6).at[2, 3].set(65_504.0)
+    y = np.asarray(sj.linear(x, w, implementation=implementation))
+    assert np.isnan(y[:2]).all() and np.isfinite(y[2:]).all()
+    wide = sj.pack(jnp.full((64, 3), 1e-3), "6:8", dtype="bfloat16")
+    y = np.asarray(sj.linear(x.at[0, 3].set(3.4e38), wide, implementation=implementation))
+    assert np.isnan(y[0]).all() and np.isfinite(y[1:]).all()

@@ -119,3 +119,25 @@ def test_under_jit():
     again, same = sparsegpt(kernel, "6:8", gram)
     np.testing.assert_array_equal(mask, again)
     np.testing.assert_allclose(new, same, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("unit", "damping"), [(1e-4, 0.01), (1e4, 0.0)])
+def test_dead_inputs_are_pruned_whatever_the_unit(unit, damping):
+    """Two inputs of each group are always zero: 6:8 prunes them, and loses nothing."""
+    kernel, _ = problem(7, 64)
+    x = unit * np.random.default_rng(7).normal(size=(256, 64)).astype(np.float32)
+    dead = np.arange(64) % 8 < 2
+    x[:, dead] = 0
+    gram = jnp.asarray(x.T @ x)
+    mask, new = sparsegpt(kernel, "6:8", gram, damping=damping)
+    assert not np.asarray(mask)[dead].any() and np.asarray(mask)[~dead].all()
+    np.testing.assert_allclose(np.asarray(new)[~dead], np.asarray(kernel)[~dead], atol=1e-5)
+
+
+def test_a_gram_that_cannot_be_factorised_is_an_error():
+    few = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    kernel, _ = problem(0, 64)
+    with pytest.raises(ValueError, match="damping 0 is too small"):
+        sparsegpt(kernel, "6:8", few.T @ few, damping=0.0)
+    with pytest.raises(ValueError, match="kernel holds inf or nan"):
+        sparsegpt(kernel.at[0, 0].set(jnp.nan), "6:8", jnp.eye(64))

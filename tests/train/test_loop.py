@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import slidejax as sj
+import slidejax.checkpoint
 from slidejax.train.loop import Shuffled, fit
 
 ROWS = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
@@ -158,3 +159,57 @@ def test_bad_arguments(options, message):
 def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(ValueError, match="the loss is nan at step"):
         fit(lambda p, x: loss(p, x) * jnp.nan, params(), Shuffled(ROWS, 16), steps=3)
+
+
+def poisoned(at):
+    """Batches of which one holds nan."""
+    good = Shuffled(ROWS, 16)
+    return lambda step: good(step) * np.float32(np.nan if step == at else 1)
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_nan_in_the_last_step_is_seen(at):
+    with pytest.raises(ValueError, match=f"the loss is nan at step {at + 1}:"):
+        fit(loss, params(), poisoned(at), steps=at + 1)
+
+
+def test_parameters_that_are_not_finite_are_no_result():
+    """The loss is finite, its gradient is not."""
+
+    @jax.custom_vjp
+    def broken(x):
+        return x
+
+    broken.defvjp(lambda x: (x, None), lambda _, dy: (dy * jnp.nan,))
+    with pytest.raises(ValueError, match="parameters are not finite after step 1"):
+        fit(lambda p, x: broken(loss(p, x)), params(), Shuffled(ROWS, 16), steps=1)
+
+
+@pytest.mark.parametrize("at", [3, 4, 5])
+def test_a_good_state_is_not_replaced_by_a_bad_one(tmp_path, at):
+    """With states after steps 2, 4 and 6; the bad batch makes the state after it bad."""
+    options = {"steps": 8, "checkpoint": tmp_path / "state", "every": 2}
+    with pytest.raises(ValueError, match=r"not finite|the loss is nan"):
+        fit(loss, params(), poisoned(at), **options)
+    resumed = fit(loss, params(), Shuffled(ROWS, 16), **options)
+    whole = fit(loss, params(), Shuffled(ROWS, 16), steps=8)
+    same(resumed.params, whole.params)
+
+
+def test_a_damaged_state_is_one_error(tmp_path):
+    run(4, checkpoint=tmp_path / "state")
+    good = sj.checkpoint.load(tmp_path / "state")
+    for key, value in [
+        ("step", -1),
+        ("step", None),
+        ("seconds", float("nan")),
+        ("total", 4.5),
+        ("losses", np.zeros(3, np.float32)),
+        ("train", good["train"][1:]),
+        ("train", [leaf[..., :1] for leaf in good["train"]]),
+        ("train", [leaf * jnp.nan for leaf in good["train"]]),
+        ("memory", None),
+    ]:
+        sj.checkpoint.save(tmp_path / "state", {**good, key: value})
+        with pytest.raises(ValueError, match=r"state'.*('?" + key + "'?|not finite)"):
+            run(4, checkpoint=tmp_path / "state")

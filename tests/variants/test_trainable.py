@@ -1,8 +1,11 @@
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import slidejax as sj
 from slidejax.ops.lift_quantize import quantize_rows
@@ -137,3 +140,28 @@ def test_masters_refuse():
         sj.linear(
             jnp.ones((1, 40)), trainable.masters(params("int8")["a"]["kernel"]), reduce_axis="k"
         )
+
+
+def test_training_8_bit_weights_is_not_silent():
+    tree = {"a": params("int8")["a"]}
+    with pytest.warns(UserWarning, match=r"1 weights of int8 values, such as 'a/kernel'.*masters"):
+        sj.partition(tree)
+    x = jnp.ones((2, 8))
+    layer = sj.linen.SlideDense(4)
+    variables = layer.init(jax.random.key(0), x)
+
+    def loss(bias, variables):
+        inner = {**variables["params"], "bias": bias}
+        return layer.apply({"params": inner}, x).sum()
+
+    with pytest.warns(UserWarning, match=r"int8 values have no gradient.*masters"):
+        jax.grad(loss)(variables["params"]["bias"], variables)
+    model = sj.nnx.SlideLinear(8, 4, rngs=nnx.Rngs(0))
+    with pytest.warns(UserWarning, match=r"int8 values have no gradient.*masters"):
+        nnx.grad(lambda model: model(x).sum())(model)
+    with warnings.catch_warnings():  # these are meant
+        warnings.simplefilter("error")
+        sj.partition(tree, ".*bias")
+        sj.partition(trainable.masters(tree))
+        sj.partition(sj.adapters.add(tree, rank=2))
+        jax.grad(lambda x: layer.apply(variables, x).sum())(x)

@@ -80,3 +80,16 @@ def test_dtype_check():
             numerics.check_dtype(bad)
     with pytest.raises(ValueError, match="what"):
         numerics.check_dtype("nonsense", "what")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 256])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_no_maximum_hides_nan(rows, bad):
+    """XLA's maximum on a CPU loses nan in all but small arrays that are arguments."""
+    x = np.random.default_rng(rows).normal(size=(rows, 1024)).astype(np.float32)
+    x[0, 5] = bad
+    for dtype in ("float32", "bfloat16"):
+        found = np.asarray(jax.jit(lambda x: numerics.absmax(x, -1))(jnp.asarray(x, dtype)))
+        assert found[0] == np.inf and np.isfinite(found[1:]).all()
+    whole = np.asarray(numerics.absmax(jnp.full((rows, 1024), bad), -1))
+    assert (whole == np.inf).all()

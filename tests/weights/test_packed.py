@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import re
 
@@ -276,3 +277,94 @@ def test_every_linear_weight_does_what_the_interface_says(name):
         assert (
             type(half) is type(w) and half.promoted.dtype == jnp.bfloat16 and half.check() is half
         )
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", None])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_bad_values_show_in_large_kernels(dtype, bad):
+    """In the outputs that hold them, and in no others; also with given scales."""
+    kernel = np.random.default_rng(0).normal(size=(1024, 32)).astype(np.float32)
+    kernel[7, 3] = bad
+    kernel[:, 4] = bad
+    scales = [None] if dtype is None else [None, np.full(32, 0.1, np.float32)]
+    for scale in scales:
+        w = sj.pack(kernel, "6:8", dtype=dtype, scale=scale)
+        y = np.asarray(sj.linear(jnp.ones((16, 1024)), w))
+        assert not np.isfinite(y[:, 3:5]).any()
+        assert np.isfinite(np.delete(y, [3, 4], axis=1)).all()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        (np.full((8, 2), 300), "int8"),
+        (np.full((8, 2), 200, np.uint8), "int8"),
+        (np.full((8, 2), 1000), "float8_e4m3fn"),
+        (np.full((8, 2), 10**9), "float16"),
+        (np.full((8, 2), 1 + 5j), "float32"),
+        (np.full((8, 2), True), "int8"),
+        (np.full((8, 2), 5, np.int8), "float8_e4m3fn"),
+        (np.full((8, 2), 1e5, np.float32), "float16"),
+        (np.full((8, 2), -3.4e38, np.float32), "bfloat16"),
+    ],
+)
+def test_kernels_whose_values_would_change_are_refused(kernel, dtype):
+    with pytest.raises(ValueError, match="kernel"):
+        sj.pack(kernel, "dense", dtype=dtype)
+
+
+def test_an_overflow_is_nan_under_tracing():
+    kernel = jnp.ones((8, 2)).at[3, 1].set(1e5)
+    w = jax.jit(lambda k: sj.pack(k, "dense", dtype="float16"))(kernel)
+    y = np.asarray(sj.linear(jnp.ones((1, 8)), w))
+    assert y[0, 0] == 8 and np.isnan(y[0, 1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_subnormal_values_are_kept(dtype):
+    tiny = jnp.finfo(dtype).smallest_subnormal
+    kernel = np.full((8, 2), tiny, jnp.dtype(dtype))
+    np.testing.assert_array_equal(bits(sj.unpack(sj.pack(kernel, "dense"))), bits(kernel))
+
+
+def test_sums_of_int8_products_fit_into_int32():
+    """133,144 columns of 127 * 127 do; one more does not, in any way to make such a weight."""
+    right = 133_144
+    for pattern, columns in (("dense", right), ("6:8", right * 8 // 6)):
+        w = sj.pack(jnp.ones((columns, 1)), pattern, dtype="int8")
+        y = sj.linear(jnp.ones((1, columns)), w)
+        np.testing.assert_allclose(y, columns * w.pattern.density, rtol=1e-4)
+        more = jnp.ones((columns + 12, 1))
+        for make in (
+            lambda more=more, pattern=pattern: sj.pack(more, pattern, dtype="int8"),
+            lambda more=more, pattern=pattern: jax.eval_shape(
+                lambda k: sj.pack(k, pattern, dtype="int8"), more
+            ),
+            lambda more=more, pattern=pattern: sj.quantize(sj.pack(more, pattern), "int8"),
+            lambda w=w, columns=columns: sj.linear(
+                jnp.ones((1, columns)), dataclasses.replace(w, in_features=columns + 12)
+            ),
+        ):
+            with pytest.raises(ValueError, match="133144 columns may not fit"):
+                make()
+    with pytest.raises(ValueError, match="132104 columns"):
+        sj.pack(jnp.full((right, 1), -128, jnp.int8), "dense")
+    assert sj.pack(more, "6:8", dtype="float8_e4m3fn").dtype == jnp.float8_e4m3fn
+
+
+def test_other_values_have_no_old_forms():
+    w = sj.prepare(sj.pack(jnp.ones((16, 4)), "6:8", dtype="int8"), implementation="dense")
+    changed = w.replace(values=w.values // 2)
+    y = sj.linear(jnp.ones((1, 16)), changed, implementation="dense")
+    np.testing.assert_array_equal(
+        y, sj.linear(jnp.ones((1, 16)), sj.drop_prepared(changed), implementation="reference")
+    )
+    assert float(y[0, 0]) < 7
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.inf])
+def test_scales_that_are_no_scales_are_refused(scale):
+    with pytest.raises(ValueError, match="scale must be positive and finite"):
+        sj.pack(jnp.ones((8, 2)), "6:8", dtype="int8", scale=jnp.array([1.0, scale]))
+    w = jax.jit(lambda s: sj.pack(jnp.ones((8, 2)), "6:8", dtype="int8", scale=s))
+    assert np.isnan(w(jnp.array([1.0, scale])).scale[1])

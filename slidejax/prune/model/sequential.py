@@ -213,8 +213,16 @@ class InOrder:
                 np.float32(self._correct),
                 np.float32(self._damping),
             )
-            if not finite:
-                raise ValueError(f"{group.taps[0].path}: the calibration inputs hold inf or nan")
+            inputs, solution = finite
+            if not inputs:
+                raise ValueError(
+                    f"{group.taps[0].path}: the calibration inputs or the kernel hold inf or nan"
+                )
+            if not solution:
+                raise ValueError(
+                    f"{group.taps[0].path}: damping {self._damping:g} is too small for these "
+                    "calibration inputs: their Gram matrix cannot be factorised"
+                )
             found |= zip((tap.path for tap in group.taps), results, strict=True)
         return found
 
@@ -320,7 +328,10 @@ def _solved_by(solve: Solve) -> Callable[..., Any]:
             jax.tree.map(lambda leaf, end=end, k=k: leaf[..., end - k.shape[1] : end], result)
             for end, k in zip(ends, kernels, strict=True)
         ]
-        return jnp.isfinite(gram).all() & jnp.isfinite(target).all(), parts
+        inputs = jnp.isfinite(gram).all() & jnp.isfinite(kernel).all()
+        values = [leaf for leaf in jax.tree.leaves(result) if leaf.dtype != jnp.bool_]
+        solution = jnp.array([jnp.isfinite(leaf).all() for leaf in (target, *values)]).all()
+        return (inputs, solution), parts
 
     return jitted(solved)
 
