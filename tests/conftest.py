@@ -52,6 +52,14 @@ def _few_memory_maps():
         jax.clear_caches()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-case",
+        action="store_true",
+        help="run every case of the tests that otherwise take a seeded sample",
+    )
+
+
 def pytest_collection_modifyitems(items):
     if jax.default_backend() == "gpu":
         return

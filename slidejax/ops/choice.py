@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.ops import registry
+from slidejax.ops import registry, shards
 from slidejax.ops.implementations.base import Implementation
 from slidejax.ops.problem import Problem, device_kind
 from slidejax.ops.tuning import Variant, alike, distance, entries, log_ratio
@@ -121,6 +121,8 @@ def implementation_for(problem: Problem) -> Implementation:
 
     Empty operands go to the reference, so that no other implementation has to expect them.
     """
+    if shards.lowers(problem):
+        return registry.REFERENCE  # the program is only explained, perhaps for another platform
     chosen = registry.get(choose(problem).implementation)
     empty = 0 in (problem.rows, problem.in_features, problem.out_features)
     return registry.REFERENCE if empty else chosen

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
+from slidejax.ops import shards
 from slidejax.ops.choice import Choice, choose
-from slidejax.ops.problem import Problem
+from slidejax.ops.problem import Problem, device_kind
 
-__all__ = ["explain"]
+__all__ = ["Explanation", "explain"]
 
 
-def explain(
-    fn: Callable[..., Any], *args, platform: str | None = None, **kwargs
-) -> list[tuple[Problem, Choice]]:
+class Explanation(list[tuple[Problem, Choice]]):
+    """A list of `(Problem, Choice)` that prints one line for each op."""
+
+    def __str__(self) -> str:
+        return "\n".join(f"{problem}: {choice}" for problem, choice in self)
+
+    __repr__ = __str__
+
+
+def explain(fn: Callable[..., Any], *args, platform: str | None = None, **kwargs) -> Explanation:
     """Says which implementation each slidejax op of `fn(*args, **kwargs)` runs, and why.
 
-    The function is traced, and nothing is computed.
+    The function is traced, and nothing is computed. A program over several devices is compiled,
+    too: only the partitioner knows what each device has to multiply. Its problems are those of one
+    device. A product with K split is a "sparse_matmul" there, which gives accumulators to be
+    summed.
 
     Args:
       fn: any traceable function.
-      *args, **kwargs: its arguments; a `jax.ShapeDtypeStruct` may stand for an array.
+      *args, **kwargs: its arguments; a `jax.ShapeDtypeStruct` may stand for an array. Shardings
+        over several devices count.
       platform: "cuda" or "cpu"; None for the platform of this process.
 
     Returns:
-      A list of `(Problem, Choice)`, in the order of the program.
+      A list of `(Problem, Choice)`, in the order of the program. Printed, it is a line for each op,
+      with the layer's name where the model gives one (`jax.named_scope`; Flax's modules do).
 
     Raises:
       ValueError: if `platform` is something else.
@@ -37,31 +52,88 @@ def explain(
     >>> [(problem, choice)] = sj.explain(sj.linear, jnp.ones((4, 64)), w, platform="cpu")
     >>> choice.implementation, problem.rows
     ('dense', 4)
+    >>> sj.explain(sj.linear, jnp.ones((4, 64)), w, platform="cpu")
+    linear: [4, 64] float32 x 6:8 int8 -> [4, 32] float32: dense (plain JAX; ...
     """
     if platform is None:
         platform = "cuda" if jax.default_backend() in ("gpu", "cuda") else "cpu"
     if platform not in ("cuda", "cpu"):
         raise ValueError(f"platform must be 'cuda', 'cpu' or None, got {platform!r}")
-    found: list[tuple[Problem, Choice]] = []
-    _walk(
-        jax.make_jaxpr(fn)(*args, **kwargs).jaxpr,
-        "cuda" if platform == "cuda" else "default",
-        found,
-    )
-    return found
+    platform = "cuda" if platform == "cuda" else "default"
+    found = list(_products(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, platform))
+    if jax.device_count() > 1 and any(product.automatic for product in found):
+        found = _of_shards(found, _partitioned(fn, args, kwargs), platform)
+    return Explanation((product.problem, choose(product.problem)) for product in found)
 
 
-def _walk(jaxpr, platform: str, found: list) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """One product of a program.
+
+    Attributes:
+      problem: as the program has it, before it is partitioned.
+      key: by which `slidejax.ops.shards` knows it.
+      automatic: whether the partitioner may cut it.
+    """
+
+    problem: Problem
+    key: Any
+    automatic: bool
+
+
+def _products(jaxpr, platform: str, scope: str = "", automatic: bool = False) -> Iterator[_Product]:
     for eqn in jaxpr.eqns:
+        name = str(eqn.source_info.name_stack)
+        inside = f"{scope}/{name}" if scope and name else scope or name
         if eqn.primitive.name in ("slidejax_linear", "slidejax_sparse_matmul"):
             settings = eqn.params["settings"]
             op = eqn.primitive.name.removeprefix("slidejax_")
             avals = [v.aval for v in eqn.invars]
             w, _ = settings.weight(avals)
             problem = Problem.of(op, avals[0], w, settings, platform)
-            found.append((problem, choose(problem)))
+            key = shards.product_key(settings, avals[0].shape, w.values.shape)
+            yield _Product(dataclasses.replace(problem, layer=inside), key, automatic)
+        cut = automatic or eqn.primitive.name == "custom_partitioning"
         for inner in _sub_jaxprs(eqn.params.values()):
-            _walk(inner, platform, found)
+            yield from _products(inner, platform, inside, cut)
+
+
+def _partitioned(fn: Callable[..., Any], args: tuple, kwargs: dict) -> shards.Shards:
+    """The problems of the shards of each product; empty if the program runs on one device."""
+
+    def explained(*args, **kwargs):
+        return fn(*args, **kwargs)
+
+    # A program that is in JAX's cache is not partitioned again, so this one has a name of its own.
+    explained.__name__ = f"explained_{uuid.uuid4().hex}"
+    with shards.recording() as found:
+        lowered = jax.jit(explained).lower(*args, **kwargs)
+        module: Any = lowered.compiler_ir()
+        if module.operation.attributes["mhlo.num_partitions"].value > 1:
+            lowered.compile()
+        return dict(found)
+
+
+def _of_shards(products: list[_Product], cuts: shards.Shards, platform: str) -> list[_Product]:
+    """The products as one device computes them."""
+    remaining = {key: [s for s in lists if s] for key, lists in cuts.items()}
+    result = []
+    for product in products:
+        mine = remaining.get(product.key)
+        if not product.automatic or not mine:
+            result.append(product)
+            continue
+        # Equal products may have been merged, so the last cut stays for those that follow.
+        of_shard = mine.pop(0) if len(mine) > 1 else mine[0]
+        for problem in of_shard:
+            here = dataclasses.replace(
+                problem,
+                platform=platform,
+                device=device_kind(platform),
+                layer=product.problem.layer,
+            )
+            result.append(dataclasses.replace(product, problem=here))
+    return result
 
 
 def _sub_jaxprs(values):

@@ -20,24 +20,20 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.custom_partitioning import (
-    ArrayMapping,
-    CompoundFactor,
-    SdyShardingRule,
-    custom_partitioning,
-)
+from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule
+from jax.sharding import PartitionSpec as P
 
 from slidejax.ops.cuda import calls, library, prologues
 from slidejax.ops.primitive import check_input, make_primitive, map_batched, with_rules
 from slidejax.ops.prologue import PLAIN, InputLayout, Prologue, inputs_of
 from slidejax.ops.sharding import (
-    MeshPartition,
     axis_names,
-    first_axes,
-    spec_of,
+    cut_of,
+    partitioned,
+    row_factors,
     vary,
     varying_axes,
-    without,
+    with_automatic_axes,
 )
 from slidejax.weights import numerics
 from slidejax.weights.pattern import Pattern
@@ -169,27 +165,28 @@ def lift_rows(
     absmax: jax.Array | None = None,
     pads: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Binds the primitive.
+    """Binds the primitive; the leading axes of x become one.
 
     Args:
-      xs: x `[M, K]` and its prologue's arrays, as `inputs` says.
+      xs: x `[..., K]` and its prologue's arrays, as `inputs` says.
       pattern: of the lift; "dense" lifts nothing.
       dtype: of the codes.
       inputs: the layout of `xs`.
-      absmax: `[M, 1]`, in place of the rows' own if K is split over a mesh.
+      absmax: `[..., 1]`, in place of the rows' own if K is split over a mesh.
       pads: whether to pad the result to whole blocks. Only the pattern "dense" can do without.
 
     Returns:
-      `(codes, scale)`: `[M, K']`, or `[M, K]` without padding, and float32 `[M, 1]`.
+      `(codes, scale)`: `[..., K']`, or `[..., K]` without padding, and float32 `[..., 1]`.
     """
-    columns = xs[0].shape[1]
+    *leading, columns = xs[0].shape
     pads = pattern.prunes or (pads and pattern.padded(columns) != columns)
-    operands = [*xs] if absmax is None else [*xs, absmax]
+    rows = math.prod(leading)
+    operands = [*inputs.flat(xs), *(() if absmax is None else (absmax.reshape(rows, 1),))]
     operands = vary(varying_axes(*operands), *operands)
     codes, scale = lift_quantize_p.bind(
         *operands, pattern=pattern, dtype=np.dtype(dtype), inputs=inputs, pads=pads
     )
-    return codes, scale
+    return codes.reshape(*leading, codes.shape[-1]), scale.reshape(*leading, 1)
 
 
 def lift_shard(
@@ -199,43 +196,45 @@ def lift_shard(
 
     The shards of a row share one scale, from the largest magnitude of them all.
     """
-    x = inputs.apply(xs, axes)
+    # Rows are flattened first, as on one device. XLA does not round to bfloat16 between operations
+    # that no reshape parts, so the bits would depend on the cut otherwise.
+    leading = xs[0].shape[:-1]
+    x = inputs.apply(inputs.flat(xs), axes)
     absmax = jax.lax.pmax(row_absmax(x), axes)
     codes, _ = lift_rows([x], pattern, dtype, absmax=absmax)
     # The scale is computed from the reduced absmax, so that JAX knows that it is the same on every
     # shard.
-    return codes, row_scale(absmax, dtype)
+    scale = row_scale(absmax, dtype)
+    return codes.reshape(*leading, codes.shape[-1]), scale.reshape(*leading, 1)
 
 
 # --- sharding -------------------------------------------------------------------------------------
 
 
 def _partitioned(pattern: Pattern, dtype, inputs: InputLayout):
-    @custom_partitioning
     def op(*xs):
         return lift_rows(xs, pattern, dtype, inputs)
 
     def rule(mesh, operands, results):
-        columns = operands[0].shape[1]
+        *leading, columns = operands[0].shape
+        rank = len(leading) + 1
+        rows = row_factors(rank)
+        scale = ArrayMapping(*rows, "one")
         if columns == pattern.padded(columns):
             # Groups stay whole: x and the result are both cut between groups.
             per_group = pattern.windows * 4
             return SdyShardingRule(
-                inputs.mappings(CompoundFactor("g", "c")),
-                (ArrayMapping("m", CompoundFactor("g", "d")), ArrayMapping("m", "one")),
+                inputs.mappings(CompoundFactor("g", "c"), rank),
+                (ArrayMapping(*rows, CompoundFactor("g", "d")), scale),
                 g=columns // pattern.group,
                 c=pattern.group,
                 d=per_group,
             )
-        return SdyShardingRule(
-            inputs.mappings("k"), (ArrayMapping("m", "l"), ArrayMapping("m", "one"))
-        )
+        return SdyShardingRule(inputs.mappings("k", rank), (ArrayMapping(*rows, "l"), scale))
 
     def partition(mesh, operands, results):
-        (rows, k), (_, lifted_k) = spec_of(operands[0]), spec_of(results[0])
-        cut = MeshPartition(mesh, rows=first_axes(rows), k=first_axes(k, without(lifted_k, rows)))
-        if cut.k:
-            cut.check_k("lift_quantize", pattern, operands[0].shape[1])
+        x = operands[0]
+        cut = cut_of("lift_quantize", mesh, x, None, results[0], pattern, x.shape[-1])
 
         def local(*xs):
             return (
@@ -251,8 +250,7 @@ def _partitioned(pattern: Pattern, dtype, inputs: InputLayout):
             inputs.shardings(cut),
         )
 
-    op.def_partition(partition, sharding_rule=rule)
-    return op
+    return partitioned(op, rule, partition)
 
 
 # --- batching, derivative -------------------------------------------------------------------------
@@ -260,11 +258,11 @@ def _partitioned(pattern: Pattern, dtype, inputs: InputLayout):
 
 @functools.cache
 def _op(pattern: Pattern, dtype, inputs: InputLayout, reduce_axis: tuple[str, ...]):
-    partitioned = _partitioned(pattern, dtype, inputs)
+    automatic = _partitioned(pattern, dtype, inputs)
 
     def primal(*xs):
         return (
-            lift_shard(xs, pattern, dtype, inputs, reduce_axis) if reduce_axis else partitioned(*xs)
+            lift_shard(xs, pattern, dtype, inputs, reduce_axis) if reduce_axis else automatic(*xs)
         )
 
     def vmap_rule(op, axis_size, in_batched, *xs):
@@ -273,25 +271,25 @@ def _op(pattern: Pattern, dtype, inputs: InputLayout, reduce_axis: tuple[str, ..
     def residuals(xs, results):
         _, scale = results
         # Without a prologue only the shape and the dtype of x are needed.
-        return scale, xs if inputs.has_prologue else [jnp.zeros((0, xs[0].shape[1]), xs[0].dtype)]
+        return scale, xs if inputs.has_prologue else [jnp.zeros((0, xs[0].shape[-1]), xs[0].dtype)]
 
     def backward(residuals, cotangents):
         scale, xs = residuals
         d_lifted, _ = cotangents
         if not jnp.issubdtype(d_lifted.dtype, jnp.floating):
             return (
-                jnp.zeros((scale.shape[0], xs[0].shape[1]), xs[0].dtype),
+                jnp.zeros((*scale.shape[:-1], xs[0].shape[-1]), xs[0].dtype),
                 *map(jnp.zeros_like, xs[1:]),
             )
         # Straight-through: code ~ x / scale. A column of x feeds every window that holds it.
-        d_columns = _lift_transpose(d_lifted.astype(jnp.float32) / scale, pattern, xs[0].shape[1])
+        d_columns = _lift_transpose(d_lifted.astype(jnp.float32) / scale, pattern, xs[0].shape[-1])
         return inputs.pull_back(xs, d_columns, reduce_axis)
 
     return with_rules(primal, vmap_rule, backward, residuals)
 
 
 def _lift_transpose(d_lifted: jax.Array, pattern: Pattern, columns: int) -> jax.Array:
-    x = jnp.zeros((d_lifted.shape[0], columns), d_lifted.dtype)
+    x = jnp.zeros((*d_lifted.shape[:-1], columns), d_lifted.dtype)
     like = vary(varying_axes(d_lifted), x)
     (d_x,) = jax.linear_transpose(functools.partial(lift, pattern=pattern), *like)(d_lifted)
     return d_x
@@ -335,7 +333,8 @@ def lift_quantize(
     dtype = numerics.check_dtype(dtype)
     x = check_input(x)
     inputs, xs = inputs_of(x, prologue)
-    lifted, scale = _op(pattern, dtype, inputs, axis_names(reduce_axis))(
-        *vary(varying_axes(*xs), *xs)
+    return with_automatic_axes(
+        _op(pattern, dtype, inputs, axis_names(reduce_axis)),
+        vary(varying_axes(*xs), *xs),
+        lambda x, *_: (P(*x), P(*x[:-1], None)),
     )
-    return lifted.reshape(*x.shape[:-1], lifted.shape[-1]), scale.reshape(*x.shape[:-1], 1)

@@ -15,24 +15,37 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.custom_partitioning import (
-    ArrayMapping,
-    CompoundFactor,
-    SdyShardingRule,
-    custom_partitioning,
-)
+from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule
 
 from slidejax.ops import sparse_matmul
 from slidejax.ops.choice import implementation_for
 from slidejax.ops.lift_quantize import lift_shard
+from slidejax.ops.parameters import (
+    LinearParams,
+    given,
+    product_settings,
+    take_residual,
+    weight_factors,
+    weight_shardings,
+)
 from slidejax.ops.primitive import check_input, make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem
 from slidejax.ops.prologue import Prologue, inputs_of
-from slidejax.ops.sharding import vary, varying_axes
-from slidejax.ops.sparse_matmul import LinearParams
+from slidejax.ops.sharding import (
+    MeshPartition,
+    cut_of,
+    partitioned,
+    product_spec,
+    row_factors,
+    vary,
+    varying_axes,
+    with_automatic_axes,
+)
+from slidejax.ops.shards import partitions, product_key
 from slidejax.weights import numerics
 from slidejax.weights.layout import scatter_values
 from slidejax.weights.packed import LinearWeight, SlideWeight, WrappedWeight, check_weight
@@ -67,61 +80,65 @@ linear_p = make_primitive("slidejax_linear", _shapes, _lowering)
 
 
 def _bind(xs, residual, w: SlideWeight, bias, settings: LinearParams) -> jax.Array:
-    operands = (*xs, *sparse_matmul.given(residual), *settings.operands(w, bias))
+    """Binds the primitive; the leading axes of x become one."""
+    leading = xs[0].shape[:-1]
+    rows = [r.reshape(math.prod(leading), w.out_features) for r in given(residual)]
+    operands = (*settings.inputs.flat(xs), *rows, *settings.operands(w, bias))
     (y,) = linear_p.bind(*vary(varying_axes(*operands), *operands), settings=settings)
-    return y
+    return y.reshape(*leading, w.out_features)
 
 
 # --- sharding -------------------------------------------------------------------------------------
 
 
 def _split_k(
-    xs, residual, w: SlideWeight, bias, settings: LinearParams, axes: tuple[str, ...]
+    xs, residual, w: SlideWeight, bias, settings: LinearParams, cut: MeshPartition
 ) -> jax.Array:
-    """One shard of a product whose K is split over the mesh axes `axes`."""
-    codes, scale_x = lift_shard(xs, w.pattern, w.dtype, settings.inputs, axes)
-    return sparse_matmul.split_k(codes, scale_x, residual, w, bias, settings, axes)
+    """One shard of a product whose K is split."""
+    codes, scale_x = lift_shard(xs, w.pattern, w.dtype, settings.inputs, cut.k)
+    return sparse_matmul.split_k(codes, scale_x, residual, w, bias, settings, cut)
 
 
 def _partitioned(settings: LinearParams):
-    @custom_partitioning
     def op(*operands):
         return _bind(*_split(operands, settings), settings)
 
     def rule(mesh, operands, results):
-        weight = sparse_matmul.weight_factors(settings, operands)
+        rank = len(operands[0].shape)
+        weight = weight_factors(settings, operands, rank)
+        y = ArrayMapping(*row_factors(rank), "o")
         whole_blocks = settings.in_features == settings.pattern.padded(settings.in_features)
         if whole_blocks:
-            xs = settings.inputs.mappings(CompoundFactor("g", "c"))
+            xs = settings.inputs.mappings(CompoundFactor("g", "c"), rank)
             return SdyShardingRule(
-                (*xs, *weight),
-                (ArrayMapping("m", "o"),),
-                c=settings.pattern.group,
-                reduction_factors=("g",),
+                (*xs, *weight), (y,), c=settings.pattern.group, reduction_factors=("g",)
             )
-        # K of x and the groups of W do not line up, and `partition` refuses to cut either.
-        return SdyShardingRule((*settings.inputs.mappings("k"), *weight), (ArrayMapping("m", "o"),))
+        # K of x and the groups of W do not line up, and neither is ever cut.
+        return SdyShardingRule((*settings.inputs.mappings("k", rank), *weight), (y,))
 
     def partition(mesh, operands, result):
-        cut = sparse_matmul.partition_of("linear", mesh, operands, result, settings)
+        values = settings.weight(operands)[0].values
+        partitions(product_key(settings, operands[0].shape, values.shape))
+        cut = cut_of(
+            "linear", mesh, operands[0], values, result, settings.pattern, settings.in_features
+        )
 
         def local(*operands):
             xs, residual, w, bias = _split(operands, settings)
             if cut.k or cut.out:
                 w = w.replace(prepared={})
             if cut.k:
-                return _split_k(xs, residual, w, bias, settings, cut.k)
+                return _split_k(xs, residual, w, bias, settings, cut)
             here = dataclasses.replace(settings, prepared=tuple(w.prepared))
             return _bind(xs, residual, w, bias, here)
 
         shardings = (
             *settings.inputs.shardings(cut),
-            *sparse_matmul.weight_shardings(cut, settings, operands),
+            *weight_shardings(cut, settings, operands),
         )
-        return mesh, local, cut.sharding("rows", "out"), shardings
+        return mesh, local, cut.sharding("y_rows", "y_out"), shardings
 
-    op.def_partition(partition, sharding_rule=rule)
-    return op
+    return partitioned(op, rule, partition)
 
 
 # --- batching, derivative -------------------------------------------------------------------------
@@ -129,12 +146,13 @@ def _partitioned(settings: LinearParams):
 
 @functools.cache
 def _op(settings: LinearParams):
-    partitioned = _partitioned(settings)
+    automatic = _partitioned(settings)
 
     def primal(*operands):
         if not settings.reduce_axis:
-            return partitioned(*operands)
-        return _split_k(*_split(operands, settings), settings, settings.reduce_axis)
+            return automatic(*operands)
+        cut = MeshPartition(None, k=settings.reduce_axis)
+        return _split_k(*_split(operands, settings), settings, cut)
 
     def vmap_rule(op, axis_size, in_batched, *operands):
         rows = {*range(settings.inputs.rows)}
@@ -147,13 +165,14 @@ def _op(settings: LinearParams):
         dy = dy.astype(jnp.float32)
         codes = scatter_values(w.values, w.zeros)  # a shard may have no prepared forms
         codes = codes.reshape(codes.shape[0], -1).astype(jnp.float32)
-        dx = ((dy * w.scale) @ codes)[:, : xs[0].shape[1]]
+        dx = ((dy * w.scale) @ codes)[..., : xs[0].shape[-1]]
         d_values = None
         if not numerics.is_quantized(w.dtype):
             x = settings.inputs.apply(xs, settings.reduce_axis)
-            columns = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, codes.shape[1] - x.shape[1])))
-            d_values = sparse_matmul.values_gradient(dy.T @ columns, w)
-        d_bias = (dy.sum(0).astype(bias.dtype),) if bias is not None else ()
+            missing = codes.shape[1] - x.shape[-1]
+            columns = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+            d_values = sparse_matmul.values_gradient(sparse_matmul.outer(dy, columns), w)
+        d_bias = () if bias is None else (sparse_matmul.sum_of_rows(dy).astype(bias.dtype),)
         return (
             *settings.inputs.pull_back(xs, dx, settings.reduce_axis),
             *sparse_matmul.residual_gradient(settings, operands, dy),
@@ -221,7 +240,7 @@ def linear(
     """
     if isinstance(w, WrappedWeight):
         inputs, xs = inputs_of(check_input(x), prologue)
-        x = inputs.apply(xs).reshape(jnp.shape(x)) if inputs.has_prologue else x
+        x = inputs.apply(xs)
         return w.linear(
             x,
             bias,
@@ -240,13 +259,14 @@ def linear(
             else f"a weight with in_features {w.in_features}"
         )
         raise ValueError(f"x must be [..., {expected}] for {what}, got shape {x.shape}")
-    settings, bias = sparse_matmul.product_settings(
+    settings, bias = product_settings(
         w, bias, x.dtype if out_dtype is None else out_dtype, implementation, reduce_axis
     )
     inputs, xs = inputs_of(x, prologue)
     settings = dataclasses.replace(settings, inputs=inputs)
-    settings, residual = sparse_matmul.take_residual(
-        settings, residual, x.shape[:-1], w.out_features
+    settings, residual = take_residual(settings, residual, x.shape[:-1], w.out_features)
+    operands = sparse_matmul.align(xs, [], residual, w, bias, settings)
+    values_at = len(operands) - len(settings.operands(w, bias))
+    return with_automatic_axes(
+        _op(settings), operands, lambda *specs: product_spec(specs[0], specs[values_at][0])
     )
-    y = _op(settings)(*sparse_matmul.align(xs, [], residual, w, bias, settings))
-    return y.reshape(*x.shape[:-1], w.out_features)

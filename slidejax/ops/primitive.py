@@ -12,6 +12,8 @@ from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from slidejax.ops.sharding import check_partitioner
+
 __all__ = ["as_array", "check_input", "make_primitive", "map_batched", "with_rules"]
 
 
@@ -42,7 +44,13 @@ def make_primitive(
         def lower(*operands, **params):
             return lowering(*operands, platform=platform, **params)
 
-        return mlir.lower_fun(lower, multiple_results=True)
+        rule = mlir.lower_fun(lower, multiple_results=True)
+
+        def checked(ctx, *operands, **params):
+            check_partitioner(ctx.module_context.axis_context)
+            return rule(ctx, *operands, **params)
+
+        return checked
 
     primitive.def_abstract_eval(abstract_eval)
     mlir.register_lowering(primitive, lower_for("default"))
@@ -103,20 +111,17 @@ def with_rules(
 def map_batched(op, axis_size: int, in_batched, row_operands: Collection[int], operands):
     """The vmap rule of an op whose results have rows, as have the operands numbered `row_operands`.
 
-    A batch of rows becomes more rows. A batch of anything else runs one element after the other.
+    Rows may have any number of leading axes, so a batch of rows is one more of them. A batch of
+    anything else runs one element after the other.
     """
     batched = list(jax.tree.leaves(in_batched))
     if not any(b for i, b in enumerate(batched) if i not in row_operands):
-
-        def more_rows(i, a):
-            if i not in row_operands:
-                return a
-            a = a if batched[i] else jnp.broadcast_to(a, (axis_size, *a.shape))
-            return a.reshape(axis_size * a.shape[1], a.shape[2])
-
-        rows = operands[0].shape[-2]
-        ys = op(*map(more_rows, range(len(operands)), operands))
-        ys = jax.tree.map(lambda y: y.reshape(axis_size, rows, y.shape[-1]), ys)
+        ys = op(
+            *(
+                jnp.broadcast_to(a, (axis_size, *a.shape)) if i in row_operands and not b else a
+                for i, (a, b) in enumerate(zip(operands, batched, strict=True))
+            )
+        )
         return ys, jax.tree.map(lambda y: True, ys)
 
     def one(slices):

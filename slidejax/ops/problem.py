@@ -33,6 +33,8 @@ class Problem:
       prepared: names of the prepared forms that the weight carries.
       requested: the implementation that the caller named, or None.
       has_residual: whether a residual is added to the result.
+      layer: the names of the layer's modules, as `jax.named_scope` gives them; "" if there are none
+        or the problem does not come from `slidejax.explain`.
     """
 
     op: str
@@ -48,6 +50,15 @@ class Problem:
     prepared: tuple[str, ...] = ()
     requested: str | None = None
     has_residual: bool = False
+    layer: str = dataclasses.field(default="", compare=False)
+
+    def __str__(self) -> str:
+        result = "accumulators" if self.out_dtype is None else self.out_dtype.name
+        forms = f", prepared {' '.join(self.prepared)}" if self.prepared else ""
+        return (
+            f"{self.layer or self.op}: [{self.rows}, {self.in_features}] {self.x_dtype.name} x "
+            f"{self.pattern} {self.dtype.name} -> [{self.rows}, {self.out_features}] {result}{forms}"
+        )
 
     @classmethod
     def of(cls, op: str, x, w: SlideWeight, settings, platform: str) -> Problem:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import ArrayMapping
 
-from slidejax.ops.sharding import MeshPartition
+from slidejax.ops.sharding import MeshPartition, row_factors
 
 __all__ = [
     "ACTIVATIONS",
@@ -230,10 +230,10 @@ class InputLayout:
     def has_prologue(self) -> bool:
         return self != PLAIN
 
-    def mappings(self, columns) -> tuple[ArrayMapping, ...]:
-        """The Shardy factors of the operands: "m" for rows, and `columns`."""
+    def mappings(self, columns, rank: int) -> tuple[ArrayMapping, ...]:
+        """The Shardy factors of the operands for an x of this rank, and `columns` for its last."""
         return tuple(
-            ArrayMapping("m", columns) if i < self.rows else ArrayMapping(columns)
+            ArrayMapping(*(row_factors(rank) if i < self.rows else ()), columns)
             for i in range(self.count)
         )
 
@@ -262,6 +262,12 @@ class InputLayout:
         _, pull = jax.vjp(lambda *xs: self.apply(xs, axes), *xs)
         return pull(dy.astype(xs[0].dtype))
 
+    def flat(self, xs: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """The operands with one axis of rows, as the primitives take them."""
+        columns = xs[0].shape[-1]
+        rows = math.prod(xs[0].shape[:-1])
+        return tuple(a.reshape(rows, columns) if i < self.rows else a for i, a in enumerate(xs))
+
 
 PLAIN = InputLayout(jax.tree.structure(None), 1)  # x alone
 
@@ -269,15 +275,14 @@ PLAIN = InputLayout(jax.tree.structure(None), 1)  # x alone
 def inputs_of(x: jax.Array, prologue: Prologue | None) -> tuple[InputLayout, list[jax.Array]]:
     """The layout and the operands of x `[..., in]` and its prologue.
 
-    Operands are `[rows, in]` and `[in]`.
+    Operands are of x's shape and `[in]`.
 
     Raises:
       TypeError: if `prologue` is no `Prologue`.
       ValueError: for arrays that do not fit x.
     """
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if prologue is None:
-        return PLAIN, [rows]
+        return PLAIN, [x]
     if not isinstance(prologue, Prologue):
         raise TypeError(
             "prologue must be an RMSNorm, LayerNorm, Activation or GLU of slidejax, got "
@@ -285,9 +290,5 @@ def inputs_of(x: jax.Array, prologue: Prologue | None) -> tuple[InputLayout, lis
         )
     prologue.check(x)
     leaves, tree = jax.tree.flatten(prologue)
-    if prologue.ROWS:
-        leaves = [leaf.reshape(rows.shape) for leaf in leaves]
-    return InputLayout(tree, 1 + (len(leaves) if prologue.ROWS else 0)), [
-        rows,
-        *map(jnp.asarray, leaves),
-    ]
+    layout = InputLayout(tree, 1 + (len(leaves) if prologue.ROWS else 0))
+    return layout, [x, *map(jnp.asarray, leaves)]

@@ -17,107 +17,40 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.custom_partitioning import (
-    ArrayMapping,
-    CompoundFactor,
-    SdyShardingRule,
-    custom_partitioning,
-)
+from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule
 
-from slidejax.ops import registry
 from slidejax.ops.choice import implementation_for
 from slidejax.ops.implementations.reference import expand_lifted, finish
+from slidejax.ops.parameters import (
+    LinearParams,
+    given,
+    product_settings,
+    take_residual,
+    weight_factors,
+    weight_shardings,
+)
 from slidejax.ops.primitive import as_array, make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem
-from slidejax.ops.prologue import PLAIN, InputLayout
 from slidejax.ops.sharding import (
     MeshPartition,
-    axis_names,
-    first_axes,
-    spec_of,
+    cut_of,
+    partitioned,
+    product_spec,
+    row_factors,
     vary,
     varying_axes,
-    without,
+    with_automatic_axes,
 )
+from slidejax.ops.shards import partitions, product_key
 from slidejax.weights import numerics
 from slidejax.weights.layout import kept_values
 from slidejax.weights.packed import SlideWeight, check_weight
-from slidejax.weights.pattern import Pattern
 
 __all__ = [
     "expand_lifted",
     "sparse_matmul",
     "sparse_matmul_p",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearParams:
-    """The static part of one product, a parameter of the primitives.
-
-    Attributes:
-      pattern: the weight's `Pattern`.
-      in_features: inputs of the kernel, or of the shard of K, without padding.
-      out_dtype: of the result. None gives the raw accumulators, int32 or float32, without scales
-        and bias.
-      implementation: the name that the caller asked for, or None.
-      has_bias: whether a bias follows the weight's leaves among the operands.
-      prepared: names of the prepared forms, which follow the bias.
-      reduce_axis: inside `shard_map`, the mesh axes over which K is split.
-      inputs: the layout of x and its prologue, the first operands of `linear`.
-      has_residual: whether a residual precedes the weight's leaves among the operands.
-    """
-
-    pattern: Pattern
-    in_features: int
-    out_dtype: np.dtype | None
-    implementation: str | None = None
-    has_bias: bool = False
-    prepared: tuple[str, ...] = ()
-    reduce_axis: tuple[str, ...] = ()
-    inputs: InputLayout = PLAIN
-    has_residual: bool = False
-
-    def operands(self, w: SlideWeight, bias: jax.Array | None) -> tuple:
-        """The weight's operands, an op's last ones, in the order that `weight` reads them."""
-        rest = () if bias is None else (bias,)
-        return (w.values, w.zeros, w.scale, *rest, *(w.prepared[name] for name in self.prepared))
-
-    def weight(self, operands) -> tuple[SlideWeight, jax.Array | None]:
-        """The weight and the bias, from all operands of an op or from the last of them."""
-        values, zeros, scale, *rest = operands[-self._weight_operands :]
-        bias = rest.pop(0) if self.has_bias else None
-        prepared = dict(zip(self.prepared, rest, strict=True))
-        return SlideWeight(values, zeros, scale, self.pattern, self.in_features, prepared), bias
-
-    @property
-    def _weight_operands(self) -> int:
-        return 3 + self.has_bias + len(self.prepared)
-
-    def residual(self, operands) -> jax.Array | None:
-        """The residual, from all operands of an op; None if there is none."""
-        return operands[self.residual_at(operands)] if self.has_residual else None
-
-    def residual_at(self, operands) -> int:
-        """Where the residual is among all operands of an op that has one."""
-        return len(operands) - self._weight_operands - 1
-
-    def prepared_of(self, operands) -> tuple:
-        """The prepared forms, the last of an op's operands."""
-        return tuple(operands[len(operands) - len(self.prepared) :])
-
-    def raw(self, in_features: int) -> LinearParams:
-        """The raw accumulators of a shard of K with `in_features` inputs."""
-        return dataclasses.replace(
-            self,
-            in_features=in_features,
-            out_dtype=None,
-            has_bias=False,
-            prepared=(),
-            reduce_axis=(),
-            inputs=PLAIN,
-            has_residual=False,
-        )
 
 
 # --- primitive ------------------------------------------------------------------------------------
@@ -145,92 +78,56 @@ sparse_matmul_p = make_primitive("slidejax_sparse_matmul", _shapes, _lowering)
 
 
 def bind(lifted, scale_x, residual, w: SlideWeight, bias, settings: LinearParams) -> jax.Array:
-    operands = (lifted, scale_x, *given(residual), *settings.operands(w, bias))
+    """Binds the primitive; the leading axes of the lifted rows become one."""
+    leading = lifted.shape[:-1]
+    flat = [a.reshape(math.prod(leading), a.shape[-1]) for a in (lifted, scale_x, *given(residual))]
+    operands = (*flat, *settings.operands(w, bias))
     (y,) = sparse_matmul_p.bind(*vary(varying_axes(*operands), *operands), settings=settings)
-    return y
-
-
-def given(residual: jax.Array | None) -> tuple[jax.Array, ...]:
-    """The residual as operands: none or one."""
-    return () if residual is None else (residual,)
+    return y.reshape(*leading, w.out_features)
 
 
 # --- sharding -------------------------------------------------------------------------------------
 
 
-def weight_factors(settings: LinearParams, operands) -> tuple:
-    """The Shardy factors of the residual and of the weight's operands, which are an op's last ones.
-
-    Outputs "o" and groups "g" can be cut. The zeros of the pattern "dense", which has none, are cut
-    with the outputs.
-    """
-    prepared = (
-        ArrayMapping(*(f"p{i}_{axis}" for axis in range(len(form.shape))))
-        for i, form in enumerate(settings.prepared_of(operands))
-    )
-    bias = (ArrayMapping("o"),) if settings.has_bias else ()
-    residual = (ArrayMapping("m", "o"),) if settings.has_residual else ()
-    zeros = ArrayMapping("o", "g" if settings.pattern.prunes else "none")
-    return (*residual, ArrayMapping("o", "g", "v"), zeros, ArrayMapping("o"), *bias, *prepared)
-
-
-def weight_shardings(cut: MeshPartition, settings: LinearParams, operands) -> tuple:
-    """The shardings of the residual and of the weight's operands in a cut.
-
-    The residual is cut as y is. Prepared forms are whole on each device.
-    """
-    prepared = (cut.sharding(*([None] * len(f.shape))) for f in settings.prepared_of(operands))
-    bias = (cut.sharding("out"),) if settings.has_bias else ()
-    residual = (cut.sharding("rows", "out"),) if settings.has_residual else ()
-    zeros = cut.sharding("out", "k" if settings.pattern.prunes else None)
-    return (*residual, cut.sharding("out", "k", None), zeros, cut.sharding("out"), *bias, *prepared)
-
-
-def partition_of(op: str, mesh, operands, result, settings: LinearParams) -> MeshPartition:
-    """How the partitioner wants to cut a product, from the shardings of x, values and y.
-
-    x is the first operand. Operands may want one mesh axis for two things, such as x for its rows
-    and the residual for the outputs. It then goes to the result's axis, else to rows, outputs and K
-    in this order, and the partitioner moves the other operand.
-    """
-    w, _ = settings.weight(operands)
-    (x_rows, x_k), (w_out, w_k, _), (y_rows, y_out) = (
-        spec_of(operands[0]),
-        spec_of(w.values),
-        spec_of(result),
-    )
-    rows = first_axes(y_rows, without(x_rows, y_out))
-    out = first_axes(y_out, without(w_out, rows))
-    k = first_axes(without(x_k, (*rows, *out)), without(w_k, (*rows, *out)))
-    cut = MeshPartition(mesh, rows=rows, out=out, k=k)
-    return cut.check_k(op, settings.pattern, settings.in_features) if cut.k else cut
-
-
 def _partitioned(settings: LinearParams):
-    @custom_partitioning
     def op(lifted, scale_x, *operands):
         return bind(
             lifted, scale_x, settings.residual(operands), *settings.weight(operands), settings
         )
 
     def rule(mesh, operands, results):
-        lifted = ArrayMapping("m", CompoundFactor("g", "l"))
+        rank = len(operands[0].shape)
+        rows = row_factors(rank)
         return SdyShardingRule(
-            (lifted, ArrayMapping("m", "one"), *weight_factors(settings, operands)),
-            (ArrayMapping("m", "o"),),
+            (
+                ArrayMapping(*rows, CompoundFactor("g", "l")),
+                ArrayMapping(*rows, "one"),
+                *weight_factors(settings, operands, rank),
+            ),
+            (ArrayMapping(*rows, "o"),),
             l=settings.pattern.windows * 4,
             reduction_factors=("g",),
         )
 
     def partition(mesh, operands, result):
-        cut = partition_of("sparse_matmul", mesh, operands, result, settings)
+        values = settings.weight(operands)[0].values
+        partitions(product_key(settings, operands[0].shape, values.shape))
+        cut = cut_of(
+            "sparse_matmul",
+            mesh,
+            operands[0],
+            values,
+            result,
+            settings.pattern,
+            settings.in_features,
+        )
 
         def local(lifted, scale_x, *operands):
             residual, (w, bias) = settings.residual(operands), settings.weight(operands)
             if cut.k or cut.out:
                 w = w.replace(prepared={})
             if cut.k:
-                return split_k(lifted, scale_x, residual, w, bias, settings, cut.k)
+                return split_k(lifted, scale_x, residual, w, bias, settings, cut)
             here = dataclasses.replace(settings, prepared=tuple(w.prepared))
             return bind(lifted, scale_x, residual, w, bias, here)
 
@@ -239,22 +136,34 @@ def _partitioned(settings: LinearParams):
             cut.sharding("rows", None),
             *weight_shardings(cut, settings, operands),
         )
-        return mesh, local, cut.sharding("rows", "out"), shardings
+        return mesh, local, cut.sharding("y_rows", "y_out"), shardings
 
-    op.def_partition(partition, sharding_rule=rule)
-    return op
+    return partitioned(op, rule, partition)
 
 
 def split_k(
-    lifted, scale_x, residual, w: SlideWeight, bias, settings: LinearParams, axes: tuple[str, ...]
+    lifted, scale_x, residual, w: SlideWeight, bias, settings: LinearParams, cut: MeshPartition
 ) -> jax.Array:
     """One shard of a product whose K is split.
 
-    Raw accumulators are summed over `axes`; scales follow, and bias and residual are added once.
+    Raw accumulators are summed over the axes of the cut that split K; scales follow, and bias and
+    residual are added once. The scales of W, the bias and the residual are those of this shard of
+    y.
     """
-    w = w.replace(prepared={}, in_features=w.groups * w.pattern.group)
-    acc = jax.lax.psum(bind(lifted, scale_x, None, w, None, settings.raw(w.in_features)), axes)
-    return finish(acc, scale_x, w.scale, bias, settings.out_dtype, residual)
+    scale_w = w.scale
+    # The scales have the outputs of y, which may be a part of those of the values.
+    (ones,) = vary(varying_axes(w.values), jnp.ones(w.values.shape[0], jnp.float32))
+    w = w.replace(scale=ones, prepared={}, in_features=w.groups * w.pattern.group)
+    acc = cut.sum_over_k(bind(lifted, scale_x, None, w, None, settings.raw(w.in_features)))
+    # Rows are flattened here as on one device: XLA does not round to bfloat16 between two
+    # operations that no reshape parts, and the bits would then depend on the cut.
+    *leading, out = acc.shape
+    acc, scale_x, *residuals = (
+        a.reshape(math.prod(leading), a.shape[-1])
+        for a in (acc, cut.scatter_rows(scale_x), *given(residual))
+    )
+    y = finish(acc, scale_x, scale_w, bias, settings.out_dtype, *residuals)
+    return y.reshape(*leading, out)
 
 
 # --- batching, derivative -------------------------------------------------------------------------
@@ -273,7 +182,8 @@ def _op(settings: LinearParams):
     def primal(lifted, scale_x, *operands):
         if settings.reduce_axis:
             residual, (w, bias) = settings.residual(operands), settings.weight(operands)
-            return split_k(lifted, scale_x, residual, w, bias, settings, settings.reduce_axis)
+            cut = MeshPartition(None, k=settings.reduce_axis)
+            return split_k(lifted, scale_x, residual, w, bias, settings, cut)
         return partitioned(lifted, scale_x, *operands)
 
     def vmap_rule(op, axis_size, in_batched, *operands):
@@ -294,9 +204,10 @@ def _op(settings: LinearParams):
         d_scale_x = None
         d_values = None
         if not numerics.is_quantized(w.dtype):
-            d_lifted_kernel = (dy.astype(jnp.float32) * scale_x).T @ lifted.astype(jnp.float32)
+            scaled_rows = dy.astype(jnp.float32) * scale_x
+            d_lifted_kernel = outer(scaled_rows, lifted.astype(jnp.float32))
             d_values = _kept_lifted(d_lifted_kernel, w).astype(w.dtype)
-        d_bias = (dy.astype(jnp.float32).sum(0).astype(bias.dtype),) if bias is not None else ()
+        d_bias = () if bias is None else (sum_of_rows(dy.astype(jnp.float32)).astype(bias.dtype),)
         return (
             d_lifted,
             d_scale_x,
@@ -309,6 +220,17 @@ def _op(settings: LinearParams):
         )
 
     return with_rules(primal, vmap_rule, backward, functools.partial(saved, settings))
+
+
+def outer(a: jax.Array, b: jax.Array, **kwargs) -> jax.Array:
+    """`a^T @ b` of arrays with the same leading axes, which are rows: `[columns a, columns b]`."""
+    rows = tuple(range(a.ndim - 1))
+    return jax.lax.dot_general(a, b, ((rows, rows), ((), ())), **kwargs)
+
+
+def sum_of_rows(a: jax.Array) -> jax.Array:
+    """The sum over all axes but the last."""
+    return a.sum(tuple(range(a.ndim - 1)))
 
 
 def saved(settings: LinearParams, operands: tuple, results) -> tuple:
@@ -400,13 +322,12 @@ def sparse_matmul(
     if out_dtype is None:
         out_dtype = jnp.bfloat16 if numerics.is_quantized(w.dtype) else w.dtype
     settings, bias = product_settings(w, bias, out_dtype, implementation, reduce_axis)
-    rows = math.prod(lifted.shape[:-1])
     settings, residual = take_residual(settings, residual, lifted.shape[:-1], w.out_features)
-    operands = align(
-        [lifted.reshape(rows, columns)], [scale.reshape(rows, 1)], residual, w, bias, settings
+    operands = align([lifted], [scale], residual, w, bias, settings)
+    values_at = len(operands) - len(settings.operands(w, bias))
+    return with_automatic_axes(
+        _op(settings), operands, lambda *specs: product_spec(specs[0], specs[values_at][0])
     )
-    y = _op(settings)(*operands)
-    return y.reshape(*lifted.shape[:-1], w.out_features)
 
 
 def align(
@@ -427,77 +348,3 @@ def align(
         vary(axes if i < lifted_end or values_at <= i < values_at + 2 else whole, operand)[0]
         for i, operand in enumerate(operands)
     ]
-
-
-def check_result(out_features: int, bias, out_dtype) -> tuple[jax.Array | None, np.dtype]:
-    """Returns the bias as an array, and the dtype of a product's result.
-
-    Raises:
-      ValueError: if one of them is not possible.
-    """
-    try:
-        resolved = np.dtype(jnp.dtype(out_dtype))
-    except TypeError:
-        resolved = None
-    if resolved not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        got = repr(out_dtype) if resolved is None else resolved.name
-        raise ValueError(f"out_dtype must be bfloat16, float16 or float32, got {got}")
-    if bias is None:
-        return None, resolved
-    bias = as_array(bias, "bias")
-    if bias.shape != (out_features,):
-        raise ValueError(f"bias must have shape ({out_features},), got {bias.shape}")
-    if not jnp.issubdtype(bias.dtype, jnp.floating):
-        raise ValueError(f"bias must be floating, got {bias.dtype}")
-    return bias, resolved
-
-
-def check_residual(residual, shape: tuple[int, ...]) -> jax.Array | None:
-    """Returns the residual of a result of this shape as an array `[rows, out]`, or None.
-
-    Raises:
-      ValueError: if it has another shape, or is not bfloat16, float16 or float32.
-    """
-    if residual is None:
-        return None
-    residual = as_array(residual, "residual")
-    if residual.shape != shape:
-        raise ValueError(
-            f"residual must have the shape of the result, {shape}, got {residual.shape}"
-        )
-    if residual.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise ValueError(f"residual must be bfloat16, float16 or float32, got {residual.dtype}")
-    return residual.reshape(math.prod(shape[:-1]), shape[-1])
-
-
-def take_residual(
-    settings: LinearParams, residual, leading: tuple[int, ...], out_features: int
-) -> tuple[LinearParams, jax.Array | None]:
-    """Checks the residual of a product of x with these leading axes; returns settings with it."""
-    residual = check_residual(residual, (*leading, out_features))
-    return dataclasses.replace(settings, has_residual=residual is not None), residual
-
-
-def product_settings(
-    w: SlideWeight, bias, out_dtype, implementation, reduce_axis
-) -> tuple[LinearParams, jax.Array | None]:
-    """Checks the arguments that `sparse_matmul` and `linear` share; returns settings and bias."""
-    if w.values.ndim != 3:
-        raise ValueError(
-            f"w must be one weight [out, groups, kept], got values of shape {w.values.shape}: vmap "
-            "over the batch"
-        )
-    bias, out_dtype = check_result(w.out_features, bias, out_dtype)
-    registry.check_name(implementation)
-    reduce_axes = axis_names(reduce_axis)
-    if w.is_k_shard and not reduce_axes:
-        raise ValueError(
-            f"w holds {w.groups} of {w.pattern.groups(w.in_features)} groups, a shard of K: name "
-            "the mesh axis over which K "
-            f"is split with reduce_axis="
-        )
-    prepared = tuple(sorted(w.prepared))
-    settings = LinearParams(
-        w.pattern, w.in_features, out_dtype, implementation, bias is not None, prepared, reduce_axes
-    )
-    return settings, bias

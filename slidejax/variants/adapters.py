@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from slidejax.ops.implementations.base import add_residual
 from slidejax.ops.linear import linear
-from slidejax.ops.sparse_matmul import check_residual
+from slidejax.ops.parameters import check_residual
 from slidejax.variants.trainable import Selection, is_packed, path_of, selector
 from slidejax.weights import numerics
 from slidejax.weights.layout import kept_values, to_groups
@@ -116,7 +116,7 @@ class AdaptedWeight(WrappedWeight):
         y = y + update * self.scaling
         if residual is None:
             return y.astype(out_dtype)
-        return add_residual(y, residual.reshape(y.shape), out_dtype)
+        return add_residual(y, residual, out_dtype)
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey

@@ -19,8 +19,8 @@ import numpy as np
 from slidejax.ops.implementations.dense import DENSE
 from slidejax.ops.implementations.reference import accumulate, finish
 from slidejax.ops.lift_quantize import quantize_rows
+from slidejax.ops.parameters import check_residual, check_result
 from slidejax.ops.primitive import check_input
-from slidejax.ops.sparse_matmul import check_residual, check_result
 from slidejax.variants.prepared import map_weights, prepare
 from slidejax.weights.numerics import is_quantized
 from slidejax.weights.packed import WrappedWeight, check_weight
@@ -118,6 +118,7 @@ class ServingWeight(WrappedWeight):
         bias, out_dtype = check_result(out, bias, x.dtype if out_dtype is None else out_dtype)
         residual = check_residual(residual, (*x.shape[:-1], out))
         rows = x.reshape(math.prod(x.shape[:-1]), k)
+        residual = None if residual is None else residual.reshape(rows.shape[0], out)
         y = _product_of(out_dtype, rows, self.values, self.scale, bias, residual)
         return y.reshape(*x.shape[:-1], out)
 

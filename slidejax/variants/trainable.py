@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 import warnings
 from collections.abc import Callable
@@ -31,7 +30,9 @@ import numpy as np
 
 from slidejax.ops.lift_quantize import quantize_rows
 from slidejax.ops.linear import linear
-from slidejax.ops.sparse_matmul import check_residual, values_gradient
+from slidejax.ops.parameters import check_residual
+from slidejax.ops.sharding import product_spec, with_automatic_axes
+from slidejax.ops.sparse_matmul import outer, sum_of_rows, values_gradient
 from slidejax.weights import numerics
 from slidejax.weights.layout import scatter_values
 from slidejax.weights.packed import (
@@ -231,11 +232,13 @@ class MasterWeight(WrappedWeight):
         x = jnp.asarray(x)
         out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
         static = _StaticArgs(self.pattern, self.in_features, self.qdtype, implementation, out_dtype)
-        shape = (*x.shape[:-1], self.out_features)
-        residual = check_residual(residual, shape)
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        y = _straight_through(static, rows, self.values, self.zeros, bias, residual)
-        return y.reshape(shape)
+        residual = check_residual(residual, (*x.shape[:-1], self.out_features))
+        operands, tree = jax.tree.flatten((x, self.values, self.zeros, bias, residual))
+        return with_automatic_axes(
+            lambda *operands: _straight_through(static, *jax.tree.unflatten(tree, operands)),
+            operands,
+            lambda x, values, *_: product_spec(x, values[0]),
+        )
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
@@ -283,22 +286,22 @@ def _backward(static: _StaticArgs, saved, dy):
     # bfloat16 holds the codes exactly (int8 has 8 bits, e4m3 has 4); the scales go to the operand
     # that is rounded anyway
     codes_w = scatter_values(w.values.astype(x.dtype), w.zeros).reshape(out, columns)[
-        :, : x.shape[1]
+        :, : x.shape[-1]
     ]
     codes_x = codes_x.astype(x.dtype)
     dy = dy.astype(jnp.float32)
     dx = _product((dy * w.scale).astype(x.dtype), codes_w).astype(x.dtype)
-    d_kernel = _product((dy * scale_x).astype(x.dtype).T, codes_x)
+    d_kernel = outer((dy * scale_x).astype(x.dtype), codes_x, preferred_element_type=jnp.float32)
     d_values = values_gradient(
-        jnp.pad(d_kernel, ((0, 0), (0, columns - x.shape[1]))),
+        jnp.pad(d_kernel, ((0, 0), (0, columns - x.shape[-1]))),
         w.replace(values=w.values.astype(jnp.float32)),
     )
-    d_bias = None if bias is None else dy.sum(0).astype(bias.dtype)
+    d_bias = None if bias is None else sum_of_rows(dy).astype(bias.dtype)
     return dx, d_values, None, d_bias, d_residual
 
 
 def _product(a, b) -> jax.Array:
-    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 _straight_through.defvjp(_forward, _backward)

@@ -1,0 +1,215 @@
+"""The static part of a product, its operands in their order, and the checks of its arguments.
+
+`slidejax.ops.linear` and `slidejax.ops.sparse_matmul` share them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.custom_partitioning import ArrayMapping
+
+from slidejax.ops import registry
+from slidejax.ops.primitive import as_array
+from slidejax.ops.prologue import PLAIN, InputLayout
+from slidejax.ops.sharding import MeshPartition, axis_names, row_factors
+from slidejax.weights.packed import SlideWeight
+from slidejax.weights.pattern import Pattern
+
+__all__ = [
+    "LinearParams",
+    "check_residual",
+    "check_result",
+    "given",
+    "product_settings",
+    "take_residual",
+    "weight_factors",
+    "weight_shardings",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearParams:
+    """The static part of one product, a parameter of the primitives.
+
+    Attributes:
+      pattern: the weight's `Pattern`.
+      in_features: inputs of the kernel, or of the shard of K, without padding.
+      out_dtype: of the result. None gives the raw accumulators, int32 or float32, without scales
+        and bias.
+      implementation: the name that the caller asked for, or None.
+      has_bias: whether a bias follows the weight's leaves among the operands.
+      prepared: names of the prepared forms, which follow the bias.
+      reduce_axis: inside `shard_map`, the mesh axes over which K is split.
+      inputs: the layout of x and its prologue, the first operands of `linear`.
+      has_residual: whether a residual precedes the weight's leaves among the operands.
+    """
+
+    pattern: Pattern
+    in_features: int
+    out_dtype: np.dtype | None
+    implementation: str | None = None
+    has_bias: bool = False
+    prepared: tuple[str, ...] = ()
+    reduce_axis: tuple[str, ...] = ()
+    inputs: InputLayout = PLAIN
+    has_residual: bool = False
+
+    def operands(self, w: SlideWeight, bias: jax.Array | None) -> tuple:
+        """The weight's operands, an op's last ones, in the order that `weight` reads them."""
+        rest = () if bias is None else (bias,)
+        return (w.values, w.zeros, w.scale, *rest, *(w.prepared[name] for name in self.prepared))
+
+    def weight(self, operands) -> tuple[SlideWeight, jax.Array | None]:
+        """The weight and the bias, from all operands of an op or from the last of them."""
+        values, zeros, scale, *rest = operands[-self._weight_operands :]
+        bias = rest.pop(0) if self.has_bias else None
+        prepared = dict(zip(self.prepared, rest, strict=True))
+        return SlideWeight(values, zeros, scale, self.pattern, self.in_features, prepared), bias
+
+    @property
+    def _weight_operands(self) -> int:
+        return 3 + self.has_bias + len(self.prepared)
+
+    def residual(self, operands) -> jax.Array | None:
+        """The residual, from all operands of an op; None if there is none."""
+        return operands[self.residual_at(operands)] if self.has_residual else None
+
+    def residual_at(self, operands) -> int:
+        """Where the residual is among all operands of an op that has one."""
+        return len(operands) - self._weight_operands - 1
+
+    def prepared_of(self, operands) -> tuple:
+        """The prepared forms, the last of an op's operands."""
+        return tuple(operands[len(operands) - len(self.prepared) :])
+
+    def raw(self, in_features: int) -> LinearParams:
+        """The raw accumulators of a shard of K with `in_features` inputs."""
+        return dataclasses.replace(
+            self,
+            in_features=in_features,
+            out_dtype=None,
+            has_bias=False,
+            prepared=(),
+            reduce_axis=(),
+            inputs=PLAIN,
+            has_residual=False,
+        )
+
+
+def given(residual: jax.Array | None) -> tuple[jax.Array, ...]:
+    """The residual as operands: none or one."""
+    return () if residual is None else (residual,)
+
+
+# --- sharding -------------------------------------------------------------------------------------
+
+
+def weight_factors(settings: LinearParams, operands, rank: int) -> tuple:
+    """The Shardy factors of the residual and of the weight's operands, which are an op's last ones.
+
+    Outputs "o" and groups "g" can be cut. The zeros of the pattern "dense", which has none, are cut
+    with the outputs. `rank` is that of x.
+    """
+    prepared = (
+        ArrayMapping(*(f"p{i}_{axis}" for axis in range(len(form.shape))))
+        for i, form in enumerate(settings.prepared_of(operands))
+    )
+    bias = (ArrayMapping("o"),) if settings.has_bias else ()
+    residual = (ArrayMapping(*row_factors(rank), "o"),) if settings.has_residual else ()
+    zeros = ArrayMapping("o", "g" if settings.pattern.prunes else "none")
+    return (*residual, ArrayMapping("o", "g", "v"), zeros, ArrayMapping("o"), *bias, *prepared)
+
+
+def weight_shardings(cut: MeshPartition, settings: LinearParams, operands) -> tuple:
+    """The shardings of the residual and of the weight's operands in a cut.
+
+    The residual is cut as y is, and scale and bias as its outputs are. Prepared forms are whole on
+    each device.
+    """
+    prepared = (cut.sharding(*([None] * len(f.shape))) for f in settings.prepared_of(operands))
+    outputs = cut.sharding("y_out")
+    bias = (outputs,) if settings.has_bias else ()
+    residual = (cut.sharding("y_rows", "y_out"),) if settings.has_residual else ()
+    zeros = cut.sharding("out", "k" if settings.pattern.prunes else None)
+    return (*residual, cut.sharding("out", "k", None), zeros, outputs, *bias, *prepared)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check_result(out_features: int, bias, out_dtype) -> tuple[jax.Array | None, np.dtype]:
+    """Returns the bias as an array, and the dtype of a product's result.
+
+    Raises:
+      ValueError: if one of them is not possible.
+    """
+    try:
+        resolved = np.dtype(jnp.dtype(out_dtype))
+    except TypeError:
+        resolved = None
+    if resolved not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        got = repr(out_dtype) if resolved is None else resolved.name
+        raise ValueError(f"out_dtype must be bfloat16, float16 or float32, got {got}")
+    if bias is None:
+        return None, resolved
+    bias = as_array(bias, "bias")
+    if bias.shape != (out_features,):
+        raise ValueError(f"bias must have shape ({out_features},), got {bias.shape}")
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ValueError(f"bias must be floating, got {bias.dtype}")
+    return bias, resolved
+
+
+def check_residual(residual, shape: tuple[int, ...]) -> jax.Array | None:
+    """Returns the residual of a result of this shape as an array, or None.
+
+    Raises:
+      ValueError: if it has another shape, or is not bfloat16, float16 or float32.
+    """
+    if residual is None:
+        return None
+    residual = as_array(residual, "residual")
+    if residual.shape != shape:
+        raise ValueError(
+            f"residual must have the shape of the result, {shape}, got {residual.shape}"
+        )
+    if residual.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"residual must be bfloat16, float16 or float32, got {residual.dtype}")
+    return residual
+
+
+def take_residual(
+    settings: LinearParams, residual, leading: tuple[int, ...], out_features: int
+) -> tuple[LinearParams, jax.Array | None]:
+    """Checks the residual of a product of x with these leading axes; returns settings with it."""
+    residual = check_residual(residual, (*leading, out_features))
+    return dataclasses.replace(settings, has_residual=residual is not None), residual
+
+
+def product_settings(
+    w: SlideWeight, bias, out_dtype, implementation, reduce_axis
+) -> tuple[LinearParams, jax.Array | None]:
+    """Checks the arguments that `sparse_matmul` and `linear` share; returns settings and bias."""
+    if w.values.ndim != 3:
+        raise ValueError(
+            f"w must be one weight [out, groups, kept], got values of shape {w.values.shape}: vmap "
+            "over the batch"
+        )
+    bias, out_dtype = check_result(w.out_features, bias, out_dtype)
+    registry.check_name(implementation)
+    reduce_axes = axis_names(reduce_axis)
+    if w.is_k_shard and not reduce_axes:
+        raise ValueError(
+            f"w holds {w.groups} of {w.pattern.groups(w.in_features)} groups, a shard of K: name "
+            "the mesh axis over which K "
+            f"is split with reduce_axis="
+        )
+    prepared = tuple(sorted(w.prepared))
+    settings = LinearParams(
+        w.pattern, w.in_features, out_dtype, implementation, bias is not None, prepared, reduce_axes
+    )
+    return settings, bias
