@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from slidejax.ops.implementations.base import add_residual
 from slidejax.ops.linear import linear
 from slidejax.ops.parameters import check_residual
+from slidejax.variants.boxes import refuse_boxed
 from slidejax.variants.trainable import Selection, is_packed, path_of, selector
 from slidejax.weights import numerics
 from slidejax.weights.layout import kept_values, to_groups
@@ -168,7 +169,9 @@ def add(
 
     Raises:
       ValueError: for a rank that is not positive, or if no weight is selected.
+      TypeError: naming the path, if a weight's leaves are boxed.
     """
+    refuse_boxed(tree)
     if rank < 1:
         raise ValueError(f"rank must be positive, got {rank}")
     selected, scaling, found = selector(adapted), 1.0 if alpha is None else alpha / rank, 0

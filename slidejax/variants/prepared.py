@@ -23,6 +23,7 @@ import jax
 from slidejax.ops import choice, registry
 from slidejax.ops.cuda import library
 from slidejax.ops.implementations.base import Form, Implementation
+from slidejax.variants.boxes import refuse_boxed
 from slidejax.weights.packed import SlideWeight, check_weight
 
 __all__ = ["drop_prepared", "map_weights", "prepare", "weights_of"]
@@ -66,6 +67,7 @@ def prepare(tree: Any, implementation: str | None = None, *, tune: bool = True) 
 
     Raises:
       ValueError: for an unknown name, or an implementation without a form.
+      TypeError: naming the path, if a weight's leaves are boxed.
       NotImplementedError: if the implementation cannot run here.
 
     >>> from slidejax import pack
@@ -76,6 +78,7 @@ def prepare(tree: Any, implementation: str | None = None, *, tune: bool = True) 
     """
     if implementation is not None:
         _form(implementation)
+    refuse_boxed(tree)
     return map_weights(lambda w: _prepare(check_weight(w), implementation, tune), tree)
 
 

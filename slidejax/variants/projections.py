@@ -22,9 +22,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core import FrozenDict, freeze, unfreeze
 
+from slidejax.variants.boxes import refuse_boxed
 from slidejax.variants.prepared import prepare
 from slidejax.weights.packed import SlideWeight, TreeLayout
 
@@ -115,6 +115,7 @@ def fuse(params: Any, groups: Sequence[Sequence[str]] = GROUPS) -> Any:
 
     Raises:
       ValueError: if a group names a layer twice, or fewer than two.
+      TypeError: naming the path, if a weight's leaves are boxed.
 
     >>> from slidejax import pack
     >>> w = pack(jnp.ones((64, 8)), "6:8", dtype="int8")
@@ -128,6 +129,7 @@ def fuse(params: Any, groups: Sequence[Sequence[str]] = GROUPS) -> Any:
     for group in groups:
         if len(group) < 2 or len(set(group)) < len(group):
             raise ValueError(f"groups must name two layers or more, each once, got {tuple(group)}")
+    refuse_boxed(params)
     return _map_modules(params, lambda module: _fuse_module(module, groups))
 
 
@@ -170,11 +172,6 @@ def _fuse_module(module: dict, groups: Sequence[Sequence[str]]) -> dict:
             for w in kernels
         ):
             continue
-        if not all(
-            isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
-            for leaf in jax.tree.leaves(kernels)
-        ):
-            continue  # its leaves are boxed with the names of mesh axes
         one_above_the_other = {
             name: jnp.concatenate([getattr(w, name) for w in kernels])
             for name in ("values", "zeros", "scale")

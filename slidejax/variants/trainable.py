@@ -33,6 +33,7 @@ from slidejax.ops.linear import linear
 from slidejax.ops.parameters import check_residual
 from slidejax.ops.sharding import product_spec, with_automatic_axes
 from slidejax.ops.sparse_matmul import outer, sum_of_rows, values_gradient
+from slidejax.variants.boxes import refuse_boxed
 from slidejax.weights import numerics
 from slidejax.weights.layout import scatter_values
 from slidejax.weights.packed import (
@@ -328,7 +329,9 @@ def masters(tree: Any, qdtype: Any = None) -> Any:
 
     Raises:
       ValueError: for a dtype that is not 8-bit, or if weights are quantised to another dtype.
+      TypeError: naming the path, if a weight's leaves are boxed.
     """
+    refuse_boxed(tree)
     if qdtype is not None:
         qdtype = numerics.check_dtype(qdtype, "qdtype")
         if not numerics.is_quantized(qdtype):

@@ -9,10 +9,9 @@ casts or quantises.
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from slidejax.weights import numerics
 from slidejax.weights.checks import check_sums, check_values
+from slidejax.weights.interface import LinearWeight, TreeLayout, WrappedWeight
 from slidejax.weights.layout import (
     check_kernel,
     from_groups,
@@ -40,102 +40,6 @@ __all__ = [
     "quantize",
     "unpack",
 ]
-
-
-class LinearWeight(abc.ABC):
-    """The weight of a linear layer. In a tree of parameters it takes the place of a kernel.
-
-    It is a pytree, and `slidejax.linear` multiplies with it. Its subclasses are `SlideWeight`,
-    `slidejax.trainable.MasterWeight`, `slidejax.adapters.AdaptedWeight` and
-    `slidejax.variants.serving.ServingWeight`. Each of them keeps every promise of this interface.
-    """
-
-    @property
-    @abc.abstractmethod
-    def packed(self) -> SlideWeight | None:
-        """The packed weight inside; None for a `ServingWeight`, which has none."""
-
-    @property
-    def weight(self) -> SlideWeight:
-        """The packed weight inside, for code that needs one.
-
-        Raises:
-          ValueError: if there is none.
-        """
-        packed = self.packed
-        if packed is None:
-            raise ValueError(
-                f"a {type(self).__name__} was made to serve (slidejax.variants.serving) and holds "
-                f"no packed form: use what it was made from"
-            )
-        return packed
-
-    @property
-    @abc.abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the kernel that this stands for, `[..., in, out]`."""
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[-1]
-
-    @property
-    def is_k_shard(self) -> bool:
-        """Whether this holds only some of the groups of K (inside `shard_map`)."""
-        return False
-
-    @abc.abstractmethod
-    def check(self, name: str = "w") -> Self:
-        """Returns itself if its leaves are what they were made to be.
-
-        Raises:
-          ValueError: naming the leaf, its dtype or shape and what was expected.
-        """
-
-    @abc.abstractmethod
-    def trained(self) -> Self:
-        """Itself with a bool in place of each leaf: whether `slidejax.partition` trains it."""
-
-    @property
-    def promoted(self) -> jax.Array | None:
-        """The values that a layer promotes together with its input and bias, or None.
-
-        8-bit values and master values keep their dtype, so they take no part.
-        """
-        return None
-
-    def with_promoted(self, values: jax.Array) -> Self:
-        """Itself with promoted values. Only called where `promoted` is not None."""
-        raise ValueError(f"the values of a {type(self).__name__} take no part in promotion")
-
-
-class WrappedWeight(LinearWeight):
-    """A weight that computes its own product: `slidejax.linear` calls its `linear`."""
-
-    @abc.abstractmethod
-    def linear(
-        self,
-        x: jax.Array,
-        bias: jax.Array | None,
-        *,
-        implementation: str | None = None,
-        out_dtype: Any = None,
-        reduce_axis: Any = None,
-        residual: jax.Array | None = None,
-    ) -> jax.Array:
-        """The product; arguments and result are those of `slidejax.linear`."""
-
-
-class TreeLayout(abc.ABC):
-    """A node that takes the place of a kernel and says where weights are held. It is no weight.
-
-    It is a pytree (`slidejax.variants.projections`). Code that multiplies with weights, trains them
-    or adds to them takes the layout apart first.
-    """
-
-    @abc.abstractmethod
-    def not_a_weight(self) -> ValueError:
-        """The error for code that wants a weight in its place."""
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -167,6 +71,12 @@ class SlideWeight(LinearWeight):
     pattern: Pattern
     in_features: int
     prepared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line without the arrays' contents; the leaves may be anything, such as specs."""
+        leaves = {"values": self.values, "zeros": self.zeros, "scale": self.scale, **self.prepared}
+        parts = [f"{name}={_short(leaf)}" for name, leaf in leaves.items()]
+        return f"SlideWeight({self.pattern}, in_features={self.in_features}, {', '.join(parts)})"
 
     @property
     def packed(self) -> SlideWeight:
@@ -289,12 +199,25 @@ class SlideWeight(LinearWeight):
             values, zeros, scale, pattern, in_features, dict(zip(names, prepared, strict=True))
         )
 
+    def check_arrays(self, name: str = "w") -> None:
+        """Raises TypeError, naming the leaf, if one is no array, such as a box of Flax."""
+        for part in ("values", "zeros", "scale"):
+            leaf = getattr(self, part)
+            if not (hasattr(leaf, "dtype") and hasattr(leaf, "ndim")):
+                boxed = ": take it out of its box first, flax.linen.meta.unbox(tree)"
+                raise TypeError(
+                    f"{name}.{part} must be an array, got {type(leaf).__name__}"
+                    f"{boxed if hasattr(leaf, 'unbox') else ''}"
+                )
+
     def check(self, name: str = "w") -> SlideWeight:
         """Returns self if the leaves are what `pack` makes.
 
         Raises:
           ValueError: naming the leaf, its dtype or shape and what was expected.
+          TypeError: if a leaf is no array.
         """
+        self.check_arrays(name)
         expected = (
             "values int8, float8_e4m3fn, bfloat16, float16 or float32, zeros uint8, scale float32"
         )
@@ -327,6 +250,13 @@ class SlideWeight(LinearWeight):
         if self.values.dtype == jnp.int8:
             check_sums(self.in_features, self.pattern, name)
         return self
+
+
+def _short(leaf: Any) -> str:
+    """A leaf in a few words: an array's dtype and shape."""
+    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return repr(leaf)
 
 
 def pack(

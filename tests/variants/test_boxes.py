@@ -1,0 +1,49 @@
+"""Weights whose leaves are boxed with axis names are refused by name, and work once unboxed."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import slidejax as sj
+from slidejax.variants import projections
+
+
+class Gate(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+        layers = (nn.Dense(32, kernel_init=init, name=name) for name in ("gate_proj", "up_proj"))
+        return [layer(x) for layer in layers]
+
+
+@pytest.fixture(scope="module")
+def params():
+    x = jnp.ones((2, 64))
+    variables = Gate().init(jax.random.key(0), x)
+    return sj.linen.convert(variables, "6:8", Gate(), x)["params"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        sj.prepare,
+        sj.trainable.masters,
+        sj.adapters.add,
+        projections.fuse,
+        lambda tree: sj.checkpoint.save("never-written", tree),
+    ],
+    ids=["prepare", "masters", "adapters", "fuse", "save"],
+)
+def test_boxed_weights_are_refused_by_name(params, use):
+    with pytest.raises(TypeError, match=r"gate_proj/kernel\.values .*flax\.linen\.meta\.unbox"):
+        use(params)
+
+
+def test_unboxed_weights_work(params, tmp_path):
+    unboxed = nn.meta.unbox(params)
+    fused = projections.fuse(sj.trainable.deploy(sj.trainable.masters(unboxed)))
+    assert fused["gate_proj"]["kernel"].layers == ("gate_proj", "up_proj")
+    sj.checkpoint.save(tmp_path / "model", unboxed)
+    loaded = sj.checkpoint.load(tmp_path / "model")
+    assert jax.tree.structure(loaded) == jax.tree.structure(unboxed)
