@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
@@ -206,7 +206,18 @@ def row_factors(rank: int) -> tuple[str, ...]:
 def partitioned(fn: Callable, rule: Callable, partition: Callable) -> Callable:
     """Gives `fn` a sharding rule and a partitioned form, as `custom_partitioning` has them."""
     op = custom_partitioning(fn)
-    op.def_partition(partition, sharding_rule=rule)
+
+    def partition_alone(mesh, operands, results):
+        mesh, local, *shardings = partition(mesh, operands, results)
+
+        def alone(*shards):
+            # Explicit axes of `jax.set_mesh` would be part of the types of what a shard computes.
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+                return local(*shards)
+
+        return mesh, alone, *shardings
+
+    op.def_partition(partition_alone, sharding_rule=rule)
 
     def call(*operands):
         # Without Shardy nothing reads the rule, and XLA would end the process. The primitive
