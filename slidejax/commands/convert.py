@@ -242,7 +242,7 @@ def _about(args: argparse.Namespace, source: str, ids: Any, report: Report) -> d
     """The notes in the model's directory about how it was made."""
     return {
         "source": source,
-        "pattern": args.pattern,
+        "pattern": args.pattern if args.budget is None else None,
         "mixed": args.mixed,
         "budget": None if args.budget is None else str(args.budget),
         "dtype": args.dtype or "none",
