@@ -14,7 +14,15 @@ from typing import Any, NoReturn, Self
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["MAX_HEADER", "METADATA", "SAVABLE", "ArrayFile", "checksum", "write_arrays"]
+__all__ = [
+    "MAX_HEADER",
+    "METADATA",
+    "SAVABLE",
+    "ArrayFile",
+    "checksum",
+    "header_entry",
+    "write_arrays",
+]
 
 METADATA = "slidejax.json"  # the file that says what the arrays are
 MAX_HEADER = 100_000_000  # the limit of the safetensors format
@@ -63,11 +71,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
     ordered = sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     for name, array in ordered:
         begin, end = end, end + array.nbytes
-        header[name] = {
-            "dtype": _CODES[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [begin, end],
-        }
+        header[name] = header_entry(array, begin)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -75,6 +79,15 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
         file.write(text)
         for _, array in ordered:
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def header_entry(array: np.ndarray, begin: int) -> dict[str, Any]:
+    """What the header of a safetensors file says of an array that begins at this byte."""
+    return {
+        "dtype": _CODES[array.dtype.name],
+        "shape": list(array.shape),
+        "data_offsets": [begin, begin + array.nbytes],
+    }
 
 
 class ArrayFile:

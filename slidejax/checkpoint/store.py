@@ -20,7 +20,7 @@ from slidejax.checkpoint.staging import staged
 from slidejax.checkpoint.tree import Decoder, encode
 from slidejax.files import CHECKSUM, check_json, json_checksum
 
-__all__ = ["ARRAYS", "METADATA", "load", "save", "write_into"]
+__all__ = ["ARRAYS", "METADATA", "load", "save", "write_into", "write_metadata"]
 
 ARRAYS = "slidejax.safetensors"
 _FORMAT, _FORMAT_VERSION = "slidejax", 2
@@ -70,23 +70,36 @@ def write_into(folder: Path, params: Any) -> None:
 
 def _write(folder: Path, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
     write_arrays(folder / ARRAYS, arrays, {"format": _FORMAT})
+    _write_json(folder, metadata)
+
+
+def write_metadata(folder: Path, tree: dict[str, Any]) -> None:
+    """Writes the file that describes a tree, whose arrays are in `ARRAYS` already."""
+    _write_json(folder, _metadata(tree))
+
+
+def _write_json(folder: Path, metadata: dict[str, Any]) -> None:
     (folder / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
 
 
 def _describe(params: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    import slidejax
-
     arrays: dict[str, np.ndarray] = {}
     try:
-        metadata = {
-            "format": _FORMAT,
-            "format_version": _FORMAT_VERSION,
-            "library_version": slidejax.__version__,
-            "tree": encode(params, (), arrays),
-        }
-        return arrays, metadata | {CHECKSUM: json_checksum(metadata)}
+        return arrays, _metadata(encode(params, (), arrays))
     except RecursionError:
         raise ValueError("params are nested too deeply to be saved") from None
+
+
+def _metadata(tree: dict[str, Any]) -> dict[str, Any]:
+    import slidejax
+
+    metadata = {
+        "format": _FORMAT,
+        "format_version": _FORMAT_VERSION,
+        "library_version": slidejax.__version__,
+        "tree": tree,
+    }
+    return metadata | {CHECKSUM: json_checksum(metadata)}
 
 
 # --- loading --------------------------------------------------------------------------------------

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import warnings
+import sys
 from typing import TYPE_CHECKING, Any
 
 from slidejax.commands import arguments, budget, inputs, terminal
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from slidejax.rules import Report
 
 __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run"]
@@ -23,6 +21,7 @@ __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run"]
 SUMMARY = "Prune, quantise and pack a model; write it, its tokenizer and its configuration to OUT."
 EXAMPLE = "slidejax convert smollm2 out"
 _METHOD = "sparsegpt"
+_QUIET = 30  # seconds between two lines about the progress where there is no terminal
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -84,7 +83,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--work",
         metavar="DIR",
-        help="keep finished layers in DIR: a conversion that was stopped goes on from there",
+        help="keep finished layers in DIR: a conversion that was stopped goes on from there (default "
+        "OUT.work, which is removed at the end; none for Flax models)",
     )
     arguments.add_compute(p)
     arguments.add_json(p)
@@ -92,45 +92,135 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Converts the model, writes it and prints the report."""
-    from slidejax.checkpoint.target import disk_usage
-    from slidejax.lm import serving
-    from slidejax.lm.reading import write_model
-    from slidejax.rules import Rule
+    import time
+
+    from slidejax.lm.reading import decodes
+    from slidejax.rules import Report, Rule
 
     args.method = _method(args)
     budget.check(args)
-    _try_out(args)
-    rule = Rule(args.pattern, qdtype=args.dtype)
+    with _claimed(args):
+        pass  # whatever is in the way is named before anything is read
+    rule, report = Rule(args.pattern, qdtype=args.dtype), Report()
     chosen = str(rule)
     if args.budget is not None:
         chosen = f"{args.budget} times as fast as dense"
     elif args.mixed:
         chosen = f"{', '.join(args.mixed)} for the multiplications of {rule}"
+    begin = time.perf_counter()
     with terminal.progress() as bar:
-        task = bar.add_task(f"reading {args.model}", total=3)
-        loaded = _load(args)
-        ids = _calibration_ids(args, loaded)
-        if args.mixed or args.budget is not None:
-            bar.update(task, description="choosing patterns", completed=1)
-        rules = _rules(args, rule, loaded, ids)
-        _try_out(args, _bytes_of(loaded.model, rules))
-        bar.update(task, description=f"converting to {chosen}", completed=1)
-        calibration = _calibration(args, ids, bar, task)
-        model, report, seconds = serving.convert(loaded.model, rules, args.method, calibration)
-        bar.update(task, description=f"writing {args.out}", completed=2)
-        about = _about(args, loaded.name, ids, report)
-        write_model(args.out, model, loaded, about, args.floats)
+        shown = _Shown(bar, chosen)
+        streams = decodes(args.model, keep_class=True)
+        about = (_stream if streams else _at_once)(args, rule, report, shown)
+    seconds = time.perf_counter() - begin
     figures = {"out": args.out, **about, "layers": len(report.converted), "seconds": seconds}
     sizes = {
         "bytes_before": report.bytes_before,
         "bytes_after": report.bytes_after,
-        "bytes_on_disk": disk_usage(args.out),
+        "bytes_on_disk": _disk_usage(args.out),
     }
     terminal.emit(args, {**figures, **sizes})
     if args.json != "-":
         print(report)
         size = f"{sizes['bytes_on_disk'] / 1e6:,.1f} MB on disk"
         print(f"{args.out}: {chosen}, {args.method}, {size}, {seconds:.1f} s")
+
+
+def _stream(args: argparse.Namespace, rule: Any, report: Report, shown: _Shown) -> dict[str, Any]:
+    """Converts one of our own decoders, a few layers at a time; returns the notes about it."""
+    import shutil
+    from pathlib import Path
+
+    from slidejax.lm import convert_files
+    from slidejax.lm.reading import read_shell
+
+    shown.say(f"reading {args.model}")
+    text = args.method != "magnitude" or args.calibration is not None
+    loaded, path = read_shell(args.model, args.compute, text=text)
+    ids = _calibration_ids(args, loaded)
+    chooses = args.mixed or args.budget is not None
+    whole = inputs.load(args.model, args) if chooses else None  # patterns need all of it
+    rules = _rules(args, rule, whole or loaded, ids, shown)
+    del whole
+    work = args.work or f"{Path(args.out)}.work"
+    notes: dict[str, Any] = {}
+
+    def about(report: Report) -> dict[str, Any]:
+        notes.update(_about(args, loaded.name, ids, report), source_path=loaded.path)
+        return notes
+
+    convert_files(
+        path,
+        args.out,
+        rules,
+        args.method,
+        _calibration(ids, work, shown),
+        dtype=args.compute,
+        floats=args.floats,
+        replace=args.force,
+        about=about,
+        report=report,
+    )
+    if args.work is None:
+        shutil.rmtree(work, ignore_errors=True)
+    return notes
+
+
+def _at_once(args: argparse.Namespace, rule: Any, report: Report, shown: _Shown) -> dict[str, Any]:
+    """Converts a Flax model of transformers, in memory; returns the notes about it."""
+    from slidejax import huggingface
+    from slidejax.checkpoint.staging import check_space
+    from slidejax.lm.reading import write_model
+
+    with _claimed(args) as target:
+        shown.say(f"reading {args.model}")
+        loaded = _load(args)
+        ids = _calibration_ids(args, loaded)
+        rules = _rules(args, rule, loaded, ids, shown)
+        check_space(target, _bytes_of(loaded.model, rules))
+        calibration = _calibration(ids, args.work, shown)
+        model = huggingface.convert(loaded.model, rules, args.method, calibration, report=report)
+        about = _about(args, loaded.name, ids, report)
+        shown.say(f"writing {args.out}")
+        write_model(args.out, model, loaded, about, args.floats)
+    return about
+
+
+class _Shown:
+    """Shows how far a conversion is: on a bar, or in a line now and then where there is none.
+
+    Args:
+      bar: the progress bar.
+      chosen: what the model is converted to.
+    """
+
+    def __init__(self, bar: Any, chosen: str):
+        self._bar, self._chosen = bar, chosen
+        self._task = bar.add_task("", total=None)
+        self._began: tuple[float, int] | None = None
+        self._said = 0.0
+
+    def say(self, what: str) -> None:
+        """Says what is done now."""
+        self._bar.update(self._task, description=what)
+
+    def stage(self, done: int, total: int) -> None:
+        """Says how many stages are done, and how long the others will take."""
+        import time
+
+        now = time.monotonic()
+        if self._began is None:  # stages that were finished before would look quick
+            self._began = now, done
+        since, first = self._began
+        left = ""
+        if done > first:
+            seconds = (now - since) / (done - first) * (total - done)
+            left = f", {terminal.duration(seconds)} left"
+        what = f"to {self._chosen}: stage {done} of {total}{left}"
+        self._bar.update(self._task, description=what, completed=done, total=total)
+        if not sys.stderr.isatty() and now - self._said > _QUIET and done < total:
+            self._said = now
+            print(f"converting {what}", file=sys.stderr, flush=True)
 
 
 # --- before the work ------------------------------------------------------------------------------
@@ -151,24 +241,20 @@ def _method(args: argparse.Namespace) -> str:
         raise ValueError("--mixed chooses for all layers: it does not go with --skip")
     method = args.method or ("magnitude" if args.data_free else _METHOD)
     if method == "magnitude" and args.pattern != "dense":
-        warnings.warn(
-            f"pruning to {args.pattern} by magnitude ruins the text that most models write: it is "
-            f"for tests of speed. The default, --method {_METHOD}, keeps them good",
-            stacklevel=2,
+        print(
+            f"note: pruning to {args.pattern} by magnitude ruins the text that most models write: "
+            f"it is for tests of speed. The default, --method {_METHOD}, keeps them good",
+            file=sys.stderr,
         )
     return method
 
 
-def _try_out(args: argparse.Namespace, nbytes: int = 0) -> Path:
-    """Tries everything that writing OUT needs."""
+def _claimed(args: argparse.Namespace) -> Any:
+    """Tries everything that writing OUT needs, and keeps others away from it in the block."""
+    from slidejax.checkpoint.staging import claimed
     from slidejax.checkpoint.store import METADATA
-    from slidejax.checkpoint.target import try_target
 
-    try:
-        return try_target(args.out, METADATA, replace=args.force, nbytes=nbytes)
-    except ValueError as e:
-        hint = "; --force replaces it" if "exists already" in str(e) else ""
-        raise ValueError(f"{e}{hint}") from None
+    return claimed(args.out, METADATA, overwrite=args.force, flag="--force")
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -213,7 +299,9 @@ def _bytes_of(model: Any, rules: Any) -> int:
 # --- the work -------------------------------------------------------------------------------------
 
 
-def _rules(args: argparse.Namespace, rule: Any, loaded: Any, ids: Any) -> list[tuple[str, Any]]:
+def _rules(
+    args: argparse.Namespace, rule: Any, loaded: Any, ids: Any, shown: _Shown
+) -> list[tuple[str, Any]]:
     """The rules of the layers: chosen, or else `rule` for all that are not skipped."""
     from slidejax.huggingface import HIDDEN_LAYERS
     from slidejax.lm import texts
@@ -221,6 +309,7 @@ def _rules(args: argparse.Namespace, rule: Any, loaded: Any, ids: Any) -> list[t
 
     if not args.mixed and args.budget is None:
         return [*((path, None) for path in args.skip), (HIDDEN_LAYERS, rule)]
+    shown.say("choosing patterns")
     if ids is None:
         ids = inputs.calibration_ids(loaded, args, texts.shipped)
     if args.budget is not None:
@@ -228,14 +317,11 @@ def _rules(args: argparse.Namespace, rule: Any, loaded: Any, ids: Any) -> list[t
     return [*mixed(loaded.model, rule, ids, patterns=args.mixed)]
 
 
-def _calibration(args: argparse.Namespace, ids: Any, bar: Any, task: Any) -> Any:
-    """The token ids as `convert` takes them, with `--work` and the progress bar; or None."""
+def _calibration(ids: Any, work: str | None, shown: _Shown) -> Any:
+    """The token ids as `convert` takes them, with the work folder and the progress; or None."""
     from slidejax.prune import Calibration
 
-    def show(done: int, total: int) -> None:
-        bar.update(task, completed=1 + done / total)
-
-    return None if ids is None else Calibration(ids, work=args.work, progress=show)
+    return None if ids is None else Calibration(ids, work=work, progress=shown.stage)
 
 
 def _about(args: argparse.Namespace, source: str, ids: Any, report: Report) -> dict[str, Any]:
@@ -256,3 +342,10 @@ def _about(args: argparse.Namespace, source: str, ids: Any, report: Report) -> d
 def _named_text(args: argparse.Namespace) -> str:
     """A name of the calibration text, for the notes."""
     return ", ".join(args.calibration or ["the text that ships with slidejax"])
+
+
+def _disk_usage(folder: str) -> int:
+    """The bytes of the files in a directory and the folders below it."""
+    from pathlib import Path
+
+    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())

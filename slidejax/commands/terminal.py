@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["console", "emit", "progress", "read_text", "show_written"]
+__all__ = ["console", "duration", "emit", "progress", "read_text", "show_written"]
 
 
 def console(stderr: bool = False) -> Any:
@@ -29,6 +29,17 @@ def progress() -> Any:
 
     columns = (TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console(stderr=True), transient=True)
+
+
+def duration(seconds: float) -> str:
+    """A time in words, as exact as an estimate is.
+
+    >>> duration(8), duration(200), duration(10_000)
+    ('8 s', '3 min', '2.8 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def read_text(file: str) -> str:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from slidejax.lm.decoder.family import convert
     from slidejax.lm.decoder.files import load, save
     from slidejax.lm.decoder.model import Decoder
+    from slidejax.lm.decoder.streaming import convert_files
     from slidejax.lm.generation.generate import Completion
     from slidejax.lm.generation.stream import Stream
     from slidejax.lm.text.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ __all__ = [
     "Stream",
     "Tokenizer",
     "convert",
+    "convert_files",
     "load",
     "save",
 ]
@@ -33,6 +35,7 @@ _HOME = {
     "Stream": "generation.stream",
     "Tokenizer": "text.tokenizer",
     "convert": "decoder",
+    "convert_files": "decoder.streaming",
     "load": "decoder",
     "save": "decoder",
 }

@@ -12,6 +12,8 @@ from slidejax.checkpoint import store
 from slidejax.lm.decoder.files import CLASS, load, save
 from slidejax.lm.decoder.huggingface import MODEL_TYPES
 from slidejax.lm.decoder.model import Decoder
+from slidejax.lm.decoder.names import tree_of
+from slidejax.lm.decoder.source import open_source
 from slidejax.lm.models import (
     NAMED,
     LoadedModel,
@@ -24,7 +26,7 @@ from slidejax.lm.models import (
 from slidejax.lm.text import files
 from slidejax.lm.text.tokenizer import Tokenizer
 
-__all__ = ["Loaded", "LoadedDecoder", "decodes", "read_model", "write_model"]
+__all__ = ["Loaded", "LoadedDecoder", "decodes", "read_model", "read_shell", "write_model"]
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -131,13 +133,42 @@ def read_model(
     """
     if not decodes(model, keep_class=keep_class):
         return load_model(model, dtype or default_dtype())
+    path, name = _place(model, text)
+    return LoadedDecoder(load(path, dtype), name, _known_path(path, name))
+
+
+def read_shell(
+    model: str | os.PathLike[str], dtype: Any = None, *, text: bool = True
+) -> tuple[LoadedDecoder, Path]:
+    """A decoder that `decodes` knows, with shapes and dtypes in place of its parameters.
+
+    Args:
+      model, dtype, text: as in `read_model`.
+
+    Returns:
+      The decoder, and its file or directory for `slidejax.lm.convert_files`.
+
+    Raises:
+      ValueError, NotImplementedError, ImportError: as `read_model`; ValueError, if it holds packed
+        weights.
+    """
+    path, name = _place(model, text)
+    with open_source(path, dtype) as source:
+        shell = Decoder(source.config, tree_of(source.shapes()), files=source.files)
+    return LoadedDecoder(shell, name, _known_path(path, name)), path
+
+
+def _known_path(path: Path, name: str) -> str | None:
+    return None if name in NAMED else str(path.resolve())
+
+
+def _place(model: str | os.PathLike[str], text: bool) -> tuple[Path, str]:
+    """The file or directory of a decoder, and what to call it in tables."""
     name = os.fspath(model)
     path = packaged_file(name) if name in NAMED else Path(name)
     if text and path.is_dir():
         files.check(os.listdir(path), name)
-    if name in NAMED:
-        return LoadedDecoder(load(path, dtype), name)
-    return LoadedDecoder(load(path, dtype), path.resolve().name, str(path.resolve()))
+    return path, name if name in NAMED else path.resolve().name
 
 
 def write_model(

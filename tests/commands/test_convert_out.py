@@ -13,7 +13,7 @@ pytest.importorskip("rich")
 from command_line import error, output, run
 
 from slidejax.commands import inputs
-from slidejax.lm import load, save
+from slidejax.lm import load, reading, save
 from slidejax.lm.decoder.examples import tiny
 
 
@@ -25,6 +25,7 @@ def unread(monkeypatch):
         raise AssertionError("a model was read")
 
     monkeypatch.setattr(inputs, "load", read)
+    monkeypatch.setattr(reading, "read_shell", read)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,9 @@ def bare(tmp_path_factory):
 
 def test_an_out_that_exists_is_refused_before_any_work(capsys, tmp_path, out, unread):
     files = sorted(os.listdir(out))
-    assert "exists already: nothing was done; --force" in error(capsys, "convert", "smollm2", out)
+    assert "holds an earlier result: name another one, or replace it with --force" in error(
+        capsys, "convert", "smollm2", out
+    )
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "diary").write_text("dear")
     for force in ([], ["--force"]):
@@ -48,7 +51,9 @@ def test_an_out_that_exists_is_refused_before_any_work(capsys, tmp_path, out, un
 
 def test_what_cannot_be_written_is_refused_before_any_work(capsys, tmp_path, unread):
     (tmp_path / "file").write_text("")
-    assert "Not a directory" in error(capsys, "convert", "smollm2", tmp_path / "file" / "out")
+    assert "no directory can be written there" in error(
+        capsys, "convert", "smollm2", tmp_path / "file" / "out"
+    )
     assert "too long" in error(capsys, "convert", "smollm2", tmp_path / ("n" * 250))
     assert os.listdir(tmp_path) == ["file"]
 
@@ -65,7 +70,7 @@ def test_a_full_disk_is_found_before_the_work(capsys, tmp_path, bare, monkeypatc
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     said = error(capsys, "convert", bare, tmp_path / "x", "--data-free")
-    assert "needs about 0.00 GB, and 0.00 GB are free" in said and not os.listdir(tmp_path)
+    assert "will be written and 0 are free" in said and not os.listdir(tmp_path)
 
 
 def test_without_a_tokenizer_the_way_out_is_named(capsys, tmp_path, bare):

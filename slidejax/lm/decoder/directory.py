@@ -17,7 +17,7 @@ from slidejax.lm.decoder.huggingface import from_huggingface
 from slidejax.lm.decoder.model import expected
 from slidejax.lm.decoder.names import parameter, safetensors_name, tree_of
 
-__all__ = ["read_config", "read_params"]
+__all__ = ["Parameters", "read_config", "read_params"]
 
 _FLOATS = ("bfloat16", "float16", "float32")
 _INDEX = "model.safetensors.index.json"
@@ -60,14 +60,87 @@ def read_params(
       ValueError: naming the tensor, if one is missing, unknown, or of another shape or dtype; if
         there are no such files, or one is damaged.
     """
-    with contextlib.ExitStack() as stack:
-        tensors = _Tensors([stack.enter_context(ArrayFile(file)) for file in _files(folder)])
-        flat = {
-            path: _one(tensors, path, shape, config, quantization, dtype)
-            for path, shape in expected(config).items()
-        }
-        _account(tensors, config, flat)
+    with Parameters(folder, config, quantization, dtype) as parameters:
+        flat = {path: parameters.read(path) for path in expected(config)}
+        parameters.account()
     return tree_of(flat)
+
+
+class Parameters:
+    """The parameters of a model directory, read one by one.
+
+    Args:
+      folder, config, quantization, dtype: as in `read_params`.
+
+    Attributes:
+      files: the safetensors files.
+
+    Raises:
+      ValueError: if there are no such files, or one is damaged; if two hold the same tensor.
+    """
+
+    def __init__(self, folder: Path, config: DecoderConfig, quantization: Quantization, dtype: Any):
+        self._config, self._quantization, self._dtype = config, quantization, dtype
+        self.files = _files(folder)
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(ArrayFile(file)) for file in self.files]
+            self._tensors = _Tensors(opened)
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> Parameters:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def read(self, path: str) -> Any:
+        """One parameter.
+
+        Raises:
+          ValueError: naming the tensor, if it is missing, or of another shape or dtype, or holds
+            values that are not finite in the dtype.
+        """
+        shape = expected(self._config)[path]
+        return _one(self._tensors, path, shape, self._config, self._quantization, self._dtype)
+
+    def check(self) -> None:
+        """Raises what `read` of all parameters and `account` would say about names and shapes.
+
+        Values are not looked at.
+        """
+        for path, shape in expected(self._config).items():
+            name = safetensors_name(path)
+            self._tensors.check(name, shape[::-1] if path.endswith("/kernel") else shape)
+        self.account()
+
+    def account(self) -> None:
+        """Every tensor that was not asked for must be one that says the same again."""
+        left = sorted(self._tensors.where.keys() - self._tensors.used)
+        unknown = [name for name in left if not self._says_the_same(name)]
+        if unknown:
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            raise ValueError(
+                f"the checkpoint holds tensors that a {self._config.model_type} does not have: "
+                f"{', '.join(unknown[:3])}{more}"
+            )
+
+    def _says_the_same(self, name: str) -> bool:
+        config, tensors = self._config, self._tensors
+        if name.endswith(".rotary_emb.inv_freq"):  # old versions of transformers saved this buffer
+            frequencies = config.ropes[0].frequencies(config.head_dim)
+            found = tensors.read(name).astype(np.float32)
+            return found.shape == frequencies.shape and np.allclose(found, frequencies, rtol=1e-2)
+        if name == "lm_head.weight" and config.tied and tensors.dtype(name) in _FLOATS:
+            embedding = self.read("model/embed_tokens/embedding")
+            found = tensors.read(name)
+            if found.shape == embedding.shape and bool(
+                (jnp.asarray(found, embedding.dtype) == embedding).all()
+            ):
+                return True
+            raise ValueError(
+                "config.json says tie_word_embeddings, and 'lm_head.weight' is not the embedding"
+            )
+        return False
 
 
 def _files(folder: Path) -> list[Path]:
@@ -111,6 +184,15 @@ class _Tensors:
         self.used.add(name)
         return self._file(name).read(name)
 
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises a ValueError unless there is such a tensor of floats; it counts as used."""
+        dtype, found = self._file(name).entries[name]
+        self.used.add(name)
+        if found != shape:
+            raise ValueError(f"{name!r} has shape {found}, config.json says {shape}")
+        if dtype not in _FLOATS:
+            raise ValueError(_no_weights(name, dtype))
+
     def _file(self, name: str) -> ArrayFile:
         if name not in self.where:
             raise ValueError(f"the checkpoint lacks the tensor {name!r}")
@@ -139,47 +221,19 @@ def _one(
         _no_zero_point(tensors, f"{name}_zero_point")
         return quantization.kernel(name, tensor, tensors.read(f"{name}_scale"), scheme, dtype)
     if stored not in _FLOATS:
-        raise ValueError(
-            f"{name!r} is {stored}: codes are no weights, and config.json has no "
-            "quantization_config that says how to read them"
-        )
+        raise ValueError(_no_weights(name, stored))
     value = parameter(path, tensor, dtype)
     # Gemma's norms are 1 + weight, also those of queries and keys.
     return value + 1 if config.sandwich_norm and path.endswith("/weight") else value
 
 
+def _no_weights(name: str, dtype: str) -> str:
+    return (
+        f"{name!r} is {dtype}: codes are no weights, and config.json has no quantization_config "
+        "that says how to read them"
+    )
+
+
 def _no_zero_point(tensors: _Tensors, name: str) -> None:
     if name in tensors.where and tensors.read(name).any():
         raise NotImplementedError(f"{name!r} is not zero: only symmetric weights can be read")
-
-
-def _account(tensors: _Tensors, config: DecoderConfig, flat: dict[str, Any]) -> None:
-    """Every tensor that was not used must be one that says the same again."""
-    left = sorted(tensors.where.keys() - tensors.used)
-    unknown = [name for name in left if not _says_the_same(tensors, name, config, flat)]
-    if unknown:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise ValueError(
-            f"the checkpoint holds tensors that a {config.model_type} does not have: "
-            f"{', '.join(unknown[:3])}{more}"
-        )
-
-
-def _says_the_same(
-    tensors: _Tensors, name: str, config: DecoderConfig, flat: dict[str, Any]
-) -> bool:
-    if name.endswith(".rotary_emb.inv_freq"):  # a buffer that old versions of transformers saved
-        frequencies = config.ropes[0].frequencies(config.head_dim)
-        found = tensors.read(name).astype(np.float32)
-        return found.shape == frequencies.shape and np.allclose(found, frequencies, rtol=1e-2)
-    if name == "lm_head.weight" and config.tied and tensors.dtype(name) in _FLOATS:
-        embedding = flat["model/embed_tokens/embedding"]
-        found = tensors.read(name)
-        if found.shape == embedding.shape and bool(
-            (jnp.asarray(found, embedding.dtype) == embedding).all()
-        ):
-            return True
-        raise ValueError(
-            "config.json says tie_word_embeddings, and 'lm_head.weight' is not the embedding"
-        )
-    return False

@@ -7,7 +7,7 @@ by stage and mixed patterns work as for every family.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from slidejax import conversion, nnx
 from slidejax.functional import Family, Functional, arguments_of
 from slidejax.lm.decoder.apply import apply
+from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.model import Decoder
 from slidejax.prune.model.calibration import Calibration
 from slidejax.prune.model.methods import Method
@@ -56,17 +57,33 @@ def functional(model: Decoder, params: Any = None, example: tuple = ()) -> Funct
     (32, 48)
     """
 
+    params = model.params if params is None else params
+    return functional_of(model.config, params, model.with_params)
+
+
+def functional_of(
+    config: DecoderConfig, params: Any, make: Callable[[Any], Decoder] | None = None
+) -> Functional:
+    """A decoder of a configuration as a function of its parameters.
+
+    Args:
+      config: the configuration.
+      params: the parameters, or their shapes and dtypes.
+      make: makes a decoder of parameters. None: one without files.
+    """
+
     def run(params: Mapping[str, Any], batch: Any) -> Output:
-        return Output(apply(model.config, params, *arguments_of(batch))[0])
+        return Output(apply(config, params, *arguments_of(batch))[0])
 
     def pack(params: Any, rules: Any, *, prune: Any = None, report: Any = None) -> Decoder:
         if isinstance(rules, (str, Pattern, Rule)):
             rules = [(HIDDEN_LAYERS, rules)]
-        converted = nnx.convert(model.with_params(params), rules, prune=prune, report=report)
+        model = Decoder(config, params) if make is None else make(params)
+        converted = nnx.convert(model, rules, prune=prune, report=report)
         assert isinstance(converted, Decoder)  # a clone
         return converted
 
-    return Functional(run, model.params if params is None else params, pack)
+    return Functional(run, params, pack)
 
 
 FAMILY = Family("a slidejax.lm.Decoder", lambda model: isinstance(model, Decoder), functional)
@@ -113,15 +130,15 @@ def convert(
     if not isinstance(model, Decoder):
         raise TypeError(f"model must be a slidejax.lm.Decoder, got {type(model).__name__}")
     if calibration is not None:
-        _check_tokens(calibration, model.config.vocab_size)
+        check_tokens(calibration, model.config.vocab_size)
     if report is not None and not isinstance(report, Report):
         raise TypeError(f"report must be a slidejax.Report, got {type(report).__name__}")
-    if model.config.tied and _converts_head(rules):
+    if model.config.tied and converts_head(rules):
         model = _with_own_head(model)
     return conversion.convert(model, rules, calibration, method=method, report=report)
 
 
-def _check_tokens(calibration: Any, vocab: int) -> None:
+def check_tokens(calibration: Any, vocab: int) -> None:
     """Raises ValueError for an array with ids outside the vocabulary, or for no array."""
     if isinstance(calibration, Calibration):
         return
@@ -135,7 +152,8 @@ def _check_tokens(calibration: Any, vocab: int) -> None:
             )
 
 
-def _converts_head(rules: Any) -> bool:
+def converts_head(rules: Any) -> bool:
+    """Whether a rule is for the output embedding."""
     if isinstance(rules, (str, Pattern, Rule)):
         return False
     try:

@@ -75,20 +75,20 @@ def load(path: str | os.PathLike[str], dtype: Any = None) -> Decoder:
     >>> model.dtype.name, model(jnp.array([[1, 2]])).shape
     ('bfloat16', (1, 2, 64))
     """
-    dtype = _check_dtype(dtype)
-    path = _check_path(path)
+    dtype = check_dtype(dtype)
+    path = check_path(path)
     if path.is_file():
         file = GGUFFile(path)
         config = gguf.config_of(file)
-        params = gguf.params_of(file, config, dtype or _default())
+        params = gguf.params_of(file, config, dtype or default_dtype())
         return Decoder(config, params, files={gguf.GGUF_TOKENIZER: gguf.tokenizer_of(file)})
     if not path.is_dir():
         raise ValueError(f"path {str(path)!r} is neither a file nor a directory")
     if (path / store.METADATA).is_file():
         return _load_saved(path, dtype)
     config, quantization = directory.read_config(path)
-    params = directory.read_params(path, config, quantization, dtype or _default())
-    return Decoder(config, params, files=_text_files(path))
+    params = directory.read_params(path, config, quantization, dtype or default_dtype())
+    return Decoder(config, params, files=text_files(path))
 
 
 def save(model: Decoder, path: str | os.PathLike[str], *, floats: Any = None) -> None:
@@ -110,10 +110,10 @@ def save(model: Decoder, path: str | os.PathLike[str], *, floats: Any = None) ->
         path.
       OSError: if the directory cannot be written. An earlier one then stays as it is.
     """
-    path = _check_path(path)
+    path = check_path(path)
     if not isinstance(model, Decoder):
         raise TypeError(f"model must be a slidejax.lm.Decoder, got {type(model).__name__}")
-    params = model.params if floats is None else kept_in(model.params, _check_dtype(floats))
+    params = model.params if floats is None else kept_in(model.params, check_dtype(floats))
     with staged(path, store.METADATA) as folder:
         store.write_into(folder, content(model.config, model.dtype, model.about, params))
         write_texts(folder, model.files)
@@ -144,11 +144,13 @@ def kept_in(tree: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
     }
 
 
-def _default() -> np.dtype:
+def default_dtype() -> np.dtype:
+    """In which a decoder computes on this device if nothing else is said."""
     return np.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def _check_path(path: Any) -> Path:
+def check_path(path: Any) -> Path:
+    """The path; TypeError or ValueError if it is none."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a str or os.PathLike, got {type(path).__name__}")
     if not os.fspath(path):  # pathlib would take the directory that one is in
@@ -156,7 +158,8 @@ def _check_path(path: Any) -> Path:
     return Path(path)
 
 
-def _check_dtype(dtype: Any) -> np.dtype | None:
+def check_dtype(dtype: Any) -> np.dtype | None:
+    """The dtype, if a decoder can compute in it, or None; otherwise a ValueError."""
     if dtype is None:
         return None
     try:
@@ -168,7 +171,8 @@ def _check_dtype(dtype: Any) -> np.dtype | None:
     return resolved
 
 
-def _text_files(folder: Path) -> dict[str, bytes]:
+def text_files(folder: Path) -> dict[str, bytes]:
+    """The text files of a model directory by name."""
     files = {}
     for name in TEXT_FILES:
         file = folder / name
@@ -186,7 +190,7 @@ def _load_saved(folder: Path, dtype: np.dtype | None) -> Decoder:
     content = store.load(folder)
     try:
         model, params, about = content["model"], content["params"], content["about"]
-        name, saved = model["class"], _check_dtype(model["dtype"])
+        name, saved = model["class"], check_dtype(model["dtype"])
     except (KeyError, TypeError) as e:
         raise ValueError(f"{str(folder)!r} holds parameters but no model: {e!r}") from e
     if name == CLASS:
@@ -194,7 +198,7 @@ def _load_saved(folder: Path, dtype: np.dtype | None) -> Decoder:
     else:  # a Flax model of transformers, whose parameters have the same names
         config, _ = directory.read_config(folder)
         config, params = _from_flax(config, params)
-    return Decoder(config, _cast(params, dtype or saved), files=_text_files(folder), about=about)
+    return Decoder(config, _cast(params, dtype or saved), files=text_files(folder), about=about)
 
 
 def _from_flax(

@@ -115,28 +115,58 @@ def params_of(file: GGUFFile, config: DecoderConfig, dtype: Any) -> dict[str, An
       ValueError: naming it, if a tensor is missing or unknown or has another shape.
       NotImplementedError: if a tensor has a type that the package gguf cannot dequantise.
     """
-    names = {path: gguf_name(path, config.sandwich_norm) for path in expected(config)}
-    unknown = sorted(file.tensors.keys() - set(names.values()) - {"rope_freqs.weight"})
+    check_tensors(file, config)
+    return tree_of({path: param_of(file, config, path, dtype) for path in expected(config)})
+
+
+def check_tensors(file: GGUFFile, config: DecoderConfig) -> None:
+    """Raises a ValueError if a tensor is missing or unknown, or has another shape."""
+    shapes = {gguf_name(path, config.sandwich_norm): path for path in expected(config)}
+    unknown = sorted(file.tensors.keys() - shapes.keys() - {"rope_freqs.weight"})
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise ValueError(
             f"{file.path!r} holds tensors that a {config.model_type} does not have: "
             f"{', '.join(unknown[:3])}{more}"
         )
-    flat: dict[str, Any] = {}
-    for path, shape in expected(config).items():
-        tensor = file.read(names[path])
-        wanted = shape[::-1] if path.endswith("/kernel") else shape
-        if tensor.shape != wanted:
-            raise ValueError(
-                f"{file.path!r}: tensor {names[path]!r} has shape {tensor.shape}, expected {wanted}"
-            )
-        if config.model_type == "llama" and "/self_attn/q_proj/" in path:
-            tensor = _in_order(tensor, config.num_heads)
-        elif config.model_type == "llama" and "/self_attn/k_proj/" in path:
-            tensor = _in_order(tensor, config.num_kv_heads)
-        flat[path] = parameter(path, tensor, dtype)
-    return tree_of(flat)
+    for name, path in shapes.items():
+        _check_shape(file, name, _stored_shape(path, config))
+
+
+def param_of(file: GGUFFile, config: DecoderConfig, path: str, dtype: Any) -> Any:
+    """One parameter, dequantised.
+
+    Args:
+      file, config, dtype: as in `params_of`.
+      path: the parameter's path.
+
+    Raises:
+      ValueError: naming it, if the tensor is missing or has another shape.
+      NotImplementedError: if it has a type that the package gguf cannot dequantise.
+    """
+    name = gguf_name(path, config.sandwich_norm)
+    if name in file.tensors:
+        _check_shape(file, name, _stored_shape(path, config))
+    tensor = file.read(name)
+    if config.model_type == "llama" and "/self_attn/q_proj/" in path:
+        tensor = _in_order(tensor, config.num_heads)
+    elif config.model_type == "llama" and "/self_attn/k_proj/" in path:
+        tensor = _in_order(tensor, config.num_kv_heads)
+    return parameter(path, tensor, dtype)
+
+
+def _stored_shape(path: str, config: DecoderConfig) -> tuple[int, ...]:
+    shape = expected(config)[path]
+    return shape[::-1] if path.endswith("/kernel") else shape
+
+
+def _check_shape(file: GGUFFile, name: str, wanted: tuple[int, ...]) -> None:
+    if name not in file.tensors:
+        raise ValueError(f"{file.path!r} has no tensor {name!r}")
+    if file.tensors[name] != wanted:
+        raise ValueError(
+            f"{file.path!r}: tensor {name!r} has shape {file.tensors[name]}, expected {wanted}"
+        )
 
 
 def tokenizer_of(file: GGUFFile) -> bytes:

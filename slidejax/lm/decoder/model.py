@@ -23,7 +23,7 @@ from slidejax.nnx.layers import SlideLayer, SlideLinear
 from slidejax.ops.primitive import as_array
 from slidejax.weights.packed import LinearWeight
 
-__all__ = ["Decoder", "expected"]
+__all__ = ["Decoder", "expected", "leaves_of"]
 
 
 class Decoder(Writes, nnx.Module):
@@ -239,7 +239,7 @@ def expected(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 def check_params(config: DecoderConfig, params: Mapping[str, Any]) -> None:
     """Raises a ValueError unless the tree holds what `expected` says, and nothing else."""
-    found = dict(_leaves(params))
+    found = dict(leaves_of(params))
     shapes = expected(config)
     problems = [f"{path} is missing" for path in shapes if path not in found]
     problems += [f"{path} is unknown" for path in found if path not in shapes]
@@ -271,9 +271,10 @@ def _is_floating(value: Any) -> bool:
     return hasattr(value, "dtype") and jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
 
 
-def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:
+def leaves_of(tree: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:
+    """The leaves of nested dicts with their '/'-joined paths."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{name}/")
+            yield from leaves_of(value, f"{path}{name}/")
         else:
             yield f"{path}{name}", value

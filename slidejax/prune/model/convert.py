@@ -23,9 +23,9 @@ from slidejax.prune.model.stages import SeveralDepths, Stages
 from slidejax.prune.model.store import Store, fingerprint
 from slidejax.rules import Prune, Report, Rule
 
-__all__ = ["calibrated", "convert", "planned_report", "planned_rules"]
+__all__ = ["calibrated", "convert", "in_order", "planned_report", "planned_rules", "stored"]
 
-_SMOOTH_ON = 2  # smoothing measures the channels on this many batches
+SMOOTH_ON = 2  # smoothing measures the channels on this many batches
 
 
 def convert(
@@ -157,25 +157,56 @@ def _in_order(
       The smoothed parameters, the pruned kernels by path, and the number of layers whose inputs
       were smoothed.
     """
-    store = None
-    if how.work is not None:
-        settings = method.name, how.smooth, how.correct, how.damping
-        rules = sorted((path, str(rule)) for path, rule in plan.items())
-        store = Store(how.work, fingerprint(params, list(batches), *settings, rules))
+    store = None if how.work is None else stored(how, method, plan, batches, params)
     with CompileAhead() as ahead:
-        pruning = InOrder(
-            stages,
-            lambda path: method.solver(plan[path]),
-            correct=how.correct if method.corrects else 0.0,
-            damping=how.damping,
-            store=store,
-            offload=how.offload,
-            ahead=ahead,
-        )
+        pruning = in_order(stages, plan, method, how, store=store, offload=how.offload, ahead=ahead)
         pruning.begin(params)
-        params, smoothed = smooth(stages, params, batches[:_SMOOTH_ON], how.smooth, ahead=ahead)
+        params, smoothed = smooth(stages, params, batches[:SMOOTH_ON], how.smooth, ahead=ahead)
         done = pruning(params, batches, how.progress)
     return params, done, len(smoothed)
+
+
+def stored(
+    how: Calibration, method: Method, plan: Mapping[str, Rule], batches: Sequence[Any], source: Any
+) -> Store:
+    """The folder `how.work` for the finished stages of a conversion.
+
+    Args:
+      how: the calibration.
+      method: the method.
+      plan: path -> rule of the kernels that are pruned.
+      batches: what the model is calibrated on.
+      source: the parameters, or a text that tells them from all others.
+
+    Raises:
+      ValueError: if the folder holds another conversion.
+    """
+    assert how.work is not None
+    settings = method.name, how.smooth, how.correct, how.damping
+    rules = sorted((path, str(rule)) for path, rule in plan.items())
+    return Store(how.work, fingerprint(source, list(batches), *settings, rules))
+
+
+def in_order(
+    stages: Stages,
+    plan: Mapping[str, Rule],
+    method: Method,
+    how: Calibration,
+    *,
+    store: Store | None,
+    offload: bool,
+    ahead: CompileAhead,
+) -> InOrder:
+    """Pruning in order by a method, with the settings of a calibration."""
+    return InOrder(
+        stages,
+        lambda path: method.solver(plan[path]),
+        correct=how.correct if method.corrects else 0.0,
+        damping=how.damping,
+        store=store,
+        offload=offload,
+        ahead=ahead,
+    )
 
 
 def _at_once(

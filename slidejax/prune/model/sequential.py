@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,11 +32,15 @@ from slidejax.prune.model.inputs import as_rows, rounded
 from slidejax.prune.model.methods import Solve
 from slidejax.prune.model.program import Tap, named_leaves
 from slidejax.prune.model.result import Pruned
+from slidejax.prune.model.solving import solved_by
 from slidejax.prune.model.stages import Stages
 from slidejax.prune.model.store import Store
-from slidejax.prune.sparsegpt import EXACT, damped
+from slidejax.prune.sparsegpt import EXACT
 
 __all__ = ["InOrder"]
+
+# The values between stages, by number: of the original model, and of the model as it is pruned.
+State = tuple[dict[int, Any], dict[int, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,35 +150,60 @@ class InOrder:
           ValueError: if the inputs of a layer are not finite.
         """
         leaves = named_leaves(params)
-        new: dict[str, Any] = {}  # the new kernels that later stages read
-        states = [(self._stages.start(batch), self._stages.start(batch)) for batch in batches]
+        new: dict[str, Any] = {}
         done: dict[str, Pruned] = {}
-        for at, taps in enumerate(self._stages.taps):
-            found = None if self._store is None else self._store.load(at)
-            groups = self._groups[at] if found is None else []
-            sums = [_zero_moments(self._stages, group, leaves) for group in groups]
-            for i, state in enumerate(states):
-                states[i] = self._add_batch(at, state, leaves, new, groups, sums)
-            if found is None:
-                found = self._solve(groups, sums, leaves)
-                if self._store is not None:
-                    self._store.save(at, found)
-            new |= {tap.path: _leaf(found[tap.path].kernel, leaves[tap.path], tap) for tap in taps}
-            new = {path: leaf for path, leaf in new.items() if self._stages.reads_after(at, path)}
-            done |= jax.device_get(found)
+        states = self.start(batches)
+        for at in range(len(self._stages.taps)):
+            done |= jax.device_get(self.stage(at, leaves, new, states))
             if progress is not None:
                 progress(at + 1, len(self._stages.taps))
         return done
 
+    def start(self, batches: Sequence[Any]) -> list[State]:
+        """The state of each batch before stage 0: of the original model, and of the pruned one."""
+        return [(self._stages.start(batch), self._stages.start(batch)) for batch in batches]
+
+    def stage(
+        self, at: int, leaves: Mapping[str, Any], new: dict[str, Any], states: list[State]
+    ) -> dict[str, Pruned]:
+        """Prunes the layers of one stage. Stages are pruned in order.
+
+        Args:
+          at: the stage.
+          leaves: the original parameters by path. Only those that the stage needs are asked for.
+          new: the new kernels that this stage and later ones read. It is changed in place.
+          states: what `start` gave and the stages before changed; changed in place.
+
+        Returns:
+          Path of the kernel -> `Pruned`.
+
+        Raises:
+          ValueError: if the inputs of a layer are not finite.
+        """
+        taps = self._stages.taps[at]
+        found = None if self._store is None else self._store.load(at)
+        groups = self._groups[at] if found is None else []
+        sums = [_zero_moments(self._stages, group, leaves) for group in groups]
+        for i, state in enumerate(states):
+            states[i] = self._add_batch(at, state, leaves, new, groups, sums)
+        if found is None:
+            found = self._solve(groups, sums, leaves)
+            if self._store is not None:
+                self._store.save(at, found)
+        new |= {tap.path: _leaf(found[tap.path].kernel, leaves[tap.path], tap) for tap in taps}
+        for path in [path for path in new if not self._stages.reads_after(at, path)]:
+            del new[path]
+        return found
+
     def _add_batch(
         self,
         at: int,
-        state: tuple[dict[int, Any], dict[int, Any]],
+        state: State,
         leaves: Mapping[str, Any],
-        new: Mapping[str, Any],
+        new: dict[str, Any],
         groups: Sequence[_LayerGroup],
         sums: list[Any],
-    ) -> tuple[dict[int, Any], dict[int, Any]]:
+    ) -> State:
         """Runs a stage on one batch, and adds the batch to the moments of its layers, in place.
 
         Args:
@@ -191,9 +221,8 @@ class InOrder:
         xs: dict[int, Any] = {}
         if self._correct:
             original, xs = self._stages.advance(at, original, leaves, ahead=self._ahead)
-        pruned, zs = self._stages.advance(
-            at, pruned, {**leaves, **new}, round_inputs=True, ahead=self._ahead
-        )
+        changed = ChainMap(new, leaves)  # type: ignore[arg-type]
+        pruned, zs = self._stages.advance(at, pruned, changed, round_inputs=True, ahead=self._ahead)
         for g, group in enumerate(groups):
             lost = tuple(None if v is None else (original[v], pruned[v]) for v in group.streams)
             x, z = xs.get(group.value), zs[group.value]
@@ -245,13 +274,14 @@ def _groups(
     for (_, _, solve), members in found.items():
         streams = tuple(stages.streams[tap.path] if correct else None for tap in members)
         first = members[0]
+        outputs = sum(stages.outputs(tap) for tap in members)
         groups.append(
             _LayerGroup(
                 tuple(members),
                 streams,
                 correct,
                 _moments_of(first.axes, stages.qdtypes[first.path]),
-                _solved_by(solve),
+                solved_by(solve, outputs),
             )
         )
     return groups
@@ -301,46 +331,3 @@ def _moments_of(axes, dtype) -> Callable[..., Any]:
         return gram, None if cross is None else cross + dot(z.T, x), added
 
     return jitted(moments, donate_argnums=0)
-
-
-# --- solving --------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _solved_by(solve: Solve) -> Callable[..., Any]:
-    """`_LayerGroup.solved` for a method."""
-
-    def solved(kernels, moments, correct, damping):
-        gram, cross, wanted = moments
-        kernel = jnp.concatenate(kernels, axis=1)
-        target = kernel
-        if cross is not None or any(w is not None for w in wanted):
-            parts = [
-                jnp.matmul(cross, k, precision=EXACT) if w is None else w
-                for k, w in zip(kernels, wanted, strict=True)
-            ]
-            target = kernel + correct * (
-                _target(gram, jnp.concatenate(parts, axis=1), kernel, damping) - kernel
-            )
-        result = solve(kernel, target, gram, damping)
-        ends = np.cumsum([k.shape[1] for k in kernels])
-        parts = [
-            jax.tree.map(lambda leaf, end=end, k=k: leaf[..., end - k.shape[1] : end], result)
-            for end, k in zip(ends, kernels, strict=True)
-        ]
-        inputs = jnp.isfinite(gram).all() & jnp.isfinite(kernel).all()
-        values = [leaf for leaf in jax.tree.leaves(result) if leaf.dtype != jnp.bool_]
-        solution = jnp.array([jnp.isfinite(leaf).all() for leaf in (target, *values)]).all()
-        return (inputs, solution), parts
-
-    return jitted(solved)
-
-
-def _target(gram, wanted, kernel, damping):
-    """The least-squares kernel without the pattern.
-
-    Damping pulls it towards the original kernel.
-    """
-    full = damped(gram, damping)
-    ridge = (jnp.diagonal(full) - jnp.diagonal(gram))[:, None]
-    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(full), wanted + ridge * kernel)

@@ -33,22 +33,24 @@ from slidejax.prune.model.inputs import as_rows
 from slidejax.prune.model.program import Program, Step, Tap, named_leaves
 from slidejax.prune.model.stages import Stages
 
-__all__ = ["smooth"]
+__all__ = ["Fold", "energies", "folds_of", "rescaled", "smooth"]
 
 _SAME_CHANNELS = ("convert_element_type", "copy", "stop_gradient")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Fold:
+class Fold:
     """Where a factor for the channels of an input can go.
 
     Attributes:
       vectors: paths of parameters `[in]` that are divided by it: a norm's scale and bias.
       columns: the layer whose outputs are divided by it, or None.
+      members: the layers that read the input, whose kernels' rows are multiplied by it.
     """
 
     vectors: tuple[str, ...] = ()
     columns: Tap | None = None
+    members: tuple[Tap, ...] = ()
 
 
 def smooth(
@@ -73,32 +75,83 @@ def smooth(
       `(params, paths)`: parameters with which the model computes the same, and the paths of the
       kernels whose rows have changed.
     """
-    folds: list[tuple[list[Tap], _Fold]] = []
-    for taps in stages.taps:
-        for value in dict.fromkeys(tap.value for tap in taps):
-            members = [tap for tap in taps if tap.value == value]
-            fold = _find(stages.program, members)
-            if fold is not None:
-                folds.append((members, fold))
+    folds = folds_of(stages)
     if not folds or not strength:
         return params, []
     leaves = named_leaves(params)
-    energy = _energies(stages, leaves, batches, ahead)
-    for members, fold in folds:
-        made_by = () if fold.columns is None else (fold.columns,)
-        readers, makers = [tap.path for tap in members], [tap.path for tap in made_by]
-        new = _rescaled(
-            [leaves[path] for path in readers],
-            [leaves[path] for path in fold.vectors],
-            [leaves[path] for path in makers],
-            energy[members[0].value],
-            np.float32(strength),
-            tuple(tap.axes.kernel for tap in members),
-            tuple(tap.axes.kernel for tap in made_by),
-        )
-        leaves |= zip((*readers, *fold.vectors, *makers), new, strict=True)
+    energy: dict[int, Any] = {}
+    states = [stages.start(batch) for batch in batches]
+    for at in range(len(stages.taps)):
+        energy |= energies(stages, at, states, leaves, ahead)
+    for fold in folds:
+        leaves |= rescaled(fold, leaves, energy[fold.members[0].value], strength)
     tree = jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
-    return tree, [tap.path for members, _ in folds for tap in members]
+    return tree, [tap.path for fold in folds for tap in fold.members]
+
+
+def folds_of(stages: Stages) -> list[Fold]:
+    """The inputs whose channels can be rescaled, in the order of the program."""
+    folds = []
+    for taps in stages.taps:
+        for value in dict.fromkeys(tap.value for tap in taps):
+            members = tuple(tap for tap in taps if tap.value == value)
+            fold = _find(stages.program, members)
+            if fold is not None:
+                folds.append(dataclasses.replace(fold, members=members))
+    return folds
+
+
+def energies(
+    stages: Stages,
+    at: int,
+    states: list[dict[int, Any]],
+    leaves: Mapping[str, Any],
+    ahead: CompileAhead | None = None,
+) -> dict[int, jax.Array]:
+    """The sum of squares of each channel of each input of one stage, in the original model.
+
+    Args:
+      stages: the traced model.
+      at: the stage. Stages are run in order.
+      states: the values between stages of each batch (`Stages.start`). They are changed in place.
+      leaves: the original parameters by path.
+      ahead: where the stages are being compiled.
+
+    Returns:
+      The number of an input -> float32 `[in]`.
+    """
+    total: dict[int, Any] = {}
+    for i, values in enumerate(states):
+        states[i], inputs = stages.advance(at, values, leaves, ahead=ahead)
+        for tap in {tap.value: tap for tap in stages.taps[at]}.values():
+            before = total.get(tap.value, np.zeros(stages.program.width(tap), np.float32))
+            total[tap.value] = _energy(before, inputs[tap.value], tap.axes)
+    return total
+
+
+def rescaled(
+    fold: Fold, leaves: Mapping[str, Any], energy: jax.Array, strength: float
+) -> dict[str, jax.Array]:
+    """The parameters, by path, that change when the channels of an input are divided.
+
+    Args:
+      fold: the input.
+      leaves: the parameters by path. The folds before have changed them.
+      energy: what `energies` measured of the input.
+      strength: as in `smooth`.
+    """
+    made_by = () if fold.columns is None else (fold.columns,)
+    readers, makers = [tap.path for tap in fold.members], [tap.path for tap in made_by]
+    new = _rescaled(
+        [leaves[path] for path in readers],
+        [leaves[path] for path in fold.vectors],
+        [leaves[path] for path in makers],
+        energy,
+        np.float32(strength),
+        tuple(tap.axes.kernel for tap in fold.members),
+        tuple(tap.axes.kernel for tap in made_by),
+    )
+    return dict(zip((*readers, *fold.vectors, *makers), new, strict=True))
 
 
 @functools.partial(jitted, static_argnums=(5, 6))
@@ -145,27 +198,12 @@ def _rescaled(
     ]
 
 
-def _energies(
-    stages: Stages, leaves: Mapping[str, Any], batches: Sequence[Any], ahead: CompileAhead | None
-) -> dict[int, jax.Array]:
-    """The sum of squares of each channel of each input."""
-    total: dict[int, Any] = {}
-    for batch in batches:
-        values = stages.start(batch)
-        for at, taps in enumerate(stages.taps):
-            values, inputs = stages.advance(at, values, leaves, ahead=ahead)
-            for tap in {tap.value: tap for tap in taps}.values():
-                before = total.get(tap.value, np.zeros(stages.program.width(tap), np.float32))
-                total[tap.value] = _energy(before, inputs[tap.value], tap.axes)
-    return total
-
-
 @functools.partial(jitted, static_argnums=2)
 def _energy(total, x, axes):
     return total + jnp.sum(as_rows(x, axes) ** 2, axis=0)
 
 
-def _find(program: Program, members: list[Tap]) -> _Fold | None:
+def _find(program: Program, members: tuple[Tap, ...]) -> Fold | None:
     """Where factors for an input can go, if no other layers read the input."""
     value = members[0].value
     search = _Search(program, value, program.width(members[0]))
@@ -194,7 +232,7 @@ class _Search:
             for v in step.inputs:
                 self.users.setdefault(v, []).append(step)
 
-    def fold(self, v: int) -> _Fold | None:
+    def fold(self, v: int) -> Fold | None:
         """Where a factor for the channels of a value can go."""
         step = self._makers.get(v)
         if step is None or (v != self._value and not self._read_once(v)):
@@ -207,25 +245,25 @@ class _Search:
             return self._of_product(step.inputs)
         return None
 
-    def _of_sum(self, terms: tuple[int, ...]) -> _Fold | None:
+    def _of_sum(self, terms: tuple[int, ...]) -> Fold | None:
         """The sum of a norm's bias and its scaled input: both parameters are divided."""
         for bias, rest in (terms, terms[::-1]):
             path = self._vector(bias)
             below = self.fold(rest) if path is not None else None
             if path is not None and below is not None and below.vectors:
-                return _Fold((*below.vectors, path))
+                return Fold((*below.vectors, path))
         return None
 
-    def _of_product(self, factors: tuple[int, ...]) -> _Fold | None:
+    def _of_product(self, factors: tuple[int, ...]) -> Fold | None:
         """A product: one factor is divided. It is a parameter, or the output of a layer."""
         for v in factors:
             path = self._vector(v)
             if path is not None:
-                return _Fold((path,))
+                return Fold((path,))
         for v in factors:
             layer = self._columns(v)
             if layer is not None:
-                return _Fold((), layer)
+                return Fold((), layer)
         for v in factors:
             below = self.fold(v)
             if below is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -163,6 +164,28 @@ class Stages:
     def reads_after(self, stage: int, path: str) -> bool:
         """Whether a stage after this one reads a parameter."""
         return self._last_use.get(self.program.leaf[path], -1) > stage
+
+    def reads(self, stage: int) -> set[str]:
+        """The paths of the parameters that a stage's program reads."""
+        read = {v for step in self._by_stage[stage] for v in step.inputs}
+        return {path for path, v in self.program.leaf.items() if v in read}
+
+    def kept_bytes(self, stage: int) -> int:
+        """The bytes of the values of one batch that are kept when a stage has run."""
+        made = dict.fromkeys(self.program.batch, -1)
+        for at, steps in enumerate(self._by_stage):
+            made |= {v: at for step in steps for v in step.outputs}
+        shapes = [
+            self.program.shape(v)
+            for v, at in made.items()
+            if at <= stage < self._last_use.get(v, -1)
+        ]
+        return sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in shapes)
+
+    def outputs(self, tap: Tap) -> int:
+        """The number of outputs of a layer."""
+        size = math.prod(self.program.shape(self.program.leaf[tap.path]).shape)
+        return size // self.program.width(tap)
 
     # --- running
 

@@ -1,10 +1,16 @@
-"""Finished pruning stages on disk, from which a conversion that was stopped goes on."""
+"""Finished pruning stages on disk, from which a conversion that was stopped goes on.
+
+A stage is one file of NumPy (`.npz`), whose arrays have checksums. A kernel that is rounded to 8
+bit is kept as codes and scales, and its mask as bits: 1.13 bytes a weight.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+import warnings
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,8 @@ from slidejax.files import replacing
 from slidejax.prune.model.result import Pruned
 
 __all__ = ["Store", "fingerprint"]
+
+_FORMAT = 2  # of the files
 
 
 def fingerprint(*trees: Any) -> str:
@@ -51,6 +59,7 @@ class Store:
     def __init__(self, folder: str | os.PathLike[str], key: str):
         self._folder = Path(folder)
         note = self._folder / "conversion"
+        key = f"{_FORMAT} {key}"
         if note.is_file() and note.read_text() != key:
             raise ValueError(
                 f"{str(folder)!r} holds the stages of another conversion (other model, text or "
@@ -67,12 +76,13 @@ class Store:
         """Writes the pruned kernels of a stage, by path."""
         arrays: dict[str, Any] = {}
         for path, one in pruned.items():
-            arrays |= {
-                f"mask:{path}": np.packbits(np.asarray(one.mask), axis=0),
-                f"kernel:{path}": np.asarray(one.kernel),
-            }
-            if one.scale is not None:
-                arrays[f"scale:{path}"] = np.asarray(one.scale)
+            kernel = np.asarray(one.kernel)
+            arrays[f"mask:{path}"] = np.packbits(np.asarray(one.mask), axis=0)
+            scale = None if one.scale is None else np.asarray(one.scale)
+            kind, small = _smallest(kernel, scale)
+            arrays[f"{kind}:{path}"] = small
+            if scale is not None:
+                arrays[f"scale:{path}"] = scale
         with replacing(self._file(stage)) as file:
             np.savez(file, **arrays)
 
@@ -81,22 +91,65 @@ class Store:
         return self._file(stage).is_file()
 
     def load(self, stage: int) -> dict[str, Pruned] | None:
-        """The kernels that `save` wrote, or None."""
+        """The kernels that `save` wrote, or None.
+
+        Warns:
+          UserWarning: if the file is damaged, which its checksums tell. It then counts as missing.
+        """
         if not self.has(stage):
             return None
-        with np.load(self._file(stage), allow_pickle=False) as file:
+        try:
+            with np.load(self._file(stage), allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            return {
+                path: _pruned(arrays, kind, path)
+                for kind, _, path in (name.partition(":") for name in arrays)
+                if kind in _KINDS
+            }
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            warnings.warn(
+                f"{str(self._file(stage))!r} is damaged ({e}): the stage is computed again",
+                stacklevel=2,
+            )
+            return None
 
-            def one(path: str) -> Pruned:
-                kernel, scale = file[f"kernel:{path}"], f"scale:{path}"
-                mask = np.unpackbits(file[f"mask:{path}"], axis=0, count=len(kernel)).astype(bool)
-                return Pruned(
-                    jnp.asarray(mask),
-                    jnp.asarray(kernel),
-                    jnp.asarray(file[scale]) if scale in file else None,
-                )
 
-            return {path: one(path) for path in _paths(file.files)}
+# The forms in which a kernel may be kept, smallest first: the dtype in the file, and the one that
+# its bits are. Codes are multiplied by the scale.
+_KINDS: dict[str, tuple[np.dtype, np.dtype]] = {
+    "int8": (np.dtype(np.int8), np.dtype(np.int8)),
+    "float8": (np.dtype(np.uint8), np.dtype(jnp.float8_e4m3fn)),
+    "bfloat16": (np.dtype(np.uint16), np.dtype(jnp.bfloat16)),
+    "kernel": (np.dtype(np.float32), np.dtype(np.float32)),
+}
 
 
-def _paths(names: Iterable[str]) -> list[str]:
-    return [name.partition(":")[2] for name in names if name.startswith("kernel:")]
+def _smallest(kernel: np.ndarray, scale: np.ndarray | None) -> tuple[str, np.ndarray]:
+    """The smallest form that gives a float32 kernel back exactly, and the kernel in it."""
+    if scale is not None:
+        codes = np.where(scale > 0, kernel / np.where(scale > 0, scale, 1), 0)
+        tried = {"int8": np.clip(np.rint(codes), -128, 127), "float8": codes}
+    else:
+        tried = {"bfloat16": kernel}
+    for kind, values in tried.items():
+        stored, dtype = _KINDS[kind]
+        with np.errstate(all="ignore"):
+            small = values.astype(dtype)
+            if np.array_equal(_wide(small, scale), kernel):
+                return kind, small.view(stored)
+    return "kernel", kernel
+
+
+def _wide(values: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
+    wide = values.astype(np.float32)
+    return wide if scale is None or values.dtype == np.float32 else wide * scale
+
+
+def _pruned(arrays: dict[str, np.ndarray], kind: str, path: str) -> Pruned:
+    values = arrays[f"{kind}:{path}"].view(_KINDS[kind][1])
+    scale = arrays.get(f"scale:{path}")
+    kernel = _wide(values, scale)
+    mask = np.unpackbits(arrays[f"mask:{path}"], axis=0, count=len(kernel)).astype(bool)
+    return Pruned(
+        jnp.asarray(mask), jnp.asarray(kernel), None if scale is None else jnp.asarray(scale)
+    )

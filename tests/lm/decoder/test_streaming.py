@@ -1,0 +1,206 @@
+"""Conversion from files to files: what is written, what it takes, and how it goes on."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import slidejax as sj
+from slidejax.checkpoint import load as load_tree
+from slidejax.lm.decoder import streaming
+from slidejax.lm.decoder.examples import tiny, tiny_config
+from slidejax.lm.decoder.names import safetensors_name
+from slidejax.lm.decoder.source import open_source
+from slidejax.prune.model.store import Store
+from slidejax.prune.model.streamed import Reading
+
+GOLDEN = Path(__file__).parent / "golden"
+IDS = np.random.default_rng(0).integers(3, 60, (4, 24)).astype(np.int32)
+
+
+def same(a, b):
+    """Whether two directories hold the same tree."""
+    one, other = load_tree(a), load_tree(b)
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def both_ways(path, tmp_path, rules, method, calibration, **options):
+    """The directories that the loaded model and the files give, and their reports."""
+    reports = sj.Report(), sj.Report()
+    loaded = sj.lm.convert(sj.lm.load(path), rules, method, calibration, report=reports[0])
+    sj.lm.save(loaded, tmp_path / "loaded", **options)
+    sj.lm.convert_files(
+        path, tmp_path / "files", rules, method, calibration, report=reports[1], **options
+    )
+    same(tmp_path / "loaded", tmp_path / "files")
+    assert str(reports[0]) == str(reports[1])
+    return tmp_path / "files"
+
+
+def deep(path, layers=16, **changes):
+    """A decoder of many layers in safetensors, whose blocks are small beside it."""
+    config = tiny_config(
+        num_layers=layers,
+        windows=(None,) * layers,
+        ropes=tiny_config().ropes[:1] * layers,
+        **changes,
+    )
+    model = tiny(num_layers=layers, windows=config.windows, ropes=config.ropes, **changes)
+    path.mkdir()
+    leaves = streaming.leaves_of(model.params)
+    tensors = {
+        safetensors_name(p): np.ascontiguousarray(np.asarray(v).T if p.endswith("kernel") else v)
+        for p, v in leaves
+    }
+    save_file(tensors, path / "model.safetensors")
+    values = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": config.tied,
+    }
+    (path / "config.json").write_text(json.dumps(values))
+    return path, sum(tensor.nbytes for tensor in tensors.values())
+
+
+# --- the same weights -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3"])
+def test_calibrated_weights_are_those_of_the_loaded_model(case, tmp_path):
+    rules = "6:8" if case == "llama" else [(".*/0/.*", None), (".*/mlp/.*", sj.Rule("4:6", None))]
+    method = "sparsegpt" if case == "llama" else "wanda"
+    out = both_ways(GOLDEN / case, tmp_path, rules, method, IDS)
+    assert np.isfinite(np.asarray(sj.lm.load(out)(IDS))).all()
+
+
+@pytest.mark.parametrize("method", ["wanda", None])
+def test_a_tied_head_that_a_rule_converts(method, tmp_path):
+    """Each layer may have another pattern, as `mixed` chooses them."""
+    rules = [("lm_head", "dense"), (".*/mlp/.*", "14:16"), (".*", "6:8")]
+    both_ways(GOLDEN / "llama3", tmp_path, rules, method, None if method is None else IDS)
+
+
+def test_floats_and_files_of_slidejax(tmp_path):
+    sj.lm.save(tiny(), tmp_path / "saved")
+    out = both_ways(tmp_path / "saved", tmp_path, "6:8", None, None, floats="bfloat16")
+    assert load_tree(out)["params"]["lm_head"]["kernel"].dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="is converted already"):
+        sj.lm.convert_files(out, tmp_path / "x", "6:8")
+    with pytest.raises(ValueError, match="holds an earlier result"):
+        sj.lm.convert_files(tmp_path / "saved", out, "6:8")
+    how = sj.prune.Calibration(IDS, in_order=False)
+    with pytest.raises(ValueError, match="in_order=False needs the whole model"):
+        sj.lm.convert_files(tmp_path / "saved", tmp_path / "x", "6:8", "wanda", how)
+    assert not (tmp_path / "x").exists()
+
+
+# --- what it takes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
+def test_a_few_layers_are_in_memory_at_a_time(method, tmp_path, monkeypatch):
+    """Live arrays at each reading and writing, against the formula that the documents use."""
+    path, dense = deep(tmp_path / "model")
+    ids = IDS[:2] if method == "sparsegpt" else None
+    with open_source(path, "float32") as source:
+        config = source.config
+    rules = [(".*layers.*", "6:8")]
+    before = {id(array) for array in jax.live_arrays()}
+    most, times = 0, 0
+
+    def look():
+        nonlocal most, times
+        live = [array for array in jax.live_arrays() if id(array) not in before]
+        most, times = max(most, sum(array.nbytes for array in live)), times + 1
+
+    for cls, name in ((Reading, "__getitem__"), (streaming._Sink, "_write")):
+        plain = getattr(cls, name)
+        monkeypatch.setattr(
+            cls, name, lambda self, *args, plain=plain: [look(), plain(self, *args), look()][1]
+        )
+    sj.lm.convert_files(path, tmp_path / "out", rules, method, ids, dtype="float32")
+    assert times > 100
+    if ids is None:
+        assert most < dense / 12  # the embedding is the largest parameter
+        return
+    wanted = streaming.memory_needed(config, ids, method, rules, dtype="float32")
+    assert most <= wanted.total
+    assert wanted.parameters < dense / 3  # so a whole model in memory would be seen
+
+
+def test_what_a_model_of_70b_needs():
+    """The figures of docs/decoder.md. Its number of layers makes no difference."""
+    sizes = {
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_heads": 64,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "query_scale": 128**-0.5,
+        "max_positions": 8192,
+    }
+    ids = jax.ShapeDtypeStruct((64, 512), "int32")
+    needed = [
+        [
+            round(size / 1e9, 1)
+            for size in streaming.memory_needed(
+                tiny_config(
+                    num_layers=n, windows=(None,) * n, ropes=tiny_config().ropes[:1] * n, **sizes
+                ),
+                ids,
+            )
+        ]
+        for n in (2, 3)
+    ]
+    assert needed[0] == needed[1] == [9.2, 5.2, 7.5]
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
+    path, out = GOLDEN / "llama", tmp_path / "out"
+    sj.lm.convert_files(path, tmp_path / "whole", "6:8", "wanda", IDS)
+
+    def stop(done, total):
+        assert total == 8
+        if done == 5:
+            raise KeyboardInterrupt
+
+    def how(**more):
+        return sj.prune.Calibration(IDS, work=tmp_path / "work", **more)
+
+    with pytest.raises(KeyboardInterrupt):
+        sj.lm.convert_files(path, out, "6:8", "wanda", how(progress=stop))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["whole", "work"]
+    damaged = tmp_path / "work" / "stage-0002.npz"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(bytes(data))
+    saved, save = [], Store.save
+    monkeypatch.setattr(
+        Store, "save", lambda self, at, found: [saved.append(at), save(self, at, found)]
+    )
+    with pytest.warns(UserWarning, match=r"stage-0002\.npz' is damaged"):
+        sj.lm.convert_files(path, out, "6:8", "wanda", how())
+    assert saved == [2, 5, 6, 7]
+    same(tmp_path / "whole", out)
+    for other, rules in ((GOLDEN / "llama", "4:6"), (GOLDEN / "llama3", "6:8")):
+        with pytest.raises(ValueError, match="another conversion"):
+            sj.lm.convert_files(other, tmp_path / "x", rules, "wanda", how())
