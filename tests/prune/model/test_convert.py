@@ -184,7 +184,7 @@ def test_offloaded_values_give_the_same(blocks, monkeypatch):
 def test_inputs_that_are_not_finite_are_named(blocks):
     model, variables, x = blocks
     with pytest.raises(
-        ValueError, match=r"(gate|up)0/kernel: the calibration inputs hold inf or nan"
+        ValueError, match=r"(gate|up)0/kernel: the calibration inputs or the kernel hold inf"
     ):
         sj.prune.convert(model, "6:8", [x.at[3, 3].set(jnp.nan)], params=variables)
 
