@@ -1,4 +1,6 @@
 // The decode kernels there are, and their launch.
+#include <utility>
+
 #include "common/device.h"
 #include "decode/decode.h"
 #include "decode/kernel.cuh"
@@ -98,15 +100,92 @@ Shape ShapeOf(DType type, int group) {
   return Shape{group == 0 ? 0 : group / 2 - 1, static_cast<int>(Bytes(type))};
 }
 
+int TileOutputs(const DecodeArgs& a) { return a.gate_rows != 0 ? kTileRows / 2 : kTileRows; }
+
 Plan PlanOf(const DecodeArgs& a, const Device& device) {
   const int row_bytes =
       OwnRowBytes(a.M, a.columns, Bytes(a.x_type), reinterpret_cast<uintptr_t>(a.x));
+  const int norm_bytes = a.norm != nullptr ? 4 * a.columns : 0;
   return MakePlan(ShapeOf(a.type, a.group), a.M, a.out, a.blocks, row_bytes, device.multiprocessors,
-                  device.shared_limit);
+                  device.shared_limit, norm_bytes, TileOutputs(a));
 }
 
 const void* Behind(const void* from, int64_t bytes) {
   return from == nullptr ? nullptr : static_cast<const char*>(from) + bytes;
+}
+
+// Half of a call that is too large for shared memory, and the other half: of the rows of x, or of
+// the outputs.
+std::pair<DecodeArgs, DecodeArgs> Halves(const DecodeArgs& a) {
+  DecodeArgs first = a, second = a;
+  if (a.M > 1) {
+    first.M = a.M / 2, second.M = a.M - first.M;
+    const int64_t skipped = first.M;
+    second.x = static_cast<const char*>(a.x) + skipped * a.columns * Bytes(a.x_type);
+    second.y = static_cast<char*>(a.y) + skipped * a.out * Bytes(a.y_type);
+    second.residual = Behind(a.residual, skipped * a.out * Bytes(a.residual_type));
+  } else {
+    first.out = RoundUp(a.out / 2, TileOutputs(a)), second.out = a.out - first.out;
+    const int64_t skipped = first.out, blocks = skipped * a.blocks;
+    const int block_bytes = ShapeOf(a.type, a.group).block_bytes();
+    second.values = static_cast<const char*>(a.values) + blocks * block_bytes;
+    if (a.group != 0) second.zeros = a.zeros + blocks * 8;
+    second.scale_w = a.scale_w + skipped;
+    if (a.bias != nullptr) second.bias = a.bias + skipped;
+    second.y = static_cast<char*>(a.y) + skipped * Bytes(a.y_type);
+    second.residual = Behind(a.residual, skipped * Bytes(a.residual_type));
+  }
+  return {first, second};
+}
+
+// Launches a kernel, with `early` to begin before the one ahead has ended. It then waits itself for
+// the results of that one.
+cudaError_t Launch(const void* kernel, Params& p, int grid, int threads, int shared_bytes,
+                   bool early, cudaStream_t stream) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  void* arguments[] = {&p};
+  return cudaLaunchKernelExC(&config, kernel, arguments);
+}
+
+// One call. With `behind` its x may be written by the kernel ahead, which may still run.
+cudaError_t Run(const DecodeArgs& a, bool behind, const Device& device, cudaStream_t stream) {
+  const Plan plan = PlanOf(a, device);
+  const Shape shape = ShapeOf(a.type, a.group);
+  if (plan.warps == 0) {
+    if (a.M == 1 && a.out <= TileOutputs(a)) return cudaErrorInvalidConfiguration;
+    const auto [first, second] = Halves(a);
+    if (auto s = Run(first, behind, device, stream)) return s;
+    return Run(second, behind, device, stream);
+  }
+  const int tiles = CeilDiv(a.out, TileOutputs(a));
+  Params p = {};
+  p.a = a;
+  p.tiles_each = tiles / plan.grid, p.tiles_more = tiles % plan.grid;
+  p.steps = CeilDiv(a.blocks, kStepBlocks);
+  p.slices = plan.slices, p.slice_steps = plan.slice_steps, p.tile_slots = plan.tile_slots;
+  p.sums_bytes = plan.sums_bytes, p.cached = plan.cached;
+  p.warps = plan.warps, p.log_share = LogShare(a.M, shape.block_warps());
+  p.behind = behind;
+  const bool early = device.architecture >= 90;
+  if (!plan.own) {
+    p.scale_x = static_cast<float*>(a.workspace);
+    p.codes = static_cast<uint8_t*>(a.workspace) + RoundUp(4 * a.M, 16);
+    if (auto s = Launch(AheadOf(a.type, a.x_type, shape.windows), p, a.M, kMaxWarps * kLanes, 0,
+                        behind && early, stream))
+      return s;
+  }
+  // The weights were written before the kernel ahead began, so they may be asked for while it runs.
+  return Launch(KernelOf(a.type, shape.windows), p, plan.grid, shape.block_warps() * kLanes,
+                plan.shared_bytes, (behind || !plan.own) && early, stream);
 }
 
 }  // namespace
@@ -127,69 +206,22 @@ const char* DecodeCheck(const DecodeArgs& a) {
     return "float8_e4m3fn needs code for compute capability 8.9 or later";
   if (a.M > kDecodeTokens) return "the decode kernel takes at most 8 rows";
   if (reinterpret_cast<uintptr_t>(a.values) % 16 != 0) return "values must be 16-byte aligned";
+  if (reinterpret_cast<uintptr_t>(a.norm) % 16 != 0) return "a norm must be 16-byte aligned";
   DecodeArgs one = a;
-  one.M = 1, one.out = std::min(a.out, kTileRows);
+  one.M = 1, one.out = std::min(a.out, TileOutputs(a));
   if (PlanOf(one, *device).warps == 0) return "a row of x does not fit in shared memory";
   return nullptr;
 }
 
-cudaError_t Decode(const DecodeArgs& a, cudaStream_t stream) {
+cudaError_t Decode(const DecodeArgs& a, cudaStream_t stream) { return DecodeChain(&a, 1, stream); }
+
+cudaError_t DecodeChain(const DecodeArgs* args, int count, cudaStream_t stream) {
   Device* device = nullptr;
   if (auto s = GetDevice(&device)) return s;
-  const Plan plan = PlanOf(a, *device);
-  const Shape shape = ShapeOf(a.type, a.group);
-  if (plan.warps == 0) {  // too much for shared memory at once: half of the rows, or of the outputs
-    DecodeArgs first = a, second = a;
-    if (a.M > 1) {
-      first.M = a.M / 2, second.M = a.M - first.M;
-      const int64_t skipped = first.M;
-      second.x = static_cast<const char*>(a.x) + skipped * a.columns * Bytes(a.x_type);
-      second.y = static_cast<char*>(a.y) + skipped * a.out * Bytes(a.y_type);
-      second.residual = Behind(a.residual, skipped * a.out * Bytes(a.residual_type));
-    } else {
-      if (a.out <= kTileRows) return cudaErrorInvalidConfiguration;
-      first.out = RoundUp(a.out / 2, kTileRows), second.out = a.out - first.out;
-      const int64_t skipped = first.out, blocks = skipped * a.blocks;
-      second.values = static_cast<const char*>(a.values) + blocks * shape.block_bytes();
-      if (a.group != 0) second.zeros = a.zeros + blocks * 8;
-      second.scale_w = a.scale_w + skipped;
-      if (a.bias != nullptr) second.bias = a.bias + skipped;
-      second.y = static_cast<char*>(a.y) + skipped * Bytes(a.y_type);
-      second.residual = Behind(a.residual, skipped * Bytes(a.residual_type));
-    }
-    if (auto s = Decode(first, stream)) return s;
-    return Decode(second, stream);
-  }
-  const int tiles = CeilDiv(a.out, kTileRows);
-  Params p = {};
-  p.a = a;
-  p.tiles_each = tiles / plan.grid, p.tiles_more = tiles % plan.grid;
-  p.steps = CeilDiv(a.blocks, kStepBlocks);
-  p.slices = plan.slices, p.slice_steps = plan.slice_steps, p.tile_slots = plan.tile_slots;
-  p.sums_bytes = plan.sums_bytes, p.cached = plan.cached;
-  p.warps = plan.warps, p.log_share = LogShare(a.M, shape.block_warps());
-  if (!plan.own) {
-    auto* scale_x = static_cast<float*>(a.workspace);
-    auto* codes = static_cast<uint8_t*>(a.workspace) + RoundUp(4 * a.M, 16);
-    p.scale_x = scale_x, p.codes = codes;
-    void* arguments[] = {&p.a, &p.steps, &codes, &scale_x};
-    if (auto s = cudaLaunchKernel(AheadOf(a.type, a.x_type, shape.windows), dim3(a.M),
-                                  dim3(kMaxWarps * kLanes), arguments, 0, stream))
-      return s;
-  }
-  // The weights were written before the kernel ahead began, so they may be asked for while it runs.
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = plan.grid;
-  config.blockDim = shape.block_warps() * kLanes;
-  config.dynamicSmemBytes = plan.shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = !plan.own && device->architecture >= 90 ? 1 : 0;
-  void* arguments[] = {&p};
-  return cudaLaunchKernelExC(&config, KernelOf(a.type, shape.windows), arguments);
+  // What came before the chain is none of ours, so its first kernel begins when that has ended.
+  for (int i = 0; i < count; ++i)
+    if (auto s = Run(args[i], i > 0, *device, stream)) return s;
+  return cudaSuccess;
 }
 
 }  // namespace slidejax::decode

@@ -9,22 +9,11 @@
 
 #include "decode/decode.h"
 #include "decode/fragments.cuh"
+#include "decode/params.h"
 #include "decode/ptx.cuh"
 #include "decode/stage.cuh"
 
 namespace slidejax::decode {
-
-struct Params {
-  DecodeArgs a;
-  int tiles_each, tiles_more;  // tiles of a block; the first tiles_more blocks have one more
-  int warps;                   // that multiply; the others only convert x
-  int steps, slices, slice_steps, tile_slots, sums_bytes;
-  int log_share;  // of RowShare
-  bool cached;    // of Plan: blocks with a tile less than others must not decide for themselves
-  // What QuantiseAhead wrote, or null: the kernel quantises x itself.
-  const uint8_t* codes;
-  const float* scale_x;
-};
 
 // The largest power of two that divides a number.
 constexpr int Power2In(int a) { return a & -a; }
@@ -49,6 +38,29 @@ __device__ inline float LoadFloat(const void* from, DType type, int64_t i) {
     case DType::kF16: return __half2float(__ldcg(static_cast<const __half*>(from) + i));
     default: return __ldcg(static_cast<const float*>(from) + i);
   }
+}
+
+// Writes number i of such an array.
+__device__ inline void StoreFloat(void* array, DType type, int64_t i, float v) {
+  switch (type) {
+    case DType::kBF16: static_cast<__nv_bfloat16*>(array)[i] = __float2bfloat16(v); break;
+    case DType::kF16: static_cast<__half*>(array)[i] = __float2half(v); break;
+    default: static_cast<float*>(array)[i] = v; break;
+  }
+}
+
+// A number rounded to a type.
+__device__ inline float Rounded(float v, DType type) {
+  switch (type) {
+    case DType::kBF16: return __bfloat162float(__float2bfloat16(v));
+    case DType::kF16: return __half2float(__float2half(v));
+    default: return v;
+  }
+}
+
+// activation(gate) * factor, of results of a type.
+__device__ inline float Gated(float gate, float factor, lift::Activation activation, DType type) {
+  return lift::Activated(Rounded(gate, type), activation) * Rounded(factor, type);
 }
 
 template <typename Code, int kWindows>
@@ -79,29 +91,32 @@ class Decoder {
     shared += p_.cached ? 2 * 4 * rows : 0;
     arrived_ = reinterpret_cast<int*>(shared);
     tile_of_ = arrived_ + p.tile_slots;
-    warp_max_ = reinterpret_cast<uint32_t*>(tile_of_ + p.tile_slots);
-    scale_x_ = reinterpret_cast<float*>(warp_max_ + kMaxWarps);
+    warp_words_ = reinterpret_cast<uint32_t*>(tile_of_ + p.tile_slots);
+    scale_x_ = reinterpret_cast<float*>(warp_words_ + 2 * kMaxWarps);
   }
 
   __device__ void Run() {
     const DecodeArgs& a = p_.a;
     const bool own = p_.codes == nullptr;
     const RowShare share(p_.log_share);
+    const bool ready = own && !p_.behind;            // x is there already
     auto* rows = reinterpret_cast<uint8_t*>(sums_);  // of x: there are no sums yet
-    if (own) {  // before the weights: else x waits behind megabytes of them
+    const auto with_rows = [&](const auto& work) {
       WithTypeOfX(a.x_type,
-                  [&](auto x) { OwnRows<decltype(x), Code, kWindows>(a, share, rows).Ask(); });
-    }
+                  [&](auto x) { work(OwnRows<decltype(x), Code, kWindows>(a, share, rows)); });
+    };
+    // Before the weights: else x waits behind megabytes of them.
+    if (ready) with_rows([](const auto& x) { x.Ask(); });
+    if (own) AskForNorm(a, rows);
     AskForScales();
     PlanPieces();
     Item ask = First();
 #pragma unroll 1
     for (int i = 0; i < kDepth - 1; ++i) Load(ask, i);
     for (int i = threadIdx.x; i < p_.tile_slots; i += blockDim.x) arrived_[i] = 0, tile_of_[i] = i;
-    if (!own) {
-      GridWait();
-      if (threadIdx.x < a.M) scale_x_[threadIdx.x] = __ldcg(p_.scale_x + threadIdx.x);
-    }
+    if (!ready) GridWait();
+    GridRelease();
+    if (!own && threadIdx.x < a.M) scale_x_[threadIdx.x] = __ldcg(p_.scale_x + threadIdx.x);
 
     Item at = First();
     int slot = 0;
@@ -109,11 +124,12 @@ class Decoder {
     for (int slice = 0; slice < p_.slices; ++slice) {
       if (slice > 0) __syncthreads();  // the slice before has been read
       if (own) {
-        WaitForCopies<kDepth - 1>();  // of this thread's part of x, and its scales
-        WithTypeOfX(a.x_type, [&](auto x) {
-          OwnRows<decltype(x), Code, kWindows>(a, share, rows)
-              .Run(warp_max_, scale_x_ + share.row, codes_ + share.row * token_bytes_,
-                   p_.steps * kStepBlocks * kShape.block_columns() / kChunk);
+        if (!ready) with_rows([](const auto& x) { x.Fetch(); });
+        WaitForCopies<kDepth - 1>();  // of this thread's parts of x and its norm, and its scales
+        if (a.norm != nullptr) __syncthreads();
+        with_rows([&](const auto& x) {
+          x.Run(warp_words_, scale_x_ + share.row, codes_ + share.row * token_bytes_,
+                p_.steps * kStepBlocks * kShape.block_columns() / kChunk);
         });
       } else {
         CopyCodes(slice);
@@ -181,7 +197,7 @@ class Decoder {
 
   __device__ void PlanPieces() {
     const DecodeArgs& a = p_.a;
-    const int64_t begin = static_cast<int64_t>(first_tile_) * kTileRows * a.blocks;
+    const int64_t begin = static_cast<int64_t>(first_tile_) * TileOutputs() * a.blocks;
     values_ = static_cast<const uint8_t*>(a.values) + begin * kShape.block_bytes();
     zeros_ = a.zeros + begin * 8 + (lane_ / kStepBlocks * a.blocks + lane_ % kStepBlocks) * 8;
     Keep(values_), Keep(zeros_);
@@ -189,10 +205,19 @@ class Decoder {
     for (int i = 0; i < kPieces; ++i) {
       const int piece = lane_ + i * kLanes;
       value_piece_[i] =
-          piece / kRowPieces * a.blocks * kShape.block_bytes() + piece % kRowPieces * 16;
+          RowInTile(piece / kRowPieces) * a.blocks * kShape.block_bytes() + piece % kRowPieces * 16;
       if (i < kPeriod)
         slot_piece_[i] = piece / kRowPieces * kShape.row_bytes() + piece % kRowPieces * 16;
     }
+  }
+
+  // Outputs of a tile: half as many as rows where a gate and its other factor are two rows.
+  __device__ int TileOutputs() const { return p_.a.gate_rows != 0 ? kTileRows / 2 : kTileRows; }
+
+  // The row of the weight that is a tile's row number `row`, counted from the tile's first one.
+  __device__ int RowInTile(int row) const {
+    const int gate_rows = p_.a.gate_rows;
+    return gate_rows != 0 && row >= kTileRows / 2 ? gate_rows + row - kTileRows / 2 : row;
   }
 
   // Where piece number i of the lane goes in a slot.
@@ -201,15 +226,16 @@ class Decoder {
     return slot_piece_[i % kPeriod] + i / kPeriod * kPeriodRows * kShape.row_bytes();
   }
 
-  // Which of the lane's pieces lie inside a weight of which `left` blocks and `rows` rows remain.
+  // Which of the lane's pieces lie inside a weight of which `left` blocks and `outputs` remain.
   // Bit i stands for piece i of the values, and bit kFirstZeroBit + i for piece i of the zeros.
-  __device__ unsigned ValidPieces(int left, int rows) const {
+  __device__ unsigned ValidPieces(int left, int outputs) const {
+    const int mask = TileOutputs() - 1;
     unsigned valid = 0;
 #pragma unroll 1
     for (int i = 0; i < kPieces; ++i) {
       const int piece = lane_ + i * kLanes, at = piece % kRowPieces * 16 / kShape.block_bytes();
-      const bool zeros = piece / kStepBlocks < rows && piece % kStepBlocks < left;
-      valid |= (piece / kRowPieces < rows && at < left ? 1u : 0) << i;
+      const bool zeros = (piece / kStepBlocks & mask) < outputs && piece % kStepBlocks < left;
+      valid |= ((piece / kRowPieces & mask) < outputs && at < left ? 1u : 0) << i;
       if (i < kZeroPieces) valid |= (zeros ? 1u << kFirstZeroBit : 0) << i;
     }
     return valid;
@@ -223,10 +249,10 @@ class Decoder {
       const uint32_t to = ring_address_ + slot * kShape.slot_bytes();
       const int block = (item.slice * p_.slice_steps + item.step) * kStepBlocks;
       // A thread block's weights are less than 2 GB.
-      const int begin = item.tile * kTileRows * a.blocks + block;
-      const int left = a.blocks - block, rows = a.out - (first_tile_ + item.tile) * kTileRows;
-      const bool whole = left >= kStepBlocks && rows >= kTileRows;
-      const unsigned valid = whole ? ~0u : ValidPieces(left, rows);
+      const int begin = item.tile * TileOutputs() * a.blocks + block, left = a.blocks - block;
+      const int outputs = a.out - (first_tile_ + item.tile) * TileOutputs();
+      const bool whole = left >= kStepBlocks && outputs >= TileOutputs();
+      const unsigned valid = whole ? ~0u : ValidPieces(left, outputs);
       const uint8_t* values = values_ + begin * kShape.block_bytes();
 #pragma unroll
       for (int i = 0; i < kPieces; ++i)
@@ -236,7 +262,8 @@ class Decoder {
         const uint32_t to_zeros = to + kShape.slot_values() + lane_ * 8;
 #pragma unroll
         for (int i = 0; i < kZeroPieces; ++i)
-          Copy8(to_zeros + i * kLanes * 8, zeros + i * kLanes / kStepBlocks * a.blocks * 8,
+          Copy8(to_zeros + i * kLanes * 8,
+                zeros + static_cast<int64_t>(RowInTile(i * kLanes / kStepBlocks)) * a.blocks * 8,
                 valid & (1u << kFirstZeroBit) << i);
       }
       Advance(item);
@@ -263,15 +290,21 @@ class Decoder {
   // The block's scales and biases of outputs, to shared memory if they fit.
   __device__ void AskForScales() const {
     const DecodeArgs& a = p_.a;
-    const int row0 = first_tile_ * kTileRows, rows = tiles_ * kTileRows;
+    const int rows = tiles_ * kTileRows;
     if (p_.cached) {
       for (int i = threadIdx.x; i < rows; i += blockDim.x) {
-        const int row = min(row0 + i, a.out - 1);
+        const int row = RowOf(i / kTileRows, i % kTileRows);
         Copy4(SharedAddress(scale_w_ + i), a.scale_w + row);
         if (a.bias != nullptr) Copy4(SharedAddress(scale_w_ + rows + i), a.bias + row);
       }
     }
     CommitCopies();
+  }
+
+  // The row of the weight that is row `place` of a tile, or one inside the weight beyond its end.
+  __device__ int RowOf(int tile, int place) const {
+    const int output = (first_tile_ + tile) * TileOutputs() + (place & (TileOutputs() - 1));
+    return min(output, p_.a.out - 1) + RowInTile(place) - (place & (TileOutputs() - 1));
   }
 
   // ---- Sums -------------------------------------------------------------------------------------
@@ -406,29 +439,36 @@ class Decoder {
   // Adds up a tile's sums and writes its outputs.
   __device__ void Finish(const Item& item) {
     const DecodeArgs& a = p_.a;
-    const int parts = min(warps_, p_.slice_steps), row0 = (first_tile_ + item.tile) * kTileRows;
-    const int begin = p_.cached ? first_tile_ * kTileRows : 0;  // the row of scales[0]
-    const float* scales = p_.cached ? scale_w_ : a.scale_w;
-    const float* biases = p_.cached ? scale_w_ + tiles_ * kTileRows : a.bias;
+    const int parts = min(warps_, p_.slice_steps);
     const Sum* from = sums_ + item.tile_slot * warps_ * kTileRows * a.M;
-    for (int i = lane_; i < kTileRows * a.M; i += kLanes) {
-      const int row = row0 + i % kTileRows, m = i / kTileRows;
-      const int64_t to = static_cast<int64_t>(m) * a.out + row;
-      // It is asked for before the sums are read, which hides a part of its latency.
-      const bool adds = a.residual != nullptr && row < a.out;
-      const float residual = adds ? LoadFloat(a.residual, a.residual_type, to) : 0;
-      Sum sum = from[i];
+#pragma unroll 1
+    for (int begin = 0; begin < kTileRows * a.M; begin += kLanes) {
+      const int i = begin + lane_, place = i % kTileRows, m = i / kTileRows;
+      const int output = (first_tile_ + item.tile) * TileOutputs() + (place & (TileOutputs() - 1));
+      bool writes = m < a.M && output < a.out;
+      const int64_t to = static_cast<int64_t>(m) * a.out + output;
+      float v = 0;
+      if (writes) {
+        // It is asked for before the sums are read, which hides a part of its latency.
+        const bool adds = a.residual != nullptr;
+        const float residual = adds ? LoadFloat(a.residual, a.residual_type, to) : 0;
+        Sum sum = from[i];
 #pragma unroll 4
-      for (int part = 1; part < parts; ++part) sum += from[part * kTileRows * a.M + i];
-      if (row >= a.out) continue;
-      float v = __fmul_rn(__fmul_rn(static_cast<float>(sum), scale_x_[m]), scales[row - begin]);
-      if (a.bias != nullptr) v = __fadd_rn(v, biases[row - begin]);
-      if (adds) v = __fadd_rn(v, residual);
-      switch (a.y_type) {
-        case DType::kBF16: static_cast<__nv_bfloat16*>(a.y)[to] = __float2bfloat16(v); break;
-        case DType::kF16: static_cast<__half*>(a.y)[to] = __float2half(v); break;
-        default: static_cast<float*>(a.y)[to] = v; break;
+        for (int part = 1; part < parts; ++part) sum += from[part * kTileRows * a.M + i];
+        const int row = RowOf(item.tile, place), at = item.tile * kTileRows + place;
+        const float scale = p_.cached ? scale_w_[at] : a.scale_w[row];
+        v = __fmul_rn(__fmul_rn(static_cast<float>(sum), scale_x_[m]), scale);
+        if (a.bias != nullptr)
+          v = __fadd_rn(v, p_.cached ? scale_w_[tiles_ * kTileRows + at] : a.bias[row]);
+        if (adds) v = __fadd_rn(v, residual);
       }
+      if (a.gate_rows != 0) {
+        const int other = (lane_ + kTileRows / 2) % kLanes;
+        const float factor = __uint_as_float(__shfl_sync(kAllLanes, __float_as_uint(v), other));
+        v = Gated(v, factor, a.activation, a.y_type);
+        writes = writes && place < kTileRows / 2;
+      }
+      if (writes) StoreFloat(a.y, a.y_type, to, v);
     }
     if (p_.slices > 1) return;
     __syncwarp();
@@ -451,7 +491,7 @@ class Decoder {
   float* scale_w_;
   int* arrived_;
   int* tile_of_;
-  uint32_t* warp_max_;
+  uint32_t* warp_words_;
   float* scale_x_;
   Sums sums_of_[2];  // two chains of mma, so that one need not wait for the other
 };

@@ -78,7 +78,7 @@ struct Plan {
   int tile_slots = 0;   // tiles whose sums are kept at once
   bool cached = false;  // whether shared memory keeps scales and biases of a block's outputs
   bool own = false;     // whether the kernel converts x itself
-  int sums_bytes = 0;   // of shared memory for the sums, and before them for x itself
+  int sums_bytes = 0;   // of shared memory for the sums, and before them for x and its norm
   int shared_bytes = 0;
 };
 
@@ -93,9 +93,10 @@ inline int64_t WorkspaceBytes(Shape s, int M, int blocks) {
   return int64_t{M} * CeilDiv(blocks, kStepBlocks) * s.step_lifted() + RoundUp(4 * M, 16);
 }
 
-// Bytes for the sums of a block's warps, and for `M` rows of x that lie there before.
-inline int SumsBytes(int warps, int M, int tile_slots, int row_bytes) {
-  return RoundUp(std::max(tile_slots * warps * kTileRows * M * 4, M * row_bytes), 16);
+// Bytes for the sums of a block's warps, and for `M` rows of x and the weights of their norm that
+// lie there before.
+inline int SumsBytes(int warps, int M, int tile_slots, int row_bytes, int norm_bytes) {
+  return RoundUp(std::max(tile_slots * warps * kTileRows * M * 4, M * row_bytes + norm_bytes), 16);
 }
 
 // Bytes of shared memory, in the order in which the Decoder (kernel.cuh) lays them out. `cached` is
@@ -104,7 +105,7 @@ inline int64_t SharedBytes(Shape s, int warps, int M, int slice_steps, int tile_
                            int cached) {
   const int ring = warps * s.depth() * s.slot_bytes();
   const int64_t codes = RoundUp<int64_t>(M * TokenBytes(s, slice_steps), 128);
-  const int rest = 4 * (2 * tile_slots + kMaxWarps + kTileTokens);
+  const int rest = 4 * (2 * tile_slots + 2 * kMaxWarps + kTileTokens);
   return ring + codes + sums + 2 * 4 * cached + RoundUp(rest, 16);
 }
 
@@ -121,10 +122,11 @@ inline int OwnRowBytes(int M, int columns, int column_bytes, uintptr_t x) {
   return own ? columns * column_bytes : 0;
 }
 
-// `row_bytes` is what OwnRowBytes says.
+// `row_bytes` is what OwnRowBytes says, and norm_bytes are those of the weights of a norm of x. A
+// tile has tile_outputs outputs: half of its rows where each output has two of them.
 inline Plan MakePlan(Shape s, int M, int out, int blocks, int row_bytes, int multiprocessors,
-                     int shared_limit) {
-  const int tiles = CeilDiv(out, kTileRows), steps = CeilDiv(blocks, kStepBlocks);
+                     int shared_limit, int norm_bytes = 0, int tile_outputs = kTileRows) {
+  const int tiles = CeilDiv(out, tile_outputs), steps = CeilDiv(blocks, kStepBlocks);
   const int grid = std::min(multiprocessors, tiles);
   const int block_tiles = CeilDiv(tiles, grid);
   const auto plan = [&](int warps, int slices, bool own) {
@@ -135,7 +137,7 @@ inline Plan MakePlan(Shape s, int M, int out, int blocks, int row_bytes, int mul
     p.slices = CeilDiv(steps, slice_steps);
     p.tile_slots = p.slices > 1 ? block_tiles : std::min(block_tiles, wanted);
     p.cached = block_tiles * kTileRows <= kCachedRows;
-    p.sums_bytes = SumsBytes(warps, M, p.tile_slots, own ? row_bytes : 0);
+    p.sums_bytes = SumsBytes(warps, M, p.tile_slots, own ? row_bytes : 0, own ? norm_bytes : 0);
     const int64_t shared = SharedBytes(s, warps, M, slice_steps, p.tile_slots, p.sums_bytes,
                                        p.cached ? block_tiles * kTileRows : 0);
     if (shared > shared_limit) return Plan{};

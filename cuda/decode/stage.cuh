@@ -4,8 +4,10 @@
 
 #include "decode/decode.h"
 #include "decode/fragments.cuh"
+#include "decode/params.h"
 #include "decode/ptx.cuh"
 #include "lift/chunk.cuh"
+#include "lift/prologue.cuh"
 
 namespace slidejax::decode {
 
@@ -98,6 +100,20 @@ struct RowShare {
   }
 };
 
+// The sum of a row: `sum` is that of a thread. All threads of the block call it; warp_sums has a
+// word for each warp, in shared memory.
+__device__ inline float RowSum(const RowShare& at, float sum, float* warp_sums) {
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(kAllLanes, sum, mask);
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  if (lane == 0) warp_sums[warp] = sum;
+  __syncthreads();
+  const int share = 1 << at.log_share;
+  float all = 0;
+  for (int i = 0; i < share; ++i) all += warp_sums[(warp & -share) + i];
+  return all;
+}
+
 // The largest |x| of a row: `most` is that of a thread. All threads of the block call it; warp_max
 // is a word for each warp, in shared memory.
 __device__ inline uint32_t RowMax(const RowShare& at, uint32_t most, uint32_t* warp_max) {
@@ -131,6 +147,22 @@ __device__ inline void QuantiseChunk(uint8_t* token, int index, const Chunk<T>& 
   }
 }
 
+// The numbers of an RMS norm of x, beside its sum.
+__device__ inline lift::PrologueParams NormOf(const DecodeArgs& a) {
+  lift::PrologueParams params = {};
+  params.weight = a.norm, params.eps = a.eps;
+  params.columns = a.columns, params.per_column = 1.0f / static_cast<float>(a.columns);
+  return params;
+}
+
+// Asks for the weights of the norm, if there is one. They lie before the rows of x.
+__device__ inline void AskForNorm(const DecodeArgs& a, uint8_t* rows) {
+  if (a.norm == nullptr) return;
+  const uint32_t to = SharedAddress(rows);
+  for (int i = threadIdx.x; i < a.columns / 4; i += blockDim.x)
+    Copy16(to + i * 16, a.norm + i * 4, true);
+}
+
 // Converts rows of x in the decode kernel. They are copied to shared memory first, each chunk by
 // the thread that converts it.
 template <typename T, typename Code, int kWindows>
@@ -138,12 +170,13 @@ class OwnRows {
   static constexpr int kParts = sizeof(T) / 2;  // of a chunk, of 16 bytes each
 
  public:
-  // `rows` is the shared memory for all rows of x.
+  // `rows` is the shared memory for the weights of a norm and all rows of x.
   __device__ OwnRows(const DecodeArgs& a, const RowShare& at, uint8_t* rows)
-      : at_(at), chunks_(at.row < a.M ? a.columns / kChunk : 0) {
+      : a_(a), at_(at), chunks_(at.row < a.M ? a.columns / kChunk : 0) {
     const int64_t begin = static_cast<int64_t>(at.row) * a.columns;
     from_ = static_cast<const T*>(a.x) + begin;
-    row_ = rows + begin * sizeof(T);
+    norm_ = reinterpret_cast<const float4*>(rows);
+    row_ = rows + (a.norm != nullptr ? a.columns * 4 : 0) + begin * sizeof(T);
   }
 
   __device__ void Ask() const {
@@ -156,8 +189,24 @@ class OwnRows {
     }
   }
 
-  // Writes the row's codes to `token`, with zeros up to chunk number `all`.
-  __device__ void Run(uint32_t* warp_max, float* scale_x, uint8_t* token, int all) const {
+  // The same without asynchronous copies, which would wait for those of the weights.
+  __device__ void Fetch() const {
+#pragma unroll 4
+    for (int i = at_.first; i < chunks_; i += at_.stride) {
+      uint4 v[kParts];
+#pragma unroll
+      for (int k = 0; k < kParts; ++k)
+        v[k] = __ldcg(reinterpret_cast<const uint4*>(from_ + i * kChunk) + k);
+#pragma unroll
+      for (int k = 0; k < kParts; ++k) reinterpret_cast<uint4*>(row_)[i * kParts + k] = v[k];
+    }
+  }
+
+  // Writes the row's codes to `token`, with zeros up to chunk number `all`. warp_words has two
+  // words for each warp.
+  __device__ void Run(uint32_t* warp_words, float* scale_x, uint8_t* token, int all) const {
+    uint32_t* warp_max = warp_words;
+    if (a_.norm != nullptr) Normalise(reinterpret_cast<float*>(warp_words + kMaxWarps));
     AbsMax<T> most;
     if constexpr (lift::kQuantised<Code>) {
 #pragma unroll 4
@@ -171,6 +220,25 @@ class OwnRows {
   }
 
  private:
+  __device__ void Normalise(float* warp_sums) const {
+    lift::RmsNormPrologue norm;
+    float sums[1] = {};
+#pragma unroll 4
+    for (int i = at_.first; i < chunks_; i += at_.stride) norm.Sum(ChunkAt(i), sums);
+    sums[0] = RowSum(at_, sums[0], warp_sums);
+    norm.Finish(sums, NormOf(a_));
+#pragma unroll 2
+    for (int i = at_.first; i < chunks_; i += at_.stride) {
+      const float4 low = norm_[2 * i], high = norm_[2 * i + 1];
+      const Chunk<T> y =
+          norm.Apply(ChunkAt(i), {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w});
+#pragma unroll
+      for (int k = 0; k < kParts; ++k)
+        reinterpret_cast<uint4*>(row_)[i * kParts + k] = {y.word[4 * k], y.word[4 * k + 1],
+                                                          y.word[4 * k + 2], y.word[4 * k + 3]};
+    }
+  }
+
   __device__ void Place(uint8_t* token, int all, float factor, AbsMax<T>* most) const {
     if (chunks_ == 0) return;
 #pragma unroll 2
@@ -185,10 +253,12 @@ class OwnRows {
     return ChunkOf<T>(reinterpret_cast<const uint4*>(row_) + index * kParts);
   }
 
+  const DecodeArgs& a_;
   const RowShare at_;
   const int chunks_;
   const T* from_;
   uint8_t* row_;
+  const float4* norm_;
 };
 
 // Calls `work` with a zero of the type of x, for its type.
@@ -205,16 +275,18 @@ __device__ inline void WithTypeOfX(DType type, const Work& work) {
 // fragments.cuh, and scale_x [M]. Takes rows of any length that start anywhere.
 template <typename T, typename Code, int kWindows>
 __global__ void __launch_bounds__(kMaxWarps* kLanes)
-    QuantiseAhead(const __grid_constant__ DecodeArgs a, int steps, uint8_t* codes, float* scale_x) {
+    QuantiseAhead(const __grid_constant__ Params p) {
   constexpr int kLogWarps = 4, kParts = sizeof(T) / 2;
   static_assert(1 << kLogWarps == kMaxWarps, "the block shares one row");
   constexpr Shape kShape{kWindows, sizeof(Code)};
-  __shared__ uint32_t warp_max[kMaxWarps];
+  __shared__ uint32_t warp_words[2 * kMaxWarps];
+  const DecodeArgs& a = p.a;
+  GridWait();
   GridRelease();
   const RowShare at(kLogWarps, blockIdx.x);
   const T* from = static_cast<const T*>(a.x) + static_cast<int64_t>(at.row) * a.columns;
   const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0;
-  const int all = steps * kStepBlocks * kShape.block_columns() / kChunk;
+  const int all = p.steps * kStepBlocks * kShape.block_columns() / kChunk;
   const auto each = [&](auto&& visit) {
     for (int index = at.first; index < all; index += at.stride) {
       const T* chunk = from + static_cast<int64_t>(index) * kChunk;
@@ -222,19 +294,33 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
       if (aligned && left >= kChunk) {
         uint4 v[kParts];
 #pragma unroll
-        for (int k = 0; k < kParts; ++k) v[k] = __ldg(reinterpret_cast<const uint4*>(chunk) + k);
+        for (int k = 0; k < kParts; ++k) v[k] = __ldcg(reinterpret_cast<const uint4*>(chunk) + k);
         visit(index, ChunkOf<T>(v));
       } else {
         visit(index, LoadPart(chunk, left));
       }
     }
   };
+  lift::RmsNormPrologue norm;
+  const lift::PrologueParams norm_params = NormOf(a);
+  if (a.norm != nullptr) {
+    float sums[1] = {};
+    each([&](int, const Chunk<T>& chunk) { norm.Sum(chunk, sums); });
+    sums[0] = RowSum(at, sums[0], reinterpret_cast<float*>(warp_words + kMaxWarps));
+    norm.Finish(sums, norm_params);
+  }
+  const auto each_input = [&](auto&& visit) {
+    each([&](int index, const Chunk<T>& chunk) {
+      const bool normalises = a.norm != nullptr && index * kChunk < a.columns;
+      visit(index, normalises ? norm.Apply(chunk, chunk, index * kChunk, norm_params) : chunk);
+    });
+  };
   AbsMax<T> most;
-  each([&](int, const Chunk<T>& chunk) { most.Add(chunk); });
-  const RowScale scale = ScaleOf<Code>(RowMax(at, most.Bits(), warp_max));
-  if (at.first == 0) scale_x[at.row] = scale.scale;
-  uint8_t* token = codes + static_cast<int64_t>(at.row) * steps * kShape.step_lifted();
-  each([&](int index, const Chunk<T>& chunk) {
+  each_input([&](int, const Chunk<T>& chunk) { most.Add(chunk); });
+  const RowScale scale = ScaleOf<Code>(RowMax(at, most.Bits(), warp_words));
+  if (at.first == 0) p.scale_x[at.row] = scale.scale;
+  uint8_t* token = p.codes + static_cast<int64_t>(at.row) * p.steps * kShape.step_lifted();
+  each_input([&](int index, const Chunk<T>& chunk) {
     QuantiseChunk<T, Code, kWindows>(token, index, chunk, scale.factor);
   });
 }

@@ -65,6 +65,10 @@ struct RmsNormPrologue {
                             const PrologueParams& p) const {
     float weight[kChunk];
     LoadParameter(p.weight, column, p.columns, weight);
+    return Apply(x, weight);
+  }
+  template <typename T>
+  __device__ Chunk<T> Apply(const Chunk<T>& x, const float (&weight)[kChunk]) const {
     Chunk<T> y;
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {

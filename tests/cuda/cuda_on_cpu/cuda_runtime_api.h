@@ -91,6 +91,12 @@ int Poll(const int* shared);  // reads it. A thread that reads the same again wa
 int Device();                 // a number for each device that a test makes up
 // Ends the process if the bytes lie outside those that the test allowed.
 void CheckRead(const void* address, size_t bytes);
+// Whether the next kernel is launched to begin before the one ahead has ended. Its threads may then
+// read what was given to Make, and let the next kernel begin, only when they have waited.
+extern bool early;
+void WaitForGrid();
+void ReleaseGrid();
+void Make(const void* from, int64_t bytes);
 
 }  // namespace emulated
 

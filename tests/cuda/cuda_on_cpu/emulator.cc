@@ -15,6 +15,7 @@ namespace emulated {
 
 Thread* current = nullptr;
 dim3 block_dim, grid_dim;
+bool early = false;
 int multiprocessors = 132, shared_of_block = 232448, shared_of_multiprocessor = 233472;
 
 [[noreturn]] void Fail(const char* what) {
@@ -34,6 +35,7 @@ struct Fibre : Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   bool done = false;
+  bool waited = false;  // for the kernel ahead
   std::function<bool()> ready = [] { return true; };
   uint32_t value = 0;  // for the other lanes of its warp
   Words words;         // for them too
@@ -48,7 +50,7 @@ std::vector<Fibre> fibres;
 ucontext_t scheduler;
 bool lazy_copies;
 std::mt19937 order;
-std::vector<std::pair<uintptr_t, uintptr_t>> readable;
+std::vector<std::pair<uintptr_t, uintptr_t>> readable, made;
 struct Meeting {
   int arrived = 0, turn = 0;
 };
@@ -126,11 +128,20 @@ int Poll(const int* p) {
 
 void Begin(bool lazy, int seed) {
   lazy_copies = lazy, order.seed(seed);
-  readable.clear();
+  readable.clear(), made.clear();
 }
 void Allow(const void* from, int64_t bytes) {  // whole granules, as allocations are
   const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
   if (from != nullptr) readable.push_back({begin, (begin + bytes + 15) / 16 * 16});
+}
+
+void Make(const void* from, int64_t bytes) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
+  if (from != nullptr) made.push_back({begin, begin + bytes});
+}
+void WaitForGrid() { Self().waited = true; }
+void ReleaseGrid() {
+  if (early && !Self().waited) Fail("a kernel lets the next one begin before it has waited");
 }
 
 int Device() {
@@ -145,6 +156,10 @@ int Device() {
 void CheckRead(const void* address, size_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
   if (begin % bytes) Fail("a read is not aligned");
+  if (early && !Self().waited) {
+    for (const auto& [from, to] : made)
+      if (begin < to && from < begin + bytes) Fail("a read of what may not be written yet");
+  }
   for (const auto& [from, to] : readable) {
     if (from <= begin && begin + bytes <= to) return;
   }

@@ -43,55 +43,80 @@ static cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   return attributes->ptxVersion = 90, cudaSuccess;
 }
 
-static cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments,
-                                    size_t shared, cudaStream_t) {
-  using Ahead = void (*)(slidejax::decode::DecodeArgs, int, uint8_t*, float*);
-  const auto ahead = reinterpret_cast<Ahead>(const_cast<void*>(kernel));
-  const auto run = [=] {
-    ahead(*static_cast<slidejax::decode::DecodeArgs*>(arguments[0]),
-          *static_cast<int*>(arguments[1]), *static_cast<uint8_t**>(arguments[2]),
-          *static_cast<float**>(arguments[3]));
-  };
-  return emulated::Launch(run, grid, block, shared);
-}
 static cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
                                        void** arguments) {
   const auto decode =
       reinterpret_cast<void (*)(slidejax::decode::Params)>(const_cast<void*>(kernel));
   const auto run = [=] { decode(*static_cast<slidejax::decode::Params*>(arguments[0])); };
-  return emulated::Launch(run, config->gridDim, config->blockDim, config->dynamicSmemBytes);
+  emulated::early = config->numAttrs > 0;
+  const cudaError_t status =
+      emulated::Launch(run, config->gridDim, config->blockDim, config->dynamicSmemBytes);
+  return emulated::early = false, status;
 }
 
 #include "decode/decode.cu"
 
-// One call of Decode on a device of `multiprocessors`; dtypes by name. Returns the status, or -1
-// for an unknown name or what DecodeCheck refuses.
-extern "C" int decode(const void* x, const char* x_type, const void* values, const char* type,
-                      const uint8_t* zeros, const float* scale_w, const float* bias,
-                      const void* residual, void* y, const char* y_type, int M, int out,
-                      int columns, int group, int blocks, int multiprocessors, int shared_of_block,
-                      int lazy, int seed) {
+// A call of a chain; dtypes and activations by name. tests/cuda/test_decode_emulated.py has the
+// same fields.
+struct Stage {
+  const void* x;
+  const char* x_type;
+  const float* norm;
+  float eps;
+  const void* values;
+  const char* type;
+  const uint8_t* zeros;
+  const float* scale_w;
+  const float* bias;
+  const void* residual;
+  void* y;
+  const char* y_type;
+  const char* activation;  // of a gate, or null
+  int M, out, columns, group, blocks;
+};
+
+// Runs DecodeChain on a device of `multiprocessors`. A stage may read the results of the ones
+// before. Returns the status, or -1 for an unknown name or what DecodeCheck refuses.
+extern "C" int decode_chain(const Stage* stages, int count, int multiprocessors,
+                            int shared_of_block, int lazy, int seed) {
   using namespace slidejax;
   emulated::multiprocessors = multiprocessors, emulated::shared_of_block = shared_of_block;
   emulated::Begin(lazy != 0, seed);
-  const auto of_x = DTypeNamed(x_type), of_values = DTypeNamed(type), of_y = DTypeNamed(y_type);
-  if (!of_x || !of_values || !of_y) return -1;
+  std::vector<decode::DecodeArgs> chain;
+  std::vector<std::vector<uint4>> workspaces;
+  for (int i = 0; i < count; ++i) {
+    const Stage& s = stages[i];
+    const auto of_x = DTypeNamed(s.x_type), of_values = DTypeNamed(s.type),
+               of_y = DTypeNamed(s.y_type);
+    const auto activation = lift::ActivationOf(s.activation == nullptr ? "silu" : s.activation);
+    if (!of_x || !of_values || !of_y || !activation) return -1;
 
-  decode::DecodeArgs args = {};
-  args.x = x, args.x_type = *of_x, args.values = values, args.type = *of_values;
-  args.zeros = group == 0 ? nullptr : zeros, args.scale_w = scale_w, args.bias = bias;
-  args.residual = residual, args.residual_type = *of_x, args.y = y, args.y_type = *of_y;
-  args.M = M, args.out = out, args.columns = columns, args.group = group, args.blocks = blocks;
-  std::vector<uint4> workspace(decode::DecodeWorkspace(M, *of_values, group, blocks) / 16 + 1);
-  args.workspace = workspace.data();
+    decode::DecodeArgs args = {};
+    args.x = s.x, args.x_type = *of_x, args.norm = s.norm, args.eps = s.eps;
+    args.values = s.values, args.type = *of_values;
+    args.zeros = s.group == 0 ? nullptr : s.zeros, args.scale_w = s.scale_w, args.bias = s.bias;
+    args.residual = s.residual, args.residual_type = *of_x, args.y = s.y, args.y_type = *of_y;
+    args.M = s.M, args.out = s.out, args.columns = s.columns, args.group = s.group;
+    args.blocks = s.blocks;
+    args.gate_rows = s.activation == nullptr ? 0 : s.out, args.activation = *activation;
+    const int64_t bytes = decode::DecodeWorkspace(s.M, *of_values, s.group, s.blocks);
+    workspaces.emplace_back(bytes / 16 + 1);
+    args.workspace = workspaces.back().data();
 
-  const int64_t kept = group == 0 ? 32 : 8 * (group - 2), x_bytes = Bytes(*of_x);
-  emulated::Allow(x, M * columns * x_bytes);
-  emulated::Allow(values, out * blocks * kept * static_cast<int64_t>(Bytes(*of_values)));
-  emulated::Allow(args.zeros, int64_t{8} * out * blocks);
-  emulated::Allow(scale_w, 4 * out), emulated::Allow(bias, 4 * out);
-  emulated::Allow(residual, M * out * x_bytes);
-  emulated::Allow(workspace.data(), 16 * workspace.size());
-  if (decode::DecodeCheck(args) != nullptr) return -1;
-  return decode::Decode(args, nullptr);
+    const int64_t rows = s.activation == nullptr ? s.out : 2 * s.out;
+    const int64_t kept = s.group == 0 ? 32 : 8 * (s.group - 2), x_bytes = Bytes(*of_x);
+    emulated::Allow(s.x, s.M * s.columns * x_bytes);
+    emulated::Allow(s.values, rows * s.blocks * kept * static_cast<int64_t>(Bytes(*of_values)));
+    emulated::Allow(args.zeros, 8 * rows * s.blocks);
+    emulated::Allow(s.scale_w, 4 * rows), emulated::Allow(s.bias, 4 * rows);
+    emulated::Allow(s.norm, 4 * s.columns);
+    emulated::Allow(s.residual, s.M * s.out * x_bytes);
+    emulated::Allow(args.workspace, 16 * workspaces.back().size());
+    // What the chain writes is there only when the kernel has waited for the one ahead.
+    emulated::Make(args.workspace, 16 * workspaces.back().size());
+    emulated::Make(s.y, s.M * s.out * static_cast<int64_t>(Bytes(*of_y)));
+    if (decode::DecodeCheck(args) != nullptr) return -1;
+    chain.push_back(args);
+  }
+  return decode::DecodeChain(chain.data(), count, nullptr);
 }

@@ -10,7 +10,7 @@ inline uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(static_cast<const char*>(p) - emulated::shared_memory);
 }
 inline void CommitCopies() { emulated::CommitCopies(); }
-inline void GridWait() {}
-inline void GridRelease() {}
+inline void GridWait() { emulated::WaitForGrid(); }
+inline void GridRelease() { emulated::ReleaseGrid(); }
 
 }  // namespace slidejax

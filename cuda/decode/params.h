@@ -1,0 +1,21 @@
+// What the decode kernels are given.
+#pragma once
+
+#include "decode/decode.h"
+
+namespace slidejax::decode {
+
+struct Params {
+  DecodeArgs a;
+  int tiles_each, tiles_more;  // tiles of a block; the first tiles_more blocks have one more
+  int warps;                   // that multiply; the others only convert x
+  int steps, slices, slice_steps, tile_slots, sums_bytes;
+  int log_share;  // of RowShare
+  bool cached;    // of Plan: blocks with a tile less than others must not decide for themselves
+  bool behind;    // whether x is written by a kernel ahead that may still run
+  // What QuantiseAhead writes, or null: the decode kernel quantises x itself.
+  uint8_t* codes;
+  float* scale_x;
+};
+
+}  // namespace slidejax::decode
