@@ -17,6 +17,7 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_sparse_matmul_cusparselt_initialize);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_sparse_matmul_cusparselt_execute);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_decode_initialize);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_linear_decode);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_chain_decode);
 #ifdef SLIDEJAX_HOPPER
 XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_hopper_initialize);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_metadata_hopper);

@@ -30,10 +30,13 @@ nb::dict Registrations() {
   matmul["initialize"] = Capsule(slidejax_sparse_matmul_cusparselt_initialize);
   matmul["execute"] = Capsule(slidejax_sparse_matmul_cusparselt_execute);
   targets["slidejax_sparse_matmul_cusparselt"] = matmul;
-  nb::dict decode;
+  nb::dict decode, chain;
   decode["initialize"] = Capsule(slidejax_decode_initialize);
   decode["execute"] = Capsule(slidejax_linear_decode);
   targets["slidejax_linear_decode"] = decode;
+  chain["initialize"] = Capsule(slidejax_decode_initialize);
+  chain["execute"] = Capsule(slidejax_chain_decode);
+  targets["slidejax_chain_decode"] = chain;
 #ifdef SLIDEJAX_HOPPER
   nb::dict sparse_matmul, linear;
   sparse_matmul["initialize"] = Capsule(slidejax_hopper_initialize);

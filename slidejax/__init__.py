@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from slidejax import train as train
     from slidejax import trainable as trainable
     from slidejax import tune as tune
+    from slidejax.ops.chain import Stage, linear_chain
     from slidejax.ops.explain import explain
     from slidejax.ops.lift_quantize import lift_quantize
     from slidejax.ops.linear import linear
@@ -45,12 +46,14 @@ __all__ = [
     "Report",
     "Rule",
     "SlideWeight",
+    "Stage",
     "combine",
     "drop_prepared",
     "explain",
     "implementations",
     "lift_quantize",
     "linear",
+    "linear_chain",
     "pack",
     "partition",
     "prepare",
@@ -84,12 +87,14 @@ _HOME = {
     "Report": "rules",
     "Rule": "rules",
     "SlideWeight": "weights.packed",
+    "Stage": "ops.chain",
     "combine": "variants.trainable",
     "drop_prepared": "variants.prepared",
     "explain": "ops.explain",
     "implementations": "ops.registry",
     "lift_quantize": "ops.lift_quantize",
     "linear": "ops.linear",
+    "linear_chain": "ops.chain",
     "pack": "weights.packed",
     "partition": "variants.trainable",
     "prepare": "variants.prepared",

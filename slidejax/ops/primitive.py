@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -18,7 +19,10 @@ __all__ = ["as_array", "check_input", "make_primitive", "map_batched", "with_rul
 
 
 def make_primitive(
-    name: str, shape_rule: Callable[..., list], lowering: Callable[..., Any]
+    name: str,
+    shape_rule: Callable[..., list],
+    lowering: Callable[..., Any],
+    asks_devices: bool = False,
 ) -> Primitive:
     """Makes a primitive with several results, a shape rule and one lowering for each platform.
 
@@ -28,6 +32,8 @@ def make_primitive(
         many rows as the first operand.
       lowering: `(*operands, platform=..., **params) -> list of results`, written in JAX. `platform`
         is "cuda" or "default".
+      asks_devices: whether `lowering` takes one more argument, `devices`: the number of devices of
+        the program; None inside `shard_map`.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -41,16 +47,16 @@ def make_primitive(
         ]
 
     def lower_for(platform):
-        def lower(*operands, **params):
-            return lowering(*operands, platform=platform, **params)
+        def rule(ctx, *operands, **params):
+            context = ctx.module_context.axis_context
+            check_partitioner(context)
+            more: dict[str, Any] = {"platform": platform}
+            if asks_devices:  # a context of manual axes has no such number
+                more["devices"] = getattr(context, "num_devices", None)
+            lower = functools.partial(lowering, **more)
+            return mlir.lower_fun(lower, multiple_results=True)(ctx, *operands, **params)
 
-        rule = mlir.lower_fun(lower, multiple_results=True)
-
-        def checked(ctx, *operands, **params):
-            check_partitioner(ctx.module_context.axis_context)
-            return rule(ctx, *operands, **params)
-
-        return checked
+        return rule
 
     primitive.def_abstract_eval(abstract_eval)
     mlir.register_lowering(primitive, lower_for("default"))

@@ -265,7 +265,12 @@ def test_a_chain_has_the_bits_of_its_calls(library, pattern, dtype):
             o = Call(x, weights[0], "bfloat16", residual=stream)  # noqa: B023
             gate_up = Call(second or o, weights[1], "bfloat16", norm=norms[0], activation="silu")
             down = Call(third or gate_up, weights[2], "bfloat16", residual=added or o)
-            return o, gate_up, down, Call(fourth or down, weights[3], "bfloat16", bias, None, norms[1])
+            return (
+                o,
+                gate_up,
+                down,
+                Call(fourth or down, weights[3], "bfloat16", bias, None, norms[1]),
+            )
 
         device = rng.choice(DEVICES)
         chain = calls(x, None, None, None, None)

@@ -21,21 +21,28 @@ from slidejax.ops.rates import rates_of
 from slidejax.weights.packed import SlideWeight
 from slidejax.weights.pattern import BLOCK_GROUPS
 
-__all__ = ["DECODE", "MAX_ROWS"]
+__all__ = ["ALIGN", "DECODE", "MAX_ROWS", "operands", "workspace_bytes"]
 
 MAX_ROWS = 8  # kDecodeTokens of cuda/decode/decode.h
 _STEP_BLOCKS = 4  # kStepBlocks of cuda/decode/plan.h
-_ALIGN = 16  # of the workspace
+ALIGN = 16  # of the parts of a workspace
 
 
-def _workspace_bytes(w: SlideWeight, rows: int) -> int:
+def operands(w: SlideWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Values, zeros and scales as the calls take them. A dense weight is `[out, K']` to them."""
+    if w.pattern.prunes:
+        return w.values, w.zeros, w.scale
+    return w.values.reshape(w.out_features, -1), w.zeros.reshape(-1), w.scale
+
+
+def workspace_bytes(w: SlideWeight, rows: int) -> int:
     """The codes of all rows, up to a whole step of K, and their scales. The call checks this."""
     group = w.pattern.group
     blocks = w.groups // BLOCK_GROUPS
     lifted = w.lifted_columns // blocks if w.pattern.prunes else BLOCK_GROUPS * group
     steps = -(-blocks // _STEP_BLOCKS)
     codes = rows * steps * _STEP_BLOCKS * lifted * w.dtype.itemsize
-    return codes + -(-4 * rows // _ALIGN) * _ALIGN + _ALIGN
+    return codes + -(-4 * rows // ALIGN) * ALIGN
 
 
 def _refuses_float8(problem: Problem) -> str | None:
@@ -83,18 +90,14 @@ class Decode(Implementation):
     def linear(self, x, prologue, w, bias, out_dtype, platform="default", residual=None):
         if prologue is not None:
             x = prologue.apply(x)
-        values, zeros = w.values, w.zeros
-        if not w.pattern.prunes:  # the kernel reads a dense weight as [out, K']
-            values, zeros = values.reshape(w.out_features, -1), zeros.reshape(-1)
         out_types = (
             jax.ShapeDtypeStruct((x.shape[0], w.out_features), out_dtype),
-            jax.ShapeDtypeStruct((_workspace_bytes(w, x.shape[0]),), jnp.uint8),
+            jax.ShapeDtypeStruct((workspace_bytes(w, x.shape[0]) + ALIGN,), jnp.uint8),
         )
         none = jnp.zeros(0, jnp.float32)
         bias = none if bias is None else bias.astype(jnp.float32)
         residual = none if residual is None else residual
-        operands = (x, values, zeros, w.scale, bias, residual)
-        y, _ = calls.call("slidejax_linear_decode", out_types, *operands)
+        y, _ = calls.call("slidejax_linear_decode", out_types, x, *operands(w), bias, residual)
         return y
 
     def available(self):

@@ -1,0 +1,416 @@
+"""`linear_chain`: linear layers that follow each other, for few rows in one custom call.
+
+The op is defined as a sequence of `slidejax.linear`, and that is what runs nearly everywhere. On
+one GPU, with so few rows that every layer of the chain would run in the decode kernel, it is one
+custom call. Its kernels overlap: each asks for its first weights before the one ahead has ended
+(docs/decode-kernel.md). A norm is then computed by the kernel that reads it, and a gate by the
+kernel before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from slidejax.ops.choice import choose
+from slidejax.ops.cuda import calls
+from slidejax.ops.implementations import decode
+from slidejax.ops.linear import linear
+from slidejax.ops.primitive import as_array, check_input, make_primitive, map_batched, with_rules
+from slidejax.ops.problem import Problem, device_kind
+from slidejax.ops.prologue import ACTIVATIONS, GLU, Prologue, RMSNorm
+from slidejax.ops.sharding import varying_axes
+from slidejax.weights.packed import LinearWeight, SlideWeight
+
+__all__ = ["Stage", "linear_chain", "linear_chain_p"]
+
+# The numbers by which the kernel knows activations (cuda/lift/lift.h).
+_ACTIVATION_NUMBERS = {name: i for i, name in enumerate(("silu", "gelu", "gelu_tanh", "relu"))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One linear layer of a chain.
+
+    Its input is x of the chain, or the result of the stage before.
+
+    Attributes:
+      weight: a `SlideWeight`, or another weight that `slidejax.linear` multiplies with.
+      bias: floating `[out]`, or None.
+      prologue: an `RMSNorm`, `LayerNorm` or `Activation`, applied to the input first; or None.
+      gate: an activation, "silu", "gelu", "gelu_tanh" or "relu", if the input is a gate and its
+        other factor side by side, `[..., 2 in]`. The layer then reads
+        `activation(first half) * second half`, as `GLU` computes it. None for none.
+      residual: an array `[..., out]`, or the number of an earlier stage, whose result is added; or
+        None.
+    """
+
+    weight: LinearWeight
+    bias: jax.Array | None = None
+    prologue: Prologue | None = None
+    gate: str | None = None
+    residual: jax.Array | int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainParams:
+    """The static part of a chain, a parameter of its primitive.
+
+    Attributes:
+      tree: the structure of the operands: x, and of each stage weight, bias, prologue and an array
+        that is its residual.
+      gates: of each stage, the activation or None.
+      adds: of each stage, the number of the earlier one whose result is its residual, or None.
+      outputs: the stages whose results are wanted.
+      implementation: the name that the caller asked for, or None.
+    """
+
+    tree: jax.tree_util.PyTreeDef
+    gates: tuple[str | None, ...]
+    adds: tuple[int | None, ...]
+    outputs: tuple[int, ...]
+    implementation: str | None
+
+    def operands(self, leaves: Sequence[Any]) -> tuple[Any, tuple[Stage, ...]]:
+        """x and the stages, from the op's operands."""
+        x, parts = jax.tree.unflatten(self.tree, leaves)
+        return x, tuple(
+            Stage(weight, bias, prologue, gate, residual if adds is None else adds)
+            for (weight, bias, prologue, residual), gate, adds in zip(
+                parts, self.gates, self.adds, strict=True
+            )
+        )
+
+    def rows(self) -> set[int]:
+        """Which operands have rows: x and residuals."""
+        numbers = jax.tree.unflatten(self.tree, range(self.tree.num_leaves))
+        return {numbers[0], *(part[3] for part in numbers[1] if part[3] is not None)}
+
+
+def _sequence(
+    x: jax.Array, stages: Sequence[Stage], outputs: Sequence[int], implementation: str | None
+) -> list[jax.Array]:
+    """The specification: one layer after the other."""
+    ys: list[jax.Array] = []
+    for stage in stages:
+        prologue = stage.prologue
+        if stage.gate is not None:
+            x, up = jnp.split(x, 2, axis=-1)
+            prologue = GLU(up, stage.gate)
+        residual = ys[stage.residual] if isinstance(stage.residual, int) else stage.residual
+        x = linear(
+            x, stage.weight, stage.bias, implementation, prologue=prologue, residual=residual
+        )
+        ys.append(x)
+    return [ys[i] for i in outputs]
+
+
+# --- primitive ------------------------------------------------------------------------------------
+
+
+def _packed(stage: Stage) -> SlideWeight:
+    """The weight of a stage of the primitive, which has no others."""
+    return cast(SlideWeight, stage.weight)
+
+
+def _shapes(*operands, settings: ChainParams, sequence: ClosedJaxpr):
+    return [(aval.shape, aval.dtype) for aval in sequence.out_avals]
+
+
+@functools.cache
+def _traced(
+    settings: ChainParams, operands: tuple[tuple[tuple[int, ...], np.dtype], ...]
+) -> ClosedJaxpr:
+    """The sequence for operands of these shapes and dtypes.
+
+    The primitive carries it, so that all who walk through a program see its layers.
+    """
+
+    def sequence(*operands):
+        return _sequence(*settings.operands(operands), settings.outputs, settings.implementation)
+
+    return jax.make_jaxpr(sequence)(*(jax.ShapeDtypeStruct(*each) for each in operands))
+
+
+def _problem(x, stage: Stage, platform: str, implementation: str | None) -> Problem:
+    """The product of a stage, as the choice of an implementation sees it."""
+    w, dtype = _packed(stage), np.dtype(x.dtype)
+    return Problem(
+        "linear",
+        platform,
+        device_kind(platform),
+        x.shape[0],
+        w.in_features,
+        w.out_features,
+        w.pattern,
+        dtype,
+        w.dtype,
+        dtype,
+        tuple(w.prepared),
+        implementation,
+        stage.residual is not None,
+    )
+
+
+def _in_one_call(operands, settings: ChainParams, platform: str, devices: int | None) -> bool:
+    """Whether the chain is one custom call, where it is lowered."""
+    if platform != "cuda" or devices != 1:
+        return False
+    x, stages = settings.operands(operands)
+    if 0 in x.shape or any(_packed(stage).out_features == 0 for stage in stages):
+        return False
+    if any(stage.prologue is not None and type(stage.prologue) is not RMSNorm for stage in stages):
+        return False
+    for i, stage in enumerate(stages[1:]):
+        # The kernel before computes the gate and keeps its other results for itself.
+        if stage.gate is not None and (
+            i in settings.outputs or i in settings.adds or stages[i].residual is not None
+        ):
+            return False
+    found = [choose(_problem(x, stage, platform, settings.implementation)) for stage in stages]
+    return all(choice.implementation == decode.DECODE.name for choice in found)
+
+
+def _lowering(*operands, platform, devices, settings: ChainParams, sequence: ClosedJaxpr):
+    if not _in_one_call(operands, settings, platform, devices):
+        return jaxpr_as_fun(sequence)(*operands)
+    x, stages = settings.operands(operands)
+    if stages[0].gate is not None:
+        gate, up = jnp.split(x, 2, axis=-1)
+        x = GLU(up, stages[0].gate).apply(gate)
+    return _call(x, stages, settings.outputs)
+
+
+linear_chain_p = make_primitive("slidejax_linear_chain", _shapes, _lowering, asks_devices=True)
+
+
+def _call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]) -> list[jax.Array]:
+    """The custom call (cuda/decode/handlers.cc)."""
+    none = jnp.zeros(0, jnp.float32)
+    rows, size = x.shape[0], x.dtype.itemsize
+    operands, workspace = [x], decode.ALIGN
+    for i, stage in enumerate(stages):
+        w, norm = _packed(stage), stage.prologue
+        operands += [
+            *decode.operands(w),
+            none if stage.bias is None else stage.bias.astype(jnp.float32),
+            stage.residual if isinstance(stage.residual, jax.Array) else none,
+            norm.weight.astype(jnp.float32) if isinstance(norm, RMSNorm) else none,
+        ]
+        workspace += decode.workspace_bytes(w, rows)
+        if i not in outputs:
+            workspace += -(-rows * w.out_features * size // decode.ALIGN) * decode.ALIGN
+    gates = [stage.gate for stage in stages[1:]] + [None]  # of results
+    *ys, _ = calls.call(
+        "slidejax_chain_decode",
+        (
+            *(
+                jax.ShapeDtypeStruct((rows, _packed(stages[i]).out_features), x.dtype)
+                for i in outputs
+            ),
+            jax.ShapeDtypeStruct((workspace,), jnp.uint8),
+        ),
+        *operands,
+        adds=np.array(
+            [s.residual if isinstance(s.residual, int) else -1 for s in stages], np.int64
+        ),
+        gates=np.array([-1 if g is None else _ACTIVATION_NUMBERS[g] for g in gates], np.int64),
+        eps=np.array([getattr(s.prologue, "eps", 0.0) for s in stages], np.float32),
+        outputs=np.array(outputs, np.int64),
+    )
+    return ys
+
+
+# --- batching, derivative -------------------------------------------------------------------------
+
+
+@functools.cache
+def _op(settings: ChainParams):
+    def primal(*operands):
+        sequence = _traced(settings, tuple((a.shape, np.dtype(a.dtype)) for a in operands))
+        return tuple(linear_chain_p.bind(*operands, settings=settings, sequence=sequence))
+
+    def vmap_rule(op, axis_size, in_batched, *operands):
+        return map_batched(op, axis_size, in_batched, settings.rows(), operands)
+
+    def backward(operands, dys):
+        def sequence(*operands):
+            x, stages = settings.operands(operands)
+            return tuple(_sequence(x, stages, settings.outputs, settings.implementation))
+
+        _, pull = jax.vjp(sequence, *operands)
+        gradients = pull(dys)
+        return tuple(None if g.dtype == jax.dtypes.float0 else g for g in gradients)
+
+    return with_rules(primal, vmap_rule, backward)
+
+
+# --- public ---------------------------------------------------------------------------------------
+
+
+def linear_chain(
+    x: jax.Array,
+    stages: Sequence[Stage],
+    outputs: Sequence[int] | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """Computes linear layers that follow each other, such as the tail of a transformer's layer.
+
+    It is a sequence of `slidejax.linear`, and has its results and its gradients. For a few rows on
+    one GPU it is one custom call, whose kernels overlap. That is so where every stage alone would
+    run in the implementation "decode"; its weights are `SlideWeight`s; its prologue is an `RMSNorm`
+    or none; and the result that a gate reads is used by nothing else. In such a call a norm's sum
+    has another order, so codes may differ as the contract allows.
+
+    Args:
+      x: `[..., in]`, bfloat16, float16 or float32; leading axes are rows.
+      stages: the layers. All results have the dtype of x.
+      outputs: the numbers of the stages whose results are wanted. None stands for the last one.
+      implementation: as in `slidejax.linear`, of every stage.
+
+    Returns:
+      The results of these stages, each `[..., out]`.
+
+    Raises:
+      ValueError: for shapes, dtypes, activations or numbers of stages that do not fit.
+      TypeError: if `stages` are no `Stage`s, or hold no `LinearWeight`, `Prologue` or array.
+      NotImplementedError: if the implementation refuses, with the reason.
+
+    An MLP with its residual and its norm:
+
+    >>> from slidejax import RMSNorm, pack
+    >>> gate_up, down = pack(jnp.ones((8, 32)), "6:8"), pack(jnp.ones((16, 8)), "6:8")
+    >>> x = jnp.ones((2, 8))
+    >>> norm = RMSNorm(jnp.ones(8), eps=0.0)
+    >>> (y,) = linear_chain(
+    ...     x, [Stage(gate_up, prologue=norm), Stage(down, gate="relu", residual=x)]
+    ... )
+    >>> y.shape, float(y[0, 0])
+    ((2, 8), 433.0)
+    """
+    x = check_input(x)
+    stages = _check_stages(stages)
+    wanted = _check_outputs(outputs, len(stages))
+    stages = _check_shapes(x, stages)
+    residuals = [s.residual for s in stages if isinstance(s.residual, jax.Array)]
+    weights = [s.weight for s in stages]
+    plain = all(isinstance(w, SlideWeight) and not w.is_k_shard for w in weights)
+    if not plain or varying_axes(x, *residuals, *jax.tree.leaves(weights)):
+        return tuple(_sequence(x, stages, wanted, implementation))
+    rows = math.prod(x.shape[:-1])
+    parts = tuple(
+        (
+            s.weight,
+            s.bias,
+            s.prologue,
+            s.residual.reshape(rows, -1) if isinstance(s.residual, jax.Array) else None,
+        )
+        for s in stages
+    )
+    leaves, tree = jax.tree.flatten((x.reshape(rows, x.shape[-1]), parts))
+    settings = ChainParams(
+        tree,
+        tuple(s.gate for s in stages),
+        tuple(s.residual if isinstance(s.residual, int) else None for s in stages),
+        wanted,
+        implementation,
+    )
+    ys = _op(settings)(*leaves)
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def _check_stages(stages) -> list[Stage]:
+    stages = list(stages) if isinstance(stages, (list, tuple)) else stages
+    if not isinstance(stages, list) or not all(isinstance(stage, Stage) for stage in stages):
+        kinds = stages if not isinstance(stages, list) else [type(s).__name__ for s in stages]
+        raise TypeError(f"stages must be a list of Stage, got {kinds!r}")
+    if not stages:
+        raise ValueError("stages must have at least one Stage, got none")
+    for i, stage in enumerate(stages):
+        where = f"stages[{i}]"
+        if not isinstance(stage.weight, LinearWeight):
+            raise TypeError(
+                f"{where}.weight must be a LinearWeight, got {type(stage.weight).__name__}"
+            )
+        if stage.gate is not None and stage.gate not in ACTIVATIONS:
+            raise ValueError(
+                f"{where}.gate must be one of {', '.join(ACTIVATIONS)} or None, got {stage.gate!r}"
+            )
+        if stage.prologue is not None and (
+            not isinstance(stage.prologue, Prologue) or stage.prologue.ROWS
+        ):
+            raise TypeError(
+                f"{where}.prologue must be an RMSNorm, LayerNorm or Activation of slidejax, got "
+                f"{type(stage.prologue).__name__}"
+            )
+        if stage.prologue is not None and stage.gate is not None:
+            raise ValueError(f"{where} must have a prologue or a gate, got both")
+    return stages
+
+
+def _check_outputs(outputs, count: int) -> tuple[int, ...]:
+    wanted = (count - 1,) if outputs is None else tuple(operator.index(i) for i in outputs)
+    if not wanted or len({*wanted}) != len(wanted) or not all(0 <= i < count for i in wanted):
+        raise ValueError(
+            f"outputs must be different numbers of stages, 0 to {count - 1}, got {outputs!r}"
+        )
+    return wanted
+
+
+def _check_shapes(x: jax.Array, stages: list[Stage]) -> list[Stage]:
+    """The stages with their residuals and biases as arrays."""
+    columns, checked = x.shape[-1], []
+    widths: list[int] = []
+    for i, stage in enumerate(stages):
+        where, w = f"stages[{i}]", stage.weight.check(f"stages[{i}].weight")
+        wants = w.shape[-2] * (1 if stage.gate is None else 2)
+        if columns != wants and not w.is_k_shard:
+            raise ValueError(
+                f"{where}.weight has {w.shape[-2]} inputs and needs an input of {wants} columns"
+                f"{' with its gate' if stage.gate is not None else ''}, got {columns}"
+            )
+        residual, out = stage.residual, w.out_features
+        if isinstance(residual, (bool, np.bool_)):
+            raise TypeError(f"{where}.residual must be an array or a number of a stage, got a bool")
+        if isinstance(residual, (int, np.integer)):
+            residual = int(residual)
+            if not 0 <= residual < i or widths[residual] != out:
+                raise ValueError(
+                    f"{where}.residual must be the number of an earlier stage with {out} outputs, "
+                    f"got {residual}"
+                )
+        elif residual is not None:
+            residual = as_array(residual, f"{where}.residual")
+            if residual.shape != (*x.shape[:-1], out) or residual.dtype not in (
+                jnp.bfloat16,
+                jnp.float16,
+                jnp.float32,
+            ):
+                raise ValueError(
+                    f"{where}.residual must be bfloat16, float16 or float32 "
+                    f"{(*x.shape[:-1], out)}, got {residual.dtype} {residual.shape}"
+                )
+        bias = None if stage.bias is None else as_array(stage.bias, f"{where}.bias")
+        if bias is not None and (
+            bias.shape != (out,) or not jnp.issubdtype(bias.dtype, jnp.floating)
+        ):
+            raise ValueError(
+                f"{where}.bias must be floating ({out},), got {bias.dtype} {bias.shape}"
+            )
+        if stage.prologue is not None:
+            stage.prologue.check(
+                cast(jax.Array, jax.ShapeDtypeStruct((*x.shape[:-1], columns), x.dtype))
+            )
+        checked.append(dataclasses.replace(stage, bias=bias, residual=residual))
+        widths.append(out)
+        columns = out
+    return checked
