@@ -9,7 +9,8 @@
 namespace slidejax::decode {
 namespace {
 
-constexpr int kMaxWindows = 7;  // 14:16
+constexpr int kMaxWindows = 7;                        // 14:16
+constexpr int64_t kMostGateBytes = int64_t{1} << 30;  // offsets in a tile have 32 bits
 static_assert(kDecodeTokens == kTileTokens, "all rows are one tile of tokens");
 
 template <typename Code>
@@ -175,6 +176,9 @@ cudaError_t Run(const DecodeArgs& a, bool behind, const Device& device, cudaStre
   p.sums_bytes = plan.sums_bytes, p.cached = plan.cached;
   p.warps = plan.warps, p.log_share = LogShare(a.M, shape.block_warps());
   p.behind = behind;
+  p.row_pieces = plan.own ? a.M * a.columns * static_cast<int>(Bytes(a.x_type)) / 16 : 0;
+  p.tile_outputs = TileOutputs(a), p.tile_blocks = p.tile_outputs * a.blocks;
+  p.lower_zeros = (a.gate_rows != 0 ? a.gate_rows : kTileRows / 2) * a.blocks * 8;
   const bool early = device.architecture >= 90;
   if (!plan.own) {
     p.scale_x = static_cast<float*>(a.workspace);
@@ -205,6 +209,9 @@ const char* DecodeCheck(const DecodeArgs& a) {
   if (a.type == DType::kE4M3 && device->architecture < 89)
     return "float8_e4m3fn needs code for compute capability 8.9 or later";
   if (a.M > kDecodeTokens) return "the decode kernel takes at most 8 rows";
+  const int64_t gate_bytes =
+      int64_t{a.gate_rows} * a.blocks * ShapeOf(a.type, a.group).block_bytes();
+  if (gate_bytes > kMostGateBytes) return "a gate's rows must be less than 1 GB";
   if (reinterpret_cast<uintptr_t>(a.values) % 16 != 0) return "values must be 16-byte aligned";
   if (reinterpret_cast<uintptr_t>(a.norm) % 16 != 0) return "a norm must be 16-byte aligned";
   DecodeArgs one = a;

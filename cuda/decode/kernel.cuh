@@ -19,7 +19,7 @@ namespace slidejax::decode {
 constexpr int Power2In(int a) { return a & -a; }
 
 template <typename Code>
-using SumsOf = std::conditional_t<std::is_same_v<Code, int8_t>, SumsS32, SumsF32>;
+using SumsFor = std::conditional_t<std::is_same_v<Code, int8_t>, SumsS32, SumsF32>;
 template <typename Code>
 using SumOf = std::conditional_t<std::is_same_v<Code, int8_t>, int32_t, float>;
 
@@ -58,17 +58,12 @@ __device__ inline float Rounded(float v, DType type) {
   }
 }
 
-// activation(gate) * factor, of results of a type.
-__device__ inline float Gated(float gate, float factor, lift::Activation activation, DType type) {
-  return lift::Activated(Rounded(gate, type), activation) * Rounded(factor, type);
-}
-
 template <typename Code, int kWindows>
 class Decoder {
  public:
   static constexpr Shape kShape{kWindows, sizeof(Code)};
   static constexpr int kDepth = kShape.depth();
-  using Sums = SumsOf<Code>;
+  using Sums = SumsFor<Code>;
   using Sum = SumOf<Code>;
 
   __device__ Decoder(const Params& p, uint8_t* shared)
@@ -101,12 +96,8 @@ class Decoder {
     const RowShare share(p_.log_share);
     const bool ready = own && !p_.behind;            // x is there already
     auto* rows = reinterpret_cast<uint8_t*>(sums_);  // of x: there are no sums yet
-    const auto with_rows = [&](const auto& work) {
-      WithTypeOfX(a.x_type,
-                  [&](auto x) { work(OwnRows<decltype(x), Code, kWindows>(a, share, rows)); });
-    };
     // Before the weights: else x waits behind megabytes of them.
-    if (ready) with_rows([](const auto& x) { x.Ask(); });
+    if (ready) AskForRows(p_, rows);
     if (own) AskForNorm(a, rows);
     AskForScales();
     PlanPieces();
@@ -116,6 +107,10 @@ class Decoder {
     for (int i = threadIdx.x; i < p_.tile_slots; i += blockDim.x) arrived_[i] = 0, tile_of_[i] = i;
     if (!ready) GridWait();
     GridRelease();
+    if (own && !ready) {
+      AskForRows(p_, rows);
+      CommitCopies();
+    }
     if (!own && threadIdx.x < a.M) scale_x_[threadIdx.x] = __ldcg(p_.scale_x + threadIdx.x);
 
     Item at = First();
@@ -124,12 +119,16 @@ class Decoder {
     for (int slice = 0; slice < p_.slices; ++slice) {
       if (slice > 0) __syncthreads();  // the slice before has been read
       if (own) {
-        if (!ready) with_rows([](const auto& x) { x.Fetch(); });
-        WaitForCopies<kDepth - 1>();  // of this thread's parts of x and its norm, and its scales
-        if (a.norm != nullptr) __syncthreads();
-        with_rows([&](const auto& x) {
-          x.Run(warp_words_, scale_x_ + share.row, codes_ + share.row * token_bytes_,
-                p_.steps * kStepBlocks * kShape.block_columns() / kChunk);
+        if (ready) {
+          WaitForCopies<kDepth - 1>();  // of x and its norm, and of scales
+        } else {
+          WaitForCopies<0>();
+        }
+        __syncthreads();
+        WithTypeOfX(a.x_type, [&](auto x) {
+          OwnRows<decltype(x), Code, kWindows>(a, share, rows)
+              .Run(warp_words_, scale_x_ + share.row, codes_ + share.row * token_bytes_,
+                   p_.steps * kStepBlocks * kShape.block_columns() / kChunk);
         });
       } else {
         CopyCodes(slice);
@@ -197,7 +196,7 @@ class Decoder {
 
   __device__ void PlanPieces() {
     const DecodeArgs& a = p_.a;
-    const int64_t begin = static_cast<int64_t>(first_tile_) * TileOutputs() * a.blocks;
+    const int64_t begin = static_cast<int64_t>(first_tile_) * p_.tile_blocks;
     values_ = static_cast<const uint8_t*>(a.values) + begin * kShape.block_bytes();
     zeros_ = a.zeros + begin * 8 + (lane_ / kStepBlocks * a.blocks + lane_ % kStepBlocks) * 8;
     Keep(values_), Keep(zeros_);
@@ -210,9 +209,6 @@ class Decoder {
         slot_piece_[i] = piece / kRowPieces * kShape.row_bytes() + piece % kRowPieces * 16;
     }
   }
-
-  // Outputs of a tile: half as many as rows where a gate and its other factor are two rows.
-  __device__ int TileOutputs() const { return p_.a.gate_rows != 0 ? kTileRows / 2 : kTileRows; }
 
   // The row of the weight that is a tile's row number `row`, counted from the tile's first one.
   __device__ int RowInTile(int row) const {
@@ -229,7 +225,7 @@ class Decoder {
   // Which of the lane's pieces lie inside a weight of which `left` blocks and `outputs` remain.
   // Bit i stands for piece i of the values, and bit kFirstZeroBit + i for piece i of the zeros.
   __device__ unsigned ValidPieces(int left, int outputs) const {
-    const int mask = TileOutputs() - 1;
+    const int mask = p_.tile_outputs - 1;
     unsigned valid = 0;
 #pragma unroll 1
     for (int i = 0; i < kPieces; ++i) {
@@ -249,9 +245,9 @@ class Decoder {
       const uint32_t to = ring_address_ + slot * kShape.slot_bytes();
       const int block = (item.slice * p_.slice_steps + item.step) * kStepBlocks;
       // A thread block's weights are less than 2 GB.
-      const int begin = item.tile * TileOutputs() * a.blocks + block, left = a.blocks - block;
-      const int outputs = a.out - (first_tile_ + item.tile) * TileOutputs();
-      const bool whole = left >= kStepBlocks && outputs >= TileOutputs();
+      const int begin = item.tile * p_.tile_blocks + block, left = a.blocks - block;
+      const int outputs = a.out - (first_tile_ + item.tile) * p_.tile_outputs;
+      const bool whole = left >= kStepBlocks && outputs >= p_.tile_outputs;
       const unsigned valid = whole ? ~0u : ValidPieces(left, outputs);
       const uint8_t* values = values_ + begin * kShape.block_bytes();
 #pragma unroll
@@ -262,8 +258,7 @@ class Decoder {
         const uint32_t to_zeros = to + kShape.slot_values() + lane_ * 8;
 #pragma unroll
         for (int i = 0; i < kZeroPieces; ++i)
-          Copy8(to_zeros + i * kLanes * 8,
-                zeros + static_cast<int64_t>(RowInTile(i * kLanes / kStepBlocks)) * a.blocks * 8,
+          Copy8(to_zeros + i * kLanes * 8, zeros + i * p_.lower_zeros,
                 valid & (1u << kFirstZeroBit) << i);
       }
       Advance(item);
@@ -303,8 +298,9 @@ class Decoder {
 
   // The row of the weight that is row `place` of a tile, or one inside the weight beyond its end.
   __device__ int RowOf(int tile, int place) const {
-    const int output = (first_tile_ + tile) * TileOutputs() + (place & (TileOutputs() - 1));
-    return min(output, p_.a.out - 1) + RowInTile(place) - (place & (TileOutputs() - 1));
+    const int within = place & (p_.tile_outputs - 1);
+    const int output = min((first_tile_ + tile) * p_.tile_outputs + within, p_.a.out - 1);
+    return place == within ? output : p_.a.gate_rows + output;
   }
 
   // ---- Sums -------------------------------------------------------------------------------------
@@ -438,43 +434,79 @@ class Decoder {
 
   // Adds up a tile's sums and writes its outputs.
   __device__ void Finish(const Item& item) {
-    const DecodeArgs& a = p_.a;
-    const int parts = min(warps_, p_.slice_steps);
-    const Sum* from = sums_ + item.tile_slot * warps_ * kTileRows * a.M;
-#pragma unroll 1
-    for (int begin = 0; begin < kTileRows * a.M; begin += kLanes) {
-      const int i = begin + lane_, place = i % kTileRows, m = i / kTileRows;
-      const int output = (first_tile_ + item.tile) * TileOutputs() + (place & (TileOutputs() - 1));
-      bool writes = m < a.M && output < a.out;
-      const int64_t to = static_cast<int64_t>(m) * a.out + output;
-      float v = 0;
-      if (writes) {
-        // It is asked for before the sums are read, which hides a part of its latency.
-        const bool adds = a.residual != nullptr;
-        const float residual = adds ? LoadFloat(a.residual, a.residual_type, to) : 0;
-        Sum sum = from[i];
-#pragma unroll 4
-        for (int part = 1; part < parts; ++part) sum += from[part * kTileRows * a.M + i];
-        const int row = RowOf(item.tile, place), at = item.tile * kTileRows + place;
-        const float scale = p_.cached ? scale_w_[at] : a.scale_w[row];
-        v = __fmul_rn(__fmul_rn(static_cast<float>(sum), scale_x_[m]), scale);
-        if (a.bias != nullptr)
-          v = __fadd_rn(v, p_.cached ? scale_w_[tiles_ * kTileRows + at] : a.bias[row]);
-        if (adds) v = __fadd_rn(v, residual);
-      }
-      if (a.gate_rows != 0) {
-        const int other = (lane_ + kTileRows / 2) % kLanes;
-        const float factor = __uint_as_float(__shfl_sync(kAllLanes, __float_as_uint(v), other));
-        v = Gated(v, factor, a.activation, a.y_type);
-        writes = writes && place < kTileRows / 2;
-      }
-      if (writes) StoreFloat(a.y, a.y_type, to, v);
+    if (p_.a.gate_rows != 0) {
+      FinishGated(item);
+    } else {
+      FinishPlain(item);
     }
     if (p_.slices > 1) return;
     __syncwarp();
     if (lane_ == 0) {
       StoreShared(arrived_ + item.tile_slot, 0);
       StoreShared(tile_of_ + item.tile_slot, item.tile + p_.tile_slots);
+    }
+  }
+
+  // Sum number i of a tile, from those of the warps.
+  __device__ Sum AddUp(const Sum* from, int i) const {
+    const int parts = min(warps_, p_.slice_steps);
+    Sum sum = from[i];
+#pragma unroll 4
+    for (int part = 1; part < parts; ++part) sum += from[part * kTileRows * p_.a.M + i];
+    return sum;
+  }
+
+  __device__ const Sum* SumsOf(const Item& item) const {
+    return sums_ + item.tile_slot * warps_ * kTileRows * p_.a.M;
+  }
+
+  __device__ void FinishPlain(const Item& item) const {
+    const DecodeArgs& a = p_.a;
+    const int row0 = (first_tile_ + item.tile) * kTileRows;
+    const int begin = p_.cached ? first_tile_ * kTileRows : 0;  // the row of scales[0]
+    const float* scales = p_.cached ? scale_w_ : a.scale_w;
+    const float* biases = p_.cached ? scale_w_ + tiles_ * kTileRows : a.bias;
+    const Sum* from = SumsOf(item);
+    for (int i = lane_; i < kTileRows * a.M; i += kLanes) {
+      const int row = row0 + i % kTileRows, m = i / kTileRows;
+      const int64_t to = static_cast<int64_t>(m) * a.out + row;
+      // It is asked for before the sums are read, which hides a part of its latency.
+      const bool adds = a.residual != nullptr && row < a.out;
+      const float residual = adds ? LoadFloat(a.residual, a.residual_type, to) : 0;
+      const Sum sum = AddUp(from, i);
+      if (row >= a.out) continue;
+      float v = __fmul_rn(__fmul_rn(static_cast<float>(sum), scale_x_[m]), scales[row - begin]);
+      if (a.bias != nullptr) v = __fadd_rn(v, biases[row - begin]);
+      if (adds) v = __fadd_rn(v, residual);
+      StoreFloat(a.y, a.y_type, to, v);
+    }
+  }
+
+  // The first eight rows of a tile are gates, the others their factors.
+  __device__ void FinishGated(const Item& item) const {
+    constexpr int kOutputs = kTileRows / 2;
+    const DecodeArgs& a = p_.a;
+    const int tile = item.tile * kTileRows, output0 = (first_tile_ + item.tile) * kOutputs;
+    const Sum* from = SumsOf(item);
+#pragma unroll 1
+    for (int i = lane_; i < kOutputs * a.M; i += kLanes) {
+      const int output = output0 + i % kOutputs, m = i / kOutputs;
+      if (output >= a.out) continue;
+      float v[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int place = i % kOutputs + half * kOutputs, row = output + half * a.gate_rows;
+        const Sum sum = AddUp(from, m * kTileRows + place);
+        const float scale = p_.cached ? scale_w_[tile + place] : a.scale_w[row];
+        v[half] = __fmul_rn(__fmul_rn(static_cast<float>(sum), scale_x_[m]), scale);
+        if (a.bias != nullptr) {
+          const float* biases = p_.cached ? scale_w_ + tiles_ * kTileRows + tile : a.bias;
+          v[half] = __fadd_rn(v[half], biases[p_.cached ? place : row]);
+        }
+        v[half] = Rounded(v[half], a.y_type);
+      }
+      StoreFloat(a.y, a.y_type, static_cast<int64_t>(m) * a.out + output,
+                 lift::Activated(v[0], a.activation) * v[1]);
     }
   }
 

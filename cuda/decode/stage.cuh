@@ -163,43 +163,26 @@ __device__ inline void AskForNorm(const DecodeArgs& a, uint8_t* rows) {
     Copy16(to + i * 16, a.norm + i * 4, true);
 }
 
-// Converts rows of x in the decode kernel. They are copied to shared memory first, each chunk by
-// the thread that converts it.
+// Asks for all rows of x, which lie behind the weights of the norm.
+__device__ inline void AskForRows(const Params& p, uint8_t* rows) {
+  const uint32_t to = SharedAddress(rows + (p.a.norm != nullptr ? p.a.columns * 4 : 0));
+  const auto* from = static_cast<const uint8_t*>(p.a.x);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.row_pieces; i += blockDim.x)
+    Copy16(to + i * 16, from + i * 16, true);
+}
+
+// Converts rows of x in the decode kernel, from shared memory.
 template <typename T, typename Code, int kWindows>
 class OwnRows {
   static constexpr int kParts = sizeof(T) / 2;  // of a chunk, of 16 bytes each
 
  public:
-  // `rows` is the shared memory for the weights of a norm and all rows of x.
+  // `rows` is the shared memory that AskForNorm and AskForRows have filled.
   __device__ OwnRows(const DecodeArgs& a, const RowShare& at, uint8_t* rows)
       : a_(a), at_(at), chunks_(at.row < a.M ? a.columns / kChunk : 0) {
-    const int64_t begin = static_cast<int64_t>(at.row) * a.columns;
-    from_ = static_cast<const T*>(a.x) + begin;
     norm_ = reinterpret_cast<const float4*>(rows);
-    row_ = rows + (a.norm != nullptr ? a.columns * 4 : 0) + begin * sizeof(T);
-  }
-
-  __device__ void Ask() const {
-    const uint32_t to = SharedAddress(row_);
-#pragma unroll 4
-    for (int index = at_.first; index < chunks_; index += at_.stride) {
-#pragma unroll
-      for (int k = 0; k < kParts; ++k)
-        Copy16(to + (index * kParts + k) * 16, from_ + index * kChunk + k * 16 / sizeof(T), true);
-    }
-  }
-
-  // The same without asynchronous copies, which would wait for those of the weights.
-  __device__ void Fetch() const {
-#pragma unroll 4
-    for (int i = at_.first; i < chunks_; i += at_.stride) {
-      uint4 v[kParts];
-#pragma unroll
-      for (int k = 0; k < kParts; ++k)
-        v[k] = __ldcg(reinterpret_cast<const uint4*>(from_ + i * kChunk) + k);
-#pragma unroll
-      for (int k = 0; k < kParts; ++k) reinterpret_cast<uint4*>(row_)[i * kParts + k] = v[k];
-    }
+    row_ = rows + (a.norm != nullptr ? a.columns * 4 : 0) + at.row * a.columns * sizeof(T);
   }
 
   // Writes the row's codes to `token`, with zeros up to chunk number `all`. warp_words has two
@@ -256,7 +239,6 @@ class OwnRows {
   const DecodeArgs& a_;
   const RowShare at_;
   const int chunks_;
-  const T* from_;
   uint8_t* row_;
   const float4* norm_;
 };
