@@ -8,7 +8,7 @@
 #pragma once
 
 #include "decode/decode.h"
-#include "decode/fragments.cuh"
+#include "decode/multiply.cuh"
 #include "decode/params.h"
 #include "decode/ptx.cuh"
 #include "decode/stage.cuh"
@@ -17,11 +17,6 @@ namespace slidejax::decode {
 
 // The largest power of two that divides a number.
 constexpr int Power2In(int a) { return a & -a; }
-
-template <typename Code>
-using SumsFor = std::conditional_t<std::is_same_v<Code, int8_t>, SumsS32, SumsF32>;
-template <typename Code>
-using SumOf = std::conditional_t<std::is_same_v<Code, int8_t>, int32_t, float>;
 
 // A step of a tile. A warp goes through the slices of K, in each through the block's tiles, and in
 // each tile through every warps-th step.
@@ -59,21 +54,23 @@ __device__ inline float Rounded(float v, DType type) {
 }
 
 template <typename Code, int kWindows>
-class Decoder {
+class Decoder : Multiplier<Code, kWindows> {
+  using Base = Multiplier<Code, kWindows>;
+  using Base::codes_, Base::lane_, Base::ring_, Base::ring_address_, Base::sums_of_,
+      Base::token_bytes_;
+
  public:
-  static constexpr Shape kShape{kWindows, sizeof(Code)};
+  using Base::kShape;
   static constexpr int kDepth = kShape.depth();
-  using Sums = SumsFor<Code>;
   using Sum = SumOf<Code>;
 
   __device__ Decoder(const Params& p, uint8_t* shared)
       : p_(p),
         warps_(p.warps),
         warp_(threadIdx.x / kLanes),
-        lane_(threadIdx.x % kLanes),
         first_tile_(blockIdx.x * p.tiles_each + min(static_cast<int>(blockIdx.x), p.tiles_more)),
-        tiles_(p.tiles_each + (static_cast<int>(blockIdx.x) < p.tiles_more)),
-        token_bytes_(TokenBytes(kShape, p.slice_steps)) {
+        tiles_(p.tiles_each + (static_cast<int>(blockIdx.x) < p.tiles_more)) {
+    token_bytes_ = TokenBytes(kShape, p.slice_steps);
     const int M = p.a.M, rows = tiles_ * kTileRows;
     ring_ = shared + warp_ * kDepth * kShape.slot_bytes();
     ring_address_ = SharedAddress(ring_);
@@ -141,7 +138,7 @@ class Decoder {
         WaitForCopies<kDepth - 2>();
         __syncwarp();
         Load(ask, slot == 0 ? kDepth - 1 : slot - 1);
-        Multiply(slot, at);
+        Base::Multiply(slot, at.step, p_.a.M);
         slot = slot + 1 == kDepth ? 0 : slot + 1;
         const Item done = at;
         Advance(at);
@@ -288,7 +285,7 @@ class Decoder {
     const int rows = tiles_ * kTileRows;
     if (p_.cached) {
       for (int i = threadIdx.x; i < rows; i += blockDim.x) {
-        const int row = RowOf(i / kTileRows, i % kTileRows);
+        const int row = RowOf(i);
         Copy4(SharedAddress(scale_w_ + i), a.scale_w + row);
         if (a.bias != nullptr) Copy4(SharedAddress(scale_w_ + rows + i), a.bias + row);
       }
@@ -296,110 +293,17 @@ class Decoder {
     CommitCopies();
   }
 
-  // The row of the weight that is row `place` of a tile, or one inside the weight beyond its end.
-  __device__ int RowOf(int tile, int place) const {
-    const int within = place & (p_.tile_outputs - 1);
-    const int output = min((first_tile_ + tile) * p_.tile_outputs + within, p_.a.out - 1);
-    return place == within ? output : p_.a.gate_rows + output;
+  // The row of the weight that is the block's row number i, or one inside the weight beyond its
+  // end.
+  __device__ int RowOf(int i) const {
+    const int last = p_.a.out - 1;
+    if (p_.a.gate_rows == 0) return min(first_tile_ * kTileRows + i, last);
+    constexpr int kOutputs = kTileRows / 2;  // of a tile
+    const int output = (first_tile_ + i / kTileRows) * kOutputs + i % kOutputs;
+    return min(output, last) + (i % kTileRows < kOutputs ? 0 : p_.a.gate_rows);
   }
 
   // ---- Sums -------------------------------------------------------------------------------------
-
-  // Adds an item's products to the warp's sums.
-  __device__ void Multiply(int slot, const Item& item) {
-    if constexpr (kShape.wide()) {
-      MultiplyWide(slot, item);
-    } else {
-      MultiplyNarrow(slot, item);
-    }
-  }
-
-  // 16 bytes of the codes of token lane / 4, for this lane: number i of a step.
-  __device__ uint4 CodesOf(const Item& item, int i) const {
-    const int g = lane_ / 4, t = lane_ % 4;
-    const uint8_t* codes = codes_ + g * token_bytes_ + item.step * kShape.step_lifted() + t * 16;
-    return g < p_.a.M ? *reinterpret_cast<const uint4*>(codes + i * 64) : uint4{0, 0, 0, 0};
-  }
-
-  // Values of 16 bits.
-  __device__ void MultiplyWide(int slot, const Item& item) {
-    constexpr int kBytes = kShape.block_bytes(), kChunks = kBytes / 16;
-    // Lanes 0 to 15 say where the rows of the first block of a pair are, the others the second.
-    const uint32_t from = ring_address_ + slot * kShape.slot_bytes() +
-                          lane_ % kTileRows * kShape.row_bytes() + lane_ / kTileRows * kBytes;
-    const auto values = [&](uint32_t (&to)[4], int pair, int chunk) {
-      LoadMatrices(to, from + pair * 2 * kBytes + chunk * 16);
-    };
-    if constexpr (kShape.dense()) {
-#pragma unroll
-      for (int i = 0; i < kChunks; ++i) {  // two mma share 16 bytes of codes
-        const int pair = 2 * i / kChunks, chunk = 2 * i % kChunks;
-        const uint4 b = CodesOf(item, i);
-        uint32_t first[4], second[4];
-        values(first, pair, chunk), values(second, pair, chunk + 1);
-        MultiplyDense<Code>(sums_of_[0], first, b.x, b.y);
-        MultiplyDense<Code>(sums_of_[1], second, b.z, b.w);
-      }
-    } else {
-      const int g = lane_ / 4, t = lane_ % 4;
-      const auto* zeros =
-          reinterpret_cast<const uint2*>(ring_ + slot * kShape.slot_bytes() + kShape.slot_values());
-      uint32_t metadata[kChunks];  // of block t of rows g and g + 8
-      ExpandWideMetadata<kWindows>(zeros[g * kStepBlocks + t], zeros[(g + 8) * kStepBlocks + t],
-                                   metadata);
-#pragma unroll
-      for (int j = 0; j < kChunks; ++j) {
-        uint32_t first[4], second[4];
-        values(first, 0, j), values(second, 1, j);
-        MultiplySparse<Code, 0>(sums_of_[0], first, CodesOf(item, j), metadata[j]);
-        MultiplySparse<Code, 1>(sums_of_[1], second, CodesOf(item, kChunks + j), metadata[j]);
-      }
-    }
-  }
-
-  // Values of 8 bits.
-  __device__ void MultiplyNarrow(int slot, const Item& item) {
-    const uint8_t* from = ring_ + slot * kShape.slot_bytes();
-    const int g = lane_ / 4, t = lane_ % 4;
-    constexpr int kBytes = kShape.block_bytes(), kWords = kBytes / 4;
-    uint32_t upper[kWords], lower[kWords];  // the lane's block of rows g and g + 8
-#pragma unroll
-    for (int i = 0; i < kWords; i += 4) {
-      const auto* at = reinterpret_cast<const uint4*>(from + (g * kStepBlocks + t) * kBytes);
-      const uint4 u = at[i / 4], l = at[i / 4 + 8 * kStepBlocks * kBytes / 16];
-      upper[i] = u.x, upper[i + 1] = u.y, upper[i + 2] = u.z, upper[i + 3] = u.w;
-      lower[i] = l.x, lower[i + 1] = l.y, lower[i + 2] = l.z, lower[i + 3] = l.w;
-    }
-    if constexpr (kShape.dense()) {
-#pragma unroll
-      for (int j = 0; j < 4; j += 2) {
-        const uint4 b = CodesOf(item, j / 2);
-        MultiplyDense(sums_of_[0], {upper[j], lower[j], upper[4 + j], lower[4 + j]}, b.x, b.y);
-        MultiplyDense(sums_of_[1], {upper[j + 1], lower[j + 1], upper[5 + j], lower[5 + j]}, b.z,
-                      b.w);
-      }
-    } else {
-      constexpr int kHalf = 2 * kWindows;
-      uint32_t metadata[kHalf];
-      LoadMetadata(from + kShape.slot_values(), metadata);
-#pragma unroll
-      for (int j = 0; j < kHalf; ++j) {
-        MultiplySparse(sums_of_[j % 2], {upper[j], lower[j], upper[kHalf + j], lower[kHalf + j]},
-                       CodesOf(item, j), metadata[j]);
-      }
-    }
-  }
-
-  // Lane (g, t) supplies the metadata of half t / 2 of row g + 8 (t % 2).
-  __device__ void LoadMetadata(const uint8_t* from,
-                               uint32_t (&metadata)[2 * (kWindows > 0 ? kWindows : 1)]) const {
-    const int row = lane_ / 4 + 8 * (lane_ % 2), half = lane_ % 4 / 2;
-    const auto* at = reinterpret_cast<const uint4*>(from + row * kStepBlocks * 8);
-    const uint4 v = at[0], w = at[1];
-    const uint32_t zeros[kStepBlocks] = {half ? v.y : v.x, half ? v.w : v.z, half ? w.y : w.x,
-                                         half ? w.w : w.z};
-    ExpandMetadata<kWindows>(zeros, metadata);
-  }
 
   // Leaves the warp's sums of a tile, whose first item was step `first_step`. They lie in the
   // order of K, so that results do not depend on which warp was faster.
@@ -511,21 +415,17 @@ class Decoder {
   }
 
   const Params& p_;
-  const int warps_, warp_, lane_, first_tile_, tiles_, token_bytes_;
-  uint8_t* ring_;
-  uint32_t ring_address_;
+  const int warps_, warp_, first_tile_, tiles_;
   const uint8_t* values_;  // of the block's first tile; of zeros, the lane's first piece
   const uint8_t* zeros_;
   int value_piece_[kPieces];
   int slot_piece_[kPeriod];
-  uint8_t* codes_;
   Sum* sums_;
   float* scale_w_;
   int* arrived_;
   int* tile_of_;
   uint32_t* warp_words_;
   float* scale_x_;
-  Sums sums_of_[2];  // two chains of mma, so that one need not wait for the other
 };
 
 template <typename Code, int kWindows>
