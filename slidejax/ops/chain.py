@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.sharding import AxisType
 
 from slidejax.ops.choice import choose
 from slidejax.ops.cuda import calls
@@ -148,7 +149,7 @@ def _problem(x, stage: Stage, platform: str, implementation: str | None) -> Prob
         "linear",
         platform,
         device_kind(platform),
-        x.shape[0],
+        math.prod(x.shape[:-1]),
         w.in_features,
         w.out_features,
         w.pattern,
@@ -196,14 +197,15 @@ linear_chain_p = make_primitive("slidejax_linear_chain", _shapes, _lowering, ask
 def _call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]) -> list[jax.Array]:
     """The custom call (cuda/decode/handlers.cc)."""
     none = jnp.zeros(0, jnp.float32)
-    rows, size = x.shape[0], x.dtype.itemsize
-    operands, workspace = [x], decode.ALIGN
+    leading, size = x.shape[:-1], x.dtype.itemsize
+    rows = math.prod(leading)
+    operands, workspace = [x.reshape(rows, -1)], decode.ALIGN
     for i, stage in enumerate(stages):
         w, norm = _packed(stage), stage.prologue
         operands += [
             *decode.operands(w),
             none if stage.bias is None else stage.bias.astype(jnp.float32),
-            stage.residual if isinstance(stage.residual, jax.Array) else none,
+            stage.residual.reshape(rows, -1) if isinstance(stage.residual, jax.Array) else none,
             norm.weight.astype(jnp.float32) if isinstance(norm, RMSNorm) else none,
         ]
         workspace += decode.workspace_bytes(w, rows)
@@ -227,7 +229,7 @@ def _call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]) -> li
         eps=np.array([getattr(s.prologue, "eps", 0.0) for s in stages], np.float32),
         outputs=np.array(outputs, np.int64),
     )
-    return ys
+    return [y.reshape(*leading, -1) for y in ys]
 
 
 # --- batching, derivative -------------------------------------------------------------------------
@@ -301,22 +303,20 @@ def linear_chain(
     stages = _check_stages(stages)
     wanted = _check_outputs(outputs, len(stages))
     stages = _check_shapes(x, stages)
-    residuals = [s.residual for s in stages if isinstance(s.residual, jax.Array)]
-    weights = [s.weight for s in stages]
-    plain = all(isinstance(w, SlideWeight) and not w.is_k_shard for w in weights)
-    if not plain or varying_axes(x, *residuals, *jax.tree.leaves(weights)):
-        return tuple(_sequence(x, stages, wanted, implementation))
-    rows = math.prod(x.shape[:-1])
     parts = tuple(
         (
             s.weight,
             s.bias,
             s.prologue,
-            s.residual.reshape(rows, -1) if isinstance(s.residual, jax.Array) else None,
+            s.residual if isinstance(s.residual, jax.Array) else None,
         )
         for s in stages
     )
-    leaves, tree = jax.tree.flatten((x.reshape(rows, x.shape[-1]), parts))
+    leaves, tree = jax.tree.flatten((x, parts))
+    plain = all(isinstance(s.weight, SlideWeight) and not s.weight.is_k_shard for s in stages)
+    # Inside `shard_map`, and where arrays carry their mesh in their types, layers cut themselves.
+    if not plain or varying_axes(*leaves) or _on_explicit_mesh(leaves):
+        return tuple(_sequence(x, stages, wanted, implementation))
     settings = ChainParams(
         tree,
         tuple(s.gate for s in stages),
@@ -324,8 +324,13 @@ def linear_chain(
         wanted,
         implementation,
     )
-    ys = _op(settings)(*leaves)
-    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+    return _op(settings)(*leaves)
+
+
+def _on_explicit_mesh(arrays: Sequence[jax.Array]) -> bool:
+    """Whether an array has explicit mesh axes (`jax.sharding.AxisType.Explicit`) in its type."""
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
+    return any(kind == AxisType.Explicit for mesh in meshes for kind in mesh.axis_types)
 
 
 def _check_stages(stages) -> list[Stage]:

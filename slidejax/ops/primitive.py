@@ -28,8 +28,8 @@ def make_primitive(
 
     Args:
       name: of the primitive, as jaxprs show it.
-      shape_rule: `(*avals, **params) -> [(shape, dtype), ...]`. All results have two axes and as
-        many rows as the first operand.
+      shape_rule: `(*avals, **params) -> [(shape, dtype), ...]`. All results have as many axes and
+        rows as the first operand.
       lowering: `(*operands, platform=..., **params) -> list of results`, written in JAX. `platform`
         is "cuda" or "default".
       asks_devices: whether `lowering` takes one more argument, `devices`: the number of devices of

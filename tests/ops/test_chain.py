@@ -128,6 +128,18 @@ def test_on_a_mesh_it_is_the_sequence():
     assert "slidejax_chain" not in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+def test_on_a_mesh_of_explicit_axes_it_is_the_sequence():
+    x, stages = tail(rows=(8,))
+    stages[0] = sj.Stage(stages[0].weight)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+    (want,) = sj.linear_chain(x, stages[:2])
+    with jax.set_mesh(mesh):
+        cut = jax.device_put(x, NamedSharding(mesh, P("d")))
+        (y,) = jax.jit(lambda x: sj.linear_chain(x, stages[:2]))(cut)
+        assert jax.typeof(y).sharding.spec == P("d", None)
+    close(y, want, 1e-6)
+
+
 def test_under_shard_map_it_is_the_sequence():
     x, stages = tail(rows=(8,))
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
