@@ -7,15 +7,19 @@ import tempfile
 from pathlib import Path
 
 
+def _gpu_is_used():
+    """Whether JAX will run on a GPU. Programs are timed there, so nothing below is changed."""
+    cpu_only = os.environ.get("JAX_PLATFORMS") == "cpu"
+    return not cpu_only and bool(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
 def _share_compiled_programs():
     """Lets the processes of a test run share compiled programs, so that each is compiled once.
 
     The processes are those of pytest-xdist and those that tests start. The programs are in a
     directory of this run alone, unless JAX_COMPILATION_CACHE_DIR names one, which is kept for the
-    next run. On a GPU nothing is shared: programs are timed there.
+    next run.
     """
-    if list(Path("/dev").glob("nvidia[0-9]*")):
-        return
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = tempfile.mkdtemp(prefix="slidejax-tests-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -24,11 +28,24 @@ def _share_compiled_programs():
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
-# All this is set before JAX starts. The sharding tests run on eight CPU devices that XLA makes up.
-_share_compiled_programs()
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Tests compile thousands of small programs that run once. With these flags XLA compiles one for a
+# CPU in a third of the time: LLVM does not optimise it, each computation is written as one plain
+# loop instead of by the compiler for fusions, and a program is not cut into parts for threads.
+# What a program computes stays the same, operation by operation; only its speed changes. Flags in
+# XLA_FLAGS come later and win, so `--xla_backend_optimization_level=2
+# --xla_cpu_use_fusion_emitters=true` runs the tests with programs as users have them.
+_QUICK_TO_COMPILE = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
+
+# All this is set before JAX starts. The sharding tests run on eight CPU devices that XLA makes up.
+_flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+if not _gpu_is_used():
+    _share_compiled_programs()
+    _flags = [*_QUICK_TO_COMPILE, *_flags]
+os.environ["XLA_FLAGS"] = " ".join(_flags)
 
 import hypothesis
 import jax
