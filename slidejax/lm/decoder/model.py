@@ -139,6 +139,8 @@ class _Extra:
 
     def __init__(self, files: dict[str, bytes], about: dict[str, Any]):
         self.files, self.about = files, about
+        # The leaves of parameters, and what `generate` runs on in their place.
+        self.served: tuple[list, Any] = ([], None)
 
 
 # --- the shell and the tree -----------------------------------------------------------------------

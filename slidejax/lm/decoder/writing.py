@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+
+import jax
 
 from slidejax.lm.decoder.apply import apply
 from slidejax.lm.decoder.cache import init_cache
@@ -14,6 +16,9 @@ from slidejax.lm.generation.programs import Programs
 from slidejax.lm.generation.stream import Stream
 from slidejax.lm.text import files
 from slidejax.lm.text.tokenizer import Tokenizer
+from slidejax.variants.prepared import weights_of
+from slidejax.variants.serving import serving
+from slidejax.weights.packed import SlideWeight
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +63,31 @@ class _Writer:
 
     @property
     def params(self) -> Any:
-        return self._model.params
+        return _served(self._model)
+
+
+def _served(model: Any) -> Any:
+    """A model's parameters as loops on this device read them.
+
+    On a CPU they are made once and kept with the model, since a loop would otherwise unpack every
+    weight in each of its calls.
+    """
+    params = model.params
+    if jax.default_backend() != "cpu" or not weights_of(params):
+        return params
+    extra, leaves = model._extra, jax.tree.leaves(params)
+    of, made = extra.served
+    if len(of) != len(leaves) or any(a is not b for a, b in zip(of, leaves, strict=True)):
+        made = _with_serving_weights(params)
+        extra.served = leaves, made
+    return made
+
+
+def _with_serving_weights(tree: Any) -> Any:
+    """The tree with a `ServingWeight` for each packed weight; adapters and masters stay."""
+    if isinstance(tree, Mapping):
+        return {name: _with_serving_weights(value) for name, value in tree.items()}
+    return serving(tree) if isinstance(tree, SlideWeight) else tree
 
 
 class Writes:

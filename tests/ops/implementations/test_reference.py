@@ -1,20 +1,45 @@
 """The specification itself, against numpy."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import slidejax as sj
 from slidejax.ops.implementations import reference
 from slidejax.ops.implementations.reference import REFERENCE
 
 
-@pytest.mark.parametrize("columns", [0, 1, 1040, 1041, 2500])
-def test_sums_of_int8_products_are_exact(columns):
-    codes = np.full((2, columns), 127, np.int8)
+# A few rows are summed as integers, and more rows by float32 products.
+@pytest.mark.parametrize("rows", [0, 1, 4, 5])
+@pytest.mark.parametrize("columns", [0, 1, 1040, 1041, 2500, 8221])
+def test_sums_of_int8_products_are_exact(rows, columns):
+    codes = np.full((rows, columns), 127, np.int8)
     kernel = np.stack([np.full(columns, 127), np.full(columns, -127)]).astype(np.int8)
     got = reference.exact_int8_dot(jnp.asarray(codes), jnp.asarray(kernel))
     assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, codes.astype(np.int64) @ kernel.T.astype(np.int64))
+
+
+@given(st.integers(0, 40_000))
+def test_columns_are_cut_into_short_axes(columns):
+    end = 0
+    for start, shape in reference._cut(columns):
+        assert start == end and all(1 <= size <= 32 for size in shape)
+        end += math.prod(shape)
+    assert end == columns
+
+
+@given(st.sampled_from([1, 3, 5]), st.sampled_from([7, 90, 296, 1100]), st.integers(0, 999))
+def test_random_int8_products_are_exact(rows, columns, seed):
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
+    kernel = rng.integers(-127, 128, (6, columns)).astype(np.int8)
+    got = jax.jit(reference.exact_int8_dot)(codes, kernel)
     np.testing.assert_array_equal(got, codes.astype(np.int64) @ kernel.T.astype(np.int64))
 
 
