@@ -18,27 +18,11 @@ from slidejax.checkpoint.staging import staged
 from slidejax.lm.decoder import directory, gguf
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.model import Decoder
+from slidejax.lm.text.files import is_text_file, text_files
 from slidejax.weights.numerics import is_quantized
 from slidejax.weights.packed import LinearWeight, SlideWeight
 
-__all__ = ["CLASS", "TEXT_FILES", "load", "save"]
-
-# Files of a model directory that go with the parameters. None of them is code.
-TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    gguf.GGUF_TOKENIZER,
-)
-_LARGEST = 1 << 28  # bytes of such a file
+__all__ = ["CLASS", "load", "save"]
 
 CLASS = "slidejax.lm.Decoder"  # what a saved directory says that it holds
 _FLOATS = ("bfloat16", "float16", "float32")
@@ -128,7 +112,8 @@ def content(config: DecoderConfig, dtype: np.dtype, about: Any, params: Any) -> 
 def write_texts(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes the text files that go with a model."""
     for name, data in files.items():
-        if name in TEXT_FILES:
+        if is_text_file(name):
+            (folder / name).parent.mkdir(exist_ok=True)  # of an additional chat template
             (folder / name).write_bytes(data)
 
 
@@ -169,18 +154,6 @@ def check_dtype(dtype: Any) -> np.dtype | None:
     if resolved is None or resolved.name not in _FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(_FLOATS)}, got {dtype!r}")
     return resolved
-
-
-def text_files(folder: Path) -> dict[str, bytes]:
-    """The text files of a model directory by name."""
-    files = {}
-    for name in TEXT_FILES:
-        file = folder / name
-        if file.is_file():
-            if file.stat().st_size > _LARGEST:
-                raise ValueError(f"{str(file)!r} is larger than {_LARGEST} bytes")
-            files[name] = file.read_bytes()
-    return files
 
 
 # --- what slidejax saved --------------------------------------------------------------------------

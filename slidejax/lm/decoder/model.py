@@ -19,6 +19,7 @@ from slidejax.contraction import Contraction
 from slidejax.lm.decoder.apply import apply, outputs
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.writing import Writes
+from slidejax.lm.text.files import TEXT_FILES, is_text_file
 from slidejax.nnx.layers import SlideLayer, SlideLinear
 from slidejax.ops.primitive import as_array
 from slidejax.weights.packed import LinearWeight
@@ -34,8 +35,8 @@ class Decoder(Writes, nnx.Module):
     Args:
       config: the configuration.
       params: nested dicts of arrays and weights, see `slidejax.lm.decoder.apply`.
-      files: text files that go with the model, such as a tokenizer, by their names. `save` writes
-        them beside the parameters.
+      files: text files that go with the model, such as a tokenizer, by their names, which are those
+        that a directory of Hugging Face has. `save` writes them beside the parameters.
       about: notes about where the model comes from, plain JSON values.
 
     Attributes:
@@ -44,7 +45,7 @@ class Decoder(Writes, nnx.Module):
 
     Raises:
       ValueError: naming them, if parameters are missing, unknown, not floating, or of another
-        shape than the configuration says.
+        shape than the configuration says; or if a file has an unknown name.
       TypeError: if `config` or `params` are something else, or a file is no bytes.
 
     >>> from slidejax.lm.decoder.examples import tiny
@@ -65,9 +66,7 @@ class Decoder(Writes, nnx.Module):
             raise TypeError(f"config must be a DecoderConfig, got {type(config).__name__}")
         if not isinstance(params, Mapping):
             raise TypeError(f"params must be nested dicts, got {type(params).__name__}")
-        for name, data in (files or {}).items():
-            if not isinstance(data, bytes):
-                raise TypeError(f"files[{name!r}] must be bytes, got {type(data).__name__}")
+        _check_files({} if files is None else files)
         check_params(config, params)
         self.config = config
         self._extra = _Extra(dict(files or {}), dict(about or {}))
@@ -189,6 +188,19 @@ def _tree(module: Any) -> dict[str, Any]:
         name: value.get_value() if isinstance(value, nnx.Variable) else _tree(value)
         for name, value in module.items()
     }
+
+
+def _check_files(files: Mapping[str, bytes]) -> None:
+    if not isinstance(files, Mapping):
+        raise TypeError(f"files must be a dict of bytes by name, got {type(files).__name__}")
+    for name, data in files.items():
+        if not isinstance(name, str) or not is_text_file(name):
+            raise ValueError(
+                f"files has {name!r}, which is no file of a tokenizer or a configuration: expected "
+                f"{', '.join(TEXT_FILES)} or additional_chat_templates/NAME.jinja"
+            )
+        if not isinstance(data, bytes):
+            raise TypeError(f"files[{name!r}] must be bytes, got {type(data).__name__}")
 
 
 # --- what parameters must be ----------------------------------------------------------------------

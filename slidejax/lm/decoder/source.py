@@ -18,8 +18,9 @@ from slidejax.checkpoint import store
 from slidejax.checkpoint.gguf import GGUFFile
 from slidejax.lm.decoder import directory, gguf
 from slidejax.lm.decoder.config import DecoderConfig
-from slidejax.lm.decoder.files import check_dtype, check_path, default_dtype, load, text_files
+from slidejax.lm.decoder.files import check_dtype, check_path, default_dtype, load
 from slidejax.lm.decoder.model import expected, leaves_of
+from slidejax.lm.text.files import text_files
 from slidejax.weights.packed import LinearWeight
 
 __all__ = ["Source", "open_source"]

@@ -19,7 +19,7 @@ from slidejax.lm.text.tokenizer import SPECIAL, Tokenizer, need_tokenizers
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["check", "from_files", "gather", "read"]
+__all__ = ["TEXT_FILES", "check", "from_files", "gather", "is_text_file", "read", "text_files"]
 
 # What belongs to a tokenizer, beside the templates in additional_chat_templates/.
 _NAMES = (
@@ -31,6 +31,23 @@ _NAMES = (
     "chat_template.jinja",
 )
 _TEMPLATES = "additional_chat_templates"
+
+# Files that go with a model's parameters, beside the templates. None of them is code.
+TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    gguf.FILE,
+)
+_LARGEST = 1 << 28  # bytes of such a file
 
 # These kinds of tokenizers begin a text with its start token unless they are told otherwise.
 _STARTING = ("Llama", "CodeLlama", "Gemma")
@@ -68,11 +85,42 @@ def read(folder: str | os.PathLike[str]) -> Tokenizer | None:
 
 def gather(folder: str | os.PathLike[str]) -> dict[str, bytes]:
     """The files of a directory that belong to its tokenizer, by their names."""
-    folder = Path(folder)
-    paths = [folder / name for name in (*_NAMES, *_OTHERS)]
+    return _contents(Path(folder), (*_NAMES, *_OTHERS))
+
+
+def text_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
+    """The files of a directory that go with a model's parameters, by their names.
+
+    Raises:
+      ValueError: naming it, if one is larger than any such file.
+    """
+    return _contents(Path(folder), TEXT_FILES, _LARGEST)
+
+
+def is_text_file(name: str) -> bool:
+    """Whether a file of this name goes with a model's parameters.
+
+    >>> is_text_file("tokenizer.json"), is_text_file("additional_chat_templates/rag.jinja")
+    (True, True)
+    >>> is_text_file("modeling_llama.py"), is_text_file("additional_chat_templates/../a.jinja")
+    (False, False)
+    """
+    folder, _, template = name.rpartition("/")
+    if folder != _TEMPLATES:
+        return name in TEXT_FILES
+    return template == Path(template).name and Path(template).suffix == ".jinja"
+
+
+def _contents(folder: Path, names: Iterable[str], largest: int | None = None) -> dict[str, bytes]:
+    """Contents by name, with the templates; their names have `/`."""
+    paths = [folder / name for name in names]
     if (folder / _TEMPLATES).is_dir():
         paths += sorted((folder / _TEMPLATES).glob("*.jinja"))
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths if p.is_file()}
+    paths = [path for path in paths if path.is_file()]
+    for path in paths:
+        if largest is not None and path.stat().st_size > largest:
+            raise ValueError(f"{str(path)!r} is larger than {largest} bytes")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def check(names: Collection[str], where: str = "") -> None:

@@ -1,6 +1,7 @@
 """The pure function: rows, padding, caches and fused layers."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -248,5 +249,16 @@ def test_what_a_decoder_is_made_of_is_checked():
     for kernel, said in ((5, "int"), (np.zeros((32, 64), np.int8), "int8"), ("x", "str")):
         with pytest.raises(ValueError, match=f"lm_head/kernel is {said} instead of floating"):
             Decoder(config, {**params, "lm_head": {"kernel": kernel}})
-    with pytest.raises(TypeError, match=r"files\['a'\] must be bytes, got str"):
-        Decoder(config, params, files={"a": "text"})
+    with pytest.raises(TypeError, match=r"files\['config.json'\] must be bytes, got str"):
+        Decoder(config, params, files={"config.json": "text"})
+    with pytest.raises(TypeError, match="files must be a dict of bytes by name, got list"):
+        Decoder(config, params, files=["config.json"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a", "tokeniser.json", "modeling.py", "../config.json", "additional_chat_templates/a.txt", 5],
+)
+def test_a_file_of_an_unknown_name_is_refused(name):
+    with pytest.raises(ValueError, match=re.escape(f"files has {name!r}, which is no file of a")):
+        Decoder(model().config, model().params, files={name: b""})

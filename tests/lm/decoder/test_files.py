@@ -226,6 +226,21 @@ def test_a_saved_decoder_computes_the_same(case, rule, tmp_path):
     np.testing.assert_array_equal(again(IDS), model(IDS))
 
 
+def test_additional_chat_templates_are_kept(tmp_path):
+    templates = folder_of(tmp_path / "a") / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "rag.jinja").write_text("{{ messages }}")
+    (templates / "notes.txt").write_text("not a template")
+    converted = sj.lm.convert(sj.lm.load(tmp_path / "a"), "6:8")
+    for _ in range(2):  # the second time an earlier directory is replaced
+        sj.lm.save(converted, tmp_path / "b")
+    kept = tmp_path / "b" / "additional_chat_templates"
+    assert [file.name for file in kept.iterdir()] == ["rag.jinja"]
+    again = sj.lm.load(tmp_path / "b")
+    assert again.files == converted.files
+    assert again.files["additional_chat_templates/rag.jinja"] == b"{{ messages }}"
+
+
 def test_nothing_is_overwritten_and_nothing_half_written(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="directory with other things"):
