@@ -181,21 +181,26 @@ def _rescaled(
     )
     log = jnp.where(measured, log, 0) / 2
     # the factors of the measured channels have the geometric mean 1
-    mean = jnp.sum(log) / jnp.maximum(jnp.sum(measured), 1)
+    mean = jnp.sum(log) / jnp.maximum(jnp.sum(measured), 1).astype(log.dtype)
     factor = jnp.exp(jnp.where(measured, log - mean, 0))
     new = [
-        from_matrix(k * factor[:, None], leaf.shape, axes)
+        from_matrix(_wide(k) * factor[:, None], leaf.shape, axes)
         for k, leaf, axes in zip(kernels, readers, reader_axes, strict=True)
     ]
-    new += [vector / factor for vector in vectors]
+    new += [_wide(vector) / factor for vector in vectors]
     new += [
-        from_matrix(to_matrix(leaf, axes) / factor, leaf.shape, axes)
+        from_matrix(_wide(to_matrix(leaf, axes)) / factor, leaf.shape, axes)
         for leaf, axes in zip(makers, maker_axes, strict=True)
     ]
     return [
         value.astype(leaf.dtype)
         for value, leaf in zip(new, (*readers, *vectors, *makers), strict=True)
     ]
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """x in float32, which JAX does not do by itself where users ask for strict promotion."""
+    return x.astype(jnp.float32)
 
 
 @functools.partial(jitted, static_argnums=2)
