@@ -29,11 +29,10 @@ def _share_compiled_programs():
 
 
 # Tests compile thousands of small programs that run once. With these flags XLA compiles one for a
-# CPU in a third of the time: LLVM does not optimise it, each computation is written as one plain
-# loop instead of by the compiler for fusions, and a program is not cut into parts for threads.
-# What a program computes stays the same, operation by operation; only its speed changes. Flags in
-# XLA_FLAGS come later and win, so `--xla_backend_optimization_level=2
-# --xla_cpu_use_fusion_emitters=true` runs the tests with programs as users have them.
+# CPU in a third of the time: LLVM does not optimise it, each computation is written as plain loops
+# instead of by the compiler for fusions, and a program is not cut into parts for threads. What a
+# program computes stays the same, operation by operation; only its speed changes. XLA_FLAGS comes
+# later and wins. `tests/ops/test_optimized.py` and the examples run programs as users have them.
 _QUICK_TO_COMPILE = (
     "--xla_backend_optimization_level=0",
     "--xla_cpu_use_fusion_emitters=false",
