@@ -139,8 +139,8 @@ struct RowScale {
 
 template <typename Out>
 __device__ RowScale ScaleOf(uint32_t absmax_bits) {
-  // The bits of the smallest magnitude that is no number in `Out`, or becomes inf when it is rounded:
-  // 65520 for float16, 2^128 - 2^119 for bfloat16.
+  // The bits of the smallest magnitude that is no number in `Out`, or becomes inf when it is
+  // rounded: 65520 for float16, 2^128 - 2^119 for bfloat16.
   constexpr uint32_t kInfBits = std::is_same_v<Out, __half>          ? 0x477ff000u
                                 : std::is_same_v<Out, __nv_bfloat16> ? 0x7f7f8000u
                                                                      : 0x7f800000u;

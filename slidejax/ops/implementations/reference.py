@@ -121,7 +121,8 @@ def _cut(columns: int) -> list[tuple[int, tuple[int, ...]]]:
     >>> _cut(8205)
     [(0, (32, 32, 8)), (8192, (1, 1, 8)), (8200, (1, 1, 5))]
     """
-    parts, start = [], 0
+    parts: list[tuple[int, tuple[int, ...]]] = []
+    start = 0
     while start < columns:
         left = columns - start
         eights = min(left // 8, 32 * 32)
