@@ -177,10 +177,11 @@ class Consumer {
     Metadata e[2];  // of two slices: running instructions read one while the other is loaded
     // Once, at the start, the second warp group lets the first one get ahead. From then on the
     // epilogue of one runs while the instructions of the other keep the tensor cores busy.
-    if (start && group_ == 1) NamedSync(kStartBarrier, 256);
+    const bool waits = T::kWarpGroups == 2 && start;
+    if (waits && group_ == 1) NamedSync(kStartBarrier, 256);
     previous_x_ = previous_w_ = 0;
     SliceStep<0, true>(d, e[0]);
-    if (start && group_ == 0) NamedArrive(kStartBarrier, 256);
+    if (waits && group_ == 0) NamedArrive(kStartBarrier, 256);
     if (target.split < 0) {
       PrefetchScales<T>(p_, ScalesOf<T>(shared_, group_, scale_set_), target.row, target.token);
     }
@@ -286,7 +287,7 @@ SJ_DEVICE void InitBarriers(const Params& p, const Shared& shared) {
     BarrierInit(shared.x.empty + 8 * i, T::kWarpGroups * T::kCtas);
   }
   for (int i = 0; i < T::kStagesW; ++i) {
-    BarrierInit(shared.w.full + 8 * i, ExpandsZeros<T>(p) ? 1 + kExpanders / 32 : 1);
+    BarrierInit(shared.w.full + 8 * i, ExpandsZeros<T>(p) ? 1 + T::kRows / 32 : 1);
     BarrierInit(shared.w.empty + 8 * i, T::kWarpGroups * (p.role == kPrimary ? 2 : 1));
     if constexpr (T::kExpands) BarrierInit(shared.zeros + 8 * i, 32);
   }

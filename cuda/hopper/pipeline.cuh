@@ -150,25 +150,30 @@ SJ_DEVICE void LoadWeights(const Params& p, const Shared& shared, const CtaPlace
   }
 }
 
-// Makes the metadata of a CTA group's work tiles, stage after stage. `thread`: of the expanders.
+// Makes the metadata of a CTA group's work tiles, stage after stage. Where a stage has half as many
+// rows as there are expanders, they make two stages at a time. `thread`: of the expanders.
 template <class T>
 SJ_DEVICE void ExpandMetadata(const Params& p, const Shared& shared, const CtaPlace& place,
                               int thread) {
+  constexpr int kTurns = kExpanders / T::kRows;
+  static_assert(kTurns * T::kRows == kExpanders);
+  const int row = thread % T::kRows;
+  int turn = thread / T::kRows;  // stages until this thread's next one
   RingPosition<T::kStagesW> at{0, 0};
   for (int i = 0;; ++i) {
     const WorkTile work = GetWorkTile(p, place.cta_group, place.cta_groups, i);
     if (work.begin == work.end) return;
 #pragma unroll 1
-    for (int stage = work.begin; stage < work.end; ++stage) {
+    for (int stage = work.begin; stage < work.end; ++stage, at.Advance()) {
+      if (turn-- > 0) continue;
+      turn = kTurns - 1;
       const uint32_t metadata = shared.w.data + at.stage * T::kStageBytesW + T::kValueBytes;
       const StageGroups groups(stage, p.windows, p.windows_reciprocal);
       const int legal = WordsFrom(stage, p.groups, p.windows);
       BarrierWait(shared.zeros + 8 * at.stage, at.parity);
-      static_assert(T::kRows == kExpanders);
-      ExpandRow(metadata + MetadataRowOfStage<T>(thread), groups, p.windows, legal);
+      ExpandRow(metadata + MetadataRowOfStage<T>(row), groups, p.windows, legal);
       __syncwarp();
       if (thread % 32 == 0) BarrierArrive(shared.w.full + 8 * at.stage);
-      at.Advance();
     }
   }
 }

@@ -25,9 +25,9 @@ namespace slidejax::hopper {
   F("256x128", 2, 2, 128, 2, 4, 3, true, 710, 2000, 0.96f)         \
   F("128x128", 2, 1, 128, 2, 6, 4, true, 400, 1500, 1.08f)         \
   F("128x128 (4 CTAs)", 2, 1, 128, 4, 6, 4, true, 395, 1500, 1)    \
-  F("128x64", 2, 1, 64, 1, 5, 6, true, 255, 1000, 1)               \
-  F("128x32", 2, 1, 32, 1, 7, 7, true, 240, 800, 1)                \
-  F("128x16", 2, 1, 16, 1, 8, 8, true, 200, 800, 1)                \
+  F("64x64", 1, 1, 64, 1, 6, 6, true, 210, 900, 1)                 \
+  F("64x32", 1, 1, 32, 1, 7, 7, true, 200, 800, 1)                 \
+  F("64x16", 1, 1, 16, 1, 8, 8, true, 190, 700, 1)                 \
   F("dense 256x192", 2, 2, 192, 2, 3, 3, false, 1520, 2900, 0.97f) \
   F("dense 128x256", 2, 1, 256, 2, 4, 4, false, 1040, 2500, 0.96f) \
   F("dense 128x128", 2, 1, 128, 2, 6, 6, false, 560, 1500, 0.97f)  \
@@ -71,7 +71,8 @@ struct Tile {
   // Registers of a thread, for setmaxnreg. Their sum must not exceed what a CTA is launched with,
   // else setmaxnreg waits for ever.
   static constexpr bool kLarge = kM64Blocks * kTokens > 320;
-  static constexpr int kConsumerRegisters = kExpands ? 160 : kLarge ? 240 : 232;
+  static constexpr int kConsumerRegisters =
+      kExpands ? (kWarpGroups == 1 ? 168 : 160) : kLarge ? 240 : 232;
   static constexpr int kProducerRegisters = kExpands ? 96 : kLarge ? 24 : 40;  // and expanders
   static_assert(kWarpGroups * (kConsumerRegisters - kProducerRegisters) +
                     kThreads / 128 * kProducerRegisters <=
@@ -98,7 +99,7 @@ struct Tile {
   static constexpr int kStagingBytes = std::max(kSlabs * kSlabBytes / 4, 2048);  // of a warp
   // scale_x, scale_w and bias of a warp group, of which it has two sets.
   static constexpr int kScaleBytes = kTokens * 4 + kM64Blocks * 512;
-  static constexpr int kBarrierBytes = 16 * (kStagesX + (kExpands ? 2 : 1) * kStagesW);
+  static constexpr int kBarrierBytes = 16 * (kStagesX + kStagesW);
   static constexpr int kInfoBytes = 16 * kStagesX;  // work-tile info, one for each stage of X
   static constexpr int kSharedBytes =
       kRingBytes + kWarpGroups * (4 * kStagingBytes + 2 * kScaleBytes) + kBarrierBytes + kInfoBytes;
