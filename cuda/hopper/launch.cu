@@ -231,7 +231,7 @@ cudaError_t Prepare(const Args& a, Call* call) {
   if (Check(a)) return cudaErrorInvalidValue;
   Device* device;
   if (auto s = GetDevice(&device)) return s;
-  call->plan = MakePlan(a.problem, a.schedule, device->multiprocessors);
+  call->plan = MakePlan(a.problem, a.schedule, a.metadata != nullptr, device->multiprocessors);
   const bool expands_zeros = ExpandsZeros(GetTile(call->plan.tile), a.problem);
   const size_t metadata_bytes = a.metadata || expands_zeros ? 0 : MetadataBytes(a.problem);
   if (a.workspace_bytes < metadata_bytes) return cudaErrorInvalidValue;

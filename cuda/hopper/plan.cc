@@ -23,9 +23,13 @@ constexpr float kClusterSumClocks = 40;       // to send sums around, for each t
 constexpr float kSparseRowBytes = 72, kDenseRowBytes = 128;
 constexpr float kSparseBytesPerColumn = 0.625f, kDenseBytesPerColumn = 1;
 
+// What metadata costs that is not prepared. A kernel ahead has to be launched, and moves this many
+// times the bytes of metadata. A tile that makes it by itself takes this part of its time more.
+constexpr float kMakeMetadataClocks = 4000, kMakeMetadataBytes = 1.7f, kExpandingShare = 0.1f;
+
 constexpr int64_t kTokenGroupBytes = 16 << 20;  // of X, kept in L2 while all of W passes
 constexpr int kPowerLimitedTokens = 1024;       // with fewer, power does not limit
-constexpr int kFewTokens = 64;                  // up to here no larger tile was ever faster
+constexpr int kFewTokens = 128;  // up to here the smallest tile that holds all tokens is taken
 // With fewer than kPowerLimitedTokens, stream-K costs more than modelled, and large tiles, which
 // have the longest stages, hide the least of what each wave waits for.
 constexpr float kFewTokensStreamKFactor = 2;
@@ -154,6 +158,26 @@ Split SplitInClusters(const TileInfo& t, const Problem& p, const Schedule& sched
   return best;
 }
 
+// Whether the cost model may take a tile. For few tokens memory limits, whose rate the tiles of few
+// rows reach best. W is then read once.
+bool MayTake(const TileInfo& t, const Problem& p) {
+  if (p.M > kFewTokens) return true;
+  if (!p.sparse()) return p.M > 64 || t.tokens <= 64;
+  const auto fits = [&](const TileInfo& other) {
+    return other.sparse && other.rows == 64 && other.tokens >= p.M;
+  };
+  return fits(t) && std::none_of(std::begin(kTiles), std::end(kTiles), [&](const TileInfo& other) {
+           return fits(other) && other.tokens < t.tokens;
+         });
+}
+
+// Returns the clocks that metadata costs beside the product's `clocks` where it is not prepared.
+float MetadataClocks(const TileInfo& t, const Problem& p, float clocks) {
+  if (!p.sparse()) return 0;
+  if (ExpandsZeros(t, p)) return kExpandingShare * clocks;
+  return kMakeMetadataClocks + kMakeMetadataBytes * MetadataBytes(p) / kMemoryBytesPerClock;
+}
+
 }  // namespace
 
 int TileCount() { return static_cast<int>(std::size(kTiles)); }
@@ -193,19 +217,21 @@ Split SplitTiles(const TileInfo& t, const Problem& p, const Schedule& schedule, 
   return best;
 }
 
-Plan MakePlan(const Problem& p, const Schedule& schedule, int multiprocessors) {
+Plan MakePlan(const Problem& p, const Schedule& schedule, bool metadata_prepared,
+              int multiprocessors) {
   Plan best;
   float best_time = 0;
   for (int i = 0; i < TileCount(); ++i) {
     const TileInfo& t = kTiles[i];
     if (t.sparse != p.sparse() || (schedule.tile != kAuto && schedule.tile != i)) continue;
-    if (schedule.tile == kAuto && p.M <= kFewTokens && t.tokens > kFewTokens) continue;
+    if (schedule.tile == kAuto && !MayTake(t, p)) continue;
     const Split split =
         SplitTiles(t, p, schedule, multiprocessors, PlannedGroups(t, multiprocessors, 1));
     // A product is no faster than memory gives W. The tenth decides between tiles that memory
     // limits alike.
     const float time =
-        std::max(split.clocks, WeightBytes(p) / kMemoryBytesPerClock) + 0.1f * split.clocks;
+        std::max(split.clocks, WeightBytes(p) / kMemoryBytesPerClock) + 0.1f * split.clocks +
+        (metadata_prepared ? 0 : MetadataClocks(t, p, split.clocks));
     if (best.tile == kAuto || time < best_time) {
       best = {i, 0, split};
       best_time = time;
@@ -261,7 +287,7 @@ bool ExpandsZeros(const TileInfo& tile, const Problem& p) { return tile.expands 
 
 size_t WorkspaceBytes(const Problem& p, const Schedule& schedule, bool metadata_prepared,
                       int multiprocessors) {
-  const Plan plan = MakePlan(p, schedule, multiprocessors);
+  const Plan plan = MakePlan(p, schedule, metadata_prepared, multiprocessors);
   const bool needs_metadata = !metadata_prepared && !ExpandsZeros(GetTile(plan.tile), p);
   return (needs_metadata ? MetadataBytes(p) : 0) + StreamKBytes(plan);
 }

@@ -69,8 +69,10 @@ struct Plan {
   Split split;
 };
 
-// Returns the cost model's choice on a device with that many multiprocessors.
-Plan MakePlan(const Problem& problem, const Schedule& schedule, int multiprocessors);
+// Returns the cost model's choice on a device with that many multiprocessors. Where metadata is not
+// prepared, the call makes it.
+Plan MakePlan(const Problem& problem, const Schedule& schedule, bool metadata_prepared,
+              int multiprocessors);
 
 // Returns the best split for a tile on `cta_groups` CTA groups that run side by side.
 Split SplitTiles(const TileInfo& tile, const Problem& problem, const Schedule& schedule,

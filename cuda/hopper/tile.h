@@ -23,10 +23,11 @@ namespace slidejax::hopper {
   F("128x256", 2, 1, 256, 2, 4, 3, true, 665, 2500, 0.98f)         \
   F("256x160", 2, 2, 160, 2, 4, 3, true, 843, 2600, 0.95f)         \
   F("256x128", 2, 2, 128, 2, 4, 3, true, 710, 2000, 0.96f)         \
-  F("128x128", 2, 1, 128, 2, 6, 4, true, 400, 1500, 1.08f)         \
+  F("128x128", 2, 1, 128, 1, 5, 5, true, 400, 1500, 1)             \
   F("128x128 (4 CTAs)", 2, 1, 128, 4, 6, 4, true, 395, 1500, 1)    \
-  F("64x64", 1, 1, 64, 1, 6, 6, true, 210, 900, 1)                 \
-  F("64x32", 1, 1, 32, 1, 7, 7, true, 200, 800, 1)                 \
+  F("64x128", 1, 1, 128, 1, 6, 9, true, 330, 1000, 1)              \
+  F("64x64", 1, 1, 64, 1, 7, 7, true, 210, 900, 1)                 \
+  F("64x32", 1, 1, 32, 1, 8, 8, true, 200, 800, 1)                 \
   F("64x16", 1, 1, 16, 1, 8, 8, true, 190, 700, 1)                 \
   F("dense 256x192", 2, 2, 192, 2, 3, 3, false, 1520, 2900, 0.97f) \
   F("dense 128x256", 2, 1, 256, 2, 4, 4, false, 1040, 2500, 0.96f) \
@@ -62,7 +63,7 @@ struct Tile {
   static constexpr int kRows = kWarpGroups * kM64Blocks * 64;
   // Whether the kernel makes its metadata from zeros (expand.cuh), in a warp group of its own.
   // Larger tiles have neither the registers for it nor rings that are deep enough.
-  static constexpr bool kExpands = kSparse && kTokens <= 64;
+  static constexpr bool kExpands = kSparse && kRows * kTokens <= 128 * 128 && kCtas == 1;
   // The warp groups are those that multiply, one that loads, and the expanders.
   static constexpr int kThreads = (kWarpGroups + (kExpands ? 2 : 1)) * 128;
   static constexpr int kTokensOfCta = kTokens / kCtas;  // that a CTA copies for its group

@@ -36,6 +36,7 @@ class Plan(ctypes.Structure):
                 "cluster_groups",
                 "cluster_split_tiles",
                 "share_w",
+                "makes_metadata",
             )
         ),
         ("workspace_bytes", ctypes.c_uint64),
@@ -86,7 +87,7 @@ def library(tmp_path_factory):
     pointer = ctypes.POINTER
     for name, result, *arguments in (
         ("hopper_plan", Plan, pointer(Shape), pointer(Schedule), ctypes.c_bool, ctypes.c_int),
-        ("hopper_counters", ctypes.c_int, pointer(Shape), ctypes.c_int),
+        ("hopper_counters", ctypes.c_int, pointer(Shape), ctypes.c_bool, ctypes.c_int),
         ("hopper_counter_bytes", ctypes.c_uint64),
         ("hopper_metadata_bytes", ctypes.c_uint64, pointer(Shape)),
         ("hopper_check", ctypes.c_char_p, pointer(Shape), pointer(Schedule)),
@@ -126,11 +127,11 @@ def plan(library, shape, prepared=True, multiprocessors=H200, **schedule):
         (16, 3584, 37888, "64x16", False, "2 groups"),
         (16, 18944, 3584, "64x16", False, "2 groups"),
         (64, 3584, 4608, "64x64", False, "whole tiles"),
-        (64, 3584, 3584, "64x64", False, "whole tiles"),
+        (64, 3584, 3584, "64x64", False, "2 groups"),
         (64, 3584, 37888, "64x64", False, "2 groups"),
         (64, 18944, 3584, "64x64", False, "2 groups"),
         (256, 3584, 4608, "128x128 (4 CTAs)", False, "whole tiles"),
-        (256, 3584, 3584, "64x64", False, "whole tiles"),
+        (256, 3584, 3584, "128x128 (4 CTAs)", False, "2 groups"),
         (256, 3584, 37888, "128x256", False, "2 groups"),
         (256, 18944, 3584, "128x256", False, "4 groups"),
         (1024, 3584, 4608, "256x160", False, "whole tiles"),
@@ -190,19 +191,28 @@ def test_counters_fit_in_their_part_of_the_workspace(library):
     rng = random.Random(1)
     for _ in range(2000):
         shape = random_shape(rng)
-        assert 8 * library.hopper_counters(shape, H200) <= library.hopper_counter_bytes()
+        for prepared in (True, False):
+            counters = library.hopper_counters(shape, prepared, H200)
+            assert 8 * counters <= library.hopper_counter_bytes()
 
 
 def test_workspace_holds_metadata_that_is_not_prepared(library):
     rng = random.Random(2)
+    makers = set()
     for _ in range(200):
         shape = random_shape(rng)
-        prepared, made = (plan(library, shape, prepared=p) for p in (True, False))
-        in_kernel = made.tokens <= 64 and shape.group >= 6
-        metadata = 0 if in_kernel else library.hopper_metadata_bytes(shape)
+        tile = rng.randint(0, 9) if shape.group else -1  # of the sparse tiles
+        prepared, made = (plan(library, shape, prepared=p, tile=tile) for p in (True, False))
+        metadata = 0 if made.makes_metadata else library.hopper_metadata_bytes(shape)
         assert made.workspace_bytes - prepared.workspace_bytes == metadata
         whole = plan(library, shape, stream_k=0)
         assert whole.workspace_bytes == 0 and whole.stream_k_tiles == 0
+        if shape.group >= 6:
+            makers.add((made.tile.decode(), bool(made.makes_metadata)))
+    assert {tile for tile, makes in makers if makes} == {
+        "128x128", "64x128", "64x64", "64x32", "64x16"
+    }
+    assert not {tile for tile, makes in makers if not makes} & {tile for tile, m in makers if m}
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:6", "6:8", "14:16"])
@@ -220,7 +230,7 @@ def test_python_knows_the_size_of_metadata(library, pattern, columns, out):
         ({"columns": 24}, {}, b"multiple of 16"),
         ({"columns": 0}, {}, b"multiple of 16"),
         ({}, {"tile": 0}, b"no such tile"),
-        ({"group": 8, "columns": 192}, {"tile": 9}, b"no such tile"),
+        ({"group": 8, "columns": 192}, {"tile": 10}, b"no such tile"),
         ({}, {"tile": 99}, b"no such tile"),
         ({"group": 8, "columns": 36}, {}, b"multiple of 8"),
         ({"group": 2}, {}, b"or 0 for a dense weight"),

@@ -26,12 +26,12 @@ struct HopperPlan {
   const char* tile;
   int32_t rows, tokens, ctas;  // of the tile
   int32_t token_group, whole, stream_k_tiles, stream_k_workers, cluster_groups;
-  int32_t cluster_split_tiles, share_w;
+  int32_t cluster_split_tiles, share_w, makes_metadata;
   uint64_t workspace_bytes;
 };
 HopperPlan hopper_plan(const hopper::Problem& problem, const hopper::Schedule& schedule,
                        bool metadata_prepared, int multiprocessors) {
-  const hopper::Plan plan = hopper::MakePlan(problem, schedule, multiprocessors);
+  const hopper::Plan plan = hopper::MakePlan(problem, schedule, metadata_prepared, multiprocessors);
   const hopper::TileInfo& t = hopper::GetTile(plan.tile);
   const hopper::Split& s = plan.split;
   return {t.name,
@@ -45,10 +45,11 @@ HopperPlan hopper_plan(const hopper::Problem& problem, const hopper::Schedule& s
           s.cluster_groups,
           s.cluster_split_tiles,
           s.share_w,
+          hopper::ExpandsZeros(t, problem),
           hopper::WorkspaceBytes(problem, schedule, metadata_prepared, multiprocessors)};
 }
-int hopper_counters(const hopper::Problem& problem, int multiprocessors) {
-  const hopper::Plan plan = hopper::MakePlan(problem, {}, multiprocessors);
+int hopper_counters(const hopper::Problem& problem, bool metadata_prepared, int multiprocessors) {
+  const hopper::Plan plan = hopper::MakePlan(problem, {}, metadata_prepared, multiprocessors);
   const hopper::TileInfo& t = hopper::GetTile(plan.tile);
   return plan.split.stream_k_tiles * plan.split.groups_per_worker() * t.ctas * t.warp_groups * 4;
 }
