@@ -24,12 +24,17 @@ constexpr float kSparseRowBytes = 72, kDenseRowBytes = 128;
 constexpr float kSparseBytesPerColumn = 0.625f, kDenseBytesPerColumn = 1;
 
 // What metadata costs that is not prepared. A kernel ahead has to be launched, and moves this many
-// times the bytes of metadata. A tile that makes it by itself takes this part of its time more.
-constexpr float kMakeMetadataClocks = 4000, kMakeMetadataBytes = 1.7f, kExpandingShare = 0.1f;
+// times the bytes of metadata. A tile that makes it by itself takes this part of its time more: a
+// tile of 64 rows, whose expanders make two stages at a time, and one of 128.
+constexpr float kMakeMetadataClocks = 4000, kMakeMetadataBytes = 1.7f;
+constexpr float kExpanding64 = 0.08f, kExpanding128 = 0.35f;
 
 constexpr int64_t kTokenGroupBytes = 16 << 20;  // of X, kept in L2 while all of W passes
 constexpr int kPowerLimitedTokens = 1024;       // with fewer, power does not limit
-constexpr int kFewTokens = 128;  // up to here the smallest tile that holds all tokens is taken
+// Up to these numbers of tokens: the smallest tile of 64 rows that holds them all is taken; a CTA
+// alone with 128 tokens was never slower than CTA pairs; of dense tiles none of more tokens was
+// ever faster.
+constexpr int kFewTokens = 128, kSomeTokens = 256, kFewDenseTokens = 64;
 // With fewer than kPowerLimitedTokens, stream-K costs more than modelled, and large tiles, which
 // have the longest stages, hide the least of what each wave waits for.
 constexpr float kFewTokensStreamKFactor = 2;
@@ -159,10 +164,12 @@ Split SplitInClusters(const TileInfo& t, const Problem& p, const Schedule& sched
 }
 
 // Whether the cost model may take a tile. For few tokens memory limits, whose rate the tiles of few
-// rows reach best. W is then read once.
+// rows reach best, and W is read once. For some more, CTAs that share X wait for each other longer
+// than the model knows.
 bool MayTake(const TileInfo& t, const Problem& p) {
-  if (p.M > kFewTokens) return true;
-  if (!p.sparse()) return p.M > 64 || t.tokens <= 64;
+  if (!p.sparse()) return p.M > kFewDenseTokens || t.tokens <= kFewDenseTokens;
+  if (p.M > kSomeTokens) return true;
+  if (p.M > kFewTokens) return t.ctas == 1 && t.tokens == kFewTokens;
   const auto fits = [&](const TileInfo& other) {
     return other.sparse && other.rows == 64 && other.tokens >= p.M;
   };
@@ -174,7 +181,7 @@ bool MayTake(const TileInfo& t, const Problem& p) {
 // Returns the clocks that metadata costs beside the product's `clocks` where it is not prepared.
 float MetadataClocks(const TileInfo& t, const Problem& p, float clocks) {
   if (!p.sparse()) return 0;
-  if (ExpandsZeros(t, p)) return kExpandingShare * clocks;
+  if (ExpandsZeros(t, p)) return (t.rows > 64 ? kExpanding128 : kExpanding64) * clocks;
   return kMakeMetadataClocks + kMakeMetadataBytes * MetadataBytes(p) / kMemoryBytesPerClock;
 }
 
@@ -229,9 +236,9 @@ Plan MakePlan(const Problem& p, const Schedule& schedule, bool metadata_prepared
         SplitTiles(t, p, schedule, multiprocessors, PlannedGroups(t, multiprocessors, 1));
     // A product is no faster than memory gives W. The tenth decides between tiles that memory
     // limits alike.
-    const float time =
-        std::max(split.clocks, WeightBytes(p) / kMemoryBytesPerClock) + 0.1f * split.clocks +
-        (metadata_prepared ? 0 : MetadataClocks(t, p, split.clocks));
+    const float time = std::max(split.clocks, WeightBytes(p) / kMemoryBytesPerClock) +
+                       0.1f * split.clocks +
+                       (metadata_prepared ? 0 : MetadataClocks(t, p, split.clocks));
     if (best.tile == kAuto || time < best_time) {
       best = {i, 0, split};
       best_time = time;

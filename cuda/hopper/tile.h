@@ -23,12 +23,13 @@ namespace slidejax::hopper {
   F("128x256", 2, 1, 256, 2, 4, 3, true, 665, 2500, 0.98f)         \
   F("256x160", 2, 2, 160, 2, 4, 3, true, 843, 2600, 0.95f)         \
   F("256x128", 2, 2, 128, 2, 4, 3, true, 710, 2000, 0.96f)         \
-  F("128x128", 2, 1, 128, 1, 5, 5, true, 400, 1500, 1)             \
+  F("128x128", 2, 1, 128, 2, 6, 4, true, 400, 1500, 1.08f)         \
   F("128x128 (4 CTAs)", 2, 1, 128, 4, 6, 4, true, 395, 1500, 1)    \
+  F("128x128 (1 CTA)", 2, 1, 128, 1, 5, 5, true, 400, 1500, 1)     \
   F("64x128", 1, 1, 128, 1, 6, 9, true, 330, 1000, 1)              \
-  F("64x64", 1, 1, 64, 1, 7, 7, true, 210, 900, 1)                 \
-  F("64x32", 1, 1, 32, 1, 8, 8, true, 200, 800, 1)                 \
-  F("64x16", 1, 1, 16, 1, 8, 8, true, 190, 700, 1)                 \
+  F("64x64", 1, 1, 64, 1, 7, 7, true, 200, 800, 1)                 \
+  F("64x32", 1, 1, 32, 1, 7, 7, true, 200, 800, 1)                 \
+  F("64x16", 1, 1, 16, 1, 8, 8, true, 200, 800, 1)                 \
   F("dense 256x192", 2, 2, 192, 2, 3, 3, false, 1520, 2900, 0.97f) \
   F("dense 128x256", 2, 1, 256, 2, 4, 4, false, 1040, 2500, 0.96f) \
   F("dense 128x128", 2, 1, 128, 2, 6, 6, false, 560, 1500, 0.97f)  \
@@ -72,8 +73,9 @@ struct Tile {
   // Registers of a thread, for setmaxnreg. Their sum must not exceed what a CTA is launched with,
   // else setmaxnreg waits for ever.
   static constexpr bool kLarge = kM64Blocks * kTokens > 320;
-  static constexpr int kConsumerRegisters =
-      kExpands ? (kWarpGroups == 1 ? 168 : 160) : kLarge ? 240 : 232;
+  static constexpr int kConsumerRegisters = kExpands ? (kWarpGroups == 1 ? 168 : 160)
+                                            : kLarge ? 240
+                                                     : 232;
   static constexpr int kProducerRegisters = kExpands ? 96 : kLarge ? 24 : 40;  // and expanders
   static_assert(kWarpGroups * (kConsumerRegisters - kProducerRegisters) +
                     kThreads / 128 * kProducerRegisters <=

@@ -19,6 +19,7 @@ TILES = (
     "256x128",
     "128x128",
     "128x128 (4 CTAs)",
+    "128x128 (1 CTA)",
     "64x128",
     "64x64",
     "64x32",
@@ -50,7 +51,7 @@ def test_every_tile(emulated, tile, dtype):
 
 
 @pytest.mark.parametrize("group", [4, 6, 8, 10, 12, 14, 16])
-@pytest.mark.parametrize("tile", ["128x128", "64x128", "64x64", "64x16", "256x160"])
+@pytest.mark.parametrize("tile", ["128x128 (1 CTA)", "64x128", "64x64", "64x16", "256x160"])
 def test_metadata_is_made_of_zeros_in_every_phase(emulated, tile, group):
     """A stage of 64 windows begins anywhere in a group, and K cuts the last one off."""
     index, shape = emulated.tile(tile)

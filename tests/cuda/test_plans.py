@@ -127,13 +127,15 @@ def plan(library, shape, prepared=True, multiprocessors=H200, **schedule):
         (16, 3584, 37888, "64x16", False, "2 groups"),
         (16, 18944, 3584, "64x16", False, "2 groups"),
         (64, 3584, 4608, "64x64", False, "whole tiles"),
-        (64, 3584, 3584, "64x64", False, "2 groups"),
+        (64, 3584, 3584, "64x64", False, "whole tiles"),
         (64, 3584, 37888, "64x64", False, "2 groups"),
         (64, 18944, 3584, "64x64", False, "2 groups"),
-        (256, 3584, 4608, "128x128 (4 CTAs)", False, "whole tiles"),
-        (256, 3584, 3584, "128x128 (4 CTAs)", False, "2 groups"),
-        (256, 3584, 37888, "128x256", False, "2 groups"),
-        (256, 18944, 3584, "128x256", False, "4 groups"),
+        (128, 3584, 4608, "64x128", False, "whole tiles"),
+        (128, 18944, 3584, "64x128", False, "2 groups"),
+        (256, 3584, 4608, "128x128 (1 CTA)", False, "whole tiles"),
+        (256, 3584, 3584, "128x128 (1 CTA)", False, "whole tiles"),
+        (256, 3584, 37888, "128x128 (1 CTA)", False, "2 groups"),
+        (256, 18944, 3584, "128x128 (1 CTA)", False, "2 groups"),
         (1024, 3584, 4608, "256x160", False, "whole tiles"),
         (1024, 3584, 3584, "128x256", True, "whole tiles"),
         (1024, 3584, 37888, "128x256", True, "whole tiles"),
@@ -201,7 +203,7 @@ def test_workspace_holds_metadata_that_is_not_prepared(library):
     makers = set()
     for _ in range(200):
         shape = random_shape(rng)
-        tile = rng.randint(0, 9) if shape.group else -1  # of the sparse tiles
+        tile = rng.randint(0, 10) if shape.group else -1  # of the sparse tiles
         prepared, made = (plan(library, shape, prepared=p, tile=tile) for p in (True, False))
         metadata = 0 if made.makes_metadata else library.hopper_metadata_bytes(shape)
         assert made.workspace_bytes - prepared.workspace_bytes == metadata
@@ -210,7 +212,11 @@ def test_workspace_holds_metadata_that_is_not_prepared(library):
         if shape.group >= 6:
             makers.add((made.tile.decode(), bool(made.makes_metadata)))
     assert {tile for tile, makes in makers if makes} == {
-        "128x128", "64x128", "64x64", "64x32", "64x16"
+        "128x128 (1 CTA)",
+        "64x128",
+        "64x64",
+        "64x32",
+        "64x16",
     }
     assert not {tile for tile, makes in makers if not makes} & {tile for tile, m in makers if m}
 
@@ -230,7 +236,7 @@ def test_python_knows_the_size_of_metadata(library, pattern, columns, out):
         ({"columns": 24}, {}, b"multiple of 16"),
         ({"columns": 0}, {}, b"multiple of 16"),
         ({}, {"tile": 0}, b"no such tile"),
-        ({"group": 8, "columns": 192}, {"tile": 10}, b"no such tile"),
+        ({"group": 8, "columns": 192}, {"tile": 11}, b"no such tile"),
         ({}, {"tile": 99}, b"no such tile"),
         ({"group": 8, "columns": 36}, {}, b"multiple of 8"),
         ({"group": 2}, {}, b"or 0 for a dense weight"),
