@@ -128,11 +128,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _stream(args: argparse.Namespace, rule: Any, report: Report, shown: _Shown) -> dict[str, Any]:
     """Converts one of our own decoders, a few layers at a time; returns the notes about it."""
-    import shutil
     from pathlib import Path
 
     from slidejax.lm import convert_files
     from slidejax.lm.reading import read_shell
+    from slidejax.prune.model.store import remove
 
     shown.say(f"reading {args.model}")
     text = args.method != "magnitude" or args.calibration is not None
@@ -149,20 +149,28 @@ def _stream(args: argparse.Namespace, rule: Any, report: Report, shown: _Shown) 
         notes.update(_about(args, loaded.name, ids, report), source_path=loaded.path)
         return notes
 
-    convert_files(
-        path,
-        args.out,
-        rules,
-        args.method,
-        _calibration(ids, work, shown),
-        dtype=args.compute,
-        floats=args.floats,
-        replace=args.force,
-        about=about,
-        report=report,
-    )
+    try:
+        convert_files(
+            path,
+            args.out,
+            rules,
+            args.method,
+            _calibration(ids, work, shown),
+            dtype=args.compute,
+            floats=args.floats,
+            replace=args.force,
+            about=about,
+            report=report,
+        )
+    except BaseException:
+        if ids is not None and any(Path(work).glob("stage-*")):
+            kept = (
+                f"note: finished layers are kept in {work!r}: the same command goes on from there"
+            )
+            print(kept, file=sys.stderr)
+        raise
     if args.work is None:
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
     return notes
 
 

@@ -12,7 +12,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_line import SENTENCES, error, output, usage_error
+from command_line import SENTENCES, error, output, run, usage_error
 
 from slidejax.lm import load
 from slidejax.lm.evaluate import Evaluator, evaluate
@@ -376,6 +376,30 @@ def test_a_decoder_goes_through_every_command(capsys, tmp_path):
     )  # fmt: skip
     assert "7 layers converted" in mixed
     assert "converted already" in error(capsys, "convert", out, tmp_path / "x")
+
+
+def test_a_conversion_that_is_interrupted_goes_on(capsys, tmp_path, monkeypatch):
+    from slidejax.commands import convert
+
+    path, out = directory(tmp_path / "m", tensors()), tmp_path / "out"
+    (tmp_path / "text.txt").write_text(SENTENCES * 9)
+    command = ["convert", path, out, "--method", "wanda", "--sequences", "2"]
+    command += ["--calibration", tmp_path / "text.txt"]
+    seen, stage = [], convert._Shown.stage
+
+    def interrupt(self, done, total):
+        stage(self, done, total)
+        seen.append((done, total))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert._Shown, "stage", interrupt)
+    status, _, err = run(capsys, *command)
+    assert status == 130 and "finished layers are kept in" in err and not out.exists()
+    assert seen == [(1, 4), (2, 4)] and len(list((tmp_path / "out.work").glob("stage*"))) == 2
+    assert "another conversion" in error(capsys, *command, "--pattern", "4:6")
+    assert "7 layers converted" in output(capsys, *command)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m", "out", "text.txt"]
 
 
 def test_a_tokenizer_that_cannot_be_read_is_refused_before_the_weights(capsys, tmp_path):

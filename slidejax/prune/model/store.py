@@ -6,6 +6,7 @@ bit is kept as codes and scales, and its mask as bits: 1.13 bytes a weight.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import warnings
@@ -21,7 +22,7 @@ import numpy as np
 from slidejax.files import replacing
 from slidejax.prune.model.result import Pruned
 
-__all__ = ["Store", "fingerprint"]
+__all__ = ["Store", "fingerprint", "remove"]
 
 _FORMAT = 2  # of the files
 
@@ -112,6 +113,14 @@ class Store:
                 stacklevel=2,
             )
             return None
+
+
+def remove(folder: str | os.PathLike[str]) -> None:
+    """Removes the files of a `Store`, and the folder if nothing else is in it."""
+    for file in (*Path(folder).glob("stage-*.npz"), Path(folder) / "conversion"):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        Path(folder).rmdir()
 
 
 # The forms in which a kernel may be kept, smallest first: the dtype in the file, and the one that

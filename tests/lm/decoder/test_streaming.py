@@ -13,8 +13,12 @@ import slidejax as sj
 from slidejax.checkpoint import load as load_tree
 from slidejax.lm.decoder import streaming
 from slidejax.lm.decoder.examples import tiny, tiny_config
+from slidejax.lm.decoder.family import functional_of
 from slidejax.lm.decoder.names import safetensors_name
 from slidejax.lm.decoder.source import open_source
+from slidejax.prune.model import streamed
+from slidejax.prune.model.smooth import folds_of
+from slidejax.prune.model.stages import Stages
 from slidejax.prune.model.store import Store
 from slidejax.prune.model.streamed import Reading
 
@@ -169,6 +173,16 @@ def test_what_a_model_of_70b_needs():
         for n in (2, 3)
     ]
     assert needed[0] == needed[1] == [9.2, 5.2, 7.5]
+
+
+def test_gate_up_and_down_are_one_unit():
+    """The fold of down's input changes the columns of up."""
+    model = functional_of(tiny_config(), tiny().params)
+    paths = [path for path, _ in streaming.leaves_of(model.params) if path.endswith("kernel")]
+    stages = Stages(model.run, model.params, IDS, dict.fromkeys(paths))
+    units = streamed.units(stages, folds_of(stages))
+    assert [list(unit) for unit in units] == [[0], [1], [2, 3], [4], [5], [6, 7], [8]]
+    assert [list(unit) for unit in streamed.units(stages, [])] == [[at] for at in range(9)]
 
 
 # --- going on -------------------------------------------------------------------------------------

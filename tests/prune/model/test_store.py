@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from slidejax.prune.model.result import Pruned
-from slidejax.prune.model.store import Store
+from slidejax.prune.model.store import Store, remove
 
 
 def pruned(rounded):
@@ -37,3 +37,50 @@ def test_a_folder_belongs_to_one_conversion(tmp_path):
     Store(tmp_path, "key")
     with pytest.raises(ValueError, match="another conversion"):
         Store(tmp_path, "another key")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16", "float32"])
+def test_kernels_are_kept_in_the_smallest_form_that_is_exact(tmp_path, dtype):
+    """In about as many bytes as the dtype has, and an eighth for the mask."""
+    rng, rounded = np.random.default_rng(0), dtype in ("int8", "float8_e4m3fn")
+    values = rng.normal(size=(400, 300)).astype(np.float32)
+    mask = rng.random(values.shape) < 0.75
+    scale = np.exp(rng.normal(size=300)).astype(np.float32) if rounded else None
+    if rounded:
+        codes = np.asarray(jnp.asarray(values * 40, dtype)).astype(np.float32)
+        values = codes * scale
+    kernel = np.where(mask, np.asarray(jnp.asarray(values, "float32" if rounded else dtype)), 0)
+    stage = {"kernel": Pruned(mask, kernel.astype(np.float32), scale)}
+    store = Store(tmp_path, "key")
+    store.save(0, stage)
+    [found] = store.load(0).values()
+    np.testing.assert_array_equal(found.kernel, stage["kernel"].kernel)
+    np.testing.assert_array_equal(found.mask, mask)
+    size = (tmp_path / "stage-0000.npz").stat().st_size
+    assert size < mask.size * (jnp.dtype(dtype).itemsize + 0.125) + 4000
+
+
+def test_a_damaged_stage_counts_as_missing(tmp_path):
+    store = Store(tmp_path, "key")
+    for at in range(3):
+        store.save(at, {"kernel": pruned(True)})
+    file = tmp_path / "stage-0001.npz"
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 3] ^= 1
+    for bad in (b"", whole[:-30], bytes(flipped)):
+        file.write_bytes(bad)
+        with pytest.warns(UserWarning, match=r"stage-0001\.npz' is damaged"):
+            assert store.load(1) is None
+    assert store.load(0) and store.load(2)
+
+
+def test_only_its_own_files_are_removed(tmp_path):
+    folder = tmp_path / "work"
+    Store(folder, "key").save(0, {"kernel": pruned(True)})
+    (folder / "diary").write_text("dear")
+    remove(folder)
+    assert [file.name for file in folder.iterdir()] == ["diary"]
+    (folder / "diary").unlink()
+    remove(folder)
+    assert not folder.exists()
