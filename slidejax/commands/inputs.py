@@ -92,7 +92,7 @@ def calibration_ids(
 
     from slidejax.lm import texts
     from slidejax.lm.evaluate import fitting
-    from slidejax.prune.model.calibration import cut
+    from slidejax.prune.model.calibration import BATCH, cut
 
     if args.calibration is not None:
         text = "\n\n".join(map(terminal.read_text, args.calibration))
@@ -103,5 +103,7 @@ def calibration_ids(
     ids = np.asarray(loaded.encode(text), np.int32)
     start = np.asarray(loaded.start, np.int32)
     rows = cut(ids, args.sequences, fitting(512, loaded.model) - len(start), args.seed)
+    if len(rows) < args.sequences:  # whole batches, which take the fewest steps
+        rows = rows[: len(rows) // BATCH * BATCH or len(rows)]
     # A model in use never sees a text without its start.
     return np.concatenate([np.broadcast_to(start, (len(rows), len(start))), rows], axis=1)

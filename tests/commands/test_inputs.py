@@ -58,3 +58,14 @@ def test_magnitude_needs_no_calibration(loaded, text):
     assert inputs.calibration(loaded, calibration_arguments(method="magnitude")) is None
     ids = inputs.calibration(loaded, calibration_arguments(method="magnitude", calibration=[text]))
     assert ids.ravel().tolist() == loaded.encode(SENTENCES * 2)[: ids.size]
+
+
+def test_a_short_text_gives_whole_batches(loaded, tmp_path):
+    """All calibration programs run a batch of four sequences at a time."""
+    (tmp_path / "text").write_text(SENTENCES * 2)
+    tokens = len(loaded.encode(SENTENCES * 2))
+    for times, expected in ((1, tokens // 128), (4, 4 * tokens // 128 // 4 * 4)):
+        (tmp_path / "text").write_text(SENTENCES * 2 * times)
+        given = calibration_arguments(calibration=[str(tmp_path / "text")], sequences=64)
+        assert inputs.calibration(loaded, given).shape == (expected, 128)
+    assert 0 < tokens // 128 < 4

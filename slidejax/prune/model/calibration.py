@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Calibration", "cut"]
+__all__ = ["BATCH", "Calibration", "cut"]
 
-_BATCH = 4  # at most this many sequences of token ids make a batch
+BATCH = 4  # at most this many sequences of token ids make a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Calibration:
             and given.size
         ):
             # batches of one shape need one program
-            count = max(n for n in range(1, _BATCH + 1) if len(given) % n == 0)
+            count = max(n for n in range(1, BATCH + 1) if len(given) % n == 0)
             return np.split(np.asarray(given), len(given) // count)
         if hasattr(given, "ndim") or not isinstance(given, Sequence):
             what = (

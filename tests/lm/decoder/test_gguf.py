@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -144,6 +145,19 @@ def test_logits_are_those_of_pytorch(case, tmp_path):
     else:
         got = model(arrays["ids"])
     assert np.abs(np.asarray(got) - logits).max() < 1e-5 * np.abs(logits).max()
+
+
+@pytest.mark.parametrize("case", ["llama_bias", "qwen2"])
+def test_conversion_from_file_to_file_gives_what_the_loaded_model_gives(case, tmp_path):
+    """Rows of q and k are in llama.cpp's order, and are read one tensor at a time."""
+    original = sj.lm.load(GOLDEN / case, dtype="float32")
+    path = write(tmp_path / "model.gguf", original, CASES[case][0])
+    sj.lm.save(sj.lm.convert(sj.lm.load(path, "float32"), "6:8"), tmp_path / "loaded")
+    sj.lm.convert_files(path, tmp_path / "files", "6:8", dtype="float32")
+    one, other = (sj.checkpoint.load(tmp_path / name) for name in ("loaded", "files"))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    texts = [sj.lm.load(tmp_path / name).files for name in ("loaded", "files")]
+    assert texts[0] == texts[1] and "gguf_tokenizer.json" in texts[0]
 
 
 def test_a_factor_without_a_type_and_its_old_name_are_linear(tmp_path):

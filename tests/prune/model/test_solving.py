@@ -56,3 +56,21 @@ def test_few_outputs_stay_on_one_device():
     solve = WANDA.solver(sj.Rule("6:8"))
     assert solved_by(solve, 100) is solved_by(solve, 200)
     assert solved_by(solve, 10_000) is not solved_by(solve, 100) or len(jax.local_devices()) == 1
+
+
+def test_a_whole_model_on_several_devices(monkeypatch):
+    from slidejax.lm.decoder.examples import tiny
+    from slidejax.prune.model import sequential
+
+    ids = np.random.default_rng(0).integers(0, 64, (2, 16)).astype(np.int32)
+    alone = sj.lm.convert(tiny(), "6:8", "wanda", ids)
+    used = []
+
+    def spread(solve, outputs):
+        used.append(outputs)
+        return solved_by(solve, outputs, least=8)
+
+    monkeypatch.setattr(sequential, "solved_by", spread)
+    shared = sj.lm.convert(tiny(), "6:8", "wanda", ids)
+    assert set(used) == {64, 32, 96}  # q, k and v; o and down; gate and up
+    jax.tree.map(np.testing.assert_array_equal, shared.params, alone.params)
