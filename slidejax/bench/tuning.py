@@ -16,7 +16,7 @@ from slidejax.bench import contenders
 from slidejax.bench.run import inputs_of
 from slidejax.bench.timing import Clock, time_all
 from slidejax.ops import registry
-from slidejax.ops.tuning import record
+from slidejax.ops.tuning import check_record, record
 from slidejax.variants.prepared import weights_of
 from slidejax.weights import numerics
 from slidejax.weights.packed import SlideWeight, pack
@@ -134,8 +134,9 @@ def measure(
       Each shape is recorded when it has been measured, so that an interruption loses at most one.
 
     Raises:
-      ValueError: for a bad pattern or dtype, or if there is nothing to choose between. It is raised
-        before anything is measured.
+      ValueError: for a bad pattern or dtype, if there is nothing to choose between, or if this
+        machine's table is damaged. It is raised before anything is measured.
+      OSError: as early, if the table cannot be written.
     """
     gpu = jax.default_backend() == "gpu"
     clock = clock or Clock.of_device()
@@ -147,6 +148,8 @@ def measure(
     rows = rows or ([1, 8, 16, 64, 256, 1024, 4096, 16384] if gpu else [1, 16])
     forms = _open_forms(forms, rows, note)
     device = jax.devices()[0].device_kind
+    if not dry_run:
+        check_record(device)
     entries: list[dict[str, Any]] = []
     path = None
     for n, k in dict.fromkeys(shapes):

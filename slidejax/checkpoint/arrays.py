@@ -9,7 +9,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import IO, Any, NoReturn, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,11 +54,13 @@ def checksum(array: np.ndarray) -> int:
     return zlib.crc32(array.reshape(-1).view(np.uint8).data)
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def write_arrays(
+    file: IO[bytes], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
     """Writes a safetensors file, one array after the other.
 
     Args:
-      path: the file.
+      file: open for writing.
       arrays: little-endian arrays of `SAVABLE` dtypes, by name.
       metadata: texts for the header.
 
@@ -74,11 +76,10 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
         header[name] = header_entry(array, begin)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for _, array in ordered:
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for _, array in ordered:
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def header_entry(array: np.ndarray, begin: int) -> dict[str, Any]:

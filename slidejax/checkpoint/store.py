@@ -69,7 +69,8 @@ def write_into(folder: Path, params: Any) -> None:
 
 
 def _write(folder: Path, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
-    write_arrays(folder / ARRAYS, arrays, {"format": _FORMAT})
+    with (folder / ARRAYS).open("wb") as file:
+        write_arrays(file, arrays, {"format": _FORMAT})
     _write_json(folder, metadata)
 
 

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,14 +28,24 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from slidejax.files import write_json
+from slidejax.files import CHECKSUM, check_json, exclusive, json_checksum, write_json
 from slidejax.weights import numerics
 from slidejax.weights.pattern import Pattern
 
-__all__ = ["Variant", "alike", "distance", "entries", "log_ratio", "record", "table_path"]
+__all__ = [
+    "Variant",
+    "alike",
+    "check_record",
+    "distance",
+    "entries",
+    "log_ratio",
+    "record",
+    "table_path",
+]
 
 _SHIPPED = Path(__file__).parents[1] / "data" / "tuning"
-_FORMAT = 2
+_FORMAT = 3  # the first with a checksum
+_LARGEST = 1 << 26  # bytes of a table
 
 
 class Variant(NamedTuple):
@@ -74,29 +85,73 @@ def device_slug(device: str) -> str:
 
 
 def table_path(device: str) -> Path:
-    """The file of this machine's measurements for a kind of device."""
-    root = os.environ.get("SLIDEJAX_CACHE") or Path.home() / ".cache" / "slidejax"
+    """The file of this machine's measurements for a kind of device.
+
+    Raises:
+      ValueError: `SLIDEJAX_CACHE` is not set and there is no home directory.
+    """
+    root = os.environ.get("SLIDEJAX_CACHE")
+    if not root:
+        try:
+            root = str(Path.home() / ".cache" / "slidejax")
+        except RuntimeError as error:
+            raise ValueError(
+                f"SLIDEJAX_CACHE must name a folder for measurements: {error}"
+            ) from error
     return Path(root) / "tuning" / f"{device_slug(device)}.json"
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
+    """The entries of a table; none if there is no file.
+
+    Raises:
+      ValueError: naming the file and the entry, for what is no table.
+    """
+    hint = "delete it and run slidejax tune"
     try:
-        table = json.loads(path.read_text())
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST} bytes")
+        table = json.loads(path.read_bytes())
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a tuning table: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a tuning table: {error}; {hint}") from error
     form = table.get("format") if isinstance(table, dict) else None
-    if form not in (1, _FORMAT) or not isinstance(table.get("entries"), list):
-        raise ValueError(
-            f"{path} is not a tuning table of format {_FORMAT}; delete it and run slidejax tune"
-        )
+    if type(form) is not int or form < 1 or not isinstance(table.get("entries"), list):
+        raise ValueError(f"{path} is not a tuning table: {hint}")
+    if form > _FORMAT:
+        raise ValueError(f"{path} has format {form}; this version of slidejax reads 1 to {_FORMAT}")
+    if (CHECKSUM in table) != (form > 2):  # older tables had none
+        raise ValueError(f"{path} is damaged: key {CHECKSUM!r}, format {form}; {hint}")
+    if form > 2:
+        check_json(table, str(path))
+    return [_checked(path, index, form, entry) for index, entry in enumerate(table["entries"])]
+
+
+def _checked(path: Path, index: int, form: int, entry: Any) -> dict[str, Any]:
+    """An entry as it is in memory."""
     try:
-        return [_normal(e) if form == 1 else _from_file(e) for e in table["entries"]]
-    except (KeyError, TypeError, AttributeError) as error:
+        entry = _normal(entry) if form == 1 else _from_file(entry)
+        sizes = [entry[name] for name in ("in", "out", "rows")]
+        if not all(type(n) is int and n > 0 for n in sizes):
+            raise ValueError(f"in, out and rows must be positive, got {sizes}")
+        Pattern.parse(entry["pattern"])
+        numerics.check_dtype(str(entry["dtype"]))
+        if not isinstance(entry["us"], dict):
+            raise ValueError("it has no times")
+        for variant, us in entry["us"].items():
+            form_name = variant.form
+            if not isinstance(variant.implementation, str) or not isinstance(form_name, str | None):
+                raise ValueError(f"{variant!r} is no name")
+            if type(us) not in (int, float) or not 0 < us < math.inf:
+                raise ValueError(f"the time of {variant} must be positive and finite, got {us!r}")
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        what = f"key {error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"{path} has a damaged entry ({error!r}); delete it and run slidejax tune"
+            f"{path} has a damaged entry (entries[{index}]: {what}); delete it and run "
+            "slidejax tune"
         ) from error
+    return entry
 
 
 def _normal(entry: dict[str, Any]) -> dict[str, Any]:
@@ -124,25 +179,57 @@ _ALIKE = {"nvidia-h100": "nvidia-h200", "nvidia-h200": "nvidia-h100"}
 
 
 @functools.cache
-def _entries(tables: tuple[Path, ...], stamp: int) -> tuple[dict[str, Any], ...]:
-    return tuple({_key(e): e for table in tables for e in _read(table)}.values())
+def _entries(
+    tables: tuple[Path, ...], local: Path | None, stamp: int | None
+) -> tuple[dict[str, Any], ...]:
+    found = [entry for table in tables for entry in _read(table)]
+    if local is not None and stamp is not None:
+        try:
+            found += _read(local)
+        except ValueError as error:
+            _warn(str(error))
+    return tuple({_key(entry): entry for entry in found}.values())
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    warnings.warn(f"this machine's measurements are not used: {reason}", stacklevel=2)
 
 
 def entries(device: str) -> tuple[dict[str, Any], ...]:
     """All measurements for a kind of device. Local ones replace shipped ones.
 
-    Raises:
-      ValueError: if a table is damaged.
+    Local ones are a help and no need: where they cannot be read, a warning says so once.
     """
-    local = table_path(device)
-    slugs = (_ALIKE.get(local.stem), local.stem)
-    shipped = tuple(_SHIPPED / f"{slug}.json" for slug in slugs if slug is not None)
-    stamp = local.stat().st_mtime_ns if local.exists() else 0
-    return _entries((*shipped, local), stamp)
+    local, stamp = None, None
+    try:
+        local = table_path(device)
+        stamp = local.stat().st_mtime_ns
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        _warn(str(error))
+    slug = device_slug(device)
+    shipped = tuple(_SHIPPED / f"{s}.json" for s in (_ALIKE.get(slug), slug) if s is not None)
+    return _entries(shipped, local, stamp)
+
+
+def check_record(device: str) -> None:
+    """Makes sure, before measuring, that `record` can add to this machine's table.
+
+    Raises:
+      ValueError: if the table is damaged, or of a newer version.
+      OSError: if it cannot be written.
+    """
+    path = table_path(device)
+    with exclusive(path.with_suffix(".lock")):
+        _read(path)
 
 
 def record(device: str, measured: Iterable[dict[str, Any]]) -> Path:
-    """Adds measurements to this machine's table. The file is replaced as a whole.
+    """Adds measurements to this machine's table, one process at a time.
+
+    The file is replaced as a whole.
 
     Args:
       device: kind of the device.
@@ -150,18 +237,21 @@ def record(device: str, measured: Iterable[dict[str, Any]]) -> Path:
 
     Returns:
       The path of the file.
+
+    Raises:
+      ValueError, OSError: as `check_record`; or for a bad entry.
     """
     path = table_path(device)
-    merged = {_key(e): e for e in (*_read(path), *map(_normal, measured))}
-    write_json(
-        path,
-        {
+    new = [_checked(path, i, 1, entry) for i, entry in enumerate(measured)]
+    with exclusive(path.with_suffix(".lock")):
+        merged = {_key(e): e for e in (*_read(path), *new)}
+        table = {
             "format": _FORMAT,
             "device": device,
             "jax": jax.__version__,
             "entries": [_to_file(e) for e in merged.values()],
-        },
-    )
+        }
+        write_json(path, table | {CHECKSUM: json_checksum(table)})
     return path
 
 

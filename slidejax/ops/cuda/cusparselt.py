@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.files import write_json
+from slidejax.files import CHECKSUM, check_json, exclusive, json_checksum, write_json
 from slidejax.ops.cuda import calls, library
 from slidejax.ops.tuning import table_path
 
@@ -154,28 +155,43 @@ def _path() -> Path:
 
 @functools.cache
 def _read(path: Path, stamp: int) -> dict[str, dict[str, Any]]:
+    # This is a cache: an algorithm that cannot be read is searched again.
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(path.read_bytes())
+        check_json(entries, str(path))
+        del entries[CHECKSUM]
+        for found in entries.values():
+            if not all(int(rows) > 0 and isinstance(one, dict) for rows, one in found.items()):
+                return {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, KeyError):
+        return {}
+    return entries
+
+
+# Searches that could not be written: product -> rows -> the fastest choice.
+_UNKEPT: dict[str, dict[str, Any]] = {}
+
+
+def _entries() -> dict[str, dict[str, Any]]:
+    """The searches of this machine and of this process."""
+    try:
+        path = _path()
+        kept = _read(path, path.stat().st_mtime_ns)
     except (OSError, ValueError):
-        return {}  # This is a cache: an algorithm that cannot be read is searched again.
-    return entries if isinstance(entries, dict) else {}
-
-
-def _entries() -> tuple[Path, dict[str, dict[str, Any]]]:
-    path = _path()
-    return path, _read(path, path.stat().st_mtime_ns if path.exists() else 0)
+        kept = {}
+    return kept | {name: kept.get(name, {}) | found for name, found in _UNKEPT.items()}
 
 
 def searched(product: Product) -> dict[int, dict[str, Any]]:
     """The searches for a product on this kind of device: by rows, the fastest choice."""
     if not library.on_gpu() or missing() is not None:
         return {}
-    return {int(rows): found for rows, found in _entries()[1].get(str(product), {}).items()}
+    return {int(rows): found for rows, found in _entries().get(str(product), {}).items()}
 
 
 def shapes() -> int | None:
     """How many products have been searched on this kind of device; None without a GPU."""
-    return None if not library.on_gpu() or missing() is not None else len(_entries()[1])
+    return None if not library.on_gpu() or missing() is not None else len(_entries())
 
 
 def nearest(product: Product, rows: int) -> tuple[int, dict[str, Any]] | None:
@@ -224,7 +240,18 @@ def search(product: Product, rows: int, *, finish: bool = True) -> list[dict[str
         finish=finish,
     )
     if finish:
-        path, entries = _entries()
-        merged = entries.get(str(product), {}) | {str(rows): timings[0]}
-        write_json(path, entries | {str(product): merged})
+        _keep(str(product), str(rows), timings[0])
     return timings
+
+
+def _keep(product: str, rows: str, fastest: dict[str, Any]) -> None:
+    """Adds a search to the file of this machine. It serves this process if that cannot be done."""
+    try:
+        path = _path()
+        with exclusive(path.with_suffix(".lock")):
+            entries = _entries()
+            table = entries | {product: entries.get(product, {}) | {rows: fastest}}
+            write_json(path, table | {CHECKSUM: json_checksum(table)})
+    except (OSError, ValueError) as error:
+        _UNKEPT.setdefault(product, {})[rows] = fastest
+        warnings.warn(f"searches of cuSPARSELt are not kept for later: {error}", stacklevel=2)

@@ -1,6 +1,6 @@
 """Finished pruning stages on disk, from which a conversion that was stopped goes on.
 
-A stage is one file of NumPy (`.npz`), whose arrays have checksums. A kernel that is rounded to 8
+A stage is one safetensors file with a checksum. A kernel that is rounded to 8
 bit is kept as codes and scales, and its mask as bits: 1.13 bytes a weight.
 """
 
@@ -10,8 +10,6 @@ import contextlib
 import hashlib
 import os
 import warnings
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.checkpoint.arrays import ArrayFile, write_arrays
 from slidejax.files import replacing
 from slidejax.prune.model.result import Pruned
 
@@ -61,7 +60,7 @@ class Store:
         self._folder = Path(folder)
         note = self._folder / "conversion"
         key = f"{_FORMAT} {key}"
-        if note.is_file() and note.read_text() != key:
+        if note.is_file() and note.read_bytes() != key.encode():
             raise ValueError(
                 f"{str(folder)!r} holds the stages of another conversion (other model, text or "
                 "settings): remove it or name another folder"
@@ -71,7 +70,7 @@ class Store:
                 file.write(key.encode())
 
     def _file(self, stage: int) -> Path:
-        return self._folder / f"stage-{stage:04d}.npz"
+        return self._folder / f"stage-{stage:04d}.safetensors"
 
     def save(self, stage: int, pruned: dict[str, Pruned]) -> None:
         """Writes the pruned kernels of a stage, by path."""
@@ -84,8 +83,9 @@ class Store:
             arrays[f"{kind}:{path}"] = small
             if scale is not None:
                 arrays[f"scale:{path}"] = scale
+        arrays[_SUM] = _sum(arrays)
         with replacing(self._file(stage)) as file:
-            np.savez(file, **arrays)
+            write_arrays(file, arrays, {})
 
     def has(self, stage: int) -> bool:
         """Whether a stage is finished."""
@@ -95,29 +95,47 @@ class Store:
         """The kernels that `save` wrote, or None.
 
         Warns:
-          UserWarning: if the file is damaged, which its checksums tell. It then counts as missing.
+          UserWarning: if the file is damaged. It is removed, and counts as missing.
         """
         if not self.has(stage):
             return None
         try:
-            with np.load(self._file(stage), allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            return {
-                path: _pruned(arrays, kind, path)
-                for kind, _, path in (name.partition(":") for name in arrays)
-                if kind in _KINDS
-            }
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-            warnings.warn(
-                f"{str(self._file(stage))!r} is damaged ({e}): the stage is computed again",
-                stacklevel=2,
-            )
+            return self.read(stage)
+        except ValueError as e:
+            warnings.warn(f"{e}: the stage is computed again", stacklevel=2)
+            self._file(stage).unlink()
             return None
+
+    def read(self, stage: int) -> dict[str, Pruned]:
+        """The kernels that `save` wrote.
+
+        Raises:
+          ValueError: naming the file, if it is missing or damaged.
+        """
+        path = self._file(stage)
+        with ArrayFile(path) as file:
+            arrays = {name: file.read(name) for name in file.entries}
+        found = arrays.pop(_SUM, None)
+        if found is None or found.tobytes() != _sum(arrays).tobytes():
+            raise ValueError(f"{str(path)!r} is damaged: its content does not match {_SUM!r}")
+        return {
+            path: _pruned(arrays, kind, path)
+            for kind, _, path in (name.partition(":") for name in arrays)
+            if kind in _KINDS
+        }
+
+
+_SUM = "sha256"  # the name of the checksum among the arrays
+
+
+def _sum(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """A checksum of names, shapes, dtypes and bytes, uint8 `[32]`."""
+    return np.frombuffer(bytes.fromhex(fingerprint(dict(sorted(arrays.items())))), np.uint8)
 
 
 def remove(folder: str | os.PathLike[str]) -> None:
     """Removes the files of a `Store`, and the folder if nothing else is in it."""
-    for file in (*Path(folder).glob("stage-*.npz"), Path(folder) / "conversion"):
+    for file in (*Path(folder).glob("stage-*.safetensors"), Path(folder) / "conversion"):
         file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         Path(folder).rmdir()

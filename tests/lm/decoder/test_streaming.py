@@ -203,7 +203,7 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sj.lm.convert_files(path, out, "6:8", "wanda", how(progress=stop))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["whole", "work"]
-    damaged = tmp_path / "work" / "stage-0002.npz"
+    damaged = tmp_path / "work" / "stage-0002.safetensors"
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
     damaged.write_bytes(bytes(data))
@@ -211,7 +211,7 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Store, "save", lambda self, at, found: [saved.append(at), save(self, at, found)]
     )
-    with pytest.warns(UserWarning, match=r"stage-0002\.npz' is damaged"):
+    with pytest.warns(UserWarning, match=r"stage-0002\.safetensors' is damaged"):
         sj.lm.convert_files(path, out, "6:8", "wanda", how())
     assert saved == [2, 5, 6, 7]
     same(tmp_path / "whole", out)

@@ -56,7 +56,7 @@ def test_kernels_are_kept_in_the_smallest_form_that_is_exact(tmp_path, dtype):
     [found] = store.load(0).values()
     np.testing.assert_array_equal(found.kernel, stage["kernel"].kernel)
     np.testing.assert_array_equal(found.mask, mask)
-    size = (tmp_path / "stage-0000.npz").stat().st_size
+    size = (tmp_path / "stage-0000.safetensors").stat().st_size
     assert size < mask.size * (jnp.dtype(dtype).itemsize + 0.125) + 4000
 
 
@@ -64,13 +64,13 @@ def test_a_damaged_stage_counts_as_missing(tmp_path):
     store = Store(tmp_path, "key")
     for at in range(3):
         store.save(at, {"kernel": pruned(True)})
-    file = tmp_path / "stage-0001.npz"
+    file = tmp_path / "stage-0001.safetensors"
     whole = file.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 3] ^= 1
     for bad in (b"", whole[:-30], bytes(flipped)):
         file.write_bytes(bad)
-        with pytest.warns(UserWarning, match=r"stage-0001\.npz' is damaged"):
+        with pytest.warns(UserWarning, match=r"stage-0001\.safetensors' is damaged"):
             assert store.load(1) is None
     assert store.load(0) and store.load(2)
 
@@ -84,3 +84,22 @@ def test_only_its_own_files_are_removed(tmp_path):
     (folder / "diary").unlink()
     remove(folder)
     assert not folder.exists()
+
+
+def test_a_damaged_stage_is_computed_again(tmp_path):
+    """Whatever byte is lost, changed or cut off."""
+    store = Store(tmp_path / "work", "key")
+    store.save(0, {"a/kernel": pruned(True)})
+    [file] = [f for f in (tmp_path / "work").iterdir() if f.name.startswith("stage")]
+    good = file.read_bytes()
+    rng = np.random.default_rng(0)
+    spots = rng.choice(len(good), 40, replace=False)
+    bad = [good[:at] for at in spots[:10]]
+    bad += [good[:at] + bytes([good[at] ^ 1 << rng.integers(8)]) + good[at + 1 :] for at in spots]
+    for data in bad:
+        file.write_bytes(data)
+        with pytest.warns(UserWarning, match=r"stage-0000.*computed again"):
+            assert store.load(0) is None
+        assert not file.exists() and not store.has(0)
+    file.write_bytes(good)
+    assert store.has(0)
