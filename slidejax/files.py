@@ -27,6 +27,7 @@ __all__ = [
     "exclusive",
     "json_checksum",
     "partial_directory",
+    "reading",
     "remove_abandoned",
     "replacing",
     "sync",
@@ -129,6 +130,36 @@ def _new_file(path: Path) -> tuple[int, Path]:
         if _hold(handle, name):
             return handle, name
         os.close(handle)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """Around code that reads what others wrote: whatever it raises becomes one clear error.
+
+    Parsers of other packages have exceptions of all kinds. Those of this kind mean that the content
+    is not what was expected.
+
+    Args:
+      path: the file or directory that is read. Errors that name it, or a file in it, stay.
+
+    Raises:
+      ValueError: naming the path.
+    """
+    name = os.fspath(path)
+    try:
+        yield
+    except (ValueError, NotImplementedError) as e:
+        if os.path.basename(name) in str(e) and type(e) in (ValueError, NotImplementedError):
+            raise
+        kind = NotImplementedError if isinstance(e, NotImplementedError) else ValueError
+        raise kind(f"{name!r}: {e}") from e
+    except MemoryError as e:
+        raise ValueError(f"{name!r} is damaged: it asks for more memory than there is") from e
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, EOFError) as e:
+        raise ValueError(f"{name!r} is damaged: {type(e).__name__}: {e}") from e
 
 
 # --- JSON with a checksum -------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from slidejax.checkpoint import store
+from slidejax.files import reading
 from slidejax.huggingface.model import hold, with_params, with_rope_theta
 from slidejax.huggingface.supported import check_supported
 from slidejax.weights.packed import SlideWeight
@@ -90,9 +91,10 @@ def build(
       NotImplementedError: the configuration asks for what the Flax class would silently ignore.
     """
     check_supported(config)
+    flat = flatten_dict(params, sep="/")
+    _check_layers(config, len(flat), "there are")
     model = (cls or model_class(config))(config, dtype=jnp.dtype(dtype), _do_init=False)
     shapes = flatten_dict(model.params_shape_tree, sep="/")
-    flat = flatten_dict(params, sep="/")
     if "lm_head/kernel" in shapes and "lm_head/kernel" not in flat and config.tie_word_embeddings:
         embedding = [k for k in flat if k.endswith("embed_tokens/embedding")]
         if len(embedding) == 1:
@@ -182,7 +184,11 @@ def read_pretrained(
       ValueError: a file is missing or damaged, parameters do not fit the configuration.
       NotImplementedError: the model needs what transformers' Flax classes lack.
     """
-    folder = Path(path)
+    with reading(path):
+        return _read(Path(path), dtype)
+
+
+def _read(folder: Path, dtype: Any) -> tuple[Any, Any, dict[str, Any]]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} has no config.json: not a Hugging Face model directory")
     config = _read_config(folder)
@@ -195,7 +201,12 @@ def read_pretrained(
     if (folder / "generation_config.json").is_file() and model.can_generate():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            found = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as e:
+            file = str(folder / "generation_config.json")
+            raise ValueError(f"{file!r} cannot be read: {e}") from e
+        model.generation_config = found
     return model, _read_tokenizer(folder), about
 
 
@@ -204,7 +215,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:  # the classes check little and raise anything
         raise ValueError(f"{str(folder / 'config.json')!r} cannot be read: {e}") from e
 
 
@@ -280,6 +291,13 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+def _check_layers(config: PretrainedConfig, count: int, where: str) -> None:
+    """Raises a ValueError for far more layers than arrays, before so many layers are traced."""
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > count:
+        raise ValueError(f"config.json has num_hidden_layers {layers}, and {where} {count} arrays")
+
+
 def _read_msgpack(
     files: list[Path], config: PretrainedConfig, cls: type[FlaxPreTrainedModel]
 ) -> dict[str, Any]:
@@ -291,6 +309,7 @@ def _read_msgpack(
             flat.update(flatten_dict(msgpack_restore(file.read_bytes()), sep="/"))
         except Exception as e:  # msgpack has its own zoo of exceptions
             raise ValueError(f"{str(file)!r} is damaged: {type(e).__name__}: {e}") from e
+    _check_layers(config, len(flat), files[0].name)
     return _fit_prefix(flat, config, cls)
 
 
@@ -311,6 +330,7 @@ def _read_safetensors(
             raise ValueError(f"{str(file)!r} is damaged: {e}") from e
         except (AttributeError, TypeError) as e:  # it has no name for float8
             raise ValueError(f"{str(file)!r} holds tensors of a dtype that is not read: {e}") from e
+    _check_layers(config, len(state), files[0].name)
     if layout == "flax":
         return _fit_prefix({k.replace(".", "/"): v for k, v in state.items()}, config, cls)
     if layout != "pt":

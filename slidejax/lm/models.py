@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slidejax.checkpoint import store
+from slidejax.files import reading
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel, PreTrainedTokenizerFast
@@ -157,9 +158,10 @@ def _load_gguf(path: Path, name: str, dtype: Any) -> LoadedModel:
     from slidejax import huggingface
     from slidejax.checkpoint import gguf
 
-    file = gguf.GGUFFile(path)
-    model = huggingface.build(file.config(), file.params(), dtype or "float32")
-    return LoadedModel(model, file.tokenizer(), name)
+    with reading(path):
+        file = gguf.GGUFFile(path)
+        model = huggingface.build(file.config(), file.params(), dtype or "float32")
+        return LoadedModel(model, file.tokenizer(), name)
 
 
 def _need_transformers() -> None:

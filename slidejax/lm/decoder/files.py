@@ -15,6 +15,7 @@ import numpy as np
 from slidejax.checkpoint import store
 from slidejax.checkpoint.gguf import GGUFFile
 from slidejax.checkpoint.staging import staged
+from slidejax.files import reading
 from slidejax.lm.decoder import directory, gguf
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.model import Decoder
@@ -61,6 +62,11 @@ def load(path: str | os.PathLike[str], dtype: Any = None) -> Decoder:
     """
     dtype = check_dtype(dtype)
     path = check_path(path)
+    with reading(path):
+        return _load(path, dtype)
+
+
+def _load(path: Path, dtype: np.dtype | None) -> Decoder:
     if path.is_file():
         file = GGUFFile(path)
         config = gguf.config_of(file)

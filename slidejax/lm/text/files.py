@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slidejax.files import reading
 from slidejax.lm.text import gguf
 from slidejax.lm.text.tokenizer import SPECIAL, Tokenizer, need_tokenizers
 
@@ -158,10 +159,16 @@ def from_files(
     """
     folder = _Folder(files, where)
     if gguf.FILE in files:
-        return gguf.from_metadata(folder.json(gguf.FILE), folder.name(gguf.FILE))
+        with reading(os.path.join(where, gguf.FILE)):
+            return gguf.from_metadata(folder.json(gguf.FILE), folder.name(gguf.FILE))
     check(files, where)
     if "tokenizer.json" not in files:
         return None
+    with reading(os.path.join(where, "tokenizer.json")):
+        return _from_folder(folder, ends)
+
+
+def _from_folder(folder: _Folder, ends: Iterable[int]) -> Tokenizer:
     about = folder.json("tokenizer_config.json")
     backend = _backend(folder)
     named = _named(folder, about)
@@ -211,12 +218,31 @@ class _Folder:
 def _backend(folder: _Folder) -> tokenizers.Tokenizer:
     package = need_tokenizers()
     text, name = folder.text("tokenizer.json"), folder.name("tokenizer.json")
+    _check_ids(folder.json("tokenizer.json"), name)
     try:
         return package.Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # it is written in Rust, whose panics are no `Exception`
         raise ValueError(f"{name} is damaged or of an unknown version: {e}") from e
+
+
+def _check_ids(content: Mapping[str, Any], name: str) -> None:
+    """Raises a ValueError for token ids far above the number of tokens.
+
+    The package tokenizers takes memory for all ids below the largest one, and ends the process if
+    there is too little.
+    """
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, Mapping) else []
+    if isinstance(added, list):
+        ids += [token.get("id") for token in added if isinstance(token, Mapping)]
+    known = len(vocabulary) if isinstance(vocabulary, (Mapping, list)) else 0
+    most = 2 * (known + len(ids)) + 100_000
+    for token in ids:
+        if type(token) is not int or not 0 <= token < most:
+            raise ValueError(f"{name} has a token with the id {token!r:.50}, and {known} tokens")
 
 
 # --- special tokens -------------------------------------------------------------------------------

@@ -34,6 +34,11 @@ def need_tokenizers() -> Any:
     return tokenizers
 
 
+def _decoder(backend: tokenizers.Tokenizer) -> Any:
+    """The description of a tokenizer's decoder, or None; the vocabulary is not written for it."""
+    return None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+
+
 class Tokenizer:
     """Text to token ids and back.
 
@@ -79,7 +84,7 @@ class Tokenizer:
         for name, token in self.named.items():
             if backend.token_to_id(token) is None:
                 raise ValueError(f"{where}: {name} {token!r} is not in the vocabulary")
-        self._pieces = Pieces(json.loads(backend.to_str()).get("decoder"), where)
+        self._pieces = Pieces(_decoder(backend), where)
         self._added = backend.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in self._added.items() if token.special)
         self._bytes: dict[int, bytes] = {}

@@ -1,6 +1,6 @@
 """Finished pruning stages on disk, from which a conversion that was stopped goes on.
 
-A stage is one safetensors file with a checksum. A kernel that is rounded to 8
+A stage is one safetensors file with a checksum of everything in it. A kernel that is rounded to 8
 bit is kept as codes and scales, and its mask as bits: 1.13 bytes a weight.
 """
 
@@ -23,7 +23,7 @@ from slidejax.prune.model.result import Pruned
 
 __all__ = ["Store", "fingerprint", "remove"]
 
-_FORMAT = 2  # of the files
+_FORMAT = 3  # of the files
 
 
 def fingerprint(*trees: Any) -> str:
