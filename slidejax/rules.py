@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from slidejax.weights import numerics
@@ -122,6 +123,7 @@ class Report:
       converted: the layers that were packed.
       skipped: path -> why the layer was left as it is.
       unmatched: a line for each rule that decided no layer.
+      allow_unmatched: whether rules may decide no layer at all. Otherwise that is an error.
       notes: other facts, such as how the model was calibrated.
     """
 
@@ -129,6 +131,7 @@ class Report:
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     unmatched: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    allow_unmatched: bool = False
 
     @property
     def dense(self) -> dict[str, str]:
@@ -168,6 +171,9 @@ def mib(size: int, digits: int) -> str:
     '1.50'
     """
     return f"{size / 2**20:.{digits}f}"
+
+
+_NO_RULE = "no rule matches"
 
 
 class RuleSet:
@@ -210,7 +216,7 @@ class RuleSet:
             if regex.fullmatch(path) or regex.fullmatch(path.removesuffix("/kernel"))
         ]
         if not matching:
-            raise Skipped("no rule matches")
+            raise Skipped(_NO_RULE)
         self._decided[matching[0]] += 1
         for i in matching[1:]:
             self._shadowed[i] += 1
@@ -233,11 +239,23 @@ class RuleSet:
         return lines
 
     def finish(self, report: Report) -> Report:
-        """Writes the unmatched rules into the report and warns about them."""
+        """Writes the unmatched rules into the report and warns about them.
+
+        Raises:
+          ValueError: naming the rules, if none of them decided any layer. A report with
+            `allow_unmatched` allows it.
+        """
         report.unmatched.extend(self.unmatched())
         if report.unmatched:
             seen = [layer.path for layer in report.converted] + list(report.skipped)
             example = f" (paths look like {seen[0]!r})" if seen else " (no linear layer was found)"
+            # A layer that is skipped for a reason of its own was not missed by the rules.
+            missed = all(reason == _NO_RULE for reason in report.skipped.values())
+            if missed and not any(self._decided) and not report.allow_unmatched:
+                raise ValueError(
+                    f"{'; '.join(report.unmatched)}{example}: nothing would be converted. "
+                    "report=slidejax.Report(allow_unmatched=True) allows it"
+                )
             warnings.warn("slidejax: " + "; ".join(report.unmatched) + example, stacklevel=3)
         return report
 
@@ -290,6 +308,7 @@ def pack_by_rule(
       ValueError: naming the path, if the kernel cannot be pruned or packed so.
     """
     try:
+        _check_finite(kernel)
         result = (
             magnitude(kernel, rule.pattern) if prune is None else prune(kernel, rule.pattern, path)
         )
@@ -299,3 +318,11 @@ def pack_by_rule(
         return pack(kernel, rule.pattern, dtype=rule.qdtype, mask=mask, scale=scale)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_finite(kernel: jax.Array) -> None:
+    """Raises a ValueError for inf or nan. Under tracing they give outputs of nan instead."""
+    if isinstance(kernel, jax.core.Tracer) or not jnp.issubdtype(kernel.dtype, jnp.floating):
+        return
+    if not bool(jnp.isfinite(kernel).all()):
+        raise ValueError("the kernel holds inf or nan")

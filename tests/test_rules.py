@@ -123,3 +123,23 @@ def test_sizes_are_rounded_to_the_digits_that_are_asked_for(size):
     for digits in (1, 2):
         assert abs(float(mib(size, digits)) * 2**20 - size) <= 2**20 * 0.51 * 10**-digits
     assert (mib(3 << 19, 1), mib(3 << 19, 2)) == ("1.5", "1.50")
+
+
+def test_rules_that_decide_nothing_at_all_are_an_error():
+    rules, report = RuleSet([("typo.*", "6:8"), (".*hed", None)]), sj.Report()
+    report.skipped["b/kernel"] = "no rule matches"
+    with pytest.raises(ValueError, match=r"'typo\.\*'.*'\.\*hed'.*paths look like 'b/kernel'"):
+        rules.finish(report)
+    with pytest.warns(UserWarning, match="decided nothing"):
+        rules.finish(sj.Report(allow_unmatched=True))
+    variables = {"params": {"up": {"kernel": jnp.ones((8, 8))}}}
+    for prune in (sj.linen.convert, lambda v, r: sj.linen.convert(v, r, report=sj.Report())):
+        with pytest.raises(ValueError, match=r"'up/kernl'.*paths look like 'up/kernel'"):
+            prune(variables, [("up/kernl", "6:8")])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_kernel_that_is_not_finite_is_named(bad):
+    variables = {"params": {"up": {"kernel": jnp.ones((8, 8)).at[3, 4].set(bad)}}}
+    with pytest.raises(ValueError, match="up/kernel: the kernel holds inf or nan"):
+        sj.linen.convert(variables, "6:8")

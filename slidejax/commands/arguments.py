@@ -33,6 +33,7 @@ __all__ = [
     "names",
     "out_file",
     "pattern",
+    "plot_file",
     "positive",
     "regex",
     "share",
@@ -203,6 +204,18 @@ def add_renamed(p: argparse.ArgumentParser, name: str, old: str, **options: Any)
     action = p.add_argument(name, **options)
     hidden = {"dest": action.dest, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     p.add_argument(old, **{**options, **hidden})
+
+
+def plot_file(text: str) -> str:
+    """A file for a picture, of a kind that matplotlib draws."""
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install 'slidejax[plot]'")
+    known = ("eps", "jpeg", "jpg", "pdf", "png", "ps", "svg", "svgz", "tif", "tiff", "webp")
+    if Path(text).suffix[1:].lower() not in known:
+        raise argparse.ArgumentTypeError(f"must end in one of .{', .'.join(known)}, got {text!r}")
+    return out_file(text)
 
 
 def out_file(text: str) -> str:

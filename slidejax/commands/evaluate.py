@@ -62,6 +62,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--plot",
+        type=arguments.plot_file,
         metavar="FILE",
         help="draw where the models lose, and on how many tokens (.png, .svg, .pdf)",
     )
@@ -108,8 +109,6 @@ def run(args: argparse.Namespace) -> None:
             max_new_tokens=args.max_new_tokens or _CONTINUATION,
             progress=show,
         )
-    if args.plot:
-        comparison.plot(rows, args.plot, args.window)
     figures = [row.figures(source, args.against) for row in rows]
     terminal.emit(args, figures[0] if len(figures) == 1 else figures)
     if args.json != "-":
@@ -119,6 +118,8 @@ def run(args: argparse.Namespace) -> None:
         for row in rows:
             if row.text is not None:
                 terminal.show_written(out, f"{row.name} ({row.weights})", args.prompt, row.text)
+    if args.plot:
+        comparison.plot(rows, args.plot, args.window)
 
 
 def _ids(args: argparse.Namespace, loaded: list[tuple[str, Any]]) -> tuple[Any, str]:

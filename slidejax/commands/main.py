@@ -8,9 +8,13 @@ without extras. Results go to standard output, progress and notes to standard er
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import os
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -44,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _note
     try:
+        with _quiet_interrupts():
+            _load_packages()
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -58,6 +64,29 @@ def main(argv: list[str] | None = None) -> int:
         print(f"slidejax {args.command}: error: {e}", file=sys.stderr)
         return 1
     return 0
+
+
+# What commands load anyway, and what an interrupt must not stop half way.
+_PACKAGES = ("jax", "jax.numpy", "flax.linen", "flax.nnx")
+
+
+def _load_packages() -> None:
+    """Imports the large packages."""
+    for name in _PACKAGES:
+        importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _quiet_interrupts() -> Iterator[None]:
+    """Around the start, in which Ctrl-C ends the process at once (`slidejax.__main__`).
+
+    Afterwards it is an exception again, so that what has begun is cleaned up.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    starts = getattr(handler, "__name__", "") == "_quit"  # `python -m slidejax`
+    yield
+    if starts:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -38,7 +38,9 @@ def write_pretrained(
     with staged(path, store.METADATA) as folder:
         model.config.save_pretrained(folder)
         if model.can_generate():
-            model.generation_config.save_pretrained(folder)
+            # `save_pretrained` refuses options that do not fit each other, when all is done.
+            file = folder / "generation_config.json"
+            model.generation_config.to_json_file(file, use_diff=True)
         if tokenizer is not None:
             # Names of chat templates come from files of others: no file is named after one.
             tokenizer.save_pretrained(folder, save_jinja_files=False)

@@ -67,7 +67,7 @@ def convert(
       TypeError: for variables or a model of the wrong kind.
 
     Warns:
-      UserWarning: for rules that decided no layer.
+      UserWarning: for rules that decided no layer. If no rule decided any, it is a ValueError.
 
     >>> variables = nn.Dense(4).init(jax.random.key(0), jnp.ones((1, 8)))
     >>> report = Report()

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.lm.texts import WINDOW
+from slidejax.prune.model.calibration import int32_ids
 
 __all__ = [
     "Agreement",
@@ -80,7 +81,7 @@ def windows(tokens: Sequence[int] | np.ndarray, length: int) -> tuple[np.ndarray
     >>> windows([1, 2, 3, 4], 2)[0].tolist(), windows([1, 2, 3, 4], 2)[1].tolist()
     ([[1, 2, 3], [3, 4, 0]], [[1.0, 1.0], [1.0, 0.0]])
     """
-    ids = np.asarray(tokens, np.int32)
+    ids = int32_ids(tokens)
     if ids.ndim != 1 or ids.size < 2:
         raise ValueError(f"tokens must be at least two token ids, got shape {ids.shape}")
     if length < 1:

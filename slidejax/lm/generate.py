@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.prune.model.calibration import int32_ids
+
 __all__ = ["Generated", "Generator"]
 
 
@@ -138,7 +140,7 @@ class Generator:
         Raises:
           ValueError: it is empty, leaves the vocabulary, or does not fit the model's positions.
         """
-        ids = np.asarray(prompt, np.int32)
+        ids = int32_ids(prompt, "prompt")
         if ids.ndim != 1 or ids.size == 0 or ids.min() < 0 or ids.max() >= self._vocab_size:
             raise ValueError(
                 f"prompt must be at least one token id in 0..{self._vocab_size - 1}, "

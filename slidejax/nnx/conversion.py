@@ -52,7 +52,7 @@ def convert(
       TypeError: if `model` is not an NNX module.
 
     Warns:
-      UserWarning: for rules that decided no layer.
+      UserWarning: for rules that decided no layer. If no rule decided any, it is a ValueError.
 
     >>> model = convert(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), "6:8")
     >>> type(model).__name__, model(jnp.ones((2, 8))).shape

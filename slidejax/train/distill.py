@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.prune.model.calibration import int32_ids
 from slidejax.prune.model.divergence import kl_divergence
 
 __all__ = ["distillation_loss", "kl_divergence", "rows_of", "sample"]
@@ -86,7 +87,7 @@ def rows_of(tokens: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
     count = ids.shape[-1] // length if length > 0 else 0
     if count == 0 or ids.size == 0:
         raise ValueError(f"tokens fill no row of {length}: their shape is {ids.shape}")
-    return ids[..., : count * length].reshape(-1, length).astype(np.int32)
+    return int32_ids(ids[..., : count * length].reshape(-1, length))
 
 
 def sample(
@@ -140,7 +141,7 @@ def sample(
         return model.generate(ids, params=params, prng_key=key, **options).sequences
 
     short = -len(prompts) % batch
-    padded = np.concatenate([prompts, prompts[:1].repeat(short, 0)]).astype(np.int32)
+    padded = int32_ids(np.concatenate([prompts, prompts[:1].repeat(short, 0)]), "prompts")
     params = model.params if params is None else params
     keys = jax.random.split(jax.random.PRNGKey(seed), len(padded) // batch)
     rows = [

@@ -4,6 +4,7 @@ import argparse
 import math
 
 import pytest
+from command_line import usage_error
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,3 +92,20 @@ def test_an_old_spelling_works_and_is_hidden():
     arguments.add_renamed(parser, "--new", "--old", type=int, default=3, help="a number")
     assert [parser.parse_args(a).new for a in ([], ["--old", "4"], ["--new", "5"])] == [3, 4, 5]
     assert "--new" in parser.format_help() and "--old" not in parser.format_help()
+
+
+def test_a_plot_is_looked_at_before_any_work(capsys, tmp_path, monkeypatch):
+    for name, message in (
+        ("losses.png", None),
+        ("losses.doc", "must end in one of .eps,"),
+        ("losses", "must end in one of"),
+        ("file/losses.png", "not a folder that one may write"),
+    ):
+        (tmp_path / "file").touch()
+        if message is None:
+            assert arguments.plot_file(str(tmp_path / name)) == str(tmp_path / name)
+            continue
+        assert message in usage_error(capsys, "eval", "smollm2", "--plot", tmp_path / name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = usage_error(capsys, "eval", "smollm2", "--plot", tmp_path / "losses.png")
+    assert "argument --plot: needs matplotlib" in said

@@ -1,8 +1,10 @@
 """The parser of the command line: help, examples, versions, and old spellings of flags."""
 
 import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -36,6 +38,23 @@ def test_help_loads_neither_jax_nor_extras():
         command = [sys.executable, "-c", code, *args, "--help"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         assert done.stdout.splitlines()[-1] == "[]" and "usage: slidejax" in done.stdout
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.15, 0.4, 0.8, 1.5])
+def test_ctrl_c_while_starting_is_quiet(wait):
+    """In the middle of imports, too: no traceback, no segmentation fault."""
+    code = (
+        "import runpy, sys; sys.argv[0] = 'slidejax'; import slidejax.__main__\n"
+        "print('ready', flush=True); runpy.run_module('slidejax', run_name='__main__')"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+    time.sleep(wait)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode in (130, 0) and b"Traceback" not in err, err
 
 
 def test_the_package_is_a_command():

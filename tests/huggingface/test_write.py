@@ -54,3 +54,11 @@ def test_code_in_a_directory_never_runs(tmp_path, tiny_directory, monkeypatch):
         with contextlib.suppress(ValueError, NotImplementedError):
             read_model(tmp_path / "model")
     assert not (tmp_path / "ran").exists()
+
+
+def test_options_of_generation_that_do_not_fit_are_written(tmp_path, tiny_llama, tiny_tokenizer):
+    """transformers refuses to save them, which would lose the whole conversion at its end."""
+    tiny_llama.generation_config.update(do_sample=False, temperature=0.5, num_beams=1)
+    hf.write_pretrained(tmp_path / "out", tiny_llama, tiny_tokenizer)
+    again = load_model(tmp_path / "out").model.generation_config
+    assert again.temperature == 0.5

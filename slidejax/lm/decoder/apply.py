@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slidejax.contraction import Contraction
 from slidejax.functional import show_input, show_output
@@ -144,7 +145,7 @@ def _states(
 
 
 def _check(config: DecoderConfig, ids, positions, cache) -> tuple[jax.Array, jax.Array]:
-    ids = as_array(ids, "ids")
+    ids = as_array(_known(ids, config.vocab_size), "ids")
     if ids.ndim != 2 or 0 in ids.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
             f"ids must be integers [batch, tokens], at least one, got {ids.dtype} of shape "
@@ -153,13 +154,28 @@ def _check(config: DecoderConfig, ids, positions, cache) -> tuple[jax.Array, jax
     _check_cache(config, ids, positions, cache)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-    positions = as_array(positions, "positions")
+    positions = as_array(_known(positions, 2**31 - 1), "positions")
     if positions.shape != ids.shape or not jnp.issubdtype(positions.dtype, jnp.integer):
         raise ValueError(
             f"positions must be integers of the shape of ids, {ids.shape}, got {positions.dtype} "
             f"of shape {positions.shape}"
         )
-    return ids.astype(jnp.int32), positions.astype(jnp.int32)
+    return _int32(ids, config.vocab_size), _int32(positions, 2**31 - 1)
+
+
+def _known(values: Any, end: int) -> Any:
+    """NumPy's 64-bit integers, of which JAX takes 32 bits only: outside 0 to `end` they are -1."""
+    if not isinstance(values, np.ndarray) or values.dtype not in (np.int64, np.uint64, np.uint32):
+        return values
+    return np.where((values >= 0) & (values < end), values, -1).astype(np.int32)
+
+
+def _int32(values: jax.Array, end: int) -> jax.Array:
+    """Integers as int32. Wider ones do not wrap around: outside 0 to `end` they become -1."""
+    narrow = values.astype(jnp.int32)
+    if values.dtype.itemsize < 4 or values.dtype == jnp.int32:
+        return narrow
+    return jnp.where((values >= 0) & (values < end), narrow, -1)
 
 
 def _check_cache(config: DecoderConfig, ids: jax.Array, positions, cache) -> None:

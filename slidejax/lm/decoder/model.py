@@ -109,10 +109,11 @@ class Decoder(Writes, nnx.Module):
           ValueError: as `apply`; or an id is outside the vocabulary, where ids are concrete.
           TypeError: as `apply`.
         """
+        if not isinstance(ids, jax.core.Tracer):
+            as_array(ids, "ids")
+            self._check(np.asarray(ids))  # before JAX makes 32 bits of 64
         ids = as_array(ids, "ids")
         positions = None if positions is None else as_array(positions, "positions")
-        if not isinstance(ids, jax.core.Tracer):
-            self._check(np.asarray(ids))
         return _logits(self.config, self.params, ids, positions)
 
     def _check(self, ids: np.ndarray) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["BATCH", "Calibration", "cut"]
+__all__ = ["BATCH", "Calibration", "cut", "int32_ids"]
 
 BATCH = 4  # at most this many sequences of token ids make a batch
 
@@ -86,6 +86,27 @@ class Calibration:
         return list(given)
 
 
+def int32_ids(tokens: Any, name: str = "tokens") -> np.ndarray:
+    """Token ids as int32, which no id becomes by wrapping around.
+
+    Raises:
+      ValueError: if they are no integers, or one does not fit.
+
+    >>> int32_ids(np.array([1, 2**32 + 5]), "prompt")
+    Traceback (most recent call last):
+    ValueError: prompt must be token ids, got 4294967301
+    """
+    ids = np.asarray(tokens)
+    if ids.dtype == object:  # integers of Python beyond 64 bits, or rows of different lengths
+        raise ValueError(f"{name} must be token ids, got {tokens!r:.80}")
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{name} must be token ids, which are integers, got {ids.dtype}")
+    wrong = ids[(ids < -(2**31)) | (ids >= 2**31)] if ids.dtype.itemsize >= 4 else ids[:0]
+    if wrong.size:
+        raise ValueError(f"{name} must be token ids, got {wrong.flat[0]}")
+    return ids.astype(np.int32)
+
+
 def cut(ids: Any, sequences: int, length: int, seed: int | None = None) -> np.ndarray:
     """Cuts the tokens of a text into sequences.
 
@@ -100,12 +121,12 @@ def cut(ids: Any, sequences: int, length: int, seed: int | None = None) -> np.nd
       int32 `[sequences, length]`.
 
     Raises:
-      ValueError: if there are fewer than two tokens.
+      ValueError: if there are fewer than two tokens, or they are no token ids.
 
     >>> cut(range(10), 2, 3).tolist(), cut(range(10), 2, 3, seed=0).shape
     ([[0, 1, 2], [3, 4, 5]], (2, 3))
     """
-    ids = np.asarray(ids, np.int32)
+    ids = int32_ids(ids, "ids")
     length = min(length, len(ids))
     if length < 2:
         raise ValueError(f"the text has {len(ids)} tokens, too few to calibrate on")

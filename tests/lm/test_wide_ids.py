@@ -1,0 +1,46 @@
+"""Token ids that need more than 32 bits do not wrap around into the vocabulary."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slidejax.lm.decoder import apply
+from slidejax.lm.decoder.cache import init_cache
+from slidejax.lm.decoder.examples import tiny
+from slidejax.lm.evaluate import windows
+from slidejax.prune.model.calibration import cut
+from slidejax.train.distill import rows_of
+
+WIDE = np.array([1, 2**32 + 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda ids: windows(ids, 2),
+        lambda ids: cut(ids, 1, 2),
+        lambda ids: rows_of(ids, 2),
+        lambda ids: tiny().generate([ids], max_new_tokens=1),
+        lambda ids: tiny()(ids[None]),
+    ],
+)
+@pytest.mark.parametrize("ids", [WIDE, -WIDE], ids=["large", "negative"])
+def test_they_are_refused(use, ids):
+    with pytest.raises(ValueError, match="token"):
+        use(ids)
+
+
+def test_under_tracing_they_are_unknown():
+    model = tiny()
+    y, _ = apply(model.config, model.params, WIDE[None])  # NumPy's, of which JAX takes 32 bits
+    assert np.isnan(np.asarray(y)[0, 1]).all()
+    with jax.enable_x64(True):
+        run = jax.jit(lambda ids: apply(model.config, model.params, ids)[0])
+        y = np.asarray(run(jnp.asarray(WIDE[None, :2])))
+        assert np.isnan(y[0, 1]).all()
+        np.testing.assert_array_equal(run(jnp.asarray([[1, 2]])), run(np.array([[1, 2]], np.uint8)))
+        cache = init_cache(model.config, 1, 8, "float32")
+        at = jnp.asarray([[2**32]])  # no place of the cache: not its first one
+        _, written = apply(model.config, model.params, jnp.asarray([[1]]), at, cache)
+        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(written))
