@@ -81,10 +81,18 @@ def directory(folder):
     return _load_decoder
 
 
+def decoder_of_a_gguf_file(folder):
+    """What `save` writes of one, with its tokenizer."""
+    gguf_file(folder / "from")
+    model = sj.lm.load(folder / "from" / "model.gguf")
+    sj.lm.save(model, folder / "to")
+    return lambda folder: _load_decoder(folder / "to")
+
+
 def gguf_file(folder):
     from lm.decoder.test_gguf import write
 
-    folder.mkdir()
+    folder.mkdir(parents=True)
     model = examples.tiny()
 
     words = {"model": "gpt2", "pre": "smollm", "merges": ['! "'], "token_type": [1] * 64}
@@ -177,6 +185,7 @@ _CHANGES = {
 KINDS = {
     checkpoint: (["slidejax.json", "slidejax.safetensors"], True),
     saved_decoder: (["slidejax.json", "slidejax.safetensors"], True),
+    decoder_of_a_gguf_file: (["to/gguf_tokenizer.json"], True),
     directory: (
         [
             "config.json",

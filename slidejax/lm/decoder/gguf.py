@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from slidejax.checkpoint.gguf import GGUFFile, deinterleave
+from slidejax.files import CHECKSUM, json_checksum
 from slidejax.lm.decoder.config import MOST, MOST_LAYERS, DecoderConfig, Rope
 from slidejax.lm.decoder.model import expected
 from slidejax.lm.decoder.names import gguf_name, parameter, tree_of
@@ -170,8 +171,9 @@ def _check_shape(file: GGUFFile, name: str, wanted: tuple[int, ...]) -> None:
 
 
 def tokenizer_of(file: GGUFFile) -> bytes:
-    """The metadata of the tokenizer as a JSON object, with the file's own keys."""
+    """The metadata of the tokenizer as a JSON object, with the file's own keys and a checksum."""
     values = {key: file.value(key) for key in file.keys if key.startswith("tokenizer.")}
+    values[CHECKSUM] = json_checksum(values)
     return json.dumps(values, ensure_ascii=False).encode()
 
 

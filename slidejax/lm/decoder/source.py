@@ -16,6 +16,7 @@ import numpy as np
 
 from slidejax.checkpoint import store
 from slidejax.checkpoint.gguf import GGUFFile
+from slidejax.files import reading
 from slidejax.lm.decoder import directory, gguf
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.files import check_dtype, check_path, default_dtype, load
@@ -89,10 +90,11 @@ def open_source(path: str | os.PathLike[str], dtype: Any = None) -> Iterator[Sou
     """
     dtype, path = check_dtype(dtype), check_path(path)
     if path.is_file():
-        file = GGUFFile(path)
-        config, wanted = gguf.config_of(file), dtype or default_dtype()
-        gguf.check_tensors(file, config)
-        texts = {gguf.GGUF_TOKENIZER: gguf.tokenizer_of(file)}
+        with reading(path):
+            file = GGUFFile(path)
+            config, wanted = gguf.config_of(file), dtype or default_dtype()
+            gguf.check_tensors(file, config)
+            texts = {gguf.GGUF_TOKENIZER: gguf.tokenizer_of(file)}
         yield Source(
             config, wanted, texts, lambda p: gguf.param_of(file, config, p, wanted), (path,)
         )
@@ -100,11 +102,15 @@ def open_source(path: str | os.PathLike[str], dtype: Any = None) -> Iterator[Sou
     if not path.is_dir():
         raise ValueError(f"path {str(path)!r} is neither a file nor a directory")
     if not (path / store.METADATA).is_file():
-        config, quantization = directory.read_config(path)
+        with reading(path):
+            config, quantization = directory.read_config(path)
         if not quantization.schemes:
             wanted = dtype or default_dtype()
-            with directory.Parameters(path, config, quantization, wanted) as parameters:
-                parameters.check()
+            with contextlib.ExitStack() as stack:
+                with reading(path):
+                    made = directory.Parameters(path, config, quantization, wanted)
+                    parameters = stack.enter_context(made)
+                    parameters.check()
                 files = tuple(parameters.files)
                 yield Source(config, wanted, text_files(path), parameters.read, files)
             return

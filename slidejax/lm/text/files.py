@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slidejax.files import reading
+from slidejax.files import CHECKSUM, check_json, reading
 from slidejax.lm.text import gguf
 from slidejax.lm.text.tokenizer import SPECIAL, Tokenizer, need_tokenizers
 
@@ -160,12 +160,24 @@ def from_files(
     folder = _Folder(files, where)
     if gguf.FILE in files:
         with reading(os.path.join(where, gguf.FILE)):
-            return gguf.from_metadata(folder.json(gguf.FILE), folder.name(gguf.FILE))
+            return gguf.from_metadata(_metadata(folder), folder.name(gguf.FILE))
     check(files, where)
     if "tokenizer.json" not in files:
         return None
     with reading(os.path.join(where, "tokenizer.json")):
         return _from_folder(folder, ends)
+
+
+def _metadata(folder: _Folder) -> dict[str, Any]:
+    """The metadata of a GGUF file's tokenizer, which slidejax keeps with a checksum."""
+    values = folder.json(gguf.FILE)
+    unknown = [k for k in values if k != CHECKSUM and not k.startswith("tokenizer.")]
+    if unknown:
+        raise ValueError(f"{folder.name(gguf.FILE)} has a key {unknown[0]!r:.80}")
+    if CHECKSUM in values:  # the first versions wrote none
+        check_json(values, os.path.join(folder.where, gguf.FILE))
+        del values[CHECKSUM]
+    return values
 
 
 def _from_folder(folder: _Folder, ends: Iterable[int]) -> Tokenizer:
@@ -191,10 +203,10 @@ class _Folder:
     """Contents of files, with errors that name them."""
 
     def __init__(self, files: Mapping[str, bytes], where: str):
-        self.files, self._where = files, where
+        self.files, self.where = files, where
 
     def name(self, file: str) -> str:
-        return repr(os.path.join(self._where, file))
+        return repr(os.path.join(self.where, file))
 
     def text(self, file: str) -> str:
         try:
