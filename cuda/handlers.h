@@ -18,6 +18,8 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_sparse_matmul_cusparselt_execute);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_decode_initialize);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_linear_decode);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_chain_decode);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_attention_initialize);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_decode_attention);
 #ifdef SLIDEJAX_HOPPER
 XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_hopper_initialize);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_metadata_hopper);

@@ -37,6 +37,10 @@ nb::dict Registrations() {
   chain["initialize"] = Capsule(slidejax_decode_initialize);
   chain["execute"] = Capsule(slidejax_chain_decode);
   targets["slidejax_chain_decode"] = chain;
+  nb::dict attention;
+  attention["initialize"] = Capsule(slidejax_attention_initialize);
+  attention["execute"] = Capsule(slidejax_decode_attention);
+  targets["slidejax_decode_attention"] = attention;
 #ifdef SLIDEJAX_HOPPER
   nb::dict sparse_matmul, linear;
   sparse_matmul["initialize"] = Capsule(slidejax_hopper_initialize);

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from slidejax import trainable as trainable
     from slidejax import tune as tune
     from slidejax.ops.chain import Stage, linear_chain
+    from slidejax.ops.decode_attention import decode_attention
     from slidejax.ops.explain import explain
     from slidejax.ops.lift_quantize import lift_quantize
     from slidejax.ops.linear import linear
@@ -48,6 +49,7 @@ __all__ = [
     "SlideWeight",
     "Stage",
     "combine",
+    "decode_attention",
     "drop_prepared",
     "explain",
     "implementations",
@@ -89,6 +91,7 @@ _HOME = {
     "SlideWeight": "weights.packed",
     "Stage": "ops.chain",
     "combine": "variants.trainable",
+    "decode_attention": "ops.decode_attention",
     "drop_prepared": "variants.prepared",
     "explain": "ops.explain",
     "implementations": "ops.registry",

@@ -11,7 +11,7 @@ namespace slidejax::lift {
 
 // The operands, results and attributes of a lift with a prologue, as a handler receives them.
 struct FusedOperands {
-  ffi::AnyBuffer x;              // [M, K]
+  ffi::AnyBuffer x;              // [M, K]; of kGlu without up [M, 2 K]
   ffi::AnyBuffer up;             // like x, or [0]
   ffi::Buffer<ffi::F32> weight;  // [K] or [0]
   ffi::Buffer<ffi::F32> bias;    // [K] or [0]

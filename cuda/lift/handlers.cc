@@ -20,7 +20,8 @@ namespace {
 
 // Fills in the arguments that both targets have. Returns what is wrong with them, or "".
 std::string CheckShapes(const ffi::AnyBuffer& x, const ffi::AnyBuffer& lifted,
-                        const ffi::Buffer<ffi::F32>& scale, int32_t group, Args& args) {
+                        const ffi::Buffer<ffi::F32>& scale, int32_t group, bool halves,
+                        Args& args) {
   const auto x_type = DTypeOf(x.element_type()), lifted_type = DTypeOf(lifted.element_type());
   if (!x_type || (*x_type != DType::kBF16 && *x_type != DType::kF16 && *x_type != DType::kF32)) {
     return "x must be bfloat16, float16 or float32";
@@ -32,7 +33,8 @@ std::string CheckShapes(const ffi::AnyBuffer& x, const ffi::AnyBuffer& lifted,
   if (x.dimensions().size() != 2 || lifted.dimensions().size() != 2) {
     return "x and lifted must be matrices";
   }
-  const int64_t rows = x.dimensions()[0], columns = x.dimensions()[1];
+  if (halves && x.dimensions()[1] % 2 != 0) return "x must have two halves, or up be given";
+  const int64_t rows = x.dimensions()[0], columns = x.dimensions()[1] / (halves ? 2 : 1);
   const int64_t lifted_columns = lifted.dimensions()[1];
   const int64_t expected = group == 0 ? columns : LiftedColumns(columns, group);
   if (lifted.dimensions()[0] != rows ||
@@ -47,6 +49,7 @@ std::string CheckShapes(const ffi::AnyBuffer& x, const ffi::AnyBuffer& lifted,
   args.lifted = lifted.untyped_data(), args.lifted_type = *lifted_type;
   args.scale = scale.typed_data();
   args.rows = rows, args.columns = columns, args.lifted_columns = lifted_columns;
+  args.x_stride = x.dimensions()[1];
   args.group = group;
   return "";
 }
@@ -66,7 +69,7 @@ ffi::Error LiftQuantizeImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::Buffer<f
                             int32_t group) {
   Args args = {};
   args.group = group;
-  std::string wrong = CheckShapes(x, *lifted, *scale, group, args);
+  std::string wrong = CheckShapes(x, *lifted, *scale, group, false, args);
   if (wrong.empty() && Count(absmax) != 0) {
     args.absmax = absmax.typed_data();
     if (Count(absmax) != args.rows) wrong = "absmax must have one element for each row, or none";
@@ -98,18 +101,20 @@ ffi::Error MemcpyImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::An
 
 std::string FusedArguments(const FusedOperands& o, Args& args) {
   args.group = o.group, args.eps = o.eps;
-  if (std::string wrong = CheckShapes(o.x, o.lifted, o.scale, o.group, args); !wrong.empty()) {
+  const auto prologue = PrologueOf(o.prologue);
+  const bool glu = prologue == PrologueKind::kGlu;
+  const bool halves = glu && Count(o.up) == 0 && Count(o.x) != 0;  // x holds the gate and up
+  if (std::string wrong = CheckShapes(o.x, o.lifted, o.scale, o.group, halves, args);
+      !wrong.empty()) {
     return wrong;
   }
-  const auto prologue = PrologueOf(o.prologue);
   const auto activation = ActivationOf(o.activation);
   if (!prologue) return "there is no prologue " + std::string(o.prologue);
   if (!activation) return "there is no activation " + std::string(o.activation);
   if (Bytes(args.lifted_type) != 1) return "lifted must be int8 or float8_e4m3fn";
   args.prologue = *prologue, args.activation = *activation;
-  const bool glu = *prologue == PrologueKind::kGlu;
   const bool norm = *prologue == PrologueKind::kRmsNorm || *prologue == PrologueKind::kLayerNorm;
-  if (glu && (o.up.element_type() != o.x.element_type() || Count(o.up) != Count(o.x))) {
+  if (glu && !halves && (o.up.element_type() != o.x.element_type() || Count(o.up) != Count(o.x))) {
     return "up must be like x, not " + Describe(o.up);
   }
   if (norm && Count(o.weight) != args.columns) {
@@ -119,6 +124,10 @@ std::string FusedArguments(const FusedOperands& o, Args& args) {
     return "bias must have one element for each column, or none";
   }
   if (glu) args.up = o.up.untyped_data();
+  if (halves) {
+    args.up =
+        static_cast<const char*>(args.x) + args.columns * static_cast<int64_t>(Bytes(args.x_type));
+  }
   if (norm) args.weight = o.weight.typed_data();
   if (Count(o.bias) != 0) args.bias = o.bias.typed_data();
   return "";

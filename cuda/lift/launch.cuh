@@ -95,6 +95,7 @@ inline RingParams RingParamsOf(const Args& a) {
   RingParams p = {};
   p.x = a.x, p.lifted = a.lifted, p.scale = a.scale, p.rows = a.rows;
   p.columns = static_cast<int>(a.columns), p.lifted_columns = static_cast<int>(a.lifted_columns);
+  p.x_stride = a.x_stride * static_cast<int64_t>(Bytes(a.x_type));
   p.n = a.group == 0 ? 1 : a.group / 2;
   p.steps = StepsOf(p.n);
   const int64_t tile_columns = kLanes * kChunk * p.steps;

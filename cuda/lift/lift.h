@@ -42,6 +42,7 @@ struct Args {
   float* scale;         // [rows]
   int64_t rows;
   int64_t columns;
+  int64_t x_stride;  // elements from a row of x, and of up, to the next
   int64_t lifted_columns;
   int group;  // 2N, 4 to 16; 0: quantise only, columns copied and zero-padded to lifted_columns
   // A prologue other than kNone needs an 8-bit lifted_type and no absmax.

@@ -27,7 +27,8 @@ struct RingParams : RowShape {
   float* scale;
   int columns;
   int lifted_columns;
-  int depth;  // RingGeometry::depth
+  int64_t x_stride;  // bytes from a row of each source to the next
+  int depth;         // RingGeometry::depth
   PrologueParams prologue;
   unsigned long long* counters;  // for the next kernel
   int counter_count;
@@ -192,7 +193,7 @@ class WarpRing {
 
  private:
   __device__ __forceinline__ const char* RowOf(int source, int64_t row) const {
-    return static_cast<const char*>(source == 0 ? p_.x : p_.prologue.second) + row * row_bytes_;
+    return static_cast<const char*>(source == 0 ? p_.x : p_.prologue.second) + row * p_.x_stride;
   }
   // Bytes from the beginning of a row's first line to the row.
   __device__ __forceinline__ static int ShiftOf(const char* x) {

@@ -44,6 +44,11 @@ class Kind:
     multiply: decoder.Multiply
     after: Callable[[Any], Any] | None = None
 
+    @property
+    def exchanged(self) -> decoder.Multiply | None:
+        """What takes the place of `slidejax.linear` in the decoder; None for slidejax itself."""
+        return None if self.multiply is linear else self.multiply
+
 
 def _of_rows(layer: contenders.JaxLayer) -> decoder.Multiply:
     """The layer of rows for any leading axes."""

@@ -2,8 +2,8 @@
 
 Alone, a linear layer pays for its own quantisation. In a model XLA fuses that with the norm or the
 gate before it, so only a whole model says what a user gains. The rivals run in one program of
-decoding steps and one of a prefill, in turns, and differ in their linear layers only
-(`slidejax.bench.decoder`).
+decoding steps and one of a prefill, in turns. The model is the decoder of `slidejax.lm`, and only
+its linear layers differ (`slidejax.bench.decoder`).
 
 Beside each time stand the bytes that must be read for it at least: the linear layers' weights (of
 slidejax the packed form, of what was prepared nothing), and for a decoding step also the head and
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from slidejax.bench import decoder, report
+from slidejax.bench import decoder, profile, report
 from slidejax.bench.model_layers import (
     BF16,
     JAX_8_BIT,
@@ -34,6 +34,8 @@ from slidejax.bench.model_layers import (
 from slidejax.bench.run import copy_of
 from slidejax.bench.shapes import MODELS, Sizes
 from slidejax.bench.timing import FAILURES, Clock, Contender, build_all, in_turns, nbytes, time_all
+from slidejax.lm.decoder.cache import Cache
+from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.ops.explain import explain
 from slidejax.ops.linear import linear
 from slidejax.variants.prepared import drop_prepared
@@ -89,17 +91,16 @@ def usual_clock(
 class _Decoding:
     """A compiled loop of decoding steps. Its caches are donated, and go from call to call."""
 
-    compiled: Callable[[Any, Any, Any], Any]
-    weights: Any
-    ends: Any
-    empty: Callable[[], decoder.Caches]
+    compiled: Callable[[Any, Any], Any]
+    params: Any
+    empty: Callable[[], Cache]
     applications: int
 
     def room(self) -> Any:
         return None, self.empty()
 
     def __call__(self, room: Any) -> Any:
-        return self.compiled(self.weights, self.ends, room[1])
+        return self.compiled(self.params, room[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +108,15 @@ class _Prefill:
     """A compiled prefill."""
 
     compiled: Callable[[Any, Any], jax.Array]
-    weights: Any
-    x: jax.Array
+    params: Any
+    ids: jax.Array
     applications: int = 1
 
     def room(self) -> Any:
         return None
 
     def __call__(self, room: Any) -> Any:
-        return self.compiled(self.weights, self.x)
+        return self.compiled(self.params, self.ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,26 +128,30 @@ class _Race:
     context: int
     steps: int
     ends: tuple[jax.Array, jax.Array]
-    attention: decoder.Attention
+
+    @property
+    def config(self) -> DecoderConfig:
+        return decoder.config_of(self.sizes, self.layers)
 
     def prompt(self, work: Workload) -> jax.Array | None:
-        """What a prefill reads, `[batch, length, hidden]`; None for decoding."""
+        """What a prefill reads, int32 `[batch, length]`; None for decoding."""
         if work.length is None:
             return None
-        shape = (work.batch, work.length, self.sizes.hidden)
-        return jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
+        shape = (work.batch, work.length)
+        return jax.random.randint(jax.random.key(1), shape, 0, self.sizes.vocabulary)
 
     def build(
-        self, kind: Kind, weights: Any, work: Workload, x: jax.Array | None
+        self, kind: Kind, weights: Any, work: Workload, ids: jax.Array | None
     ) -> _Decoding | _Prefill:
-        """Compiles the program of a kind and a workload, whose `prompt` is x."""
-        if x is not None:
-            read = functools.partial(decoder.prefill, self.sizes, kind.multiply, self.attention)
-            return _Prefill(jax.jit(read).lower(weights, x).compile(), weights, x)
-        run = functools.partial(decoder.decode, self.sizes, kind.multiply, self.steps)
-        empty = functools.partial(decoder.caches, self.sizes, self.layers, work.batch, self.context)
-        lowered = jax.jit(run, donate_argnums=2).lower(weights, self.ends, jax.eval_shape(empty))
-        return _Decoding(lowered.compile(), weights, self.ends, empty, self.steps)
+        """Compiles the program of a kind and a workload, whose `prompt` is ids."""
+        params = decoder.parameters(self.sizes, kind.exchanged, weights, self.ends)
+        if ids is not None:
+            read = functools.partial(decoder.prefill, self.config)
+            return _Prefill(jax.jit(read).lower(params, ids).compile(), params, ids)
+        run = functools.partial(decoder.decode, self.config, self.steps)
+        empty = functools.partial(decoder.caches, self.config, work.batch, self.context)
+        lowered = jax.jit(run, donate_argnums=1).lower(params, jax.eval_shape(empty))
+        return _Decoding(lowered.compile(), params, empty, self.steps)
 
     def cache_bytes(self, batch: int) -> int:
         return 4 * self.layers * batch * self.context * self.sizes.kv_heads * self.sizes.head
@@ -207,6 +212,7 @@ def measure(
     context: int = 512,
     steps: int = 32,
     clock: Clock | None = None,
+    profiled: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Times decoding steps and prefills of a whole decoder with random weights.
@@ -221,6 +227,7 @@ def measure(
       context: positions of the static KV cache, all of which a step reads.
       steps: decoding steps in one call, at the cache's last positions; at most `context`.
       clock: how long to measure. None takes `usual_clock()`.
+      profiled: whether to profile every program once it is timed, on a GPU.
       note: called with a line of text for each step, and for each contender that could not run.
 
     Returns:
@@ -232,7 +239,8 @@ def measure(
       - "times": for each workload and contender `us` of a step or a prefill, the median over the
         rounds; `rounds`, all of them; `tokens_per_s`; `read_bytes` at least; `gb_per_s` and
         `share_of_copy` of these; `over`, how many times as fast as the bfloat16 layers, the best
-        JAX 8 bit and our own dense int8; and the `implementations` of slidejax that ran;
+        JAX 8 bit and our own dense int8; the `implementations` of slidejax that ran; and with
+        `profiled` what `slidejax.bench.profile.summary` says, `profile`, or None without a GPU;
       - "not_run": contenders that did not run, with the workload (None: any) and the reason.
 
     Raises:
@@ -260,14 +268,14 @@ def measure(
     racing = kinds(parsed, resolved)
     copy = _copy(clock, note)
     note(f"copy: {report.microseconds(copy['gb_per_s'])} GB/s, read and written")
-    race = _Race(sizes, layers, context, steps, _ends(sizes), decoder.attention_here(note))
+    race = _Race(sizes, layers, context, steps, _ends(sizes))
     weights, reasons = _with_room(
         race.room_bytes(works), lambda: weights_of_kinds(racing, sizes, layers, note)
     )
     not_run = [{"contender": c, "workload": None, "why": why} for c, why in reasons.items()]
     times: list[dict[str, Any]] = []
     for work in dict.fromkeys(works):
-        rows, failed = _timed(race, racing, weights, work, clock, note)
+        rows, failed = _timed(race, racing, weights, work, clock, profiled, note)
         _compare(rows, copy["gb_per_s"])
         times += rows
         not_run += failed
@@ -291,10 +299,11 @@ def measure(
 
 
 def _ends(sizes: Sizes) -> tuple[jax.Array, jax.Array]:
-    """The embedding and the head."""
-    shape = (sizes.vocabulary, sizes.hidden)
+    """The embedding `[vocabulary, hidden]` and the head `[hidden, vocabulary]`."""
+    shapes = (sizes.vocabulary, sizes.hidden), (sizes.hidden, sizes.vocabulary)
     embedding, head = (
-        jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) for seed in (9, 8)
+        jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+        for seed, shape in zip((9, 8), shapes, strict=True)
     )
     return embedding, head
 
@@ -321,14 +330,15 @@ def _timed(
     weights: dict[str, Any],
     work: Workload,
     clock: Clock,
+    profiled: bool,
     note: Callable[[str], None],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of one workload, and the contenders that did not run."""
     note(f"{work}: compiling, then {clock.rounds} round(s)")
     present = [kind for kind in racing if kind.name in weights]
-    x = race.prompt(work)
+    ids = race.prompt(work)
     builders = {
-        kind.name: functools.partial(race.build, kind, weights[kind.name], work, x)
+        kind.name: functools.partial(race.build, kind, weights[kind.name], work, ids)
         for kind in present
     }
     # XLA times its own products while it compiles. Two compilations would disturb each other.
@@ -352,11 +362,13 @@ def _timed(
                 "gb_per_s": read / us / 1e3,
                 "implementations": (
                     _implementations(weights[kind.name], work.rows)
-                    if kind.multiply is linear
+                    if kind.exchanged is None
                     else []
                 ),
             }
         )
+        if profiled:
+            rows[-1]["profile"] = profile.profile(programs[kind.name])
     return rows, [
         {"contender": name, "workload": str(work), "why": why}
         for name, why in (refused | failed).items()
@@ -412,6 +424,20 @@ def _workloads(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[
         yield work, [row for row in rows if row["workload"] == work]
 
 
+def _profile_lines(row: dict[str, Any]) -> list[str]:
+    """The profile of a row, if there is one."""
+    if "profile" not in row:
+        return []
+    where = f"{row['contender']}, {row['workload']}"
+    if row["profile"] is None:
+        return [f"{where}: no GPU was profiled"]
+    share = row["share_of_copy"]
+    reads = f"reads {row['read_bytes'] / 1e6:.1f} MB at {row['gb_per_s']:.1f} GB/s"
+    of_copy = "" if share is None else f", {share:.1%} of the copy"
+    first = f"{where}: {report.microseconds(row['us'])} us, {reads}{of_copy}"
+    return ["", first, *profile.table(row["profile"])]
+
+
 def table(results: dict[str, Any]) -> str:
     """The results of `measure` as text."""
     sizes, copy = results["sizes"], results["copy"]
@@ -436,6 +462,7 @@ def table(results: dict[str, Any]) -> str:
             for row in rows
             if row["implementations"]
         ]
+        lines += [line for row in rows for line in _profile_lines(row)]
     if results["not_run"]:
         lines.append("")
     for failure in results["not_run"]:

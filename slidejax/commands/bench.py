@@ -171,11 +171,17 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="T",
         help="decoding steps in one call, at most --context (default 32)",
     )
+    group.add_argument(
+        "--profile",
+        action="store_true",
+        default=None,
+        help="also list the kernels of each program, how long they take, and the gaps before them",
+    )
 
 
 _MOST_LAYERS = 1000  # more than any model has: a slip of the finger must not fill the memory
 _OF_LAYERS = ("preset", "shape", "rows")
-_OF_MODELS = ("layers", "batch", "prefill", "context", "steps")
+_OF_MODELS = ("layers", "batch", "prefill", "context", "steps", "profile")
 
 
 def _check_together(args: argparse.Namespace) -> None:
@@ -183,7 +189,7 @@ def _check_together(args: argparse.Namespace) -> None:
     for name in _OF_LAYERS if args.model else _OF_MODELS:
         if (value := getattr(args, name)) is not None:
             goes = "does not go with --model" if args.model else "goes with --model only"
-            raise ValueError(f"--{name} {goes}, got --{name} {_as_typed(name, value)}")
+            raise ValueError(f"--{name} {goes}, got --{name} {_as_typed(name, value)}".rstrip())
     if args.batch == [] and args.prefill == []:
         raise ValueError("--batch none and --prefill none leave nothing to time: give one of them")
     if (args.layers or 0) > _MOST_LAYERS:
@@ -195,6 +201,8 @@ def _check_together(args: argparse.Namespace) -> None:
 
 def _as_typed(name: str, value: Any) -> str:
     """A flag's value as it may have been typed."""
+    if value is True:
+        return ""
     if name == "prefill":
         return ",".join(f"{batch}x{length}" for batch, length in value) or "none"
     if name == "shape":
@@ -237,6 +245,7 @@ def _whole_model(
         context=args.context or _CONTEXT,
         steps=args.steps or _STEPS,
         clock=whole_models.usual_clock(args.warmup, args.seconds, args.rounds),
+        profiled=bool(args.profile),
         note=note,
     )
     return results, whole_models.table(results)

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from slidejax.ops.cuda import calls, library, prologues
 from slidejax.ops.primitive import check_input, make_primitive, map_batched, with_rules
-from slidejax.ops.prologue import PLAIN, InputLayout, Prologue, inputs_of
+from slidejax.ops.prologue import PLAIN, InputLayout, Prologue, check_halves, inputs_of
 from slidejax.ops.sharding import (
     axis_names,
     cut_of,
@@ -121,13 +121,13 @@ def _reference(x, absmax, pattern, dtype):
 # --- primitive ------------------------------------------------------------------------------------
 
 
-def _columns(x, pattern: Pattern, pads: bool) -> int:
+def _columns(x, pattern: Pattern, inputs: InputLayout, pads: bool) -> int:
     """The number of columns of the result: K', or K without padding."""
-    return pattern.lifted(x.shape[1]) if pads else x.shape[1]
+    return pattern.lifted(inputs.columns(x)) if pads else inputs.columns(x)
 
 
 def _shapes(x, *rest, pattern, dtype, inputs, pads):
-    columns = _columns(x, pattern, pads)
+    columns = _columns(x, pattern, inputs, pads)
     return [((x.shape[0], columns), dtype), ((x.shape[0], 1), np.float32)]
 
 
@@ -135,7 +135,7 @@ def _lowering(*operands, platform, pattern, dtype, inputs, pads):
     xs, given = operands[: inputs.count], operands[inputs.count :]
     x, absmax = xs[0], given[0] if given else None
     if platform == "cuda" and library.unusable() is None and math.prod(x.shape):
-        columns = _columns(x, pattern, pads)
+        columns = _columns(x, pattern, inputs, pads)
         group = pattern.group if pads else 0  # the call only quantises if the group is 0
         prologue = inputs.prologue(xs)
         if absmax is None and prologues.fused(x, dtype, prologue):
@@ -168,7 +168,7 @@ def lift_rows(
     """Binds the primitive; the leading axes of x become one.
 
     Args:
-      xs: x `[..., K]` and its prologue's arrays, as `inputs` says.
+      xs: x `[..., K]`, or `[..., 2 K]`, and its prologue's arrays, as `inputs` says.
       pattern: of the lift; "dense" lifts nothing.
       dtype: of the codes.
       inputs: the layout of `xs`.
@@ -178,7 +178,7 @@ def lift_rows(
     Returns:
       `(codes, scale)`: `[..., K']`, or `[..., K]` without padding, and float32 `[..., 1]`.
     """
-    *leading, columns = xs[0].shape
+    leading, columns = xs[0].shape[:-1], inputs.columns(xs[0])
     pads = pattern.prunes or (pads and pattern.padded(columns) != columns)
     rows = math.prod(leading)
     operands = [*inputs.flat(xs), *(() if absmax is None else (absmax.reshape(rows, 1),))]
@@ -220,7 +220,7 @@ def _partitioned(pattern: Pattern, dtype, inputs: InputLayout):
         rank = len(leading) + 1
         rows = row_factors(rank)
         scale = ArrayMapping(*rows, "one")
-        if columns == pattern.padded(columns):
+        if columns == pattern.padded(columns) and not inputs.halves:
             # Groups stay whole: x and the result are both cut between groups.
             per_group = pattern.windows * 4
             return SdyShardingRule(
@@ -234,7 +234,10 @@ def _partitioned(pattern: Pattern, dtype, inputs: InputLayout):
 
     def partition(mesh, operands, results):
         x = operands[0]
-        cut = cut_of("lift_quantize", mesh, x, None, results[0], pattern, x.shape[-1])
+        cut = cut_of(
+            *("lift_quantize", mesh, x, None, results[0], pattern, x.shape[-1]),
+            whole_k=inputs.halves,
+        )
 
         def local(*xs):
             return (
@@ -282,7 +285,8 @@ def _op(pattern: Pattern, dtype, inputs: InputLayout, reduce_axis: tuple[str, ..
                 *map(jnp.zeros_like, xs[1:]),
             )
         # Straight-through: code ~ x / scale. A column of x feeds every window that holds it.
-        d_columns = _lift_transpose(d_lifted.astype(jnp.float32) / scale, pattern, xs[0].shape[-1])
+        columns = inputs.columns(xs[0])
+        d_columns = _lift_transpose(d_lifted.astype(jnp.float32) / scale, pattern, columns)
         return inputs.pull_back(xs, d_columns, reduce_axis)
 
     return with_rules(primal, vmap_rule, backward, residuals)
@@ -333,8 +337,12 @@ def lift_quantize(
     dtype = numerics.check_dtype(dtype)
     x = check_input(x)
     inputs, xs = inputs_of(x, prologue)
+    check_halves("lift_quantize", inputs, reduce_axis)
     return with_automatic_axes(
         _op(pattern, dtype, inputs, axis_names(reduce_axis)),
         vary(varying_axes(*xs), *xs),
-        lambda x, *_: (P(*x), P(*x[:-1], None)),
+        lambda x, *_: (
+            P(*x[:-1], None if inputs.halves else x[-1]),
+            P(*x[:-1], None),
+        ),
     )

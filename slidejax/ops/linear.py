@@ -34,7 +34,7 @@ from slidejax.ops.parameters import (
 )
 from slidejax.ops.primitive import check_input, make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem
-from slidejax.ops.prologue import Prologue, inputs_of
+from slidejax.ops.prologue import Prologue, check_halves, inputs_of
 from slidejax.ops.sharding import (
     MeshPartition,
     cut_of,
@@ -108,7 +108,7 @@ def _partitioned(settings: LinearParams):
         weight = weight_factors(settings, operands, rank)
         y = ArrayMapping(*row_factors(rank), "o")
         whole_blocks = settings.in_features == settings.pattern.padded(settings.in_features)
-        if whole_blocks:
+        if whole_blocks and not settings.inputs.halves:
             xs = settings.inputs.mappings(CompoundFactor("g", "c"), rank)
             return SdyShardingRule(
                 (*xs, *weight), (y,), c=settings.pattern.group, reduction_factors=("g",)
@@ -120,7 +120,8 @@ def _partitioned(settings: LinearParams):
         values = settings.weight(operands)[0].values
         partitions(product_key(settings, operands[0].shape, values.shape))
         cut = cut_of(
-            "linear", mesh, operands[0], values, result, settings.pattern, settings.in_features
+            *("linear", mesh, operands[0], values, result, settings.pattern, settings.in_features),
+            whole_k=settings.inputs.halves,
         )
 
         def local(*operands):
@@ -165,7 +166,7 @@ def _op(settings: LinearParams):
         dy = dy.astype(jnp.float32)
         codes = scatter_values(w.values, w.zeros)  # a shard may have no prepared forms
         codes = codes.reshape(codes.shape[0], -1).astype(jnp.float32)
-        dx = ((dy * w.scale) @ codes)[..., : xs[0].shape[-1]]
+        dx = ((dy * w.scale) @ codes)[..., : settings.inputs.columns(xs[0])]
         d_values = None
         if not numerics.is_quantized(w.dtype):
             x = settings.inputs.apply(xs, settings.reduce_axis)
@@ -206,6 +207,7 @@ def linear(
 
     Args:
       x: `[..., in]`, bfloat16, float16 or float32; leading axes are rows.
+        With a `GLU` without up it is `[..., 2 * in]`.
       w: a `SlideWeight`, or another `LinearWeight` such as `slidejax.trainable.MasterWeight` and
         `slidejax.adapters.AdaptedWeight`.
       bias: floating `[out]`, added in float32.
@@ -252,6 +254,8 @@ def linear(
     w = check_weight(w)
     x = check_input(x)
     expected = w.groups * w.pattern.group if w.is_k_shard else w.in_features
+    if isinstance(prologue, Prologue) and prologue.halves:
+        expected *= 2
     if x.shape[-1] != expected:
         what = (
             f"a shard of K with {w.groups} groups"
@@ -263,6 +267,7 @@ def linear(
         w, bias, x.dtype if out_dtype is None else out_dtype, implementation, reduce_axis
     )
     inputs, xs = inputs_of(x, prologue)
+    check_halves("linear", inputs, reduce_axis)
     settings = dataclasses.replace(settings, inputs=inputs)
     settings, residual = take_residual(settings, residual, x.shape[:-1], w.out_features)
     operands = sparse_matmul.align(xs, [], residual, w, bias, settings)

@@ -6,6 +6,7 @@
 | `LayerNorm(weight, bias, eps)` | `(x - mean(x)) * (rsqrt(variance + eps) * weight) + bias` |
 | `Activation("silu")` | `activation(x)` |
 | `GLU(up, "silu")` | `activation(x) * up` |
+| `GLU(activation="silu")` | `activation(x[..., :in]) * x[..., in:]` |
 
 The variance is `max(0, mean(x^2) - mean(x)^2)`, which needs one pass over x.
 
@@ -37,6 +38,7 @@ __all__ = [
     "LayerNorm",
     "Prologue",
     "RMSNorm",
+    "check_halves",
     "inputs_of",
 ]
 
@@ -56,6 +58,11 @@ class Prologue:
 
     ROWS: ClassVar[bool] = False
 
+    @property
+    def halves(self) -> bool:
+        """Whether x has twice as many columns as y."""
+        return False
+
     def apply(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
         """Computes y from x `[..., in]`, in x's dtype.
 
@@ -66,6 +73,11 @@ class Prologue:
 
     def check(self, x: jax.Array) -> None:
         """Raises ValueError for arrays that do not fit x."""
+        if self.halves and x.shape[-1] % 2:
+            raise ValueError(
+                f"{type(self).__name__} without up takes x with two halves, [..., 2 * in], got "
+                f"shape {x.shape}"
+            )
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             name, leaf = field.name, getattr(self, field.name)
             if leaf is None or field.metadata.get("static"):
@@ -181,28 +193,38 @@ class Activation(Prologue):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GLU(Prologue):
-    """A gated activation. x is the gate.
+    """A gated activation. x is the gate, or the gate and up side by side.
 
     Attributes:
-      up: an array of x's shape and dtype.
+      up: an array of x's shape and dtype. None: x is `[..., 2 * in]`, the gate and behind it up, as
+        one product makes them. On a GPU the lift then reads both halves where they lie. Such an x
+        cannot be split over a mesh along its columns.
       activation: of the gate: "silu", "gelu" (exact), "gelu_tanh" or "relu".
 
     >>> from slidejax import linear, pack
     >>> w = pack(jnp.ones((8, 2)), "6:8", mask=jnp.ones((8, 2), bool).at[6:].set(False))
     >>> linear(jnp.ones((1, 8)), w, prologue=GLU(jnp.full((1, 8), 2.0), "relu"))
     Array([[12., 12.]], dtype=float32)
+    >>> both = jnp.concatenate([jnp.ones((1, 8)), jnp.full((1, 8), 2.0)], -1)
+    >>> linear(both, w, prologue=GLU(activation="relu"))
+    Array([[12., 12.]], dtype=float32)
     """
 
-    up: jax.Array
+    up: jax.Array | None = None
     activation: str = dataclasses.field(default="silu", metadata={"static": True})
     ROWS: ClassVar[bool] = True
 
     def __post_init__(self):
         _check_activation(self.activation)
 
+    @property
+    def halves(self) -> bool:
+        return self.up is None
+
     def apply(self, x, axes=()):
-        gate = ACTIVATIONS[self.activation](x.astype(jnp.float32))
-        return (gate * self.up.astype(jnp.float32)).astype(x.dtype)
+        gate, up = jnp.split(x, 2, axis=-1) if self.up is None else (x, self.up)
+        gate = ACTIVATIONS[self.activation](gate.astype(jnp.float32))
+        return (gate * up.astype(jnp.float32)).astype(x.dtype)
 
 
 # --- as operands ----------------------------------------------------------------------------------
@@ -217,10 +239,12 @@ class InputLayout:
     Attributes:
       tree: the structure of the prologue, or of None.
       rows: the number of operands that have rows: x, and `up` of a `GLU`.
+      halves: whether x has twice as many columns as what is quantised.
     """
 
     tree: jax.tree_util.PyTreeDef
     rows: int
+    halves: bool = False
 
     @property
     def count(self) -> int:
@@ -230,8 +254,16 @@ class InputLayout:
     def has_prologue(self) -> bool:
         return self != PLAIN
 
+    def columns(self, x: jax.Array) -> int:
+        """The columns of what is quantised."""
+        return x.shape[-1] // 2 if self.halves else x.shape[-1]
+
     def mappings(self, columns, rank: int) -> tuple[ArrayMapping, ...]:
-        """The Shardy factors of the operands for an x of this rank, and `columns` for its last."""
+        """The Shardy factors of the operands for an x of this rank, and `columns` for its last.
+
+        Two halves have a factor of their own, which nothing else has.
+        """
+        columns = "both" if self.halves else columns
         return tuple(
             ArrayMapping(*(row_factors(rank) if i < self.rows else ()), columns)
             for i in range(self.count)
@@ -269,6 +301,15 @@ class InputLayout:
         return tuple(a.reshape(rows, columns) if i < self.rows else a for i, a in enumerate(xs))
 
 
+def check_halves(op: str, inputs: InputLayout, reduce_axis) -> None:
+    """Raises ValueError if the columns of two halves are split over mesh axes."""
+    if inputs.halves and reduce_axis is not None:
+        raise ValueError(
+            f"{op}: reduce_axis splits the columns of x, which a GLU without up does not allow; "
+            f"give up as an array, got reduce_axis {reduce_axis!r}"
+        )
+
+
 PLAIN = InputLayout(jax.tree.structure(None), 1)  # x alone
 
 
@@ -290,5 +331,6 @@ def inputs_of(x: jax.Array, prologue: Prologue | None) -> tuple[InputLayout, lis
         )
     prologue.check(x)
     leaves, tree = jax.tree.flatten(prologue)
-    layout = InputLayout(tree, 1 + (len(leaves) if prologue.ROWS else 0))
+    rows = 1 + (len(leaves) if prologue.ROWS else 0)
+    layout = InputLayout(tree, rows, prologue.halves)
     return layout, [x, *map(jnp.asarray, leaves)]

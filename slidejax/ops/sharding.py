@@ -131,7 +131,9 @@ class MeshPartition:
         return rows
 
 
-def cut_of(op: str, mesh, x, w, y, pattern: Pattern, in_features: int) -> MeshPartition:
+def cut_of(
+    op: str, mesh, x, w, y, pattern: Pattern, in_features: int, *, whole_k: bool = False
+) -> MeshPartition:
     """How an op is cut, from the shardings that the partitioner proposes.
 
     A mesh axis that cuts K of x and of W stays with K. Any other goes to the axis of y that wants
@@ -147,6 +149,7 @@ def cut_of(op: str, mesh, x, w, y, pattern: Pattern, in_features: int) -> MeshPa
       y: the result, `[leading axes, out or K']`.
       pattern: of the weight.
       in_features: K without padding.
+      whole_k: whether K is never cut, because x does not lie as W does.
     """
     *x_rows, x_k = map(spec_axes, spec_of(x))
     *y_rows, y_last = map(spec_axes, spec_of(y))
@@ -154,6 +157,7 @@ def cut_of(op: str, mesh, x, w, y, pattern: Pattern, in_features: int) -> MeshPa
     y_out = y_last if w is not None else ()
     others = {a for axes in (*y_rows, y_out, *x_rows, w_out) for a in axes}
     wanted = [a for a in dict.fromkeys((*x_k, *w_k)) if (a in x_k and a in w_k) or a not in others]
+    wanted = [] if whole_k else wanted
     k: list[str] = []
     for axis in wanted:
         shards = math.prod(mesh.shape[a] for a in (*k, axis))

@@ -1,4 +1,4 @@
-"""The decoder of `slidejax bench --model` computes what a decoder computes."""
+"""The decoder of `slidejax bench --model` is that of `slidejax.lm`, whoever multiplies."""
 
 import functools
 
@@ -9,6 +9,8 @@ import pytest
 
 from slidejax.bench import decoder
 from slidejax.bench.shapes import Sizes
+from slidejax.lm.decoder.apply import apply
+from slidejax.ops.linear import linear
 
 SIZES = {
     "grouped queries": Sizes(32, 48, 4, 2, 8, layers=2, vocabulary=64),
@@ -24,86 +26,66 @@ def multiply(x, w):
 
 @pytest.fixture(params=SIZES)
 def case(request):
-    """Sizes, weights and inputs `[batch, length, hidden]`."""
+    """Configuration, weights `[out, in]` of the blocks, and parameters."""
     sizes = SIZES[request.param]
     keys = iter(jax.random.split(jax.random.key(0), 64))
+    normal = lambda *shape: jax.random.normal(next(keys), shape, jnp.bfloat16)  # noqa: E731
     weights = [
-        {
-            name: jax.random.normal(next(keys), shape, jnp.bfloat16) * shape[1] ** -0.5
-            for name, shape in sizes.linears.items()
-        }
+        {name: normal(*shape) * shape[1] ** -0.5 for name, shape in sizes.linears.items()}
         for _ in range(sizes.layers)
     ]
-    return sizes, weights, jax.random.normal(next(keys), (BATCH, LENGTH, sizes.hidden), "bfloat16")
+    ends = normal(sizes.vocabulary, sizes.hidden), normal(sizes.hidden, sizes.vocabulary)
+    config = decoder.config_of(sizes, sizes.layers)
+    return config, weights, decoder.parameters(sizes, multiply, weights, ends)
 
 
-def one_position(sizes, weights, x, caches, position):
-    """x `[batch, 1, hidden]` after all blocks at a position, and the caches."""
-    new = []
-    for w, cache in zip(weights, caches, strict=True):
-        attend = functools.partial(decoder._attend_cached, cache, jnp.asarray(position))
-        x, cache = decoder.block(sizes, multiply, x, w, attend, jnp.asarray([position]))
-        new.append(cache)
-    return x, new
+def prompt(config):
+    return jax.random.randint(jax.random.key(3), (BATCH, LENGTH), 0, config.vocab_size)
 
 
-def test_positions_one_by_one_are_a_prefill(case):
-    sizes, weights, x = case
-    attention = decoder.attention_here(pytest.fail)
-    together = decoder.prefill(sizes, multiply, attention, weights, x)
-    caches = decoder.caches(sizes, len(weights), BATCH, LENGTH)
-    for position in range(LENGTH):
-        y, caches = one_position(sizes, weights, x[:, position : position + 1], caches, position)
-        np.testing.assert_allclose(
-            np.asarray(y[:, 0], np.float32),
-            np.asarray(together[:, position], np.float32),
-            atol=0.1,
-        )
-    assert float(jnp.abs(together - x).max()) > 1  # the blocks did something
+def test_a_rivals_layer_takes_the_place_of_a_kernel(case):
+    config, weights, params = case
+    sizes = next(s for s in SIZES.values() if s.hidden == config.hidden_size)
+    ends = params["model"]["embed_tokens"]["embedding"], params["lm_head"]["kernel"]
+    kernels = [{name: w.T for name, w in block.items()} for block in weights]
+    plain = decoder.parameters(sizes, None, kernels, ends)
+    got, want = (decoder.prefill(config, p, prompt(config)) for p in (params, plain))
+    np.testing.assert_allclose(got, want, atol=0.1)
+    assert float(jnp.abs(want).max()) > 1
 
 
-def test_later_positions_are_not_seen(case):
-    sizes, weights, x = case
-    attention = decoder.attention_here(pytest.fail)
-    run = functools.partial(decoder.prefill, sizes, multiply, attention, weights)
-    changed = x.at[:, -1].set(1)
-    np.testing.assert_array_equal(run(x)[:, :-1], run(changed)[:, :-1])
-    assert (run(x)[:, -1] != run(changed)[:, -1]).any()
+def test_tokens_one_by_one_are_a_prefill(case):
+    config, _, params = case
+    ids, cache = prompt(config), decoder.caches(config, BATCH, LENGTH)
+    for i in range(LENGTH):
+        at = jnp.full((BATCH, 1), i)
+        logits, cache = apply(config, params, ids[:, i : i + 1], at, cache, last=True)
+    np.testing.assert_allclose(logits, decoder.prefill(config, params, ids), atol=0.2)
 
 
 def test_the_loop_decodes_as_a_plain_loop_does(case):
-    sizes, weights, _ = case
+    config, _, params = case
     steps = 3
-    embedding, head = (
-        jax.random.normal(jax.random.key(i), (sizes.vocabulary, sizes.hidden), jnp.bfloat16)
-        for i in (1, 2)
-    )
-    caches = decoder.caches(sizes, len(weights), BATCH, LENGTH)
-    filled = [
-        tuple(jax.random.normal(jax.random.key(i), a.shape, a.dtype) for i, a in enumerate(pair))
-        for pair in caches
-    ]
-    got, got_caches = decoder.decode(sizes, multiply, steps, weights, (embedding, head), filled)
+    empty = decoder.caches(config, BATCH, LENGTH)
+    filled = jax.tree.map(lambda a: jax.random.normal(jax.random.key(1), a.shape, a.dtype), empty)
+    run = jax.jit(functools.partial(decoder.decode, config, steps))
+    got, got_cache = run(params, filled)
     tokens, expected = jnp.zeros(BATCH, jnp.int32), []
     for position in range(LENGTH - steps, LENGTH):
-        x, filled = one_position(sizes, weights, embedding[tokens][:, None], filled, position)
-        v = x[:, 0].astype(jnp.float32)
-        v = v / jnp.sqrt((v * v).mean(-1, keepdims=True) + sizes.eps)
-        tokens = jnp.argmax(
-            v.astype(jnp.bfloat16).astype(jnp.float32) @ head.T.astype("float32"), -1
-        )
+        at = jnp.full((BATCH, 1), position)
+        logits, filled = apply(config, params, tokens[:, None], at, filled, last=True)
+        tokens = jnp.argmax(logits, -1).astype(jnp.int32)
         expected.append(tokens)
     np.testing.assert_array_equal(got, jnp.stack(expected))
-    for pair, wanted in zip(got_caches, filled, strict=True):
-        for a, b in zip(pair, wanted, strict=True):
-            np.testing.assert_allclose(np.asarray(a, "float32"), np.asarray(b, "float32"), atol=0.1)
+    for a, b in zip(jax.tree.leaves(got_cache), jax.tree.leaves(filled), strict=True):
+        np.testing.assert_allclose(np.asarray(a, "float32"), np.asarray(b, "float32"), atol=0.1)
 
 
-def test_without_cudnn_a_gpu_takes_xlas_attention_and_says_so(monkeypatch):
-    """A CPU has no cuDNN either, so its error is the real one."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    said = []
-    attention = decoder.attention_here(said.append)
-    assert len(said) == 1 and "cuDNN's does not run here" in said[0]
-    x = jnp.ones((1, 3, 2, 8), jnp.bfloat16)
-    np.testing.assert_array_equal(attention(x, x, x), x)
+def test_a_rivals_layer_does_what_linear_asks_of_a_weight():
+    w = jnp.arange(6.0).reshape(2, 3)
+    layer = decoder.Exchanged(w, multiply, (3, 2))
+    x, bias, residual = jnp.ones((4, 3)), jnp.array([1.0, 2.0]), jnp.full((4, 2), 10.0)
+    y = linear(x, layer, bias, residual=residual, out_dtype=jnp.bfloat16)
+    assert y.dtype == jnp.bfloat16 and y[0].tolist() == [14.0, 24.0]
+    assert layer.shape == (3, 2) and layer.packed is None
+    assert jax.tree.leaves(layer.trained()) == [False]

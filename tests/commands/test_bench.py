@@ -55,6 +55,12 @@ def test_a_whole_model_on_a_cpu(capsys):
     assert all(len(row["rounds"]) == 1 for row in got["times"])
 
 
+def test_a_profile_needs_a_gpu_and_says_so(capsys):
+    options = ["--batch", "1", "--prefill", "none", "--profile"]
+    text = output(capsys, "bench", *TINY, *options)
+    assert "jax bf16, decode 1: no GPU was profiled" in text
+
+
 def test_a_prefill_alone(capsys):
     got = json.loads(
         output(capsys, "bench", *TINY, "--batch", "none", "--prefill", "1x4", "--json")
@@ -99,6 +105,7 @@ def test_bad_values_are_named(capsys, flags, said):
     ("--model tiny --shape 3,4", "--shape does not go with --model, got --shape 3,4"),
     ("--model tiny --preset smollm2", "--preset does not go with --model"),
     ("--batch none", "--batch goes with --model only, got --batch none"),
+    ("--profile", "--profile goes with --model only, got --profile"),
     ("--model tiny --batch none --prefill none", "leave nothing to time"),
     ("--model tiny --steps 9 --context 8", "--steps must be at most --context, 8, got 9"),
     ("--model tiny --layers 1001", "--layers must be at most 1000, got 1001"),

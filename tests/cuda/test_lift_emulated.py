@@ -74,14 +74,16 @@ def run(
     bias=None,
     eps=1e-6,
     width=None,
+    halves=False,
     multiprocessors=1,
     shared=H100,
     seed=0,
     at=(32, 32),
 ):
-    """Codes and scales. The seed also says when copies arrive; `at` says where in a line of memory
-    x and up begin."""
-    (rows, columns), dtype = x.shape, np.dtype(dtype)
+    """Codes and scales. With `halves` x has the gate and up. The seed also says when copies arrive;
+    `at` says where in a line of memory x and up begin."""
+    (rows, stride), dtype = x.shape, np.dtype(dtype)
+    columns = stride // 2 if halves else stride
     if width is None:
         width = formulas.lift(np.zeros((1, columns), np.int8), group).shape[1]
     kept = [
@@ -100,6 +102,7 @@ def run(
         ctypes.c_void_p(scale.ctypes.data),
         ctypes.c_int64(rows),
         ctypes.c_int64(columns),
+        ctypes.c_int64(stride),
         ctypes.c_int64(width),
         group,
         prologue.encode(),
@@ -323,6 +326,19 @@ def test_prologues(library, prologue, x_dtype):
                     launch=launch,
                     **arguments_of(prologue, x, rng),
                 )
+
+
+@pytest.mark.parametrize("x_dtype", [BF16, np.float32], ids=lambda d: np.dtype(d).name)
+def test_a_gate_and_up_side_by_side_are_read_where_they_lie(library, x_dtype):
+    rng = np.random.default_rng(0)
+    for seed, (columns, group) in enumerate(((448, 8), (1001, 0), (64, 4), (333, 6))):
+        gate, up = (rng.standard_normal((5, columns)).astype(x_dtype) for _ in range(2))
+        launch = {"prologue": "glu", "seed": seed}
+        want = run(library, gate, group, np.int8, up=up, **launch)
+        both = np.concatenate([gate, up], 1)
+        got = run(library, both, group, np.int8, halves=True, width=want[0].shape[1], **launch)
+        np.testing.assert_array_equal(got[0], want[0])
+        np.testing.assert_array_equal(got[1], want[1])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -147,6 +147,19 @@ def test_prologues_in_the_kernel(rows, columns, pattern, x_dtype, dtype):
         assert (steps > 0).mean() < 5e-3 and (dtype != jnp.int8 or steps.max() <= 1)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(300, 448), (5, 1001), (700, 14336)])
+def test_a_gate_and_up_side_by_side_glu(rows, columns):
+    gate, up = (
+        jax.random.normal(jax.random.key(i), (rows, columns), jnp.bfloat16) for i in range(2)
+    )
+    got = jax.jit(lambda x: sj.lift_quantize(x, "6:8", prologue=sj.GLU()))(
+        jnp.concatenate([gate, up], -1)
+    )
+    want = jax.jit(lambda x, up: sj.lift_quantize(x, "6:8", prologue=sj.GLU(up)))(gate, up)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_bad_calls_are_refused():
     x = jnp.ones((4, 64), jnp.bfloat16)
     for group, width in ((8, 64), (8, 97), (5, 96), (0, 63)):

@@ -1,5 +1,7 @@
 """A prologue gives the same result as computing it before the layer."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -263,3 +265,86 @@ def test_bad_arguments():
             sj.linear(x, w, prologue=prologue())
         with pytest.raises(error, match=message):
             sj.lift_quantize(x, "6:8", prologue=prologue())
+
+
+# --- a gate and up side by side -------------------------------------------------------------------
+
+
+def halves(x, up):
+    return jnp.concatenate([x, up], -1)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+def test_a_gate_and_up_side_by_side_are_those_apart(dtype):
+    x, up = random(0, (3, 2, 40), jnp.bfloat16), random(1, (3, 2, 40), jnp.bfloat16)
+    both = halves(x, up)
+    apart, together = sj.GLU(up, "gelu_tanh"), sj.GLU(activation="gelu_tanh")
+    w = sj.pack(random(2, (40, 24), jnp.float32), "6:8", dtype=dtype)
+    residual = random(3, (3, 2, 24), jnp.bfloat16)
+    for found, want in (
+        (
+            sj.linear(both, w, prologue=together, residual=residual),
+            sj.linear(x, w, prologue=apart, residual=residual),
+        ),
+        (
+            sj.lift_quantize(both, "6:8", "int8", prologue=together)[0],
+            sj.lift_quantize(x, "6:8", "int8", prologue=apart)[0],
+        ),
+        (
+            jax.vmap(lambda x: sj.linear(x, w, prologue=together))(both),
+            jax.vmap(lambda x, up: sj.linear(x, w, prologue=sj.GLU(up, "gelu_tanh")))(x, up),
+        ),
+    ):
+        np.testing.assert_array_equal(np.asarray(found, "float32"), np.asarray(want, "float32"))
+
+
+def test_the_derivative_of_both_halves():
+    x, up = random(0, (4, 64), jnp.float32), random(1, (4, 64), jnp.float32)
+    w = sj.pack(random(2, (64, 24), jnp.float32), "6:8")
+
+    def together(both, w):
+        return (sj.linear(both, w, prologue=sj.GLU()) ** 2).sum()
+
+    def apart(x, up, w):
+        return (sj.linear(x, w, prologue=sj.GLU(up)) ** 2).sum()
+
+    d_both, d_w = jax.grad(together, (0, 1), allow_int=True)(halves(x, up), w)
+    d_x, d_up, want_w = jax.grad(apart, (0, 1, 2), allow_int=True)(x, up, w)
+    np.testing.assert_allclose(d_both, halves(d_x, d_up), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d_w.values, want_w.values, rtol=1e-5, atol=1e-5)
+
+
+def test_both_halves_on_a_mesh():
+    """Rows and outputs are cut; K of the weight is gathered, because the halves are not."""
+    mesh = Mesh(np.array(jax.devices("cpu")[:4]).reshape(2, 2), ("m", "o"))
+    x, up = random(0, (8, 128), jnp.float32), random(1, (8, 128), jnp.float32)
+    w = sj.pack(random(2, (128, 32), jnp.float32), "6:8", dtype="int8")
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
+    run = jax.jit(lambda both, w: sj.linear(both, w, prologue=sj.GLU()))
+    want = sj.linear(x, w, prologue=sj.GLU(up))
+    for spec, cut in ((("m",), {"out": "o"}), ((None, "o"), {}), (("m",), {"k": "o"})):
+        placed = jax.tree.map(
+            lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)),
+            w,
+            w.partition_spec(**cut),
+        )
+        np.testing.assert_array_equal(run(put(halves(x, up), *spec), placed), want)
+
+
+def test_both_halves_lower_to_the_lift_without_a_copy():
+    x = jnp.ones((512, 2 * 448), jnp.bfloat16)
+    w = sj.pack(jnp.ones((448, 64)), "6:8", dtype="int8")
+    run = jax.jit(lambda x, w: sj.linear(x, w, prologue=sj.GLU(), implementation="hopper"))
+    text = run.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert "slidejax_linear_hopper" in text or "slidejax_lift_quantize_fused" in text
+    assert "stablehlo.slice" not in text and "logistic" not in text
+
+
+def test_halves_that_do_not_fit_are_refused():
+    w = sj.pack(jnp.ones((40, 24)), "6:8", dtype="int8")
+    with pytest.raises(ValueError, match=re.escape("x must be [..., 80]")):
+        sj.linear(jnp.ones((2, 40)), w, prologue=sj.GLU())
+    with pytest.raises(ValueError, match="two halves"):
+        sj.lift_quantize(jnp.ones((2, 41)), "6:8", prologue=sj.GLU())
+    with pytest.raises(ValueError, match="reduce_axis splits the columns"):
+        sj.linear(jnp.ones((2, 80)), w, prologue=sj.GLU(), reduce_axis="k")

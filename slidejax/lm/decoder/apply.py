@@ -27,13 +27,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.contraction import Contraction
-from slidejax.functional import show_input, show_output
-from slidejax.lm.decoder.attention import attend
+from slidejax.functional import show_input, show_output, watched
+from slidejax.lm.decoder.attention import attend, attend_whole
 from slidejax.lm.decoder.cache import Cache, LayerCache
 from slidejax.lm.decoder.config import DecoderConfig, Rope
+from slidejax.ops.decode_attention import decode_attention
 from slidejax.ops.linear import linear
 from slidejax.ops.primitive import as_array
-from slidejax.weights.packed import LinearWeight
+from slidejax.ops.prologue import GLU
+from slidejax.weights.packed import LinearWeight, SlideWeight
 
 __all__ = ["apply", "outputs"]
 
@@ -46,6 +48,7 @@ def apply(
     cache: Cache | None = None,
     *,
     last: bool = False,
+    whole: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Logits of the next tokens.
@@ -66,6 +69,9 @@ def apply(
       cache: what `init_cache` made, or an earlier call returned; or None. A position beyond its
         length is not written.
       last: whether to give the logits of the last token of each row only.
+      whole: says that token i of each row is at position i, or is padding behind the row's tokens.
+        It is not checked. The tokens then see each other alone, and a GPU attends by cuDNN where it
+        can. Without positions it is always so.
       implementation: as in `slidejax.linear`.
 
     Returns:
@@ -88,8 +94,9 @@ def apply(
     >>> bool(jnp.allclose(logits[1], alone[0], atol=1e-6))
     True
     """
+    whole = whole or positions is None
     ids, positions = _check(config, ids, positions, cache)
-    states, written = _states(config, params, ids, positions, cache, implementation)
+    states, written = _states(config, params, ids, positions, cache, implementation, whole)
     x = states[-1]
     if last:
         x = jnp.take_along_axis(x, jnp.argmax(positions, axis=1)[:, None, None], axis=1)
@@ -111,7 +118,7 @@ def outputs(
       embeddings and the residual stream after each layer. The last one is normalised.
     """
     ids, positions = _check(config, ids, None, None)
-    states, _ = _states(config, params, ids, positions, None, None)
+    states, _ = _states(config, params, ids, positions, None, None, True)
     states[-1] = _rms_norm(states[-1], params["model"]["norm"]["weight"], config.norm_eps)
     return _head(config, params, states[-1], None), tuple(states)
 
@@ -123,8 +130,12 @@ def _states(
     positions: jax.Array,
     cache: Cache | None,
     implementation: str | None,
+    whole: bool,
 ) -> tuple[list[jax.Array], Cache | None]:
-    """The residual stream before the first layer and after each; and the cache."""
+    """The residual stream before the first layer and after each; and the cache.
+
+    `whole` says that token i of every row is at position i.
+    """
     body = params["model"]
     embedding = body["embed_tokens"]["embedding"]
     # Padding may have any id. Elsewhere one that is not there must be seen: its logits are nan.
@@ -136,7 +147,7 @@ def _states(
     turns = {rope: _turns(rope, config.head_dim, positions) for rope in dict.fromkeys(config.ropes)}
     states, written = [x], []
     for i in range(config.num_layers):
-        layer = _Layer(config, i, body["layers"][str(i)], implementation)
+        layer = _Layer(config, i, body["layers"][str(i)], implementation, whole)
         x, held = layer(x, positions, turns[config.ropes[i]], None if cache is None else cache[i])
         states.append(x)
         if held is not None:
@@ -263,9 +274,15 @@ class _Layer:
     """One layer: attention and a gated MLP, each added to the residual stream."""
 
     def __init__(
-        self, config: DecoderConfig, index: int, params: Mapping, implementation: str | None
+        self,
+        config: DecoderConfig,
+        index: int,
+        params: Mapping,
+        implementation: str | None,
+        whole: bool,
     ):
-        self.config, self.params, self.implementation = config, params, implementation
+        self.config, self.params = config, params
+        self.implementation, self.whole = implementation, whole
         self.path, self.window = f"model/layers/{index}", config.windows[index]
 
     def __call__(
@@ -291,33 +308,88 @@ class _Layer:
 
     def _attention(self, x, positions, turns, held):
         config, params = self.config, self.params["self_attn"]
+        qkv = None
         if "qkv_proj" in params:
+            qkv = self._linear("self_attn", "qkv_proj", x)
             ends = (config.q_size, config.q_size + config.kv_size)
-            q, k, v = jnp.split(self._linear("self_attn", "qkv_proj", x), ends, axis=-1)
+            q, k, v = jnp.split(qkv, ends, axis=-1)
         else:
             q, k, v = (
                 self._linear("self_attn", name, x) for name in ("q_proj", "k_proj", "v_proj")
             )
-        q, k, v = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (q, k, v))
+        q, k, v = (self._heads(y) for y in (q, k, v))
         if config.qk_norm:
             q = _rms_norm(q, params["q_norm"]["weight"], config.norm_eps)
             k = _rms_norm(k, params["k_norm"]["weight"], config.norm_eps)
+        if held is not None and held.key_scales is None and x.shape[1] == 1:
+            if qkv is not None and not config.qk_norm:
+                y, held = self._attend_one(self._heads(qkv), None, None, positions, turns, held)
+            else:
+                y, held = self._attend_one(q, k, v, positions, turns, held)
+        else:
+            y, held = self._attend_many(q, k, v, positions, turns, held)
+        y = y.reshape(*x.shape[:2], config.q_size)
+        return self._linear("self_attn", "o_proj", y), held
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        """`[batch, tokens, heads, head_dim]`."""
+        return x.reshape(*x.shape[:2], -1, self.config.head_dim)
+
+    def _attend_one(self, q, k, v, positions, turns, held):
+        """One token of each row: the rotation, the cache and the attention are one op.
+
+        Without k and v, q holds all three.
+        """
+        cosines, sines = turns
+        attended = decode_attention(
+            q[:, 0],
+            None if k is None else k[:, 0],
+            None if v is None else v[:, 0],
+            held.keys,
+            held.values,
+            positions[:, 0],
+            (cosines[:, 0, 0], sines[:, 0, 0]),
+            scale=self.config.query_scale,
+            window=self.window,
+        )
+        return attended.y, LayerCache(attended.keys, attended.values)
+
+    def _attend_many(self, q, k, v, positions, turns, held):
         q, k = _turn(q, turns), _turn(k, turns)
+        scale = self.config.query_scale
+        if self.whole and (held is None or held.key_scales is None):
+            y = attend_whole(q, k, v, scale=scale, window=self.window)
+            if y is not None:
+                return y, None if held is None else held.write(k, v, positions)
         if held is None:
             seen, slots = LayerCache(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)), positions
         else:
             seen = held = held.write(k, v, positions)
             slots = jnp.arange(held.keys.shape[2], dtype=jnp.int32)[None]
-        y = attend(q, seen, positions, slots, scale=config.query_scale, window=self.window)
-        y = y.reshape(*y.shape[:2], config.q_size)
-        return self._linear("self_attn", "o_proj", y), held
+        return attend(q, seen, positions, slots, scale=scale, window=self.window), held
 
     def _mlp(self, x: jax.Array) -> jax.Array:
         if "gate_up_proj" in self.params["mlp"]:
-            gate, up = jnp.split(self._linear("mlp", "gate_up_proj", x), 2, axis=-1)
+            both = self._linear("mlp", "gate_up_proj", x)
+            down = self.params["mlp"]["down_proj"]
+            if _gates_in_the_lift(both, down["kernel"]):
+                gated = GLU(activation=self.config.activation)
+                bias = down.get("bias")
+                return linear(both, down["kernel"], bias, self.implementation, prologue=gated)
+            gate, up = jnp.split(both, 2, axis=-1)
         else:
             gate, up = self._linear("mlp", "gate_proj", x), self._linear("mlp", "up_proj", x)
         return self._linear("mlp", "down_proj", _activation(self.config.activation, gate) * up)
+
+
+# With fewer rows XLA's fused gate costs less than what the lift does for one.
+_LIFTED_ROWS = 256
+
+
+def _gates_in_the_lift(x: jax.Array, kernel: Any) -> bool:
+    """Whether the lift of `down` computes the gate. Calibration wants to see its result."""
+    rows = x.shape[0] * x.shape[1]
+    return isinstance(kernel, SlideWeight) and rows >= _LIFTED_ROWS and not watched()
 
 
 def _activation(name: str, x: jax.Array) -> jax.Array:

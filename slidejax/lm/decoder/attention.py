@@ -7,6 +7,7 @@ so that 32,768 tokens need no square array. Blocks that no query sees are skippe
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -15,13 +16,16 @@ from jax import lax
 
 from slidejax.lm.decoder.cache import LayerCache
 
-__all__ = ["attend"]
+__all__ = ["attend", "attend_whole"]
 
 # Up to this many scores are computed at once: 256 MiB of float32.
 _AT_ONCE = 1 << 26
 _QUERIES, _KEYS = 256, 1024  # the sizes of a block
 # With so few queries there is nothing to skip that would be worth a loop.
 _FEW = 16
+
+# cuDNN takes rows of at least so many tokens.
+_WHOLE = 64
 
 # What an unseen score is. It is finite, so that a query that sees nothing gives no nan.
 _UNSEEN = -1e30
@@ -62,6 +66,50 @@ def attend(
         out = inside.by_blocks(q, held, query_positions, key_positions)
     out = out.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, head_dim)
     return out.astype(queries.dtype)
+
+
+def attend_whole(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    scale: float,
+    window: int | None,
+) -> jax.Array | None:
+    """Attention of whole rows, token i at position i, by cuDNN.
+
+    Args:
+      queries: `[batch, tokens, heads, head_dim]`.
+      keys, values: `[batch, tokens, kv_heads, head_dim]`.
+      scale, window: as in `attend`.
+
+    Returns:
+      As `attend`; None where cuDNN does not run: then `attend` does.
+    """
+    _, tokens, _, head_dim = queries.shape
+    sees_all = window is None or window >= tokens
+    of_16_bits = queries.dtype in (jnp.bfloat16, jnp.float16) and queries.dtype == keys.dtype
+    if tokens < _WHOLE or not sees_all or not of_16_bits:
+        return None
+    if not _cudnn_attends(queries.dtype.name, head_dim):
+        return None
+    return jax.nn.dot_product_attention(
+        queries, keys, values, scale=scale, is_causal=True, implementation="cudnn"
+    )
+
+
+@functools.cache
+def _cudnn_attends(dtype: str, head_dim: int) -> bool:
+    """Whether cuDNN's attention of these heads runs on this device. It is tried once."""
+    if jax.default_backend() != "gpu":
+        return False
+    run = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    x = jax.ShapeDtypeStruct((1, _WHOLE, 2, head_dim), dtype)
+    try:
+        jax.jit(run).lower(x, x, x).compile()
+    except (RuntimeError, ValueError, NotImplementedError):
+        return False
+    return True
 
 
 class _Scores:

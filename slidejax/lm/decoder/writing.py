@@ -41,7 +41,10 @@ def programs(config: DecoderConfig, cache_dtype: str) -> Programs:
     def step(params: Any, ids: Any, positions: Any, cache: Any) -> Any:
         return apply(config, params, ids, positions, cache, last=True)
 
-    return Programs(cache, step)
+    def start(params: Any, ids: Any, positions: Any, cache: Any) -> Any:
+        return apply(config, params, ids, positions, cache, last=True, whole=True)
+
+    return Programs(cache, step, start=start)
 
 
 @functools.lru_cache(maxsize=8)

@@ -63,14 +63,24 @@ class Programs:
         last token of each row and the new cache. `ids` and `positions` are int32 `[batch, tokens]`;
         a position of -1 marks padding, which is not written. The slot of a token is its position.
       chunk: tokens of a prompt that are read at once, a power of two.
+      start: `apply` for the first chunk of prompts, where token i of a row is at position i or is
+        padding behind the row. None takes `apply`.
 
     Attributes:
       traced: what was traced so far: `("prefill", rows, tokens, slots, kind)` or `("decode", rows,
         elements of the cache, kind)`. A test counts them.
     """
 
-    def __init__(self, init_cache: Callable[[int, int], Any], apply: Apply, *, chunk: int = CHUNK):
+    def __init__(
+        self,
+        init_cache: Callable[[int, int], Any],
+        apply: Apply,
+        *,
+        chunk: int = CHUNK,
+        start: Apply | None = None,
+    ):
         self._init_cache, self._apply, self._chunk = init_cache, apply, chunk
+        self._start = apply if start is None else start
         self.traced: list[tuple] = []
         # Functions of their own, so that profiles and compilation logs name them.
         self.prefill = jax.jit(self._prefill, static_argnames=("length", "kind"))
@@ -118,18 +128,18 @@ class Programs:
         cache = self._init_cache(batch, length)
         chunk = min(tokens, self._chunk)
 
-        def read(index: Any, cache: Any) -> tuple[jax.Array, Any]:
+        def read(index: Any, cache: Any, apply: Apply) -> tuple[jax.Array, Any]:
             part = lax.dynamic_slice_in_dim(ids, index * chunk, chunk, axis=1)
             at = jnp.broadcast_to(index * chunk + jnp.arange(chunk), part.shape)
             at = jnp.where(at < lengths[:, None], at, -1).astype(jnp.int32)
-            return self._apply(params, part, at, cache)
+            return apply(params, part, at, cache)
 
         def step(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-            logits, cache = read(index, carry[1])
+            logits, cache = read(index, carry[1], self._apply)
             here = (lengths - 1) // chunk == index  # the row's last token is in this chunk
             return jnp.where(here[:, None], logits, carry[0]), cache
 
-        logits, cache = read(0, cache)
+        logits, cache = read(0, cache, self._start)
         if tokens > chunk:
             count = (jnp.max(lengths) + chunk - 1) // chunk
             logits, cache = lax.fori_loop(1, count, step, (logits, cache))

@@ -20,6 +20,7 @@ __all__ = [
     "ALIGN",
     "accumulator",
     "call",
+    "call_in_place",
     "lift_quantize_call",
     "lift_quantize_fused_call",
     "memcpy_call",
@@ -41,6 +42,15 @@ def call(target: str, out_types, *operands: jax.Array, **attributes):
     """The results of the custom call `target`. Attributes are numpy scalars."""
     register()
     return jax.ffi.ffi_call(target, out_types)(*operands, **attributes)
+
+
+def call_in_place(
+    target: str, out_types, aliases: dict[int, int], *operands: jax.Array, **attributes
+):
+    """`call` that writes some operands: `aliases` has the number of the result by the operand's."""
+    register()
+    run = jax.ffi.ffi_call(target, out_types, input_output_aliases=aliases)
+    return run(*operands, **attributes)
 
 
 def lift_quantize_call(

@@ -46,7 +46,7 @@ def fused(x: jax.Array, dtype, prologue: Prologue | None) -> bool:
     if prologue is None or type(prologue) not in NAMES or not is_quantized(dtype):
         return False
     capability = jax.devices()[0].compute_capability if on_gpu() else "9.0"
-    row = x.shape[1] * x.dtype.itemsize * (2 if prologue.ROWS else 1)
+    row = x.shape[1] * x.dtype.itemsize * (2 if prologue.ROWS and not prologue.halves else 1)
     return row <= longest_row(capability)
 
 
@@ -55,7 +55,8 @@ def operands_of(
 ) -> tuple[tuple[jax.Array, ...], dict[str, np.generic | str]]:
     """The operands that follow x, and the attributes of a call.
 
-    The operands are `up`, `weight` and `bias`; `[0]` stands for a missing array.
+    The operands are `up`, `weight` and `bias`; `[0]` stands for a missing array. With the prologue
+    "glu", x without `up` holds both.
     """
     none = jnp.zeros(0, jnp.float32)
 
@@ -63,8 +64,9 @@ def operands_of(
         value = getattr(prologue, name, None)
         return none if value is None else value.astype(jnp.float32)
 
+    up = getattr(prologue, "up", None)
     operands = (
-        getattr(prologue, "up", jnp.zeros(0, x.dtype)),
+        jnp.zeros(0, x.dtype) if up is None else up,
         parameter("weight"),
         parameter("bias"),
     )

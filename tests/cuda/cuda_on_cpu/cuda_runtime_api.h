@@ -1,5 +1,5 @@
-// Just enough of CUDA for the lift and decode kernels to run on a CPU, thread by thread, so that
-// their logic is tested where there is no GPU.
+// Just enough of CUDA for the lift, decode and attention kernels to run on a CPU, thread by thread,
+// so that their logic is tested where there is no GPU.
 //
 // The threads of a block are fibres that run one at a time, in an order that the test chooses, from
 // one barrier or warp-wide operation to the next. A kernel that is right in one order only fails in
@@ -145,8 +145,14 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return __uint_as_float(
       emulated::Exchange(__float_as_uint(value), static_cast<int>(threadIdx.x % 32) ^ mask));
 }
-inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane) {
-  return emulated::Exchange(value, lane);
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  static_assert(sizeof(T) == 4);
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = emulated::Exchange(bits, lane);
+  std::memcpy(&value, &bits, 4);
+  return value;
 }
 template <typename T>
 T __ldg(const T* address) {

@@ -203,14 +203,15 @@ cudaError_t Launch(const std::function<void()>& run, dim3 grid, dim3 block, size
   if (shared > static_cast<size_t>(shared_of_block) || block.x > 1024 || block.x % 32)
     return cudaErrorInvalidValue;
   run_kernel = &run, grid_dim = grid, block_dim = block;
-  for (unsigned b = 0; b < grid.x; ++b) {
+  for (unsigned b = 0; b < grid.x * grid.y * grid.z; ++b) {
     std::memset(shared_memory, 0xa5, kSharedBytes);
     const unsigned threads = block.x;
     fibres = std::vector<Fibre>(threads);
     warps.assign(threads / 32, {}), block_meeting = {};
     for (unsigned t = 0; t < threads; ++t) {
       Fibre& f = fibres[t];
-      f.thread = dim3(t, 0, 0), f.block = dim3(b, 0, 0);
+      f.thread = dim3(t, 0, 0),
+      f.block = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
       f.stack = std::make_unique<char[]>(kStack);
       getcontext(&f.context);
       f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = kStack,

@@ -15,9 +15,9 @@ char* const emulated::shared_memory = slidejax::lift::shared;
 extern "C" int lift_quantize(const void* x, const char* x_type, const float* absmax, const void* up,
                              const float* weight, const float* bias, void* lifted,
                              const char* lifted_type, float* scale, int64_t rows, int64_t columns,
-                             int64_t lifted_columns, int group, const char* prologue,
-                             const char* activation, float eps, int multiprocessors,
-                             int shared_of_block, int lazy, int seed) {
+                             int64_t x_stride, int64_t lifted_columns, int group,
+                             const char* prologue, const char* activation, float eps,
+                             int multiprocessors, int shared_of_block, int lazy, int seed) {
   using namespace slidejax;
   emulated::multiprocessors = multiprocessors, emulated::shared_of_block = shared_of_block;
   emulated::shared_of_multiprocessor = shared_of_block + 1024;
@@ -27,14 +27,19 @@ extern "C" int lift_quantize(const void* x, const char* x_type, const float* abs
   if (!x_dtype || !lifted_dtype || !kind || !function) return -1;
 
   emulated::Begin(lazy != 0, seed);
-  const int64_t x_bytes = rows * columns * static_cast<int64_t>(Bytes(*x_dtype));
-  emulated::Allow(x, x_bytes), emulated::Allow(up, x_bytes);
+  const int64_t element = static_cast<int64_t>(Bytes(*x_dtype));
+  const int64_t x_bytes = rows * x_stride * element;
+  // Without up, the rows of x that are longer than `columns` hold up in their second half.
+  if (up == nullptr && x_stride > columns) up = static_cast<const char*>(x) + columns * element;
+  emulated::Allow(x, x_bytes);
+  if (x_stride == columns) emulated::Allow(up, x_bytes);
   emulated::Allow(weight, 4 * columns), emulated::Allow(bias, 4 * columns);
 
   lift::Args args = {};
   args.x = x, args.x_type = *x_dtype, args.absmax = absmax;
   args.lifted = lifted, args.lifted_type = *lifted_dtype, args.scale = scale;
   args.rows = rows, args.columns = columns, args.lifted_columns = lifted_columns;
+  args.x_stride = x_stride;
   args.group = group, args.prologue = *kind, args.activation = *function;
   args.up = up, args.weight = weight, args.bias = bias, args.eps = eps;
   return LiftQuantize(args, nullptr);

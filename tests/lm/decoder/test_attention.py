@@ -1,5 +1,7 @@
 """Attention by blocks against attention at once, and its memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slidejax.lm.decoder import attention
-from slidejax.lm.decoder.attention import attend
-from slidejax.lm.decoder.cache import LayerCache
+from slidejax.lm.decoder.apply import apply
+from slidejax.lm.decoder.attention import attend, attend_whole
+from slidejax.lm.decoder.cache import LayerCache, init_cache
+from slidejax.lm.decoder.examples import tiny
 
 
 def plain(q, k, v, query_positions, key_positions, scale, window):
@@ -101,3 +105,66 @@ def test_a_long_context_needs_no_square_array(tokens):
         .compile()
     )
     assert compiled.memory_analysis().temp_size_in_bytes < 512 * 2**20
+
+
+# --- whole rows by cuDNN --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_if_cudnn_ran(monkeypatch):
+    """XLA's attention in the place of cuDNN's, with the same arguments. Counts the calls."""
+    calls = []
+    real = jax.nn.dot_product_attention
+
+    def attention_of_xla(*operands, implementation, **options):
+        assert implementation == "cudnn"
+        calls.append(operands[0].shape)
+        return real(*operands, implementation="xla", **options)
+
+    monkeypatch.setattr(attention, "_cudnn_attends", lambda dtype, head_dim: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention_of_xla)
+    return calls
+
+
+def test_padded_prompts_of_any_length_attend_as_whole_rows(as_if_cudnn_ran):
+    """Logits and cache are those of the attention by positions."""
+    model = tiny(dtype="bfloat16")
+    ids = jax.random.randint(jax.random.key(0), (3, 64), 0, model.config.vocab_size)
+    lengths = jnp.array([64, 17, 1])
+    at = jnp.arange(64)[None]
+    positions = jnp.where(at < lengths[:, None], at, -1)
+    run = functools.partial(apply, model.config, model.params, ids, positions, last=True)
+    whole, cache = run(init_cache(model.config, 3, 80), whole=True)
+    assert len(as_if_cudnn_ran) == model.config.num_layers
+    plain, plain_cache = run(init_cache(model.config, 3, 80))
+    assert len(as_if_cudnn_ran) == model.config.num_layers
+    np.testing.assert_allclose(whole, plain, atol=0.1)
+    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(plain_cache), strict=True):
+        np.testing.assert_allclose(np.asarray(a, "float32"), np.asarray(b, "float32"), atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "window"),
+    [(63, "bfloat16", None), (64, "float32", None), (80, "bfloat16", 70)],
+)
+def test_what_cudnn_does_not_take_attends_by_positions(as_if_cudnn_ran, tokens, dtype, window):
+    x = jnp.ones((1, tokens, 2, 8), dtype)
+    assert attend_whole(x, x, x, scale=1.0, window=window) is None
+    assert as_if_cudnn_ran == []
+
+
+def test_a_cpu_has_no_cudnn():
+    x = jnp.ones((1, 64, 2, 8), "bfloat16")
+    assert attend_whole(x, x, x, scale=1.0, window=None) is None
+
+
+@pytest.mark.gpu
+def test_cudnn_attends_as_the_positions_say():
+    q = jax.random.normal(jax.random.key(0), (2, 256, 8, 64), jnp.bfloat16)
+    k, v = jax.random.normal(jax.random.key(1), (2, 2, 256, 2, 64), jnp.bfloat16)
+    whole = attend_whole(q, k, v, scale=0.2, window=300)
+    assert whole is not None
+    at = jnp.broadcast_to(jnp.arange(256), (2, 256))
+    held = LayerCache(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+    want = attend(q, held, at, at, scale=0.2, window=300)
+    np.testing.assert_allclose(np.asarray(whole, "float32"), np.asarray(want, "float32"), atol=0.03)
