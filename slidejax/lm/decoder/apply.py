@@ -31,13 +31,17 @@ from slidejax.functional import show_input, show_output, watched
 from slidejax.lm.decoder.attention import attend, attend_whole
 from slidejax.lm.decoder.cache import Cache, LayerCache
 from slidejax.lm.decoder.config import DecoderConfig, Rope
+from slidejax.ops.chain import Stage, linear_chain
 from slidejax.ops.decode_attention import decode_attention
 from slidejax.ops.linear import linear
 from slidejax.ops.primitive import as_array
-from slidejax.ops.prologue import GLU
+from slidejax.ops.prologue import GLU, RMSNorm
 from slidejax.weights.packed import LinearWeight, SlideWeight
 
-__all__ = ["apply", "outputs"]
+__all__ = ["CHAINED_ROWS", "apply", "outputs"]
+
+# A decoding step of at most so many rows computes what lies between two attentions as a chain.
+CHAINED_ROWS = 4
 
 
 def apply(
@@ -145,10 +149,18 @@ def _states(
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     turns = {rope: _turns(rope, config.head_dim, positions) for rope in dict.fromkeys(config.ropes)}
-    states, written = [x], []
-    for i in range(config.num_layers):
-        layer = _Layer(config, i, body["layers"][str(i)], implementation, whole)
-        x, held = layer(x, positions, turns[config.ropes[i]], None if cache is None else cache[i])
+    layers = [
+        _Layer(config, i, body["layers"][str(i)], implementation, whole)
+        for i in range(config.num_layers)
+    ]
+    states, written, qkv = [x], [], None
+    for i, layer in enumerate(layers):
+        held = None if cache is None else cache[i]
+        following = layers[i + 1] if i + 1 < len(layers) else None
+        if held is not None and layer.chains(x):
+            x, held, qkv = layer.step(x, positions, turns[config.ropes[i]], held, qkv, following)
+        else:
+            x, held = layer(x, positions, turns[config.ropes[i]], held)
         states.append(x)
         if held is not None:
             written.append(held)
@@ -296,6 +308,58 @@ class _Layer:
         x = x + y
         return x + self._mlp(self._norm("post_attention_layernorm", x)), held
 
+    def chains(self, x: jax.Array) -> bool:
+        """Whether the layers of a decoding step follow each other in chains."""
+        projections = [("self_attn", "qkv_proj"), ("self_attn", "o_proj")]
+        projections += [("mlp", "gate_up_proj"), ("mlp", "down_proj")]
+        return (
+            x.shape[0] <= CHAINED_ROWS
+            and x.shape[1] == 1
+            and not self.config.sandwich_norm
+            and not watched()
+            and all(
+                isinstance(self.params[module].get(name, {}).get("kernel"), SlideWeight)
+                for module, name in projections
+            )
+        )
+
+    def step(self, x, positions, turns, held, qkv, following: _Layer | None):
+        """One token of each row. What lies between two attentions is one chain.
+
+        Args:
+          x: `[batch, 1, hidden]`.
+          positions, turns, held: as of `__call__`.
+          qkv: queries, keys and values, if the layer before has computed them; or None.
+          following: the next layer, or None.
+
+        Returns:
+          x after the layer, the cache, and queries, keys and values of the next layer or None.
+        """
+        if qkv is None:
+            (qkv,) = linear_chain(x, [self._qkv_stage()], implementation=self.implementation)
+        y, held = self._attend_fused(qkv, positions, turns, held)
+        stages = [
+            self._stage("self_attn", "o_proj", residual=x),
+            self._stage("mlp", "gate_up_proj", norm="post_attention_layernorm"),
+            self._stage("mlp", "down_proj", gate=self.config.activation, residual=0),
+        ]
+        if following is None or not following.chains(x):
+            (x,) = linear_chain(y, stages, implementation=self.implementation)
+            return x, held, None
+        stages.append(following._qkv_stage())
+        x, qkv = linear_chain(y, stages, (2, 3), self.implementation)
+        return x, held, qkv
+
+    def _qkv_stage(self) -> Stage:
+        return self._stage("self_attn", "qkv_proj", norm="input_layernorm")
+
+    def _stage(self, module: str, name: str, norm: str | None = None, **rest: Any) -> Stage:
+        layer = self.params[module][name]
+        prologue = None
+        if norm is not None:
+            prologue = RMSNorm(self.params[norm]["weight"], self.config.norm_eps)
+        return Stage(layer["kernel"], layer.get("bias"), prologue, **rest)
+
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return _rms_norm(x, self.params[name]["weight"], self.config.norm_eps)
 
@@ -307,29 +371,37 @@ class _Layer:
         return show_output(path, y)
 
     def _attention(self, x, positions, turns, held):
-        config, params = self.config, self.params["self_attn"]
-        qkv = None
-        if "qkv_proj" in params:
-            qkv = self._linear("self_attn", "qkv_proj", x)
-            ends = (config.q_size, config.q_size + config.kv_size)
-            q, k, v = jnp.split(qkv, ends, axis=-1)
+        if "qkv_proj" in self.params["self_attn"]:
+            y, held = self._attend_fused(
+                self._linear("self_attn", "qkv_proj", x), positions, turns, held
+            )
         else:
             q, k, v = (
                 self._linear("self_attn", name, x) for name in ("q_proj", "k_proj", "v_proj")
             )
+            y, held = self._attend(None, q, k, v, positions, turns, held)
+        return self._linear("self_attn", "o_proj", y), held
+
+    def _attend_fused(self, qkv, positions, turns, held):
+        ends = (self.config.q_size, self.config.q_size + self.config.kv_size)
+        q, k, v = jnp.split(qkv, ends, axis=-1)
+        return self._attend(qkv, q, k, v, positions, turns, held)
+
+    def _attend(self, qkv, q, k, v, positions, turns, held):
+        """Attention `[batch, tokens, q_size]`, and the cache. qkv holds q, k and v, or is None."""
+        config, params = self.config, self.params["self_attn"]
         q, k, v = (self._heads(y) for y in (q, k, v))
         if config.qk_norm:
             q = _rms_norm(q, params["q_norm"]["weight"], config.norm_eps)
             k = _rms_norm(k, params["k_norm"]["weight"], config.norm_eps)
-        if held is not None and held.key_scales is None and x.shape[1] == 1:
+        if held is not None and held.key_scales is None and q.shape[1] == 1:
             if qkv is not None and not config.qk_norm:
                 y, held = self._attend_one(self._heads(qkv), None, None, positions, turns, held)
             else:
                 y, held = self._attend_one(q, k, v, positions, turns, held)
         else:
             y, held = self._attend_many(q, k, v, positions, turns, held)
-        y = y.reshape(*x.shape[:2], config.q_size)
-        return self._linear("self_attn", "o_proj", y), held
+        return y.reshape(*q.shape[:2], config.q_size), held
 
     def _heads(self, x: jax.Array) -> jax.Array:
         """`[batch, tokens, heads, head_dim]`."""
