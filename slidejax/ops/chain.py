@@ -28,7 +28,7 @@ from slidejax.ops.implementations import decode
 from slidejax.ops.linear import linear
 from slidejax.ops.primitive import as_array, check_input, make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem, device_kind
-from slidejax.ops.prologue import ACTIVATIONS, GLU, Prologue, RMSNorm
+from slidejax.ops.prologue import GLU, Prologue, RMSNorm
 from slidejax.ops.sharding import varying_axes
 from slidejax.weights.packed import LinearWeight, SlideWeight
 
@@ -47,10 +47,8 @@ class Stage:
     Attributes:
       weight: a `SlideWeight`, or another weight that `slidejax.linear` multiplies with.
       bias: floating `[out]`, or None.
-      prologue: an `RMSNorm`, `LayerNorm` or `Activation`, applied to the input first; or None.
-      gate: an activation, "silu", "gelu", "gelu_tanh" or "relu", if the input is a gate and its
-        other factor side by side, `[..., 2 in]`. The layer then reads
-        `activation(first half) * second half`, as `GLU` computes it. None for none.
+      prologue: an `RMSNorm`, `LayerNorm`, `Activation` or `GLU`, applied to the input first; or
+        None. A `GLU` has no array: its input is the gate and up side by side, `[..., 2 in]`.
       residual: an array `[..., out]`, or the number of an earlier stage, whose result is added; or
         None.
     """
@@ -58,7 +56,6 @@ class Stage:
     weight: LinearWeight
     bias: jax.Array | None = None
     prologue: Prologue | None = None
-    gate: str | None = None
     residual: jax.Array | int | None = None
 
 
@@ -69,14 +66,12 @@ class ChainParams:
     Attributes:
       tree: the structure of the operands: x, and of each stage weight, bias, prologue and an array
         that is its residual.
-      gates: of each stage, the activation or None.
       adds: of each stage, the number of the earlier one whose result is its residual, or None.
       outputs: the stages whose results are wanted.
       implementation: the name that the caller asked for, or None.
     """
 
     tree: jax.tree_util.PyTreeDef
-    gates: tuple[str | None, ...]
     adds: tuple[int | None, ...]
     outputs: tuple[int, ...]
     implementation: str | None
@@ -85,10 +80,8 @@ class ChainParams:
         """x and the stages, from the op's operands."""
         x, parts = jax.tree.unflatten(self.tree, leaves)
         return x, tuple(
-            Stage(weight, bias, prologue, gate, residual if adds is None else adds)
-            for (weight, bias, prologue, residual), gate, adds in zip(
-                parts, self.gates, self.adds, strict=True
-            )
+            Stage(weight, bias, prologue, residual if adds is None else adds)
+            for (weight, bias, prologue, residual), adds in zip(parts, self.adds, strict=True)
         )
 
     def rows(self) -> set[int]:
@@ -103,19 +96,20 @@ def _sequence(
     """The specification: one layer after the other."""
     ys: list[jax.Array] = []
     for stage in stages:
-        prologue = stage.prologue
-        if stage.gate is not None:
-            x, up = jnp.split(x, 2, axis=-1)
-            prologue = GLU(up, stage.gate)
         residual = ys[stage.residual] if isinstance(stage.residual, int) else stage.residual
         x = linear(
-            x, stage.weight, stage.bias, implementation, prologue=prologue, residual=residual
+            x, stage.weight, stage.bias, implementation, prologue=stage.prologue, residual=residual
         )
         ys.append(x)
     return [ys[i] for i in outputs]
 
 
 # --- primitive ------------------------------------------------------------------------------------
+
+
+def _gate(stage: Stage) -> str | None:
+    """The activation of the gate in a stage's input; None for none."""
+    return stage.prologue.activation if isinstance(stage.prologue, GLU) else None
 
 
 def _packed(stage: Stage) -> SlideWeight:
@@ -142,21 +136,25 @@ def _traced(
     return jax.make_jaxpr(sequence)(*(jax.ShapeDtypeStruct(*each) for each in operands))
 
 
+# Up to so many rows a chain is faster than prepared weights one by one (docs/decode-kernel.md).
+_FEW_ROWS = 2
+
+
 def _problem(x, stage: Stage, platform: str, implementation: str | None) -> Problem:
     """The product of a stage, as the choice of an implementation sees it."""
-    w, dtype = _packed(stage), np.dtype(x.dtype)
+    w, dtype, rows = _packed(stage), np.dtype(x.dtype), math.prod(x.shape[:-1])
     return Problem(
         "linear",
         platform,
         device_kind(platform),
-        math.prod(x.shape[:-1]),
+        rows,
         w.in_features,
         w.out_features,
         w.pattern,
         dtype,
         w.dtype,
         dtype,
-        tuple(w.prepared),
+        () if rows <= _FEW_ROWS else tuple(w.prepared),
         implementation,
         stage.residual is not None,
     )
@@ -169,11 +167,11 @@ def _in_one_call(operands, settings: ChainParams, platform: str, devices: int | 
     x, stages = settings.operands(operands)
     if 0 in x.shape or any(_packed(stage).out_features == 0 for stage in stages):
         return False
-    if any(stage.prologue is not None and type(stage.prologue) is not RMSNorm for stage in stages):
+    if any(type(stage.prologue) not in (type(None), RMSNorm, GLU) for stage in stages):
         return False
     for i, stage in enumerate(stages[1:]):
         # The kernel before computes the gate and keeps its other results for itself.
-        if stage.gate is not None and (
+        if _gate(stage) is not None and (
             i in settings.outputs or i in settings.adds or stages[i].residual is not None
         ):
             return False
@@ -185,10 +183,8 @@ def _lowering(*operands, platform, devices, settings: ChainParams, sequence: Clo
     if not _in_one_call(operands, settings, platform, devices):
         return jaxpr_as_fun(sequence)(*operands)
     x, stages = settings.operands(operands)
-    if stages[0].gate is not None:
-        gate, up = jnp.split(x, 2, axis=-1)
-        x = GLU(up, stages[0].gate).apply(gate)
-    return _call(x, stages, settings.outputs)
+    first = stages[0].prologue
+    return _call(first.apply(x) if isinstance(first, GLU) else x, stages, settings.outputs)
 
 
 linear_chain_p = make_primitive("slidejax_linear_chain", _shapes, _lowering, asks_devices=True)
@@ -211,7 +207,7 @@ def _call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]) -> li
         workspace += decode.workspace_bytes(w, rows)
         if i not in outputs:
             workspace += -(-rows * w.out_features * size // decode.ALIGN) * decode.ALIGN
-    gates = [stage.gate for stage in stages[1:]] + [None]  # of results
+    gates = [*map(_gate, stages[1:]), None]  # of results
     *ys, _ = calls.call(
         "slidejax_chain_decode",
         (
@@ -269,9 +265,10 @@ def linear_chain(
 
     It is a sequence of `slidejax.linear`, and has its results and its gradients. For a few rows on
     one GPU it is one custom call, whose kernels overlap. That is so where every stage alone would
-    run in the implementation "decode"; its weights are `SlideWeight`s; its prologue is an `RMSNorm`
-    or none; and the result that a gate reads is used by nothing else. In such a call a norm's sum
-    has another order, so codes may differ as the contract allows.
+    run in the implementation "decode", for up to 2 rows prepared forms aside; its weights are
+    `SlideWeight`s; its prologue is an `RMSNorm`, a `GLU` or none; and what a `GLU` reads is used by
+    nothing else. In such a call a norm's sum has another order, so codes may differ as the contract
+    allows.
 
     Args:
       x: `[..., in]`, bfloat16, float16 or float32; leading axes are rows.
@@ -289,12 +286,13 @@ def linear_chain(
 
     An MLP with its residual and its norm:
 
-    >>> from slidejax import RMSNorm, pack
+    >>> from slidejax import GLU, RMSNorm, pack
     >>> gate_up, down = pack(jnp.ones((8, 32)), "6:8"), pack(jnp.ones((16, 8)), "6:8")
     >>> x = jnp.ones((2, 8))
     >>> norm = RMSNorm(jnp.ones(8), eps=0.0)
+    >>> gate = GLU(activation="relu")
     >>> (y,) = linear_chain(
-    ...     x, [Stage(gate_up, prologue=norm), Stage(down, gate="relu", residual=x)]
+    ...     x, [Stage(gate_up, prologue=norm), Stage(down, prologue=gate, residual=x)]
     ... )
     >>> y.shape, float(y[0, 0])
     ((2, 8), 433.0)
@@ -319,7 +317,6 @@ def linear_chain(
         return tuple(_sequence(x, stages, wanted, implementation))
     settings = ChainParams(
         tree,
-        tuple(s.gate for s in stages),
         tuple(s.residual if isinstance(s.residual, int) else None for s in stages),
         wanted,
         implementation,
@@ -346,19 +343,17 @@ def _check_stages(stages) -> list[Stage]:
             raise TypeError(
                 f"{where}.weight must be a LinearWeight, got {type(stage.weight).__name__}"
             )
-        if stage.gate is not None and stage.gate not in ACTIVATIONS:
-            raise ValueError(
-                f"{where}.gate must be one of {', '.join(ACTIVATIONS)} or None, got {stage.gate!r}"
-            )
-        if stage.prologue is not None and (
-            not isinstance(stage.prologue, Prologue) or stage.prologue.ROWS
-        ):
+        prologue = stage.prologue
+        if prologue is not None and not isinstance(prologue, Prologue):
             raise TypeError(
-                f"{where}.prologue must be an RMSNorm, LayerNorm or Activation of slidejax, got "
-                f"{type(stage.prologue).__name__}"
+                f"{where}.prologue must be an RMSNorm, LayerNorm, Activation or GLU of slidejax, "
+                f"got {type(prologue).__name__}"
             )
-        if stage.prologue is not None and stage.gate is not None:
-            raise ValueError(f"{where} must have a prologue or a gate, got both")
+        if prologue is not None and prologue.ROWS and jax.tree.leaves(prologue):
+            raise ValueError(
+                f"{where}.prologue must be a {type(prologue).__name__} without an array, of an "
+                "input with both halves side by side"
+            )
     return stages
 
 
@@ -377,11 +372,11 @@ def _check_shapes(x: jax.Array, stages: list[Stage]) -> list[Stage]:
     widths: list[int] = []
     for i, stage in enumerate(stages):
         where, w = f"stages[{i}]", stage.weight.check(f"stages[{i}].weight")
-        wants = w.shape[-2] * (1 if stage.gate is None else 2)
+        wants = w.shape[-2] * (1 if _gate(stage) is None else 2)
         if columns != wants and not w.is_k_shard:
             raise ValueError(
                 f"{where}.weight has {w.shape[-2]} inputs and needs an input of {wants} columns"
-                f"{' with its gate' if stage.gate is not None else ''}, got {columns}"
+                f"{' with its gate' if _gate(stage) is not None else ''}, got {columns}"
             )
         residual, out = stage.residual, w.out_features
         if isinstance(residual, (bool, np.bool_)):

@@ -34,7 +34,9 @@ def tail(pattern, dtype, rows, hidden, inner, x_dtype="bfloat16", norm=True, gat
     return x, [
         sj.Stage(packed(pattern, dtype, hidden, hidden, 0), residual=stream),
         sj.Stage(packed(pattern, dtype, hidden, 2 * inner, 1), prologue=norms[0]),
-        sj.Stage(packed(pattern, dtype, inner, hidden, 2), gate=gate, residual=0),
+        sj.Stage(
+            packed(pattern, dtype, inner, hidden, 2), prologue=sj.GLU(activation=gate), residual=0
+        ),
         sj.Stage(packed(pattern, dtype, hidden, 72, 3), jnp.linspace(-1, 1, 72), prologue=norms[1]),
     ]
 
@@ -52,14 +54,14 @@ def flat(stages):
         (s.weight, s.bias, s.prologue, None if isinstance(s.residual, int) else s.residual)
         for s in stages
     ]
-    flat.rest = [(s.gate, s.residual if isinstance(s.residual, int) else None) for s in stages]
+    flat.adds = [s.residual if isinstance(s.residual, int) else None for s in stages]
     return arrays
 
 
 def unflat(arrays):
     return [
-        sj.Stage(w, bias, prologue, gate, residual if adds is None else adds)
-        for (w, bias, prologue, residual), (gate, adds) in zip(arrays, flat.rest, strict=True)
+        sj.Stage(w, bias, prologue, residual if adds is None else adds)
+        for (w, bias, prologue, residual), adds in zip(arrays, flat.adds, strict=True)
     ]
 
 
@@ -71,7 +73,7 @@ def one_by_one(x, stages, ys):
     want_first = linear(x, o.weight, implementation="decode", residual=o.residual)
     both = linear(first, gate_up.weight, implementation="decode", prologue=gate_up.prologue)
     gate, up = jnp.split(both, 2, axis=-1)
-    glu = sj.GLU(up, down.gate)
+    glu = sj.GLU(up, down.prologue.activation)
     want_second = linear(gate, down.weight, implementation="decode", prologue=glu, residual=first)
     want_last = linear(second, qkv.weight, qkv.bias, "decode", prologue=qkv.prologue)
     return want_first, want_second, want_last

@@ -1,5 +1,7 @@
 """`linear_chain` is a sequence of `linear`; on one GPU it is lowered to one call."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from linear_problem import close
 from patterns import PATTERNS
 
 import slidejax as sj
+from slidejax.ops.choice import Choice
 
 HIDDEN, INNER, WIDTH = 64, 48, 40
 
@@ -33,7 +36,11 @@ def tail(pattern="6:8", dtype="int8", rows=(2,), x_dtype="bfloat16", bias=True):
             packed(pattern, dtype, out=2 * INNER, seed=1),
             prologue=sj.RMSNorm(jnp.linspace(0.5, 1.5, HIDDEN), eps=1e-5),
         ),
-        sj.Stage(packed(pattern, dtype, columns=INNER, seed=2), gate="silu", residual=0),
+        sj.Stage(
+            packed(pattern, dtype, columns=INNER, seed=2),
+            prologue=sj.GLU(activation="silu"),
+            residual=0,
+        ),
         sj.Stage(
             packed(pattern, dtype, out=WIDTH, seed=3),
             jnp.linspace(-1, 1, WIDTH) if bias else None,
@@ -82,7 +89,11 @@ def test_has_the_derivatives_of_the_sequence(dtype):
         def loss(x, residual, norm, bias, values):
             o, gate_up, down, qkv = stages
             if dtype == "float32":
-                down = sj.Stage(down.weight.replace(values=values), gate="silu", residual=0)
+                down = sj.Stage(
+                    down.weight.replace(values=values),
+                    prologue=sj.GLU(activation="silu"),
+                    residual=0,
+                )
             parts = [
                 sj.Stage(o.weight, residual=residual),
                 sj.Stage(gate_up.weight, prologue=sj.RMSNorm(norm, eps=1e-5)),
@@ -202,9 +213,24 @@ def test_elsewhere_it_is_the_sequence(case):
     assert "slidejax_chain_decode" not in calls(lowered(x, stages, outputs, implementation))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_few_rows_do_not_ask_for_prepared_forms(monkeypatch, rows):
+    """A chain reads the packed form, and is faster than prepared forms one by one."""
+    asked = []
+    monkeypatch.setattr(
+        "slidejax.ops.chain.choose", lambda p: asked.append(p) or Choice("decode", "")
+    )
+    x, stages = tail(rows=(rows,))
+    stages = [
+        dataclasses.replace(s, weight=sj.prepare(s.weight, "dense", tune=False)) for s in stages
+    ]
+    assert calls(lowered(x, stages, None, None)) == ["slidejax_chain_decode"]
+    assert {p.prepared for p in asked} == {() if rows <= 2 else ("dense",)}
+
+
 def test_a_gate_of_x_itself_is_computed_ahead():
     x, stages = rows_of(2, 2 * INNER), tail()[1]
-    first = sj.Stage(stages[2].weight, gate="gelu")
+    first = sj.Stage(stages[2].weight, prologue=sj.GLU(activation="gelu"))
     text = lowered(x, [first, stages[1]])
     assert calls(text) == ["slidejax_chain_decode"]
     (y,) = sj.linear_chain(x, [first])
@@ -243,8 +269,13 @@ W = packed()
         ([W], None, TypeError, r"list of Stage, got \['SlideWeight'\]"),
         ([sj.Stage(jnp.ones((8, 8)))], None, TypeError, r"stages\[0\].weight must be a Linear"),
         ([sj.Stage(packed(columns=24))], None, ValueError, r"stages\[0\].weight has 24 inputs"),
-        ([sj.Stage(W), sj.Stage(W, gate="silu")], None, ValueError, "input of 128 columns"),
-        ([sj.Stage(W, gate="tanh")], None, ValueError, r"stages\[0\].gate must be one of silu"),
+        (
+            [sj.Stage(W), sj.Stage(W, prologue=sj.GLU(activation="silu"))],
+            None,
+            ValueError,
+            "input of 128 columns",
+        ),
+        ([sj.Stage(W, prologue="silu")], None, TypeError, "must be an RMSNorm"),
         ([sj.Stage(W, residual=0)], None, ValueError, "number of an earlier stage"),
         ([sj.Stage(W), sj.Stage(W, residual=-1)], None, ValueError, "earlier stage .* got -1"),
         ([sj.Stage(W, residual=True)], None, TypeError, "got a bool"),
@@ -254,14 +285,8 @@ W = packed()
         (
             [sj.Stage(W, prologue=sj.GLU(jnp.ones((2, 64), "bfloat16")))],
             None,
-            TypeError,
-            "must be an RMSNorm",
-        ),
-        (
-            [sj.Stage(W, prologue=sj.Activation("silu"), gate="silu")],
-            None,
             ValueError,
-            "a prologue or a gate, got both",
+            "must be a GLU without an array",
         ),
         ([sj.Stage(W)], (1,), ValueError, r"outputs must be different numbers"),
         ([sj.Stage(W)], (0, 0), ValueError, r"outputs must be different numbers"),

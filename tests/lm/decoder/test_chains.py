@@ -77,7 +77,7 @@ def test_one_call_between_two_attentions():
     assert calls(config, params, 1) == [1 + config.num_layers, 0]
 
 
-@pytest.mark.parametrize("case", ["rows", "tokens", "parts", "sandwich", "arrays"])
+@pytest.mark.parametrize("case", ["rows", "tokens", "parts", "sandwich", "arrays", "prepared"])
 def test_other_steps_have_no_chains(case):
     changes = {"sandwich_norm": True} if case == "sandwich" else {}
     config, params = packed(**changes)
@@ -85,6 +85,8 @@ def test_other_steps_have_no_chains(case):
         params = sj.lm.convert(tiny(dtype="bfloat16"), "6:8").params
     if case == "arrays":
         params = fuse(tiny(dtype="bfloat16").params)
-    rows = ROWS + 1 if case == "rows" else 1
+    if case == "prepared":
+        params = sj.prepare(params, "dense", tune=False)
+    rows = {"rows": ROWS + 1, "prepared": 3}.get(case, 1)
     tokens = 2 if case == "tokens" else 1
     assert calls(config, params, rows, None if case == "arrays" else "decode", tokens)[0] == 0
