@@ -38,16 +38,19 @@ def test_random_cases(first):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["dense", "cusparselt", "hopper", "decode"])
 def test_random_cases_on_a_gpu(name):
+    """The weights are packed on the CPU: XLA divides exactly there. Rows of x are not."""
     ran = 0
     for seed in range(CASES):
         case = random_case(seed)
-        w = sj.pack(case.kernel, case.pattern, dtype=case.dtype)
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            w = sj.pack(case.kernel, case.pattern, dtype=case.dtype)
+        w = jax.device_put(w, jax.devices()[0])
         if registry.get(name).form is not None:
             w = sj.prepare(w, implementation=name, tune=False)
         try:
             y = sj.linear(case.x, w, implementation=name, out_dtype=jnp.float32)
         except NotImplementedError:
             continue
-        check(case, y)
+        check(case, y, float8=3e-3)  # tensor cores of Hopper keep about 14 bits of such a sum
         ran += 1
     assert ran > 0
