@@ -322,7 +322,10 @@ def pack_by_rule(
 
 def _check_finite(kernel: jax.Array) -> None:
     """Raises a ValueError for inf or nan. Under tracing they give outputs of nan instead."""
-    if isinstance(kernel, jax.core.Tracer) or not jnp.issubdtype(kernel.dtype, jnp.floating):
+    concrete = isinstance(kernel, (jax.Array, np.ndarray)) and not isinstance(
+        kernel, jax.core.Tracer
+    )
+    if not concrete or not jnp.issubdtype(kernel.dtype, jnp.floating):
         return
     if not bool(jnp.isfinite(kernel).all()):
         raise ValueError("the kernel holds inf or nan")

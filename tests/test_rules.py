@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -143,3 +144,12 @@ def test_a_kernel_that_is_not_finite_is_named(bad):
     variables = {"params": {"up": {"kernel": jnp.ones((8, 8)).at[3, 4].set(bad)}}}
     with pytest.raises(ValueError, match="up/kernel: the kernel holds inf or nan"):
         sj.linen.convert(variables, "6:8")
+
+
+def test_a_kernel_that_was_pruned_before_needs_no_values():
+    """A conversion of files passes its shape alone, and the pruned kernel with `prune`."""
+    kernel = jnp.arange(64.0).reshape(16, 4)
+    mask = sj.prune.magnitude(kernel, "6:8")
+    shape = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
+    made = pack_by_rule(shape, sj.Rule("6:8"), "up/kernel", lambda *_: (mask, kernel))
+    np.testing.assert_array_equal(made.values, sj.pack(kernel, "6:8", "int8", mask=mask).values)
