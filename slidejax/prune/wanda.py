@@ -35,7 +35,8 @@ def wanda(kernel: jax.Array, pattern: str | Pattern, gram: jax.Array) -> jax.Arr
       bool `[in, out]`, True where a weight is kept.
 
     Raises:
-      ValueError: for shapes that do not fit each other, or a bad pattern.
+      ValueError: for shapes that do not fit each other, a bad pattern, or a gram that is not
+        finite.
 
     >>> kernel = jnp.array([[1.], [2.], [3.], [4.]])
     >>> wanda(kernel, "2:4", jnp.array([100., 100., 1., 1.])).ravel().tolist()
@@ -47,6 +48,8 @@ def wanda(kernel: jax.Array, pattern: str | Pattern, gram: jax.Array) -> jax.Arr
         raise ValueError(
             f"gram must be [in, in] or [in] for a kernel [in, out], got {gram.shape} for {kernel.shape}"
         )
+    if not isinstance(energy, jax.core.Tracer) and not bool(jnp.isfinite(energy).all()):
+        raise ValueError("gram holds inf or nan: the calibration inputs are not finite")
     return _wanda(kernel, energy, Pattern.parse(pattern))
 
 

@@ -47,3 +47,9 @@ def test_only_the_diagonal_is_read():
 def test_shapes_that_do_not_fit(kernel, gram):
     with pytest.raises(ValueError, match="gram must be"):
         wanda(jnp.ones(kernel), "6:8", jnp.ones(gram))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_an_error(bad):
+    with pytest.raises(ValueError, match="gram holds inf or nan"):
+        wanda(jnp.ones((8, 2)), "6:8", jnp.ones(8).at[3].set(bad))
