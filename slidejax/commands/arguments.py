@@ -29,6 +29,7 @@ __all__ = [
     "at_least",
     "dtype",
     "float_dtype",
+    "for_layers",
     "list_of",
     "names",
     "out_file",
@@ -167,6 +168,22 @@ def regex(text: str) -> str:
             f"must be a regular expression, got {text!r}: {e}"
         ) from None
     return text
+
+
+def for_layers(check: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
+    """A check for "REGEX=VALUE": a regular expression, and a value that `check` checks.
+
+    >>> for_layers(positive)(".*down_proj.*=3")
+    ('.*down_proj.*', 3)
+    """
+
+    def parts(text: str) -> tuple[str, Any]:
+        path, equals, value = text.rpartition("=")
+        if not equals or not path:
+            raise argparse.ArgumentTypeError(f"must be REGEX=VALUE, got {text!r}")
+        return regex(path), check(value)
+
+    return parts
 
 
 def some_text(text: str) -> str:

@@ -50,6 +50,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         default="int8",
         help="dtype of the packed values: int8 (default), float8_e4m3fn, none to keep the model's",
     )
+    p.add_argument(
+        "--dtype-of",
+        type=arguments.for_layers(arguments.dtype(none=True)),
+        action="append",
+        default=[],
+        metavar="REGEX=DTYPE",
+        help="another dtype for layers whose whole path matches, such as "
+        "'.*down_proj.*=float8_e4m3fn'; may be repeated, the first that matches counts",
+    )
     arguments.add_renamed(
         p,
         "--skip",
@@ -247,6 +256,9 @@ def _method(args: argparse.Namespace) -> str:
                 raise ValueError(f"--data-free uses no text: it does not go with {flag}")
     if args.mixed and args.skip:
         raise ValueError("--mixed chooses for all layers: it does not go with --skip")
+    if args.dtype_of and (args.mixed or args.budget is not None):
+        chosen = "--mixed" if args.mixed else "--budget"
+        raise ValueError(f"{chosen} chooses for all layers: it does not go with --dtype-of")
     method = args.method or ("magnitude" if args.data_free else _METHOD)
     if method == "magnitude" and args.pattern != "dense":
         print(
@@ -314,9 +326,11 @@ def _rules(
     from slidejax.huggingface import HIDDEN_LAYERS
     from slidejax.lm import texts
     from slidejax.prune import mixed
+    from slidejax.rules import Rule
 
     if not args.mixed and args.budget is None:
-        return [*((path, None) for path in args.skip), (HIDDEN_LAYERS, rule)]
+        others = [(path, Rule(args.pattern, qdtype=dtype)) for path, dtype in args.dtype_of]
+        return [*((path, None) for path in args.skip), *others, (HIDDEN_LAYERS, rule)]
     shown.say("choosing patterns")
     if ids is None:
         ids = inputs.calibration_ids(loaded, args, texts.shipped)
@@ -340,6 +354,7 @@ def _about(args: argparse.Namespace, source: str, ids: Any, report: Report) -> d
         "mixed": args.mixed,
         "budget": None if args.budget is None else str(args.budget),
         "dtype": args.dtype or "none",
+        "dtype_of": {path: dtype or "none" for path, dtype in args.dtype_of},
         "method": args.method,
         "skipped": args.skip,
         "calibration": None if ids is None else f"{ids.size} tokens of {_named_text(args)}",

@@ -167,6 +167,38 @@ def test_layers_can_be_skipped(capsys, tmp_path, model, flag):
     )
 
 
+def test_layers_can_have_another_dtype(capsys, tmp_path, model):
+    """The first expression that matches counts, and layers that are skipped stay as they are."""
+    flags = [".*down_proj.*=float8_e4m3fn", ".*mlp.*=none", ".*o_proj.*=float8_e4m3fn"]
+    flags = [part for flag in flags for part in ("--dtype-of", flag)]
+    out = str(tmp_path / "out")
+    output(capsys, "convert", model, out, *flags, "--skip", ".*o_proj.*", *FREE)
+    loaded = load_model(out)
+    for block in loaded.model.params["model"]["layers"].values():
+        dtypes = {
+            name: getattr(part["kernel"], "dtype", None)
+            for half in ("mlp", "self_attn")
+            for name, part in block[half].items()
+            if isinstance(part, dict)
+        }
+        assert dtypes["down_proj"] == "float8_e4m3fn" and dtypes["up_proj"] == "float32"
+        assert dtypes["q_proj"] == "int8"
+        assert not isinstance(block["self_attn"]["o_proj"]["kernel"], SlideWeight)
+    assert loaded.about["dtype_of"][".*mlp.*"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--mixed", "2:4"), "--mixed chooses for all layers: it does not go with --dtype-of"),
+        (("--budget", "decode=1.1"), "--budget chooses for all layers"),
+    ],
+)
+def test_a_choice_for_all_layers_leaves_no_dtype_to_name(capsys, tmp_path, model, flags, message):
+    out = str(tmp_path / "out")
+    assert message in error(capsys, "convert", model, out, *flags, "--dtype-of", ".*=int8")
+
+
 def test_the_figures_as_json(capsys, tmp_path, model):
     path = str(tmp_path / "out")
     figures = json.loads(output(capsys, "convert", model, path, "--json", *FREE))
