@@ -18,9 +18,9 @@ from slidejax.checkpoint.arrays import header_entry
 from slidejax.checkpoint.store import ARRAYS, write_metadata
 from slidejax.checkpoint.tree import encode
 
-__all__ = ["GradualWriter"]
+__all__ = ["ROOM", "GradualWriter"]
 
-_ROOM = 512  # bytes of the header for each array, with its name and its places
+ROOM = 512  # bytes of the header for each array, with its name and its places
 
 
 class GradualWriter:
@@ -44,7 +44,7 @@ class GradualWriter:
 
     def __init__(self, folder: Path, arrays: int, inside: tuple[str, ...] = ()):
         self._folder, self._inside = folder, inside
-        self._room = _ROOM * (arrays + 1)
+        self._room = ROOM * (arrays + 1)
         self._described: dict[str, Any] = {}
         self._entries: dict[str, Any] = {}
         self._at = 0

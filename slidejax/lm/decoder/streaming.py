@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from slidejax.checkpoint import store
-from slidejax.checkpoint.gradual import GradualWriter
+from slidejax.checkpoint.gradual import ROOM, GradualWriter
 from slidejax.checkpoint.staging import check_space, claimed, staged
 from slidejax.functional import Functional
 from slidejax.lm.decoder.config import DecoderConfig
@@ -36,6 +37,7 @@ from slidejax.rules import Prune, Report, Rule, pack_by_rule
 
 __all__ = ["convert_files", "memory_needed"]
 
+_KEPT = 1.13  # bytes of a finished stage for each weight with 8-bit values
 _OFFLOAD = 0.2  # of a GPU's memory: a state that is larger waits in the host's memory
 
 
@@ -102,7 +104,7 @@ def convert_files(
             source = source.with_own_head()
         model = functional_of(source.config, tree_of(source.shapes()))
         _plan(model, rules, report)
-        check_space(target, _size(source, report))
+        _check_space(target, _size(source, report), calibration, report)
         with staged(out, store.METADATA) as folder:
             with GradualWriter(folder, 3 * len(source.shapes()), ("params",)) as writer:
                 sink = _Sink(writer, source, report, floats)
@@ -125,13 +127,23 @@ def _plan(model: Functional, rules: Any, report: Report) -> None:
 
 def _size(source: Source, report: Report) -> int:
     """About how many bytes will be written."""
-    packed = {line.path for line in report.converted}
-    others = sum(
-        shape.size * min(shape.dtype.itemsize, 4)
-        for path, shape in source.shapes().items()
-        if path not in packed
-    )
-    return report.bytes_after + others
+    packed, shapes = {line.path for line in report.converted}, source.shapes()
+    others = sum(s.size * s.dtype.itemsize for path, s in shapes.items() if path not in packed)
+    return report.bytes_after + others + ROOM * 3 * len(shapes)
+
+
+def _check_space(target: Path, size: int, calibration: Any, report: Report) -> None:
+    """Raises an OSError if there is no space for OUT and for the finished stages."""
+    check_space(target, size)
+    work = calibration.work if isinstance(calibration, Calibration) else None
+    if work is not None:
+        stages = Path(work).absolute() / "stages"
+        kept = int(_KEPT * sum(math.prod(line.shape) for line in report.converted))
+        check_space(stages, kept + (size if _disk(stages) == _disk(target) else 0))
+
+
+def _disk(path: Path) -> int:
+    return next(p for p in path.parents if p.exists()).stat().st_dev
 
 
 class _Sink:

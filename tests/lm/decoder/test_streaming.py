@@ -1,6 +1,8 @@
 """Conversion from files to files: what is written, what it takes, and how it goes on."""
 
+import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -183,6 +185,23 @@ def test_gate_up_and_down_are_one_unit():
     units = streamed.units(stages, folds_of(stages))
     assert [list(unit) for unit in units] == [[0], [1], [2, 3], [4], [5], [6, 7], [8]]
     assert [list(unit) for unit in streamed.units(stages, [])] == [[at] for at in range(9)]
+
+
+def test_space_is_asked_for_before_the_work(tmp_path, monkeypatch):
+    """For OUT, and for the finished stages on the same disk."""
+    convert = functools.partial(sj.lm.convert_files, GOLDEN / "llama", rules="6:8")
+    convert(tmp_path / "first")
+    size = sum(file.stat().st_size for file in (tmp_path / "first").glob("*.safetensors"))
+    usage, free = shutil.disk_usage(tmp_path), 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    with pytest.raises(OSError, match="will be written and 0 are free"):
+        convert(tmp_path / "out")
+    how = sj.prune.Calibration(IDS, work=tmp_path / "work")
+    free = size + 4000  # enough for OUT, and not for the stages as well
+    with pytest.raises(OSError, match="will be written"):
+        convert(tmp_path / "out", method="wanda", calibration=how)
+    assert [file.name for file in tmp_path.iterdir()] == ["first"]
+    convert(tmp_path / "out")
 
 
 # --- going on -------------------------------------------------------------------------------------
