@@ -27,6 +27,7 @@ __all__ = [
     "Axes",
     "Contraction",
     "axis_names",
+    "check_product",
     "contract",
     "from_matrix",
     "promote_packed",
@@ -263,6 +264,37 @@ def promote_packed(promote: Callable[..., Any], x, w: LinearWeight, bias) -> tup
     return x, w, bias
 
 
+def check_product(
+    layer: str, dot_general: Any = None, dot_general_cls: Any = None, preferred: Any = None
+) -> Any:
+    """The dtype that a layer's arguments ask of its result; None for that of its input.
+
+    `precision` needs no check: products of packed weights accumulate in int32 or float32, and are
+    at least as exact as `jax.lax.Precision.HIGHEST` asks.
+
+    Raises:
+      ValueError: for what a packed weight cannot honour.
+    """
+    if dot_general_cls is not None or dot_general not in (None, jax.lax.dot_general):
+        raise ValueError(
+            f"{layer}: a packed kernel has a product of its own, so dot_general must be None or "
+            "jax.lax.dot_general, and dot_general_cls must be None. "
+            f"Got dot_general={dot_general!r}, dot_general_cls={dot_general_cls!r}"
+        )
+    if preferred is None:
+        return None
+    try:
+        dtype = jnp.dtype(preferred)
+    except TypeError:
+        dtype = None
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(
+            f"{layer}: preferred_element_type must be bfloat16, float16, float32 or None, got "
+            f"{preferred!r}"
+        )
+    return dtype
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _warn_if_trained(dtype: str, bias: jax.Array) -> jax.Array:
     """The bias. If it has a gradient, a training goes on in which the values have none."""
@@ -289,8 +321,9 @@ def contract(
     bias: jax.Array | None = None,
     implementation: str | None = None,
     residual: jax.Array | None = None,
+    out_dtype: Any = None,
 ) -> jax.Array:
-    """The layer's result in x's dtype.
+    """The layer's result.
 
     Args:
       x: the layer's input.
@@ -301,6 +334,7 @@ def contract(
       implementation: as in `slidejax.linear`.
       residual: an array in the shape of the layer's result, added as `slidejax.linear` does; or
         None.
+      out_dtype: bfloat16, float16 or float32. None takes x's.
 
     Raises:
       ValueError: if the shapes do not fit each other.
@@ -324,7 +358,9 @@ def contract(
         residual = residual.reshape(*batch, *free_shape, w.out_features)
 
     def product(x, w, bias, residual):
-        return linear(x, w, bias, implementation=implementation, residual=residual)
+        return linear(
+            x, w, bias, implementation=implementation, residual=residual, out_dtype=out_dtype
+        )
 
     for _ in batch:
         product = jax.vmap(product)

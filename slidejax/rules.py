@@ -1,8 +1,8 @@
 """Rules say which linear layers of a model are packed, and how. A report says what was done.
 
 Rules are ordered pairs `(regex, choice)`. The regex must match the whole '/'-joined path of a
-linear layer's kernel, such as `model/layers/0/mlp/up_proj/kernel`. The final `/kernel` may be left
-out. The first rule that matches decides.
+linear layer's kernel, such as `model/layers/0/mlp/up_proj/kernel`. The final `/kernel` (or another
+name of the parameter) may be left out. The first rule that matches decides.
 
 The choice is a pattern (`"6:8"`, which stands for `Rule("6:8")`), a `Rule`, or None. The pattern
 `"dense"` quantises and prunes nothing. None skips the layer, which then stays as it is.
@@ -27,6 +27,8 @@ from slidejax.weights.packed import SlideWeight, pack
 from slidejax.weights.pattern import Pattern
 
 __all__ = [
+    "HEADS",
+    "ROUTERS",
     "Converted",
     "Prune",
     "Report",
@@ -41,6 +43,14 @@ __all__ = [
 # or (mask, kernel, scale), if they are rounded to 8 bit already
 Prune = Callable[[jax.Array, Pattern, str], Any]
 
+
+# The paths of output embeddings, and of the routers of experts. A pattern alone leaves them as they
+# are: pruning them costs much accuracy and saves little. Heads are often tied to the embedding.
+HEADS = (
+    r"(?:.*/)?(?:lm_head|lm_head/decoder|predictions/decoder|vocab_projector|generator_lm_head)"
+    r"(?:/(?:kernel|w))?"
+)
+ROUTERS = r"(?:.*/)?(?:[^/]*router[^/]*|[^/]*(?:moe|experts)[^/]*/gate)(?:/[^/]+)?"
 
 _UNSET: Any = object()  # an argument that was not given, where None has a meaning
 
@@ -125,6 +135,8 @@ class Report:
       unmatched: a line for each rule that decided no layer.
       allow_unmatched: whether rules may decide no layer at all. Otherwise that is an error.
       notes: other facts, such as how the model was calibrated.
+      unpacked: path -> shape and owner of each parameter with two axes or more that belongs to no
+        linear layer, such as embeddings and layers that slidejax does not know.
     """
 
     converted: list[Converted] = dataclasses.field(default_factory=list)
@@ -132,6 +144,7 @@ class Report:
     unmatched: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     allow_unmatched: bool = False
+    unpacked: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def dense(self) -> dict[str, str]:
@@ -161,6 +174,7 @@ class Report:
             for layer in self.converted
         ]
         lines += [f"  skipped: {path}: {reason}" for path, reason in self.skipped.items()]
+        lines += [f"  stays dense: {path}: {what}" for path, what in self.unpacked.items()]
         return "\n".join(lines + [f"  {line}" for line in (*self.unmatched, *self.notes)])
 
 
@@ -180,8 +194,8 @@ class RuleSet:
     """Ordered rules, checked. They count how many layers each of them decided.
 
     Args:
-      rules: `[(regex, "6:8" | Pattern | Rule | None)]`. A single pattern or `Rule` stands for
-        `[(".*", rule)]`.
+      rules: `[(regex, "6:8" | Pattern | Rule | None)]`. A single pattern or `Rule` is for all
+        linear layers but output embeddings (`HEADS`) and the routers of experts (`ROUTERS`).
 
     Raises:
       ValueError: naming the rule by its index, for a bad regular expression, pattern or form of
@@ -193,7 +207,8 @@ class RuleSet:
     """
 
     def __init__(self, rules):
-        if isinstance(rules, (str, Pattern, Rule)):
+        self._all = isinstance(rules, (str, Pattern, Rule))
+        if self._all:
             rules = [(".*", rules)]
         if isinstance(rules, dict) or not isinstance(rules, Iterable):
             raise ValueError(
@@ -210,10 +225,13 @@ class RuleSet:
         Raises:
           Skipped: with the reason, if the layer stays as it is.
         """
+        if self._all and (re.fullmatch(HEADS, path) or re.fullmatch(ROUTERS, path)):
+            what = "a router" if re.fullmatch(ROUTERS, path) else "an output embedding"
+            raise Skipped(f"{what}, which a pattern alone leaves: a rule of its own converts it")
         matching = [
             i
             for i, (regex, _) in enumerate(self._rules)
-            if regex.fullmatch(path) or regex.fullmatch(path.removesuffix("/kernel"))
+            if regex.fullmatch(path) or regex.fullmatch(path.rpartition("/")[0])
         ]
         if not matching:
             raise Skipped(_NO_RULE)

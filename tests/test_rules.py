@@ -153,3 +153,31 @@ def test_a_kernel_that_was_pruned_before_needs_no_values():
     shape = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
     made = pack_by_rule(shape, sj.Rule("6:8"), "up/kernel", lambda *_: (mask, kernel))
     np.testing.assert_array_equal(made.values, sj.pack(kernel, "6:8", "int8", mask=mask).values)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "lm_head/kernel",
+        "model/lm_head/w",
+        "lm_head/decoder/kernel",  # RoBERTa
+        "cls/predictions/decoder/kernel",
+        "vocab_projector/kernel",  # DistilBERT
+        "generator_lm_head/kernel",  # Electra
+        "layers/0/mlp/router/kernel",
+        "layers/0/block_sparse_moe/gate/kernel",
+    ],
+)
+def test_a_pattern_alone_leaves_heads_and_routers(path):
+    with pytest.raises(Skipped, match=r"which a pattern alone leaves"):
+        RuleSet("6:8").match(path)
+    assert str(RuleSet([(".*", "6:8")]).match(path)) == "6:8 int8"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["layers/0/mlp/gate/kernel", "mlp/gate_proj/kernel", "lm_head/dense/kernel", "head/kernel"],
+)
+def test_a_pattern_alone_takes_all_others(path):
+    assert str(RuleSet("6:8").match(path)) == "6:8 int8"
+    assert str(RuleSet([(path.removesuffix("/kernel"), "2:4")]).match(path)) == "2:4 int8"

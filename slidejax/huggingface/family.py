@@ -10,7 +10,7 @@ import flax.linen as nn
 from slidejax import linen
 from slidejax.functional import Family, Functional, arguments_of
 from slidejax.huggingface.model import check_model, init_arguments, is_model, params_of, with_params
-from slidejax.rules import Rule
+from slidejax.rules import HEADS, Rule
 from slidejax.weights.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ __all__ = ["FAMILY", "HIDDEN_LAYERS", "functional"]
 
 # All linear layers but output embeddings. These are the heads of language models, often tied to the
 # input embedding.
-HIDDEN_LAYERS = r"(?!(?:.*/)?(?:lm_head|predictions/decoder)(?:/kernel)?$).*"
+HIDDEN_LAYERS = f"(?!{HEADS}$).*"
 
 
 def functional(
@@ -45,6 +45,8 @@ def functional(
 
     def run(params, batch):
         with nn.intercept_methods(linen.show_layers):
+            if isinstance(batch, Mapping):  # as tokenizers of transformers return it
+                return flax_model(**batch, params=params)
             return flax_model(*arguments_of(batch), params=params)
 
     def pack(params, rules, *, prune=None, report=None):

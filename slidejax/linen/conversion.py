@@ -45,7 +45,8 @@ def convert(
 
     Args:
       variables: the dict or FrozenDict that `model.init` returns, or its "params".
-      rules: see `slidejax.rules`. A single pattern or `Rule` is for all linear layers.
+      rules: see `slidejax.rules`. A single pattern or `Rule` is for all linear layers but output
+        embeddings and routers (`slidejax.rules.HEADS`, `ROUTERS`).
       model: the module. It is traced abstractly (nothing is computed) to find the layer that owns
         each kernel: Dense, DenseGeneral, Einsum or GPT-2's Conv1D, also inside `nn.scan`, `nn.vmap`
         and `nn.remat`. Without the module, 2-D parameters called "kernel" count as kernels of
@@ -97,6 +98,7 @@ def convert(
         owners, abstract = _owners(model, rngs, example_args, example_kwargs)
         axes_of = functools.partial(_axes_in, owners)
     any_packed = _pack_kernels(flat, rules, axes_of, prune, report)
+    _name_the_rest(flat, report)
     params = traverse_util.unflatten_dict(flat)
     if model is not None and any_packed:
         whole_tree = {**abstract, **(tree if whole else {}), "params": params}
@@ -140,6 +142,17 @@ def _pack_kernels(
         flat[key], line = packed[same]
         report.converted.append(dataclasses.replace(line, path=path))
     return bool(packed)
+
+
+def _name_the_rest(flat: dict, report: Report) -> None:
+    """Writes into the report which arrays with two axes or more are no kernel of a linear layer."""
+    for key, leaf in flat.items():
+        path = "/".join(map(str, key))
+        array = nn.meta.unbox(leaf)
+        if getattr(array, "ndim", 0) < 2 or path in report.skipped:
+            continue
+        if not isinstance(array, (LinearWeight, TreeLayout)):
+            report.unpacked[path] = "x".join(map(str, array.shape))
 
 
 def _convert_kernel(

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slidejax.contraction import Contraction, axis_names
+from slidejax.contraction import Contraction, axis_names, check_product
 from slidejax.linen.known import kernel_path, own_kernel, run_layer
 from slidejax.rules import Rule, Skipped
 from slidejax.weights.packed import LinearWeight, SlideWeight, TreeLayout, pack
@@ -36,9 +36,12 @@ class SlideDense(nn.Module):
       dtype: dtype of the computation. None promotes the input, the bias and, unless they are 8-bit,
         the values.
       param_dtype: dtype of the bias, and of the kernel before it is packed.
+      precision: accepted as `nn.Dense` accepts it. Products are at least as exact as HIGHEST asks.
       kernel_init: makes the kernel `[in, out]`, which is then pruned by magnitude.
       bias_init: makes the bias.
       promote_dtype: as in `nn.Dense`.
+      dot_general, dot_general_cls: only what `nn.Dense` has by default. A packed kernel has a
+        product of its own.
       pattern: such as `"6:8"`.
       qdtype: dtype of the packed values, see `slidejax.Rule`. None keeps `param_dtype`.
       implementation: as in `slidejax.linear`. None takes the fastest that fits.
@@ -53,9 +56,12 @@ class SlideDense(nn.Module):
     use_bias: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    precision: Any = None
     kernel_init: Callable = nn.linear.default_kernel_init
     bias_init: Callable = nn.initializers.zeros_init()
     promote_dtype: Callable = nn.dtypes.promote_dtype
+    dot_general: Callable | None = None
+    dot_general_cls: Any = None
     pattern: str | Pattern = "6:8"
     qdtype: Any = "int8"
     implementation: str | None = None
@@ -70,8 +76,10 @@ class SlideDense(nn.Module):
             `slidejax.linear` does; or None. It takes no part in the promotion of dtypes.
 
         Raises:
-          ValueError: if the parameter has another pattern or shape, or is not packed.
+          ValueError: if the parameter has another pattern or shape, or is not packed; or for a
+            `dot_general` that a packed kernel cannot honour.
         """
+        check_product("SlideDense", self.dot_general, self.dot_general_cls)
         rule, shape = Rule(self.pattern, self.qdtype), (jnp.shape(inputs)[-1], self.features)
         w = own_kernel(self)
         if w is not None:

@@ -3,6 +3,7 @@
 from slidejax.nnx.conversion import convert, map_weights
 from slidejax.nnx.family import FAMILY, functional
 from slidejax.nnx.layers import Packed, SlideEinsum, SlideLinear, SlideLinearGeneral
+from slidejax.nnx.registered import SlideRegistered, register
 
 __all__ = [
     "FAMILY",
@@ -10,7 +11,9 @@ __all__ = [
     "SlideEinsum",
     "SlideLinear",
     "SlideLinearGeneral",
+    "SlideRegistered",
     "convert",
     "functional",
     "map_weights",
+    "register",
 ]

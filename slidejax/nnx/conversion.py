@@ -20,6 +20,7 @@ from slidejax.nnx.layers import (
     SlideLinearGeneral,
     general_contraction,
 )
+from slidejax.nnx.registered import packed_class, parameter_of, registered
 from slidejax.rules import Converted, Prune, Report, Rule, RuleSet, Skipped, nbytes, pack_by_rule
 from slidejax.variants.prepared import prepare
 from slidejax.weights import numerics
@@ -34,12 +35,14 @@ def convert(
 
     `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` (if it is a product of matrices) are
     converted, also if `nnx.vmap` or `nnx.scan` stacked them along the first axis. Subclasses are
-    skipped, because they may use their kernel in another way.
+    skipped, because they may use their kernel in another way. Layers of other libraries are
+    converted once `slidejax.nnx.register` has made them known.
 
     Args:
       model: any NNX module. It stays as it is.
       rules: see `slidejax.rules`, with paths such as `blocks/0/mlp/kernel`. A layer that is shared
-        has its first path. A single pattern or `Rule` is for all linear layers.
+        has its first path. A single pattern or `Rule` is for all linear layers but output
+        embeddings and routers (`slidejax.rules.HEADS`, `ROUTERS`).
       report: an empty `slidejax.Report`, which is filled in.
       prune: how to prune a kernel (`slidejax.rules.Prune`). None prunes by magnitude.
 
@@ -73,10 +76,11 @@ def convert(
     ]
     done: dict[int, _Done] = {}
     for path, layer in layers:
-        kernel = vars(layer).get("kernel")
+        parameter = parameter_of(layer)
+        kernel = vars(layer).get(parameter)
         if not isinstance(kernel, nnx.Variable):
             continue
-        name = "/".join(map(str, (*path, "kernel")))
+        name = "/".join(map(str, (*path, parameter)))
         try:
             for outer, kind in wrappers:
                 if path[: len(outer)] == outer:
@@ -86,8 +90,25 @@ def convert(
             )
         except Skipped as reason:
             report.skipped[name] = str(reason)
+    _name_the_rest(model, report)
     rules.finish(report)
     return model
+
+
+def _name_the_rest(model: nnx.Module, report: Report) -> None:
+    """Writes into the report which parameters with two axes or more belong to no linear layer."""
+    modules = dict(nnx.iter_graph(model))
+    for path, node in modules.items():
+        if not isinstance(node, nnx.Param) or jnp.ndim(node.get_value()) < 2:
+            continue
+        name = "/".join(map(str, path))
+        owner = modules.get(path[:-1])
+        if isinstance(owner, SlideLayer) or name in report.skipped:
+            continue
+        size = "x".join(map(str, jnp.shape(node.get_value())))
+        known = isinstance(owner, nnx.Embed)
+        hint = "" if known else ", which is no linear layer that slidejax knows: nnx.register"
+        report.unpacked[name] = f"{size} of {type(owner).__name__}{hint}"
 
 
 # --- one layer ------------------------------------------------------------------------------------
@@ -114,9 +135,7 @@ def _convert_layer(
     layer, kernel: nnx.Variable, rule: Rule, path: str, prune: Prune | None, done: dict[int, _Done]
 ) -> Converted:
     """Packs the kernel of one layer, in place: the layer may be in several places of the model."""
-    if type(layer) not in _LAYERS:
-        raise Skipped(f"{type(layer).__name__} is not a linear layer that slidejax knows")
-    cls, axes, shape = _LAYERS[type(layer)](layer)
+    cls, axes, shape = _known(layer)
     array, result = kernel.get_value(), (cls, axes, rule)
     stacked_axes(array.shape, shape, path)
     if array.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -145,9 +164,28 @@ def _convert_layer(
 
 def _become(layer, cls: type[SlideLayer]) -> SlideLayer:
     """Makes a layer one of another class, in place, without its kernel."""
-    del layer.kernel
+    known = registered(type(layer))
+    if known is not None:
+        layer.packed_shape = tuple(getattr(layer, known.parameter).get_value().shape)
+        layer.registered_as = nnx.static(known)
+    delattr(layer, parameter_of(layer))
     layer.__class__ = cls
     return layer
+
+
+def _known(layer) -> tuple:
+    """The class that a layer becomes, and the axes and the shape of its kernel."""
+    known = registered(type(layer))
+    if known is not None:
+        shape = tuple(getattr(layer, known.parameter).get_value().shape)
+        cls: Any = type(layer)
+        return packed_class(cls), known.axes(layer), shape
+    if type(layer) not in _LAYERS:
+        raise Skipped(
+            f"{type(layer).__name__} is not a linear layer that slidejax knows "
+            "(slidejax.nnx.register)"
+        )
+    return _LAYERS[type(layer)](layer)
 
 
 def _own_product(layer, *names: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 from flax import nnx
 
@@ -9,6 +11,7 @@ from slidejax.contraction import Contraction
 from slidejax.functional import Family, Functional, arguments_of, show_input, show_output
 from slidejax.nnx.conversion import convert
 from slidejax.nnx.layers import general_contraction
+from slidejax.nnx.registered import parameter_of, registered
 
 __all__ = ["FAMILY", "functional"]
 
@@ -19,7 +22,10 @@ class _Showing(nnx.Module):
     shown_path: str
 
     def __call__(self, inputs, *args, **kwargs):
-        if isinstance(self, nnx.Linear):
+        known = registered(type(self).__mro__[2])  # the layer's own class
+        if known is not None:
+            axes = known.contraction(self, inputs.ndim)
+        elif isinstance(self, nnx.Linear):
             axes = Contraction.dense(inputs.ndim)
         elif isinstance(self, nnx.LinearGeneral):
             axes = general_contraction(self, inputs.ndim)
@@ -30,10 +36,12 @@ class _Showing(nnx.Module):
         return show_output(self.shown_path, y)
 
 
-_SHOWING = {
-    cls: type(cls.__name__, (_Showing, cls), {})
-    for cls in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
-}
+@functools.cache
+def _showing(cls: type) -> type | None:
+    """The class of layers of this class that show their inputs and outputs; None if not known."""
+    if cls not in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum) and registered(cls) is None:
+        return None
+    return type(cls.__name__, (_Showing, cls), {})
 
 
 def functional(model: nnx.Module, params: dict | None = None, example: tuple = ()) -> Functional:
@@ -54,9 +62,13 @@ def functional(model: nnx.Module, params: dict | None = None, example: tuple = (
     graph, state = nnx.split(model)
     showing = nnx.clone(model)
     for path, layer in list(nnx.iter_graph(showing)):
-        if type(layer) in _SHOWING and isinstance(vars(layer).get("kernel"), nnx.Variable):
-            layer.__class__ = _SHOWING[type(layer)]
-            layer.shown_path = "/".join(map(str, (*path, "kernel")))
+        cls = _showing(type(layer)) if isinstance(layer, nnx.Module) else None
+        if cls is None:
+            continue
+        parameter = parameter_of(layer)
+        if isinstance(vars(layer).get(parameter), nnx.Variable):
+            layer.shown_path = "/".join(map(str, (*path, parameter)))
+            layer.__class__ = cls
     showing_graph, _ = nnx.split(showing)
 
     def merged(graph, params):

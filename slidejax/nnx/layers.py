@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from slidejax.contraction import Contraction, axis_names, contract, promote_packed
+from slidejax.contraction import (
+    Contraction,
+    axis_names,
+    check_product,
+    contract,
+    promote_packed,
+)
 from slidejax.rules import Rule
 from slidejax.variants.adapters import AdaptedWeight
 from slidejax.variants.trainable import MasterWeight
@@ -149,7 +155,10 @@ class SlideLayer(nnx.Module):
         x, w, bias = promote_packed(
             lambda *arrays: self.promote_dtype(arrays, dtype=self.dtype), x, w, bias
         )
-        y = contract(x, w, axes, features, bias, self.implementation, residual)
+        preferred = check_product(
+            type(self).__name__, preferred=getattr(self, "preferred_element_type", None)
+        )
+        y = contract(x, w, axes, features, bias, self.implementation, residual, preferred)
         return y if out_sharding is None else lax.with_sharding_constraint(y, out_sharding)
 
 
@@ -167,16 +176,21 @@ class SlideLinear(SlideLayer):
       dtype: dtype of the computation. None promotes the input, the bias and, unless they are 8-bit,
         the values.
       param_dtype: dtype of the bias, and of the kernel before it is packed.
+      precision: accepted as `nnx.Linear` accepts it. Products are at least as exact as HIGHEST
+        asks.
       kernel_init: makes the kernel `[in, out]`, which is then pruned by magnitude.
       bias_init: makes the bias.
+      dot_general: only `jax.lax.dot_general`. A packed kernel has a product of its own.
       promote_dtype: as in `nnx.Linear`.
+      preferred_element_type: dtype of the result: bfloat16, float16 or float32. None takes the
+        promoted dtype.
       implementation: as in `slidejax.linear`. None takes the fastest that fits.
       rngs: the keys.
       kernel_metadata, bias_metadata: metadata of the Variables. `out_sharding` names the axes `(in,
         out)` of the kernel; the names go to the packed leaves.
 
     Raises:
-      ValueError: for a bad pattern or dtype.
+      ValueError: for a bad pattern or dtype, or a `dot_general` that cannot be honoured.
 
     >>> layer = SlideLinear(8, 4, pattern="6:8", qdtype="int8", rngs=nnx.Rngs(0))
     >>> layer(jnp.ones((2, 8))).shape, layer.kernel.shape
@@ -193,15 +207,19 @@ class SlideLinear(SlideLayer):
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
+        precision: Any = None,
         kernel_init: Callable = nnx.nn.linear.default_kernel_init,
         bias_init: Callable = nnx.nn.linear.default_bias_init,
+        dot_general: Callable | None = None,
         promote_dtype: Callable = nnx.nn.dtypes.promote_dtype,
+        preferred_element_type: Any = None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
         rule = Rule(pattern, qdtype)
+        check_product("SlideLinear", dot_general, None, preferred_element_type)
         kernel = nnx.Param(
             kernel_init(rngs.params(), (in_features, out_features), param_dtype), **kernel_metadata
         )
@@ -218,6 +236,8 @@ class SlideLinear(SlideLayer):
         self.bias = nnx.data(bias)
         self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
         self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
+        self.precision, self.dot_general = precision, dot_general
+        self.preferred_element_type = preferred_element_type
         self.implementation = implementation
 
     def __call__(

@@ -70,6 +70,14 @@ def choose(problem: Problem) -> Choice:
       NotImplementedError: if the caller asks for an implementation that refuses, with its reason.
     """
     if problem.requested is not None:
+        if not isinstance(problem.rows, int) and problem.requested not in (
+            registry.FALLBACK.name,
+            registry.REFERENCE.name,
+        ):
+            raise NotImplementedError(
+                f"slidejax {problem.op}: implementation {problem.requested!r} needs a known number "
+                f"of rows, got {problem.rows}: leave out implementation="
+            )
         reason = registry.get(problem.requested).refusal(problem)
         if reason is not None:
             raise NotImplementedError(
@@ -87,6 +95,11 @@ def _noted(problem: Problem, choice: Choice) -> Choice:
 
 def _choose(problem: Problem) -> Choice:
     """The choice where the caller asks for no implementation."""
+    if not isinstance(problem.rows, int):
+        return Choice(
+            registry.FALLBACK.name,
+            f"the number of rows, {problem.rows}, is not known when the program is lowered",
+        )
     refused = registry.refusals(problem)
     candidates = [i.name for i in registry.competing() if i.name not in refused]
     fallback = registry.FALLBACK.name
@@ -124,7 +137,8 @@ def implementation_for(problem: Problem) -> Implementation:
     if shards.lowers(problem):
         return registry.REFERENCE  # the program is only explained, perhaps for another platform
     chosen = registry.get(choose(problem).implementation)
-    empty = 0 in (problem.rows, problem.in_features, problem.out_features)
+    sizes = problem.rows, problem.in_features, problem.out_features
+    empty = any(isinstance(size, int) and size == 0 for size in sizes)
     return registry.REFERENCE if empty else chosen
 
 

@@ -134,7 +134,8 @@ def _shapes(x, *rest, pattern, dtype, inputs, pads):
 def _lowering(*operands, platform, pattern, dtype, inputs, pads):
     xs, given = operands[: inputs.count], operands[inputs.count :]
     x, absmax = xs[0], given[0] if given else None
-    if platform == "cuda" and library.unusable() is None and math.prod(x.shape):
+    known = all(isinstance(size, int) for size in x.shape)  # not so in an export for any batch
+    if platform == "cuda" and library.unusable() is None and known and math.prod(x.shape):
         columns = _columns(x, pattern, inputs, pads)
         group = pattern.group if pads else 0  # the call only quantises if the group is 0
         prologue = inputs.prologue(xs)

@@ -300,7 +300,10 @@ def _sparsegpt(kernel, gram, pattern: Pattern):
     # Let U be upper triangular with U^T U = H^-1. Then (H_FF)^-1 = U_FF^T U_FF for every set F of
     # last columns. With rows and columns reversed, U is the inverse of the Cholesky factor of H.
     lower = jnp.linalg.cholesky(gram[::-1, ::-1])
-    upper = jax.scipy.linalg.solve_triangular(lower, jnp.eye(len(gram)), lower=True)[::-1, ::-1]
+    upper = jax.scipy.linalg.solve_triangular(
+        lower, jnp.eye(len(gram), dtype=gram.dtype), lower=True
+    )
+    upper = upper[::-1, ::-1]
     first, second = _pairs(size)
 
     def block(b, state):

@@ -36,6 +36,7 @@ from slidejax.variants.trainable import Selection, is_packed, path_of, selector
 from slidejax.weights import numerics
 from slidejax.weights.layout import kept_values, to_groups
 from slidejax.weights.packed import SlideWeight, WrappedWeight, quantize
+from slidejax.weights.registries import register
 
 __all__ = ["FACTORS", "AdaptedWeight", "add", "extract", "merge"]
 
@@ -131,6 +132,15 @@ class AdaptedWeight(WrappedWeight):
     @classmethod
     def tree_unflatten(cls, static, children):
         return cls(*children, *static)
+
+
+register(
+    AdaptedWeight,
+    ("base", "lora_a", "lora_b"),
+    lambda w: {"scaling": w.scaling, "masked": w.masked},
+    dataclasses.replace,
+    lambda kept: (kept["scaling"], kept["masked"]),
+)
 
 
 def _kept(kernel: jax.Array, w: SlideWeight) -> SlideWeight:

@@ -27,6 +27,7 @@ from flax.core import FrozenDict, freeze, unfreeze
 from slidejax.variants.boxes import refuse_boxed
 from slidejax.variants.prepared import prepare
 from slidejax.weights.packed import SlideWeight, TreeLayout
+from slidejax.weights.registries import register
 
 __all__ = ["GROUPS", "FusedPart", "FusedWeight", "fuse", "unfuse", "unfuse_module"]
 
@@ -95,6 +96,16 @@ class FusedPart(TreeLayout):
 
     def not_a_weight(self) -> ValueError:
         return ValueError(f"this kernel is in the one of {self.holder}: {_INSTEAD}")
+
+
+register(
+    FusedWeight,
+    ("fused",),
+    lambda w: {"layers": list(w.layers), "sizes": list(w.sizes)},
+    dataclasses.replace,
+    lambda kept: (tuple(kept["layers"]), tuple(kept["sizes"])),
+)
+register(FusedPart, (), lambda part: {"holder": part.holder}, lambda part: part)
 
 
 def fuse(params: Any, groups: Sequence[Sequence[str]] = GROUPS) -> Any:

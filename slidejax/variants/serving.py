@@ -24,6 +24,7 @@ from slidejax.ops.primitive import check_input
 from slidejax.variants.prepared import map_weights, prepare
 from slidejax.weights.numerics import is_quantized
 from slidejax.weights.packed import WrappedWeight, check_weight
+from slidejax.weights.registries import register
 
 __all__ = ["DenseWeight", "ServingWeight", "serving"]
 
@@ -129,6 +130,9 @@ class ServingWeight(WrappedWeight):
     @classmethod
     def tree_unflatten(cls, static, children):
         return cls(*children)
+
+
+register(ServingWeight, ("values", "scale"), lambda w: {}, dataclasses.replace, lambda kept: None)
 
 
 @functools.partial(

@@ -44,6 +44,7 @@ from slidejax.weights.packed import (
     quantize,
 )
 from slidejax.weights.pattern import Pattern
+from slidejax.weights.registries import register
 
 __all__ = ["MasterWeight", "combine", "deploy", "map_wrapped", "masters", "partition"]
 
@@ -249,6 +250,19 @@ class MasterWeight(WrappedWeight):
     @classmethod
     def tree_unflatten(cls, static, children):
         return cls(*children, *static)
+
+
+register(
+    MasterWeight,
+    ("values", "zeros"),
+    lambda w: {
+        "pattern": str(w.pattern),
+        "in_features": w.in_features,
+        "qdtype": np.dtype(w.qdtype).name,
+    },
+    dataclasses.replace,
+    lambda kept: (Pattern.parse(kept["pattern"]), kept["in_features"], jnp.dtype(kept["qdtype"])),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from slidejax.weights.layout import (
 from slidejax.weights.magnitude import magnitude
 from slidejax.weights.packing import packed_arrays, quantized_values
 from slidejax.weights.pattern import Pattern
+from slidejax.weights.registries import register
 
 __all__ = [
     "LinearWeight",
@@ -250,6 +251,15 @@ class SlideWeight(LinearWeight):
         if self.values.dtype == jnp.int8:
             check_sums(self.in_features, self.pattern, name)
         return self
+
+
+register(
+    SlideWeight,
+    ("values", "zeros", "scale"),
+    lambda w: {"pattern": str(w.pattern), "in_features": w.in_features},
+    lambda w, **leaves: w.replace(prepared={}, **leaves),
+    lambda kept: (Pattern.parse(kept["pattern"]), kept["in_features"], tuple(kept["prepared"])),
+)
 
 
 def _short(leaf: Any) -> str:

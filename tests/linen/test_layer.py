@@ -237,3 +237,25 @@ def test_a_residual_is_added_before_the_result_is_rounded(dtype):
     np.testing.assert_array_equal(y, want)
     with pytest.raises(ValueError, match="residual must have the shape"):
         layer.apply(variables, x, residual=residual[..., :3])
+
+
+@pytest.mark.parametrize("precision", [None, "highest", "bfloat16", jax.lax.Precision.DEFAULT])
+def test_what_dense_accepts(precision):
+    layer = sj.linen.SlideDense(
+        8, pattern="6:8", precision=precision, dot_general=jax.lax.dot_general
+    )
+    x = jnp.ones((2, 64))
+    variables = layer.init(jax.random.key(0), x)
+    plain = sj.linen.SlideDense(8, pattern="6:8")
+    np.testing.assert_array_equal(layer.apply(variables, x), plain.apply(variables, x))
+    names = list(nn.Dense.__dataclass_fields__)
+    assert list(sj.linen.SlideDense.__dataclass_fields__)[: len(names) - 2] == names[:-2]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"dot_general": jnp.einsum}, {"dot_general_cls": lambda: jax.lax.dot_general}]
+)
+def test_a_product_of_another_kind_is_refused(wrong):
+    layer = sj.linen.SlideDense(8, pattern="6:8", **wrong)
+    with pytest.raises(ValueError, match=r"SlideDense: .*dot_general"):
+        layer.init(jax.random.key(0), jnp.ones((2, 64)))

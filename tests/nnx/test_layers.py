@@ -120,3 +120,23 @@ def test_converted_layers_take_a_residual(make):
     layer, x, residual = sj.nnx.convert(dense, FLOAT), data(2, 3, 40), data(*shape)
     got = layer(x, residual=residual)
     np.testing.assert_allclose(got, layer(x) + residual, rtol=1e-5, atol=1e-5)
+
+
+def test_what_linear_accepts():
+    settings = {"precision": "highest", "dot_general": jax.lax.dot_general}
+    x = jnp.ones((2, 64), jnp.bfloat16)
+    for preferred in (None, jnp.float32, "float16"):
+        ours = sj.nnx.SlideLinear(
+            64,
+            8,
+            pattern="6:8",
+            dtype=jnp.bfloat16,
+            preferred_element_type=preferred,
+            rngs=nnx.Rngs(0),
+            **settings,
+        )
+        assert ours(x).dtype == (jnp.bfloat16 if preferred is None else preferred)
+    with pytest.raises(ValueError, match=r"SlideLinear: .*dot_general"):
+        sj.nnx.SlideLinear(64, 8, dot_general=jnp.dot, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"preferred_element_type .*int32"):
+        sj.nnx.SlideLinear(64, 8, preferred_element_type=jnp.int32, rngs=nnx.Rngs(0))

@@ -54,6 +54,8 @@ def _in_hopper_kernel(x: jax.Array, kernel: jax.Array, platform: str) -> bool:
     The kernel's bulk copies need rows of whole 16 bytes. One row times a small kernel is faster in
     XLA, which uses no tensor cores for it.
     """
+    if not isinstance(x.shape[0], int):  # an export for any number of rows
+        return False
     if platform != "cuda" or hopper.refuses_device(device_kind(platform), np.dtype(kernel.dtype)):
         return False
     if x.shape[0] == 1 and kernel.shape[0] * kernel.shape[1] < _SMALL_KERNEL:
@@ -122,7 +124,7 @@ class Dense(Implementation):
 
     def linear(self, x, prologue, w, bias, out_dtype, platform="default", residual=None):
         kernel = dense_codes(w, padded=not w.pattern.prunes)
-        if x.shape[0] <= hopper.FEW_ROWS and _in_hopper_kernel(x, kernel, platform):
+        if _in_hopper_kernel(x, kernel, platform) and x.shape[0] <= hopper.FEW_ROWS:
             weight = hopper.HopperWeight.dense(kernel, w.scale)
             return with_residual(
                 lambda dtype: hopper.linear_call(x, prologue, weight, bias, kernel.shape[1], dtype),

@@ -36,11 +36,12 @@ def expand_lifted(w: SlideWeight) -> jax.Array:
     if not w.pattern.prunes:
         return w.values.reshape(w.out_features, -1)
     z1, z2 = split_zeros(w.zeros)
-    j = jnp.arange(w.pattern.kept)
-    column = j + (j >= z1) + (j >= z2 - 1)  # the column that kept value j comes from
+    j = jnp.arange(w.pattern.kept, dtype=jnp.int32)
+    # The column that kept value j comes from; no dtype is promoted, for those who forbid it.
+    column = j + (j >= z1).astype(j.dtype) + (j >= z2 - 1).astype(j.dtype)
     lane = (column - 2 * (j // 2)).reshape(*column.shape[:-1], w.pattern.windows, 2)
     values = w.values.reshape(lane.shape)
-    chosen = lane[..., None] == jnp.arange(4)  # [..., windows, 2, 4]
+    chosen = lane[..., None] == jnp.arange(4, dtype=jnp.int32)  # [..., windows, 2, 4]
     windows = jnp.where(chosen, values[..., None], jnp.zeros((), values.dtype))
     first, second = windows[..., 0, :], windows[..., 1, :]
     merged = jnp.where(chosen[..., 0, :], first, second)

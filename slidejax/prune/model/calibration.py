@@ -22,7 +22,8 @@ class Calibration:
 
     Attributes:
       batches: token ids `[sequences, length]`, which are cut into batches; or a sequence of batches
-        of equal shapes. Each batch is the model's input, or a tuple of its arguments.
+        of equal shapes. Each batch is the model's input, or a tuple of its arguments. For a model
+        of transformers it may also be a dict of its arguments, as tokenizers make it.
       smooth: strength of smoothing (`slidejax.prune.model.smooth`) for layers with 8-bit values, 0
         to 1. 0 leaves the activations as they are.
       in_order: whether each layer is pruned with the inputs that the pruned layers before it give.

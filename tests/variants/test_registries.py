@@ -1,0 +1,112 @@
+"""Weights go through `flax.serialization` and `jax.export`."""
+
+import importlib.util
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import slidejax as sj
+from slidejax.variants import projections
+from slidejax.variants.serving import serving
+
+KERNEL = jax.random.normal(jax.random.key(0), (64, 16))
+WEIGHTS = {
+    "int8": sj.pack(KERNEL, "6:8", dtype="int8"),
+    "float": sj.pack(KERNEL, "6:8"),
+    "dense": sj.pack(KERNEL, "dense", dtype="int8"),
+}
+WEIGHTS |= {
+    "master": sj.trainable.masters(WEIGHTS["int8"]),
+    "adapted": sj.adapters.add(WEIGHTS["int8"], rank=2),
+    "serving": serving(WEIGHTS["int8"]),
+}
+FUSED = projections.fuse({n: {"kernel": WEIGHTS["int8"]} for n in ("gate_proj", "up_proj")})
+
+
+@pytest.mark.parametrize("tree", [*WEIGHTS.values(), FUSED], ids=[*WEIGHTS, "fused"])
+def test_flax_serialization_gives_the_same_tree(tree):
+    data = flax.serialization.to_bytes({"layer": tree})
+    empty = jax.tree.map(jnp.zeros_like, {"layer": tree})
+    again = flax.serialization.from_bytes(empty, data)
+    assert jax.tree.structure(again) == jax.tree.structure({"layer": tree})
+    jax.tree.map(np.testing.assert_array_equal, again, {"layer": tree})
+
+
+def test_an_optimiser_state_too():
+    optax = pytest.importorskip("optax")
+    for w in (WEIGHTS["float"], WEIGHTS["int8"]):
+        train, _ = sj.partition({"kernel": w, "bias": jnp.ones(16)})
+        state = optax.adam(1e-3).init(train)
+        again = flax.serialization.from_bytes(state, flax.serialization.to_bytes(state))
+        assert jax.tree.structure(again) == jax.tree.structure(state)
+
+
+def test_a_state_of_another_weight_is_refused_and_forms_are_dropped():
+    state = flax.serialization.to_state_dict(WEIGHTS["int8"])
+    other = sj.pack(KERNEL, "2:4", dtype="int8")
+    with pytest.raises(ValueError, match=r"6:8.*2:4"):
+        flax.serialization.from_state_dict(other, state)
+    with pytest.raises(ValueError, match=r"SlideWeight has .*values"):
+        flax.serialization.from_state_dict(WEIGHTS["int8"], {"values": state["values"]})
+    prepared = sj.prepare(WEIGHTS["int8"], "dense")
+    assert flax.serialization.from_state_dict(prepared, state).prepared == {}
+
+
+needs_flatbuffers = pytest.mark.skipif(
+    importlib.util.find_spec("flatbuffers") is None, reason="jax.export serialises with flatbuffers"
+)
+
+
+@needs_flatbuffers
+@pytest.mark.parametrize("name", list(WEIGHTS))
+def test_an_exported_program_keeps_its_weight(name):
+    w, x = WEIGHTS[name], jax.random.normal(jax.random.key(1), (4, 64))
+    made = export.export(jax.jit(lambda x, w: sj.linear(x, w)))(x, w)
+    again = export.deserialize(made.serialize())
+    assert again.in_tree == made.in_tree
+    np.testing.assert_array_equal(again.call(x, w), jax.jit(lambda x, w: sj.linear(x, w))(x, w))
+
+
+@needs_flatbuffers
+def test_a_prepared_weight_is_exported_too():
+    w, x = sj.prepare(WEIGHTS["int8"], "dense"), jnp.ones((4, 64))
+    made = export.export(jax.jit(lambda x, w: sj.linear(x, w)))(x, w)
+    assert export.deserialize(made.serialize()).in_tree == made.in_tree
+
+
+@needs_flatbuffers
+@pytest.mark.parametrize("name", ["int8", "float"])
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_any_batch_can_be_exported(name, platform):
+    w = WEIGHTS[name]
+    (batch,) = export.symbolic_shape("batch")
+    x = jax.ShapeDtypeStruct((batch, 8, 64), jnp.float32)
+    made = export.export(jax.jit(lambda x, w: sj.linear(x, w)), platforms=[platform])(x, w)
+    again = export.deserialize(made.serialize())
+    if platform == "cpu":
+        for rows in (1, 5):
+            here = jax.random.normal(jax.random.key(rows), (rows, 8, 64))
+            np.testing.assert_allclose(again.call(here, w), sj.linear(here, w), rtol=1e-5)
+    found = sj.explain(lambda x: sj.linear(x, w), jnp.ones((8, 64)), platform=platform)
+    assert isinstance(found[0][0].rows, int)
+    with pytest.raises(NotImplementedError, match="known number of rows"):
+        export.export(
+            jax.jit(lambda x, w: sj.linear(x, w, implementation="hopper")), platforms=["cuda"]
+        )(x, w)
+
+
+def test_settings_of_jax_that_change_dtypes():
+    x = jax.random.normal(jax.random.key(1), (4, 64))
+    want = sj.linear(x, WEIGHTS["int8"], implementation="reference")
+    with jax.numpy_dtype_promotion("strict"):
+        for implementation in ("reference", "dense"):
+            w = sj.pack(KERNEL, "6:8", dtype="int8")
+            y = jax.jit(lambda x, w, i=implementation: sj.linear(x, w, implementation=i))(x, w)
+            np.testing.assert_allclose(y, want, rtol=1e-6)
+    with jax.enable_x64(True):
+        mask, new = sj.prune.sparsegpt(KERNEL, "6:8", x.T @ x)
+        assert mask.dtype == bool and new.dtype == jnp.float32
