@@ -11,6 +11,7 @@ import jax
 from slidejax.lm.decoder.apply import apply
 from slidejax.lm.decoder.cache import init_cache
 from slidejax.lm.decoder.config import DecoderConfig
+from slidejax.lm.decoder.fuse import fuse
 from slidejax.lm.generation.generate import generate
 from slidejax.lm.generation.programs import Programs
 from slidejax.lm.generation.stream import Stream
@@ -72,8 +73,8 @@ class _Writer:
 def _served(model: Any) -> Any:
     """A model's parameters as loops on this device read them.
 
-    On a CPU they are made once and kept with the model, since a loop would otherwise unpack every
-    weight in each of its calls.
+    On a CPU they are fused and unpacked once, and kept with the model. A loop would otherwise
+    unpack every weight in each of its calls.
     """
     params = model.params
     if jax.default_backend() != "cpu" or not weights_of(params):
@@ -81,7 +82,7 @@ def _served(model: Any) -> Any:
     extra, leaves = model._extra, jax.tree.leaves(params)
     of, made = extra.served
     if len(of) != len(leaves) or any(a is not b for a, b in zip(of, leaves, strict=True)):
-        made = _with_serving_weights(params)
+        made = _with_serving_weights(fuse(params))
         extra.served = leaves, made
     return made
 

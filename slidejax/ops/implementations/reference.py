@@ -100,8 +100,11 @@ def _int8_sums(codes: jax.Array, kernel: jax.Array) -> jax.Array:
     """`exact_int8_dot` as sums of products that XLA's CPU fuses with the reading of the kernel.
 
     Eight columns are summed side by side, in vector registers. XLA would cut a sum over an axis of
-    more than 32 numbers into a tree and keep the products in memory, so no axis is longer.
+    more than 32 numbers into a tree and keep the products in memory, so no axis is longer. Out of a
+    loop it would move the conversion of the kernel, which would then be kept as integers of 32 bits
+    and made anew in each call. The barrier makes the kernel depend on the codes, so it cannot.
     """
+    codes, kernel = jax.lax.optimization_barrier((codes, kernel))
     total = jnp.zeros((codes.shape[0], kernel.shape[0]), jnp.int32)
     for start, shape in _cut(codes.shape[1]):
         part = slice(start, start + math.prod(shape))

@@ -9,9 +9,10 @@ from slidejax.lm import convert, load, save
 from slidejax.lm.decoder.examples import tiny
 from slidejax.lm.decoder.fuse import serving
 from slidejax.lm.decoder.model import Decoder
-from slidejax.lm.decoder.writing import programs
+from slidejax.lm.decoder.writing import _Writer, programs
 from slidejax.lm.generation import Sampling
 from slidejax.lm.text.examples import byte_tokenizer
+from slidejax.variants.serving import ServingWeight
 
 PROMPTS = [[3, 4, 5], [6], list(range(1, 41)), [9, 8, 7, 6, 5, 4, 3, 2]]
 
@@ -57,6 +58,20 @@ def test_decoders_of_one_configuration_share_programs():
     before = list(shared.traced)
     other.generate([7, 7], max_new_tokens=9)
     assert shared.traced == before and len(before) == 2
+
+
+def test_packed_weights_are_unpacked_once_for_all_calls():
+    sparse = convert(tiny(), "6:8")
+    writer = _Writer(sparse, None)
+    served = writer.params
+    kernel = served["model"]["layers"]["0"]["self_attn"]["qkv_proj"]["kernel"]
+    assert isinstance(kernel, ServingWeight)
+    assert writer.params is served and _Writer(sparse, None).params is served
+    packed = sparse.generate(PROMPTS, max_new_tokens=6, params=sparse.params)
+    assert sparse.generate(PROMPTS, max_new_tokens=6) == packed
+    norm = sparse.model["norm"]["weight"]
+    norm.set_value(2 * norm.get_value())
+    assert (writer.params["model"]["norm"]["weight"] == norm.get_value()).all()
 
 
 def test_served_parameters_give_the_same_text():
