@@ -330,7 +330,7 @@ def test_subnormal_values_are_kept(dtype):
 def test_sums_of_int8_products_fit_into_int32():
     """133,144 columns of 127 * 127 do; one more does not, in any way to make such a weight."""
     right = 133_144
-    for pattern, columns in (("dense", right), ("6:8", right * 8 // 6)):
+    for pattern, columns in (("dense", right), ("6:8", right // 6 * 8 + right % 6)):
         w = sj.pack(jnp.ones((columns, 1)), pattern, dtype="int8")
         y = sj.linear(jnp.ones((1, columns)), w)
         np.testing.assert_allclose(y, columns * w.pattern.density, rtol=1e-4)
