@@ -41,7 +41,7 @@ SJ_DEVICE Shared MakeShared(uint32_t base) {
   return {{base, barriers, barriers + 8 * T::kStagesX},
           {base + T::kStagesX * T::kStageBytesX, barriers_w, barriers_w + 8 * T::kStagesW},
           staging,
-          barriers_w + 16 * T::kStagesW,
+          barriers + T::kRingBarrierBytes,
           barriers + T::kBarrierBytes};
 }
 

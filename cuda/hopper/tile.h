@@ -102,7 +102,9 @@ struct Tile {
   static constexpr int kStagingBytes = std::max(kSlabs * kSlabBytes / 4, 2048);  // of a warp
   // scale_x, scale_w and bias of a warp group, of which it has two sets.
   static constexpr int kScaleBytes = kTokens * 4 + kM64Blocks * 512;
-  static constexpr int kBarrierBytes = 16 * (kStagesX + kStagesW);
+  // A full and an empty barrier for each stage, and behind them one for the zeros of a stage of W.
+  static constexpr int kRingBarrierBytes = 16 * (kStagesX + kStagesW);
+  static constexpr int kBarrierBytes = kRingBarrierBytes + (kExpands ? 16 * kStagesW : 0);
   static constexpr int kInfoBytes = 16 * kStagesX;  // work-tile info, one for each stage of X
   static constexpr int kSharedBytes =
       kRingBytes + kWarpGroups * (4 * kStagingBytes + 2 * kScaleBytes) + kBarrierBytes + kInfoBytes;
