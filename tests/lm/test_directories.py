@@ -254,7 +254,7 @@ def test_a_window_leaves_room_for_the_start(capsys, tmp_path):
     said = output(capsys, "eval", path, "--text", text, "--json")
     model = load(path)
     expected = evaluate(called(model), list(SENTENCES.encode()), window=31, start=[256])
-    assert json.loads(said)["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    assert json.loads(said)["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
     with pytest.raises(ValueError, match="32 positions, got 32 and 1 tokens before it"):
         Evaluator(called(model), window=32, start=[256])
 
