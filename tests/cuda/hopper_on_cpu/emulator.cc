@@ -172,6 +172,10 @@ uint8_t* SharedBytes(Block& block, uint32_t address, size_t size) {
   if (address % std::min<size_t>(size, 16) || address < 0x400 ||
       address + size > block.shared.size())
     Fail("a bad address in shared memory");
+  // The barriers are kept beside the memory, which on a GPU they are part of.
+  const auto barrier = block.barriers.lower_bound(address - 7);
+  if (barrier != block.barriers.end() && barrier->first < address + size)
+    Fail("these bytes of shared memory are a barrier");
   return block.shared.data() + address;
 }
 Block& BlockOfCluster(uint32_t rank) { return *running->block->cluster->blocks.at(rank); }
