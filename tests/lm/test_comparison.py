@@ -83,10 +83,10 @@ def test_the_picture_of_one_model(capsys, files):
         == 0
     )
     assert "<svg" in (files / "one.svg").read_text()
-    status, _, err = run(
-        capsys, "eval", files / "dense", "--text", files / "text.txt", "--plot", files / "one.bad"
-    )
-    assert status == 1 and "bad" in err
+    text, bad = files / "text.txt", files / "one.bad"
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, "eval", files / "dense", "--text", text, "--plot", bad)
+    assert "--plot" in (err := capsys.readouterr().err) and "one.bad" in err
 
 
 def test_other_tokenizers_are_refused(capsys, files, tiny_llama, tiny_tokenizer):
