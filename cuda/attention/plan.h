@@ -17,7 +17,7 @@ constexpr int kHeadDimMultiple = 2 * kChannels;  // both halves of a head are wh
 constexpr int kMaxHeads = 8;                     // query heads that share a reading of the cache
 constexpr int kMaxWarps = 8;
 constexpr int kMaxSplits = 16;  // parts of a row's cache: the CTAs of one cluster
-// Thread blocks that a call should have at least, if the cache can be split into so many.
+// Thread blocks that a call should have at least, if the cache can be split that far.
 constexpr int kWantedBlocks = 128;
 // Bytes in a warp's ring for each 16 bits of an element. Two thirds of them are on their way while
 // the warp computes.

@@ -292,7 +292,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _check_layers(config: PretrainedConfig, count: int, where: str) -> None:
-    """Raises a ValueError for far more layers than arrays, before so many layers are traced."""
+    """Raises a ValueError for far more layers than arrays, before they are traced."""
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > count:
         raise ValueError(f"config.json has num_hidden_layers {layers}, and {where} {count} arrays")

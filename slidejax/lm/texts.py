@@ -131,7 +131,7 @@ def _words(text: str) -> list[str]:
 
 
 def _runs(words: list[str], length: int = _RUN) -> set[tuple[str, ...]]:
-    """All runs of so many words."""
+    """All runs of this number of words."""
     return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
 
 

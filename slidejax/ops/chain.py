@@ -136,7 +136,7 @@ def _traced(
     return jax.make_jaxpr(sequence)(*(jax.ShapeDtypeStruct(*each) for each in operands))
 
 
-# Up to so many rows a chain is faster than prepared weights one by one (docs/decode-kernel.md).
+# Up to this many rows a chain is faster than prepared weights one by one (docs/decode-kernel.md).
 _FEW_ROWS = 2
 
 

@@ -40,7 +40,7 @@ from slidejax.weights.packed import LinearWeight, SlideWeight
 
 __all__ = ["CHAINED_ROWS", "apply", "outputs"]
 
-# A decoding step of at most so many rows computes what lies between two attentions as a chain. With
+# A step of at most this many rows computes what lies between two attentions as a chain. With
 # prepared weights more rows are faster one layer after the other.
 CHAINED_ROWS = 4
 _CHAINED_PREPARED_ROWS = 2

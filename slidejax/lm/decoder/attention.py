@@ -24,7 +24,7 @@ _QUERIES, _KEYS = 256, 1024  # the sizes of a block
 # With so few queries there is nothing to skip that would be worth a loop.
 _FEW = 16
 
-# cuDNN takes rows of at least so many tokens.
+# cuDNN takes rows of at least this many tokens.
 _WHOLE = 64
 
 # What an unseen score is. It is finite, so that a query that sees nothing gives no nan.

@@ -34,7 +34,7 @@ def solved_by(solve: Solve, outputs: int, least: int = _LEAST) -> Callable[..., 
       solve: the method for one kernel.
       outputs: how many outputs the kernels have together. They are shared among this process's
         devices.
-      least: at least so many outputs are given to each device.
+      least: at least this many outputs are given to each device.
     """
     devices = min(len(jax.local_devices()), outputs // least)
     return _on_one(solve) if devices < 2 else _Spread.of(solve, devices)
