@@ -266,7 +266,10 @@ def partial_directory(target: Path) -> Iterator[Path]:
     while True:
         path = _partial_name(target)
         path.mkdir()
-        handle = os.open(path, os.O_RDONLY)
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # another writer took it for abandoned, before it was locked
+            continue
         if _hold(handle, path):
             break
         os.close(handle)

@@ -157,9 +157,12 @@ def write(text):
             (folder / file).write_text(text * 100_000)
 
 def start(name):
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
         for k in itertools.count():
+            if os.getppid() != parent:  # it failed, and waits for nobody
+                os._exit(1)
             write(name + str(k))
     return child
 
@@ -191,7 +194,10 @@ print(os.listdir(out.parent))
 
 def test_killed_writers_and_several_at_once(tmp_path):
     ran = subprocess.run(
-        [sys.executable, "-c", _WRITERS, str(tmp_path / "out")], capture_output=True, text=True
+        [sys.executable, "-c", _WRITERS, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert ran.stdout == "['out']\n", ran.stderr  # whole, and nothing is left of the killed ones
 
