@@ -54,7 +54,8 @@ def test_ctrl_c_while_starting_is_quiet(wait):
     time.sleep(wait)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
-    assert child.returncode in (130, 0) and b"Traceback" not in err, err
+    # While Python ends, the signal itself may end the process.
+    assert child.returncode in (130, 0, -signal.SIGINT) and b"Traceback" not in err, err
 
 
 def test_the_package_is_a_command():
