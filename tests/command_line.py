@@ -6,6 +6,9 @@ import jax
 import pytest
 
 from slidejax.commands import main as cli
+from slidejax.lm import Decoder, save
+from slidejax.lm.decoder.examples import tiny
+from slidejax.lm.text.examples import byte_tokenizer
 from slidejax.weights.packed import SlideWeight
 
 SENTENCES = (
@@ -20,6 +23,13 @@ def write_files(folder, original, pattern, text):
     assert cli.main([*convert, "--data-free"]) == 0
     (folder / "text.txt").write_text(text)
     return folder
+
+
+def write_decoder(folder):
+    """Writes a tiny random decoder with a tokenizer of bytes; returns its directory."""
+    model = tiny(vocab_size=260, max_positions=64)
+    save(Decoder(model.config, model.params, files=byte_tokenizer().files()), folder / "model")
+    return str(folder / "model")
 
 
 def run(capsys, *args):

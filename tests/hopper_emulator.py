@@ -7,20 +7,19 @@ emulator works.
 
 import ctypes
 import dataclasses
-import fcntl
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
+import cuda_emulator
 import cuda_formulas as formulas
 import ml_dtypes
 import numpy as np
 import pytest
 
-SOURCES = Path(__file__).parents[1] / "cuda"
-EMULATOR = Path(__file__).parent / "cuda" / "hopper_on_cpu"
+SOURCES = cuda_emulator.KERNELS
+EMULATOR = cuda_emulator.TESTS / "hopper_on_cpu"
 INPUT = (ml_dtypes.float8_e4m3fn, np.int8)
 OUTPUT = (ml_dtypes.bfloat16, np.float16, np.float32, np.int32)
 MULTIPROCESSORS = 12
@@ -254,22 +253,13 @@ def cuda_headers():
     return next((root / "include" for root in roots if (root / "include/cuda.h").exists()), None)
 
 
-def build(directory):
+def build(tmp_path_factory):
     """Compiles the kernel for the emulator; skips without a compiler or the headers of CUDA."""
     include = cuda_headers()
-    if include is None or shutil.which("g++") is None:
-        pytest.skip("needs g++ and the headers of the CUDA toolkit")
-    library = directory / "hopper_emulated.so"
-    # One worker of pytest builds for all.
-    with open(directory / "hopper_emulated.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            # The emulator's headers come first, in place of the kernel's of the same name.
-            folders = [f"-I{folder}" for folder in (EMULATOR, SOURCES, include)]
-            flags = ["-std=c++20", "-O2", "-w", "-fPIC", "-shared", *folders]
-            sources = [SOURCES / "hopper/launch.cu", SOURCES / "hopper/plan.cc"]
-            sources += [EMULATOR / "api.cc", EMULATOR / "emulator.cc"]
-            command = ["g++", *flags, "-o", library, "-x", "c++", *sources]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr[:3000]
-    return library
+    if include is None:
+        pytest.skip("needs the headers of the CUDA toolkit")
+    # The emulator's headers come first, in place of the kernel's of the same name.
+    flags = ["-std=c++20", "-O2", "-w", *(f"-I{folder}" for folder in (EMULATOR, SOURCES, include))]
+    sources = [SOURCES / "hopper/launch.cu", SOURCES / "hopper/plan.cc"]
+    sources += [EMULATOR / "api.cc", EMULATOR / "emulator.cc"]
+    return cuda_emulator.compiled(tmp_path_factory, "hopper", flags, sources)

@@ -7,20 +7,14 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("tokenizers")
 
-from command_line import error, run, usage_error
+from command_line import error, run, usage_error, write_decoder
 
 import slidejax as sj
-from slidejax.lm import Decoder, save
-from slidejax.lm.decoder.examples import tiny
-from slidejax.lm.text.examples import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("decoder") / "model"
-    model = tiny(vocab_size=260, max_positions=64)
-    save(Decoder(model.config, model.params, files=byte_tokenizer().files()), folder)
-    return str(folder)
+    return write_decoder(tmp_path_factory.mktemp("decoder"))
 
 
 def test_layers_that_read_the_same_input_agree_and_the_budget_is_kept(capsys, decoder, tmp_path):

@@ -7,11 +7,7 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("tokenizers")
 
-from command_line import error, output, run
-
-from slidejax.lm import Decoder, save
-from slidejax.lm.decoder.examples import tiny
-from slidejax.lm.text.examples import byte_tokenizer
+from command_line import error, output, run, write_decoder
 
 # A tiny random model writes no Python, so the second problem asks for nothing that it could spoil.
 PROBLEMS = [
@@ -32,11 +28,7 @@ PROBLEMS = [
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
-    """The directory of a tiny random decoder with a tokenizer of bytes."""
-    folder = tmp_path_factory.mktemp("decoder") / "model"
-    model = tiny(vocab_size=260, max_positions=64)
-    save(Decoder(model.config, model.params, files=byte_tokenizer().files()), folder)
-    return str(folder)
+    return write_decoder(tmp_path_factory.mktemp("decoder"))
 
 
 @pytest.fixture(scope="module")

@@ -5,5 +5,4 @@ from hopper_emulator import Emulated, build
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
     """The Hopper kernel compiled for the emulator, once for all workers of pytest."""
-    base = tmp_path_factory.getbasetemp()
-    return Emulated(build(base.parent if base.name.startswith("popen-") else base))
+    return Emulated(build(tmp_path_factory))

@@ -7,10 +7,8 @@ are no clusters here: the partial results of a row's thread blocks meet in the s
 
 import ctypes
 import random
-import shutil
-import subprocess
-from pathlib import Path
 
+import cuda_emulator
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from attention_problem import Problem
 
 from slidejax.ops.decode_attention import workspace_bytes
 
-ROOT = Path(__file__).parents[2]
 FLOATS = ["bfloat16", "float16", "float32"]
 DEVICES = [(132, 232448), (108, 166912), (46, 101376), (2, 49152)]  # multiprocessors, bytes
 AROUND = 64  # bytes on both sides of what is written
@@ -26,16 +23,7 @@ AROUND = 64  # bytes on both sides of what is written
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    target = tmp_path_factory.mktemp("emulated") / "attention.so"
-    cuda, own = (ROOT / "tests/cuda" / name for name in ("cuda_on_cpu", "attention_on_cpu"))
-    # The emulator's folders come first: their headers take the place of those of the same name.
-    flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
-    flags += ["-ffp-contract=off", f"-I{cuda}", f"-I{own}", f"-I{ROOT / 'cuda'}"]
-    sources = [cuda / "emulator.cc", own / "attention.cc"]
-    subprocess.run(["g++", *flags, "-x", "c++", *sources, "-o", target], check=True)
-    return ctypes.CDLL(str(target))
+    return cuda_emulator.load(tmp_path_factory, "attention")
 
 
 class Memory:

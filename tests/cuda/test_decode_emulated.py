@@ -8,10 +8,8 @@ tensor-core instruction is computed from the fragments of all lanes.
 
 import ctypes
 import random
-import shutil
-import subprocess
-from pathlib import Path
 
+import cuda_emulator
 import cuda_formulas as formulas
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +18,6 @@ from patterns import PATTERNS
 
 import slidejax as sj
 
-ROOT = Path(__file__).parents[2]
 DTYPES = ["int8", "float8_e4m3fn", "bfloat16", "float16"]
 X_DTYPES = ["bfloat16", "float16", "float32"]
 DEVICES = [(132, 232448), (108, 166912), (46, 101376), (2, 232448)]  # multiprocessors, bytes
@@ -29,16 +26,7 @@ AROUND = 64  # bytes on both sides of y
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    target = tmp_path_factory.mktemp("emulated") / "decode.so"
-    cuda, own = (ROOT / "tests/cuda" / name for name in ("cuda_on_cpu", "decode_on_cpu"))
-    # The emulator's folders come first: their headers take the place of those of the same name.
-    flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
-    flags += ["-ffp-contract=off", f"-I{cuda}", f"-I{own}", f"-I{ROOT / 'cuda'}"]
-    sources = [cuda / "emulator.cc", own / "decode.cc"]
-    subprocess.run(["g++", *flags, "-x", "c++", *sources, "-o", target], check=True)
-    return ctypes.CDLL(str(target))
+    return cuda_emulator.load(tmp_path_factory, "decode")
 
 
 def in_memory(array, at=0):

@@ -7,10 +7,8 @@ beyond the results and beyond a block's shared memory.
 """
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
+import cuda_emulator
 import cuda_formulas as formulas
 import ml_dtypes
 import numpy as np
@@ -19,8 +17,6 @@ import pytest
 from slidejax.ops.cuda import prologues
 from slidejax.ops.prologue import ACTIVATIONS
 
-ROOT = Path(__file__).parent.parent.parent
-LIFT = "tests/cuda/lift_on_cpu"
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 PROLOGUES = prologues.NAMES.values()
 H100, A100, SMALL = 232448, 166912, 101376  # shared memory that a block may have
@@ -29,19 +25,13 @@ GROUPS = (0, 4, 6, 8, 10, 12, 14, 16)
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    target = tmp_path_factory.mktemp("emulated") / "lift.so"
-    cuda, own, kernels = (ROOT / name for name in ("tests/cuda/cuda_on_cpu", LIFT, "cuda"))
-    sources = [cuda / "emulator.cc", own / "lift.cc"]
-    sources += [kernels / "lift" / name for name in ("lift.cu", "fused.cu", "geometry.cc")]
-    # The emulator's folders come first: their headers take the place of those of the same name.
-    flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
-    flags += ["-ffp-contract=off", f"-I{cuda}", f"-I{own}", f"-I{kernels}"]
-    command = [compiler, *flags, "-x", "c++", *sources, "-o", target]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(target))
+    return cuda_emulator.load(
+        tmp_path_factory,
+        "lift",
+        "lift/lift.cu",
+        "lift/fused.cu",
+        "lift/geometry.cc",
+    )
 
 
 LINE = 128
