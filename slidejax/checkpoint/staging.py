@@ -14,32 +14,49 @@ from pathlib import Path
 
 from slidejax.files import exclusive, partial_directory, remove_abandoned, sync
 
-__all__ = ["check_space", "check_target", "claimed", "staged"]
+__all__ = [
+    "CHAT_TEMPLATES",
+    "GGUF_TOKENIZER",
+    "TEXT_FILES",
+    "check_space",
+    "check_target",
+    "claimed",
+    "staged",
+]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _MOUNTS = Path("/proc/self/mountinfo")
+
+GGUF_TOKENIZER = "gguf_tokenizer.json"  # what a GGUF file says about its tokenizer
+
+# Text files that go with a model's parameters. None of them is code.
+TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    GGUF_TOKENIZER,
+)
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of such files
 
 # What slidejax writes into directories. Everything else in an earlier directory is the user's.
 _OURS = frozenset(
     {
         "slidejax.json",
         "slidejax.safetensors",
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
+        *TEXT_FILES,
+        CHAT_TEMPLATES,
+        # Tokenizers that transformers writes beside its Flax models.
         "vocab.txt",
-        "merges.txt",
-        "tokenizer.model",
         "spiece.model",
         "sentencepiece.bpe.model",
-        "chat_template.jinja",
-        "chat_template.json",
-        "additional_chat_templates",
-        "gguf_tokenizer.json",
     }
 )
 

@@ -15,14 +15,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from slidejax.checkpoint.gguf import GGUFFile, deinterleave
+from slidejax.checkpoint.staging import GGUF_TOKENIZER
 from slidejax.files import CHECKSUM, json_checksum
 from slidejax.lm.decoder.config import MOST, MOST_LAYERS, DecoderConfig, Rope
 from slidejax.lm.decoder.model import expected
 from slidejax.lm.decoder.names import gguf_name, parameter, tree_of
 
 __all__ = ["GGUF_TOKENIZER", "config_of", "params_of", "tokenizer_of"]
-
-GGUF_TOKENIZER = "gguf_tokenizer.json"  # what a file says about its tokenizer, as JSON
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 _MODEL_TYPES = {"gemma3": "gemma3_text"}

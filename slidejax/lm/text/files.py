@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slidejax.checkpoint.staging import CHAT_TEMPLATES, TEXT_FILES
 from slidejax.files import CHECKSUM, check_json, reading
 from slidejax.lm.text import gguf
 from slidejax.lm.text.tokenizer import SPECIAL, Tokenizer, need_tokenizers
@@ -31,23 +32,7 @@ _NAMES = (
     "config.json",
     "chat_template.jinja",
 )
-_TEMPLATES = "additional_chat_templates"
 
-# Files that go with a model's parameters, beside the templates. None of them is code.
-TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    gguf.FILE,
-)
 _LARGEST = 1 << 28  # bytes of such a file
 
 # These kinds of tokenizers begin a text with its start token unless they are told otherwise.
@@ -107,7 +92,7 @@ def is_text_file(name: str) -> bool:
     (False, False)
     """
     folder, _, template = name.rpartition("/")
-    if folder != _TEMPLATES:
+    if folder != CHAT_TEMPLATES:
         return name in TEXT_FILES
     return template == Path(template).name and Path(template).suffix == ".jinja"
 
@@ -115,8 +100,8 @@ def is_text_file(name: str) -> bool:
 def _contents(folder: Path, names: Iterable[str], largest: int | None = None) -> dict[str, bytes]:
     """Contents by name, with the templates; their names have `/`."""
     paths = [folder / name for name in names]
-    if (folder / _TEMPLATES).is_dir():
-        paths += sorted((folder / _TEMPLATES).glob("*.jinja"))
+    if (folder / CHAT_TEMPLATES).is_dir():
+        paths += sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))
     paths = [path for path in paths if path.is_file()]
     for path in paths:
         if largest is not None and path.stat().st_size > largest:
@@ -384,6 +369,6 @@ def _templates(folder: _Folder, about: Mapping[str, Any]) -> dict[str, str]:
     for path in folder.files:
         if path == "chat_template.jinja":
             found["default"] = folder.text(path)
-        elif path.startswith(f"{_TEMPLATES}/"):
+        elif path.startswith(f"{CHAT_TEMPLATES}/"):
             found[Path(path).stem] = folder.text(path)
     return found

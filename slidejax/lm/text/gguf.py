@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from slidejax.checkpoint.staging import GGUF_TOKENIZER
 from slidejax.lm.text.tokenizer import Tokenizer, need_tokenizers
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["FILE", "from_metadata"]
 
 # A model that came from a GGUF file keeps the metadata of its tokenizer under this name, as JSON.
-FILE = "gguf_tokenizer.json"
+FILE = GGUF_TOKENIZER
 
 # Types of tokens.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
