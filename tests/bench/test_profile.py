@@ -1,4 +1,4 @@
-"""Profiles of compiled programs: what is counted, and what stands in the table."""
+"""Profiles of compiled programs: the counted kernels, and the table."""
 
 import dataclasses
 from typing import Any
