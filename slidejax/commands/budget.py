@@ -89,6 +89,7 @@ def rules(args: argparse.Namespace, model: Any, ids: Any) -> list[tuple[str, Rul
     """
     from slidejax.conversion import functional
     from slidejax.prune import Times, mixed
+    from slidejax.prune.model.choose import BudgetTooSmall
     from slidejax.prune.model.convert import planned_rules
     from slidejax.rules import Rule
 
@@ -109,9 +110,7 @@ def rules(args: argparse.Namespace, model: Any, ids: Any) -> list[tuple[str, Rul
             cost=times,
             speedup=args.budget.speedup,
         )
-    except ValueError as e:
-        if "cheapest patterns cost" not in str(e):
-            raise
+    except BudgetTooSmall as e:
         raise ValueError(
             f"--budget {args.budget} cannot be had with {', '.join(patterns)} on {times.device}: {e}"
         ) from e

@@ -16,7 +16,11 @@ from slidejax.prune.model.costs import Cost, multiplications
 from slidejax.rules import Rule
 from slidejax.weights.pattern import Pattern
 
-__all__ = ["choose"]
+__all__ = ["BudgetTooSmall", "choose"]
+
+
+class BudgetTooSmall(ValueError):
+    """The cheapest patterns cost more than the budget."""
 
 
 def choose(
@@ -43,8 +47,8 @@ def choose(
       A rule for each path.
 
     Raises:
-      ValueError: if the cheapest patterns cost more than the budget, if a group matches no layer,
-        or if its layers have no pattern in common.
+      BudgetTooSmall: a ValueError, if the cheapest patterns cost more than the budget.
+      ValueError: if a group matches no layer, or if its layers have no pattern in common.
 
     >>> half, most = Pattern(2, 4), Pattern(6, 8)
     >>> need = {"a": {half: 9.0, most: 3.0}, "b": {half: 1.0, most: 0.5}}
@@ -93,7 +97,7 @@ class _Knapsack:
         """The choice.
 
         Raises:
-          ValueError: if the cheapest patterns cost more than the limit.
+          BudgetTooSmall: if the cheapest patterns cost more than the limit.
         """
         # a price leaves some of the budget over, and one pattern for all layers may use more of it
         chosen = min([self._by_price(), *self._uniform()], key=self._loss)
@@ -111,7 +115,7 @@ class _Knapsack:
         """The choice at the lowest price that keeps the limit."""
         cheapest = {item: min(of, key=of.__getitem__) for item, of in self._costs.items()}
         if self._cost(cheapest) > self._limit:
-            raise ValueError(
+            raise BudgetTooSmall(
                 f"budget {self._limit:g} is less than what the cheapest patterns cost, "
                 f"{self._cost(cheapest):g}"
             )
