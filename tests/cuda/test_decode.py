@@ -239,9 +239,9 @@ def test_a_residual_of_every_dtype(on_gpu, rows, columns, out, residual_dtype, o
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize(("rows", "columns", "out"), [(8, 18944, 100), (8, 280_000, 24)])
+@pytest.mark.parametrize(("rows", "columns", "out"), [(8, 18944, 100), (8, 177_000, 24)])
 def test_a_residual_is_added_once_where_the_call_is_cut(on_gpu, rows, columns, out, dtype):
-    """K in slices; and two launches of half of the rows, each with its part of the residual."""
+    """K in slices, up to the longest rows whose int8 sums fit."""
     x, w, bias = problem(rows, columns, out)
     residual = residual_of(x, out, dtype)
     want = expected(x, w, bias, x.dtype, residual)
