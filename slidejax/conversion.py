@@ -96,7 +96,9 @@ def convert(
       ValueError: for bad rules, an unknown method, calibration that is missing or not used, or bad
         batches; if the calibration's `work` folder holds another conversion.
       TypeError: for a model of another kind.
-      NotImplementedError: if layers that are to be calibrated run inside a loop or under `vmap`.
+      NotImplementedError: naming a layer that is to be calibrated and cannot be: it runs inside a
+        loop of unknown length or a branch. Those inside `nn.scan`, `nnx.scan`, `nn.vmap` and
+        `nn.remat` are calibrated.
 
     >>> import flax.linen as nn
     >>> model, x = nn.Dense(4), jax.random.normal(jax.random.key(0), (64, 16))

@@ -107,12 +107,13 @@ def arguments_of(batch: Any) -> tuple:
 
 # --- showing and watching -------------------------------------------------------------------------
 
-# (path of the kernel, input, contraction) -> the input to go on with
-WatchInput = Callable[[str, jax.Array, Contraction], jax.Array]
+# (path of the kernel, input, contraction) -> the input to go on with; with the kernel as a fourth
+# argument if the watcher asks for it
+WatchInput = Callable[..., jax.Array]
 # (path of the kernel, output) -> the output to go on with
 WatchOutput = Callable[[str, jax.Array], jax.Array]
 
-_INPUTS: contextvars.ContextVar[WatchInput | None] = contextvars.ContextVar(
+_INPUTS: contextvars.ContextVar[tuple[WatchInput, bool] | None] = contextvars.ContextVar(
     "slidejax_watch_inputs", default=None
 )
 _OUTPUTS: contextvars.ContextVar[WatchOutput | None] = contextvars.ContextVar(
@@ -120,10 +121,23 @@ _OUTPUTS: contextvars.ContextVar[WatchOutput | None] = contextvars.ContextVar(
 )
 
 
-def show_input(path: str, x: jax.Array, axes: Contraction) -> jax.Array:
-    """A layer calls this with its input, and goes on with the result."""
-    watch = _INPUTS.get()
-    return x if watch is None else watch(path, x, axes)
+def show_input(
+    path: str, x: jax.Array, axes: Contraction, kernel: jax.Array | None = None
+) -> jax.Array:
+    """A layer calls this with its input, and goes on with the result.
+
+    Args:
+      path: the path of the layer's kernel.
+      x: the layer's input.
+      axes: how the layer contracts its input with its kernel.
+      kernel: the kernel as the layer has it. It tells which of many layers this is, where their
+        kernels are one parameter (`nn.scan`, `vmap`). Without it such layers are not calibrated.
+    """
+    found = _INPUTS.get()
+    if found is None:
+        return x
+    watch, with_kernel = found
+    return watch(path, x, axes, kernel) if with_kernel else watch(path, x, axes)
 
 
 def show_output(path: str, y: jax.Array) -> jax.Array:
@@ -137,9 +151,17 @@ def watched() -> bool:
     return _INPUTS.get() is not None or _OUTPUTS.get() is not None
 
 
-def watching_inputs(watch: WatchInput) -> contextlib.AbstractContextManager[None]:
-    """A context in which `watch` is called with the input of each layer that shows it."""
-    return _set(_INPUTS, watch)
+def watching_inputs(
+    watch: WatchInput, *, kernels: bool = False
+) -> contextlib.AbstractContextManager[None]:
+    """A context in which `watch` is called with the input of each layer that shows it.
+
+    Args:
+      watch: `(path, x, axes) -> x`, where x is the input to go on with.
+      kernels: whether `watch` takes a fourth argument: the layer's kernel, or None if the layer
+        does not show it.
+    """
+    return _set(_INPUTS, (watch, kernels))
 
 
 def watching_outputs(watch: WatchOutput) -> contextlib.AbstractContextManager[None]:
@@ -148,7 +170,7 @@ def watching_outputs(watch: WatchOutput) -> contextlib.AbstractContextManager[No
 
 
 @contextlib.contextmanager
-def _set(variable: contextvars.ContextVar, watch: Callable) -> Iterator[None]:
+def _set(variable: contextvars.ContextVar, watch: Any) -> Iterator[None]:
     token = variable.set(watch)
     try:
         yield

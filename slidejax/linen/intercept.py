@@ -101,5 +101,5 @@ def show_layers(next_fun, args, kwargs, context):
     except Skipped:
         return next_fun(x, *args, **kwargs)
     path = kernel_path(module)
-    y = next_fun(functional.show_input(path, x, axes), *args, **kwargs)
+    y = next_fun(functional.show_input(path, x, axes, kernel), *args, **kwargs)
     return functional.show_output(path, y)

@@ -32,7 +32,9 @@ class _Showing(nnx.Module):
         else:
             given = args[0] if args else kwargs.get("einsum_str")
             axes = Contraction.einsum(given or self.einsum_str, inputs.ndim)  # type: ignore[attr-defined]
-        y = super().__call__(show_input(self.shown_path, inputs, axes), *args, **kwargs)
+        kernel = getattr(self, "kernel" if known is None else known.parameter).get_value()
+        inputs = show_input(self.shown_path, inputs, axes, kernel)
+        y = super().__call__(inputs, *args, **kwargs)
         return show_output(self.shown_path, y)
 
 

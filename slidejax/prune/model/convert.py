@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,12 +14,13 @@ from slidejax.contraction import to_matrix
 from slidejax.functional import Functional
 from slidejax.prune.model.ahead import CompileAhead
 from slidejax.prune.model.calibration import Calibration
-from slidejax.prune.model.grams import collect
-from slidejax.prune.model.methods import Method, calibrated_method, method_of
+from slidejax.prune.model.grams import collect_all
+from slidejax.prune.model.methods import Method, Solve, calibrated_method, method_of
 from slidejax.prune.model.program import named_leaves
 from slidejax.prune.model.result import Pruned, lookup
 from slidejax.prune.model.sequential import InOrder
 from slidejax.prune.model.smooth import smooth
+from slidejax.prune.model.stacked import for_elements
 from slidejax.prune.model.stages import SeveralDepths, Stages
 from slidejax.prune.model.store import Store, fingerprint
 from slidejax.rules import Prune, Report, Rule
@@ -50,7 +52,8 @@ def convert(
     Raises:
       ValueError: for bad rules, an unknown method, calibration that is missing or not used, or bad
         batches; if `work` holds another conversion.
-      NotImplementedError: if layers that are to be calibrated run inside a loop or under `vmap`.
+      NotImplementedError: naming a layer that is to be calibrated and cannot be: it runs inside a
+        loop of unknown length or a branch.
     """
     chosen = method_of(method, calibration)
     params = model.params
@@ -92,13 +95,19 @@ def calibrated(
     batches = Calibration(tokens).as_batches()
     tell = None if progress is None else lambda done: progress(done * len(batches[0]), len(tokens))
     diagonal = chosen.reads == "diagonal"
-    return chosen.pruner(collect(model.run, model.params, batches, tell, diagonal=diagonal))
+    return chosen.pruner(collect_all(model.run, model.params, batches, tell, diagonal=diagonal))
 
 
-def planned_rules(model: Functional, rules: Any) -> dict[str, Rule]:
-    """Path -> rule of the kernels `[in, out]` that a conversion would pack; nothing is computed."""
+def planned_rules(model: Functional, rules: Any, *, stacked: bool = False) -> dict[str, Rule]:
+    """Path -> rule of the kernels `[in, out]` that a conversion would pack; nothing is computed.
+
+    Args:
+      model: the model.
+      rules: as in `convert`.
+      stacked: whether parameters that hold several kernels, `[..., in, out]`, count, too.
+    """
     report = planned_report(model, rules)
-    return {line.path: line.rule for line in report.converted if len(line.shape) == 2}
+    return {line.path: line.rule for line in report.converted if stacked or len(line.shape) == 2}
 
 
 def planned_report(model: Functional, rules: Any) -> Report:
@@ -121,7 +130,7 @@ def _calibrated(
       `(params, prune)`: the parameters, smoothed where that is possible; and what `model.pack`
       takes as `prune=`.
     """
-    batches, plan = how.as_batches(), planned_rules(model, rules)
+    batches, plan = how.as_batches(), planned_rules(model, rules, stacked=True)
     stages, reason = None, "in_order=False"
     if how.in_order:
         qdtypes = {path: rule.qdtype for path, rule in plan.items()}
@@ -219,12 +228,17 @@ def _at_once(
     """The pruned kernels by path, each pruned with the inputs that it has in the original model."""
     progress = how.progress
     tell = None if progress is None else lambda done: progress(done, len(batches))
-    grams = collect(model.run, model.params, batches, tell)
+    grams = collect_all(model.run, model.params, batches, tell, paths=plan)
     leaves, layers = named_leaves(model.params), model.layers(batches[0])
     done = {}
     for path in [path for path in plan if path in grams]:
         matrix = to_matrix(jnp.asarray(leaves[path]), layers[path].kernel)
-        kernel = matrix.astype(jnp.float32)
-        pruned = method.solver(plan[path])(kernel, kernel, grams[path], how.damping)
+        solve = functools.partial(_solved, method.solver(plan[path]), how.damping)
+        pruned = for_elements(solve, matrix.shape[:-2], matrix, grams[path])
         done[path] = jax.device_get(pruned)
     return done
+
+
+def _solved(solve: Solve, damping: float, kernel: jax.Array, gram: jax.Array) -> Pruned:
+    kernel = kernel.astype(jnp.float32)
+    return solve(kernel, kernel, gram, damping)

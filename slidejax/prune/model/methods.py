@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from slidejax.prune.model.result import Pruned
+from slidejax.prune.model.stacked import for_elements
 from slidejax.prune.rounding import round_kernel
 from slidejax.prune.sparsegpt import sparsegpt
 from slidejax.prune.wanda import wanda
@@ -91,13 +92,18 @@ class Method:
                 raise ValueError(
                     f"no calibration inputs reached this layer; {self.name} needs them"
                 )
-            if kernel.ndim != 2:
+            lead = kernel.shape[:-2]
+            if grams[path].shape[: len(lead)] != lead:
                 raise ValueError(
-                    f"{self.name} prunes one kernel [in, out], got shape {kernel.shape}"
+                    f"the inputs were measured for other kernels than those of shape {kernel.shape}"
                 )
-            return self.choose(kernel, pattern, grams[path])
+            choose = functools.partial(self._choose_one, pattern)
+            return for_elements(choose, lead, kernel, grams[path])
 
         return prune
+
+    def _choose_one(self, pattern: Pattern, kernel: jax.Array, gram: jax.Array) -> Any:
+        return self.choose(kernel, pattern, gram)
 
 
 @functools.cache

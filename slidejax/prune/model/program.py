@@ -1,7 +1,7 @@
 """A model's program: the equations of its trace, with the inputs of chosen linear layers marked.
 
-A mark is a *tap*: an identity that knows the path of the layer's kernel. Calls that hold taps are
-opened, so that the program is one list of steps between numbered values.
+A mark is a *tap* (`slidejax.prune.model.tracing`). Calls and loops that hold taps are opened, so
+that the program is one list of steps between numbered values.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend import core
 
 from slidejax.contraction import Contraction
-from slidejax.functional import watching_inputs
+from slidejax.prune.model.stacked import Elements, Stacked, element_path
+from slidejax.prune.model.tracing import TAP, body_with_taps, first_tap, traced
 
 __all__ = ["Program", "Step", "Tap", "named_leaves"]
 
-# Calls whose body belongs to the program like the equations around it. The body of a loop does not.
+# Calls whose body belongs to the program like the equations around it.
 _CALLS = (
     "jit",
     "pjit",
@@ -32,8 +35,8 @@ _CALLS = (
     "custom_vjp_call",
 )
 
-_tap = core.Primitive("slidejax_tap")
-_tap.def_abstract_eval(lambda x, **_: x)
+# Operations on one array that act on each element of a stack alone.
+_BY_ELEMENT = ("convert_element_type", "copy", "reduce_precision", "stop_gradient")
 
 
 def named_leaves(params: Any) -> dict[str, Any]:
@@ -66,11 +69,13 @@ class Tap:
       axes: how the layer contracts its input with its kernel.
       value: the number of the input among the values of the program. Layers with the same input
         have the same number.
+      parameter: the path of the parameter that the kernel is, or that it is an element of.
     """
 
     path: str
     axes: Contraction
     value: int
+    parameter: str
 
 
 @dataclasses.dataclass(eq=False)
@@ -154,22 +159,28 @@ def _hashable(param: Any) -> Any:
 class Program:
     """A traced model.
 
+    A loop (`nn.scan`, `jax.lax.scan`) with chosen layers is written out, step after step, and
+    layers that `vmap` runs at once become layers beside each other. The parameters that hold the
+    kernels of such layers are seen as their elements (`slidejax.prune.model.stacked`).
+
     Args:
       run: `(params, batch) -> anything`, which calls the model
         (`slidejax.functional.Functional.run`).
       params: its parameters: a tree whose keys make up the layers' paths.
       batch: an example; all batches have its shapes.
-      paths: the kernels whose layers get a tap.
+      paths: the kernels whose layers get a tap. None: all.
 
     Attributes:
       steps: the program.
-      leaf: path of a parameter -> the number of its value.
+      leaf: path of a parameter, or of an element of one -> the number of its value.
+      stacks: path of a parameter that is seen as its elements -> sizes of the axes along which they
+        are stacked.
       batch: the numbers of the values of a batch, in the order of its leaves.
       constants: number of a value -> array.
 
     Raises:
-      NotImplementedError: if chosen layers run inside a loop (`nn.scan`, `jax.lax`) or under
-        `vmap`.
+      NotImplementedError: if chosen layers run inside a loop whose length is not known, or a
+        branch; or if it cannot be told which part of a parameter their kernel is.
     """
 
     def __init__(
@@ -177,29 +188,68 @@ class Program:
         run: Callable[[Any, Any], Any],
         params: Any,
         batch: Any,
-        paths: Collection[str],
+        paths: Collection[str] | None,
     ):
-        closed = _traced(run, params, batch, paths)
-        count = len(jax.tree.leaves(params))
-        self.steps: list[Step] = []
-        self.constants: dict[int, Any] = {}
-        self._shapes: list[jax.ShapeDtypeStruct] = []  # of each value
-        inputs = [self._new(var.aval) for var in closed.jaxpr.invars]
-        self.leaf = dict(zip(named_leaves(params), inputs, strict=False))
-        self.batch = inputs[count:]
-        self._paths = {v: path for path, v in self.leaf.items()}
-        self._inline(closed.jaxpr, closed.consts, inputs)
+        closed = traced(run, params, batch, paths)
+        leaves = list(named_leaves(params))
+        depths: dict[str, int] = {}  # how many leading axes of a parameter are those of a stack
+        while True:
+            self._number(closed, leaves, depths)
+            if not self._deeper:
+                break
+            depths = depths | self._deeper  # and once more, with these parameters in elements
         self._parameters = {*self._paths, *self.constants}
         for step in self.steps:
             if step.tap is None and self._parameters.issuperset(step.inputs):
                 self._parameters |= set(step.outputs)
+
+    def _number(self, closed, leaves: Sequence[str], depths: Mapping[str, int]) -> None:
+        """Makes the program, with the parameters of `depths` in elements."""
+        self.steps: list[Step] = []
+        self.constants: dict[int, Any] = {}
+        self._shapes: list[jax.ShapeDtypeStruct] = []  # of each value
+        self.leaf: dict[str, int] = {}
+        self.stacks: dict[str, tuple[int, ...]] = {}
+        # The element of a parameter that a value is, also after a cast.
+        self._element_of: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self._deeper: dict[str, int] = {}  # parameters that were found to be stacks
+        invars = closed.jaxpr.invars
+        inputs: list[Any] = [
+            self._parameter(path, var.aval, depths.get(path, 0))
+            for path, var in zip(leaves, invars, strict=False)
+        ]
+        self.batch = [self._new(var.aval) for var in invars[len(inputs) :]]
+        self._paths = {v: path for path, v in self.leaf.items()}
+        self._inline(closed.jaxpr, closed.consts, [*inputs, *self.batch])
+
+    def _parameter(self, path: str, aval: Any, depth: int) -> Any:
+        """A new value for a parameter, or one for each of its elements."""
+        lead, shape = aval.shape[:depth], aval.shape[depth:]
+        elements = np.empty(lead, object)
+        for index in np.ndindex(*lead):
+            v = elements[index] = self._new(aval.update(shape=shape))
+            self.leaf[element_path(path, index)] = v
+            self._element_of[v] = path, index
+        if not depth:
+            return elements[()]
+        self.stacks[path] = lead
+        return Stacked(elements)
 
     def _new(self, aval: Any) -> int:
         self._shapes.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type))
         return len(self._shapes) - 1
 
     def _inline(self, jaxpr, consts, inputs: Sequence[Any]) -> list[Any]:
-        """Adds the steps of a jaxpr and opens calls that hold taps; returns the outputs."""
+        """Adds the steps of a jaxpr and opens calls and loops that hold taps.
+
+        Args:
+          jaxpr: the jaxpr.
+          consts: its constants.
+          inputs: a number, a literal or a `Stacked` for each of its arguments.
+
+        Returns:
+          One of these for each of its results.
+        """
         env: dict[Any, Any] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             env[var] = self._new(var.aval)
@@ -210,28 +260,151 @@ class Program:
 
         for eqn in jaxpr.eqns:
             operands = tuple(read(atom) for atom in eqn.invars)
-            body = _body_with_taps(eqn)
+            body = body_with_taps(eqn)
             if body is None:
-                outputs = tuple(self._new(var.aval) for var in eqn.outvars)
-                tap = (
-                    Tap(eqn.params["path"], eqn.params["axes"], operands[0])
-                    if eqn.primitive is _tap
-                    else None
-                )
-                self.steps.append(Step(eqn, operands, outputs, jaxpr.debug_info, tap))
+                outputs = self._add(eqn, operands, jaxpr.debug_info)
             elif eqn.primitive.name in _CALLS:
-                jaxpr_inside, consts_inside = body
-                outputs = tuple(self._inline(jaxpr_inside, consts_inside, operands))
+                outputs = self._inline(body[0], body[1], operands)
+            elif eqn.primitive.name == "scan" and eqn.params["length"]:
+                outputs = self._write_out(eqn, operands)
             else:
                 raise NotImplementedError(
-                    f"calibration cannot look into layers inside {eqn.primitive.name} "
-                    "(nn.scan or a loop)"
+                    f"calibration cannot look into layers inside {eqn.primitive.name}, such as "
+                    f"{first_tap(body[0])}: skip them with the rule (their path, None)"
                 )
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
+    def _add(self, eqn, operands: Sequence[Any], debug_info: Any) -> list[Any]:
+        """Adds an equation as a step, and returns its outputs."""
+        if eqn.primitive is TAP:
+            return [self._tapped(eqn, operands, debug_info)]
+        one = operands[0] if len(operands) == 1 else None
+        by_element = eqn.primitive.name in _BY_ELEMENT
+        if isinstance(one, Stacked) and by_element:
+            return [self._by_element(eqn, one)]
+        if isinstance(one, Stacked) and eqn.primitive.name == "transpose":
+            depth, order = one.elements.ndim, eqn.params["permutation"]
+            if order[depth:] == tuple(range(depth, len(order))):  # among the stacked axes alone
+                return [Stacked(one.elements.transpose(order[:depth]))]
+        outputs = [self._new(var.aval) for var in eqn.outvars]
+        if by_element and one in self._element_of:
+            self._element_of[outputs[0]] = self._element_of[one]
+        operands = tuple(self._whole(v) for v in operands)
+        self.steps.append(Step(eqn, operands, tuple(outputs), debug_info))
+        return outputs
+
+    def _call(self, fn: Callable[..., Any], *values: int) -> int:
+        """Adds the steps of a function of arrays, and returns its result."""
+        closed = jax.make_jaxpr(fn)(*(self.shape(v) for v in values))
+        return self._inline(closed.jaxpr, closed.consts, values)[0]
+
+    # --- stacks
+
+    def _whole(self, v: Any) -> Any:
+        """A value as one array: a stack is put together once, where it is first read."""
+        if not isinstance(v, Stacked):
+            return v
+        if v.whole is None:
+            lead = v.elements.shape
+
+            def stack(*parts):
+                joined = lax.concatenate([lax.expand_dims(part, (0,)) for part in parts], 0)
+                return lax.reshape(joined, (*lead, *parts[0].shape))
+
+            v.whole = self._call(stack, *v.elements.flat)
+        return v.whole
+
+    def _by_element(self, eqn, stack: Stacked) -> Stacked:
+        result: Any = np.empty(stack.elements.shape, object)
+        for index in np.ndindex(*result.shape):
+            v: Any = stack.elements[index]
+            result[index] = self._call(lambda x: eqn.primitive.bind(x, **eqn.params), v)
+            if v in self._element_of:
+                self._element_of[result[index]] = self._element_of[v]
+        return Stacked(result)
+
+    def _at(self, v: Any, index: tuple[int, ...]) -> Any:
+        """The element of a value along its first axes."""
+        if isinstance(v, Stacked) and v.elements.ndim >= len(index):
+            return v[index]
+        self._needs_elements(v, len(index))
+
+        def element(x):
+            for i in index:
+                x = lax.index_in_dim(x, i, 0, keepdims=False)
+            return x
+
+        return self._call(element, self._whole(v))
+
+    def _needs_elements(self, v: Any, depth: int) -> None:
+        """Notes that a value is read by element; if it is a parameter, the numbering is redone."""
+        first = v.elements.flat[0] if isinstance(v, Stacked) else v
+        if first in self._element_of:
+            path, index = self._element_of[first]
+            more = depth - (v.elements.ndim if isinstance(v, Stacked) else 0)
+            self._deeper[path] = max(self._deeper.get(path, 0), len(index) + more)
+
+    def _write_out(self, eqn, operands: Sequence[Any]) -> list[Any]:
+        """Adds the steps of a loop of known length, one turn after the other."""
+        params = eqn.params
+        body, length = params["jaxpr"], params["length"]
+        first, end = params["num_consts"], params["num_consts"] + params["num_carry"]
+        fixed, carry, stacked = operands[:first], list(operands[first:end]), operands[end:]
+        turns: list[list[Any]] = [[]] * length
+        for i in reversed(range(length)) if params["reverse"] else range(length):
+            inputs = [*fixed, *carry, *(self._at(v, (i,)) for v in stacked)]
+            results = self._inline(body.jaxpr, body.consts, inputs)
+            carry = results[: len(carry)]
+            turns[i] = [self._value(v) for v in results[len(carry) :]]
+        return [*carry, *(Stacked.of(list(values)) for values in zip(*turns, strict=True))]
+
+    def _value(self, v: Any) -> int:
+        """The number of a value, also of a literal."""
+        return self._call(lambda: v.val) if isinstance(v, core.Literal) else self._whole(v)
+
+    def _tapped(self, eqn, operands: Sequence[Any], debug_info: Any) -> Any:
+        """Adds taps, one for each of the layers that `vmap` runs at once; returns their outputs."""
+        x, *kernels = operands
+        kernel = kernels[0] if kernels else None
+        levels = eqn.params["levels"]
+        if not levels:
+            return self._tap_one(eqn, self._whole(x), kernel, debug_info)
+        if not isinstance(kernel, Stacked) or kernel.elements.ndim < levels:
+            self._needs_elements(kernel, levels)
+            if not self._deeper:
+                raise _unknown_part(eqn.params["path"])
+            return x
+        outputs = np.empty(kernel.elements.shape[:levels], object)
+        for index in np.ndindex(*outputs.shape):
+            of_one = self._whole(self._at(x, index))
+            outputs[index] = self._tap_one(eqn, of_one, kernel[index], debug_info)
+        return Stacked(outputs)
+
+    def _tap_one(self, eqn, x: int, kernel: Any, debug_info: Any) -> int:
+        path, axes = eqn.params["path"], eqn.params["axes"]
+        known = None if kernel is None else self._element_of.get(self._whole(kernel))
+        index = known[1] if known is not None and known[0] == path else ()
+        element = element_path(path, index)
+        of_model = path in self.stacks or element in self.leaf
+        if kernel is not None and of_model and not self._deeper:
+            shape = self.shape(self.leaf[element]).shape if element in self.leaf else ()
+            if len(shape) != sum(map(len, axes.kernel)):
+                raise _unknown_part(path)
+        output = self._new(self.shape(x))
+        if not self._deeper:  # otherwise these steps will be made again
+            tap = Tap(element, axes, x, path)
+            self.steps.append(Step(eqn, (x,), (output,), debug_info, tap))
+        return output
+
+    # --- facts about values
+
+    def elements(self, leaves: Mapping[str, Any]) -> Elements:
+        """Parameters by path as the program sees them: stacks in elements."""
+        return Elements(leaves, self.stacks)
+
     def parameter(self, value: int) -> str | None:
-        """The path of the parameter that a value is, or None."""
+        """The path of the parameter, or of the element of one, that a value is, or None."""
         return self._paths.get(value)
 
     def shape(self, value: int) -> jax.ShapeDtypeStruct:
@@ -247,42 +420,30 @@ class Program:
         """Whether a value depends on parameters and constants alone."""
         return value in self._parameters
 
+    def watch(
+        self, leaves: Mapping[str, Any], batch: Any, watch: Callable[[Tap, jax.Array], None]
+    ) -> None:
+        """Runs the whole program, and calls `watch` with each tap and its value.
 
-def _traced(run: Callable[[Any, Any], Any], params: Any, batch: Any, paths: Collection[str]) -> Any:
-    """The jaxpr of a model with taps.
-
-    Its inputs are the leaves of the parameters and of the batch.
-    """
-    leaves, tree = jax.tree.flatten(params)
-    batch_leaves, batch_tree = jax.tree.flatten(batch)
-
-    def mark(path, x, axes):
-        chosen = path in paths and not axes.kernel_batch
-        return _tap.bind(x, path=path, axes=axes) if chosen else x
-
-    def program(leaves, batch_leaves):
-        with watching_inputs(mark):
-            run(jax.tree.unflatten(tree, leaves), jax.tree.unflatten(batch_tree, batch_leaves))
-        return ()
-
-    try:
-        return jax.make_jaxpr(program)(leaves, batch_leaves)
-    except NotImplementedError as error:
-        if _tap.name in str(error):
-            raise NotImplementedError(
-                "calibration cannot look into layers under vmap (nn.vmap)"
-            ) from error
-        raise
+        Args:
+          leaves: the parameters, as `elements` gives them.
+          batch: a batch.
+          watch: what to call.
+        """
+        env: dict[int, Any] = dict(self.constants)
+        env |= zip(self.batch, jax.tree.leaves(batch), strict=True)
+        env |= {v: jnp.asarray(leaves[path]) for path, v in self.leaf.items()}
+        for step in self.steps:
+            inputs = [env[v] for v in step.inputs]
+            if step.tap is None:
+                env.update(zip(step.outputs, step(*inputs), strict=True))
+            else:
+                watch(step.tap, inputs[0])
+                env[step.outputs[0]] = inputs[0]
 
 
-def _body_with_taps(eqn):
-    """`(jaxpr, consts)` of the function that an equation calls, if taps are inside; else None."""
-    for value in eqn.params.values():
-        for body in value if isinstance(value, (tuple, list)) else (value,):
-            consts = getattr(body, "consts", None) or ()
-            jaxpr = getattr(body, "jaxpr", body)
-            if isinstance(jaxpr, core.Jaxpr) and any(
-                e.primitive is _tap or _body_with_taps(e) for e in jaxpr.eqns
-            ):
-                return jaxpr, consts
-    return None
+def _unknown_part(path: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{path}: its layers compute their kernels from the parameter, so calibration cannot tell "
+        "which part of it each of them has: skip it with the rule (its path, None)"
+    )

@@ -33,6 +33,7 @@ from slidejax.prune.model.methods import Solve
 from slidejax.prune.model.program import Tap, named_leaves
 from slidejax.prune.model.result import Pruned
 from slidejax.prune.model.solving import solved_by
+from slidejax.prune.model.stacked import joined
 from slidejax.prune.model.stages import Stages
 from slidejax.prune.model.store import Store
 from slidejax.prune.sparsegpt import EXACT
@@ -79,8 +80,8 @@ class InOrder:
 
     Args:
       stages: the traced model. The layers that it has taps for are pruned.
-      solver: path of a kernel -> the method for it. Layers with the same input for which it is the
-        same object are pruned together, as one kernel.
+      solver: path of a parameter -> the method for its kernels. Layers with the same input for
+        which it is the same object are pruned together, as one kernel.
       correct: how far the target goes from the kernel (0) to the one that makes up for all that
         earlier layers lost, as far as these inputs tell (1). Some of what they tell is chance, so
         less than 1 does better on other text.
@@ -108,7 +109,7 @@ class InOrder:
 
     def begin(self, params: Any) -> None:
         """Begins to compile what a call will run for parameters of these shapes."""
-        stages, leaves = self._stages, named_leaves(params)
+        stages, leaves = self._stages, self._stages.program.elements(named_leaves(params))
         if self._correct:
             stages.begin(self._ahead)
         for at, groups in enumerate(self._groups):
@@ -144,12 +145,14 @@ class InOrder:
 
         Returns:
           Path of the kernel -> `Pruned`, as NumPy arrays: the device holds new kernels only until
-          the program has read them.
+          the program has read them. A parameter that holds several kernels has one result, stacked
+          as they are.
 
         Raises:
           ValueError: if the inputs of a layer are not finite.
         """
-        leaves = named_leaves(params)
+        program = self._stages.program
+        leaves = program.elements(named_leaves(params))
         new: dict[str, Any] = {}
         done: dict[str, Pruned] = {}
         states = self.start(batches)
@@ -157,7 +160,7 @@ class InOrder:
             done |= jax.device_get(self.stage(at, leaves, new, states))
             if progress is not None:
                 progress(at + 1, len(self._stages.taps))
-        return done
+        return joined(done, program.stacks)
 
     def start(self, batches: Sequence[Any]) -> list[State]:
         """The state of each batch before stage 0: of the original model, and of the pruned one."""
@@ -269,7 +272,7 @@ def _groups(
     """
     found: dict[Any, list[Tap]] = {}
     for tap in taps:
-        found.setdefault((tap.value, tap.axes.x_in, solver(tap.path)), []).append(tap)
+        found.setdefault((tap.value, tap.axes.x_in, solver(tap.parameter)), []).append(tap)
     groups = []
     for (_, _, solve), members in found.items():
         streams = tuple(stages.streams[tap.path] if correct else None for tap in members)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,14 +79,16 @@ def smooth(
     folds = folds_of(stages)
     if not folds or not strength:
         return params, []
-    leaves = named_leaves(params)
+    leaves = stages.program.elements(named_leaves(params))
     energy: dict[int, Any] = {}
     states = [stages.start(batch) for batch in batches]
     for at in range(len(stages.taps)):
         energy |= energies(stages, at, states, leaves, ahead)
+    new: dict[str, Any] = {}
+    changed = ChainMap(new, leaves)  # type: ignore[arg-type]
     for fold in folds:
-        leaves |= rescaled(fold, leaves, energy[fold.members[0].value], strength)
-    tree = jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
+        new |= rescaled(fold, changed, energy[fold.members[0].value], strength)
+    tree = jax.tree.unflatten(jax.tree.structure(params), list(leaves.replaced(new).values()))
     return tree, [tap.path for fold in folds for tap in fold.members]
 
 

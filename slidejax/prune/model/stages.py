@@ -55,8 +55,9 @@ class Stages:
         layer's input; else None.
 
     Raises:
-      NotImplementedError: if chosen layers run inside a loop (`nn.scan`, `jax.lax`) or under
-        `vmap`; `SeveralDepths` if one is called at several depths of the program.
+      NotImplementedError: if chosen layers run where the program cannot be opened
+        (`slidejax.prune.model.program.Program`); `SeveralDepths` if one is called at several depths
+        of the program.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Stages:
         self.qdtypes = dict(qdtypes)
         self.program = Program(run, params, batch, self.qdtypes)
         taps = [(step, step.tap) for step in self.program.steps if step.tap is not None]
+        self.qdtypes |= {tap.path: self.qdtypes[tap.parameter] for _, tap in taps}
         unknown = [tap.path for _, tap in taps if tap.path not in self.program.leaf]
         if unknown:
             raise ValueError(

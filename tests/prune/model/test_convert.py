@@ -209,7 +209,9 @@ def test_a_layer_at_two_depths_is_pruned_with_the_original_models_inputs():
     assert "shared/kernel is used at several depths" in report.notes[0]
 
 
-def test_scanned_layers_are_refused():
+def test_mixed_patterns_refuse_scanned_layers():
+    """The layers of a stack have one pattern, and `collect` serves `mixed`."""
+
     class Scanned(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -223,12 +225,8 @@ def test_scanned_layers_are_refused():
 
     model, x = Scanned(), jnp.ones((3, 8))
     variables = model.init(jax.random.key(0), x)
-    with pytest.raises(NotImplementedError, match="scan"):
+    with pytest.raises(NotImplementedError, match=r"slidejax\.prune\.mixed.*nn\.scan"):
         collect(run_of(model), variables, [x])
-    with pytest.raises(
-        ValueError, match="no calibration inputs"
-    ):  # its kernel is a stack, which is never calibrated
-        sj.prune.convert(model, "6:8", [x], params=variables)
 
 
 def test_bad_arguments(blocks):

@@ -58,23 +58,3 @@ def test_every_value_is_made_before_it_is_read(program):
         numbers = {value for value in step.inputs if isinstance(value, int)}
         assert numbers <= known
         known |= set(step.outputs)
-
-
-def test_layers_in_a_loop_are_refused():
-    class Looped(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            layers = nn.scan(
-                lambda module, x, _: (nn.Dense(4, name="layer")(x), None),
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                length=2,
-            )
-            return layers(self, x, None)[0]
-
-    x = jnp.ones((2, 4))
-    model = Looped()
-    variables = model.init(jax.random.key(0), x)
-    functional = sj.linen.functional(model, variables, (x,))
-    with pytest.raises(NotImplementedError, match="inside scan"):
-        Program(functional.run, variables, x, ["layer/kernel"])
