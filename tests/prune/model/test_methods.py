@@ -12,7 +12,7 @@ def test_bad_arguments():
         calibrated_method("magic")
     with pytest.raises(ValueError, match="no calibration inputs"):
         WANDA.pruner({})(jnp.ones((8, 8)), sj.Pattern.parse("6:8"), "a/kernel")
-    with pytest.raises(ValueError, match=r"one kernel \[in, out\]"):
+    with pytest.raises(ValueError, match="measured for other kernels"):
         WANDA.pruner({"a/kernel": jnp.ones(8)})(
             jnp.ones((2, 8, 8)), sj.Pattern.parse("6:8"), "a/kernel"
         )
