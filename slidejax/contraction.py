@@ -255,13 +255,25 @@ def promote_packed(promote: Callable[..., Any], x, w: LinearWeight, bias) -> tup
 
     Returns:
       `(x, w, bias)`.
+
+    Raises:
+      ValueError: if the layer computes in a dtype that a packed kernel cannot multiply.
     """
     values = w.promoted
-    before = None if values is None else values.dtype
+    before, given = None if values is None else values.dtype, jnp.result_type(x)
     x, values, bias = promote(x, values, bias)
+    if x.dtype not in _COMPUTED:
+        raise ValueError(
+            f"a layer with a packed kernel computes in bfloat16, float16 or float32; its input "
+            f"{given} makes it compute in {x.dtype}: cast the input, or give the layer a dtype"
+        )
     if values is not None and values.dtype != before:
         w = w.with_promoted(values)
     return x, w, bias
+
+
+# The dtypes in which layers with packed kernels compute, and of their results.
+_COMPUTED = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 def check_product(
@@ -272,14 +284,27 @@ def check_product(
     `precision` needs no check: products of packed weights accumulate in int32 or float32, and are
     at least as exact as `jax.lax.Precision.HIGHEST` asks.
 
+    Args:
+      layer: the name of the layer, for errors.
+      dot_general: None, `jax.lax.dot_general`, or a `functools.partial` of it with
+        `preferred_element_type` or `precision`.
+      dot_general_cls: None.
+      preferred: the layer's own `preferred_element_type`.
+
     Raises:
       ValueError: for what a packed weight cannot honour.
     """
-    if dot_general_cls is not None or dot_general not in (None, jax.lax.dot_general):
+    standard = dot_general
+    if isinstance(dot_general, functools.partial) and not dot_general.args:
+        asked = dot_general.keywords
+        if asked.keys() <= {"preferred_element_type", "precision"}:
+            standard = dot_general.func
+            preferred = asked.get("preferred_element_type") if preferred is None else preferred
+    if dot_general_cls is not None or standard not in (None, jax.lax.dot_general):
         raise ValueError(
             f"{layer}: a packed kernel has a product of its own, so dot_general must be None or "
-            "jax.lax.dot_general, and dot_general_cls must be None. "
-            f"Got dot_general={dot_general!r}, dot_general_cls={dot_general_cls!r}"
+            "jax.lax.dot_general (with a preferred_element_type), and dot_general_cls must be "
+            f"None. Got dot_general={dot_general!r}, dot_general_cls={dot_general_cls!r}"
         )
     if preferred is None:
         return None
@@ -287,7 +312,7 @@ def check_product(
         dtype = jnp.dtype(preferred)
     except TypeError:
         dtype = None
-    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+    if dtype not in _COMPUTED:
         raise ValueError(
             f"{layer}: preferred_element_type must be bfloat16, float16, float32 or None, got "
             f"{preferred!r}"
@@ -334,7 +359,8 @@ def contract(
       implementation: as in `slidejax.linear`.
       residual: an array in the shape of the layer's result, added as `slidejax.linear` does; or
         None.
-      out_dtype: bfloat16, float16 or float32. None takes x's.
+      out_dtype: bfloat16, float16 or float32; None takes x's. A bias of a wider dtype makes the
+        result wider, as it does in Flax.
 
     Raises:
       ValueError: if the shapes do not fit each other.
@@ -346,11 +372,13 @@ def contract(
     batch = tuple(x.shape[a] for a in axes.x_batch)
     free = tuple(a for a in range(x.ndim) if a not in axes.x_batch + axes.x_in)
     free_shape = tuple(x.shape[a] for a in free)
-    x = jnp.transpose(x, (*axes.x_batch, *free, *axes.x_in)).reshape(*batch, *free_shape, -1)
+    inputs = math.prod(x.shape[a] for a in axes.x_in)
+    x = jnp.transpose(x, (*axes.x_batch, *free, *axes.x_in)).reshape(*batch, *free_shape, inputs)
     if bias is not None:
+        out_dtype = None if out_dtype is None else jnp.promote_types(out_dtype, bias.dtype)
         if isinstance(w, SlideWeight) and is_quantized(w.dtype):
             bias = _warn_if_trained(w.dtype.name, bias)
-        bias = jnp.transpose(bias, axes.bias_order()).reshape(*batch, -1)
+        bias = jnp.transpose(bias, axes.bias_order()).reshape(*batch, math.prod(features))
 
     shape = (*batch, *free_shape, *features)
     if residual is not None:

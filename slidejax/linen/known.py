@@ -9,9 +9,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from slidejax.contraction import Contraction, contract, promote_packed
+from slidejax.contraction import Contraction, check_product, contract, promote_packed
 from slidejax.rules import Skipped
 from slidejax.weights.packed import LinearWeight
 
@@ -31,18 +30,30 @@ __all__ = [
 Layer = Callable[..., tuple[Contraction, tuple[int, ...]]]
 
 
-def _standard_dot(module) -> None:
-    if module.dot_general_cls is not None or module.dot_general not in (None, lax.dot_general):
-        raise Skipped("it has a dot_general of its own")
+def _asked_dtype(module) -> Any:
+    """The dtype that a layer's arguments ask of its result, or None.
+
+    Raises:
+      ValueError: if a packed kernel cannot honour them.
+    """
+    names = "dot_general", "dot_general_cls", "preferred_element_type"
+    return check_product(type(module).__name__, *(getattr(module, name, None) for name in names))
+
+
+def _check_product(module) -> None:
+    try:
+        _asked_dtype(module)
+    except ValueError as error:
+        raise Skipped(f"it has a product of its own ({error})") from error
 
 
 def _dense(module, x) -> tuple[Contraction, tuple[int, ...]]:
-    _standard_dot(module)
+    _check_product(module)
     return Contraction.dense(jnp.ndim(x)), (module.features,)
 
 
 def _dense_general(module, x) -> tuple[Contraction, tuple[int, ...]]:
-    _standard_dot(module)
+    _check_product(module)
     axis, batch, features = (
         tuple(a) if isinstance(a, Sequence) else (a,)
         for a in (module.axis, module.batch_dims, module.features)
@@ -51,8 +62,7 @@ def _dense_general(module, x) -> tuple[Contraction, tuple[int, ...]]:
 
 
 def _einsum(module, x, einsum_str=None) -> tuple[Contraction, tuple[int, ...]]:
-    if module.preferred_element_type is not None:
-        raise Skipped("it has a preferred_element_type")
+    _check_product(module)
     axes = Contraction.einsum(
         nn.merge_param("einsum_str", module.einsum_str, einsum_str), jnp.ndim(x)
     )
@@ -156,4 +166,4 @@ def product(
     """
     promote = getattr(module, "promote_dtype", nn.dtypes.promote_dtype)
     x, w, bias = promote_packed(lambda *arrays: promote(*arrays, dtype=module.dtype), x, w, bias)
-    return contract(x, w, axes, features, bias, implementation, residual)
+    return contract(x, w, axes, features, bias, implementation, residual, _asked_dtype(module))

@@ -40,8 +40,9 @@ class SlideDense(nn.Module):
       kernel_init: makes the kernel `[in, out]`, which is then pruned by magnitude.
       bias_init: makes the bias.
       promote_dtype: as in `nn.Dense`.
-      dot_general, dot_general_cls: only what `nn.Dense` has by default. A packed kernel has a
-        product of its own.
+      dot_general, dot_general_cls: only what `nn.Dense` has by default, or a `functools.partial` of
+        `jax.lax.dot_general` with a `preferred_element_type`. A packed kernel has a product of its
+        own.
       pattern: such as `"6:8"`.
       qdtype: dtype of the packed values, see `slidejax.Rule`. None keeps `param_dtype`.
       implementation: as in `slidejax.linear`. None takes the fastest that fits.

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from slidejax.contraction import Contraction, stacked_axes, to_matrix
 from slidejax.nnx.layers import (
@@ -18,6 +17,7 @@ from slidejax.nnx.layers import (
     SlideLayer,
     SlideLinear,
     SlideLinearGeneral,
+    asked_dtype,
     general_contraction,
 )
 from slidejax.nnx.registered import packed_class, parameter_of, registered
@@ -188,27 +188,29 @@ def _known(layer) -> tuple:
     return _LAYERS[type(layer)](layer)
 
 
-def _own_product(layer, *names: str) -> None:
-    standard = (None, lax.dot_general, jnp.einsum)
-    for name in (*names, "preferred_element_type"):
-        if getattr(layer, name, None) not in standard:
-            raise Skipped(f"it has a {name} of its own")
+def _check_product(layer) -> None:
+    try:
+        asked_dtype(layer)
+    except ValueError as error:
+        raise Skipped(f"it has a product of its own ({error})") from error
 
 
 def _linear(layer):
-    _own_product(layer, "dot_general")
+    _check_product(layer)
     return SlideLinear, Contraction.dense(1).kernel, (layer.in_features, layer.out_features)
 
 
 def _linear_general(layer):
-    _own_product(layer, "dot_general", "dot_general_cls")
+    _check_product(layer)
     # the kernel's axes do not depend on the rank of the input, so any rank serves
     shape = (*layer.batch_axis.values(), *layer.in_features, *layer.out_features)
     return SlideLinearGeneral, general_contraction(layer, len(shape) + 1).kernel, shape
 
 
 def _einsum(layer):
-    _own_product(layer, "einsum_op")
+    _check_product(layer)
+    if layer.einsum_op is not jnp.einsum:
+        raise Skipped("it has an einsum_op of its own")
     operand = layer.einsum_str.replace(" ", "").partition(",")[0]
     x_ndim = len(operand.replace("...", "")) + operand.count("...")
     return (

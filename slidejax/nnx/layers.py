@@ -36,6 +36,7 @@ __all__ = [
     "SlideLayer",
     "SlideLinear",
     "SlideLinearGeneral",
+    "asked_dtype",
     "general_contraction",
 ]
 
@@ -155,9 +156,7 @@ class SlideLayer(nnx.Module):
         x, w, bias = promote_packed(
             lambda *arrays: self.promote_dtype(arrays, dtype=self.dtype), x, w, bias
         )
-        preferred = check_product(
-            type(self).__name__, preferred=getattr(self, "preferred_element_type", None)
-        )
+        preferred = asked_dtype(self)
         y = contract(x, w, axes, features, bias, self.implementation, residual, preferred)
         return y if out_sharding is None else lax.with_sharding_constraint(y, out_sharding)
 
@@ -180,7 +179,8 @@ class SlideLinear(SlideLayer):
         asks.
       kernel_init: makes the kernel `[in, out]`, which is then pruned by magnitude.
       bias_init: makes the bias.
-      dot_general: only `jax.lax.dot_general`. A packed kernel has a product of its own.
+      dot_general: only `jax.lax.dot_general`, or a `functools.partial` of it with a
+        `preferred_element_type`. A packed kernel has a product of its own.
       promote_dtype: as in `nnx.Linear`.
       preferred_element_type: dtype of the result: bfloat16, float16 or float32. None takes the
         promoted dtype.
@@ -290,6 +290,16 @@ class SlideEinsum(SlideLayer):
             )
         features = tuple(self.kernel_shape[a] for a in axes.kernel_out)
         return self._run(inputs, axes, features, out_sharding, residual)
+
+
+def asked_dtype(layer) -> Any:
+    """The dtype that a layer's arguments ask of its result, or None.
+
+    Raises:
+      ValueError: if a packed kernel cannot honour them.
+    """
+    names = "dot_general", "dot_general_cls", "preferred_element_type"
+    return check_product(type(layer).__name__, *(getattr(layer, name, None) for name in names))
 
 
 def general_contraction(layer, x_ndim: int) -> Contraction:

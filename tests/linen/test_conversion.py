@@ -139,7 +139,7 @@ def test_layers_that_are_skipped_say_why():
     reasons = {path.removesuffix("/kernel"): reason for path, reason in report.skipped.items()}
     assert reasons.keys() == {"conv", "custom", "normed", "second", "square", "head", "own"}
     assert "Conv is not a linear layer" in reasons["conv"] and "Own is not" in reasons["own"]
-    assert "dot_general of its own" in reasons["custom"] and "WeightNorm" in reasons["normed"]
+    assert "product of its own" in reasons["custom"] and "WeightNorm" in reasons["normed"]
     assert "stacked along axis 1" in reasons["second"] and "cannot be told" in reasons["square"]
     assert reasons["head"] == "a rule says so"
 

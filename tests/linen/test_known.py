@@ -71,7 +71,7 @@ def test_the_contraction_is_that_of_the_layer():
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (nn.Dense(3, dot_general=lambda *a, **k: lax.dot_general(*a, **k)), "a dot_general"),
+        (nn.Dense(3, dot_general=lambda *a, **k: lax.dot_general(*a, **k)), "a product of its own"),
         (nn.Einsum((5, 4), "btd,td->btd"), "not a product of matrices"),
     ],
 )

@@ -132,6 +132,7 @@ def test_what_linear_accepts():
             pattern="6:8",
             dtype=jnp.bfloat16,
             preferred_element_type=preferred,
+            use_bias=False,
             rngs=nnx.Rngs(0),
             **settings,
         )
