@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,8 +19,8 @@ from flax import traverse_util
 from flax.core import FrozenDict, freeze, unfreeze
 
 from slidejax.contraction import Axes, Contraction, stacked_axes, to_matrix
-from slidejax.linen.intercept import apply
-from slidejax.linen.known import layer_of, own_kernel, split_input
+from slidejax.linen.intercept import apply, traced_anew
+from slidejax.linen.known import kernel_name, layer_of, own_kernel, split_input
 from slidejax.linen.layer import pack_boxed
 from slidejax.rules import Converted, Prune, Report, Rule, RuleSet, Skipped, nbytes, pack_by_rule
 from slidejax.weights.packed import LinearWeight, SlideWeight, TreeLayout
@@ -48,8 +48,9 @@ def convert(
       rules: see `slidejax.rules`. A single pattern or `Rule` is for all linear layers but output
         embeddings and routers (`slidejax.rules.HEADS`, `ROUTERS`).
       model: the module. It is traced abstractly (nothing is computed) to find the layer that owns
-        each kernel: Dense, DenseGeneral, Einsum or GPT-2's Conv1D, also inside `nn.scan`, `nn.vmap`
-        and `nn.remat`. Without the module, 2-D parameters called "kernel" count as kernels of
+        each kernel: Dense, DenseGeneral, Einsum, GPT-2's Conv1D, gemma's Einsum or a class that
+        `slidejax.linen.register` made known, also inside `nn.scan`, `nn.vmap` and `nn.remat`.
+        Without the module, 2-D parameters called "kernel" count as kernels of
         `nn.Dense`, and all others are skipped.
       *example_args, **example_kwargs: arguments of `model.init`: arrays or `jax.ShapeDtypeStruct`s.
       report: an empty `Report`, which is filled in.
@@ -93,11 +94,13 @@ def convert(
     flat = traverse_util.flatten_dict(tree["params"] if whole else tree, keep_empty_nodes=True)
     rngs = jax.random.key(0) if rngs is None else rngs
     axes_of: AxesOf = _axes_without_model
+    owners: dict[tuple[str, ...], _Owner] = {}
     abstract: dict = {}
     if model is not None:
         owners, abstract = _owners(model, rngs, example_args, example_kwargs)
         axes_of = functools.partial(_axes_in, owners)
-    any_packed = _pack_kernels(flat, rules, axes_of, prune, report)
+    kernels = [key for key in flat if key[-1] == "kernel" or key in owners]
+    any_packed = _pack_kernels(flat, kernels, rules, axes_of, prune, report)
     _name_the_rest(flat, report)
     params = traverse_util.unflatten_dict(flat)
     if model is not None and any_packed:
@@ -113,18 +116,26 @@ AxesOf = Callable[[tuple, str, tuple[int, ...]], Axes]
 
 
 def _pack_kernels(
-    flat: dict, rules: RuleSet, axes_of: AxesOf, prune: Prune | None, report: Report
+    flat: dict,
+    kernels: Sequence[tuple],
+    rules: RuleSet,
+    axes_of: AxesOf,
+    prune: Prune | None,
+    report: Report,
 ) -> bool:
     """Packs the kernels that the rules choose, in place; the report says what was done with each.
+
+    Args:
+      flat: the flattened parameters.
+      kernels: the keys of those that may be kernels.
+      rules, axes_of, prune, report: see `convert` and `AxesOf`.
 
     Returns:
       Whether any kernel was packed.
     """
     packed: dict[Any, tuple[SlideWeight, Converted]] = {}  # a kernel in two places is packed once
-    for key, leaf in flat.items():
-        if key[-1] != "kernel":
-            continue
-        path = "/".join(map(str, key))
+    for key in kernels:
+        leaf, path = flat[key], "/".join(map(str, key))
         try:
             rule = rules.match(path)
             if isinstance(leaf, (LinearWeight, TreeLayout)):
@@ -205,12 +216,13 @@ def _owners(model: nn.Module, rngs, args, kwargs) -> tuple[dict[tuple[str, ...],
             running.pop()
         owner = _owner_of(context, args, kwargs, running)
         if owner is not None:
-            path = (*context.module.path, "kernel")
+            path = (*context.module.path, kernel_name(context.module, layer_of(context)))
             found[path] = _agreed(found.get(path), owner)
         return y
 
     with nn.intercept_methods(record):
-        variables = _eval_shape(functools.partial(model.init, rngs), *args, **kwargs)
+        init = functools.partial(model.init, traced_anew(rngs))
+        variables = _eval_shape(init, *args, **kwargs)
     return found, unfreeze(variables)
 
 
@@ -222,7 +234,7 @@ def _owner_of(context, args, kwargs, around: list[nn.Module]) -> _Owner | None:
       around: the modules that are still running.
     """
     module, layer = context.module, layer_of(context)
-    kernel = own_kernel(module)
+    kernel = own_kernel(module, layer)
     if kernel is None:
         return None
     shape = jnp.shape(kernel)
@@ -231,8 +243,10 @@ def _owner_of(context, args, kwargs, around: list[nn.Module]) -> _Owner | None:
         return _Owner(None, shape, f"its kernel is computed by {wrapper}")
     if layer is None:
         name = type(module).__name__
-        return _Owner(None, shape, f"{name} is not a linear layer that slidejax knows")
-    x, args, kwargs = split_input(args, kwargs)
+        return _Owner(
+            None, shape, f"{name} is not a linear layer that slidejax knows (linen.register)"
+        )
+    x, args, kwargs = split_input(args, kwargs, layer)
     try:
         axes, _ = layer(module, x, *args, **kwargs)
     except Skipped as reason:

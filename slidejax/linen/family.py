@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import flax.linen as nn
 
-from slidejax.functional import Family, Functional, arguments_of
+from slidejax.functional import Family, Functional, arguments_of, watched
 from slidejax.linen.conversion import convert
-from slidejax.linen.intercept import apply, show_layers
+from slidejax.linen.intercept import apply, show_layers, traced_anew
 
 __all__ = ["FAMILY", "functional"]
 
@@ -34,8 +34,9 @@ def functional(model: nn.Module, variables: Mapping | None, example: tuple = ())
         raise ValueError("a Linen module needs params=, its variables")
 
     def run(variables, batch):
+        rngs = traced_anew() if watched() else None
         with nn.intercept_methods(show_layers):
-            return apply(model, variables, *arguments_of(batch))
+            return apply(model, variables, *arguments_of(batch), rngs=rngs)
 
     def pack(params, rules, *, prune=None, report=None):
         return convert(params, rules, model, *example, prune=prune, report=report)

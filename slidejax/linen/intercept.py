@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +12,21 @@ import jax
 from slidejax import functional
 from slidejax.linen.fused import FusedProduct
 from slidejax.linen.gated_mlp import run_gated_mlp
-from slidejax.linen.known import kernel_path, layer_of, own_kernel, run_layer, split_input
+from slidejax.linen.known import (
+    call_with,
+    kernel_path,
+    layer_of,
+    own_kernel,
+    run_layer,
+    run_registered,
+    split_input,
+)
+from slidejax.linen.registered import Registered
 from slidejax.rules import Skipped
 from slidejax.variants.projections import FusedPart, FusedWeight
 from slidejax.weights.packed import LinearWeight
 
-__all__ = ["Interceptor", "apply", "interceptor", "show_layers"]
+__all__ = ["Interceptor", "apply", "interceptor", "show_layers", "traced_anew"]
 
 
 class Interceptor:
@@ -41,13 +51,15 @@ class Interceptor:
         if y is not None:
             return y
         layer = layer_of(context)
-        w = own_kernel(context.module) if layer is not None else None
+        w = own_kernel(context.module, layer) if layer is not None else None
         if layer is None or not isinstance(w, (LinearWeight, FusedWeight, FusedPart)):
             return next_fun(*args, **kwargs)
         if isinstance(w, LinearWeight):
-            w.check(kernel_path(context.module))
-        x, args, kwargs = split_input(args, kwargs)
+            w.check(kernel_path(context.module, layer))
+        x, args, kwargs = split_input(args, kwargs, layer)
         axes, features = layer(context.module, x, *args, **kwargs)
+        if isinstance(layer, Registered) and isinstance(w, LinearWeight):
+            return run_registered(w, axes, features, x)
         if not isinstance(w, LinearWeight):
             return self._product.part(context.module, w, axes, features, x)
         return run_layer(context.module, w, axes, features, x)
@@ -86,20 +98,37 @@ def apply(model: nn.Module, variables: Mapping, *args, **kwargs) -> Any:
         return model.apply(variables, *args, **kwargs)
 
 
+_TRACES = itertools.count()
+
+
+def traced_anew(rngs: Any = None) -> dict[str, Any]:
+    """Keys for one call of a model, with one more that makes `nn.jit` trace it again.
+
+    `nn.jit` remembers what it has traced by its arguments, and an interceptor is none of them. So a
+    call that is only made for its interceptors gets a stream of keys whose name is new.
+
+    Args:
+      rngs: the keys that the call needs: a dict, or one key for "params"; or None.
+    """
+    given = rngs if isinstance(rngs, Mapping) else {} if rngs is None else {"params": rngs}
+    return {**given, f"slidejax_{next(_TRACES)}": jax.random.key(0)}
+
+
 def show_layers(next_fun, args, kwargs, context):
     """For `nn.intercept_methods`: linear layers with an array for a kernel show input and output.
 
     Calibration watches them (`slidejax.functional.watching_inputs`).
     """
     module, layer = context.module, layer_of(context) if functional.watched() else None
-    kernel = None if layer is None else own_kernel(module)
+    kernel = None if layer is None else own_kernel(module, layer)
     if layer is None or not isinstance(kernel, jax.Array):
         return next_fun(*args, **kwargs)
-    x, args, kwargs = split_input(args, kwargs)
+    x, args, kwargs = split_input(args, kwargs, layer)
+    path = kernel_path(module, layer)
     try:
         axes, _ = layer(module, x, *args, **kwargs)
     except Skipped:
-        return next_fun(x, *args, **kwargs)
-    path = kernel_path(module)
-    y = next_fun(functional.show_input(path, x, axes, kernel), *args, **kwargs)
+        return call_with(next_fun, layer, x, args, kwargs)
+    x = functional.show_input(path, x, axes, kernel)
+    y = call_with(next_fun, layer, x, args, kwargs)
     return functional.show_output(path, y)

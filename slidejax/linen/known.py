@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,17 +10,21 @@ import jax
 import jax.numpy as jnp
 
 from slidejax.contraction import Contraction, check_product, contract, promote_packed
+from slidejax.linen.registered import Registered, function_name, registered
 from slidejax.rules import Skipped
 from slidejax.weights.packed import LinearWeight
 
 __all__ = [
     "bias_of",
     "body_name",
+    "call_with",
+    "kernel_name",
     "kernel_path",
     "layer_of",
     "own_kernel",
     "product",
     "run_layer",
+    "run_registered",
     "split_input",
 ]
 
@@ -74,17 +77,13 @@ def _conv1d(module, x) -> tuple[Contraction, tuple[int, ...]]:
     return Contraction((), (1,), (0,), (), (jnp.ndim(x) - 1,)), (module.features,)
 
 
-def _name(method: Callable) -> str:
-    return f"{method.__module__}.{method.__qualname__}"
-
-
 # A layer is known by the function that runs. So a subclass that overrides `__call__` is known if it
 # calls the inherited function, and not known if it does something else with the kernel. The table
 # holds the names of the functions, because transformers need not be installed.
 _LAYERS: dict[str, Layer] = {
-    _name(nn.Dense.__call__): _dense,
-    _name(nn.DenseGeneral.__call__): _dense_general,
-    _name(nn.Einsum.__call__): _einsum,
+    function_name(nn.Dense.__call__): _dense,
+    function_name(nn.DenseGeneral.__call__): _dense_general,
+    function_name(nn.Einsum.__call__): _einsum,
     "transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D.__call__": _conv1d,
 }
 
@@ -99,31 +98,52 @@ def layer_of(context) -> Layer | None:
       `(module, x, *args, **kwargs) -> (contraction, sizes of the output axes)`, which raises
       `Skipped` if the layer cannot hold a packed weight.
     """
-    return _LAYERS.get(body_name(context))
+    name = body_name(context)
+    return _LAYERS.get(name) or registered(name)
 
 
 def body_name(context) -> str:
     """The qualified name of the function that an interceptor's context is about to run."""
-    return _name(inspect.unwrap(getattr(context.orig_method, "func", context.orig_method)))
+    return function_name(getattr(context.orig_method, "func", context.orig_method))
 
 
-def own_kernel(module: nn.Module) -> Any:
+def kernel_name(module: nn.Module, layer: Layer | None = None) -> str:
+    """The name of the parameter that holds this module's kernel.
+
+    Args:
+      module: the module.
+      layer: what `layer_of` says of it.
+    """
+    return layer.parameter(module) if isinstance(layer, Registered) else "kernel"
+
+
+def own_kernel(module: nn.Module, layer: Layer | None = None) -> Any:
     """The kernel of this very module, as the module sees it, or None."""
-    if module.scope is None or not module.has_variable("params", "kernel"):
+    name = kernel_name(module, layer)
+    if module.scope is None or not module.has_variable("params", name):
         return None
-    return nn.meta.unbox(module.get_variable("params", "kernel"))
+    return nn.meta.unbox(module.get_variable("params", name))
 
 
-def kernel_path(module: nn.Module) -> str:
+def kernel_path(module: nn.Module, layer: Layer | None = None) -> str:
     """The '/'-joined path of this module's kernel."""
-    return "/".join((*module.path, "kernel"))
+    return "/".join((*module.path, kernel_name(module, layer)))
 
 
-def split_input(args, kwargs):
+def split_input(args, kwargs, layer: Layer | None = None):
     """The input of a layer's `__call__`, and the other arguments."""
+    if isinstance(layer, Registered):
+        return layer.split(args, kwargs)
     if args:
         return args[0], args[1:], kwargs
     return kwargs["inputs"], (), {name: value for name, value in kwargs.items() if name != "inputs"}
+
+
+def call_with(next_fun: Callable, layer: Layer, x, args, kwargs) -> Any:
+    """Calls a layer with another input, and the other arguments that `split_input` gave."""
+    if isinstance(layer, Registered):
+        return next_fun(**{layer.input: x}, **kwargs)
+    return next_fun(x, *args, **kwargs)
 
 
 def bias_of(module) -> jax.Array | None:
@@ -145,7 +165,16 @@ def run_layer(
     implementation: str | None = None,
     residual: jax.Array | None = None,
 ) -> jax.Array:
-    """A layer's result with a packed weight in place of its kernel."""
+    """A layer's result with a packed weight in place of its kernel.
+
+    Args:
+      module: the layer.
+      w: the weight.
+      axes: how the layer contracts its input with its kernel.
+      features: sizes of the kernel's output axes.
+      x: the input.
+      implementation, residual: as in `slidejax.linear`.
+    """
     return product(module, w, axes, features, x, bias_of(module), implementation, residual)
 
 
@@ -167,3 +196,12 @@ def product(
     promote = getattr(module, "promote_dtype", nn.dtypes.promote_dtype)
     x, w, bias = promote_packed(lambda *arrays: promote(*arrays, dtype=module.dtype), x, w, bias)
     return contract(x, w, axes, features, bias, implementation, residual, _asked_dtype(module))
+
+
+def run_registered(w: LinearWeight, axes: Contraction, features, x) -> jax.Array:
+    """A registered layer's result with a packed weight in place of its kernel.
+
+    Dtypes are promoted as `jnp.einsum` promotes them, except that 8-bit values take no part.
+    """
+    x, w, _ = promote_packed(nn.dtypes.promote_dtype, x, w, None)
+    return contract(x, w, axes, features)

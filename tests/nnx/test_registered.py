@@ -158,3 +158,7 @@ def test_models_of_tunix_convert(module, name, settings, packed, dense):
     want = model(ids, positions, None, mask)[0].astype(jnp.float32)
     got = sparse(ids, positions, None, mask)[0].astype(jnp.float32)
     assert jnp.abs(got - want).max() < 0.1 * jnp.abs(want).max()
+    report = sj.Report()
+    calibrated = sj.prune.convert(model, "6:8", [(ids, positions, None, mask)], report=report)
+    assert len(report.converted) == packed and "layer by layer" in report.notes[0]
+    assert jnp.isfinite(calibrated(ids, positions, None, mask)[0]).all()
