@@ -25,4 +25,5 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_hopper_initialize);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_metadata_hopper);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_sparse_matmul_hopper);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_linear_hopper);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(slidejax_chain_hopper);
 #endif

@@ -42,13 +42,16 @@ nb::dict Registrations() {
   attention["execute"] = Capsule(slidejax_decode_attention);
   targets["slidejax_decode_attention"] = attention;
 #ifdef SLIDEJAX_HOPPER
-  nb::dict sparse_matmul, linear;
+  nb::dict sparse_matmul, linear, hopper_chain;
   sparse_matmul["initialize"] = Capsule(slidejax_hopper_initialize);
   sparse_matmul["execute"] = Capsule(slidejax_sparse_matmul_hopper);
   targets["slidejax_sparse_matmul_hopper"] = sparse_matmul;
   linear["initialize"] = Capsule(slidejax_hopper_initialize);
   linear["execute"] = Capsule(slidejax_linear_hopper);
   targets["slidejax_linear_hopper"] = linear;
+  hopper_chain["initialize"] = Capsule(slidejax_hopper_initialize);
+  hopper_chain["execute"] = Capsule(slidejax_chain_hopper);
+  targets["slidejax_chain_hopper"] = hopper_chain;
   targets["slidejax_metadata_hopper"] = Capsule(slidejax_metadata_hopper);
 #endif
   return targets;

@@ -53,7 +53,9 @@ class Arguments(ctypes.Structure):
         ("schedule", Schedule),
         *_fields(ctypes.c_int32, "operand", "result"),
         *_fields(ctypes.c_void_p, "lifted", "scale_x", "values", "zeros", "metadata", "scale_w"),
-        *_fields(ctypes.c_void_p, "bias", "y", "workspace"),
+        *_fields(ctypes.c_void_p, "bias", "residual"),
+        ("residual_type", ctypes.c_int32),
+        *_fields(ctypes.c_void_p, "y", "workspace"),
         ("workspace_bytes", ctypes.c_size_t),
         ("after_lift", ctypes.c_bool),
     ]
@@ -81,6 +83,8 @@ class Problem:
     dtype: Any = np.int8
     y_dtype: Any = OUTPUT[0]
     bias: bool = True
+    residual: Any = None  # the dtype of one, or None
+    over_residual: bool = False  # y is written over it, where their dtypes are the same
     prepared: bool = True  # the metadata is expanded before the call
     after_lift: bool = False
     seed: int = 0
@@ -100,6 +104,9 @@ class Problem:
         }
         if self.bias:
             arrays["bias"] = rng.standard_normal(self.out).astype(np.float32)
+        if self.residual is not None:
+            residual = 4 * rng.standard_normal((self.M, self.out)).astype(np.float32)
+            arrays["residual"] = residual.astype(self.residual)
         if self.K:
             arrays |= {"lifted": codes(self.M, self.K), "values": codes(self.out, self.K)}
             return arrays, formulas.accumulate(arrays["lifted"], arrays["values"])
@@ -182,6 +189,8 @@ class Emulated:
         """
         arrays, acc = problem.operands()
         want = formulas.finish(acc, arrays["scale_x"], arrays["scale_w"], arrays.get("bias"))
+        if "residual" in arrays:
+            want = want + arrays["residual"].astype(np.float32)
         want = (acc if problem.y_dtype == np.int32 else want).astype(problem.y_dtype)
         got = self._run(problem, arrays, want.nbytes, resident, chance, make_schedule(**schedule))
         got = got.view(want.dtype).reshape(want.shape)
@@ -198,12 +207,16 @@ class Emulated:
         self.library.emulator_configure(MULTIPROCESSORS, resident, chance, problem.seed)
         buffers = {name: copied(array) for name, array in arrays.items()}
         y = buffer(y_bytes + 64)
+        if problem.over_residual and problem.residual == problem.y_dtype:
+            y[:y_bytes] = buffers["residual"]
+            buffers["residual"] = y[:y_bytes]
         shape = problem.shape()
         arguments = Arguments(
             problem=shape,
             schedule=schedule,
             operand=self.dtype(problem.dtype),
             result=self.dtype(problem.y_dtype),
+            residual_type=self.dtype(problem.residual or OUTPUT[0]),
             after_lift=problem.after_lift,
             y=y.ctypes.data,
             **{name: array.ctypes.data for name, array in buffers.items()},
@@ -232,7 +245,7 @@ class Emulated:
         zeros = buffer(8 * counters.count + 1)
         zeros[:] = 0
         self.library.emulator_lift(counters.first, zeros.ctypes.data, 8 * counters.count)
-        for name in ("lifted", "scale_x"):
+        for name in {"lifted", "scale_x", "residual"} & buffers.keys():
             written = buffers[name]
             self.library.emulator_lift(written.ctypes.data, written.ctypes.data, written.nbytes)
             written[:] = POISON

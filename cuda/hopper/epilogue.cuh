@@ -101,16 +101,75 @@ SJ_DEVICE Fragment FragmentOf(const Shared& shared, int warp, int set, int block
                       row + block * 64 + (warp & 3) * 16, token + first);
 }
 
+// The residual of a lane's sums of `kTokens` tokens, in their order: bits as they lie in memory.
+// All are asked for before one is used, so that a lane waits once.
+template <int kTokens>
+struct Residual {
+  uint32_t bits[kTokens / 2];
+
+  // row, first: the fragment's first output, and the first token. A kernel ahead may have written
+  // the residual while this one was waiting, so it is read from L2.
+  SJ_DEVICE void Load(const Params& p, int row, int first) {
+    if (p.residual == nullptr) return;
+    const int lane = FreshThread() & 31;
+    const int output = row + (lane >> 2), token = first + 2 * (lane & 3);
+    if (p.residual_type == DType::kF32) {
+      LoadAs<uint32_t>(p, output, token);
+    } else {
+      LoadAs<uint16_t>(p, output, token);
+    }
+  }
+
+  // Writes the numbers. Adding -0 changes nothing.
+  SJ_DEVICE void Get(const Params& p, float (&r)[kTokens / 2]) const {
+    if (p.residual == nullptr) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) r[i] = -0.0f;
+    } else if (p.residual_type == DType::kF16) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) {
+        const auto half = static_cast<uint16_t>(bits[i]);
+        r[i] = __half2float(reinterpret_cast<const __half&>(half));
+      }
+    } else {
+      const int shift = p.residual_type == DType::kBF16 ? 16 : 0;
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) {
+        const uint32_t word = bits[i] << shift;
+        r[i] = reinterpret_cast<const float&>(word);
+      }
+    }
+  }
+
+ private:
+  // Beyond the edges it reads what lies at them, since a branch would wait for each load.
+  template <class Bits>
+  SJ_DEVICE void LoadAs(const Params& p, int output, int token) {
+    const auto* from = static_cast<const Bits*>(p.residual);
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      const int t = min(token + i / 4 * 8 + (i & 1), p.M - 1);
+      const int o = min(output + (i & 2) * 4, p.out - 1);
+      bits[i] = __ldcg(from + static_cast<size_t>(t) * p.out + o);
+    }
+  }
+};
+
 // Converts 16 tokens to the fragments of four transposed 8x8 matrices; s: the scales of the lane's
-// tokens.
-template <bool kBf16, bool kBias, class A>
-SJ_DEVICE void Convert(const A* d, const Fragment& f, const float2* s, uint32_t (&r)[4]) {
+// tokens; residual: of the sums, where kAdds.
+template <bool kBf16, bool kBias, bool kAdds, class A>
+SJ_DEVICE void Convert(const A* d, const Fragment& f, const float2* s, const float* residual,
+                       uint32_t (&r)[4]) {
+  const auto value = [&](int i, float scale_x, float scale_w, float bias) {
+    const float v = Dequantize<kBias>(d[i], scale_x, scale_w, bias);
+    return kAdds ? __fadd_rn(v, residual[i]) : v;
+  };
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    r[2 * h] = PackPair<kBf16>(Dequantize<kBias>(d[4 * h], s[h].x, f.w0, f.b0),
-                               Dequantize<kBias>(d[4 * h + 1], s[h].y, f.w0, f.b0));
-    r[2 * h + 1] = PackPair<kBf16>(Dequantize<kBias>(d[4 * h + 2], s[h].x, f.w1, f.b1),
-                                   Dequantize<kBias>(d[4 * h + 3], s[h].y, f.w1, f.b1));
+    r[2 * h] =
+        PackPair<kBf16>(value(4 * h, s[h].x, f.w0, f.b0), value(4 * h + 1, s[h].y, f.w0, f.b0));
+    r[2 * h + 1] =
+        PackPair<kBf16>(value(4 * h + 2, s[h].x, f.w1, f.b1), value(4 * h + 3, s[h].y, f.w1, f.b1));
   }
 }
 template <int kTokens>
@@ -121,9 +180,9 @@ SJ_DEVICE void LoadScales(const Fragment& f, int first, float2 (&s)[kTokens / 8]
 
 // Stores 32-bit results, float32 or the sums themselves. A warp's store covers whole sectors, so
 // the sums need no transposing.
-template <int kTokens, class A>
-SJ_DEVICE void StoreSlab32(const Params& p, const A (&d)[kTokens / 2], const Fragment& f,
-                           int first) {
+template <int kTokens, bool kAdds, class A>
+SJ_DEVICE void StoreSlab32(const Params& p, const A (&d)[kTokens / 2], const float* residual,
+                           const Fragment& f, int first) {
   const int g = f.lane >> 2, c = f.lane & 3;
   float* y = static_cast<float*>(p.y);
 #pragma unroll
@@ -132,8 +191,9 @@ SJ_DEVICE void StoreSlab32(const Params& p, const A (&d)[kTokens / 2], const Fra
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int t = f.token + first + 8 * j + 2 * c + (i & 1), o = f.row + g + (i & 2) * 4;
-      const float v =
+      float v =
           Dequantize(d[4 * j + i], i & 1 ? s.y : s.x, i & 2 ? f.w1 : f.w0, i & 2 ? f.b1 : f.b0);
+      if constexpr (kAdds) v = __fadd_rn(v, residual[4 * j + i]);
       if (t < p.M && o < p.out) {
         y[static_cast<size_t>(t) * p.out + o] =
             p.result == DType::kF32 ? v : reinterpret_cast<const float&>(d[4 * j + i]);
@@ -145,9 +205,9 @@ SJ_DEVICE void StoreSlab32(const Params& p, const A (&d)[kTokens / 2], const Fra
 
 // Stores 16-bit results through shared memory, 32 bytes a token. The halves of a token's bytes
 // change places every 4 tokens, which avoids bank conflicts.
-template <int kTokens, class A>
-SJ_DEVICE void StoreSlab16(const Params& p, const A (&d)[kTokens / 2], const Fragment& f, int first,
-                           uint32_t staging) {
+template <int kTokens, bool kAdds, class A>
+SJ_DEVICE void StoreSlab16(const Params& p, const A (&d)[kTokens / 2], const float* residual,
+                           const Fragment& f, int first, uint32_t staging) {
   float2 s[kTokens / 8];
   LoadScales<kTokens>(f, first, s);
   const int matrix = f.lane >> 3, in = f.lane & 7;
@@ -156,9 +216,9 @@ SJ_DEVICE void StoreSlab16(const Params& p, const A (&d)[kTokens / 2], const Fra
   for (int i = 0; i < kTokens / 16; ++i) {
     uint32_t r[4];
     if (p.result == DType::kBF16) {
-      Convert<true, true>(d + 8 * i, f, s + 2 * i, r);
+      Convert<true, true, kAdds>(d + 8 * i, f, s + 2 * i, residual + 8 * i, r);
     } else {
-      Convert<false, true>(d + 8 * i, f, s + 2 * i, r);
+      Convert<false, true, kAdds>(d + 8 * i, f, s + 2 * i, residual + 8 * i, r);
     }
     StoreMatricesTransposed(put + i * 512, r[0], r[1], r[2], r[3]);
   }
@@ -184,14 +244,14 @@ SJ_DEVICE void StoreSlab16(const Params& p, const A (&d)[kTokens / 2], const Fra
 }
 
 // Stores up to 32 tokens of a warp, of any output type and alignment. staging: 1 KB of the warp's
-// shared memory.
-template <int kTokens, class A>
-SJ_DEVICE void StoreSlab(const Params& p, const A (&d)[kTokens / 2], const Fragment& f, int first,
-                         uint32_t staging) {
+// shared memory. residual: of the sums, where kAdds.
+template <int kTokens, bool kAdds, class A>
+SJ_DEVICE void StoreSlab(const Params& p, const A (&d)[kTokens / 2], const float* residual,
+                         const Fragment& f, int first, uint32_t staging) {
   if (p.result == DType::kF32 || p.result == DType::kS32) {
-    StoreSlab32<kTokens>(p, d, f, first);
+    StoreSlab32<kTokens, kAdds>(p, d, residual, f, first);
   } else {
-    StoreSlab16<kTokens>(p, d, f, first, staging);
+    StoreSlab16<kTokens, kAdds>(p, d, residual, f, first, staging);
   }
 }
 
@@ -214,7 +274,8 @@ SJ_DEVICE void StoreBulk(const Params& p, const A (&d)[T::kTokens / 2], const Fr
 #pragma unroll
     for (int i = 0; i < kSlab / 16; ++i) {
       uint32_t r[4];
-      Convert<true, kBias>(d + slab * (kSlab / 2) + 8 * i, f, s[slab & 1] + 2 * i, r);
+      Convert<true, kBias, false>(d + slab * (kSlab / 2) + 8 * i, f, s[slab & 1] + 2 * i, nullptr,
+                                  r);
       StoreMatricesTransposed(put + at + i * 2048, r[0], r[1], r[2], r[3]);
     }
     FenceAsyncShared();
@@ -238,10 +299,20 @@ SJ_DEVICE void StoreBlock(const Params& p, const A (&d)[T::kTokens / 2], const S
   } else if (p.bulk_stores) {
     StoreBulk<T, kM64Block, false>(p, d, f, StagingOf<T>(shared, warp & ~3), warp);
   } else {
+    Residual<T::kUnitTokens> next;
+    if constexpr (T::kAdds) next.Load(p, f.row, f.token);
 #pragma unroll
     for (int first = 0; first < T::kTokens; first += T::kUnitTokens) {
-      StoreSlab<T::kUnitTokens>(p, reinterpret_cast<const A(&)[T::kUnitTokens / 2]>(d[first / 2]),
-                                f, first, StagingOf<T>(shared, warp));
+      float residual[T::kUnitTokens / 2];
+      if constexpr (T::kAdds) {
+        next.Get(p, residual);
+        if (first + T::kUnitTokens < T::kTokens) {
+          next.Load(p, f.row, f.token + first + T::kUnitTokens);
+        }
+      }
+      StoreSlab<T::kUnitTokens, T::kAdds>(
+          p, reinterpret_cast<const A(&)[T::kUnitTokens / 2]>(d[first / 2]), residual, f, first,
+          StagingOf<T>(shared, warp));
     }
   }
 }

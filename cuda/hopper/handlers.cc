@@ -1,21 +1,29 @@
 // FFI targets of the Hopper implementation (hopper/hopper.h).
 //
 //   slidejax_metadata_hopper: zeros u8 [out, groups] -> metadata u8 [bytes]; attribute group
-//   slidejax_sparse_matmul_hopper: lifted [M, K'], scale_x f32 [M], WEIGHT
+//   slidejax_sparse_matmul_hopper: lifted [M, K'], scale_x f32 [M], WEIGHT, residual
 //       -> y [M, out], workspace u8 [W]
 //   slidejax_linear_hopper: x [M, K], up [M, K] or [0], norm_weight f32 [K] or [0],
-//       norm_bias f32 [K] or [0], WEIGHT
+//       norm_bias f32 [K] or [0], WEIGHT, residual
 //       -> y [M, out], lifted [M, K'], scale_x f32 [M], workspace u8 [W];
 //       attributes group, prologue, activation, eps as slidejax_lift_quantize_fused has them. The
 //       lift and the product in one call, so that the product's kernel can begin while the lift's
 //       still runs.
+//   slidejax_chain_hopper: x [M, K]; for each stage WEIGHT, residual, and norm f32 [K] or [0]
+//       -> y [M, out] of each stage in `outputs`, workspace u8 [W]. A stage is a lift and a
+//       product, and reads the y of the one before. Attributes, a number for each stage: `adds`,
+//       the earlier stage whose y is the residual, or -1; `gates`, the lift::Activation of the gate
+//       in the first half of the stage's input, or -1; `eps` of the norm; `workspaces`, the bytes
+//       of workspace that the product takes. The workspace must also hold the codes and scales of
+//       every stage, and the results that are no outputs, each aligned to 128 bytes.
 //
 // WEIGHT: values [out, groups, kept], zeros u8 [out, groups], scale_w f32 [out],
 // bias f32 [out] or [0], metadata u8 [bytes] or [0]. A dense weight has values [out, K'], and
-// neither zeros nor metadata, which are [0].
+// neither zeros nor metadata, which are [0]. A residual is [M, out] or [0].
 #include "handlers.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "common/ffi_util.h"
 #include "common/group.h"
@@ -28,6 +36,7 @@ namespace {
 
 constexpr char kMatmul[] = "sparse_matmul_hopper";
 constexpr char kLinear[] = "linear_hopper";
+constexpr char kChain[] = "chain_hopper";
 constexpr uintptr_t kAlignment = 128;  // of the workspace
 
 ffi::Error MetadataImpl(cudaStream_t stream, ffi::Buffer<ffi::U8> zeros,
@@ -99,10 +108,26 @@ std::string WeightArguments(const Weight& w, int64_t columns, Args& args) {
   return "";
 }
 
-// Fills in the arguments of y = lifted x weight; returns what is wrong with them, or "".
+// Fills in a residual; returns what is wrong with it, or "".
+std::string ResidualArguments(const ffi::AnyBuffer& residual, Args& args) {
+  if (residual.element_count() == 0) return "";
+  const auto type = DTypeOf(residual.element_type());
+  if (type != DType::kBF16 && type != DType::kF16 && type != DType::kF32) {
+    return "residual must be bfloat16, float16 or float32";
+  }
+  if (residual.dimensions().size() != 2 || residual.dimensions()[0] != args.problem.M ||
+      residual.dimensions()[1] != args.problem.out) {
+    return "residual must be [M, out] or [0]";
+  }
+  args.residual = residual.untyped_data(), args.residual_type = *type;
+  return "";
+}
+
+// Fills in the arguments of y = lifted x weight + residual; returns what is wrong with them, or "".
 std::string MatmulArguments(const ffi::AnyBuffer& lifted, const ffi::Buffer<ffi::F32>& scale_x,
-                            const Weight& w, const ffi::AnyBuffer& y,
-                            const ffi::Buffer<ffi::U8>& workspace, Args& args) {
+                            const Weight& w, const ffi::AnyBuffer& residual,
+                            const ffi::AnyBuffer& y, const ffi::Buffer<ffi::U8>& workspace,
+                            Args& args) {
   if (lifted.dimensions().size() != 2 || y.dimensions().size() != 2 ||
       (!w.dense() && w.values.dimensions().size() != 3)) {
     return "lifted and y must be matrices, values [out, groups, kept] or, dense, [out, K']";
@@ -127,6 +152,7 @@ std::string MatmulArguments(const ffi::AnyBuffer& lifted, const ffi::Buffer<ffi:
   }
   if (Count(w.bias) != 0 && Count(w.bias) != outputs) return "bias must be [out] or [0]";
 
+  if (std::string wrong = ResidualArguments(residual, args); !wrong.empty()) return wrong;
   args.lifted = lifted.untyped_data(), args.scale_x = scale_x.typed_data();
   args.y = y.untyped_data();
   const uintptr_t begin = reinterpret_cast<uintptr_t>(workspace.typed_data());
@@ -156,11 +182,11 @@ std::string NameOf(const char* op, const ffi::AnyBuffer& x, const ffi::AnyBuffer
 ffi::Error MatmulImpl(cudaStream_t stream, ffi::AnyBuffer lifted, ffi::Buffer<ffi::F32> scale_x,
                       ffi::AnyBuffer values, ffi::Buffer<ffi::U8> zeros,
                       ffi::Buffer<ffi::F32> scale_w, ffi::Buffer<ffi::F32> bias,
-                      ffi::Buffer<ffi::U8> metadata, ffi::Result<ffi::AnyBuffer> y,
-                      ffi::ResultBuffer<ffi::U8> workspace) {
+                      ffi::Buffer<ffi::U8> metadata, ffi::AnyBuffer residual,
+                      ffi::Result<ffi::AnyBuffer> y, ffi::ResultBuffer<ffi::U8> workspace) {
   const Weight w{values, zeros, scale_w, bias, metadata};
   Args args = {};
-  const std::string wrong = MatmulArguments(lifted, scale_x, w, *y, *workspace, args);
+  const std::string wrong = MatmulArguments(lifted, scale_x, w, residual, *y, *workspace, args);
   if (!wrong.empty()) return Wrong(kMatmul, wrong, lifted, lifted, w, *y, *workspace);
   if (y->element_count() == 0) return ffi::Error::Success();
   return CudaError(NameOf(kMatmul, lifted, *y), SparseMatmul(args, stream));
@@ -170,10 +196,11 @@ ffi::Error LinearImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer up,
                       ffi::Buffer<ffi::F32> norm_weight, ffi::Buffer<ffi::F32> norm_bias,
                       ffi::AnyBuffer values, ffi::Buffer<ffi::U8> zeros,
                       ffi::Buffer<ffi::F32> scale_w, ffi::Buffer<ffi::F32> bias,
-                      ffi::Buffer<ffi::U8> metadata, ffi::Result<ffi::AnyBuffer> y,
-                      ffi::Result<ffi::AnyBuffer> lifted, ffi::ResultBuffer<ffi::F32> scale_x,
-                      ffi::ResultBuffer<ffi::U8> workspace, int32_t group,
-                      std::string_view prologue, std::string_view activation, float eps) {
+                      ffi::Buffer<ffi::U8> metadata, ffi::AnyBuffer residual,
+                      ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> lifted,
+                      ffi::ResultBuffer<ffi::F32> scale_x, ffi::ResultBuffer<ffi::U8> workspace,
+                      int32_t group, std::string_view prologue, std::string_view activation,
+                      float eps) {
   const Weight w{values, zeros, scale_w, bias, metadata};
   lift::Args lift_args = {};
   Args args = {};
@@ -181,7 +208,7 @@ ffi::Error LinearImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer up,
   std::string wrong = lift::FusedArguments(
       {x, up, norm_weight, norm_bias, *lifted, *scale_x, group, prologue, activation, eps},
       lift_args);
-  if (wrong.empty()) wrong = MatmulArguments(*lifted, *scale_x, w, *y, *workspace, args);
+  if (wrong.empty()) wrong = MatmulArguments(*lifted, *scale_x, w, residual, *y, *workspace, args);
   if (wrong.empty() && group != args.problem.group) {
     wrong = "group " + std::to_string(group) + " is not that of values";
   }
@@ -193,6 +220,190 @@ ffi::Error LinearImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer up,
   if (status == cudaSuccess) status = lift::LiftQuantize(lift_args, stream);
   if (status == cudaSuccess) status = SparseMatmul(args, stream);
   return CudaError(NameOf(kLinear, x, *y), status);
+}
+
+// A workspace that is handed out from its beginning.
+class Workspace {
+ public:
+  explicit Workspace(const ffi::Buffer<ffi::U8>& buffer)
+      : at_(reinterpret_cast<uintptr_t>(buffer.typed_data())), end_(at_ + buffer.element_count()) {}
+
+  // Aligned memory.
+  void* Take(int64_t bytes) {
+    at_ = RoundUp<uintptr_t>(at_, kAlignment) + bytes;
+    return reinterpret_cast<void*>(at_ - bytes);
+  }
+  bool enough() const { return at_ <= end_; }
+
+ private:
+  uintptr_t at_, end_;
+};
+
+// The lifts and products of a chain, from its operands, results and attributes.
+class Chain {
+ public:
+  struct Stage {
+    lift::Args lift;
+    Args product;
+  };
+  std::vector<Stage> stages;
+
+  Chain(ffi::RemainingArgs operands, ffi::RemainingRets results, ffi::Span<const int64_t> adds,
+        ffi::Span<const int64_t> gates, ffi::Span<const float> eps,
+        ffi::Span<const int64_t> workspaces, ffi::Span<const int64_t> outputs)
+      : operands_(operands),
+        results_(results),
+        adds_(adds),
+        gates_(gates),
+        eps_(eps),
+        workspaces_(workspaces),
+        outputs_(outputs) {}
+
+  // Fills in all stages; returns what is wrong, or "".
+  std::string Fill() {
+    const size_t count = adds_.size();
+    if (count == 0 || gates_.size() != count || eps_.size() != count || workspaces_.size() != count)
+      return "adds, gates, eps and workspaces must have a number for each stage";
+    if (operands_.size() != 1 + kOperands * count || results_.size() != outputs_.size() + 1)
+      return "the operands are x and " + std::to_string(kOperands) +
+             " for each stage, the results one for each output and a workspace";
+    const auto x = operands_.get<ffi::AnyBuffer>(0);
+    auto memory = results_.get<ffi::Buffer<ffi::U8>>(outputs_.size());
+    if (!x || x->dimensions().size() != 2 || x->element_count() == 0 ||
+        std::max(x->dimensions()[0], x->dimensions()[1]) > INT32_MAX)
+      return "x must be a matrix with rows and columns";
+    const auto type = DTypeOf(x->element_type());
+    if (type != DType::kBF16 && type != DType::kF16 && type != DType::kF32)
+      return "x must be bfloat16, float16 or float32";
+    if (!memory) return "the workspace must be u8";
+    type_ = *type, rows_ = static_cast<int32_t>(x->dimensions()[0]);
+    Workspace workspace(**memory);
+    stages.resize(count);
+    const void* input = x->untyped_data();
+    int64_t columns = x->dimensions()[1];
+    for (size_t i = 0; i < count; ++i) {
+      if (auto wrong = Fill(i, input, columns, workspace); !wrong.empty())
+        return "stage " + std::to_string(i) + ": " + wrong;
+      input = stages[i].product.y, columns = stages[i].product.problem.out;
+    }
+    return workspace.enough() ? "" : "the workspace is too small";
+  }
+
+ private:
+  static constexpr size_t kOperands = 7;  // of a stage
+
+  // `input`: what the stage reads, of `width` columns.
+  std::string Fill(size_t i, const void* input, int64_t width, Workspace& workspace) {
+    const size_t first = 1 + kOperands * i;
+    const auto values = operands_.get<ffi::AnyBuffer>(first);
+    const auto zeros = operands_.get<ffi::Buffer<ffi::U8>>(first + 1);
+    const auto scale_w = operands_.get<ffi::Buffer<ffi::F32>>(first + 2);
+    const auto bias = operands_.get<ffi::Buffer<ffi::F32>>(first + 3);
+    const auto metadata = operands_.get<ffi::Buffer<ffi::U8>>(first + 4);
+    const auto residual = operands_.get<ffi::AnyBuffer>(first + 5);
+    const auto norm = operands_.get<ffi::Buffer<ffi::F32>>(first + 6);
+    if (!values || !zeros || !scale_w || !bias || !metadata || !residual || !norm)
+      return "zeros and metadata must be u8, scale_w, bias and norm float32";
+    const Weight w{*values, *zeros, *scale_w, *bias, *metadata};
+    if (values->dimensions().size() != 3 || values->element_count() == 0)
+      return "values must be [out, groups, kept], and not empty";
+    const int64_t outputs = values->dimensions()[0], group = values->dimensions()[2] + 2;
+    if (outputs > INT32_MAX || !IsGroup(group)) return "kept must be even, 2 to 14";
+    const bool gate = gates_[i] >= 0;
+    if (gates_[i] > static_cast<int>(lift::Activation::kRelu) || (gate && width % 2 != 0))
+      return "gates are numbers of activations, and a gate is half of the input";
+    const int64_t columns = gate ? width / 2 : width;
+    const int64_t lifted_columns = lift::LiftedColumns(columns, static_cast<int>(group));
+    Args& args = stages[i].product;
+    args.problem.M = rows_, args.problem.out = static_cast<int32_t>(outputs);
+    if (auto wrong = WeightArguments(w, lifted_columns, args); !wrong.empty()) return wrong;
+    const auto type = DTypeOf(values->element_type());
+    if (!type || Bytes(*type) != 1) return "values must be int8 or float8_e4m3fn";
+    if (Count(*scale_w) != outputs || (Count(*bias) != 0 && Count(*bias) != outputs))
+      return "scale_w must be [out], bias [out] or [0]";
+    if (Count(*norm) != 0 && (Count(*norm) != columns || gate))
+      return "norm must be [K] or [0], and [0] with a gate";
+    if (auto wrong = ResidualArguments(*residual, args); !wrong.empty()) return wrong;
+    if (adds_[i] >= 0) {
+      if (adds_[i] >= static_cast<int64_t>(i) || stages[adds_[i]].product.problem.out != outputs)
+        return "adds must name an earlier stage with as many outputs";
+      args.residual = stages[adds_[i]].product.y, args.residual_type = type_;
+    }
+    args.operand = *type, args.result = type_;
+    void* const lifted = workspace.Take(rows_ * lifted_columns);
+    auto* const scale_x = static_cast<float*>(workspace.Take(rows_ * int64_t{4}));
+    args.lifted = lifted, args.scale_x = scale_x;
+    args.workspace_bytes = std::max<int64_t>(workspaces_[i], 0);
+    args.workspace = workspace.Take(static_cast<int64_t>(args.workspace_bytes));
+    args.after_lift = true;
+    if (auto wrong = Result(i, workspace); !wrong.empty()) return wrong;
+
+    lift::Args& lift = stages[i].lift;
+    lift.x = input, lift.x_type = type_, lift.rows = rows_;
+    lift.columns = columns, lift.x_stride = width;
+    lift.lifted = lifted, lift.lifted_type = *type, lift.scale = scale_x;
+    lift.lifted_columns = lifted_columns, lift.group = static_cast<int>(group);
+    if (columns > lift::kMaxColumns) return "a row has too many columns";
+    if (gate) {
+      lift.prologue = lift::PrologueKind::kGlu;
+      lift.activation = static_cast<lift::Activation>(gates_[i]);
+      lift.up = static_cast<const char*>(input) + columns * static_cast<int64_t>(Bytes(type_));
+    } else if (Count(*norm) != 0) {
+      lift.prologue = lift::PrologueKind::kRmsNorm;
+      lift.weight = norm->typed_data(), lift.eps = eps_[i];
+    }
+    lift.behind = i > 0;
+    const char* wrong = Check(args);
+    return wrong ? wrong : "";
+  }
+
+  // Where the stage's results go.
+  std::string Result(size_t i, Workspace& workspace) {
+    Args& args = stages[i].product;
+    for (size_t output = 0; output < outputs_.size(); ++output) {
+      if (outputs_[output] != static_cast<int64_t>(i)) continue;
+      auto y = results_.get<ffi::AnyBuffer>(output);
+      if (!y || (*y)->dimensions().size() != 2 || (*y)->dimensions()[0] != rows_ ||
+          (*y)->dimensions()[1] != args.problem.out || DTypeOf((*y)->element_type()) != type_)
+        return "y must be [M, out] in the dtype of x";
+      args.y = (*y)->untyped_data();
+      return "";
+    }
+    args.y = workspace.Take(int64_t{rows_} * args.problem.out * static_cast<int64_t>(Bytes(type_)));
+    return "";
+  }
+
+  const ffi::RemainingArgs operands_;
+  const ffi::RemainingRets results_;
+  const ffi::Span<const int64_t> adds_, gates_;
+  const ffi::Span<const float> eps_;
+  const ffi::Span<const int64_t> workspaces_, outputs_;
+  DType type_ = DType::kBF16;
+  int32_t rows_ = 0;
+};
+
+// Launches a chain. Metadata that is not prepared is made first: the first lift begins when all of
+// it is there, and so do all kernels behind that one.
+cudaError_t Run(std::vector<Chain::Stage>& stages, cudaStream_t stream) {
+  for (Chain::Stage& stage : stages) {
+    Counters counters = {};
+    if (auto s = BeforeLift(stage.product, stream, &counters)) return s;
+    stage.lift.counters = counters.first, stage.lift.counter_count = counters.count;
+  }
+  for (const Chain::Stage& stage : stages) {
+    if (auto s = lift::LiftQuantize(stage.lift, stream)) return s;
+    if (auto s = SparseMatmul(stage.product, stream)) return s;
+  }
+  return cudaSuccess;
+}
+
+ffi::Error ChainImpl(cudaStream_t stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                     ffi::Span<const int64_t> adds, ffi::Span<const int64_t> gates,
+                     ffi::Span<const float> eps, ffi::Span<const int64_t> workspaces,
+                     ffi::Span<const int64_t> outputs) {
+  Chain chain(operands, results, adds, gates, eps, workspaces, outputs);
+  if (const std::string wrong = chain.Fill(); !wrong.empty()) return InvalidArgument(kChain, wrong);
+  return CudaError(kChain, Run(chain.stages, stream));
 }
 
 // The operands of a weight.
@@ -211,6 +422,7 @@ auto BindMatmul() {
                         .Ctx<ffi::PlatformStream<cudaStream_t>>()
                         .Arg<ffi::AnyBuffer>()
                         .Arg<ffi::Buffer<ffi::F32>>())
+      .Arg<ffi::AnyBuffer>()
       .Ret<ffi::AnyBuffer>()
       .Ret<ffi::Buffer<ffi::U8>>();
 }
@@ -222,6 +434,7 @@ auto BindLinear() {
                         .Arg<ffi::AnyBuffer>()
                         .Arg<ffi::Buffer<ffi::F32>>()
                         .Arg<ffi::Buffer<ffi::F32>>())
+      .Arg<ffi::AnyBuffer>()
       .Ret<ffi::AnyBuffer>()
       .Ret<ffi::AnyBuffer>()
       .Ret<ffi::Buffer<ffi::F32>>()
@@ -253,4 +466,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_sparse_matmul_hopper, slidejax::hopper::M
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_linear_hopper, slidejax::hopper::LinearImpl,
                               slidejax::hopper::BindLinear(),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(slidejax_chain_hopper, slidejax::hopper::ChainImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<xla::ffi::Span<const int64_t>>("adds")
+                                  .Attr<xla::ffi::Span<const int64_t>>("gates")
+                                  .Attr<xla::ffi::Span<const float>>("eps")
+                                  .Attr<xla::ffi::Span<const int64_t>>("workspaces")
+                                  .Attr<xla::ffi::Span<const int64_t>>("outputs"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -158,7 +158,8 @@ bool MakeMaps(Params& p, const Args& a, const TileInfo& t, const uint32_t* metad
   // bfloat16 leaves by bulk copies where a tensor map can describe y. A copy has up to 32 tokens of
   // 64 outputs, which are a line of memory.
   p.vector_stores = Aligned(a.y, 16) && a.problem.out % 8 == 0;
-  p.bulk_stores = p.vector_stores && a.result == DType::kBF16;
+  // A residual is added where warps store directly.
+  p.bulk_stores = p.vector_stores && a.result == DType::kBF16 && a.residual == nullptr;
   if (p.bulk_stores) {
     const TensorMap y = {CU_TENSOR_MAP_DATA_TYPE_UINT16,
                          2,
@@ -256,6 +257,8 @@ Params MakeParams(const Args& a, const Call& call, const TileInfo& t) {
   p.scale_x = a.scale_x;
   p.scale_w = a.scale_w;
   p.bias = a.bias;
+  p.residual = a.residual;
+  p.residual_type = a.residual_type;
   p.y = a.y;
   p.counters = call.counters().first;
   p.partials = reinterpret_cast<float*>(call.stream_k_workspace + kCounterBytes);
@@ -307,6 +310,13 @@ cudaError_t Init() {
 const char* Check(const Args& a) {
   if (const char* wrong = Check(a.problem, a.schedule)) return wrong;
   if (a.result == DType::kS32 && a.operand != DType::kS8) return "int32 results need int8 operands";
+  if (a.residual != nullptr) {
+    const bool adds = a.schedule.tile == kAuto || GetTile(a.schedule.tile).adds;
+    if (!a.problem.sparse() || a.problem.M > kResidualTokens || !adds) {
+      return "a residual is added to at most 256 rows of a sparse product, in tiles that can add it";
+    }
+    if (a.result == DType::kS32) return "int32 results take no residual";
+  }
   if (a.problem.sparse() && a.zeros == nullptr && a.metadata == nullptr) {
     return "zeros or metadata must be given";
   }

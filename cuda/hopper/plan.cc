@@ -35,6 +35,7 @@ constexpr int kPowerLimitedTokens = 1024;       // with fewer, power does not li
 // alone with 128 tokens was never slower than CTA pairs; of dense tiles none of more tokens was
 // ever faster.
 constexpr int kFewTokens = 128, kSomeTokens = 256, kFewDenseTokens = 64;
+static_assert(kResidualTokens == kSomeTokens);
 // With fewer than kPowerLimitedTokens, stream-K costs more than modelled, and large tiles, which
 // have the longest stages, hide the least of what each wave waits for.
 constexpr float kFewTokensStreamKFactor = 2;
@@ -54,6 +55,7 @@ constexpr TileInfo InfoOf(const char* name, float stage_clocks, float tile_clock
   return {name,
           T::kSparse,
           T::kExpands,
+          T::kAdds,
           T::kRows,
           T::kTokens,
           T::kCtas,

@@ -36,7 +36,7 @@ struct Schedule {
 // `ctas` of them, stacked along the outputs, which share the tokens.
 struct TileInfo {
   const char* name;
-  bool sparse, expands;  // Tile::kSparse, Tile::kExpands
+  bool sparse, expands, adds;  // Tile::kSparse, Tile::kExpands, Tile::kAdds
   int rows, tokens, ctas, warp_groups;
   int threads, shared_bytes;                       // of a CTA
   int slab_tokens, slices_w;                       // Tile::kSlabTokens, Tile::kSlicesW
@@ -62,6 +62,9 @@ struct Split {
 
   int groups_per_worker() const { return share_w ? 2 : 1; }
 };
+
+// Most rows of x for which the cost model takes none but tiles that can add a residual.
+inline constexpr int kResidualTokens = 256;
 
 struct Plan {
   int tile = kAuto;

@@ -24,6 +24,7 @@ struct Params {
   const float* scale_x;
   const float* scale_w;
   const float* bias;
+  const void* residual;  // [M, out] or null
   void* y;
   // [stream_k_tiles + stream_k_workers][CTAs][rows x tokens]: accumulators in register order.
   float* partials;
@@ -46,6 +47,7 @@ struct Params {
   int role;                     // LaunchRole
   int after_metadata;           // the launch before this call's makes the metadata
   DType result;                 // of y
+  DType residual_type;          // bfloat16, float16 or float32
   int vector_stores;            // rows of y are 16-byte aligned
   int bulk_stores;              // y has a tensor map: it is bfloat16 with such rows
 

@@ -108,6 +108,8 @@ SJ_DEVICE void ReduceUnit(const Params& p, const Shared& shared, int rank, int t
   } else {
     StoreSharedF32(scale_w + lane * 4, -0.0f);
   }
+  Residual<T::kUnitTokens> added;
+  if constexpr (T::kAdds) added.Load(p, row, token);
   A sum[4 * kQuads] = {};
   const int at = (block * (T::kTokens / 8) + slab * kQuads) * 32;
 #pragma unroll 1
@@ -130,8 +132,10 @@ SJ_DEVICE void ReduceUnit(const Params& p, const Shared& shared, int rank, int t
   }
   CopyAsyncWait();
   __syncwarp();
-  StoreSlab<T::kUnitTokens>(p, sum, MakeFragment(scale_x, scale_w, scale_w + 64, row, token), 0,
-                            staging);
+  const Fragment f = MakeFragment(scale_x, scale_w, scale_w + 64, row, token);
+  float residual[4 * kQuads];
+  if constexpr (T::kAdds) added.Get(p, residual);
+  StoreSlab<T::kUnitTokens, T::kAdds>(p, sum, residual, f, 0, staging);
 }
 
 // The fix-up of a warp. inherited: the units that StorePartial has returned, in the low 16 bits for
@@ -224,6 +228,9 @@ SJ_DEVICE void ReduceInbox(const Params& p, const Shared& shared, int group_in_c
   for (int i = 0; i < T::kM64Blocks * kCount; ++i) {
     const int unit = warp * T::kM64Blocks * kCount + i, block = i / kCount, slab = i % kCount;
     if (unit % p.cluster_groups != group_in_cluster) continue;
+    const Fragment f = FragmentOf<T>(shared, warp, set, block, slab * T::kUnitTokens, row, token);
+    Residual<T::kUnitTokens> added;
+    if constexpr (T::kAdds) added.Load(p, f.row, f.token);
     A sum[4 * kQuads] = {};
 #pragma unroll 1
     for (int from = 0; from < p.cluster_groups; ++from) {
@@ -231,8 +238,9 @@ SJ_DEVICE void ReduceInbox(const Params& p, const Shared& shared, int group_in_c
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) AddQuad(sum + 4 * q, LoadShared4(at + q * 512));
     }
-    const Fragment f = FragmentOf<T>(shared, warp, set, block, slab * T::kUnitTokens, row, token);
-    StoreSlab<T::kUnitTokens>(p, sum, f, 0, StagingOf<T>(shared, warp));
+    float residual[4 * kQuads];
+    if constexpr (T::kAdds) added.Get(p, residual);
+    StoreSlab<T::kUnitTokens, T::kAdds>(p, sum, residual, f, 0, StagingOf<T>(shared, warp));
   }
 }
 

@@ -62,6 +62,8 @@ struct Tile {
   static constexpr int kStagesX = kStagesX_;  // of the ring of X
   static constexpr int kStagesW = kStagesW_;  // of the ring of W
   static constexpr int kRows = kWarpGroups * kM64Blocks * 64;
+  // Whether the epilogue can add a residual. Tiles with two m64 blocks have no registers for it.
+  static constexpr bool kAdds = kSparse && kM64Blocks == 1;
   // Whether the kernel makes its metadata from zeros (expand.cuh), in a warp group of its own.
   // Larger tiles have neither the registers for it nor rings that are deep enough.
   static constexpr bool kExpands = kSparse && kRows * kTokens <= 128 * 128 && kCtas == 1;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/launch.h"
 #include "lift/lift.h"
 #include "lift/ring.cuh"
 
@@ -32,10 +33,10 @@ inline cudaError_t CurrentDevice(DeviceLimits* device) {
   return cudaSuccess;
 }
 
-template <typename In, typename Out, int kN, typename Prologue>
+template <typename In, typename Out, int kN, typename Prologue, int kSteps = kN ? StepsOf(kN) : 0>
 cudaError_t LaunchRing(RingParams p, const DeviceLimits& device, const RingGeometry& geometry,
                        cudaStream_t stream) {
-  const auto kernel = RingKernel<In, Out, kN, Prologue>;
+  const auto kernel = RingKernel<In, Out, kN, Prologue, kSteps>;
   p.depth = geometry.depth;
   if (geometry.bytes > kDefaultSharedBytes) {
     const cudaError_t status =
@@ -45,8 +46,9 @@ cudaError_t LaunchRing(RingParams p, const DeviceLimits& device, const RingGeome
   const int64_t blocks =
       std::min<int64_t>(p.rows, static_cast<int64_t>(device.multiprocessors) * geometry.blocks);
   void* arguments[] = {&p};
-  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
-                          dim3(kLanes * geometry.warps), arguments, geometry.bytes, stream);
+  const dim3 grid(static_cast<unsigned>(blocks)), block(kLanes * geometry.warps);
+  if (p.behind) return LaunchBehind(kernel, grid, block, arguments, geometry.bytes, stream);
+  return cudaLaunchKernel(kernel, grid, block, arguments, geometry.bytes, stream);
 }
 
 // Launches the kernel for p.n: one of its own where models use it, else the kernel that reads N.
@@ -56,7 +58,10 @@ cudaError_t LaunchRingForN(const RingParams& p, const DeviceLimits& device,
   constexpr bool kPlain = std::is_same_v<Prologue, NoPrologue>;
   if constexpr (kPlain || std::is_same_v<In, __nv_bfloat16>) {
     if (p.n == 1) return LaunchRing<In, Out, 1, Prologue>(p, device, geometry, stream);
-    if (p.n == 4) return LaunchRing<In, Out, 4, Prologue>(p, device, geometry, stream);
+    if (p.n == 4) {
+      return p.steps == 1 ? LaunchRing<In, Out, 4, Prologue, 1>(p, device, geometry, stream)
+                          : LaunchRing<In, Out, 4, Prologue>(p, device, geometry, stream);
+    }
   }
   if constexpr (kPlain && sizeof(In) == 2) {
     switch (p.n) {
@@ -91,13 +96,14 @@ cudaError_t WithCode(DType type, const Launch& launch) {
   }
 }
 
-inline RingParams RingParamsOf(const Args& a) {
+inline RingParams RingParamsOf(const Args& a, const DeviceLimits& device) {
   RingParams p = {};
   p.x = a.x, p.lifted = a.lifted, p.scale = a.scale, p.rows = a.rows;
   p.columns = static_cast<int>(a.columns), p.lifted_columns = static_cast<int>(a.lifted_columns);
   p.x_stride = a.x_stride * static_cast<int64_t>(Bytes(a.x_type));
   p.n = a.group == 0 ? 1 : a.group / 2;
-  p.steps = StepsOf(p.n);
+  // With a multiprocessor for each row, latency counts: many warps with small tiles.
+  p.steps = p.n == 4 && a.rows <= device.multiprocessors ? TileSteps(p.n) : StepsOf(p.n);
   const int64_t tile_columns = kLanes * kChunk * p.steps;
   const int64_t padded = p.n == 1 ? a.lifted_columns : a.lifted_columns / (4 * (p.n - 1)) * 2 * p.n;
   p.tiles = static_cast<int>(std::max<int64_t>(1, (padded + tile_columns - 1) / tile_columns));
@@ -111,6 +117,7 @@ inline RingParams RingParamsOf(const Args& a) {
   p.prologue = {a.up,      a.weight,    a.bias, a.eps, 1.0f / static_cast<float>(a.columns),
                 p.columns, a.activation};
   p.counters = a.counters, p.counter_count = a.counter_count;
+  p.behind = a.behind;
   return p;
 }
 

@@ -123,9 +123,8 @@ cudaError_t LaunchStream(RingParams p, const float* absmax, cudaStream_t stream)
 }
 
 template <typename In, typename Out>
-cudaError_t LaunchQuantised(RingParams p, const float* absmax, cudaStream_t stream) {
-  DeviceLimits device;
-  if (const cudaError_t status = CurrentDevice(&device); status != cudaSuccess) return status;
+cudaError_t LaunchQuantised(RingParams p, const float* absmax, const DeviceLimits& device,
+                            cudaStream_t stream) {
   const RingGeometry geometry = ChooseGeometry(p, 1, sizeof(In), sizeof(Out), device);
   if (absmax == nullptr && geometry.warps > 0)
     return LaunchRingForN<In, Out, NoPrologue>(p, device, geometry, stream);
@@ -137,7 +136,9 @@ cudaError_t LaunchQuantised(RingParams p, const float* absmax, cudaStream_t stre
 cudaError_t LiftQuantize(const Args& a, cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
   if (a.prologue != PrologueKind::kNone) return LaunchFused(a, stream);
-  const RingParams p = RingParamsOf(a);
+  DeviceLimits device;
+  if (const cudaError_t status = CurrentDevice(&device); status != cudaSuccess) return status;
+  const RingParams p = RingParamsOf(a, device);
   return WithFloat(a.x_type, [&](auto x) {
     using In = decltype(x);
     if (Bytes(a.lifted_type) > 1) {
@@ -146,7 +147,7 @@ cudaError_t LiftQuantize(const Args& a, cudaStream_t stream) {
       });
     }
     return WithCode(a.lifted_type, [&](auto code) {
-      return LaunchQuantised<In, decltype(code)>(p, a.absmax, stream);
+      return LaunchQuantised<In, decltype(code)>(p, a.absmax, device, stream);
     });
   });
 }

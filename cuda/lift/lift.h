@@ -56,6 +56,9 @@ struct Args {
   // begin before it has ended.
   unsigned long long* counters;
   int counter_count;
+  // The launch ahead may still run and write what this one reads, but no weight or bias of a norm.
+  // Where a row fits in shared memory, this one begins early and waits for it (Hopper and later).
+  bool behind;
 };
 
 // The largest number of columns that the kernels' 32-bit arithmetic within a row takes.

@@ -32,14 +32,18 @@ struct RingParams : RowShape {
   PrologueParams prologue;
   unsigned long long* counters;  // for the next kernel
   int counter_count;
+  bool behind;  // Args::behind
 };
 
-// Both kernels begin with this.
+// Both kernels begin with this. The counters are those of the next kernel alone, so they need not
+// wait. Every block waits for the kernel ahead, so that the end of this one means the end of all
+// before it.
 __device__ inline void Begin(const RingParams& p) {
   GridRelease();
   if (blockIdx.x == 0) {
     for (int i = threadIdx.x; i < p.counter_count; i += blockDim.x) p.counters[i] = 0;
   }
+  if (p.behind) GridWait();
 }
 
 // ---- Reductions over a thread block -------------------------------------------------------------
@@ -299,12 +303,12 @@ __device__ __forceinline__ uint32_t PrepareRow(const RingParams& p, Ring& ring, 
   return absmax.Bits();
 }
 
-// One row to a thread block at a time. kN: N, 1 for no lifting, 0 for p.n.
-template <typename In, typename Out, int kN, typename Prologue>
+// One row to a thread block at a time. kN: N, 1 for no lifting, 0 for p.n. kSteps: p.steps where kN
+// is known.
+template <typename In, typename Out, int kN, typename Prologue, int kSteps>
 __global__ void __launch_bounds__(kLanes* kMaxWarps) RingKernel(const RingParams p) {
   static_assert(kQuantised<Out>);
   extern __shared__ __align__(16) char shared[];
-  constexpr int kSteps = kN ? StepsOf(kN ? kN : 1) : 0;
   using Ring = WarpRing<In, Prologue::kSources, kSteps>;
   // A lane converts chunks that another lane has looked at.
   constexpr bool kOthersChunks = kN > 1 && LaneChunks(kN) > 1;

@@ -1,10 +1,11 @@
 """`linear_chain`: linear layers that follow each other, for few rows in one custom call.
 
-The op is defined as a sequence of `slidejax.linear`, and that is what runs nearly everywhere. On
-one GPU, with so few rows that every layer of the chain would run in the decode kernel, it is one
-custom call. Its kernels overlap: each asks for its first weights before the one ahead has ended
-(docs/decode-kernel.md). A norm is then computed by the kernel that reads it, and a gate by the
-kernel before.
+The op is defined as a sequence of `slidejax.linear`, and that is what runs nearly everywhere. It is
+one custom call on one GPU where every layer of the chain would run in the decode kernel, or every
+layer in the Hopper kernel with few rows. The kernels of a call overlap: each asks for its first
+weights before the one ahead has ended (docs/decode-kernel.md, docs/hopper-kernel.md). The Hopper
+kernel's lift computes norms and gates. With the decode kernel a norm is computed by the kernel that
+reads it, and a gate by the kernel before.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -23,8 +24,8 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import AxisType
 
 from slidejax.ops.choice import choose
-from slidejax.ops.cuda import calls
-from slidejax.ops.implementations import decode
+from slidejax.ops.cuda import calls, prologues
+from slidejax.ops.implementations import decode, hopper
 from slidejax.ops.linear import linear
 from slidejax.ops.primitive import as_array, check_input, make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem, device_kind
@@ -160,56 +161,92 @@ def _problem(x, stage: Stage, platform: str, implementation: str | None) -> Prob
     )
 
 
-def _in_one_call(operands, settings: ChainParams, platform: str, devices: int | None) -> bool:
-    """Whether the chain is one custom call, where it is lowered."""
+_Call = Callable[[jax.Array, Sequence[Stage], tuple[int, ...]], list[jax.Array]]
+
+
+def _one_call(operands, settings: ChainParams, platform: str, devices: int | None) -> _Call | None:
+    """The custom call that the chain is where it is lowered, or None."""
     if platform != "cuda" or devices != 1:
-        return False
+        return None
     x, stages = settings.operands(operands)
     if 0 in x.shape or any(_packed(stage).out_features == 0 for stage in stages):
-        return False
+        return None
     if any(type(stage.prologue) not in (type(None), RMSNorm, GLU) for stage in stages):
-        return False
-    for i, stage in enumerate(stages[1:]):
-        # The kernel before computes the gate and keeps its other results for itself.
-        if _gate(stage) is not None and (
-            i in settings.outputs or i in settings.adds or stages[i].residual is not None
-        ):
+        return None
+    found = {
+        choose(_problem(x, stage, platform, settings.implementation)).implementation
+        for stage in stages
+    }
+    if found == {decode.DECODE.name} and _gates_are_private(stages, settings):
+        return _decode_call
+    if found == {hopper.HOPPER.name} and _lifts_fit(x, stages):
+        return _hopper_call
+    return None
+
+
+def _gates_are_private(stages: Sequence[Stage], settings: ChainParams) -> bool:
+    """Whether nothing but a gate reads its halves, which the decode kernel keeps for itself."""
+    return not any(
+        _gate(stage) is not None
+        and (i in settings.outputs or i in settings.adds or stages[i].residual is not None)
+        for i, stage in enumerate(stages[1:])
+    )
+
+
+def _lifts_fit(x: jax.Array, stages: Sequence[Stage]) -> bool:
+    """Whether the Hopper kernel adds residuals of so many rows, and lifts compute all prologues."""
+    rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
+    for stage in stages:
+        read = cast(jax.Array, jax.ShapeDtypeStruct((rows, columns), x.dtype))
+        w = _packed(stage)
+        if stage.prologue is not None and not prologues.fused(read, w.dtype, stage.prologue):
             return False
-    found = [choose(_problem(x, stage, platform, settings.implementation)) for stage in stages]
-    return all(choice.implementation == decode.DECODE.name for choice in found)
+        columns = w.out_features
+    return rows <= hopper.RESIDUAL_ROWS
 
 
 def _lowering(*operands, platform, devices, settings: ChainParams, sequence: ClosedJaxpr):
-    if not _in_one_call(operands, settings, platform, devices):
+    call = _one_call(operands, settings, platform, devices)
+    if call is None:
         return jaxpr_as_fun(sequence)(*operands)
     x, stages = settings.operands(operands)
-    first = stages[0].prologue
-    return _call(first.apply(x) if isinstance(first, GLU) else x, stages, settings.outputs)
+    rows = [
+        dataclasses.replace(s, residual=s.residual.reshape(-1, s.residual.shape[-1]))
+        if isinstance(s.residual, jax.Array)
+        else s
+        for s in stages
+    ]
+    ys = call(x.reshape(-1, x.shape[-1]), rows, settings.outputs)
+    return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
 linear_chain_p = make_primitive("slidejax_linear_chain", _shapes, _lowering, asks_devices=True)
 
 
-def _call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]) -> list[jax.Array]:
-    """The custom call (cuda/decode/handlers.cc)."""
-    none = jnp.zeros(0, jnp.float32)
-    leading, size = x.shape[:-1], x.dtype.itemsize
-    rows = math.prod(leading)
-    operands, workspace = [x.reshape(rows, -1)], decode.ALIGN
-    for i, stage in enumerate(stages):
-        w, norm = _packed(stage), stage.prologue
-        operands += [
-            *decode.operands(w),
-            none if stage.bias is None else stage.bias.astype(jnp.float32),
-            stage.residual.reshape(rows, -1) if isinstance(stage.residual, jax.Array) else none,
-            norm.weight.astype(jnp.float32) if isinstance(norm, RMSNorm) else none,
-        ]
-        workspace += decode.workspace_bytes(w, rows)
-        if i not in outputs:
-            workspace += -(-rows * w.out_features * size // decode.ALIGN) * decode.ALIGN
-    gates = [*map(_gate, stages[1:]), None]  # of results
+def _parameters(stage: Stage) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Bias, residual and the weights of a norm as the calls take them: `[0]` stands for none."""
+    none, norm = jnp.zeros(0, jnp.float32), stage.prologue
+    return (
+        none if stage.bias is None else stage.bias.astype(jnp.float32),
+        stage.residual if isinstance(stage.residual, jax.Array) else none,
+        norm.weight.astype(jnp.float32) if isinstance(norm, RMSNorm) else none,
+    )
+
+
+def _run(
+    target: str,
+    x: jax.Array,
+    stages: Sequence[Stage],
+    outputs: tuple[int, ...],
+    operands: Sequence[jax.Array],
+    workspace: int,
+    gates: Sequence[str | None],
+    **attributes: np.ndarray,
+) -> list[jax.Array]:
+    """The results of a chain's custom call, with the attributes that all have."""
+    rows = x.shape[0]
     *ys, _ = calls.call(
-        "slidejax_chain_decode",
+        target,
         (
             *(
                 jax.ShapeDtypeStruct((rows, _packed(stages[i]).out_features), x.dtype)
@@ -217,6 +254,7 @@ def _call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]) -> li
             ),
             jax.ShapeDtypeStruct((workspace,), jnp.uint8),
         ),
+        x,
         *operands,
         adds=np.array(
             [s.residual if isinstance(s.residual, int) else -1 for s in stages], np.int64
@@ -224,8 +262,46 @@ def _call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]) -> li
         gates=np.array([-1 if g is None else _ACTIVATION_NUMBERS[g] for g in gates], np.int64),
         eps=np.array([getattr(s.prologue, "eps", 0.0) for s in stages], np.float32),
         outputs=np.array(outputs, np.int64),
+        **attributes,
     )
-    return [y.reshape(*leading, -1) for y in ys]
+    return ys
+
+
+def _aligned(size: int, align: int) -> int:
+    return -(-size // align) * align
+
+
+def _hopper_call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]):
+    """A lift and a product for each stage (cuda/hopper/handlers.cc)."""
+    rows, operands, parts, workspaces = x.shape[0], [], [], []
+    for i, stage in enumerate(stages):
+        w = _packed(stage)
+        weight = hopper.HopperWeight.packed(w)
+        _, residual, norm = _parameters(stage)
+        operands += [*weight.operands(stage.bias), residual, norm]
+        workspaces.append(weight.workspace_bytes(rows))
+        parts += [rows * w.lifted_columns, 4 * rows, workspaces[-1]]
+        if i not in outputs:
+            parts.append(rows * w.out_features * x.dtype.itemsize)
+    workspace = calls.ALIGN + sum(_aligned(size, calls.ALIGN) for size in parts)
+    gates = [*map(_gate, stages)]  # of what the stages read
+    call = ("slidejax_chain_hopper", x, stages, outputs, operands, workspace, gates)
+    return _run(*call, workspaces=np.array(workspaces, np.int64))
+
+
+def _decode_call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]):
+    """A kernel for each stage (cuda/decode/handlers.cc)."""
+    first = stages[0].prologue
+    x = first.apply(x) if isinstance(first, GLU) else x
+    rows, operands, workspace = x.shape[0], [], decode.ALIGN
+    for i, stage in enumerate(stages):
+        w = _packed(stage)
+        operands += [*decode.operands(w), *_parameters(stage)]
+        workspace += decode.workspace_bytes(w, rows)
+        if i not in outputs:
+            workspace += _aligned(rows * w.out_features * x.dtype.itemsize, decode.ALIGN)
+    gates = [*map(_gate, stages[1:]), None]  # of results
+    return _run("slidejax_chain_decode", x, stages, outputs, operands, workspace, gates)
 
 
 # --- batching, derivative -------------------------------------------------------------------------
@@ -264,11 +340,11 @@ def linear_chain(
     """Computes linear layers that follow each other, such as the tail of a transformer's layer.
 
     It is a sequence of `slidejax.linear`, and has its results and its gradients. For a few rows on
-    one GPU it is one custom call, whose kernels overlap. That is so where every stage alone would
-    run in the implementation "decode", for up to 2 rows prepared forms aside; its weights are
-    `SlideWeight`s; its prologue is an `RMSNorm`, a `GLU` or none; and what a `GLU` reads is used by
-    nothing else. In such a call a norm's sum has another order, so codes may differ as the contract
-    allows.
+    one GPU it is one custom call, whose kernels overlap. That is so where its weights are
+    `SlideWeight`s; every prologue is an `RMSNorm`, a `GLU` or none; and every stage alone would run
+    in the implementation "decode", for up to 2 rows prepared forms aside, or every stage in
+    "hopper" with at most 256 rows. With "decode", what a `GLU` reads must be used by nothing else.
+    In such a call a norm's sum has another order, so codes may differ as the contract allows.
 
     Args:
       x: `[..., in]`, bfloat16, float16 or float32; leading axes are rows.

@@ -1,5 +1,7 @@
 """`linear_chain` in one custom call on a GPU, against its layers one by one."""
 
+import dataclasses
+
 import cuda_formulas as formulas
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,11 @@ from patterns import PATTERNS
 
 import slidejax as sj
 from slidejax.ops.implementations.decode import DECODE
+from slidejax.ops.implementations.hopper import HOPPER
 
 pytestmark = pytest.mark.gpu
 ROWS = [1, 2, 3, 4, 5, 8]
+SIZES = [(4096, 14336), (3584, 18944)]
 
 
 def packed(pattern, dtype, columns, out, seed):
@@ -41,10 +45,10 @@ def tail(pattern, dtype, rows, hidden, inner, x_dtype="bfloat16", norm=True, gat
     ]
 
 
-def run(x, stages, outputs=(0, 2, 3)):
-    fn = jax.jit(lambda x, stages: sj.linear_chain(x, unflat(stages), outputs, "decode"))
+def run(x, stages, outputs=(0, 2, 3), implementation="decode"):
+    fn = jax.jit(lambda x, stages: sj.linear_chain(x, unflat(stages), outputs, implementation))
     text = fn.lower(x, flat(stages)).as_text()
-    assert text.count("slidejax_chain_decode") == 1 and "slidejax_linear_decode" not in text
+    assert text.count(f"slidejax_chain_{implementation}") == 1 and "slidejax_linear" not in text
     return fn(x, flat(stages))
 
 
@@ -65,17 +69,19 @@ def unflat(arrays):
     ]
 
 
-def one_by_one(x, stages, ys):
+def one_by_one(x, stages, ys, implementation="decode"):
     """Each layer in a call of its own, of the results that the chain gave."""
     o, gate_up, down, qkv = stages
     first, second, _ = ys
     linear = jax.jit(sj.linear, static_argnames=("implementation",))
-    want_first = linear(x, o.weight, implementation="decode", residual=o.residual)
-    both = linear(first, gate_up.weight, implementation="decode", prologue=gate_up.prologue)
+    want_first = linear(x, o.weight, implementation=implementation, residual=o.residual)
+    both = linear(first, gate_up.weight, implementation=implementation, prologue=gate_up.prologue)
     gate, up = jnp.split(both, 2, axis=-1)
     glu = sj.GLU(up, down.prologue.activation)
-    want_second = linear(gate, down.weight, implementation="decode", prologue=glu, residual=first)
-    want_last = linear(second, qkv.weight, qkv.bias, "decode", prologue=qkv.prologue)
+    want_second = linear(
+        gate, down.weight, implementation=implementation, prologue=glu, residual=first
+    )
+    want_last = linear(second, qkv.weight, qkv.bias, implementation, prologue=qkv.prologue)
     return want_first, want_second, want_last
 
 
@@ -115,18 +121,15 @@ def test_int8_without_norms_has_equal_bits(rows, x_dtype):
         np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
 
 
-@pytest.mark.parametrize("sizes", [(4096, 14336), (3584, 18944)])
-@pytest.mark.parametrize("rows", [1, 4, 8])
-def test_the_same_bits_every_time(rows, sizes):
+def same_bits_every_time(x, stages, implementation):
     """Kernels that read too early would give others."""
-    x, stages = tail("6:8", "int8", rows, *sizes)
     arrays = flat(stages)
 
     @jax.jit
     def many(x, stages):
         def step(carry, _):
             x, _ = carry
-            _, second, last = sj.linear_chain(x, unflat(stages), (0, 2, 3), "decode")
+            _, second, last = sj.linear_chain(x, unflat(stages), (0, 2, 3), implementation)
             return (second / jnp.maximum(jnp.abs(second).max(), 1), last), last
 
         first = (x, jnp.zeros((x.shape[0], 72), x.dtype))
@@ -136,6 +139,56 @@ def test_the_same_bits_every_time(rows, sizes):
     assert bool(jnp.isfinite(want.astype(jnp.float32)).all())
     for _ in range(20):
         np.testing.assert_array_equal(formulas.bits(many(x, arrays)), formulas.bits(want))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_the_same_bits_every_time(rows, sizes):
+    same_bits_every_time(*tail("6:8", "int8", rows, *sizes), "decode")
+
+
+# --- in the Hopper kernel -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_hopper():
+    if reason := HOPPER.available():
+        pytest.skip(reason)
+    if jax.devices()[0].compute_capability != "9.0":
+        pytest.skip("needs a Hopper GPU")
+
+
+def hopper_equals_one_by_one(x, stages):
+    """The kernels of both are the same, and so are their plans: bits are equal."""
+    ys = run(x, stages, implementation="hopper")
+    for got, want in zip(ys, one_by_one(x, stages, ys, "hopper"), strict=True):
+        np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
+
+
+@pytest.mark.parametrize("rows", [1, 9, 33, 65, 256])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16"])
+def test_a_layer_in_one_call_of_the_hopper_kernel(on_hopper, pattern, dtype, rows):
+    hopper_equals_one_by_one(*tail(pattern, dtype, rows, 512, 1032))
+
+
+@pytest.mark.parametrize("x_dtype", ["float16", "float32"])
+def test_other_dtypes_of_x_in_the_hopper_kernel(on_hopper, x_dtype):
+    hopper_equals_one_by_one(*tail("6:8", "int8", 20, 1000, 2056, x_dtype))
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("rows", [16, 64, 200])
+def test_the_hopper_kernel_gives_the_same_bits_every_time(on_hopper, rows, sizes, prepared):
+    x, stages = tail("6:8", "int8", rows, *sizes)
+    if prepared:
+        stages = [
+            dataclasses.replace(s, weight=sj.prepare(s.weight, "hopper", tune=False))
+            for s in stages
+        ]
+    hopper_equals_one_by_one(x, stages)
+    same_bits_every_time(x, stages, "hopper")
 
 
 def test_rows_with_nan_stay_apart():

@@ -65,6 +65,36 @@ def test_e4m3_is_as_exact_as_its_sums(on_hopper, rows):
     assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("residual", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize(
+    ("rows", "columns", "out"),
+    [
+        (1, 96, 7),
+        (16, 4096, 4096),
+        (16, 14336, 4096),
+        (64, 14336, 4096),
+        (77, 600, 520),
+        (256, 3584, 1000),
+    ],
+)
+def test_a_residual_is_added_before_the_one_rounding(
+    on_hopper, rows, columns, out, out_dtype, residual
+):
+    lifted, scale, w, bias = problem(rows, columns, out)
+    r = jax.random.normal(jax.random.key(5), (rows, out)).astype(residual)
+    got = jax.jit(HOPPER.matmul, static_argnums=(4, 5))(
+        lifted, scale, w, bias, out_dtype, "cuda", r
+    )
+    acc = formulas.accumulate(
+        np.asarray(lifted), formulas.lifted_weight(np.asarray(w.values), np.asarray(w.zeros))
+    )
+    want = formulas.finish(acc, np.asarray(scale)[:, 0], np.asarray(w.scale), bias)
+    want = want + np.asarray(r, np.float32)
+    np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want.astype(got.dtype)))
+
+
 # --- the lift and the product in one call ---------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hopper_emulator import INPUT, MULTIPROCESSORS, OUTPUT, Problem
+from hopper_emulator import INPUT, MULTIPROCESSORS, OUTPUT, Problem, make_schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +75,47 @@ def test_int32_results_are_of_int8_operands(emulated):
     emulated.check(Problem(37, 70, 24, y_dtype=np.int32), stream_k=3)
     wrong = {"operand": emulated.dtype(INPUT[0]), "result": emulated.dtype(np.int32)}
     assert b"int8" in emulated.refusal(Problem(1, 1, 8).shape(), zeros=16, **wrong)
+
+
+# Tiles that can add a residual.
+ADDING = ("128x256", "128x128", "128x128 (4 CTAs)", "128x128 (1 CTA)", *TILES[-4:])
+
+
+@pytest.mark.parametrize("tile", ADDING)
+@pytest.mark.parametrize("residual", OUTPUT[:3])
+def test_a_residual_in_every_tile(emulated, tile, residual):
+    """Of whole tiles, of tiles that are cut through memory and of tiles cut within a cluster."""
+    index, shape = emulated.tile(tile)
+    rows, tokens = shape.rows, min(shape.tokens, 256)
+    for i, y_dtype in enumerate(OUTPUT[:3]):
+        problem = Problem(
+            tokens - 3 + 2 * i,
+            2 * rows + 40 + i,
+            48,
+            y_dtype=y_dtype,
+            bias=i != 1,
+            residual=residual,
+            over_residual=True,
+            after_lift=i != 1,
+            prepared=False,
+            seed=i,
+        )
+        problem = dataclasses.replace(problem, M=min(problem.M, 256))
+        emulated.check(problem, tile=index, stream_k=0)
+        emulated.check(problem, tile=index, stream_k=4, chance=20)
+        emulated.check(problem, tile=index, cluster_split=2)
+
+
+def test_where_a_residual_is_refused(emulated):
+    residual = {"residual": 16, "zeros": 16, "operand": emulated.dtype(np.int8)}
+    result = {"result": emulated.dtype(np.float32)}
+    assert emulated.refusal(Problem(256, 8, 8).shape(), **residual, **result) is None
+    assert b"256 rows" in emulated.refusal(Problem(257, 8, 8).shape(), **residual, **result)
+    assert b"sparse" in emulated.refusal(Problem(1, 8, K=32).shape(), **residual, **result)
+    large = make_schedule(tile=emulated.names.index("256x192"))
+    assert b"tiles" in emulated.refusal(Problem(1, 8, 8).shape(), large, **residual, **result)
+    sums = {"result": emulated.dtype(np.int32)}
+    assert b"int32" in emulated.refusal(Problem(1, 8, 8).shape(), **residual, **sums)
 
 
 any_schedule = {

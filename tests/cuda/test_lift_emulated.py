@@ -65,13 +65,15 @@ def run(
     eps=1e-6,
     width=None,
     halves=False,
-    multiprocessors=1,
+    multiprocessors=None,
     shared=H100,
     seed=0,
     at=(32, 32),
 ):
-    """Codes and scales. With `halves` x has the gate and up. The seed also says when copies arrive;
-    `at` says where in a line of memory x and up begin."""
+    """Codes and scales. With `halves` x has the gate and up. The seed also says when copies arrive,
+    and whether rows share a multiprocessor; `at` says where in a line of memory x and up begin."""
+    if multiprocessors is None:
+        multiprocessors = 1 if seed // 2 % 2 else 16
     (rows, stride), dtype = x.shape, np.dtype(dtype)
     columns = stride // 2 if halves else stride
     if width is None:

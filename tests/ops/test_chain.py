@@ -213,6 +213,33 @@ def test_elsewhere_it_is_the_sequence(case):
     assert "slidejax_chain_decode" not in calls(lowered(x, stages, outputs, implementation))
 
 
+@pytest.mark.parametrize("rows", [9, 256])
+@pytest.mark.parametrize("outputs", [None, (2, 3), (0, 1, 3)])
+def test_one_call_of_the_hopper_kernel(rows, outputs):
+    x, stages = tail(rows=(rows,))
+    text = lowered(x, stages, outputs, "hopper")
+    assert calls(text) == ["slidejax_chain_hopper"]
+    call = next(line for line in text.splitlines() if "slidejax_chain_hopper" in line)
+    widths = [64, 96, 64, 40]
+    for i in outputs or (3,):
+        assert f"tensor<{rows}x{widths[i]}xbf16>" in call.rsplit("->", 1)[1]
+    assert "adds = dense<[-1, -1, 0, -1]>" in call
+    assert "gates = dense<[-1, -1, 0, -1]>" in call
+    assert not any(op in text for op in ("rsqrt", "logistic", "stablehlo.add", "exponential"))
+
+
+@pytest.mark.parametrize("case", ["rows", "long rows", "prologue"])
+def test_where_the_hopper_kernel_runs_them_one_by_one(case):
+    x, stages = tail(rows=(257,) if case == "rows" else (9,))
+    if case == "long rows":  # of which the lift computes no norm
+        long, norm = 8 * (13 << 10), sj.RMSNorm(jnp.ones(8 * (13 << 10)))
+        x, stages = rows_of(9, long), [sj.Stage(packed(columns=long, out=8), prologue=norm)]
+    if case == "prologue":
+        stages[3] = sj.Stage(stages[3].weight, prologue=sj.Activation("relu"))
+    found = calls(lowered(x, stages, None, "hopper"))
+    assert found and "slidejax_chain_hopper" not in found
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_few_rows_do_not_ask_for_prepared_forms(monkeypatch, rows):
     """A chain reads the packed form, and is faster than prepared forms one by one."""

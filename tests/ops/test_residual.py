@@ -217,9 +217,8 @@ def test_explain_says_that_there_is_one():
             assert found.out_features == 6 and found.dtype == jnp.int8 and choice.implementation
 
 
-@pytest.mark.parametrize("rows", [4, 100])
-@pytest.mark.parametrize("implementation", ["hopper", "dense"])
-def test_kernels_that_add_no_residual_hand_out_float32_sums(implementation, rows):
+def results_of_product(implementation, rows):
+    """The results of the custom call that multiplies, and the number of additions beside it."""
     x, w, bias = problem(0, rows, 128, 64, "6:8", "int8", "bfloat16")
     residual = residual_of(0, (rows, 64), "bfloat16")
     traced = jax.jit(
@@ -227,9 +226,22 @@ def test_kernels_that_add_no_residual_hand_out_float32_sums(implementation, rows
     ).trace(x, residual)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "custom_call @slidejax" in line]
-    results = calls[-1].rsplit("->", 1)[1]
+    assert traced.out_info.dtype == jnp.bfloat16
+    return calls[-1].rsplit("->", 1)[1], text.count("stablehlo.add")
+
+
+@pytest.mark.parametrize(("implementation", "rows"), [("hopper", 257), ("dense", 4), ("dense", 99)])
+def test_kernels_that_add_no_residual_hand_out_float32_sums(implementation, rows):
+    results, additions = results_of_product(implementation, rows)
     assert f"tensor<{rows}x64xf32>" in results and f"tensor<{rows}x64xbf16>" not in results
-    assert text.count("stablehlo.add") == 1 and traced.out_info.dtype == jnp.bfloat16
+    assert additions == 1
+
+
+@pytest.mark.parametrize("rows", [4, 99, 256])
+def test_the_hopper_kernel_adds_the_residual_of_some_rows(rows):
+    results, additions = results_of_product("hopper", rows)
+    assert f"tensor<{rows}x64xbf16>" in results and f"tensor<{rows}x64xf32>" not in results
+    assert additions == 0
 
 
 # --- errors ---------------------------------------------------------------------------------------

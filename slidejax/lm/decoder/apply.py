@@ -33,6 +33,7 @@ from slidejax.lm.decoder.cache import Cache, LayerCache
 from slidejax.lm.decoder.config import DecoderConfig, Rope
 from slidejax.ops.chain import Stage, linear_chain
 from slidejax.ops.decode_attention import decode_attention
+from slidejax.ops.implementations import hopper
 from slidejax.ops.linear import linear
 from slidejax.ops.primitive import as_array
 from slidejax.ops.prologue import GLU, Prologue, RMSNorm
@@ -44,6 +45,8 @@ __all__ = ["CHAINED_ROWS", "apply", "outputs"]
 # prepared weights more rows are faster one layer after the other.
 CHAINED_ROWS = 4
 _CHAINED_PREPARED_ROWS = 2
+# So does a step of as many rows as these, where the products are those of the Hopper kernel.
+HOPPER_CHAINED_ROWS = range(9, 257)
 
 
 def apply(
@@ -319,6 +322,8 @@ class _Layer:
             return False
         if not all(isinstance(kernel, SlideWeight) for kernel in kernels):
             return False
+        if x.shape[0] in HOPPER_CHAINED_ROWS:
+            return all(hopper.may_run(kernel) for kernel in kernels)
         prepared = any(kernel.prepared for kernel in kernels)
         return x.shape[0] <= (
             min(_CHAINED_PREPARED_ROWS, CHAINED_ROWS) if prepared else CHAINED_ROWS

@@ -17,18 +17,33 @@ from slidejax.ops.implementations.base import (
     Form,
     Implementation,
     cuda_refusal,
+    lift_input,
     nothing_to_skip,
+    with_residual,
 )
+from slidejax.ops.problem import device_kind
 from slidejax.ops.prologue import Prologue
 from slidejax.weights.numerics import is_quantized
 from slidejax.weights.packed import SlideWeight
 
-__all__ = ["FEW_ROWS", "HOPPER", "HopperWeight", "linear_call", "matmul_call", "refuses_device"]
+__all__ = [
+    "FEW_ROWS",
+    "HOPPER",
+    "RESIDUAL_ROWS",
+    "HopperWeight",
+    "linear_call",
+    "matmul_call",
+    "may_run",
+    "refuses_device",
+]
 
 # Up to this number of rows, lift and product are one custom call, so that the product's kernel can
 # begin while the lift's still runs. With more rows two calls are better, since XLA merges the lifts
 # of layers that share an input, such as q, k and v.
 FEW_ROWS = 64
+# Up to this number of rows the kernel adds a residual (kResidualTokens of cuda/hopper/plan.h). With
+# more it is added to float32 results.
+RESIDUAL_ROWS = 256
 
 _DEVICES = ("H100", "H200", "H800", "H20", "GH200")
 _AHEAD_OF_TIME_MULTIPROCESSORS = 132  # those of an H100, for programs lowered without a GPU
@@ -141,18 +156,24 @@ class HopperWeight:
 
 
 def matmul_call(
-    lifted: jax.Array, scale_x: jax.Array, w: HopperWeight, bias: jax.Array | None, dtype
+    lifted: jax.Array,
+    scale_x: jax.Array,
+    w: HopperWeight,
+    bias: jax.Array | None,
+    dtype,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
     """Multiplies `lifted` `[M, K']` with scales `scale_x` `[M]`. The result is `[M, out]`.
 
-    For a dense weight `lifted` is un-lifted codes `[M, K]`.
+    For a dense weight `lifted` is un-lifted codes `[M, K]`. A residual `[M, out]` is added to at
+    most RESIDUAL_ROWS rows, and to those of a packed weight only.
     """
     rows = lifted.shape[0]
     out_types = (
         jax.ShapeDtypeStruct((rows, w.values.shape[0]), dtype),
         jax.ShapeDtypeStruct((w.workspace_bytes(rows),), jnp.uint8),
     )
-    operands = (lifted, scale_x, *w.operands(bias))
+    operands = (lifted, scale_x, *w.operands(bias), _residual(residual))
     y, _ = calls.call("slidejax_sparse_matmul_hopper", out_types, *operands)
     return y
 
@@ -164,6 +185,7 @@ def linear_call(
     bias: jax.Array | None,
     lifted_columns: int,
     dtype,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
     """Lifts and multiplies x `[M, in]` in one call.
 
@@ -176,6 +198,7 @@ def linear_call(
       bias: `[out]`, or None.
       lifted_columns: K'. For a dense weight K, which is at least `in`.
       dtype: of the result.
+      residual: as in `matmul_call`.
 
     Returns:
       `[M, out]`.
@@ -190,11 +213,15 @@ def linear_call(
         jax.ShapeDtypeStruct((w.workspace_bytes(rows),), jnp.uint8),
     )
     arrays, attributes = prologues.operands_of(x, prologue)
-    operands = (x, *arrays, *w.operands(bias))
+    operands = (x, *arrays, *w.operands(bias), _residual(residual))
     y, *_ = calls.call(
         "slidejax_linear_hopper", out_types, *operands, group=np.int32(w.group), **attributes
     )
     return y
+
+
+def _residual(residual: jax.Array | None) -> jax.Array:
+    return jnp.zeros(0, jnp.float32) if residual is None else residual
 
 
 # --- the implementation ---------------------------------------------------------------------------
@@ -207,26 +234,42 @@ class Hopper(Implementation):
     form = Form("hopper", _metadata)
     cuda_only = True
     reads_packed = True  # it makes the metadata in its workspace, within the call
+    takes_residual = True
 
     def refuses(self, problem):
         if reason := nothing_to_skip(problem) or cuda_refusal(problem):
             return reason
         return refuses_device(problem.device, problem.dtype)
 
-    def matmul(self, lifted, scale_x, w, bias, out_dtype, platform="default"):
+    def matmul(self, lifted, scale_x, w, bias, out_dtype, platform="default", residual=None):
         weight = HopperWeight.packed(w)
         if out_dtype is None:
             ones = jnp.ones(lifted.shape[0], jnp.float32)
             return matmul_call(lifted, ones, weight.raw(), None, calls.accumulator(w.dtype))
-        return matmul_call(lifted, scale_x[:, 0], weight, bias, out_dtype)
+        operands = (lifted, scale_x[:, 0], weight, bias)
+        if lifted.shape[0] > RESIDUAL_ROWS:
+            return with_residual(lambda dtype: matmul_call(*operands, dtype), out_dtype, residual)
+        return matmul_call(*operands, out_dtype, residual)
 
-    def linear(self, x, prologue, w, bias, out_dtype, platform="default"):
+    def linear(self, x, prologue, w, bias, out_dtype, platform="default", residual=None):
         if x.shape[0] > FEW_ROWS:
-            return super().linear(x, prologue, w, bias, out_dtype, platform)
-        return linear_call(x, prologue, HopperWeight.packed(w), bias, w.lifted_columns, out_dtype)
+            lifted, scale_x = lift_input(x, prologue, w)
+            return self.matmul(lifted, scale_x, w, bias, out_dtype, platform, residual)
+        operands = (x, prologue, HopperWeight.packed(w), bias, w.lifted_columns)
+        return linear_call(*operands, out_dtype, residual)
 
     def available(self):
         return _missing()
 
 
 HOPPER = Hopper()
+
+
+def may_run(w: SlideWeight) -> bool:
+    """Whether a GPU's products of a weight may be those of the Hopper kernel.
+
+    It speaks for the GPU of this machine, and without one for that which programs are lowered for.
+    """
+    if w.prepared and HOPPER.name not in w.prepared:
+        return False
+    return w.pattern.prunes and refuses_device(device_kind("cuda"), w.dtype) is None

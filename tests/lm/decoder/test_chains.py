@@ -24,6 +24,8 @@ def packed(dtype="bfloat16", pattern="6:8", **changes):
 def steps(config, params, rows, chained, monkeypatch, implementation=None):
     """Logits of three steps and the cache after them."""
     monkeypatch.setattr(apply_module, "CHAINED_ROWS", chained)
+    if not chained:
+        monkeypatch.setattr(apply_module, "HOPPER_CHAINED_ROWS", ())
     cache = init_cache(config, rows, 8, "float32")
 
     @jax.jit
@@ -45,7 +47,7 @@ def steps(config, params, rows, chained, monkeypatch, implementation=None):
     [{}, {"activation": "gelu_tanh", "qkv_bias": True}, {"qk_norm": True}, {"tied": True}],
     ids=str,
 )
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 9])
 def test_a_step_in_chains_is_the_step(monkeypatch, rows, changes):
     config, params = packed("float32", **changes)
     got, cache = steps(config, params, rows, ROWS, monkeypatch)
@@ -68,13 +70,40 @@ def calls(config, params, rows, implementation="decode", tokens=1):
         )
 
     text = jax.jit(step).trace(ids, cache).lower(lowering_platforms=("cuda",)).as_text()
-    return [text.count(f"@{name}(") for name in ("slidejax_chain_decode", "slidejax_linear_decode")]
+    kind = implementation or "decode"
+    return [
+        text.count(f"@{name}(") for name in (f"slidejax_chain_{kind}", f"slidejax_linear_{kind}")
+    ]
 
 
 def test_one_call_between_two_attentions():
     config, params = packed()
     # q, k, v of the first layer; then from each layer's attention to the next one's.
     assert calls(config, params, 1) == [1 + config.num_layers, 0]
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("rows", [9, 64, 256])
+def test_one_call_of_the_hopper_kernel_between_two_attentions(rows, prepared):
+    config, params = packed()
+    if prepared:
+        params = jax.tree.map(
+            lambda w: (
+                w.replace(prepared={"hopper": jnp.zeros(1, jnp.uint8)}) if is_packed(w) else w
+            ),
+            params,
+            is_leaf=is_packed,
+        )
+    assert calls(config, params, rows, "hopper")[0] == 1 + config.num_layers
+
+
+def is_packed(w):
+    return isinstance(w, sj.SlideWeight)
+
+
+@pytest.mark.parametrize("rows", [8, 257])
+def test_other_rows_of_the_hopper_kernel_have_no_chains(rows):
+    assert calls(*packed(), rows, "hopper")[0] == 0
 
 
 @pytest.mark.parametrize("case", ["rows", "tokens", "parts", "sandwich", "arrays", "prepared"])

@@ -40,7 +40,10 @@ inline void __threadfence() {}
 inline float __int2float_rn(int v) { return static_cast<float>(v); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
-inline uint4 __ldcg(const uint4* p) { return *p; }
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
 inline void __stcg(uint4* p, uint4 v) { *p = v; }
 inline void LetOthersRun() {
   emulator::WaitUntil("its turn", [] { return true; });

@@ -12,6 +12,7 @@ inline void CopyGranule(void* to, const void* from, bool wanted) {
   emulated::Copy(to, from, wanted, 16);
 }
 inline void GridRelease() {}
+inline void GridWait() { emulated::WaitForGrid(); }
 inline void CommitCopies() { emulated::CommitCopies(); }
 inline void WaitForCopies(int pending) { emulated::WaitForCopies(pending); }
 
