@@ -1,8 +1,8 @@
 """`linear_chain`: linear layers that follow each other, for few rows in one custom call.
 
 The op is defined as a sequence of `slidejax.linear`, and that is what runs nearly everywhere. It is
-one custom call on one GPU where every layer of the chain would run in the decode kernel, or every
-layer in the Hopper kernel with few rows. The kernels of a call overlap: each asks for its first
+one custom call on one GPU where its layers would run in the decode or the Hopper kernel, with few
+rows, and one of the two takes them all. The kernels of a call overlap: each asks for its first
 weights before the one ahead has ended (docs/decode-kernel.md, docs/hopper-kernel.md). The Hopper
 kernel's lift computes norms and gates. With the decode kernel a norm is computed by the kernel that
 reads it, and a gate by the kernel before.
@@ -26,6 +26,7 @@ from jax.sharding import AxisType
 from slidejax.ops.choice import choose
 from slidejax.ops.cuda import calls, prologues
 from slidejax.ops.implementations import decode, hopper
+from slidejax.ops.implementations.base import Implementation
 from slidejax.ops.linear import linear
 from slidejax.ops.primitive import as_array, check_input, make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem, device_kind
@@ -139,6 +140,8 @@ def _traced(
 
 # Up to this many rows a chain is faster than prepared weights one by one (docs/decode-kernel.md).
 _FEW_ROWS = 2
+# Up to this many rows a chain of weights as they are packed is fastest in the decode kernel.
+_DECODE_ROWS = 4
 
 
 def _problem(x, stage: Stage, platform: str, implementation: str | None) -> Problem:
@@ -173,18 +176,23 @@ def _one_call(operands, settings: ChainParams, platform: str, devices: int | Non
         return None
     if any(type(stage.prologue) not in (type(None), RMSNorm, GLU) for stage in stages):
         return None
-    found = {
-        choose(_problem(x, stage, platform, settings.implementation)).implementation
-        for stage in stages
-    }
-    if found == {decode.DECODE.name} and _gates_are_private(stages, settings):
-        return _decode_call
-    if found == {hopper.HOPPER.name} and _lifts_fit(x, stages):
-        return _hopper_call
+    problems = [_problem(x, stage, platform, settings.implementation) for stage in stages]
+    chosen = {choose(problem).implementation for problem in problems}
+    if not chosen <= {implementation.name for implementation, _, _ in _KERNELS}:
+        return None
+    # A chain runs in one kernel, also where the layers one by one would run in different ones.
+    few = problems[0].rows <= _DECODE_ROWS and not any(problem.prepared for problem in problems)
+    first_decode = few or chosen == {decode.DECODE.name}
+    for implementation, fits, call in _KERNELS if first_decode else reversed(_KERNELS):
+        if settings.implementation not in (None, implementation.name):
+            continue
+        refused = any(implementation.refusal(problem) is not None for problem in problems)
+        if not refused and fits(x, stages, settings):
+            return call
     return None
 
 
-def _gates_are_private(stages: Sequence[Stage], settings: ChainParams) -> bool:
+def _gates_are_private(x: jax.Array, stages: Sequence[Stage], settings: ChainParams) -> bool:
     """Whether nothing but a gate reads its halves, which the decode kernel keeps for itself."""
     return not any(
         _gate(stage) is not None
@@ -193,7 +201,7 @@ def _gates_are_private(stages: Sequence[Stage], settings: ChainParams) -> bool:
     )
 
 
-def _lifts_fit(x: jax.Array, stages: Sequence[Stage]) -> bool:
+def _lifts_fit(x: jax.Array, stages: Sequence[Stage], settings: ChainParams) -> bool:
     """Whether the Hopper kernel adds residuals of so many rows, and lifts compute all prologues."""
     rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
     for stage in stages:
@@ -304,6 +312,13 @@ def _decode_call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]
     return _run("slidejax_chain_decode", x, stages, outputs, operands, workspace, gates)
 
 
+# What a chain can be, with what it asks of the chain.
+_KERNELS: tuple[tuple[Implementation, Callable[..., bool], _Call], ...] = (
+    (decode.DECODE, _gates_are_private, _decode_call),
+    (hopper.HOPPER, _lifts_fit, _hopper_call),
+)
+
+
 # --- batching, derivative -------------------------------------------------------------------------
 
 
@@ -341,8 +356,9 @@ def linear_chain(
 
     It is a sequence of `slidejax.linear`, and has its results and its gradients. For a few rows on
     one GPU it is one custom call, whose kernels overlap. That is so where its weights are
-    `SlideWeight`s; every prologue is an `RMSNorm`, a `GLU` or none; and every stage alone would run
-    in the implementation "decode", for up to 2 rows prepared forms aside, or every stage in
+    `SlideWeight`s; every prologue is an `RMSNorm`, a `GLU` or none; every stage alone would run in
+    the implementation "decode" or "hopper", for up to 2 rows prepared forms aside; and one of the
+    two takes all stages: "decode" up to 4 rows of weights as they are packed, if it can, else
     "hopper" with at most 256 rows. With "decode", what a `GLU` reads must be used by nothing else.
     In such a call a norm's sum has another order, so codes may differ as the contract allows.
 

@@ -172,6 +172,15 @@ def test_a_layer_in_one_call_of_the_hopper_kernel(on_hopper, pattern, dtype, row
     hopper_equals_one_by_one(*tail(pattern, dtype, rows, 512, 1032))
 
 
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_layers_of_two_dtypes_in_one_call(on_hopper, rows):
+    x, stages = tail("6:8", "int8", rows, 512, 1032)
+    down = packed("6:8", "float8_e4m3fn", 1032, 512, 2)
+    hopper_equals_one_by_one(
+        x, [*stages[:2], dataclasses.replace(stages[2], weight=down), stages[3]]
+    )
+
+
 @pytest.mark.parametrize("x_dtype", ["float16", "float32"])
 def test_other_dtypes_of_x_in_the_hopper_kernel(on_hopper, x_dtype):
     hopper_equals_one_by_one(*tail("6:8", "int8", 20, 1000, 2056, x_dtype))

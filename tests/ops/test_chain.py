@@ -255,6 +255,33 @@ def test_few_rows_do_not_ask_for_prepared_forms(monkeypatch, rows):
     assert {p.prepared for p in asked} == {() if rows <= 2 else ("dense",)}
 
 
+@pytest.mark.parametrize(
+    ("rows", "faster", "kernel"),
+    [
+        (2, ["hopper"], "decode"),
+        (4, ["hopper", "decode"], "decode"),
+        (5, ["hopper", "decode"], "hopper"),
+        (5, ["decode"], "decode"),
+        (2, ["dense", "decode"], None),
+    ],
+)
+def test_a_chain_runs_in_one_kernel(monkeypatch, rows, faster, kernel):
+    """Whichever of the two is faster for a single layer."""
+    names = iter(faster * 4)
+    monkeypatch.setattr("slidejax.ops.chain.choose", lambda p: Choice(next(names), ""))
+    found = calls(lowered(*tail(rows=(rows,)), None, None))
+    chains = [name for name in found if name.startswith("slidejax_chain")]
+    assert chains == ([] if kernel is None else [f"slidejax_chain_{kernel}"])
+
+
+def test_a_chain_of_two_dtypes_runs_in_the_kernel_that_takes_both():
+    x, stages = tail()
+    stages[2] = dataclasses.replace(
+        stages[2], weight=packed(dtype="float8_e4m3fn", columns=INNER, seed=2)
+    )
+    assert calls(lowered(x, stages, None, None)) == ["slidejax_chain_hopper"]
+
+
 def test_a_gate_of_x_itself_is_computed_ahead():
     x, stages = rows_of(2, 2 * INNER), tail()[1]
     first = sj.Stage(stages[2].weight, prologue=sj.GLU(activation="gelu"))
