@@ -60,11 +60,11 @@ def says(seed):
 class FakeWriter:
     """What `generate` needs of a model."""
 
-    def __init__(self, seed=0, ends=(), context=4096, chunk=512, tokenizer=True):
+    def __init__(self, seed=0, ends=(), context=4096, chunk=512, tokenizer=True, steps=None):
         self.params = {"says": says(seed)}
         self.vocab_size, self.context, self.ends = VOCAB, context, ends
         self.tokenizer = byte_tokenizer("<a>", "<b>") if tokenizer else None
-        self.programs = Programs(init_cache, apply, chunk=chunk)
+        self.programs = Programs(init_cache, apply, chunk=chunk, steps=steps)
 
     def script(self, text, *special):
         """Makes the model write this text whatever the prompt is, as long as no byte repeats."""

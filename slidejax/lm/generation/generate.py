@@ -166,11 +166,17 @@ class Batch:
         self._context = model.context
         self._state: State | None = None
         self._written = 0
+        self._coming: tuple[Any, Any, int] | None = None
 
     @property
     def left(self) -> int:
         """How many tokens the longest row can still get."""
         return max(self.counts) - self._written
+
+    @property
+    def coming(self) -> bool:
+        """Whether a call is under way."""
+        return self._coming is not None
 
     def start(self) -> np.ndarray:
         """Reads the prompts; int32 `[rows]`, the first token of each row."""
@@ -200,10 +206,27 @@ class Batch:
         return np.asarray(tokens)[: len(self.prompts)]
 
     def more(self, live: Sequence[bool], limit: int) -> np.ndarray:
-        """Writes up to `limit` tokens; int32 `[rows, tokens]`, -1 where a row has none."""
+        """Writes up to `limit` tokens; int32 `[rows, tokens]`, -1 where a row has none.
+
+        A program of a fixed number of steps writes as many as it has. Its next call is under way
+        before the tokens of this one are read, so that the device does not wait for the host; a
+        row that ends by its text has one more call.
+        """
+        if self._coming is None:
+            self._begin(live, limit)
+        assert self._coming is not None
+        tokens, bad, count = self._coming
+        self._coming = None
+        if self._programs.steps and self.left:
+            self._begin(live, limit)
+        self._check(bad)
+        return np.asarray(tokens)[: len(live), :count]
+
+    def _begin(self, live: Sequence[bool], limit: int) -> None:
+        """Starts a call, and does not wait for it."""
         state = self._state
         assert state is not None  # start comes first
-        limit = min(limit, BLOCK, self.left)
+        limit = min(self._programs.steps or limit, self._programs.block, self.left)
         mask = np.zeros(state.tokens.shape[0], bool)
         mask[: len(live)] = live
         self._state = None  # it is donated
@@ -216,9 +239,10 @@ class Batch:
             np.int32(limit),
             kind=self._sampling.kind,
         )
-        self._check(bad)
+        for result in (tokens, bad):
+            result.copy_to_host_async()
+        self._coming = tokens, bad, limit
         self._written += limit
-        return np.asarray(tokens)[: len(live), :limit]
 
     @staticmethod
     def _check(bad: Any) -> None:

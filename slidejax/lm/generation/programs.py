@@ -6,7 +6,11 @@ the same structure share the programs. Shapes come in few sizes:
 - the number of rows, the length of prompts and the length of the cache are powers of two;
 - a prompt that is longer than a chunk is read in chunks, in a loop inside the program, so that no
   array has the prompt's length squared;
-- a call of the second program writes up to `BLOCK` tokens. How many is an argument.
+- a call of the second program writes up to `BLOCK` tokens on a CPU. How many is an argument, and
+  the call ends early when all rows have ended.
+- On other devices a call always takes `STEPS` steps. A loop that asks whether to go on must bring
+  the answer to the host in every step, and the device would wait for it. Steps beyond the end
+  change nothing.
 """
 
 from __future__ import annotations
@@ -20,10 +24,11 @@ from jax import lax
 
 from slidejax.lm.generation.sampling import Draw, choose
 
-__all__ = ["BLOCK", "CHUNK", "Programs", "State", "bucket"]
+__all__ = ["BLOCK", "CHUNK", "STEPS", "Programs", "State", "bucket"]
 
 CHUNK = 512  # tokens of a prompt that are read at once
-BLOCK = 32  # tokens that one call writes at most
+BLOCK = 32  # tokens that one call writes at most, where the loop may end early
+STEPS = 8  # steps of one call, where it may not
 _SHORTEST = 16  # the smallest length that is compiled for
 
 Apply = Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -65,8 +70,11 @@ class Programs:
       chunk: tokens of a prompt that are read at once, a power of two.
       start: `apply` for the first chunk of prompts, where token i of a row is at position i or is
         padding behind the row. None takes `apply`.
+      steps: how many steps each call of `decode` takes; 0: as many as it is asked for, at most
+        `BLOCK`. None is 0 on a CPU and `STEPS` elsewhere.
 
     Attributes:
+      steps: as given, or what None stands for.
       traced: what was traced so far: `("prefill", rows, tokens, slots, kind)` or `("decode", rows,
         elements of the cache, kind)`. A test counts them.
     """
@@ -78,13 +86,22 @@ class Programs:
         *,
         chunk: int = CHUNK,
         start: Apply | None = None,
+        steps: int | None = None,
     ):
+        if steps is None:
+            steps = 0 if jax.default_backend() == "cpu" else STEPS
+        self.steps = steps
         self._init_cache, self._apply, self._chunk = init_cache, apply, chunk
         self._start = apply if start is None else start
         self.traced: list[tuple] = []
         # Functions of their own, so that profiles and compilation logs name them.
         self.prefill = jax.jit(self._prefill, static_argnames=("length", "kind"))
         self.decode = jax.jit(self._decode, static_argnames="kind", donate_argnames="state")
+
+    @property
+    def block(self) -> int:
+        """The tokens that one call of `decode` writes at most."""
+        return self.steps or BLOCK
 
     @staticmethod
     def prompt_length(tokens: int) -> int:
@@ -163,10 +180,10 @@ class Programs:
           params, ends, draw, kind: as for prefill.
           state: what the last call returned. It is donated.
           live: bool `[batch]`, False ends a row, as a stop that was found in its text does.
-          limit: int32, at most `BLOCK`.
+          limit: int32, at most `block`.
 
         Returns:
-          The state, int32 `[batch, BLOCK]` of tokens with -1 where a row has none, and bool
+          The state, int32 `[batch, block]` of tokens with -1 where a row has none, and bool
           `[batch]`: rows whose logits have a nan.
         """
         batch = state.tokens.shape[0]
@@ -179,21 +196,31 @@ class Programs:
 
         def step(carry: tuple) -> tuple:
             index, state, written, bad = carry
-            ids = jnp.where(state.live, state.tokens, 0)[:, None]
-            at = jnp.where(state.live, state.positions, -1)[:, None]
+            counts = index < limit  # always so in a loop that may end early
+            live = state.live & counts
+            ids = jnp.where(live, state.tokens, 0)[:, None]
+            at = jnp.where(live, state.positions, -1)[:, None]
             logits, cache = self._apply(params, ids, at, state.cache)
             positions = state.positions + 1
-            chosen, live, now = _choose(logits, positions, state.live, ends, draw, kind)
+            chosen, live, now = _choose(logits, positions, live, ends, draw, kind)
             written = lax.dynamic_update_slice_in_dim(written, chosen[:, None], index, axis=1)
-            return index + 1, State(cache, chosen, positions, live), written, bad | now
+            after = (
+                jnp.where(counts, new, old)
+                for new, old in zip((chosen, positions, live), state[1:], strict=True)
+            )
+            return index + 1, State(cache, *after), written, bad | now
 
-        start = (
+        carry = (
             jnp.int32(0),
             state._replace(live=state.live & live),
-            jnp.full((batch, BLOCK), -1, jnp.int32),
+            jnp.full((batch, self.block), -1, jnp.int32),
             jnp.zeros(batch, bool),
         )
-        _, state, written, bad = lax.while_loop(go_on, step, start)
+        if self.steps:
+            carry = lax.fori_loop(0, self.steps, lambda _, carry: step(carry), carry)
+        else:
+            carry = lax.while_loop(go_on, step, carry)
+        _, state, written, bad = carry
         return state, written, bad
 
 

@@ -99,9 +99,13 @@ class Stream(Iterator[str]):
             yield piece
         limit, timed, seconds = 1, 0, 0.0
         while row.finish is None:
-            begin, before = time.perf_counter(), row.steps
+            # A call that is under way goes on while the reader has a piece, so that time counts.
+            begin = begin if batch.coming else time.perf_counter()
+            before = row.steps
             piece = row.feed(batch.more([True], limit)[0])
-            took, new = time.perf_counter() - begin, row.steps - before
+            end = time.perf_counter()
+            took, new = end - begin, row.steps - before
+            begin = end
             if before > 1:  # the first call may have compiled
                 timed, seconds = timed + new, seconds + took
                 self.tokens_per_second = timed / seconds
