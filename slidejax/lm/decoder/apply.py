@@ -73,8 +73,8 @@ def apply(
         its row are nan.
       positions: int32 `[batch, tokens]`: the position of each token in its row, from 0. -1 marks
         padding, on any side: it is not written and nobody sees it, and its logits have no meaning.
-        The positions of a row must be without gaps, over all calls with one cache. None means that
-        each row is whole: 0, 1, 2 and so on.
+        The positions of a row must be without gaps, over all calls with one cache, and never go
+        back. None means that each row is whole: 0, 1, 2 and so on.
       cache: what `init_cache` made, or an earlier call returned; or None. A position beyond its
         length is not written.
       last: whether to give the logits of the last token of each row only.
@@ -214,15 +214,22 @@ def _check_cache(config: DecoderConfig, ids: jax.Array, positions, cache) -> Non
             f"cache must be what init_cache made, a LayerCache for each layer, "
             f"got {type(cache).__name__}"
         )
-    found = {layer.keys.shape for layer in cache}
-    length = cache[0].keys.shape[2] if cache else 0
-    wanted = (ids.shape[0], config.num_kv_heads, length, config.head_dim)
-    if len(cache) != config.num_layers or found != {wanted}:
+    found = [layer.keys.shape for layer in cache]
+    length = max((shape[2] for shape in found), default=0)
+    sizes = (ids.shape[0], config.num_kv_heads, config.head_dim)
+    fits = len(cache) == config.num_layers and all(
+        (*shape[:2], shape[3]) == sizes and shape[2] in (length, window)
+        for shape, window in zip(found, config.windows, strict=True)
+    )
+    if not fits:
+        wanted = (*sizes[:2], length, sizes[2])
         raise ValueError(
-            f"cache has {len(cache)} layers with keys {sorted(found)}, expected "
-            f"{config.num_layers} with [batch, kv_heads, length, head_dim] {wanted}"
+            f"cache has {len(cache)} layers with keys {sorted(set(found))}, expected "
+            f"{config.num_layers} with [batch, kv_heads, length, head_dim] {wanted}, or as many "
+            "slots as the layer's window"
         )
-    if positions is None and ids.shape[1] > length:
+    whole = any(shape[2] != window for shape, window in zip(found, config.windows, strict=True))
+    if positions is None and whole and ids.shape[1] > length:
         raise ValueError(
             f"ids must be at most as long as the cache, {length} positions, got {ids.shape[1]} "
             "tokens"
@@ -402,7 +409,8 @@ class _Layer:
         if config.qk_norm:
             q = _rms_norm(q, params["q_norm"]["weight"], config.norm_eps)
             k = _rms_norm(k, params["k_norm"]["weight"], config.norm_eps)
-        if held is not None and held.key_scales is None and q.shape[1] == 1:
+        one = held is not None and held.key_scales is None and q.shape[1] == 1
+        if one and not held.wraps(self.window):
             if qkv is not None and not config.qk_norm:
                 y, held = self._attend_one(self._heads(qkv), None, None, positions, turns, held)
             else:
@@ -440,12 +448,11 @@ class _Layer:
         if self.whole and (held is None or held.key_scales is None):
             y = attend_whole(q, k, v, scale=scale, window=self.window)
             if y is not None:
-                return y, None if held is None else held.write(k, v, positions)
+                return y, None if held is None else held.add(k, v, positions, self.window)[2]
         if held is None:
             seen, slots = LayerCache(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)), positions
         else:
-            seen = held = held.write(k, v, positions)
-            slots = jnp.arange(held.keys.shape[2], dtype=jnp.int32)[None]
+            seen, slots, held = held.add(k, v, positions, self.window)
         return attend(q, seen, positions, slots, scale=scale, window=self.window), held
 
     def _mlp(self, x: jax.Array) -> jax.Array:

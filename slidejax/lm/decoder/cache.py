@@ -2,6 +2,9 @@
 
 The slot of a token is its position. So a row's own length decides what it sees, and rows of
 different lengths share one array.
+
+A layer with a window needs its last `window` tokens only. It may have as many slots, and the slot
+of a token is then its position modulo their number.
 """
 
 from __future__ import annotations
@@ -34,43 +37,85 @@ class LayerCache(NamedTuple):
     key_scales: jax.Array | None = None
     value_scales: jax.Array | None = None
 
-    def write(self, keys: jax.Array, values: jax.Array, positions: jax.Array) -> LayerCache:
-        """Puts tokens into their slots.
+    def wraps(self, window: int | None) -> bool:
+        """Whether the slots are those of a layer's window, taken again and again."""
+        return self.keys.shape[2] == window
+
+    def add(
+        self, keys: jax.Array, values: jax.Array, positions: jax.Array, window: int | None
+    ) -> tuple[LayerCache, jax.Array, LayerCache]:
+        """Puts tokens into their slots, and says what they see.
 
         Args:
           keys, values: `[batch, tokens, kv_heads, head_dim]`.
           positions: int32 `[batch, tokens]`; what is negative or beyond the cache is not written.
+          window: how many positions back a token of the layer sees; None is all.
+
+        Returns:
+          Keys and values to attend to, their positions `[batch or 1, length]` with -1 for none, and
+          the cache with the tokens in it.
         """
-        length = self.keys.shape[2]
-        rows = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
-        # A negative index would count from the end, and one beyond the end is dropped.
-        slots = jnp.where(positions < 0, length, positions)
+        length, tokens = self.keys.shape[2], positions.shape[1]
+        new = self._stored(keys, values)
+        if not self.wraps(window):
+            # A negative index would count from the end, and one beyond the end is dropped.
+            held = self._put(new, jnp.where(positions < 0, length, positions))
+            return held, jnp.arange(length, dtype=jnp.int32)[None], held
+        last = jnp.max(positions, axis=1)
+        # Of the tokens with the same slot only the last one is written.
+        kept = (positions >= 0) & (positions > last[:, None] - length)
+        held = self._put(new, jnp.where(kept, positions % length, length))
+        if tokens == 1:
+            return held, _held_positions(last, length), held
+        # The first of these tokens see earlier ones whose slots the last ones take.
+        first = jnp.min(jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions), axis=1)
+        seen = jax.tree.map(
+            lambda old, more: jnp.concatenate([old, jnp.swapaxes(more, 1, 2)], axis=2), self, new
+        )
+        before = _held_positions(first - 1, length)
+        return seen, jnp.concatenate([before, positions], axis=1), held
+
+    def _stored(self, keys: jax.Array, values: jax.Array) -> LayerCache:
+        """New keys and values as the cache keeps them, still `[batch, tokens, kv_heads, …]`."""
+        if self.key_scales is None:
+            return LayerCache(keys.astype(self.keys.dtype), values.astype(self.values.dtype))
+        (keys, key_scales), (values, value_scales) = (
+            numerics.encode(x, numerics.absmax(x, -1), jnp.int8) for x in (keys, values)
+        )
+        return LayerCache(keys, values, key_scales[..., 0], value_scales[..., 0])
+
+    def _put(self, new: LayerCache, slots: jax.Array) -> LayerCache:
+        """The cache with new tokens in their slots `[batch, tokens]`."""
+        rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
 
         def put(cache: jax.Array, new: jax.Array) -> jax.Array:
-            new, dtype = new.astype(cache.dtype), cache.dtype
+            dtype = cache.dtype
             if dtype.itemsize == 2:
                 # XLA's CPU would turn the whole cache into float32 and back to write 16-bit floats.
                 cache, new = (lax.bitcast_convert_type(x, jnp.uint16) for x in (cache, new))
             written = cache.at[rows, :, slots].set(new, mode="drop")
             return lax.bitcast_convert_type(written, dtype) if dtype.itemsize == 2 else written
 
-        if self.key_scales is None or self.value_scales is None:
-            return LayerCache(put(self.keys, keys), put(self.values, values))
-        (keys, key_scales), (values, value_scales) = (
-            numerics.encode(x, numerics.absmax(x, -1), jnp.int8) for x in (keys, values)
-        )
-        return LayerCache(
-            put(self.keys, keys),
-            put(self.values, values),
-            put(self.key_scales, key_scales[..., 0]),
-            put(self.value_scales, value_scales[..., 0]),
-        )
+        return jax.tree.map(put, self, new)
+
+
+def _held_positions(last: jax.Array, slots: int) -> jax.Array:
+    """The positions `[batch, slots]` in a ring of slots, -1 for none, after position `last`."""
+    back = (last[:, None] - jnp.arange(slots, dtype=jnp.int32)) % slots
+    return jnp.maximum(last[:, None] - back, -1)
 
 
 Cache = tuple[LayerCache, ...]  # one for each layer
 
 
-def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = "bfloat16") -> Cache:
+def init_cache(
+    config: DecoderConfig,
+    batch: int,
+    length: int,
+    dtype: Any = "bfloat16",
+    *,
+    windows: bool = False,
+) -> Cache:
     """An empty cache.
 
     Args:
@@ -79,6 +124,8 @@ def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = "bfl
       length: the number of positions that a row can have.
       dtype: bfloat16, float16 or float32; or int8, which keeps 8-bit codes with a float32 scale for
         each token and head, by the formulas of `slidejax.weights.numerics`.
+      windows: whether a layer with a window that is shorter than `length` has only as many slots.
+        This takes less memory. A step of one token on a GPU is then not one kernel.
 
     Returns:
       A tuple with a `LayerCache` for each layer. It is a pytree: donate it to the step that writes
@@ -101,9 +148,10 @@ def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = "bfl
         resolved = None
     if resolved is None or resolved.name not in _DTYPES:
         raise ValueError(f"dtype of a cache must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    shape = (batch, config.num_kv_heads, length, config.head_dim)
 
-    def layer() -> LayerCache:
+    def layer(window: int | None) -> LayerCache:
+        slots = min(length, window) if windows and window is not None else length
+        shape = (batch, config.num_kv_heads, slots, config.head_dim)
         # Each array is its own, because all of them are donated.
         keys, values = jnp.zeros(shape, resolved), jnp.zeros(shape, resolved)
         if resolved != np.int8:
@@ -112,4 +160,4 @@ def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = "bfl
             keys, values, jnp.ones(shape[:3], jnp.float32), jnp.ones(shape[:3], jnp.float32)
         )
 
-    return tuple(layer() for _ in range(config.num_layers))
+    return tuple(layer(window) for window in config.windows)

@@ -37,7 +37,11 @@ def programs(config: DecoderConfig, cache_dtype: str) -> Programs:
     """
 
     def cache(batch: int, length: int) -> Any:
-        return init_cache(config, batch, length, cache_dtype)
+        windows = [w for w in config.windows if w is not None]
+        # On a GPU one kernel attends and writes where slots are positions. So there memory is saved
+        # only where it matters.
+        short = jax.default_backend() == "cpu" or length >= 8 * min(windows, default=length)
+        return init_cache(config, batch, length, cache_dtype, windows=short)
 
     def step(params: Any, ids: Any, positions: Any, cache: Any) -> Any:
         return apply(config, params, ids, positions, cache, last=True)

@@ -85,15 +85,58 @@ def test_a_batch_gives_the_tokens_that_its_rows_give_alone():
 def test_decoding_through_a_cache_is_the_whole_forward_pass(dtype, tolerance):
     decoder, ids = windowed(), tokens(2, 14)
     whole, _ = run(decoder.config, decoder.params, ids)
-    cache = init_cache(decoder.config, 2, 16, dtype)
+    cache = init_cache(decoder.config, 2, 16, dtype, windows=True)
     got = []
     for begin, end in [(0, 6), (6, 12), (12, 13), (13, 14)]:
         positions = np.broadcast_to(np.arange(begin, end, dtype=np.int32), (2, end - begin))
         logits, cache = run(decoder.config, decoder.params, ids[:, begin:end], positions, cache)
         got.append(logits)
     close(np.concatenate(got, axis=1), whole, tolerance)
+    assert [layer.keys.shape[2] for layer in cache] == [5, 16]  # the first layer's window
     if dtype == "int8":
-        assert cache[0].keys.dtype == np.int8 and cache[0].key_scales.shape == (2, 2, 16)
+        assert cache[1].keys.dtype == np.int8 and cache[1].key_scales.shape == (2, 2, 16)
+
+
+@pytest.mark.parametrize("windows", [(5, None), (1, 4), (8, 3)])
+@pytest.mark.parametrize("parts", [(8, 4, 1, 1, 1, 4), (1, 4, 8, 1, 1, 4), (4, 1, 8, 4, 1, 1)])
+def test_a_window_of_slots_is_the_whole_context(windows, parts):
+    """Parts longer and shorter than a window, and rows that end, begin and pause on the way."""
+    decoder, ids = model(windows=windows), tokens(4, sum(parts))
+    at = np.broadcast_to(np.arange(sum(parts), dtype=np.int32), ids.shape).copy()
+    at[1, 7:] = -1
+    at[2] -= 6  # negative at first
+    at[3, 9:14], at[3, 14:] = -1, at[3, 9 : 9 + sum(parts) - 14]
+    at = np.maximum(at, -1)
+    cache = init_cache(decoder.config, 4, sum(parts), "float32", windows=True)
+    assert [layer.keys.shape[2] for layer in cache] == [w or sum(parts) for w in windows]
+    got, begin = [], 0
+    for size in parts:
+        part = slice(begin, begin + size)
+        logits, cache = run(decoder.config, decoder.params, ids[:, part], at[:, part], cache)
+        got.append(logits)
+        begin += size
+    whole, _ = run(decoder.config, decoder.params, ids, at)
+    close(np.concatenate(got, axis=1)[at >= 0], np.asarray(whole)[at >= 0])
+
+
+def test_a_cache_shorter_than_a_window_drops_what_is_beyond():
+    decoder, ids = model(windows=(8, 8)), tokens(1, 4)
+    cache = init_cache(decoder.config, 1, 4, "float32", windows=True)
+    at = np.array([[0, 1, 4, 5]], np.int32)
+    _, cache = run(decoder.config, decoder.params, ids, at, cache)
+    written = np.abs(np.asarray(cache[0].keys[0, 0])).sum(-1) > 0
+    assert written.tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("windows", [(4, None), (4, 6)])
+def test_texts_longer_than_a_window_are_written_right(windows):
+    decoder, ids = model(windows=windows), tokens(20)
+    made = decoder.generate(ids.tolist(), max_new_tokens=12, ends=())
+    text = np.concatenate([ids, np.array(made.tokens, np.int32)])
+    want = np.asarray(decoder(text[None, :-1]))[0, len(ids) - 1 :]
+    best = want.max(-1)
+    chosen = np.take_along_axis(want, np.array(made.tokens)[:, None], axis=1)[:, 0]
+    assert (chosen >= best - 1e-5).all()
 
 
 def test_padding_and_what_is_beyond_the_cache_are_not_written():
