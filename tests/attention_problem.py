@@ -9,7 +9,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Random operands. `positions` are given by the test, or drawn from -1 to beyond the length."""
+    """Random operands. `positions` are given by the test, or drawn from -1 to beyond the length.
+
+    A length that is the window is a ring of slots.
+    """
 
     rows: int = 2
     kv_heads: int = 2
@@ -27,6 +30,10 @@ class Problem:
         return self.kv_heads * self.group
 
     @property
+    def is_ring(self) -> bool:
+        return self.window == self.length
+
+    @property
     def scale(self) -> float:
         return 1.5 * self.head_dim**-0.5
 
@@ -40,7 +47,7 @@ class Problem:
         cache = (self.rows, self.kv_heads, self.length, self.head_dim)
         given = self.positions
         if given is None:
-            given = rng.integers(-1, self.length + 1, self.rows)
+            given = rng.integers(-1, self.length * (3 if self.is_ring else 1) + 1, self.rows)
         angles = 3 * rng.standard_normal((self.rows, self.head_dim // 2))
         return {
             "q": normal(self.dtype, self.rows, self.heads, self.head_dim),
@@ -60,10 +67,12 @@ class Problem:
         q, k = (_turned(of[name], of["cosines"], of["sines"]) for name in ("q", "k"))
         y = np.zeros(q.shape)
         for row, position in enumerate(of["positions"]):
-            if 0 <= position < self.length:
-                keys[row, :, position] = k[row].astype(keys.dtype)
-                values[row, :, position] = of["v"][row].astype(values.dtype)
-            first = 0 if self.window is None else max(0, position - self.window + 1)
+            slot = position % self.length if self.is_ring else position
+            if position >= 0 and slot < self.length:
+                keys[row, :, slot] = k[row].astype(keys.dtype)
+                values[row, :, slot] = of["v"][row].astype(values.dtype)
+            ends_at_window = self.window is not None and not self.is_ring
+            first = max(0, position - self.window + 1) if ends_at_window else 0
             seen = slice(first, min(position + 1, self.length))
             for head in range(self.heads):
                 here = keys[row, head // self.group, seen].astype(np.float64)

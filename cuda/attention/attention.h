@@ -32,7 +32,8 @@ struct AttentionArgs {
   void* y;                   // [rows, heads, head_dim]
   int32_t rows, heads, kv_heads, length, head_dim;
   float scale;      // of the scores
-  int32_t window;   // how many positions back a token sees, its own included; 0 is all
+  int32_t window;   // how many positions back a token sees, its own included; 0 is all. As many as
+                    // `length`: a token's slot is its position modulo that
   void* workspace;  // AttentionWorkspace bytes, any contents
 };
 

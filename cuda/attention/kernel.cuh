@@ -62,9 +62,14 @@ class Attend {
     Fresh fresh;
     int row = threadIdx.x / kLanesOfKey;
     AskForFresh(fresh, row);  // before the cache: else it waits behind that
+    // Slots as many as the window are a ring. When it is full, the new token takes the slot of the
+    // one that it no longer sees, and sees all slots.
+    const bool is_full = a_.window == a_.length && position >= a_.length;
+    own_ = is_full ? position % a_.length : position;
     cached_ = max(0, min(position, a_.length));
     end_ = position < a_.length ? position + 1 : a_.length;
-    const int begin = a_.window > 0 ? min(cached_, max(0, position - a_.window + 1)) : 0;
+    const int begin =
+        a_.window > 0 && !is_full ? min(cached_, max(0, position - a_.window + 1)) : 0;
     // The warps of all splits take the steps in turn.
     const int warps = p_.splits * p_.warps, stride = warps * kStepKeys;
     int at = begin + (split_ * p_.warps + warp_) * kStepKeys, ask = at;
@@ -72,11 +77,11 @@ class Attend {
     for (int i = 0; i < kDepth - 1; ++i, ask += stride) Load(ask, i);
 
     // The new token lies in the step of one warp, which takes it from shared memory.
-    const bool is_new = position >= 0 && position < a_.length;
-    const int owner = (position - begin) / kStepKeys & (warps - 1);
+    const bool is_new = own_ >= 0 && own_ < a_.length;
+    const int owner = (own_ - begin) / kStepKeys & (warps - 1);
     const bool is_mine = is_new && owner / p_.warps == split_;
     while (true) {  // one turn, unless the thread block is small
-      PutFresh(fresh, row, is_mine ? position : -1);
+      PutFresh(fresh, row, is_mine ? own_ : -1);
       row += blockDim.x / kLanesOfKey;
       if (row >= heads_ + 2) break;
       AskForFresh(fresh, row);
@@ -98,7 +103,7 @@ class Attend {
     for (; at < end_; at += stride, ask += stride) {
       WaitForCopies<kDepth - 2>();
       uint8_t* from = ring_ + slot * kShape.slot_bytes();
-      if (end_ - at <= kStepKeys && is_mine) TakeFresh(from, position - at);
+      if (is_mine && own_ >= at && own_ - at < kStepKeys) TakeFresh(from, own_ - at);
       Load(ask, slot == 0 ? kDepth - 1 : slot - 1);
       Step(end_ - at, from);
       slot = slot + 1 == kDepth ? 0 : slot + 1;
@@ -118,7 +123,7 @@ class Attend {
 #pragma unroll
       for (int r = 0; r < kKeys; ++r) {
         const int key = first + r * kKeyGroups + lane_ / kLanesOfKey;
-        const bool valid = key < cached_ && channel_ < a_.head_dim;
+        const bool valid = key < cached_ && key != own_ && channel_ < a_.head_dim;
         // Nothing is read of an invalid one; its address must only exist.
         const int64_t from = valid ? int64_t{key} * a_.head_dim : -begin_of_head_;
 #pragma unroll
@@ -477,6 +482,7 @@ class Attend {
   int64_t begin_of_head_;
   const Cache* keys_;
   const Cache* values_;
+  int own_;           // the new token's slot
   int cached_, end_;  // of the tokens that the row sees: those in the cache, and all
   float query_[kHeads][kChannels];
   float greatest_;  // score of the head that the lane has scores of, in powers of two

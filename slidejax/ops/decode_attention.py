@@ -128,13 +128,14 @@ def _reference(settings: _Settings, *operands: jax.Array) -> Attended:
     q, k, v = of.apart(settings)
     q, k = (_turn(x, of.cosines, of.sines) for x in (q, k))
     rows, kv_heads, length, head_dim = of.keys.shape
+    wraps = settings.window == length
     # A negative index would count from the end, and one beyond the end is dropped.
-    slots = jnp.where(of.positions < 0, length, of.positions)
+    slots = jnp.where(of.positions < 0, length, of.positions % length if wraps else of.positions)
     keys, values = _put(of.keys, k, slots), _put(of.values, v, slots)
     grouped = q.reshape(rows, kv_heads, -1, head_dim)
     key_at, position = jnp.arange(length, dtype=jnp.int32), of.positions[:, None]
     seen = key_at <= position
-    if settings.window is not None:
+    if settings.window is not None and not wraps:  # a ring has what is in the window, and no more
         seen &= key_at > position - settings.window
     scores = _products("rkgd,rksd->rkgs", grouped, keys, q.dtype) * jnp.float32(settings.scale)
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, jnp.float32(_UNSEEN)), axis=-1)
@@ -350,10 +351,12 @@ def decode_attention(
         side by side, as one product makes them: `[rows, heads + 2 * kv_heads, head_dim]`.
       k, v: `[rows, kv_heads, head_dim]` in q's dtype, or both None.
       keys, values: bfloat16, float16 or float32 `[rows, kv_heads, length, head_dim]`. Slot i holds
-        the token at position i.
-      positions: int32 `[rows]`, the slot of the new token. It sees the slots up to its own. What is
-        at or beyond the length is not written and sees all slots. A row of -1 has no token: nothing
-        is written, and its y is 0.
+        the token at position i. Where the length is the window, slots are a ring: the token at
+        position p is in slot `p % length`, in which it takes the place of the one that it no longer
+        sees.
+      positions: int32 `[rows]`, those of the new tokens. A token sees the slots up to its own. What
+        is at or beyond the length is not written, but in a ring, and sees all slots. A row of -1
+        has no token: nothing is written, and its y is 0.
       turns: cosines and sines of the rows' angles, float32 `[rows, head_dim / 2]`.
       scale: what scores are multiplied by; None is `head_dim ** -0.5`.
       window: how many positions back a token sees, its own included; None is all.

@@ -89,6 +89,25 @@ def test_any_order_of_threads(library, dtype, cache_dtype):
         problem.compare(*run(library, problem, together, device, lazy, rng.randint(0, 10**6)))
 
 
+@pytest.mark.parametrize("length", [1, 13, 150])
+@pytest.mark.parametrize("device", [DEVICES[0], DEVICES[3]])
+def test_a_ring_of_slots(library, length, device):
+    """Before it is full, when it is just full, and after many turns; the old token is not seen."""
+    rng = random.Random(f"ring {length} {device}")
+    for positions in ((length - 1, length), (length + rng.randrange(length), 7 * length - 1)):
+        problem = Problem(
+            rows=2,
+            kv_heads=1,
+            group=rng.choice([1, 3, 5, 11]),
+            length=length,
+            window=length,
+            head_dim=16 * rng.randint(1, 8),
+            positions=positions,
+            cache_dtype=jnp.dtype(rng.choice(FLOATS)),
+        )
+        problem.compare(*run(library, problem, False, device, rng.randint(0, 1), length))
+
+
 def test_more_heads_than_a_thread_block_takes(library):
     problem = Problem(rows=1, kv_heads=1, group=11, length=50, head_dim=32, positions=(47,))
     problem.compare(*run(library, problem, True, DEVICES[0], 1, 0))

@@ -41,7 +41,7 @@ def problems(draw):
         head_dim=draw(st.sampled_from([2, 6, 16])),
         dtype=draw(st.sampled_from(FLOATS)),
         cache_dtype=draw(st.sampled_from(FLOATS)),
-        window=draw(st.sampled_from([None, 1, 3, 30])),
+        window=draw(st.sampled_from([None, 1, 3, 7, 24, 30])),
         seed=draw(st.integers(0, 99)),
     )
 
@@ -57,6 +57,16 @@ def test_a_row_without_a_token_writes_nothing_and_its_result_is_zero():
     assert (attended.y[0] == 0).all() and (attended.y[1] != 0).any()
     np.testing.assert_array_equal(attended.keys[0], problem.arrays()["keys"][0])
     assert (attended.keys[1] != problem.arrays()["keys"][1]).any()
+
+
+def test_a_cache_as_long_as_the_window_is_a_ring():
+    """The new token takes the slot of the one that it no longer sees."""
+    problem = Problem(rows=3, length=8, window=8, positions=(8, 21, 7))
+    attended = run(problem)
+    problem.compare(*attended)
+    for row, slot in enumerate((0, 5, 7)):
+        changed = np.asarray(attended.keys[row] != problem.arrays()["keys"][row]).any((0, 2))
+        assert changed.tolist() == [at == slot for at in range(8)]
 
 
 def test_what_lies_behind_the_position_does_not_matter():

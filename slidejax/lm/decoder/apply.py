@@ -76,7 +76,7 @@ def apply(
         The positions of a row must be without gaps, over all calls with one cache, and never go
         back. None means that each row is whole: 0, 1, 2 and so on.
       cache: what `init_cache` made, or an earlier call returned; or None. A position beyond its
-        length is not written.
+        length is not written, but in a layer that has as many slots as its window.
       last: whether to give the logits of the last token of each row only.
       whole: says that token i of each row is at position i, or is padding behind the row's tokens.
         It is not checked. The tokens then see each other alone, and a GPU attends by cuDNN where it
@@ -409,8 +409,7 @@ class _Layer:
         if config.qk_norm:
             q = _rms_norm(q, params["q_norm"]["weight"], config.norm_eps)
             k = _rms_norm(k, params["k_norm"]["weight"], config.norm_eps)
-        one = held is not None and held.key_scales is None and q.shape[1] == 1
-        if one and not held.wraps(self.window):
+        if held is not None and held.key_scales is None and q.shape[1] == 1:
             if qkv is not None and not config.qk_norm:
                 y, held = self._attend_one(self._heads(qkv), None, None, positions, turns, held)
             else:

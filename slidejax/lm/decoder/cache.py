@@ -3,8 +3,8 @@
 The slot of a token is its position. So a row's own length decides what it sees, and rows of
 different lengths share one array.
 
-A layer with a window needs its last `window` tokens only. It may have as many slots, and the slot
-of a token is then its position modulo their number.
+A layer with a window needs its last `window` tokens only. It may have as many slots, which are then
+a ring: the slot of a token is its position modulo their number.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def init_cache(
       length: the number of positions that a row can have.
       dtype: bfloat16, float16 or float32; or int8, which keeps 8-bit codes with a float32 scale for
         each token and head, by the formulas of `slidejax.weights.numerics`.
-      windows: whether a layer with a window that is shorter than `length` has only as many slots.
-        This takes less memory. A step of one token on a GPU is then not one kernel.
+      windows: whether a layer with a window that is shorter than `length` has only as many slots,
+        which takes less memory. The positions of a row must then never go back.
 
     Returns:
       A tuple with a `LayerCache` for each layer. It is a pytree: donate it to the step that writes

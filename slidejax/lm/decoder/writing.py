@@ -37,11 +37,7 @@ def programs(config: DecoderConfig, cache_dtype: str) -> Programs:
     """
 
     def cache(batch: int, length: int) -> Any:
-        windows = [w for w in config.windows if w is not None]
-        # On a GPU one kernel attends and writes where slots are positions. So there memory is saved
-        # only where it matters.
-        short = jax.default_backend() == "cpu" or length >= 8 * min(windows, default=length)
-        return init_cache(config, batch, length, cache_dtype, windows=short)
+        return init_cache(config, batch, length, cache_dtype, windows=True)
 
     def step(params: Any, ids: Any, positions: Any, cache: Any) -> Any:
         return apply(config, params, ids, positions, cache, last=True)
