@@ -11,6 +11,8 @@ from slidejax.lm.generation.programs import Programs
 from slidejax.lm.text.examples import byte_tokenizer
 
 VOCAB = 260
+# Steps of a call that `Programs` gets where a test does not say: conftest.py of generation sets it.
+STEPS = None
 
 
 def init_cache(batch, length):
@@ -64,7 +66,9 @@ class FakeWriter:
         self.params = {"says": says(seed)}
         self.vocab_size, self.context, self.ends = VOCAB, context, ends
         self.tokenizer = byte_tokenizer("<a>", "<b>") if tokenizer else None
-        self.programs = Programs(init_cache, apply, chunk=chunk, steps=steps)
+        self.programs = Programs(
+            init_cache, apply, chunk=chunk, steps=STEPS if steps is None else steps
+        )
 
     def script(self, text, *special):
         """Makes the model write this text whatever the prompt is, as long as no byte repeats."""

@@ -7,9 +7,11 @@ from fake_writer import VOCAB, FakeWriter, greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slidejax.lm.generation import generate
+from slidejax.lm.generation import Sampling, generate
+from slidejax.lm.generation.generate import Batch
 from slidejax.lm.generation.programs import BLOCK, Programs
 
+pytestmark = pytest.mark.usefixtures("steps")
 A, B = 258, 259  # the special tokens <a> and <b>
 
 
@@ -101,19 +103,47 @@ def test_the_cache_is_donated():
         np.ones(1, np.int32),
         np.ones(1, bool),
         np.full(8, -1, np.int32),
-        _draw(),
+        Sampling().draw(),
         length=64,
         kind="greedy",
     )
-    arguments = (np.ones(1, bool), np.full(8, -1, np.int32), _draw(), np.int32(2))
+    arguments = (np.ones(1, bool), np.full(8, -1, np.int32), Sampling().draw(), np.int32(2))
     model.programs.decode(model.params, state, *arguments, kind="greedy")
     assert state.cache["ids"].is_deleted()
 
 
-def _draw():
-    from slidejax.lm.generation import Sampling
+@pytest.mark.parametrize("count", [9, 10, 25])
+def test_the_next_call_is_under_way_while_the_host_reads(count):
+    """Where a call has a fixed number of steps; the tokens are the same, and nothing is left."""
+    model = FakeWriter(steps=4)
+    batch = Batch(model, [[5, 6]], [count], Sampling(), ())
+    tokens, ahead = [*batch.start()], []
+    while len(tokens) < count:
+        tokens += batch.more([True], 1)[0].tolist()
+        ahead.append(batch.coming)
+    assert tokens == greedy(model.params, [5, 6], count)
+    assert ahead == [True] * (len(ahead) - 1) + [False]
+    asked = Batch(FakeWriter(steps=0), [[5, 6]], [count], Sampling(), ())
+    asked.start()
+    assert asked.more([True], 1).shape == (1, 1) and not asked.coming
 
-    return Sampling().draw()
+
+def test_a_step_beyond_the_limit_changes_nothing():
+    """A call of eight steps that is to take three is a call of three."""
+    limited, exact = FakeWriter(steps=8), FakeWriter(steps=3)
+    states = []
+    for model in (limited, exact):
+        ends, live, draw = np.full(8, -1, np.int32), np.ones(2, bool), Sampling().draw()
+        ids, lengths = np.array([[5, 6] * 8, [7, 0] * 8], np.int32), np.array([2, 1], np.int32)
+        read = model.programs.prefill
+        state, *_ = read(model.params, ids, lengths, live, ends, draw, length=8, kind="greedy")
+        write = model.programs.decode
+        state, tokens, bad = write(
+            model.params, state, live, ends, draw, np.int32(3), kind="greedy"
+        )
+        assert (np.asarray(tokens)[:, 3:] == -1).all() and not bad.any()
+        states.append((state, tokens[:, :3]))
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_sampling_is_the_same_for_every_size_of_block():

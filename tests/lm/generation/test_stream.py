@@ -6,6 +6,7 @@ from fake_writer import FakeWriter
 
 from slidejax.lm.generation import Stream, generate
 
+pytestmark = pytest.mark.usefixtures("steps")
 A = 258
 
 
