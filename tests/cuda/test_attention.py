@@ -42,7 +42,7 @@ def test_every_type_and_size(dtype, cache_dtype, head_dim):
     for more in (
         {"rows": 1, "kv_heads": 2, "group": 7, "length": 300, "positions": (299,)},
         {"rows": 3, "kv_heads": 3, "group": 3, "length": 1000, "window": 100},
-        {"rows": 3, "kv_heads": 2, "group": 4, "length": 512, "window": 512},  # a ring
+        {"rows": 3, "kv_heads": 2, "group": 4, "length": 100, "window": 100},  # a ring
     ):
         problem = Problem(**of, **more)
         problem.compare(*run(problem, together=head_dim == 64))
