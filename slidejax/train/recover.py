@@ -20,6 +20,10 @@ __all__ = ["HIDDEN", "recover"]
 # biases, norms.
 HIDDEN = r"(?!.*(?:embed|wte|wpe|lm_head|predictions/decoder)).*"
 
+# The root mean square of SmolLM2-135M's kernels, on which the learning rate was chosen. Those of
+# Qwen2.5-Coder-0.5B are a tenth of it, and steps of the same size ruined that model.
+_TYPICAL = 0.2
+
 
 def recover(
     model: Any,
@@ -60,7 +64,8 @@ def recover(
       batch: rows in a step; None: 32 on a GPU and 8 elsewhere, at most as many as there are.
       accumulate: the number of parts of a batch that run one after the other, which takes less
         memory.
-      learning_rate, warmup: see `slidejax.train.fit`.
+      learning_rate, warmup: see `slidejax.train.fit`. Kernels whose values have a root mean square
+        below 0.2 take smaller steps in proportion.
       temperature, hidden: see `slidejax.train.distillation_loss`. With few tokens in a step the
         gradient of the hidden states' loss is less noisy than the other one.
       trained: the parameters to train (`slidejax.partition`); by default all but the embeddings and
@@ -112,6 +117,7 @@ def recover(
         trained=trained,
         learning_rate=learning_rate,
         warmup=warmup,
+        typical=_TYPICAL,
         accumulate=accumulate,
         checkpoint=checkpoint,
         every=every,

@@ -105,6 +105,8 @@ def test_resumed_equals_uninterrupted(tmp_path, stop):
     same(again.params, whole.params)
     with pytest.raises(ValueError, match="other parameters or settings"):
         run(13, checkpoint=tmp_path / "state")
+    with pytest.raises(ValueError, match="other parameters or settings"):
+        run(12, checkpoint=tmp_path / "state", typical=1.0)
 
 
 def test_accumulation_averages():
@@ -117,6 +119,22 @@ def test_accumulation_averages():
 def test_an_optimizer_of_ones_own():
     fitted = run(3, optimizer=optax.sgd(0.0))
     same(fitted.params, run(1, optimizer=optax.sgd(0.0)).params)
+
+
+@pytest.mark.parametrize(("size", "share"), [(0.0, 0.01), (0.1, 0.05), (2.0, 1.0), (50.0, 1.0)])
+def test_small_leaves_take_small_steps(size, share):
+    """The first step of Adam changes each value by the learning rate, times the leaf's share."""
+    tree = {"a": jnp.full((4, 4), size), "b": jnp.full(3, -2.0)}
+
+    def gap(p, x):
+        return sum(jnp.sum((leaf - 100) ** 2) for leaf in jax.tree.leaves(p))
+
+    options = {"steps": 1, "learning_rate": 0.5, "warmup": 0}
+    made = fit(gap, tree, Shuffled(ROWS, 16), typical=2.0, **options).params
+    np.testing.assert_allclose(made["a"] - tree["a"], 0.5 * share, rtol=1e-4)
+    np.testing.assert_allclose(made["b"] - tree["b"], 0.5, rtol=1e-4)
+    equal = fit(gap, tree, Shuffled(ROWS, 16), **options).params
+    np.testing.assert_allclose(equal["a"] - tree["a"], 0.5, rtol=1e-4)
 
 
 def test_minutes_become_steps():
@@ -147,6 +165,8 @@ def test_every_row_is_seen_once_an_epoch():
         ({"steps": 0}, "steps must be positive"),
         ({"accumulate": 0}, "accumulate must be positive"),
         ({"trained": "nothing"}, "selects none"),
+        ({"typical": 0.0}, "typical must be positive"),
+        ({"typical": 1.0, "optimizer": optax.sgd(0.1)}, "with an optimizer of your own"),
     ],
 )
 def test_bad_arguments(options, message):
