@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run"]
 SUMMARY = "Prune, quantise and pack a model; write it, its tokenizer and its configuration to OUT."
 EXAMPLE = "slidejax convert smollm2 out"
 _METHOD = "sparsegpt"
+_EIGHT_BIT = "8bit"  # int8 or e4m3 by layer
 _QUIET = 30  # seconds between two lines about the progress where there is no terminal
 
 
@@ -46,9 +48,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     budget.add_arguments(p)
     p.add_argument(
         "--dtype",
-        type=arguments.dtype(none=True),
-        default="int8",
-        help="dtype of the packed values: int8 (default), float8_e4m3fn, none to keep the model's",
+        type=_dtype,
+        default=_EIGHT_BIT,
+        help="dtype of the packed values: 8bit (default: float8_e4m3fn in down projections, whose "
+        "inputs have spikes, and int8 in all other layers), int8, float8_e4m3fn, none to keep the "
+        "model's. --mixed and --budget choose for all layers, and take 8bit as int8",
     )
     p.add_argument(
         "--dtype-of",
@@ -99,6 +103,16 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     arguments.add_json(p)
 
 
+def _dtype(text: str) -> str | None:
+    """The check of `--dtype`."""
+    if text == _EIGHT_BIT:
+        return text
+    try:
+        return arguments.dtype(none=True)(text)
+    except argparse.ArgumentTypeError as e:
+        raise argparse.ArgumentTypeError(f"{e}; {_EIGHT_BIT} is int8 or e4m3 by layer") from None
+
+
 def run(args: argparse.Namespace) -> None:
     """Converts the model, writes it and prints the report."""
     import time
@@ -107,11 +121,13 @@ def run(args: argparse.Namespace) -> None:
     from slidejax.rules import Report, Rule
 
     args.method = _method(args)
+    args.by_layer = args.dtype == _EIGHT_BIT and not args.mixed and args.budget is None
+    args.dtype = "int8" if args.dtype == _EIGHT_BIT else args.dtype
     budget.check(args)
     with _claimed(args):
         pass  # whatever is in the way is named before anything is read
     rule, report = Rule(args.pattern, qdtype=args.dtype), Report()
-    chosen = str(rule)
+    chosen = f"{args.pattern} {_EIGHT_BIT}" if args.by_layer else str(rule)
     if args.budget is not None:
         chosen = f"{args.budget} times as fast as dense"
     elif args.mixed:
@@ -323,14 +339,22 @@ def _rules(
     args: argparse.Namespace, rule: Any, loaded: Any, ids: Any, shown: _Shown
 ) -> list[tuple[str, Any]]:
     """The rules of the layers: chosen, or else `rule` for all that are not skipped."""
+    from slidejax.conversion import functional
     from slidejax.huggingface import HIDDEN_LAYERS
-    from slidejax.lm import texts
+    from slidejax.lm import eight_bit, texts
     from slidejax.prune import mixed
+    from slidejax.prune.model.convert import planned_rules
     from slidejax.rules import Rule
 
     if not args.mixed and args.budget is None:
-        others = [(path, Rule(args.pattern, qdtype=dtype)) for path, dtype in args.dtype_of]
-        return [*((path, None) for path in args.skip), *others, (HIDDEN_LAYERS, rule)]
+        first: list[tuple[str, Rule | None]] = [(path, None) for path in args.skip]
+        first += [(path, Rule(args.pattern, qdtype=dtype)) for path, dtype in args.dtype_of]
+        if args.by_layer:
+            spiked, _ = eight_bit(args.pattern)
+            paths = planned_rules(functional(loaded.model), rule)
+            if any(re.fullmatch(spiked[0], path) for path in paths):
+                first.append(spiked)  # a rule that matches no layer would be warned of
+        return [*first, (HIDDEN_LAYERS, rule)]
     shown.say("choosing patterns")
     if ids is None:
         ids = inputs.calibration_ids(loaded, args, texts.shipped)
@@ -353,7 +377,7 @@ def _about(args: argparse.Namespace, source: str, ids: Any, report: Report) -> d
         "pattern": args.pattern if args.budget is None else None,
         "mixed": args.mixed,
         "budget": None if args.budget is None else str(args.budget),
-        "dtype": args.dtype or "none",
+        "dtype": _EIGHT_BIT if args.by_layer else args.dtype or "none",
         "dtype_of": {path: dtype or "none" for path, dtype in args.dtype_of},
         "method": args.method,
         "skipped": args.skip,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slidejax.lm.decoder.config import DecoderConfig
-    from slidejax.lm.decoder.family import convert
+    from slidejax.lm.decoder.family import convert, eight_bit
     from slidejax.lm.decoder.files import load, save
     from slidejax.lm.decoder.model import Decoder
     from slidejax.lm.decoder.streaming import convert_files
@@ -23,6 +23,7 @@ __all__ = [
     "Tokenizer",
     "convert",
     "convert_files",
+    "eight_bit",
     "load",
     "save",
 ]
@@ -36,6 +37,7 @@ _HOME = {
     "Tokenizer": "text.tokenizer",
     "convert": "decoder",
     "convert_files": "decoder.streaming",
+    "eight_bit": "decoder.family",
     "load": "decoder",
     "save": "decoder",
 }

@@ -167,10 +167,53 @@ def test_layers_can_be_skipped(capsys, tmp_path, model, flag):
     )
 
 
+def dtypes_of(params):
+    """Layer's name -> the dtypes of its kernels in the blocks of a Llama."""
+    found = {}
+    for block in params["model"]["layers"].values():
+        for half in ("mlp", "self_attn"):
+            for name, part in block[half].items():
+                if isinstance(part, dict):
+                    found.setdefault(name, set()).add(part["kernel"].dtype.name)
+    return found
+
+
+@pytest.mark.parametrize("flags", [(), ("--dtype", "8bit")])
+def test_8_bit_is_e4m3_where_a_gate_makes_the_input(capsys, tmp_path, model, flags):
+    out = str(tmp_path / "out")
+    assert "6:8 8bit" in output(capsys, "convert", model, out, *flags, *FREE)
+    loaded = load_model(out)
+    dtypes = dtypes_of(loaded.model.params)
+    assert dtypes.pop("down_proj") == {"float8_e4m3fn"}
+    assert len(dtypes) == 6 and set().union(*dtypes.values()) == {"int8"}
+    assert loaded.about["dtype"] == "8bit"
+
+
+def test_the_dtype_of_a_layer_comes_before_8_bit(capsys, tmp_path, model):
+    out = str(tmp_path / "out")
+    output(capsys, "convert", model, out, "--dtype-of", ".*/0/.*=int8", *FREE)
+    assert dtypes_of(load_model(out).model.params)["down_proj"] == {"int8", "float8_e4m3fn"}
+
+
+def test_a_choice_of_patterns_takes_8_bit_as_int8(capsys, tmp_path, model):
+    out, flags = str(tmp_path / "out"), ("--mixed", "6:8,4:6", "--method", "magnitude")
+    output(capsys, "convert", model, out, *flags, "--sequences", "1")
+    loaded = load_model(out)
+    assert {w.dtype.name for w in packed(loaded.model.params)} == {"int8"}
+    assert loaded.about["dtype"] == "int8"
+
+
+def test_an_unknown_dtype_is_named(capsys, tmp_path, model):
+    with pytest.raises(SystemExit):
+        output(capsys, "convert", model, str(tmp_path / "out"), "--dtype", "int4")
+    said = capsys.readouterr().err
+    assert "argument --dtype" in said and "got int4" in said and "8bit" in said
+
+
 def test_layers_can_have_another_dtype(capsys, tmp_path, model):
     """The first expression that matches counts, and layers that are skipped stay as they are."""
     flags = [".*down_proj.*=float8_e4m3fn", ".*mlp.*=none", ".*o_proj.*=float8_e4m3fn"]
-    flags = [part for flag in flags for part in ("--dtype-of", flag)]
+    flags = ["--dtype", "int8", *(part for flag in flags for part in ("--dtype-of", flag))]
     out = str(tmp_path / "out")
     output(capsys, "convert", model, out, *flags, "--skip", ".*o_proj.*", *FREE)
     loaded = load_model(out)

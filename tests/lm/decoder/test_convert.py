@@ -45,6 +45,15 @@ def test_a_single_pattern_leaves_the_head(tied):
     assert isinstance(model, sj.lm.Decoder) and model.config.tied == tied
 
 
+def test_8_bit_rules_are_for_all_hidden_layers():
+    report = sj.Report()
+    model = sj.lm.convert(tiny(), sj.lm.eight_bit("4:6"), report=report)
+    dtypes = {line.path: line.rule.qdtype.name for line in report.converted}
+    assert dtypes == {p: "float8_e4m3fn" if "down_proj" in p else "int8" for p in LAYERS}
+    assert not report.unmatched and {str(line.rule.pattern) for line in report.converted} == {"4:6"}
+    assert jnp.isfinite(model(tokens())).all()
+
+
 def test_rules_choose_by_the_names_of_hugging_face():
     report = sj.Report()
     rules = [
