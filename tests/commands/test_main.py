@@ -87,7 +87,7 @@ def test_defaults_are_what_the_help_says():
     assert parse("demo").pattern == ["14:16", "6:8", "4:6", "2:4"]
     assert parse("demo").dtype == ["int8", None]
     args = parse("convert m o --pattern 4:4")
-    assert (args.pattern, args.dtype, args.skip, args.mixed) == ("dense", "int8", [], [])
+    assert (args.pattern, args.dtype, args.skip, args.mixed) == ("dense", "8bit", [], [])
     assert parse("convert m o --pattern 6:8 --dtype none").dtype is None
     assert parse("bench").pattern == ["6:8"] and parse("bench").dtype is None
 

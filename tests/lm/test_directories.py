@@ -350,7 +350,7 @@ def test_a_decoder_goes_through_every_command(capsys, tmp_path):
     )  # fmt: skip
     assert [(row["pattern"], row["dtype"]) for row in rows] == [
         ("original", "float32"),
-        ("6:8", "int8"),
+        ("6:8", "float8_e4m3fn+int8"),
     ]
     assert rows[0]["top1_agreement"] == 1 and rows[1]["kl"] > 0
     for name, row in ((path, rows[0]), (out, rows[1])):
