@@ -133,7 +133,7 @@ def _reference(settings: _Settings, *operands: jax.Array) -> Attended:
     slots = jnp.where(of.positions < 0, length, of.positions % length if wraps else of.positions)
     keys, values = _put(of.keys, k, slots), _put(of.values, v, slots)
     grouped = q.reshape(rows, kv_heads, -1, head_dim)
-    key_at, position = jnp.arange(length, dtype=jnp.int32), of.positions[:, None]
+    key_at, position = jnp.arange(length, dtype=jnp.int32)[None], of.positions[:, None]
     seen = key_at <= position
     if settings.window is not None and not wraps:  # a ring has what is in the window, and no more
         seen &= key_at > position - settings.window

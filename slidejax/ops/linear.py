@@ -166,7 +166,9 @@ def _op(settings: LinearParams):
         dy = dy.astype(jnp.float32)
         codes = scatter_values(w.values, w.zeros)  # a shard may have no prepared forms
         codes = codes.reshape(codes.shape[0], -1).astype(jnp.float32)
-        dx = ((dy * w.scale) @ codes)[..., : settings.inputs.columns(xs[0])]
+        dx = ((dy * numerics.of_rank(w.scale, dy.ndim)) @ codes)[
+            ..., : settings.inputs.columns(xs[0])
+        ]
         d_values = None
         if not numerics.is_quantized(w.dtype):
             x = settings.inputs.apply(xs, settings.reduce_axis)

@@ -28,6 +28,7 @@ import numpy as np
 from jax.experimental.custom_partitioning import ArrayMapping
 
 from slidejax.ops.sharding import MeshPartition, row_factors
+from slidejax.weights.numerics import of_rank
 
 __all__ = [
     "ACTIVATIONS",
@@ -136,9 +137,8 @@ class RMSNorm(Prologue):
 
     def apply(self, x, axes=()):
         v = x.astype(jnp.float32)
-        factor = jax.lax.rsqrt(_mean(v * v, axes) + np.float32(self.eps)) * self.weight.astype(
-            jnp.float32
-        )
+        factor = jax.lax.rsqrt(_mean(v * v, axes) + np.float32(self.eps))
+        factor = factor * of_rank(self.weight.astype(jnp.float32), v.ndim)
         return (v * factor).astype(x.dtype)
 
 
@@ -164,11 +164,10 @@ class LayerNorm(Prologue):
         v = x.astype(jnp.float32)
         mean = _mean(v, axes)
         variance = jnp.maximum(np.float32(0), _mean(v * v, axes) - mean * mean)
-        y = (v - mean) * (
-            jax.lax.rsqrt(variance + np.float32(self.eps)) * self.weight.astype(jnp.float32)
-        )
+        factor = jax.lax.rsqrt(variance + np.float32(self.eps))
+        y = (v - mean) * (factor * of_rank(self.weight.astype(jnp.float32), v.ndim))
         if self.bias is not None:
-            y = y + self.bias.astype(jnp.float32)
+            y = y + of_rank(self.bias.astype(jnp.float32), v.ndim)
         return y.astype(x.dtype)
 
 

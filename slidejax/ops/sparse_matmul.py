@@ -195,7 +195,7 @@ def _op(settings: LinearParams):
         lifted, scale_x, *rest = operands
         w, bias = settings.weight(rest)
         kernel = expand_lifted(w).astype(jnp.float32)
-        scaled = dy.astype(jnp.float32) * scale_x * w.scale
+        scaled = dy.astype(jnp.float32) * scale_x * numerics.of_rank(w.scale, dy.ndim)
         d_lifted = (
             (scaled @ kernel).astype(lifted.dtype)
             if jnp.issubdtype(lifted.dtype, jnp.floating)

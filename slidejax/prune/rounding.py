@@ -134,7 +134,7 @@ def _round_kernel(kernel, mask, gram, start, dtype, sweeps):
             w, r = state
             old = w[k]
             new = jnp.where(kept[k], nearest(old + r[k] / inner[k, k]), 0)
-            return w.at[k].set(new), r - inner[:, k, None] * (new - old)
+            return w.at[k].set(new), r - inner[:, k, None] * (new - old)[None]
 
         after, _ = jax.lax.fori_loop(0, _BLOCK, column, (before, rows(r)))
         r = r - jnp.matmul(h.T, after - before, precision=EXACT)

@@ -166,12 +166,12 @@ def _best_pair(w, s, first, second):
       `(coefficient, kept)`, both `[out, group]`. The coefficient is float32: `(S_pp)^-1 w_p` at the
       pair and zero elsewhere. `kept` is bool.
     """
-    saa, sbb, sab = s[first, first], s[second, second], s[first, second]
+    saa, sbb, sab = (row[None] for row in (s[first, first], s[second, second], s[first, second]))
     a, b = w[:, first], w[:, second]
     determinant = saa * sbb - sab * sab
     ca, cb = (sbb * a - sab * b) / determinant, (saa * b - sab * a) / determinant  # of every pair
     best = jnp.argmin(a * ca + b * cb, axis=1)[:, None]
-    column = jnp.arange(w.shape[1])
+    column = jnp.arange(w.shape[1])[None]
     at_a, at_b = column == jnp.asarray(first)[best], column == jnp.asarray(second)[best]
     pick = functools.partial(jnp.take_along_axis, indices=best, axis=1)
     return jnp.where(at_a, pick(ca), 0) + jnp.where(at_b, pick(cb), 0), ~(at_a | at_b)

@@ -305,7 +305,8 @@ def _backward(static: _StaticArgs, saved, dy):
     ]
     codes_x = codes_x.astype(x.dtype)
     dy = dy.astype(jnp.float32)
-    dx = _product((dy * w.scale).astype(x.dtype), codes_w).astype(x.dtype)
+    scaled = dy * numerics.of_rank(w.scale, dy.ndim)
+    dx = _product(scaled.astype(x.dtype), codes_w).astype(x.dtype)
     d_kernel = outer((dy * scale_x).astype(x.dtype), codes_x, preferred_element_type=jnp.float32)
     d_values = values_gradient(
         jnp.pad(d_kernel, ((0, 0), (0, columns - x.shape[-1]))),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from slidejax.weights.numerics import of_rank
 from slidejax.weights.pattern import Pattern
 
 __all__ = [
@@ -64,7 +65,7 @@ def kept_values(groups: jax.Array, zeros: jax.Array) -> jax.Array:
         return groups
     z1, z2 = split_zeros(zeros)
     kept = groups.shape[-1] - 2
-    j = jnp.arange(kept)
+    j = of_rank(jnp.arange(kept), z1.ndim)
     return jnp.where(
         j < z1,
         groups[..., :kept],
@@ -77,7 +78,7 @@ def scatter_values(values: jax.Array, zeros: jax.Array) -> jax.Array:
     if zeros.shape[-1] < values.shape[-2]:
         return values
     z1, z2 = split_zeros(zeros)
-    c = jnp.arange(values.shape[-1] + 2)
+    c = of_rank(jnp.arange(values.shape[-1] + 2), z1.ndim)
 
     def shifted(by):
         return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(by, 2 - by)])

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from slidejax.weights import numerics
 from slidejax.weights.layout import check_kernel, from_groups, to_groups
 from slidejax.weights.pattern import Pattern
 
@@ -56,7 +57,7 @@ def keep_largest(score: jax.Array, pattern: Pattern) -> jax.Array:
         return jnp.ones(score.shape, bool)
     score = jnp.where(jnp.isnan(score), jnp.inf, score)
     groups = to_groups(score, pattern, fill=-1.0)  # padding is dropped first
-    column = jnp.arange(pattern.group)
+    column = numerics.of_rank(jnp.arange(pattern.group), groups.ndim)
     first = column == jnp.argmin(groups, axis=-1, keepdims=True)
     second = column == jnp.argmin(jnp.where(first, jnp.inf, groups), axis=-1, keepdims=True)
     # If all other columns are inf, the second argmin may find the first column again. Then any

@@ -15,12 +15,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["QMAX", "absmax", "check_dtype", "encode", "is_quantized", "scale_from_absmax"]
+__all__ = [
+    "QMAX",
+    "absmax",
+    "check_dtype",
+    "encode",
+    "is_quantized",
+    "of_rank",
+    "scale_from_absmax",
+]
 
 # The largest code of each 8-bit type.
 QMAX = {np.dtype(jnp.int8): 127.0, np.dtype(jnp.float8_e4m3fn): 448.0}
 _VALUE_DTYPES = (*QMAX, np.dtype(jnp.bfloat16), np.dtype(jnp.float16), np.dtype(jnp.float32))
 _TINY = np.finfo(np.float32).tiny  # the smallest normal number
+
+
+def of_rank(x: jax.Array, ndim: int) -> jax.Array:
+    """An array with axes of size 1 before its own, so that it has `ndim` of them.
+
+    JAX adds such axes by itself, unless users forbid it (`jax_numpy_rank_promotion="raise"`).
+
+    >>> of_rank(jnp.ones(3), 2).shape
+    (1, 3)
+    """
+    return jnp.expand_dims(x, tuple(range(ndim - x.ndim)))
 
 
 def check_dtype(dtype, name: str = "dtype") -> np.dtype:

@@ -76,7 +76,7 @@ def _zeros_of(nonzero: jax.Array) -> jax.Array:
     It names the two zeros with the largest index. In a last partial group these are the missing
     columns.
     """
-    column = jnp.arange(nonzero.shape[-1])
+    column = numerics.of_rank(jnp.arange(nonzero.shape[-1]), nonzero.ndim)
     z2 = jnp.max(jnp.where(nonzero, 1, column), axis=-1)
     z1 = jnp.max(jnp.where(nonzero | (column >= z2[..., None]), 0, column), axis=-1)
     return (z1 | z2 << 4).astype(jnp.uint8)

@@ -62,8 +62,9 @@ def check_converted(layer, x, want, rounded_to=None):
 
 
 @pytest.mark.parametrize("x_dtype", [*FLOATS, jnp.int32])
-@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.float16])
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("param_dtype", "dtype"), [(jnp.float16, None), (jnp.float32, jnp.bfloat16)]
+)
 def test_dtypes_of_linear(x_dtype, param_dtype, dtype):
     check_linear(data(2, 8, dtype=x_dtype), param_dtype=param_dtype, dtype=dtype)
 

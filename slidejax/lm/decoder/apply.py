@@ -37,6 +37,7 @@ from slidejax.ops.implementations import hopper
 from slidejax.ops.linear import linear
 from slidejax.ops.primitive import as_array
 from slidejax.ops.prologue import GLU, Prologue, RMSNorm
+from slidejax.weights.numerics import of_rank
 from slidejax.weights.packed import LinearWeight, SlideWeight
 
 __all__ = ["CHAINED_ROWS", "apply", "outputs"]
@@ -244,7 +245,7 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     wide = x.astype(jnp.float32)
     mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(mean + jnp.float32(eps))
-    return (wide * weight.astype(jnp.float32)).astype(x.dtype)
+    return (wide * of_rank(weight.astype(jnp.float32), x.ndim)).astype(x.dtype)
 
 
 def _turns(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from slidejax.ops.implementations.base import Implementation, add_residual, lift_input
+from slidejax.weights import numerics
 from slidejax.weights.layout import split_zeros
 from slidejax.weights.packed import SlideWeight
 
@@ -36,12 +37,13 @@ def expand_lifted(w: SlideWeight) -> jax.Array:
     if not w.pattern.prunes:
         return w.values.reshape(w.out_features, -1)
     z1, z2 = split_zeros(w.zeros)
-    j = jnp.arange(w.pattern.kept, dtype=jnp.int32)
+    j = numerics.of_rank(jnp.arange(w.pattern.kept, dtype=jnp.int32), z1.ndim)
     # The column that kept value j comes from; no dtype is promoted, for those who forbid it.
     column = j + (j >= z1).astype(j.dtype) + (j >= z2 - 1).astype(j.dtype)
     lane = (column - 2 * (j // 2)).reshape(*column.shape[:-1], w.pattern.windows, 2)
     values = w.values.reshape(lane.shape)
-    chosen = lane[..., None] == jnp.arange(4, dtype=jnp.int32)  # [..., windows, 2, 4]
+    place = numerics.of_rank(jnp.arange(4, dtype=jnp.int32), lane.ndim + 1)
+    chosen = lane[..., None] == place  # [..., windows, 2, 4]
     windows = jnp.where(chosen, values[..., None], jnp.zeros((), values.dtype))
     first, second = windows[..., 0, :], windows[..., 1, :]
     merged = jnp.where(chosen[..., 0, :], first, second)
@@ -148,9 +150,9 @@ def finish(
     residual: jax.Array | None = None,
 ) -> jax.Array:
     """Scales, adds and rounds once: `float32(acc) * scale_x * scale_w + bias + residual`."""
-    y = acc.astype(jnp.float32) * scale_x * scale_w
+    y = acc.astype(jnp.float32) * scale_x * numerics.of_rank(scale_w, acc.ndim)
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        y = y + numerics.of_rank(bias.astype(jnp.float32), y.ndim)
     return y.astype(out_dtype) if residual is None else add_residual(y, residual, out_dtype)
 
 

@@ -192,7 +192,7 @@ def _rescaled(
     ]
     new += [_wide(vector) / factor for vector in vectors]
     new += [
-        from_matrix(_wide(to_matrix(leaf, axes)) / factor, leaf.shape, axes)
+        from_matrix(_wide(to_matrix(leaf, axes)) / factor[None], leaf.shape, axes)
         for leaf, axes in zip(makers, maker_axes, strict=True)
     ]
     return [

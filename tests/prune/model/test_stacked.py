@@ -42,13 +42,10 @@ class Listed(nn.Module):
 class Scanned(nn.Module):
     """The same blocks, scanned, and each of them computed again in the backward pass."""
 
-    remat: bool = False
-
     @nn.compact
     def __call__(self, x):
-        block = nn.remat(Block) if self.remat else Block
         blocks = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=DEPTH
+            nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=DEPTH
         )
         x, _ = blocks(name="blocks")(x, None)
         return nn.Dense(8, name="last")(x)
@@ -103,14 +100,13 @@ def stacked(variables):
     return {"params": {**params, "blocks": jax.tree.map(lambda *x: jnp.stack(x), *blocks)}}
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_scanned_blocks_are_pruned_as_listed_ones_are(listed, remat):
+def test_scanned_blocks_are_pruned_as_listed_ones_are(listed):
     variables, want, of_list = listed
-    got, report = pruned(Scanned(remat), stacked(variables))
+    got, report = pruned(Scanned(), stacked(variables))
     assert report.notes == of_list.notes  # as many stages, as many inputs smoothed
     assert "smoothed" in report.notes[0] and len(report.converted) == 4
     jax.tree.map(np.testing.assert_array_equal, got, stacked(want))
-    sj.linen.apply(Scanned(remat), got, X[0])
+    sj.linen.apply(Scanned(), got, X[0])
 
 
 def test_nnx_blocks_that_are_scanned(listed):
