@@ -218,13 +218,7 @@ def _lowering(*operands, platform, devices, settings: ChainParams, sequence: Clo
     if call is None:
         return jaxpr_as_fun(sequence)(*operands)
     x, stages = settings.operands(operands)
-    rows = [
-        dataclasses.replace(s, residual=s.residual.reshape(-1, s.residual.shape[-1]))
-        if isinstance(s.residual, jax.Array)
-        else s
-        for s in stages
-    ]
-    ys = call(x.reshape(-1, x.shape[-1]), rows, settings.outputs)
+    ys = call(x.reshape(-1, x.shape[-1]), stages, settings.outputs)
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
@@ -233,10 +227,11 @@ linear_chain_p = make_primitive("slidejax_linear_chain", _shapes, _lowering, ask
 
 def _parameters(stage: Stage) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Bias, residual and the weights of a norm as the calls take them: `[0]` stands for none."""
-    none, norm = jnp.zeros(0, jnp.float32), stage.prologue
+    none, norm, residual = jnp.zeros(0, jnp.float32), stage.prologue, stage.residual
+    residual = residual.reshape(-1, residual.shape[-1]) if isinstance(residual, jax.Array) else none
     return (
         none if stage.bias is None else stage.bias.astype(jnp.float32),
-        stage.residual if isinstance(stage.residual, jax.Array) else none,
+        residual,
         norm.weight.astype(jnp.float32) if isinstance(norm, RMSNorm) else none,
     )
 
@@ -275,10 +270,6 @@ def _run(
     return ys
 
 
-def _aligned(size: int, align: int) -> int:
-    return -(-size // align) * align
-
-
 def _hopper_call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]):
     """A lift and a product for each stage (cuda/hopper/handlers.cc)."""
     rows, operands, parts, workspaces = x.shape[0], [], [], []
@@ -291,7 +282,7 @@ def _hopper_call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]
         parts += [rows * w.lifted_columns, 4 * rows, workspaces[-1]]
         if i not in outputs:
             parts.append(rows * w.out_features * x.dtype.itemsize)
-    workspace = calls.ALIGN + sum(_aligned(size, calls.ALIGN) for size in parts)
+    workspace = calls.ALIGN + sum(-(-size // calls.ALIGN) * calls.ALIGN for size in parts)
     gates = [*map(_gate, stages)]  # of what the stages read
     call = ("slidejax_chain_hopper", x, stages, outputs, operands, workspace, gates)
     return _run(*call, workspaces=np.array(workspaces, np.int64))
@@ -307,7 +298,7 @@ def _decode_call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]
         operands += [*decode.operands(w), *_parameters(stage)]
         workspace += decode.workspace_bytes(w, rows)
         if i not in outputs:
-            workspace += _aligned(rows * w.out_features * x.dtype.itemsize, decode.ALIGN)
+            workspace += -(-rows * w.out_features * x.dtype.itemsize // decode.ALIGN) * decode.ALIGN
     gates = [*map(_gate, stages[1:]), None]  # of results
     return _run("slidejax_chain_decode", x, stages, outputs, operands, workspace, gates)
 
