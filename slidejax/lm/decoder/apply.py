@@ -47,7 +47,7 @@ __all__ = ["CHAINED_ROWS", "apply", "outputs"]
 CHAINED_ROWS = 4
 _CHAINED_PREPARED_ROWS = 2
 # So does a step of as many rows as these, where the products are those of the Hopper kernel.
-HOPPER_CHAINED_ROWS = range(9, 257)
+HOPPER_CHAINED_ROWS = range(5, 257)
 
 
 def apply(
