@@ -54,4 +54,4 @@ def test_demo_of_a_converted_model_is_one_row(capsys, out, text):
             capsys, "demo", out, "--text", text, "--tokens", "40", "--max-new-tokens", "2", "--json"
         )
     )
-    assert [(row["pattern"], row["dtype"]) for row in rows] == [("6:8", "int8")]
+    assert [(row["pattern"], row["dtype"]) for row in rows] == [("6:8", "float8_e4m3fn+int8")]

@@ -30,7 +30,7 @@ def test_side_by_side(capsys, files):
     both = json.loads(said)
     assert status == 0 and [(row["pattern"], row["dtype"]) for row in both] == [
         ("original", "float32"),
-        ("6:8", "int8"),
+        ("6:8", "float8_e4m3fn+int8"),
     ]
     _, said, _ = run(capsys, "eval", out, *options, "--json")
     assert json.loads(said) == both[1]
@@ -63,7 +63,7 @@ def test_each_model_continues_the_prompt(capsys, files):
         )
         assert (row["prompt"], row["written"]) == ("The [moon]", json.loads(said)["text"])
     status, said, _ = run(capsys, "eval", *models, *options)
-    assert status == 0 and said.count("The [moon]") == 2 and "(6:8 int8)" in said
+    assert status == 0 and said.count("The [moon]") == 2 and "(6:8 float8_e4m3fn+int8)" in said
     status, _, err = run(capsys, "eval", models[0], *options[:-1], 1000)
     assert status == 1 and "exceed" in err
 
