@@ -5,6 +5,20 @@
 #include "common/device.h"
 
 namespace slidejax::attention {
+
+template <typename Cache, int kLanesOfKey, int kHeads>
+__global__ void __launch_bounds__(kMaxWarps* kLanes, kHeads > 4 ? 1 : 2)
+    AttentionKernel(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) uint8_t attention_shared[];
+  Attend<Cache, kLanesOfKey, kHeads>(p, attention_shared).Run();
+}
+
+template <typename Cache, int kLanesOfKey, int kHeads>
+__global__ void __launch_bounds__(kMaxWarps* kLanes)
+    CombineKernel(const __grid_constant__ Params p) {
+  Attend<Cache, kLanesOfKey, kHeads>(p, nullptr).Combine();
+}
+
 namespace {
 
 struct Kernels {

@@ -1,4 +1,4 @@
-// The attention kernel. docs/attention-kernel.md says why it is built so.
+// The work of an attention kernel. docs/attention-kernel.md says why it is built so.
 //
 // A thread block has some query heads that share a key head of one row, and a part of that row's
 // cache. Its warps take steps of a few keys in turn. A lane holds eight channels of a key and of
@@ -489,18 +489,5 @@ class Attend {
   float total_;     // of that head's weights, of this lane
   float out_[kHeads][kChannels];
 };
-
-template <typename Cache, int kLanesOfKey, int kHeads>
-__global__ void __launch_bounds__(kMaxWarps* kLanes, kHeads > 4 ? 1 : 2)
-    AttentionKernel(const __grid_constant__ Params p) {
-  extern __shared__ __align__(128) uint8_t attention_shared[];
-  Attend<Cache, kLanesOfKey, kHeads>(p, attention_shared).Run();
-}
-
-template <typename Cache, int kLanesOfKey, int kHeads>
-__global__ void __launch_bounds__(kMaxWarps* kLanes)
-    CombineKernel(const __grid_constant__ Params p) {
-  Attend<Cache, kLanesOfKey, kHeads>(p, nullptr).Combine();
-}
 
 }  // namespace slidejax::attention
