@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "common/device.h"
+#include "common/launch.h"
 #include "decode/decode.h"
 #include "decode/kernel.cuh"
 #include "decode/plan.h"
@@ -143,18 +144,10 @@ std::pair<DecodeArgs, DecodeArgs> Halves(const DecodeArgs& a) {
 // the results of that one.
 cudaError_t Launch(const void* kernel, Params& p, int grid, int threads, int shared_bytes,
                    bool early, cudaStream_t stream) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
   void* arguments[] = {&p};
-  return cudaLaunchKernelExC(&config, kernel, arguments);
+  if (early)
+    return LaunchBehind(kernel, dim3(grid), dim3(threads), arguments, shared_bytes, stream);
+  return cudaLaunchKernel(kernel, dim3(grid), dim3(threads), arguments, shared_bytes, stream);
 }
 
 // One call. With `behind` its x may be written by the kernel ahead, which may still run.

@@ -17,6 +17,7 @@
 #include "common/ffi_util.h"
 #include "common/group.h"
 #include "common/integers.h"
+#include "common/workspace.h"
 #include "decode/decode.h"
 
 namespace slidejax::decode {
@@ -84,23 +85,6 @@ std::string TakeResidual(const ffi::AnyBuffer& residual, DecodeArgs& args) {
   return "";
 }
 
-// A workspace that is handed out from its beginning.
-class Workspace {
- public:
-  explicit Workspace(const ffi::Buffer<ffi::U8>& buffer)
-      : at_(reinterpret_cast<uintptr_t>(buffer.typed_data())), end_(at_ + buffer.element_count()) {}
-
-  // Aligned memory.
-  void* Take(int64_t bytes) {
-    at_ = RoundUp<uintptr_t>(at_, kAlignment) + bytes;
-    return reinterpret_cast<void*>(at_ - bytes);
-  }
-  bool enough() const { return at_ <= end_; }
-
- private:
-  uintptr_t at_, end_;
-};
-
 // Fills in the arguments; returns what is wrong with them, or "".
 std::string Arguments(const ffi::AnyBuffer& x, const ffi::AnyBuffer& values,
                       const ffi::Buffer<ffi::U8>& zeros, const ffi::Buffer<ffi::F32>& scale_w,
@@ -124,7 +108,7 @@ std::string Arguments(const ffi::AnyBuffer& x, const ffi::AnyBuffer& values,
   if (auto wrong = TakeResidual(residual, args); !wrong.empty()) return wrong;
   if (y.element_count() == 0) return "";
   if (columns == 0) return "x has no columns";
-  Workspace memory(workspace);
+  Workspace memory(workspace, kAlignment);
   const int64_t wanted = DecodeWorkspace(args.M, args.type, args.group, args.blocks);
   args.workspace = memory.Take(wanted);
   if (!memory.enough())
@@ -182,7 +166,7 @@ class Chain {
     x_type_ = *DTypeOf(x->element_type()), rows_ = static_cast<int32_t>(x->dimensions()[0]);
     calls.resize(count);
     calls[0].x = x->untyped_data(), calls[0].columns = static_cast<int32_t>(x->dimensions()[1]);
-    Workspace workspace(**memory);
+    Workspace workspace(**memory, kAlignment);
     for (size_t i = 0; i < count; ++i) {
       if (auto wrong = Stage(i, workspace); !wrong.empty())
         return "stage " + std::to_string(i) + ": " + wrong;

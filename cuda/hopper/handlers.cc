@@ -28,6 +28,7 @@
 #include "common/ffi_util.h"
 #include "common/group.h"
 #include "common/integers.h"
+#include "common/workspace.h"
 #include "hopper/hopper.h"
 #include "lift/arguments.h"
 
@@ -222,23 +223,6 @@ ffi::Error LinearImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer up,
   return CudaError(NameOf(kLinear, x, *y), status);
 }
 
-// A workspace that is handed out from its beginning.
-class Workspace {
- public:
-  explicit Workspace(const ffi::Buffer<ffi::U8>& buffer)
-      : at_(reinterpret_cast<uintptr_t>(buffer.typed_data())), end_(at_ + buffer.element_count()) {}
-
-  // Aligned memory.
-  void* Take(int64_t bytes) {
-    at_ = RoundUp<uintptr_t>(at_, kAlignment) + bytes;
-    return reinterpret_cast<void*>(at_ - bytes);
-  }
-  bool enough() const { return at_ <= end_; }
-
- private:
-  uintptr_t at_, end_;
-};
-
 // The lifts and products of a chain, from its operands, results and attributes.
 class Chain {
  public:
@@ -277,7 +261,7 @@ class Chain {
       return "x must be bfloat16, float16 or float32";
     if (!memory) return "the workspace must be u8";
     type_ = *type, rows_ = static_cast<int32_t>(x->dimensions()[0]);
-    Workspace workspace(**memory);
+    Workspace workspace(**memory, kAlignment);
     stages.resize(count);
     const void* input = x->untyped_data();
     int64_t columns = x->dimensions()[1];

@@ -202,7 +202,7 @@ def _gates_are_private(x: jax.Array, stages: Sequence[Stage], settings: ChainPar
 
 
 def _lifts_fit(x: jax.Array, stages: Sequence[Stage], settings: ChainParams) -> bool:
-    """Whether the Hopper kernel adds residuals of so many rows, and lifts compute all prologues."""
+    """Whether the Hopper kernel takes the rows with their residuals, and lifts all prologues."""
     rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
     for stage in stages:
         read = cast(jax.Array, jax.ShapeDtypeStruct((rows, columns), x.dtype))
