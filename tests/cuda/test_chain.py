@@ -11,7 +11,6 @@ from patterns import PATTERNS
 
 import slidejax as sj
 from slidejax.ops.implementations.decode import DECODE
-from slidejax.ops.implementations.hopper import HOPPER
 
 pytestmark = pytest.mark.gpu
 ROWS = [1, 2, 3, 4, 5, 8]
@@ -148,14 +147,6 @@ def test_the_same_bits_every_time(rows, sizes):
 
 
 # --- in the Hopper kernel -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def on_hopper():
-    if reason := HOPPER.available():
-        pytest.skip(reason)
-    if jax.devices()[0].compute_capability != "9.0":
-        pytest.skip("needs a Hopper GPU")
 
 
 def hopper_equals_one_by_one(x, stages):

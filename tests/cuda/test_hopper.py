@@ -23,14 +23,6 @@ def problem(rows, columns, out, pattern="6:8", dtype=jnp.int8, seed=0):
     return lifted, scale, w, jnp.asarray(rng.standard_normal(out), jnp.float32)
 
 
-@pytest.fixture
-def on_hopper():
-    if reason := HOPPER.available():
-        pytest.skip(reason)
-    if jax.devices()[0].compute_capability != "9.0":
-        pytest.skip("needs a Hopper GPU")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16"])
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float16, jnp.float32, None])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import errors
+from flax_layers import agree, data
 
 import slidejax as sj
 
@@ -35,20 +36,6 @@ REFUSED = {
         (lambda cls: cls(4, dot_general_cls=lambda: jax.lax.dot_general), jnp.ones(8)),
     ],
 }
-
-
-def data(*shape, dtype=jnp.float32):
-    values = np.random.default_rng(0).normal(size=shape) * 3
-    return jnp.asarray(values).astype(dtype)
-
-
-def agree(got, want, rounded_to=None):
-    """Equal but for the order of sums; Flax may have rounded its product to a narrower dtype."""
-    assert (got.shape, got.dtype) == (want.shape, want.dtype)
-    step = 2 * float(jnp.finfo(rounded_to or want.dtype).eps)
-    wide = [np.asarray(y, np.float32) for y in (got, want)]
-    scale = np.abs(wide[1]).max(initial=1.0)
-    np.testing.assert_allclose(*wide, rtol=8 * step, atol=8 * step * scale)
 
 
 def check_dense(x, *args, rounded_to=None, **kwargs):
