@@ -25,33 +25,16 @@ char* const emulated::shared_memory = reinterpret_cast<char*>(slidejax::decode::
 struct cudaFuncAttributes {
   int ptxVersion;
 };
-enum { cudaLaunchAttributeProgrammaticStreamSerialization };
-struct cudaLaunchAttribute {
-  int id;
-  struct {
-    int programmaticStreamSerializationAllowed;
-  } val;
-};
-struct cudaLaunchConfig_t {
-  dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes;
-  cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
-};
 static cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   return attributes->ptxVersion = 90, cudaSuccess;
 }
 
-static cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
-                                       void** arguments) {
+// The host picks a kernel by its address alone; all of them take Params.
+static cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments,
+                                    size_t shared, cudaStream_t stream) {
   const auto decode =
       reinterpret_cast<void (*)(slidejax::decode::Params)>(const_cast<void*>(kernel));
-  const auto run = [=] { decode(*static_cast<slidejax::decode::Params*>(arguments[0])); };
-  emulated::early = config->numAttrs > 0;
-  const cudaError_t status =
-      emulated::Launch(run, config->gridDim, config->blockDim, config->dynamicSmemBytes);
-  return emulated::early = false, status;
+  return cudaLaunchKernel(decode, grid, block, arguments, shared, stream);
 }
 
 #include "decode/decode.cu"
