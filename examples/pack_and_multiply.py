@@ -1,7 +1,7 @@
 """The two functions under everything: pack a kernel, and multiply with it.
 
-Unquantised, packing loses nothing but the pruned weights. On a GPU, call `sj.prepare(w)` once after
-packing: without it, products are slow.
+Unquantised, packing loses nothing but the pruned weights. A GPU multiplies with the weight as it
+lies. `sj.prepare(w)` keeps more of it ready in memory, which is faster for many rows.
 """
 
 import jax

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.lm.texts import WINDOW
-from slidejax.prune.model.calibration import int32_ids
+from slidejax.token_ids import int32_ids
 
 __all__ = [
     "Agreement",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.prune.model.calibration import int32_ids
+from slidejax.token_ids import int32_ids
 
 __all__ = ["Generated", "Generator"]
 

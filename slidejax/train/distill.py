@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.prune.model.calibration import int32_ids
 from slidejax.prune.model.divergence import kl_divergence
+from slidejax.token_ids import int32_ids
 
 __all__ = ["distillation_loss", "kl_divergence", "rows_of", "sample"]
 

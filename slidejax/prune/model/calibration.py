@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["BATCH", "Calibration", "cut", "int32_ids"]
+from slidejax.token_ids import int32_ids
+
+__all__ = ["BATCH", "Calibration", "cut"]
 
 BATCH = 4  # at most this many sequences of token ids make a batch
 
@@ -85,27 +87,6 @@ class Calibration:
                 f"calibration needs batches of one shape, got {', '.join(sorted(shapes)) or 'none'}"
             )
         return list(given)
-
-
-def int32_ids(tokens: Any, name: str = "tokens") -> np.ndarray:
-    """Token ids as int32, which no id becomes by wrapping around.
-
-    Raises:
-      ValueError: if they are no integers, or one does not fit.
-
-    >>> int32_ids(np.array([1, 2**32 + 5]), "prompt")
-    Traceback (most recent call last):
-    ValueError: prompt must be token ids, got 4294967301
-    """
-    ids = np.asarray(tokens)
-    if ids.dtype == object:  # integers of Python beyond 64 bits, or rows of different lengths
-        raise ValueError(f"{name} must be token ids, got {tokens!r:.80}")
-    if ids.size and not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"{name} must be token ids, which are integers, got {ids.dtype}")
-    wrong = ids[(ids < -(2**31)) | (ids >= 2**31)] if ids.dtype.itemsize >= 4 else ids[:0]
-    if wrong.size:
-        raise ValueError(f"{name} must be token ids, got {wrong.flat[0]}")
-    return ids.astype(np.int32)
 
 
 def cut(ids: Any, sequences: int, length: int, seed: int | None = None) -> np.ndarray:
