@@ -72,6 +72,8 @@ class Rule:
         activations. bfloat16, float16 and float32 store the values in that dtype, and None keeps
         the kernel's own dtype. With the pattern "dense" and one of these the layer computes the
         same as before; it can be trained, or quantised later.
+      optional: whether the rule may decide no layer. Otherwise the report names it then, and a
+        warning does. Rules that differ in this alone are equal.
 
     Args:
       dtype: another name for `qdtype`, as in `slidejax.pack`.
@@ -85,10 +87,19 @@ class Rule:
 
     pattern: Pattern
     qdtype: Any = "int8"
+    optional: bool = dataclasses.field(default=False, compare=False, repr=False)
 
-    def __init__(self, pattern: str | Pattern, qdtype: Any = "int8", *, dtype: Any = _UNSET):
+    def __init__(
+        self,
+        pattern: str | Pattern,
+        qdtype: Any = "int8",
+        *,
+        dtype: Any = _UNSET,
+        optional: bool = False,
+    ):
         if dtype is not _UNSET:
             qdtype = dtype
+        object.__setattr__(self, "optional", bool(optional))
         object.__setattr__(self, "pattern", Pattern.parse(pattern))
         object.__setattr__(
             self, "qdtype", None if qdtype is None else numerics.check_dtype(qdtype, "qdtype")
@@ -132,7 +143,7 @@ class Report:
     Attributes:
       converted: the layers that were packed.
       skipped: path -> why the layer was left as it is.
-      unmatched: a line for each rule that decided no layer.
+      unmatched: a line for each rule that decided no layer and is not optional.
       allow_unmatched: whether rules may decide no layer at all. Otherwise that is an error.
       notes: other facts, such as how the model was calibrated.
       unpacked: path -> shape and owner of each parameter with two axes or more that belongs to no
@@ -244,10 +255,15 @@ class RuleSet:
         return rule
 
     def unmatched(self) -> list[str]:
-        """A line for each rule that has decided no layer so far."""
+        """A line for each rule that has decided no layer so far, but those that may."""
+        return self._idle(optional=False)
+
+    def _idle(self, *, optional: bool) -> list[str]:
+        """A line for each rule that has decided no layer so far; with or without optional ones."""
         lines = []
-        for i, (regex, _) in enumerate(self._rules):
-            if not self._decided[i]:
+        for i, (regex, rule) in enumerate(self._rules):
+            excused = rule is not None and rule.optional and not optional
+            if not self._decided[i] and not excused:
                 why = (
                     f"earlier rules took its {self._shadowed[i]} layers"
                     if self._shadowed[i]
@@ -264,16 +280,16 @@ class RuleSet:
             `allow_unmatched` allows it.
         """
         report.unmatched.extend(self.unmatched())
+        seen = [layer.path for layer in report.converted] + list(report.skipped)
+        example = f" (paths look like {seen[0]!r})" if seen else " (no linear layer was found)"
+        # A layer that is skipped for a reason of its own was not missed by the rules.
+        missed = all(reason == _NO_RULE for reason in report.skipped.values())
+        if self._rules and missed and not any(self._decided) and not report.allow_unmatched:
+            raise ValueError(
+                f"{'; '.join(self._idle(optional=True))}{example}: nothing would be converted. "
+                "report=slidejax.Report(allow_unmatched=True) allows it"
+            )
         if report.unmatched:
-            seen = [layer.path for layer in report.converted] + list(report.skipped)
-            example = f" (paths look like {seen[0]!r})" if seen else " (no linear layer was found)"
-            # A layer that is skipped for a reason of its own was not missed by the rules.
-            missed = all(reason == _NO_RULE for reason in report.skipped.values())
-            if missed and not any(self._decided) and not report.allow_unmatched:
-                raise ValueError(
-                    f"{'; '.join(report.unmatched)}{example}: nothing would be converted. "
-                    "report=slidejax.Report(allow_unmatched=True) allows it"
-                )
             warnings.warn("slidejax: " + "; ".join(report.unmatched) + example, stacklevel=3)
         return report
 

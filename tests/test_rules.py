@@ -139,6 +139,32 @@ def test_rules_that_decide_nothing_at_all_are_an_error():
             prune(variables, [("up/kernl", "6:8")])
 
 
+@given(st.lists(st.tuples(st.sampled_from(["a", "b", "c"]), st.booleans()), max_size=4))
+def test_only_rules_that_must_decide_a_layer_are_named(entries):
+    rules = RuleSet([(r, sj.Rule("6:8", optional=optional)) for r, optional in entries])
+    names = [r for r, _ in entries]
+    try:
+        rules.match("a/kernel")
+    except Skipped:
+        assert "a" not in names
+    idle = {i for i, (r, _) in enumerate(entries) if r != "a" or i != names.index("a")}
+    named = {int(re.match(r"rules\[(\d+)\]", line)[1]) for line in rules.unmatched()}
+    assert named == {i for i in idle if not entries[i][1]}
+
+
+def test_an_optional_rule_is_excused_but_not_if_nothing_is_converted():
+    variables = {"params": {"up": {"kernel": jnp.ones((8, 8))}}}
+    missing = ("down/kernel", sj.Rule("6:8", "float8_e4m3fn", optional=True))
+    assert missing[1] == sj.Rule("6:8", "float8_e4m3fn") and str(missing[1]).startswith(
+        "6:8 float8"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sj.linen.convert(variables, [missing, ("up/kernel", "6:8")], report=sj.Report())
+    with pytest.raises(ValueError, match=r"'down/kernel'.*nothing would be converted"):
+        sj.linen.convert(variables, [missing], report=sj.Report())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_kernel_that_is_not_finite_is_named(bad):
     variables = {"params": {"up": {"kernel": jnp.ones((8, 8)).at[3, 4].set(bad)}}}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -339,21 +338,16 @@ def _rules(
     args: argparse.Namespace, rule: Any, loaded: Any, ids: Any, shown: _Shown
 ) -> list[tuple[str, Any]]:
     """The rules of the layers: chosen, or else `rule` for all that are not skipped."""
-    from slidejax.conversion import functional
     from slidejax.huggingface import HIDDEN_LAYERS
     from slidejax.lm import eight_bit, texts
     from slidejax.prune import mixed
-    from slidejax.prune.model.convert import planned_rules
     from slidejax.rules import Rule
 
     if not args.mixed and args.budget is None:
         first: list[tuple[str, Rule | None]] = [(path, None) for path in args.skip]
         first += [(path, Rule(args.pattern, qdtype=dtype)) for path, dtype in args.dtype_of]
         if args.by_layer:
-            spiked, _ = eight_bit(args.pattern)
-            paths = planned_rules(functional(loaded.model), rule)
-            if any(re.fullmatch(spiked[0], path) for path in paths):
-                first.append(spiked)  # a rule that matches no layer would be warned of
+            first.append(eight_bit(args.pattern)[0])  # the down projections, if there are any
         return [*first, (HIDDEN_LAYERS, rule)]
     shown.say("choosing patterns")
     if ids is None:

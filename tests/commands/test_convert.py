@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import jax
 import numpy as np
@@ -193,6 +194,15 @@ def test_the_dtype_of_a_layer_comes_before_8_bit(capsys, tmp_path, model):
     out = str(tmp_path / "out")
     output(capsys, "convert", model, out, "--dtype-of", ".*/0/.*=int8", *FREE)
     assert dtypes_of(load_model(out).model.params)["down_proj"] == {"int8", "float8_e4m3fn"}
+
+
+def test_8_bit_needs_no_layers_with_a_gate(capsys, tmp_path, model):
+    """The rule for down projections may decide nothing, and nothing is said of it."""
+    out, flags = str(tmp_path / "out"), ("--dtype-of", ".*down_proj.*=int8")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="slidejax: rules")
+        assert "decided nothing" not in output(capsys, "convert", model, out, *flags, *FREE)
+    assert set().union(*dtypes_of(load_model(out).model.params).values()) == {"int8"}
 
 
 def test_a_choice_of_patterns_takes_8_bit_as_int8(capsys, tmp_path, model):

@@ -105,7 +105,7 @@ def eight_bit(pattern: str | Pattern) -> list[tuple[str, Rule]]:
 
     Returns:
       Rules for `convert`: the down projections of MLPs, then all other layers but the output
-      embedding.
+      embedding. The first is optional: a model need not have down projections.
 
     Raises:
       ValueError: for a bad pattern.
@@ -116,7 +116,7 @@ def eight_bit(pattern: str | Pattern) -> list[tuple[str, Rule]]:
     (?!lm_head(?:/kernel)?$).* 6:8 int8
     """
     return [
-        (_GATED_INPUTS, Rule(pattern, qdtype="float8_e4m3fn")),
+        (_GATED_INPUTS, Rule(pattern, qdtype="float8_e4m3fn", optional=True)),
         (HIDDEN_LAYERS, Rule(pattern, qdtype="int8")),
     ]
 
