@@ -46,8 +46,9 @@ class Packed(nnx.Variable):
 
 
 class SlideLayer(nnx.Module):
-    """A layer with a packed kernel. Its Variables are `values`, `zeros`, `scale` and `prepared`.
+    """A layer with a packed kernel. Its Variables are `values`, `zeros` and `scale`.
 
+    Each of its prepared forms is one, too, in the dict `prepared`; without forms that is None.
     With a master weight `values` are its float32 values, and `master` is the dtype that they run
     in. With an adapter there are also `lora_a` and `lora_b`.
     """
@@ -91,7 +92,7 @@ class SlideLayer(nnx.Module):
         self.values = variable(Packed if numerics.is_quantized(w.dtype) else nnx.Param, "values")
         self.zeros = variable(Packed, "zeros")
         self.scale = variable(Packed, "scale")
-        self.prepared = nnx.data(Packed(dict(w.prepared)) if w.prepared else None)
+        self._hold_forms(w)
         self.pattern, self.kernel_features = w.pattern, w.in_features
 
     def replace_kernel(self, w: LinearWeight) -> None:
@@ -108,11 +109,25 @@ class SlideLayer(nnx.Module):
                 else Packed
             )
             setattr(self, name, kind(getattr(packed, name), **getattr(self, name).get_metadata()))
-        self.prepared = nnx.data(Packed(dict(packed.prepared)) if packed.prepared else None)
+        self._hold_forms(packed)
         adapted = w if isinstance(w, AdaptedWeight) else None
         self.lora = None if adapted is None else (adapted.scaling, adapted.masked)
         self.lora_a = nnx.data(None if adapted is None else nnx.LoRAParam(adapted.lora_a))
         self.lora_b = nnx.data(None if adapted is None else nnx.LoRAParam(adapted.lora_b))
+
+    def _hold_forms(self, w: SlideWeight) -> None:
+        """Takes the prepared forms of a weight whose other leaves it has taken.
+
+        A form with the axes of the values is cut as they are. Others stay whole.
+        """
+        metadata = dict(self.values.get_metadata())
+        names = metadata.pop("out_sharding", None)
+        forms = {}
+        for name, form in w.prepared.items():
+            alike = names is not None and form.shape == (*w.values.shape[:-2], w.in_features)
+            named: dict[str, Any] = {"out_sharding": tuple(names)[:-1]} if alike else {}
+            forms[name] = Packed(form, **metadata, **named)
+        self.prepared = nnx.data(forms or None)
 
     def share(self, first: SlideLayer) -> None:
         """Takes the weight of another layer: its Variables, and the static parts."""
@@ -135,7 +150,8 @@ class SlideLayer(nnx.Module):
     @property
     def kernel(self) -> LinearWeight:
         """The weight that the layer's Variables hold."""
-        prepared = {} if self.prepared is None else dict(self.prepared.get_value())
+        forms = {} if self.prepared is None else self.prepared
+        prepared = {name: form.get_value() for name, form in forms.items()}
         values, zeros, scale = (
             variable.get_value() for variable in (self.values, self.zeros, self.scale)
         )

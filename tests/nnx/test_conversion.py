@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 
 import slidejax as sj
 
@@ -110,6 +111,26 @@ def test_stacked_layers_and_axis_names():
         layer = sj.nnx.SlideLinear(40, 8, kernel_init=NAMES, rngs=nnx.Rngs(0))
     # 40 inputs are not whole blocks.
     assert layer.zeros.get_metadata()["out_sharding"] == ("mlp", None)
+
+
+def test_prepared_forms_are_placed_by_their_names():
+    """Each form is a Variable of its own, so that `nnx.get_partition_spec` knows what it is."""
+    with nnx.use_eager_sharding(False):
+        dense = nnx.Linear(64, 64, kernel_init=NAMES, use_bias=False, rngs=nnx.Rngs(0))
+        sparse = sj.nnx.convert(dense, "6:8")
+        prepared = sj.nnx.map_weights(sparse, lambda tree: sj.prepare(tree, "dense"))
+        specs = nnx.get_partition_spec(nnx.state(prepared))
+        flat = nnx.to_pure_dict(specs)["prepared"]["dense"]
+        assert tuple(flat) == ("mlp", "embed")
+        graph, state = nnx.split(prepared)
+        mesh = jax.make_mesh((2, 1), ("mlp", "embed"), devices=jax.devices("cpu")[:2])
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        placed = nnx.merge(graph, jax.device_put(state, shardings))
+    assert len(placed.kernel.prepared["dense"].sharding.device_set) == 2
+    x = data(3, 64)
+    np.testing.assert_array_equal(nnx.jit(lambda layer, x: layer(x))(placed, x), sparse(x))
+    dropped = sj.nnx.map_weights(placed, sj.drop_prepared)
+    assert dropped.prepared is None and not dropped.kernel.prepared
 
 
 def test_tied_kernels_stay_tied():

@@ -1,7 +1,6 @@
 """Linear layers that are not Flax's: registered ones convert, all others are named."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -103,62 +102,3 @@ def test_a_registered_layer_is_calibrated(model):
 def test_what_cannot_be_registered(arguments, error, message):
     with pytest.raises(error, match=message):
         sj.nnx.register(*arguments)
-
-
-# --- tunix ----------------------------------------------------------------------------------------
-
-SIZES = {
-    "num_layers": 1,
-    "embed_dim": 64,
-    "hidden_dim": 128,
-    "num_heads": 4,
-    "head_dim": 16,
-    "num_kv_heads": 2,
-}
-ROPE = {"vocab_size": 64, "rope_theta": 10000, "norm_eps": 1e-5}
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "settings", "packed", "dense"),
-    [
-        ("llama3", "Llama3", ROPE, 7, {"embedder/input_embedding"}),
-        ("qwen2", "Qwen2", ROPE, 7, {"embedder/input_embedding"}),
-        ("qwen3", "Qwen3", ROPE, 7, {"embedder/input_embedding"}),
-        (
-            "qwen3",
-            "Qwen3",
-            {**ROPE, "num_experts": 4, "num_experts_per_tok": 2},
-            4,
-            {
-                "embedder/input_embedding",
-                *(f"layers/0/mlp/{name}_proj" for name in ("gate", "up", "down")),
-            },
-        ),
-        (
-            "gemma3",
-            "Gemma3",
-            {"num_embed": 64, "sliding_window_size": 8},
-            6,
-            {"embedder/input_embedding"},
-        ),
-    ],
-    ids=["llama3", "qwen2", "qwen3", "qwen3-moe", "gemma3"],
-)
-def test_models_of_tunix_convert(module, name, settings, packed, dense):
-    pytest.importorskip("tunix", reason="needs google-tunix, the extra ecosystem")
-    library = importlib.import_module(f"tunix.models.{module}.model")
-    config = library.ModelConfig(**SIZES, **settings)
-    model = getattr(library, name)(config, rngs=nnx.Rngs(0))
-    report = sj.Report()
-    sparse = sj.nnx.convert(model, "dense", report=report)
-    assert len(report.converted) == packed and set(report.unpacked) == dense
-    ids = jnp.ones((2, 8), jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(8), (2, 8))
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((8, 8), bool)), (2, 8, 8))
-    want = model(ids, positions, None, mask)[0].astype(jnp.float32)
-    got = sparse(ids, positions, None, mask)[0].astype(jnp.float32)
-    assert jnp.abs(got - want).max() < 0.1 * jnp.abs(want).max()
-    report = sj.Report()
-    calibrated = sj.prune.convert(model, "6:8", [(ids, positions, None, mask)], report=report)
-    assert len(report.converted) == packed and "layer by layer" in report.notes[0]
-    assert jnp.isfinite(calibrated(ids, positions, None, mask)[0]).all()
