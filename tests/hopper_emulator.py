@@ -221,11 +221,9 @@ class Emulated:
             y=y.ctypes.data,
             **{name: array.ctypes.data for name, array in buffers.items()},
         )
-        metadata = buffer(self.library.hopper_metadata_bytes(shape))
         if problem.prepared and not problem.K:
-            zeros, to = buffers["zeros"].ctypes.data, metadata.ctypes.data
-            assert self.library.hopper_expand_metadata(zeros, to, shape) == 0
-            arguments.metadata = to
+            metadata = self.metadata(buffers["zeros"], shape)
+            arguments.metadata = metadata.ctypes.data
         bytes_ = self.library.hopper_workspace_bytes(arguments, MULTIPROCESSORS)
         workspace = buffer(max(bytes_, 1))
         arguments.workspace, arguments.workspace_bytes = workspace.ctypes.data, bytes_
@@ -237,6 +235,13 @@ class Emulated:
         )
         assert (y[y_bytes:] == POISON).all(), "the kernel writes beyond y"
         return y[:y_bytes]
+
+    def metadata(self, zeros, shape):
+        """The metadata of a weight with these zeros `[out, groups]`, in the kernel's order."""
+        zeros, metadata = copied(zeros), buffer(self.library.hopper_metadata_bytes(shape))
+        to = metadata.ctypes.data
+        assert self.library.hopper_expand_metadata(zeros.ctypes.data, to, shape) == 0
+        return metadata
 
     def _begin_lift(self, arguments, buffers):
         """Poisons the results of the lift. They are written at some moment after the launch."""

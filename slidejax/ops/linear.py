@@ -26,11 +26,13 @@ from slidejax.ops.choice import implementation_for
 from slidejax.ops.lift_quantize import lift_shard
 from slidejax.ops.parameters import (
     LinearParams,
+    forms_in,
     given,
     product_settings,
     take_residual,
     weight_factors,
     weight_shardings,
+    with_forms,
 )
 from slidejax.ops.primitive import check_input, make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem
@@ -123,11 +125,11 @@ def _partitioned(settings: LinearParams):
             *("linear", mesh, operands[0], values, result, settings.pattern, settings.in_features),
             whole_k=settings.inputs.halves,
         )
+        kept = forms_in("linear", cut, settings, operands)
 
         def local(*operands):
             xs, residual, w, bias = _split(operands, settings)
-            if cut.k or cut.out:
-                w = w.replace(prepared={})
+            w = with_forms(w, kept)
             if cut.k:
                 return _split_k(xs, residual, w, bias, settings, cut)
             here = dataclasses.replace(settings, prepared=tuple(w.prepared))
@@ -135,7 +137,7 @@ def _partitioned(settings: LinearParams):
 
         shardings = (
             *settings.inputs.shardings(cut),
-            *weight_shardings(cut, settings, operands),
+            *weight_shardings(cut, settings, operands, kept),
         )
         return mesh, local, cut.sharding("y_rows", "y_out"), shardings
 
@@ -153,7 +155,9 @@ def _op(settings: LinearParams):
         if not settings.reduce_axis:
             return automatic(*operands)
         cut = MeshPartition(None, k=settings.reduce_axis)
-        return _split_k(*_split(operands, settings), settings, cut)
+        xs, residual, w, bias = _split(operands, settings)
+        w = with_forms(w, forms_in("linear", cut, settings, operands))
+        return _split_k(xs, residual, w, bias, settings, cut)
 
     def vmap_rule(op, axis_size, in_batched, *operands):
         rows = {*range(settings.inputs.rows)}

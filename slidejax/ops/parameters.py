@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +25,13 @@ __all__ = [
     "LinearParams",
     "check_residual",
     "check_result",
+    "forms_in",
     "given",
     "product_settings",
     "take_residual",
     "weight_factors",
     "weight_shardings",
+    "with_forms",
 ]
 
 
@@ -86,14 +90,14 @@ class LinearParams:
         """The prepared forms, the last of an op's operands."""
         return tuple(operands[len(operands) - len(self.prepared) :])
 
-    def raw(self, in_features: int) -> LinearParams:
-        """The raw accumulators of a shard of K with `in_features` inputs."""
+    def raw(self, in_features: int, prepared: tuple[str, ...]) -> LinearParams:
+        """The raw accumulators of a shard of K with `in_features` inputs and these forms."""
         return dataclasses.replace(
             self,
             in_features=in_features,
             out_dtype=None,
             has_bias=False,
-            prepared=(),
+            prepared=prepared,
             reduce_axis=(),
             inputs=PLAIN,
             has_residual=False,
@@ -124,18 +128,66 @@ def weight_factors(settings: LinearParams, operands, rank: int) -> tuple:
     return (*residual, ArrayMapping("o", "g", "v"), zeros, ArrayMapping("o"), *bias, *prepared)
 
 
-def weight_shardings(cut: MeshPartition, settings: LinearParams, operands) -> tuple:
+def weight_shardings(
+    cut: MeshPartition, settings: LinearParams, operands, forms: tuple[str, ...]
+) -> tuple:
     """The shardings of the residual and of the weight's operands in a cut.
 
-    The residual is cut as y is, and scale and bias as its outputs are. Prepared forms are whole on
-    each device.
+    The residual is cut as y is, and scale and bias as its outputs are. The prepared
+    `forms` that the shards have are cut, too; others are whole, and nothing reads them.
     """
-    prepared = (cut.sharding(*([None] * len(f.shape))) for f in settings.prepared_of(operands))
+    prepared = (
+        cut.sharding(*_form_axes(name, len(form.shape), name in forms))
+        for name, form in zip(settings.prepared, settings.prepared_of(operands), strict=True)
+    )
     outputs = cut.sharding("y_out")
     bias = (outputs,) if settings.has_bias else ()
     residual = (cut.sharding("y_rows", "y_out"),) if settings.has_residual else ()
     zeros = cut.sharding("out", "k" if settings.pattern.prunes else None)
     return (*residual, cut.sharding("out", "k", None), zeros, outputs, *bias, *prepared)
+
+
+def forms_in(op: str, cut: MeshPartition, settings: LinearParams, operands) -> tuple[str, ...]:
+    """The prepared forms that the shards of a cut have. A warning names the others.
+
+    Inside `shard_map`, where a cut has no mesh, the arrays are those of the shards already.
+    """
+    if not (cut.k or cut.out):
+        return settings.prepared
+    size = jax.lax.axis_size if cut.mesh is None else cut.mesh.shape.__getitem__
+    parts = [math.prod(map(size, axes)) for axes in (cut.out, cut.k)]
+    out_features = settings.weight(operands)[0].out_features
+    kept: list[str] = []
+    lost: list[str] = []
+    for name in settings.prepared:
+        form = registry.form_of(name)
+        bears = form is not None and form.bears(out_features, *parts)
+        (kept if bears else lost).append(name)
+    if lost:
+        warnings.warn(
+            f"{op}: the weight is split over mesh axes {(*cut.out, *cut.k)}, and its prepared "
+            f"forms {lost} cannot be: each device reads the packed form instead. "
+            "slidejax.drop_prepared saves their memory",
+            stacklevel=2,
+        )
+    return tuple(kept)
+
+
+def with_forms(w: SlideWeight, names: tuple[str, ...]) -> SlideWeight:
+    """The weight with these of its prepared forms."""
+    return w.replace(prepared={name: w.prepared[name] for name in names})
+
+
+def _form_axes(name: str, rank: int, kept: bool) -> list[str | None]:
+    """What the axes of a prepared form are cut with."""
+    form = registry.form_of(name)
+    axes: list[str | None] = [None] * rank
+    if kept and form is not None:
+        if form.outputs is not None:
+            axes[0] = "out"
+        if form.inputs:
+            axes[1] = "k"
+    return axes
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -190,6 +242,18 @@ def take_residual(
     return dataclasses.replace(settings, has_residual=residual is not None), residual
 
 
+def _check_forms(w: SlideWeight) -> None:
+    """Raises ValueError if a prepared form is not that of the weight."""
+    for name, array in w.prepared.items():
+        form = registry.form_of(name)
+        if form is not None and form.shape is not None and array.shape != form.shape(w):
+            raise ValueError(
+                f"w.prepared[{name!r}] must have shape {form.shape(w)} for values of shape "
+                f"{w.values.shape}, got {array.shape}: it is the form of another weight, or of the "
+                "whole of one of which w is a shard. slidejax.drop_prepared drops it"
+            )
+
+
 def product_settings(
     w: SlideWeight, bias, out_dtype, implementation, reduce_axis
 ) -> tuple[LinearParams, jax.Array | None]:
@@ -208,6 +272,7 @@ def product_settings(
             "the mesh axis over which K "
             f"is split with reduce_axis="
         )
+    _check_forms(w)
     prepared = tuple(sorted(w.prepared))
     settings = LinearParams(
         w.pattern, w.in_features, out_dtype, implementation, bias is not None, prepared, reduce_axes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import keyword
 
-from slidejax.ops.implementations.base import Implementation
+from slidejax.ops.implementations.base import Form, Implementation
 from slidejax.ops.implementations.cusparselt import CUSPARSELT
 from slidejax.ops.implementations.decode import DECODE
 from slidejax.ops.implementations.dense import DENSE
@@ -21,6 +21,7 @@ __all__ = [
     "REFERENCE",
     "check_name",
     "competing",
+    "form_of",
     "get",
     "implementations",
     "refusals",
@@ -86,6 +87,12 @@ def get(name: str) -> Implementation:
     raise ValueError(
         f"implementation must be None or one of {', '.join(implementations())}, got {name!r}"
     )
+
+
+def form_of(name: str) -> Form | None:
+    """The prepared form with this name, or None."""
+    forms = (i.form for i in _IMPLEMENTATIONS if i.form is not None)
+    return next((form for form in forms if form.name == name), None)
 
 
 def check_name(name: str | None) -> None:

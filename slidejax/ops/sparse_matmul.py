@@ -23,11 +23,13 @@ from slidejax.ops.choice import implementation_for
 from slidejax.ops.implementations.reference import expand_lifted, finish
 from slidejax.ops.parameters import (
     LinearParams,
+    forms_in,
     given,
     product_settings,
     take_residual,
     weight_factors,
     weight_shardings,
+    with_forms,
 )
 from slidejax.ops.primitive import as_array, make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem
@@ -121,11 +123,11 @@ def _partitioned(settings: LinearParams):
             settings.pattern,
             settings.in_features,
         )
+        kept = forms_in("sparse_matmul", cut, settings, operands)
 
         def local(lifted, scale_x, *operands):
             residual, (w, bias) = settings.residual(operands), settings.weight(operands)
-            if cut.k or cut.out:
-                w = w.replace(prepared={})
+            w = with_forms(w, kept)
             if cut.k:
                 return split_k(lifted, scale_x, residual, w, bias, settings, cut)
             here = dataclasses.replace(settings, prepared=tuple(w.prepared))
@@ -134,7 +136,7 @@ def _partitioned(settings: LinearParams):
         shardings = (
             cut.sharding("rows", "k"),
             cut.sharding("rows", None),
-            *weight_shardings(cut, settings, operands),
+            *weight_shardings(cut, settings, operands, kept),
         )
         return mesh, local, cut.sharding("y_rows", "y_out"), shardings
 
@@ -148,13 +150,14 @@ def split_k(
 
     Raw accumulators are summed over the axes of the cut that split K; scales follow, and bias and
     residual are added once. The scales of W, the bias and the residual are those of this shard of
-    y.
+    y, and its prepared forms can be cut with K.
     """
     scale_w = w.scale
     # The scales have the outputs of y, which may be a part of those of the values.
     (ones,) = vary(varying_axes(w.values), jnp.ones(w.values.shape[0], jnp.float32))
-    w = w.replace(scale=ones, prepared={}, in_features=w.groups * w.pattern.group)
-    acc = cut.sum_over_k(bind(lifted, scale_x, None, w, None, settings.raw(w.in_features)))
+    w = w.replace(scale=ones, prepared=w.prepared, in_features=w.held_features)
+    raw = settings.raw(w.in_features, tuple(w.prepared))
+    acc = cut.sum_over_k(bind(lifted, scale_x, None, w, None, raw))
     # Rows are flattened here as on one device: XLA does not round to bfloat16 between two
     # operations that no reshape parts, and the bits would then depend on the cut.
     *leading, out = acc.shape
@@ -183,6 +186,7 @@ def _op(settings: LinearParams):
         if settings.reduce_axis:
             residual, (w, bias) = settings.residual(operands), settings.weight(operands)
             cut = MeshPartition(None, k=settings.reduce_axis)
+            w = with_forms(w, forms_in("sparse_matmul", cut, settings, operands))
             return split_k(lifted, scale_x, residual, w, bias, settings, cut)
         return partitioned(lifted, scale_x, *operands)
 

@@ -11,18 +11,25 @@ They are made once, outside the loop. An implementation names its form and makes
 
 A weight of the pattern "dense" needs no form. Prepared forms count in a weight's bytes and are
 never saved; `drop_prepared` removes them.
+
+The forms of a weight that lies over a mesh are made on each device, of its part. `dense` can be cut
+wherever the weight can be, `hopper` by 64 outputs, and `cusparselt` not at all.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from slidejax.ops import choice, registry
 from slidejax.ops.cuda import library
 from slidejax.ops.implementations.base import Form, Implementation
+from slidejax.ops.sharding import spec_axes, spec_of
 from slidejax.variants.boxes import refuse_boxed
 from slidejax.weights.packed import SlideWeight, check_weight
 
@@ -63,7 +70,12 @@ def prepare(tree: Any, implementation: str | None = None, *, tune: bool = True) 
         searched.
 
     Returns:
-      The tree. Weights for which no form pays, and other leaves, stay as they were.
+      The tree. Weights for which no form pays, and other leaves, stay as they were. The forms of a
+      weight that lies over a mesh lie as it does. Under a trace only the compiler knows how it
+      lies, and it may gather what a form is made of: prepare outside of `jax.jit`.
+
+    Warns:
+      UserWarning: where a form cannot be cut as its weight is. It is not made then.
 
     Raises:
       ValueError: for an unknown name, or an implementation without a form.
@@ -90,10 +102,40 @@ def _prepare(w: SlideWeight, implementation: str | None, tune: bool) -> SlideWei
     for runs in _wanted(w) if implementation is None else (registry.get(implementation),):
         form = _form(runs.name)
         if form.name not in forms:
-            forms[form.name] = form.of(w.replace(prepared={}))
+            made = _made(form, w.replace(prepared={}))
+            if made is None:
+                continue
+            forms[form.name] = made
         if may_search:
             runs.search_missing(w)
     return w.replace(prepared=forms)
+
+
+def _made(form: Form, w: SlideWeight) -> jax.Array | None:
+    """The form of a weight, made where the weight lies; None if it cannot be cut as the weight is.
+
+    A custom call is not split by the compiler: each device would gather the whole weight.
+    """
+    sharding = None if isinstance(w.values, jax.core.Tracer) else w.values.sharding
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
+        return form.of(w)
+    *batch, out, k, kept = spec_of(w.values)
+    parts = [math.prod(sharding.mesh.shape[a] for a in spec_axes(axes)) for axes in (out, k)]
+    whole_blocks = k is None or w.in_features % (w.pattern.block * parts[1]) == 0
+    if not form.bears(w.out_features, *parts) or not whole_blocks or kept is not None:
+        warnings.warn(
+            f"prepare: the form {form.name!r} cannot be cut as the weight is, "
+            f"{sharding.spec} of [out, groups, kept], and is not made: each device reads the "
+            "packed form",
+            stacklevel=4,
+        )
+        return None
+    specs = w.partition_spec(out, k, tuple(batch))
+    axes = (*batch, out, k) if form.inputs else (*batch, out) if form.outputs else batch
+    on_each = jax.shard_map(
+        form.of, mesh=sharding.mesh, in_specs=(specs,), out_specs=PartitionSpec(*axes)
+    )
+    return jax.jit(on_each)(w)
 
 
 def _form(implementation: str) -> Form:

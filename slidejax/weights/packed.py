@@ -93,6 +93,11 @@ class SlideWeight(LinearWeight):
         return self.values.shape[-2]
 
     @property
+    def held_features(self) -> int:
+        """Inputs held here: those of the kernel, or of the shard of K, whose groups are whole."""
+        return self.groups * self.pattern.group if self.is_k_shard else self.in_features
+
+    @property
     def lifted_columns(self) -> int:
         """K': the lifted columns of the groups held here, padding included."""
         return self.groups * self.pattern.windows * 4
@@ -157,7 +162,7 @@ class SlideWeight(LinearWeight):
 
         Raises:
           ValueError: if K is split and `in_features` is not a whole number of blocks; or if there
-            are prepared forms. These belong to one device: `prepare` again after sharding.
+            is a prepared form that does not have the kernel's axes, `[..., out, in]`.
 
         >>> w = pack(jnp.ones((128, 4)), "6:8")
         >>> tuple(w.partition_spec(out="o", k="k").values)
@@ -169,16 +174,20 @@ class SlideWeight(LinearWeight):
                 f"{self.pattern.block} columns (pattern {self.pattern}), so K cannot be split over "
                 f"a mesh"
             )
-        if self.prepared:
+        kernel_shape = (*self.values.shape[:-2], self.held_features)
+        alike = {n for n, form in self.prepared.items() if jnp.shape(form) == kernel_shape}
+        if (out is not None or k is not None) and (others := sorted({*self.prepared} - alike)):
             raise ValueError(
-                f"prepared forms {sorted(self.prepared)} cannot be split over a mesh: drop them "
-                f"first"
+                f"prepared forms {others} have axes of their own: drop them (slidejax."
+                "drop_prepared), place the weight, and prepare it there (slidejax.prepare)"
             )
         zeros = PartitionSpec(*batch, out, k if self.pattern.prunes else None)
+        kernel = PartitionSpec(*batch, out, k)
         return self.replace(
             values=PartitionSpec(*batch, out, k, None),
             zeros=zeros,
             scale=PartitionSpec(*batch, out),
+            prepared={n: kernel if n in alike else PartitionSpec(*batch) for n in self.prepared},
         )
 
     def tree_flatten_with_keys(self):

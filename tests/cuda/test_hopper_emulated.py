@@ -12,6 +12,8 @@ from hopper_emulator import INPUT, MULTIPROCESSORS, OUTPUT, Problem, make_schedu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slidejax.ops.implementations.hopper import HOPPER
+
 TILES = (
     "256x192",
     "128x256",
@@ -58,6 +60,20 @@ def test_metadata_is_made_of_zeros_in_every_phase(emulated, tile, group):
     for blocks in (1, 7, 16):  # of eight groups
         problem = Problem(5, shape.rows + 24, 8 * blocks, group, prepared=False, seed=blocks)
         emulated.check(problem, tile=index, stream_k=0)
+
+
+@pytest.mark.parametrize("group", [4, 8, 16])
+def test_the_metadata_of_some_outputs_is_a_part_of_it(emulated, group):
+    """So it can be cut over a mesh, by as many outputs as the form says."""
+    whole = Problem(1, 384, 24, group)
+    zeros = whole.operands()[0]["zeros"]
+    metadata = emulated.metadata(zeros, whole.shape())
+    for parts in (2, 3, 6):
+        assert HOPPER.form.bears(whole.out, parts, 1)
+        part = dataclasses.replace(whole, out=whole.out // parts).shape()
+        each = [emulated.metadata(some, part) for some in np.split(zeros, parts)]
+        np.testing.assert_array_equal(np.concatenate(each), metadata)
+    assert not HOPPER.form.bears(whole.out, 4, 1) and not HOPPER.form.bears(whole.out, 1, 2)
 
 
 @pytest.mark.parametrize("tile", DENSE)

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from toy_implementation import Toy
 
 import slidejax as sj
@@ -53,8 +54,10 @@ def test_bad_names():
         sj.prepare(weight(), "magic")
     with pytest.raises(ValueError, match="no prepared form"):
         sj.prepare(weight(), "reference")
-    with pytest.raises(ValueError, match="cannot be split"):
-        sj.prepare(weight(shape=(128, 4)), "dense").partition_spec(out="o")
+    own = weight(shape=(128, 4)).replace(prepared={"hopper": jnp.zeros(8, jnp.uint8)})
+    with pytest.raises(ValueError, match="axes of their own: drop them"):
+        own.partition_spec(out="o")
+    assert own.partition_spec().prepared == {"hopper": P()}
 
 
 def test_the_pattern_dense_needs_no_prepared_form():

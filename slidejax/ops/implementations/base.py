@@ -62,15 +62,32 @@ class Form:
       make: makes the array from a weight with values `[out, groups, kept]` and no prepared forms.
       must_gain: `prepare` prefers this form to another one only if the layer is this many times as
         fast with it. Use more than 1 for a form that takes much memory.
+      outputs: if the array can be cut over a mesh as the weight's outputs are. Equal parts along
+        its first axis must then be the forms of equal parts of the weight, if each part has a
+        multiple of this number of outputs. None: the form is that of a whole weight.
+      inputs: whether the second axis has the inputs of the kernel, so that it can be cut with K.
+      shape: the array's shape for a weight with values `[out, groups, kept]`, which products check
+        where it is known.
     """
 
     name: str
     make: Callable[[SlideWeight], jax.Array]
     must_gain: float = 1.0
+    outputs: int | None = None
+    inputs: bool = False
+    shape: Callable[[SlideWeight], tuple[int, ...]] | None = None
 
     def of(self, w: SlideWeight) -> jax.Array:
         """Makes the form of a weight, or of a batch of weights."""
         return self.make(w) if w.values.ndim == 3 else jax.lax.map(self.of, w)
+
+    def bears(self, out_features: int, out_parts: int, k_parts: int) -> bool:
+        """Whether the array of a weight can be cut into so many parts of outputs and of K."""
+        if k_parts > 1 and not self.inputs:
+            return False
+        if out_parts == 1:
+            return True
+        return self.outputs is not None and out_features % (self.outputs * out_parts) == 0
 
 
 class Implementation(abc.ABC):

@@ -86,7 +86,14 @@ class Dense(Implementation):
 
     name = "dense"
     # The form is as large as the weight itself. Other forms have a fifth of its size.
-    form = Form("dense", jax.jit(dense_codes), must_gain=1.05)
+    form = Form(
+        "dense",
+        jax.jit(dense_codes),
+        must_gain=1.05,
+        outputs=1,
+        inputs=True,
+        shape=lambda w: (w.out_features, w.held_features),
+    )
 
     takes_residual = True
 

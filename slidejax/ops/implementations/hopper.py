@@ -82,12 +82,16 @@ def refuses_device(device: str, dtype: np.dtype) -> str | None:
 # --- the weight -----------------------------------------------------------------------------------
 
 
+# Outputs that share a tile of metadata. All columns of a tile lie together, and tiles in order.
+_TILE = 64
+
+
 def _metadata_bytes(out: int, columns: int) -> int:
     """Bytes of metadata: 1 KB for 64 outputs and 128 lifted columns, in whole pairs of 128 columns.
 
     The call checks this, and tests/cuda/test_plans.py compares it with the kernel's own size.
     """
-    return -(-out // 64) * 2 * -(-columns // 256) * 1024
+    return -(-out // _TILE) * 2 * -(-columns // 256) * 1024
 
 
 def _metadata(w: SlideWeight) -> jax.Array:
@@ -231,7 +235,12 @@ class Hopper(Implementation):
     """8-bit values of all patterns but "dense", on GPUs of compute capability 9.0."""
 
     name = "hopper"
-    form = Form("hopper", _metadata)
+    form = Form(
+        "hopper",
+        _metadata,
+        outputs=_TILE,
+        shape=lambda w: (_metadata_bytes(w.out_features, w.lifted_columns),),
+    )
     cuda_only = True
     reads_packed = True  # it makes the metadata in its workspace, within the call
     takes_residual = True
