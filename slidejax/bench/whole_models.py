@@ -46,6 +46,7 @@ __all__ = ["BEST_JAX", "Workload", "measure", "table", "usual_clock"]
 
 BEST_JAX = "best JAX 8 bit"  # the fastest of the three, for each workload
 _CPU = "a CPU's times say nothing about a GPU: they only show that everything runs"
+_REHEARSED = 2  # layers of the programs that are compiled ahead of those that are timed
 _COPY_BYTES = (1 << 30, 1 << 24)  # what is copied on a GPU, and on a CPU
 
 
@@ -213,6 +214,7 @@ def measure(
     steps: int = 32,
     clock: Clock | None = None,
     profiled: bool = False,
+    at_once: int = 1,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Times decoding steps and prefills of a whole decoder with random weights.
@@ -228,6 +230,10 @@ def measure(
       steps: decoding steps in one call, at the cache's last positions; at most `context`.
       clock: how long to measure. None takes `usual_clock()`.
       profiled: whether to profile every program once it is timed, on a GPU.
+      at_once: how many programs are compiled at the same time. XLA times its own products while it
+        compiles, and compilations side by side disturb each other. So with more than one, every
+        program is compiled with two layers first, one program after the other. XLA then knows the
+        products of the long ones.
       note: called with a line of text for each step, and for each contender that could not run.
 
     Returns:
@@ -256,6 +262,7 @@ def measure(
     layers = _checked("layers", sizes.layers if layers is None else layers)
     works = [Workload(_checked("batches", batch)) for batch in batches]
     works += [Workload(_checked("prefills", b), _checked("prefills", n)) for b, n in prefills]
+    at_once = _checked("at_once", at_once)
     if not works:
         raise ValueError("there is nothing to time: give batches or prefills")
     if _checked("steps", steps) > _checked("context", context):
@@ -275,7 +282,7 @@ def measure(
     not_run = [{"contender": c, "workload": None, "why": why} for c, why in reasons.items()]
     times: list[dict[str, Any]] = []
     for work in dict.fromkeys(works):
-        rows, failed = _timed(race, racing, weights, work, clock, profiled, note)
+        rows, failed = _timed(race, racing, weights, work, clock, profiled, at_once, note)
         _compare(rows, copy["gb_per_s"])
         times += rows
         not_run += failed
@@ -324,6 +331,30 @@ def _with_room(size: int, make: Callable[[], Any]) -> Any:
     return made
 
 
+def _compiled(
+    race: _Race,
+    present: Sequence[Kind],
+    weights: dict[str, Any],
+    work: Workload,
+    at_once: int,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The programs of one workload, and the reasons of those that do not run."""
+    ids = race.prompt(work)
+
+    def build(race: _Race, at_once: int) -> tuple[dict[str, Any], dict[str, str]]:
+        builders = {
+            kind.name: functools.partial(
+                race.build, kind, weights[kind.name][: race.layers], work, ids
+            )
+            for kind in present
+        }
+        return build_all(builders, at_once)
+
+    if at_once > 1 and race.layers > _REHEARSED:
+        build(dataclasses.replace(race, layers=_REHEARSED), 1)
+    return build(race, at_once)
+
+
 def _timed(
     race: _Race,
     racing: Sequence[Kind],
@@ -331,18 +362,13 @@ def _timed(
     work: Workload,
     clock: Clock,
     profiled: bool,
+    at_once: int,
     note: Callable[[str], None],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of one workload, and the contenders that did not run."""
     note(f"{work}: compiling, then {clock.rounds} round(s)")
     present = [kind for kind in racing if kind.name in weights]
-    ids = race.prompt(work)
-    builders = {
-        kind.name: functools.partial(race.build, kind, weights[kind.name], work, ids)
-        for kind in present
-    }
-    # XLA times its own products while it compiles. Two compilations would disturb each other.
-    programs, refused = build_all(builders, at_once=1)
+    programs, refused = _compiled(race, present, weights, work, at_once)
     found, failed = in_turns(programs, clock)
     rows = []
     for kind in present:

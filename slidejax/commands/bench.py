@@ -177,11 +177,18 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         default=None,
         help="also list the kernels of each program, how long they take, and the gaps before them",
     )
+    group.add_argument(
+        "--at-once",
+        type=arguments.positive,
+        metavar="N",
+        help="programs that are compiled at the same time (default 1); with more, each is first "
+        "compiled with two layers alone, so that what XLA times while it compiles is undisturbed",
+    )
 
 
 _MOST_LAYERS = 1000  # more than any model has: a slip of the finger must not fill the memory
 _OF_LAYERS = ("preset", "shape", "rows")
-_OF_MODELS = ("layers", "batch", "prefill", "context", "steps", "profile")
+_OF_MODELS = ("layers", "batch", "prefill", "context", "steps", "profile", "at_once")
 
 
 def _check_together(args: argparse.Namespace) -> None:
@@ -189,7 +196,8 @@ def _check_together(args: argparse.Namespace) -> None:
     for name in _OF_LAYERS if args.model else _OF_MODELS:
         if (value := getattr(args, name)) is not None:
             goes = "does not go with --model" if args.model else "goes with --model only"
-            raise ValueError(f"--{name} {goes}, got --{name} {_as_typed(name, value)}".rstrip())
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {goes}, got {flag} {_as_typed(name, value)}".rstrip())
     if args.batch == [] and args.prefill == []:
         raise ValueError("--batch none and --prefill none leave nothing to time: give one of them")
     if (args.layers or 0) > _MOST_LAYERS:
@@ -246,6 +254,7 @@ def _whole_model(
         steps=args.steps or _STEPS,
         clock=whole_models.usual_clock(args.warmup, args.seconds, args.rounds),
         profiled=bool(args.profile),
+        at_once=args.at_once or 1,
         note=note,
     )
     return results, whole_models.table(results)

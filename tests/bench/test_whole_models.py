@@ -44,6 +44,24 @@ def test_every_contender_is_timed_in_every_workload_and_round(results, notes):
         assert f"{row['workload']} {row['contender']}: {report.microseconds(row['us'])} us" in notes
 
 
+def test_programs_are_compiled_at_once_after_short_ones_one_by_one(monkeypatch):
+    built = []
+
+    def build_all(builders, at_once):
+        built.append(
+            (at_once, {name: build.func.__self__.layers for name, build in builders.items()})
+        )
+        return timing.build_all(builders, at_once)
+
+    monkeypatch.setattr(whole_models, "build_all", build_all)
+    found = measure(batches=[1], prefills=[], layers=3, at_once=4)
+    assert [(at_once, {*layers.values()}) for at_once, layers in built] == [(1, {2}), (4, {3})]
+    assert built[0][1].keys() == built[1][1].keys() == rows(found, "decode 1").keys()
+    built.clear()
+    measure(batches=[1], prefills=[], layers=1, at_once=4)  # as short as the first ones would be
+    assert [at_once for at_once, _ in built] == [4]
+
+
 def test_the_bytes_are_those_that_must_be_read(results):
     out_in = sum(out * inputs for out, inputs in TINY.linears.values())
     outs = sum(out for out, _ in TINY.linears.values())
@@ -152,6 +170,7 @@ def test_what_does_not_run_is_said_and_the_rest_goes_on(monkeypatch):
     ({"batches": [1, -2]}, "batches must be a whole number of 1 or more, got -2"),
     ({"prefills": [(8, 0)]}, "prefills must be a whole number of 1 or more, got 0"),
     ({"batches": [], "prefills": []}, "nothing to time"),
+    ({"at_once": 0}, "at_once must be a whole number of 1 or more, got 0"),
     ({"steps": 9}, "steps must be at most context, 8, got 9"),
     ({"patterns": ["5:8"]}, "5:8"),
     ({"dtypes": ["int4"]}, "int4"),

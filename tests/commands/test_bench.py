@@ -106,6 +106,7 @@ def test_bad_values_are_named(capsys, flags, said):
     ("--model tiny --preset smollm2", "--preset does not go with --model"),
     ("--batch none", "--batch goes with --model only, got --batch none"),
     ("--profile", "--profile goes with --model only, got --profile"),
+    ("--at-once 4", "--at-once goes with --model only, got --at-once 4"),
     ("--model tiny --batch none --prefill none", "leave nothing to time"),
     ("--model tiny --steps 9 --context 8", "--steps must be at most --context, 8, got 9"),
     ("--model tiny --layers 1001", "--layers must be at most 1000, got 1001"),
