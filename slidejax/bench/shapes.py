@@ -63,6 +63,7 @@ class Sizes:
 MODELS: dict[str, Sizes] = {
     "llama-3-8b": Sizes(4096, 14336, 32, 8, 128, layers=32, theta=5e5),
     "qwen2.5-7b": Sizes(3584, 18944, 28, 4, 128, layers=28, theta=1e6, eps=1e-6),
+    "qwen2.5-0.5b": Sizes(896, 4864, 14, 2, 64, layers=24, theta=1e6, eps=1e-6),
     "smollm2-135m": Sizes(576, 1536, 9, 3, 64, layers=30, theta=1e5),
     "tiny": Sizes(64, 96, 4, 2, 16, layers=2, vocabulary=256),
 }

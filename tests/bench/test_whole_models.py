@@ -186,6 +186,12 @@ def test_bad_values_are_refused_before_any_work(monkeypatch, options, said):
 def test_models_have_the_layers_of_the_presets():
     for model, preset in (("llama-3-8b",) * 2, ("qwen2.5-7b",) * 2, ("smollm2-135m", "smollm2")):
         assert tuple(MODELS[model].linears.values()) == PRESETS[preset]
+    assert MODELS["qwen2.5-0.5b"].linears == {
+        "qkv": (1152, 896),
+        "o": (896, 896),
+        "gate_up": (9728, 896),
+        "down": (896, 4864),
+    }
     for sizes in MODELS.values():
         assert sizes.heads % sizes.kv_heads == 0 and sizes.head % 2 == 0
 
