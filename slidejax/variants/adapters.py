@@ -27,10 +27,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from slidejax.ops.implementations.base import add_residual
 from slidejax.ops.linear import linear
 from slidejax.ops.parameters import check_residual
+from slidejax.ops.sharding import product_spec, with_automatic_axes
 from slidejax.variants.boxes import refuse_boxed
 from slidejax.variants.trainable import Selection, is_packed, path_of, selector
 from slidejax.weights import numerics
@@ -109,16 +111,14 @@ class AdaptedWeight(WrappedWeight):
         x = jnp.asarray(x)
         residual = check_residual(residual, (*x.shape[:-1], self.out_features))
         out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-        y = linear(x, self.base, bias, implementation, jnp.float32)
-        a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
-        if self.masked:
-            update = linear(x, _kept(a @ b, self.base), None, implementation, jnp.float32)
-        else:
-            update = jnp.matmul(x @ a, b, preferred_element_type=jnp.float32)
-        y = y + update * self.scaling
-        if residual is None:
-            return y.astype(out_dtype)
-        return add_residual(y, residual, out_dtype)
+        operands, tree = jax.tree.flatten((x, self, bias, residual))
+        return with_automatic_axes(
+            lambda *operands: _product(
+                implementation, out_dtype, *jax.tree.unflatten(tree, operands)
+            ),
+            operands,
+            lambda x, values, *_: product_spec(x, values[0]),
+        )
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
@@ -141,6 +141,20 @@ register(
     dataclasses.replace,
     lambda kept: (kept["scaling"], kept["masked"]),
 )
+
+
+def _product(implementation, out_dtype, x, w: AdaptedWeight, bias, residual) -> jax.Array:
+    """The product of an adapted weight."""
+    y = linear(x, w.base, bias, implementation, jnp.float32)
+    a, b = w.lora_a.astype(x.dtype), w.lora_b.astype(x.dtype)
+    if w.masked:
+        update = linear(x, _kept(a @ b, w.base), None, implementation, jnp.float32)
+    else:
+        update = jnp.matmul(x @ a, b, preferred_element_type=jnp.float32)
+    y = y + update * w.scaling
+    if residual is None:
+        return y.astype(out_dtype)
+    return add_residual(y, residual, out_dtype)
 
 
 def _kept(kernel: jax.Array, w: SlideWeight) -> SlideWeight:
@@ -220,9 +234,21 @@ def merge(tree: Any) -> Any:
     )
 
 
-@jax.jit
 def _merge(w: AdaptedWeight) -> SlideWeight:
-    base = w.base.check()
+    """The merged weight, cut over a mesh as its base is."""
+    w = dataclasses.replace(w, base=w.base.check().replace(prepared={}))
+    operands, tree = jax.tree.flatten(w)
+    values, zeros, scale = with_automatic_axes(
+        lambda *operands: jax.tree.leaves(_merged(jax.tree.unflatten(tree, operands))),
+        operands,
+        lambda *specs: [PartitionSpec(*spec) for spec in specs[:3]],
+    )
+    return w.base.replace(values=values, zeros=zeros, scale=scale)
+
+
+@jax.jit
+def _merged(w: AdaptedWeight) -> SlideWeight:
+    base = w.base
     product = jnp.matmul(
         w.lora_a.astype(jnp.float32),
         w.lora_b.astype(jnp.float32),
@@ -232,7 +258,7 @@ def _merge(w: AdaptedWeight) -> SlideWeight:
         base.values.astype(jnp.float32) * base.scale[..., None, None]
         + _kept(product, base).values * w.scaling
     )
-    merged = base.replace(values=values, scale=jnp.ones_like(base.scale), prepared={})
+    merged = base.replace(values=values, scale=jnp.ones_like(base.scale))
     if numerics.is_quantized(base.dtype):
         return quantize(merged, base.dtype)
     return merged.replace(values=values.astype(base.dtype))

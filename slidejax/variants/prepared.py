@@ -131,6 +131,8 @@ def _made(form: Form, w: SlideWeight) -> jax.Array | None:
         )
         return None
     specs = w.partition_spec(out, k, tuple(batch))
+    # With explicit axes zeros and scale may lie in another way, as `pack` has made them.
+    w = jax.device_put(w, jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), specs))
     axes = (*batch, out, k) if form.inputs else (*batch, out) if form.outputs else batch
     on_each = jax.shard_map(
         form.of, mesh=sharding.mesh, in_specs=(specs,), out_specs=PartitionSpec(*axes)

@@ -21,6 +21,7 @@ from slidejax.ops.implementations.reference import accumulate, finish
 from slidejax.ops.lift_quantize import quantize_rows
 from slidejax.ops.parameters import check_residual, check_result
 from slidejax.ops.primitive import check_input
+from slidejax.ops.sharding import product_spec, with_automatic_axes
 from slidejax.variants.prepared import map_weights, prepare
 from slidejax.weights.numerics import is_quantized
 from slidejax.weights.packed import WrappedWeight, check_weight
@@ -118,10 +119,18 @@ class ServingWeight(WrappedWeight):
             )
         bias, out_dtype = check_result(out, bias, x.dtype if out_dtype is None else out_dtype)
         residual = check_residual(residual, (*x.shape[:-1], out))
-        rows = x.reshape(math.prod(x.shape[:-1]), k)
-        residual = None if residual is None else residual.reshape(rows.shape[0], out)
-        y = _product_of(out_dtype, rows, self.values, self.scale, bias, residual)
-        return y.reshape(*x.shape[:-1], out)
+        operands, tree = jax.tree.flatten((x, self.values, self.scale, bias, residual))
+
+        def product(*operands):
+            x, values, scale, bias, residual = jax.tree.unflatten(tree, operands)
+            rows = x.reshape(math.prod(x.shape[:-1]), k)
+            residual = None if residual is None else residual.reshape(rows.shape[0], out)
+            y = _product_of(out_dtype, rows, values, scale, bias, residual)
+            return y.reshape(*x.shape[:-1], out)
+
+        return with_automatic_axes(
+            product, operands, lambda x, values, *_: product_spec(x, values[0])
+        )
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
