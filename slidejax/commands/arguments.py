@@ -27,6 +27,7 @@ __all__ = [
     "add_renamed",
     "add_text",
     "at_least",
+    "chance",
     "dtype",
     "float_dtype",
     "for_layers",
@@ -69,13 +70,16 @@ def positive(text: str) -> int:
     return value
 
 
-def at_least(least: float, whole: bool = False, above: bool = False) -> Callable[[str], Any]:
+def at_least(
+    least: float, whole: bool = False, above: bool = False, most: float = math.inf
+) -> Callable[[str], Any]:
     """A check for numbers.
 
     Args:
       least: the smallest number that is accepted.
       whole: accept whole numbers only.
       above: accept only numbers that are larger than `least`.
+      most: the largest number that is accepted.
 
     >>> at_least(0)("0.5"), at_least(0, whole=True)("3")
     (0.5, 3)
@@ -91,6 +95,9 @@ def at_least(least: float, whole: bool = False, above: bool = False) -> Callable
             raise argparse.ArgumentTypeError(f"must be {bound}, got {text!r}")
         if math.isinf(value):
             raise argparse.ArgumentTypeError(f"must be finite, got {text!r}")
+        if value > most:
+            bound = f"{most}" if whole else f"{most:g}"
+            raise argparse.ArgumentTypeError(f"must be at most {bound}, got {text!r}")
         return value
 
     return check
@@ -102,6 +109,11 @@ def share(text: str) -> float:
     if value > 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text!r}")
     return value
+
+
+def chance(text: str) -> float:
+    """A number above 0 and at most 1."""
+    return at_least(0, above=True, most=1)(text)
 
 
 def names(text: str) -> list[str]:
@@ -190,6 +202,10 @@ def some_text(text: str) -> str:
     """A text that is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # as Python reads bytes that are not of the terminal's encoding
+        raise argparse.ArgumentTypeError(f"must be Unicode text, got {text!r}") from None
     return text
 
 

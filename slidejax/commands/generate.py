@@ -27,21 +27,21 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--temperature",
-        type=arguments.at_least(0),
+        type=arguments.at_least(0, most=1e38),
         default=0.0,
         metavar="T",
         help="0 (default) takes the likeliest token each time; above 0 draws",
     )
     p.add_argument(
         "--top-k",
-        type=arguments.at_least(0, whole=True),
+        type=arguments.at_least(0, whole=True, most=2**31 - 1),
         default=0,
         metavar="K",
         help="draw among the K likeliest tokens; 0 (default): among all",
     )
     p.add_argument(
         "--top-p",
-        type=arguments.share,
+        type=arguments.chance,
         default=1.0,
         metavar="P",
         help="draw among the likeliest tokens that have the probability P together; 1 (default): "
@@ -57,7 +57,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--seed",
-        type=arguments.at_least(0, whole=True),
+        type=arguments.at_least(0, whole=True, most=2**32 - 1),
         default=0,
         metavar="N",
         help="seed of the draws (default 0)",
@@ -75,11 +75,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Generates, and prints the text, and how fast it was to standard error."""
-    from slidejax.lm.generation.sampling import Sampling
     from slidejax.lm.reading import LoadedDecoder
 
-    # Numbers are checked before a model is read.
-    Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     loaded = inputs.load(args.model, args, keep_class=False)
     ids = _chat(loaded, args.model, args.prompt) if args.chat else None
     if isinstance(loaded, LoadedDecoder):

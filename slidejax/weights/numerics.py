@@ -51,10 +51,10 @@ def check_dtype(dtype, name: str = "dtype") -> np.dtype:
     expected = f"{name} must be one of {', '.join(d.name for d in _VALUE_DTYPES)}"
     try:
         resolved = jnp.dtype(dtype)
-    except TypeError as error:
+    except (TypeError, ValueError, SyntaxError) as error:  # NumPy reads lists of dtypes, too
         raise ValueError(f"{expected}, got {dtype!r}") from error
     if resolved not in _VALUE_DTYPES:
-        raise ValueError(f"{expected}, got {resolved.name}")
+        raise ValueError(f"{expected}, got {dtype if isinstance(dtype, str) else resolved.name}")
     return resolved
 
 

@@ -27,7 +27,7 @@ def test_wrong_values_are_named_before_a_model_is_read(capsys, tmp_path):
     for pattern in ("5:8", "6:9"):
         said = usage_error(capsys, *convert, pattern)
         assert "--pattern: pattern must be" in said and pattern in said
-    for dtype in ("int3", "int4"):
+    for dtype in ("int3", "int4", "i4,i4", "6:8,2:4"):
         said = usage_error(capsys, *convert, "6:8", "--dtype", dtype)
         assert "--dtype: dtype must be" in said and dtype in said and "float8_e4m3fn" in said
     said = usage_error(capsys, *convert, "6:8", "--method", "guess")
@@ -48,7 +48,19 @@ def test_wrong_values_are_named_before_a_model_is_read(capsys, tmp_path):
         assert f"argument {flag}: " in said and expected in said
         assert value.split(",")[-1] in said
     assert "must be a text file" in usage_error(capsys, "eval", "m", "--text", "nothing")
-    assert "must be 0 or more" in usage_error(capsys, "generate", "m", "--temperature", "-1")
+    for flag, value, expected in [
+        ("--temperature", "-1", "must be 0 or more"),
+        ("--temperature", "1e39", "must be at most 1e+38"),
+        ("--temperature", "nan", "must be 0 or more"),
+        ("--top-k", str(2**31), f"must be at most {2**31 - 1}"),
+        ("--top-p", "0", "must be more than 0"),
+        ("--top-p", "1.5", "must be at most 1"),
+        ("--seed", str(2**32), f"must be at most {2**32 - 1}"),
+        ("--prompt", "\udcff", "must be Unicode text"),
+        ("--stop", "\udcff", "must be Unicode text"),
+    ]:
+        said = usage_error(capsys, "generate", "m", flag, value)
+        assert f"argument {flag}: {expected}" in said
     assert "must be from 0 to 1" in usage_error(capsys, "recover", "m", "x", "--docstrings", "2")
     assert "must be N,K" in usage_error(capsys, "bench", "--shape", "64")
     assert "must be more than 0" in usage_error(capsys, "bench", "--seconds", "0")

@@ -155,7 +155,7 @@ def check_dtype(dtype: Any) -> np.dtype | None:
         return None
     try:
         resolved = np.dtype(jnp.dtype(dtype))
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):
         resolved = None
     if resolved is None or resolved.name not in _FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(_FLOATS)}, got {dtype!r}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Protocol
 
 import numpy as np
 
 from slidejax.lm.generation.programs import BLOCK, Programs, State, bucket
-from slidejax.lm.generation.sampling import Sampling
+from slidejax.lm.generation.sampling import Sampling, whole
 from slidejax.lm.text.stream import TextStream, check_stops
 from slidejax.lm.text.tokenizer import Tokenizer
 
@@ -75,7 +74,7 @@ def encode_prompt(model: Writer, prompt: Any, max_new_tokens: int | None, name: 
         ids = model.tokenizer.encode(prompt) if prompt else []
     else:
         try:
-            ids = [operator.index(i) for i in prompt]
+            ids = [whole(i) for i in _sequence(prompt)]
         except TypeError:
             raise TypeError(f"{name} must be text or a list of token ids, got {prompt!r}") from None
     if not ids:
@@ -97,12 +96,23 @@ def encode_prompt(model: Writer, prompt: Any, max_new_tokens: int | None, name: 
     return ids
 
 
+def _sequence(values: Any) -> list[Any]:
+    """Values in their order; a TypeError for bytes, mappings and sets.
+
+    Bytes would pass for token ids, and the keys of a mapping, such as a tokenizer's result, for
+    texts.
+    """
+    if isinstance(values, (bytes, bytearray, memoryview, Mapping, Set)):
+        raise TypeError
+    return list(values.tolist() if hasattr(values, "tolist") else values)
+
+
 def _listed(prompts: Any) -> tuple[list[Any], bool]:
     """Prompts as a list, and whether there was one alone."""
     if isinstance(prompts, str):
         return [prompts], True
     try:
-        given = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
+        given = _sequence(prompts)
     except TypeError:
         raise TypeError(
             f"prompts must be texts or lists of token ids, or one of them, got {prompts!r}"
@@ -121,12 +131,29 @@ def check_count(max_new_tokens: int | None) -> int | None:
     if max_new_tokens is None:
         return None
     try:
-        count = operator.index(max_new_tokens)
+        count = whole(max_new_tokens)
     except TypeError:
         count = -1
     if count < 0:
         raise ValueError(f"max_new_tokens must be a whole number from 0, got {max_new_tokens!r}")
     return count
+
+
+def check_ends(ends: Iterable[int], vocab_size: int) -> frozenset[int]:
+    """The tokens that end a text, as the caller of `generate` names them.
+
+    Raises:
+      TypeError: they are no token ids.
+      ValueError: the model has no such token.
+    """
+    try:
+        found = frozenset(whole(i) for i in ends)
+    except TypeError:
+        raise TypeError(f"ends must be token ids, got {ends!r}") from None
+    bad = next((i for i in sorted(found) if not 0 <= i < vocab_size), None)
+    if bad is not None:
+        raise ValueError(f"ends has token {bad}; the model's tokens are 0 to {vocab_size - 1}")
+    return found
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -160,7 +187,8 @@ class Batch:
         self._programs = model.programs
         self._params = model.params if params is None else params
         self.prompts, self.counts, self._sampling = prompts, counts, sampling
-        self.ends = frozenset(ends)
+        # Files may name tokens that the model has not, which it cannot write.
+        self.ends = frozenset(i for i in ends if 0 <= i < model.vocab_size)
         some = sorted(self.ends)
         self._ends = np.array(some + [-1] * (bucket(len(some), 8) - len(some)), np.int32)
         self._context = model.context
@@ -330,11 +358,14 @@ def generate(
     Raises:
       ValueError: an argument is out of range, a prompt is empty, has tokens that the model has not,
         or does not fit the model's context; or the model computes nan.
-      TypeError: a prompt is neither text nor token ids.
+      TypeError: a prompt is neither text nor token ids; or an argument is of another type.
     """
     given, alone = _listed(prompts)
     sampling = Sampling(temperature, top_k, top_p, seed)
     stops, count = check_stops(stop), check_count(max_new_tokens)
+    named = None if ends is None else check_ends(ends, model.vocab_size)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function, got {progress!r}")
     if stops and model.tokenizer is None:
         raise ValueError("stop needs a tokenizer, and the model came without one")
     names = ["prompt"] if alone else [f"prompt {i}" for i in range(len(given))]
@@ -348,7 +379,7 @@ def generate(
             [ids[i] for i in wanted],
             [counts[i] for i in wanted],
             sampling,
-            model.ends if ends is None else ends,
+            model.ends if named is None else named,
             params,
         )
         for i, completion in zip(wanted, _run(model, batch, stops, progress), strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 from typing import Any, NamedTuple
 
@@ -11,7 +10,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Draw", "Sampling", "choose", "keep"]
+__all__ = ["Draw", "Sampling", "choose", "keep", "whole"]
+
+
+def whole(value: Any) -> int:
+    """A whole number of Python, NumPy or JAX; a TypeError for all else, and for booleans.
+
+    >>> whole(np.int64(3))
+    3
+    """
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError("a boolean is no number")
+    return operator.index(value)
+
+
+def _number(name: str, value: Any) -> float:
+    """A number as a float, whatever kind it is."""
+    try:
+        if isinstance(value, (str, bytes, bool)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} must be a number, got {value!r:.80}") from None
+
+
+_HOTTEST = 1e38  # float32 holds it
+_COLDEST = np.finfo(np.float32).tiny  # a device may take less for 0
 
 
 class Draw(NamedTuple):
@@ -28,7 +52,8 @@ class Sampling:
     """How a token is chosen. Only these numbers count; files beside a model do not change them.
 
     Attributes:
-      temperature: 0 takes the likeliest token. Above 0 one is drawn, with logits divided by it.
+      temperature: 0 takes the likeliest token. Above 0 one is drawn, with logits divided by it;
+        at most 1e38.
       top_k: draw among the k likeliest tokens; 0 is all.
       top_p: draw among the fewest likeliest tokens whose probabilities sum to this; 1 is all
         (nucleus sampling, arXiv 1904.09751). Probabilities are those after `top_k`.
@@ -47,13 +72,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature!r}")
-        if not 0 < self.top_p <= 1:
+        temperature, top_p = (_number(n, getattr(self, n)) for n in ("temperature", "top_p"))
+        if not 0 <= temperature <= _HOTTEST:
+            raise ValueError(
+                f"temperature must be from 0 to {_HOTTEST:g}, got {self.temperature!r}"
+            )
+        if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
         for name, limit in (("top_k", 2**31), ("seed", 2**32)):
             try:
-                value = operator.index(getattr(self, name))
+                value = whole(getattr(self, name))
             except TypeError:
                 raise ValueError(
                     f"{name} must be a whole number, got {getattr(self, name)!r}"
@@ -72,7 +100,7 @@ class Sampling:
         """The numbers as NumPy scalars."""
         return Draw(
             np.uint32(self.seed),
-            np.float32(self.temperature),
+            max(np.float32(self.temperature), _COLDEST),
             np.int32(self.top_k),
             np.float32(self.top_p),
         )

@@ -2,7 +2,8 @@
 
 A template is Jinja text out of a model's files. It runs in jinja2's
 `ImmutableSandboxedEnvironment`, which gives it no attribute with an underscore, no module and no
-way to change what it is given. The filters and functions are those that published templates use
+way to change what it is given. It has a budget, too, so that it neither runs for ever nor fills the
+memory (`slidejax.lm.text.jinja`). The filters and functions are those that published templates use
 (https://huggingface.co/docs/transformers/chat_templating).
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,17 +50,22 @@ def render(
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message:
             raise ValueError(f"messages[{i}] must be a mapping with a role, got {message!r}")
-    given = {"tools": None, "documents": None, **variables}
+    given = {
+        "messages": [dict(m) for m in messages],
+        "tools": None,
+        "documents": None,
+        **variables,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    from slidejax.lm.text.jinja import TooMuch, budget
+
     try:
-        return _compiled(template).render(
-            messages=[dict(m) for m in messages],
-            add_generation_prompt=add_generation_prompt,
-            **given,
-        )
+        with budget(given):
+            return _compiled(template).render(given)
     except _Refused as e:
         raise ValueError(f"the chat template refuses the messages: {e}") from e
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError,
-            ValueError, RecursionError) as e:  # fmt: skip
+    except (jinja2.TemplateError, TooMuch, ArithmeticError, AttributeError, LookupError,
+            MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as e:  # fmt: skip
         raise ValueError(f"the chat template cannot be rendered: {type(e).__name__}: {e}") from e
 
 
@@ -80,30 +85,12 @@ def _missing() -> ImportError | None:
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> Any:
     """The template, compiled in the sandbox."""
-    from jinja2 import ext, nodes, sandbox
+    from slidejax.lm.text.jinja import Bounded
 
-    class Generation(ext.Extension):
-        """`{% generation %}` marks what the assistant wrote, for training; here it does nothing."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
+    environment = Bounded()
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _now
     return environment.from_string(template)
-
-
-def _to_json(value: Any, *, ensure_ascii: bool = False, **options: Any) -> str:
-    """JSON as it is; jinja2's own filter writes it for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _refuse(message: Any) -> None:

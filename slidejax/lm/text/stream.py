@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from slidejax.lm.text.pieces import Utf8
-from slidejax.lm.text.tokenizer import Tokenizer
+from slidejax.lm.text.tokenizer import Tokenizer, check_text
 
 __all__ = ["TextStream", "check_stops"]
 
@@ -20,12 +20,16 @@ def check_stops(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     >>> check_stops(None), check_stops("end")
     ((), ('end',))
     """
-    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    try:
+        stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    except TypeError:
+        raise TypeError(f"stop must be text or a list of texts, got {stop!r}") from None
     for text in stops:
         if not isinstance(text, str):
             raise TypeError(f"stop must be text or a list of texts, got {text!r}")
         if not text:
             raise ValueError("stop must not be empty: every text holds the empty one")
+        check_text(text, "stop")
     return stops
 
 

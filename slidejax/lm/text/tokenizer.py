@@ -19,7 +19,7 @@ from slidejax.lm.text.pieces import Pieces, joined
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["SPECIAL", "Tokenizer", "need_tokenizers"]
+__all__ = ["SPECIAL", "Tokenizer", "check_text", "need_tokenizers"]
 
 # The special tokens that have a name in tokenizer_config.json.
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -32,6 +32,17 @@ def need_tokenizers() -> Any:
     except ImportError as e:
         raise ImportError("tokenizers need the extra: pip install 'slidejax[lm]'") from e
     return tokenizers
+
+
+def check_text(text: str, name: str) -> None:
+    """Raises a ValueError for half of a surrogate pair, which no UTF-8 has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(
+            f"{name} has half of a surrogate pair at {e.start}, {text[e.start]!r}: it is no "
+            "Unicode text"
+        ) from None
 
 
 def _decoder(backend: tokenizers.Tokenizer) -> Any:
@@ -142,7 +153,11 @@ class Tokenizer:
           text: the text.
           start: begin with the start of a text where the model does in use. What a tokenizer puts
             after a text is left out, since the text may go on.
+
+        Raises:
+          ValueError: the text has half of a surrogate pair.
         """
+        check_text(text, "the text")
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return [*self.start, *ids] if start else ids
 

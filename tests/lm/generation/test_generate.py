@@ -1,6 +1,7 @@
 """Generation with a fake decoder: the right tokens, few programs, and clear errors."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_writer import VOCAB, FakeWriter, greedy
@@ -223,7 +224,25 @@ def test_until_the_context_is_full():
         ("a", {"max_new_tokens": 1.5}, ValueError, "max_new_tokens"),
         ("a", {"stop": ""}, ValueError, "stop"),
         ("a", {"stop": [3]}, TypeError, "stop"),
+        ("a", {"stop": 3}, TypeError, "stop"),
+        ("a", {"stop": "\ud800"}, ValueError, "stop"),
         ("a", {"temperature": -1}, ValueError, "temperature"),
+        ("a", {"max_new_tokens": True}, ValueError, "max_new_tokens"),
+        ("a", {"ends": 3}, TypeError, "ends"),
+        ("a", {"ends": [1.5]}, TypeError, "ends"),
+        ("a", {"ends": ["</s>"]}, TypeError, "ends"),
+        ("a", {"ends": [-1]}, ValueError, "ends has token -1"),
+        ("a", {"ends": [2**40]}, ValueError, f"ends has token {2**40}"),
+        ("a", {"progress": 3}, TypeError, "progress"),
+        # What looks like token ids, or like texts, and is something else.
+        (b"ab", {}, TypeError, "prompts must be texts or lists of token ids"),
+        ([b"ab"], {}, TypeError, "prompt 0 must be text or a list of token ids"),
+        ({"input_ids": [[1]], "attention_mask": [[1]]}, {}, TypeError, "prompts must be"),
+        ([{"role": "user"}], {}, TypeError, "prompt 0 must be"),
+        ({1, 2}, {}, TypeError, "prompts must be"),
+        ([True, False], {}, TypeError, "must be text or a list of token ids"),
+        (["a", "\ud800"], {}, ValueError, "surrogate"),
+        (np.array(3), {}, TypeError, "prompts must be"),
     ],
 )
 def test_bad_arguments_are_one_clear_error_before_anything_runs(prompts, options, error, message):
@@ -231,6 +250,21 @@ def test_bad_arguments_are_one_clear_error_before_anything_runs(prompts, options
     with pytest.raises(error, match=message):
         generate(model, prompts, **{"max_new_tokens": 4, **options})
     assert model.programs.traced == []
+
+
+def test_prompts_may_be_arrays_of_any_kind():
+    model = FakeWriter(context=64)
+    expected = generate(model, [1, 2], max_new_tokens=3)
+    for kind in (np.array([1, 2]), jnp.array([1, 2]), (1, np.int64(2)), range(1, 3)):
+        assert generate(model, kind, max_new_tokens=np.int64(3)) == expected
+        assert generate(model, [kind], max_new_tokens=3, seed=np.uint32(7)) == [expected]
+
+
+def test_an_end_that_the_model_cannot_write_ends_nothing():
+    model = FakeWriter(context=64)
+    expected = generate(model, [1, 2], max_new_tokens=3, ends=[])
+    model.ends = (-1, 2**40)
+    assert generate(model, [1, 2], max_new_tokens=3) == expected
 
 
 def test_without_a_tokenizer_ids_are_all_there_is():

@@ -81,7 +81,9 @@ def test_top_k_of_one_and_a_tiny_temperature_are_greedy():
     logits = [0.1, 0.2, 5.0, 5.0]
     for options in ({"top_k": 1, "temperature": 9.0}, {"top_p": 1e-9, "temperature": 9.0}):
         assert set(draws(logits, Sampling(**options), 50)) == {2}
-    assert set(draws([0.1, 5.0, 0.2], Sampling(temperature=1e-30), 50)) == {1}
+    for cold in (1e-30, 1e-40, 1e-50):  # float32 holds the last two as denormals, and not at all
+        assert set(draws([0.1, 5.0, 0.2], Sampling(temperature=cold), 50)) == {1}
+        assert set(draws(logits, Sampling(temperature=cold), 50)) == {2, 3}
 
 
 def test_draws_differ_by_seed_row_and_position():
@@ -108,6 +110,15 @@ def test_draws_differ_by_seed_row_and_position():
         {"top_p": 1.1},
         {"seed": -1},
         {"seed": 2**32},
+        {"seed": True},
+        {"seed": 1.0},
+        {"temperature": "warm"},
+        {"temperature": None},
+        {"temperature": 1e39},
+        {"temperature": 10**400},
+        {"top_p": None},
+        {"top_p": "0.5"},
+        {"top_p": float("nan")},
     ],
 )
 def test_bad_numbers_are_named(options):
