@@ -152,7 +152,9 @@ def reading(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (ValueError, NotImplementedError) as e:
-        if os.path.basename(name) in str(e) and type(e) in (ValueError, NotImplementedError):
+        # The path as such, and not a word of the message: a folder may be called "model".
+        named = re.search(rf"(^|['\" ]){re.escape(name)}['\"/:]", str(e))
+        if named and type(e) in (ValueError, NotImplementedError):
             raise
         kind = NotImplementedError if isinstance(e, NotImplementedError) else ValueError
         raise kind(f"{name!r}: {e}") from e

@@ -455,11 +455,8 @@ def test_a_conversation(capsys, tmp_path):
 
 def test_flags_are_checked_first(capsys, tmp_path):
     bad = (["--prompt", ""], ["--stop", ""], ["--top-p", "2"], ["--cache", "int4"])
-    for flags in (*bad, ["--temperature", "inf"]):
+    for flags in (*bad, ["--temperature", "inf"], ["--top-p", "0"], ["--seed", str(2**32)]):
         assert flags[0] in usage_error(capsys, "generate", tmp_path / "none", *flags)
-    for flags in (["--top-p", "0"], ["--seed", str(2**32)]):
-        name = flags[0][2:].replace("-", "_")
-        assert name in error(capsys, "generate", tmp_path / "none", *flags)
 
 
 def test_an_8_bit_cache_is_a_flag(capsys, tmp_path):

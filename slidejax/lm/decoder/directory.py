@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from slidejax.lm.decoder.names import parameter, safetensors_name, tree_of
 __all__ = ["Parameters", "read_config", "read_params"]
 
 _FLOATS = ("bfloat16", "float16", "float32")
-_INDEX = "model.safetensors.index.json"
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_config(folder: Path) -> tuple[DecoderConfig, Quantization]:
@@ -32,7 +33,7 @@ def read_config(folder: Path) -> tuple[DecoderConfig, Quantization]:
     """
     file = folder / "config.json"
     try:
-        values = json.loads(file.read_bytes())
+        values = json.loads(file.read_bytes(), object_pairs_hook=_unique)
     except OSError as e:
         raise ValueError(f"{str(folder)!r} has no config.json: not a model directory") from e
     except (ValueError, RecursionError) as e:
@@ -40,9 +41,20 @@ def read_config(folder: Path) -> tuple[DecoderConfig, Quantization]:
     if not isinstance(values, dict):
         raise ValueError(f"{str(file)!r} must hold a JSON object")
     # How the weights are stored is looked at first: it decides whether anything can be read.
-    stored = values.get("quantization_config", values.pop("compression_config", None))
-    quantization = Quantization(stored, str(file))
+    old = values.pop("compression_config", None)
+    stored = values.get("quantization_config")
+    quantization = Quantization(old if stored is None else stored, str(file))
     return from_huggingface(values, str(file)), quantization
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys come once: of two values each reader could take another one."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in made if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} comes twice")
+    return made
 
 
 def read_params(
@@ -85,6 +97,8 @@ class Parameters:
         with contextlib.ExitStack() as stack:
             opened = [stack.enter_context(ArrayFile(file)) for file in self.files]
             self._tensors = _Tensors(opened)
+            if self.files[0].name != _WHOLE:
+                _check_index(folder / _INDEX, self._tensors.where)
             self._open = stack.pop_all()
 
     def __enter__(self) -> Parameters:
@@ -144,8 +158,8 @@ class Parameters:
 
 
 def _files(folder: Path) -> list[Path]:
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+    if (folder / _WHOLE).is_file():
+        return [folder / _WHOLE]
     index = folder / _INDEX
     if not index.is_file():
         others = sorted(
@@ -154,13 +168,25 @@ def _files(folder: Path) -> list[Path]:
         hint = f"; {others[0]} is pickled or of another framework and is not read" if others else ""
         raise ValueError(f"{str(folder)!r} has no model.safetensors and no {_INDEX}{hint}")
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(_weight_map(index).values()))
         good = all(name == Path(name).name and name.endswith(".safetensors") for name in names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{str(index)!r} is damaged: {e!r}") from e
-    if not good:
+    if not good or not names:
         raise ValueError(f"{str(index)!r} names files that are no safetensors in its directory")
     return [folder / name for name in names]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index says."""
+    return dict(json.loads(index.read_bytes())["weight_map"])
+
+
+def _check_index(index: Path, where: Mapping[str, ArrayFile]) -> None:
+    """Raises a ValueError if a tensor is not in the file that an index names."""
+    for name, file in _weight_map(index).items():
+        if name not in where or where[name].path.name != file:
+            raise ValueError(f"{str(index)!r} says that {name!r} is in {file!r}, and it is not")
 
 
 class _Tensors:
@@ -228,6 +254,8 @@ def _one(
 
 
 def _no_weights(name: str, dtype: str) -> str:
+    if dtype == "float64":
+        return f"{name!r} is float64, expected {', '.join(_FLOATS)}"
     return (
         f"{name!r} is {dtype}: codes are no weights, and config.json has no quantization_config "
         "that says how to read them"

@@ -94,7 +94,7 @@ _HARMLESS = frozenset([
     "max_length", "max_sequence_length", "min_length", "model_max_length", "no_repeat_ngram_size",
     "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
     "output_hidden_states", "output_scores", "prefix", "pretraining_tp", "problem_type",
-    "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "remove_invalid_values", "repetition_penalty", "return_dict",
     "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
     "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
     "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p",
@@ -104,7 +104,7 @@ _HARMLESS = frozenset([
 
 # Keys that must have this value, or be absent or null: the computation that they ask for is not
 # done here.
-_ONLY = {
+_ONLY: dict[str, Any] = {
     "add_cross_attention": False,
     "attn_logit_softcapping": None,
     "attention_bias": False,
@@ -114,6 +114,7 @@ _ONLY = {
     "is_encoder_decoder": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
+    "pruned_heads": {},
     "rope_interleaved": False,
     "text_config": None,
     "use_bidirectional_attention": False,
@@ -403,7 +404,8 @@ def _ropes(
     ):
         part = nested.get(name)
         scales = scaling if name == "full_attention" else None
-        _agree(keys, old, scales, part, f"rope_parameters.{name}", key)
+        default = 1_000_000.0 if name == "full_attention" else 10_000.0
+        _agree(keys, old, scales, part, f"rope_parameters.{name}", key, default)
     wide = {**(nested.get("full_attention") or {}), **(scaling or {})}
     wide.setdefault("rope_theta", 1_000_000.0 if theta is None else theta)
     near = dict(nested.get("sliding_attention") or {})
@@ -415,12 +417,23 @@ def _ropes(
 
 
 def _agree(
-    keys: _Keys, theta: Any, scaling: Any, new: Any, where: str, key: str = "rope_theta"
+    keys: _Keys,
+    theta: Any,
+    scaling: Any,
+    new: Any,
+    where: str,
+    key: str = "rope_theta",
+    default: float = 10_000.0,
 ) -> None:
     """Refuses a file in which the keys of transformers 4 and 5 say different things.
 
-    Each version would compute another model.
+    Each version would compute another model. A base inside `rope_scaling` counts for version 5
+    alone.
     """
+    inner = (scaling or {}).get("rope_theta")
+    outer = (new or {}).get("rope_theta", theta)
+    if inner is not None and inner != (default if outer is None else outer):
+        keys.bad("rope_scaling.rope_theta", inner, f"what {key} is, {outer or default!r}")
     if not new:
         return
     if theta is not None and theta != new.get("rope_theta", theta):

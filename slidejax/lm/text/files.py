@@ -289,8 +289,10 @@ def _add_tokens(
             )
     more: list[Any] = []
     for name in ("additional_special_tokens", "extra_special_tokens"):
-        values = about.get(name) or ()
-        more += values.values() if isinstance(values, Mapping) else list(values)
+        values = about.get(name) or []
+        if not isinstance(values, (list, Mapping)):  # the letters of a text would become tokens
+            raise ValueError(f"{file}: {name} must be a list of tokens, got {values!r:.80}")
+        more += values.values() if isinstance(values, Mapping) else values
     special = [*named.values(), *(_content(t, f"{file}: special tokens") for t in more)]
     flagged = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
     missing = [text for text in dict.fromkeys(special) if text not in flagged]
@@ -345,7 +347,7 @@ def _ends(folder: _Folder) -> set[int]:
             raise ValueError(
                 f"{folder.name(name)}: eos_token_id must be a token id or a list, got {ids!r}"
             )
-        return set(ids)
+        return {i for i in ids if i >= 0}  # a negative one stands for none
     return set()
 
 

@@ -278,6 +278,21 @@ def test_an_odd_value_is_read_or_refused_by_its_key(model_type, key, value):
             },
             "rope_local_base_freq must be what rope_parameters.sliding_attention.rope_theta is",
         ),
+        (  # transformers 4 takes one base, and transformers 5 the other
+            "llama",
+            {"rope_theta": 1e4, "rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_scaling.rope_theta must be what rope_theta is, 10000.0, got 500000.0",
+        ),
+        (
+            "qwen2",
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+            "rope_scaling.rope_theta must be what rope_theta is, 10000.0, got 500000.0",
+        ),
+        (
+            "gemma3_text",
+            {"rope_scaling": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}},
+            "rope_scaling.rope_theta must be what rope_theta is, 1000000.0, got 10000.0",
+        ),
         (
             "llama",
             {
@@ -303,6 +318,18 @@ def test_both_versions_of_the_rotary_keys_may_say_the_same():
     new = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}
     assert read(**old) == read(**new) == read(**old, **new)
     assert read(eos_token_id=[2, -1]).eos_token_ids == (2,)
+
+
+def test_a_base_inside_rope_scaling_may_say_the_same():
+    inside = {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
+    outside = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    assert read(rope_theta=5e5, **inside) == read(rope_theta=5e5, **outside)
+
+
+def test_heads_that_were_cut_off_are_refused():
+    assert read(pruned_heads={}) == read()
+    with pytest.raises(NotImplementedError, match="pruned_heads"):
+        read(pruned_heads={"0": [1]})
 
 
 def test_a_class_of_another_architecture_is_refused():

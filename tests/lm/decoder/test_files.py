@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.flax import save_file
+from safetensors.numpy import save_file as save_numpy
 
 import slidejax as sj
 from slidejax.checkpoint.arrays import ArrayFile
@@ -57,11 +58,39 @@ def folder_of(path, case="llama", config=None, tensors=None, drop=()):
             {"tensors": {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}},
             "inv_freq",
         ),
+        (
+            {"tensors": {"model.norm.weight": np.full(32, np.nan, np.float32)}},
+            "'model/norm/weight' has values that are nan",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(arguments, match, tmp_path):
-    with pytest.raises(ValueError, match=match):
-        sj.lm.load(folder_of(tmp_path, **arguments))
+    path = folder_of(tmp_path / "model", **arguments)  # a word of the messages, too
+    with pytest.raises(ValueError, match=match) as raised:
+        sj.lm.load(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_tensor_of_float64_is_refused_as_such(tmp_path):
+    path = folder_of(tmp_path)
+    wide = {**tensors_of("llama"), "model.norm.weight": np.ones(32, np.float64)}
+    save_numpy(wide, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' is float64, expected bfloat16"):
+        sj.lm.load(path)
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path):
+    path = folder_of(tmp_path)
+    text = (path / "config.json").read_text()
+    (path / "config.json").write_text(text.rstrip()[:-1] + ', "vocab_size": 5}')
+    with pytest.raises(ValueError, match=r"config\.json.*the key 'vocab_size' comes twice"):
+        sj.lm.load(path)
+
+
+def test_an_old_name_of_the_quantisation_is_not_hidden_by_null(tmp_path):
+    both = {"quantization_config": None, "compression_config": {"quant_method": "bitnet"}}
+    with pytest.raises(NotImplementedError, match="quant_method 'bitnet'"):
+        sj.lm.load(folder_of(tmp_path, config=both))
 
 
 def test_a_buffer_of_the_right_frequencies_and_a_tied_head_say_nothing_new(tmp_path):
@@ -86,6 +115,23 @@ def test_shards_that_overlap_or_lie_elsewhere_are_refused(tmp_path):
     index.write_text(json.dumps({"weight_map": {"x": "../../model.safetensors"}}))
     with pytest.raises(ValueError, match="names files that are no safetensors in its directory"):
         sj.lm.load(tmp_path / "a")
+
+
+def test_an_index_must_say_where_tensors_are(tmp_path):
+    shutil.copytree(GOLDEN / "llama_linear", tmp_path / "a")
+    index = tmp_path / "a" / "model.safetensors.index.json"
+    right = json.loads(index.read_bytes())["weight_map"]
+    first, second, *_ = sorted(set(right.values()))
+    moved = next(name for name, file in right.items() if file == first)
+    for wrong in ({**right, "model.layers.7.bias": first}, {**right, moved: second}):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(ValueError, match=r"index\.json' says that '(model.layers.7.bias|.*)'"):
+            sj.lm.load(tmp_path / "a")
+    index.write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(ValueError, match="names files that are no safetensors"):
+        sj.lm.load(tmp_path / "a")
+    index.write_text(json.dumps({"weight_map": right}))
+    sj.lm.load(tmp_path / "a")
 
 
 def test_paths_that_are_no_model(tmp_path):

@@ -88,6 +88,7 @@ def test_special_tokens_map_is_read_where_tokenizer_config_does_not_say(tmp_path
         ({"generation_config__json": {"eos_token_id": [258, 259]}}, {257, 258, 259}),
         ({"generation_config__json": {"eos_token_id": 258}}, {257, 258}),
         ({"config__json": {"eos_token_id": [258]}}, {257, 258}),
+        ({"config__json": {"eos_token_id": [-1, 258]}}, {257, 258}),
         ({"config__json": {"text_config": {"eos_token_id": 259}}}, {257, 259}),
         (
             {"generation_config__json": {"eos_token_id": 258}, "config__json": {"eos_token_id": 1}},
@@ -157,6 +158,8 @@ def test_tokenizers_of_other_packages_are_refused_by_name(tmp_path, name):
         ({"tokenizer_config__json": {"chat_template": 3}}, "chat_template"),
         ({"tokenizer_config__json": {"chat_template": [{"name": "x"}]}}, "chat template 'x'"),
         ({"tokenizer_config__json": {"added_tokens_decoder": {"x": "y"}}}, "added_tokens_decoder"),
+        ({"tokenizer_config__json": {"additional_special_tokens": "ab"}}, "must be a list of"),
+        ({"tokenizer_config__json": {"extra_special_tokens": 3}}, "must be a list of"),
         ({"generation_config__json": {"eos_token_id": "2"}}, "generation_config.json"),
         ({"special_tokens_map__json": "nul"}, "special_tokens_map.json"),
     ],
