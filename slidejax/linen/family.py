@@ -18,7 +18,7 @@ def functional(model: nn.Module, variables: Mapping | None, example: tuple = ())
 
     Args:
       model: the module.
-      variables: the variables that `model.init` returns.
+      variables: the variables that `model.init` returns. They may be boxed with the names of axes.
       example: the arguments of one call. `pack` traces it to see how the layers use their kernels.
 
     Raises:
@@ -32,6 +32,7 @@ def functional(model: nn.Module, variables: Mapping | None, example: tuple = ())
     """
     if variables is None:
         raise ValueError("a Linen module needs params=, its variables")
+    boxed, variables = variables, nn.meta.unbox(variables)
 
     def run(variables, batch):
         rngs = traced_anew() if watched() else None
@@ -39,6 +40,8 @@ def functional(model: nn.Module, variables: Mapping | None, example: tuple = ())
             return apply(model, variables, *arguments_of(batch), rngs=rngs)
 
     def pack(params, rules, *, prune=None, report=None):
+        # The boxes of the axes' names hold the parameters again, so that packed leaves get names.
+        params = nn.meta.replace_boxed(boxed, params)
         return convert(params, rules, model, *example, prune=prune, report=report)
 
     return Functional(run, variables, pack)

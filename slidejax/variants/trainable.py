@@ -73,6 +73,7 @@ def partition(tree: Any, trained: Selection = None) -> tuple[Any, Any]:
 
     Raises:
       ValueError: if `trained` is a bad regular expression, or selects nothing.
+      TypeError: naming the path, if a weight's leaves are boxed.
 
     >>> from slidejax import pack
     >>> layer = {"kernel": pack(jnp.ones((8, 2)), "6:8"), "bias": jnp.ones(2)}
@@ -82,6 +83,7 @@ def partition(tree: Any, trained: Selection = None) -> tuple[Any, Any]:
     >>> len(jax.tree.leaves(partition(layer, ".*bias")[0]))
     1
     """
+    refuse_boxed(tree)
     selected = selector(trained)
     can = jax.tree.map(_trained, tree, is_leaf=is_packed)
     keep = jax.tree_util.tree_map_with_path(lambda path, yes: yes and selected(path_of(path)), can)

@@ -174,8 +174,12 @@ class SlideWeight(LinearWeight):
                 f"{self.pattern.block} columns (pattern {self.pattern}), so K cannot be split over "
                 f"a mesh"
             )
-        kernel_shape = (*self.values.shape[:-2], self.held_features)
-        alike = {n for n, form in self.prepared.items() if jnp.shape(form) == kernel_shape}
+        # The leaves may be anything, such as boxed arrays, where there are no forms.
+        alike = {
+            name
+            for name, form in self.prepared.items()
+            if jnp.shape(form) == (*self.values.shape[:-2], self.held_features)
+        }
         if (out is not None or k is not None) and (others := sorted({*self.prepared} - alike)):
             raise ValueError(
                 f"prepared forms {others} have axes of their own: drop them (slidejax."

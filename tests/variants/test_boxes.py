@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import slidejax as sj
 from slidejax.variants import projections
@@ -32,8 +33,9 @@ def params():
         sj.adapters.add,
         projections.fuse,
         lambda tree: sj.checkpoint.save("never-written", tree),
+        sj.partition,
     ],
-    ids=["prepare", "masters", "adapters", "fuse", "save"],
+    ids=["prepare", "masters", "adapters", "fuse", "save", "partition"],
 )
 def test_boxed_weights_are_refused_by_name(params, use):
     with pytest.raises(TypeError, match=r"gate_proj/kernel\.values .*flax\.linen\.meta\.unbox"):
@@ -47,3 +49,19 @@ def test_unboxed_weights_work(params, tmp_path):
     sj.checkpoint.save(tmp_path / "model", unboxed)
     loaded = sj.checkpoint.load(tmp_path / "model")
     assert jax.tree.structure(loaded) == jax.tree.structure(unboxed)
+
+
+def test_a_boxed_weight_has_specs(params):
+    spec = params["gate_proj"]["kernel"].partition_spec(out="t")
+    assert spec.values == P("t", None, None) and spec.prepared == {}
+
+
+def test_calibrated_conversion_keeps_the_names():
+    x = jax.random.normal(jax.random.key(1), (16, 64))
+    variables = Gate().init(jax.random.key(0), x)
+    packed = sj.prune.convert(Gate(), "6:8", [x], params=variables)
+    boxed = packed["params"]["up_proj"]["kernel"].values
+    assert boxed.names == ("mlp", "embed", None)
+    plain = sj.prune.convert(Gate(), "6:8", [x], params=nn.meta.unbox(variables))
+    for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(plain), strict=True):
+        assert (a == b).all()
