@@ -1,5 +1,6 @@
 """Weights go through `flax.serialization` and `jax.export`."""
 
+import functools
 import importlib.util
 
 import flax.serialization
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import slidejax as sj
 from slidejax.variants import projections
@@ -72,6 +75,24 @@ def test_an_exported_program_keeps_its_weight(name):
 
 
 @needs_flatbuffers
+@pytest.mark.skipif(len(jax.devices("cpu")) < 4, reason="needs 4 CPU devices")
+def test_a_program_over_several_devices_is_exported_from_shard_map():
+    mesh = jax.make_mesh((2, 2), ("d", "t"), devices=jax.devices("cpu")[:4])
+    x, w = (
+        jax.random.normal(jax.random.key(0), (8, 256)),
+        sj.pack(jnp.ones((256, 8)), "6:8", "int8"),
+    )
+    specs = P("d", "t"), w.partition_spec(k="t")
+    body = jax.shard_map(
+        lambda x, w: sj.linear(x, w, reduce_axis="t"), mesh=mesh, in_specs=specs, out_specs=P("d")
+    )
+    place = functools.partial(jax.tree.map, functools.partial(NamedSharding, mesh))
+    args = jax.device_put((x, w), place(specs))
+    data = export.export(jax.jit(body))(*args).serialize()
+    y = jax.jit(export.deserialize(data).call)(*args)
+    np.testing.assert_array_equal(y, sj.linear(x, w))
+
+
 def test_a_prepared_weight_is_exported_too():
     w, x = sj.prepare(WEIGHTS["int8"], "dense"), jnp.ones((4, 64))
     made = export.export(jax.jit(lambda x, w: sj.linear(x, w)))(x, w)
