@@ -18,6 +18,7 @@ __all__ = [
     "CHAT_TEMPLATES",
     "GGUF_TOKENIZER",
     "TEXT_FILES",
+    "check_apart",
     "check_space",
     "check_target",
     "claimed",
@@ -78,7 +79,7 @@ def check_target(path: str | os.PathLike[str], marker: str, name: str = "path") 
       ValueError: if `path` is a file, a mount point, a link to nothing, or a directory that holds
         other things than an earlier one.
     """
-    named = os.fspath(path)
+    named = _named(path, name)
     target = Path(os.path.realpath(path))
     if os.path.islink(path) and not os.path.exists(path):
         raise ValueError(
@@ -98,6 +99,41 @@ def check_target(path: str | os.PathLike[str], marker: str, name: str = "path") 
             f"{name} {named!r} is a directory with other things in it (no {marker}): not replaced"
         )
     return target
+
+
+def _named(path: str | os.PathLike[str], name: str) -> str:
+    """The path as text; a ValueError for one that no directory can have."""
+    named = os.fspath(path)
+    if not named or "\0" in named:  # an empty one would be the directory that one is in
+        raise ValueError(f"{name} must name a directory, got {named!r}")
+    return named
+
+
+def check_apart(
+    path: str | os.PathLike[str], source: str | os.PathLike[str] | None, name: str = "path"
+) -> None:
+    """Raises a ValueError if a directory that will be written would replace what is read.
+
+    Args:
+      path: the directory that will be written.
+      source: the file or directory that is read. None, or what is no path, is apart.
+      name: of the argument, for the error.
+    """
+    _named(path, name)
+    if not source or not os.path.exists(source):
+        return
+    target, read = Path(os.path.realpath(path)), Path(os.path.realpath(source))
+    if target == read:
+        raise ValueError(
+            f"{name} {os.fspath(path)!r} is the model that is read, which would be lost: name "
+            "another directory"
+        )
+    for inner, outer, how in ((target, read, "lies in"), (read, target, "holds")):
+        if inner.is_relative_to(outer):
+            raise ValueError(
+                f"{name} {os.fspath(path)!r} {how} {os.fspath(source)!r}, the model that is read: "
+                "name another directory"
+            )
 
 
 @contextlib.contextmanager
@@ -159,6 +195,10 @@ def _try_to_write(target: Path) -> list[Path]:
     return missing
 
 
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
 def check_space(target: Path, size: int) -> None:
     """Raises an OSError if a file of that many bytes does not fit beside `target`.
 
@@ -170,7 +210,7 @@ def check_space(target: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise OSError(
-            errno.ENOSPC, f"{size >> 20} MiB will be written and {free >> 20} are free", str(folder)
+            errno.ENOSPC, f"{_mib(size)} will be written and {_mib(free)} are free", str(folder)
         )
     try:
         import resource
@@ -178,7 +218,7 @@ def check_space(target: Path, size: int) -> None:
         return
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if limit != resource.RLIM_INFINITY and size > limit:
-        reason = f"a file of {size >> 20} MiB will be written, and files may have {limit >> 20}"
+        reason = f"a file of {_mib(size)} will be written, and files may have {_mib(limit)}"
         raise OSError(errno.EFBIG, f"{reason} (ulimit -f)", str(target))
 
 

@@ -286,9 +286,11 @@ def _method(args: argparse.Namespace) -> str:
 
 def _claimed(args: argparse.Namespace) -> Any:
     """Tries everything that writing OUT needs, and keeps others away from it in the block."""
-    from slidejax.checkpoint.staging import claimed
+    from slidejax.checkpoint.staging import check_apart, claimed
     from slidejax.checkpoint.store import METADATA
 
+    arguments.check_json(args)
+    check_apart(args.out, args.model)
     return claimed(args.out, METADATA, overwrite=args.force, flag="--force")
 
 

@@ -157,9 +157,12 @@ def _add_training(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trains the model, writes it and prints how the loss fell."""
-    from slidejax.checkpoint.staging import check_target, claimed
+    from slidejax.checkpoint.staging import check_apart, check_target, claimed
     from slidejax.checkpoint.store import METADATA
 
+    arguments.check_json(args)
+    check_apart(args.out, args.model)
+    check_apart(args.out, args.against)
     if args.checkpoint is not None:
         check_target(args.checkpoint, METADATA, "--checkpoint")
     with claimed(args.out, METADATA, overwrite=args.force, flag="--force") as target:

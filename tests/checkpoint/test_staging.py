@@ -9,7 +9,7 @@ import pytest
 
 import slidejax as sj
 import slidejax.checkpoint
-from slidejax.checkpoint.staging import check_space, check_target, claimed, staged
+from slidejax.checkpoint.staging import check_apart, check_space, check_target, claimed, staged
 
 
 def test_replacing_without_an_atomic_exchange(tmp_path, monkeypatch):
@@ -118,6 +118,40 @@ def test_a_place_is_claimed_before_the_work(tmp_path):
     with pytest.raises(OSError, match="no directory can be written there") as error:
         claimed(tmp_path / "file" / "out", "marker").__enter__()
     assert error.value.filename == str(tmp_path / "file" / "out")
+
+
+def test_what_is_read_is_not_written(tmp_path):
+    (tmp_path / "model" / "in").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    model = tmp_path / "model"
+    for out, source, said in [
+        (model, model, "which would be lost"),
+        (tmp_path / "link", model, "which would be lost"),
+        (model, tmp_path / "link", "which would be lost"),
+        (tmp_path / "x" / ".." / "model", model, "which would be lost"),
+        (model / "new" / "er", model, "lies in"),
+        (tmp_path / "link" / "new", model, "lies in"),
+        (model, model / "in", "holds"),
+        (tmp_path, tmp_path / "link", "holds"),
+    ]:
+        with pytest.raises(ValueError, match=f"OUT '{out}'.*{said}"):
+            check_apart(out, source, "OUT")
+    for out, source in [
+        (tmp_path / "models", model),
+        (tmp_path / "new", model),
+        (model / "in", model / "other"),  # is not there
+        (model, None),
+        (model, ""),
+    ]:
+        check_apart(out, source)
+
+
+@pytest.mark.parametrize("bad", ["", "a\0b"])
+def test_a_path_that_no_directory_can_have_is_named(bad):
+    with pytest.raises(ValueError, match="OUT must name a directory"):
+        check_target(bad, "m", "OUT")
+    with pytest.raises(ValueError, match="OUT must name a directory"):
+        check_apart(bad, ".", "OUT")
 
 
 def test_space_is_looked_for(tmp_path, monkeypatch):

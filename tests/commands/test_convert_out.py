@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +59,27 @@ def test_what_cannot_be_written_is_refused_before_any_work(capsys, tmp_path, unr
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_model_is_not_replaced_by_what_is_made_of_it(capsys, tmp_path, bare, unread):
+    link = tmp_path / "link"
+    link.symlink_to(bare)
+    files = {name: (Path(bare) / name).read_bytes() for name in os.listdir(bare)}
+    for model, out in ((bare, bare), (bare, link), (link, bare)):
+        for command in ("convert", "recover"):
+            said = error(capsys, command, model, out, "--force")
+            assert "is the model that is read, which would be lost" in said
+    assert "which would be lost" in error(capsys, "recover", "m", bare, "--against", link)
+    assert "lies in" in error(capsys, "convert", bare, Path(bare) / "new")
+    assert "must name a directory" in error(capsys, "convert", bare, "")
+    assert {name: (Path(bare) / name).read_bytes() for name in os.listdir(bare)} == files
+
+
+def test_figures_do_not_go_where_the_model_goes(capsys, tmp_path, bare, unread):
+    for command in ("convert", "recover"):
+        said = error(capsys, command, bare, tmp_path / "x", "--json", tmp_path / "x")
+        assert "--json" in said and "is OUT, which is a directory" in said
+    assert not os.listdir(tmp_path)
+
+
 def test_flags_that_contradict_each_other(capsys, tmp_path, unread):
     for flags in (["--method", "wanda"], ["--mixed", "2:4"], ["--calibration", __file__]):
         said = error(capsys, "convert", "smollm2", tmp_path / "x", "--data-free", *flags)
@@ -70,7 +92,7 @@ def test_a_full_disk_is_found_before_the_work(capsys, tmp_path, bare, monkeypatc
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     said = error(capsys, "convert", bare, tmp_path / "x", "--data-free")
-    assert "will be written and 0 are free" in said and not os.listdir(tmp_path)
+    assert "will be written and 0.0 MiB are free" in said and not os.listdir(tmp_path)
 
 
 def test_without_a_tokenizer_the_way_out_is_named(capsys, tmp_path, bare):

@@ -18,11 +18,11 @@ import numpy as np
 
 from slidejax.checkpoint import store
 from slidejax.checkpoint.gradual import ROOM, GradualWriter
-from slidejax.checkpoint.staging import check_space, claimed, staged
+from slidejax.checkpoint.staging import check_apart, check_space, claimed, staged
 from slidejax.functional import Functional
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.family import check_tokens, converts_head, functional_of
-from slidejax.lm.decoder.files import check_dtype, content, write_texts
+from slidejax.lm.decoder.files import check_dtype, check_path, content, write_texts
 from slidejax.lm.decoder.model import leaves_of
 from slidejax.lm.decoder.names import tree_of
 from slidejax.lm.decoder.source import Source, open_source
@@ -75,8 +75,9 @@ def convert_files(
 
     Raises:
       ValueError, TypeError, NotImplementedError, ImportError: as `slidejax.lm.load` and
-        `slidejax.lm.convert`; ValueError, if `out` exists, or there is no space for it; if all
-        layers are to be pruned with the inputs of the original model (`in_order=False`).
+        `slidejax.lm.convert`; ValueError, if `out` exists, is the model, lies in it or holds it, or
+        there is no space for it; if all layers are to be pruned with the inputs of the original
+        model (`in_order=False`).
       OSError: if `out` cannot be written.
 
     >>> import tempfile
@@ -94,6 +95,7 @@ def convert_files(
     if method is None:
         method = "magnitude" if calibration is None else "sparsegpt"
     chosen = method_of(method, calibration)
+    check_apart(out, check_path(path), "out")
     with (
         claimed(out, store.METADATA, overwrite=replace, flag="replace=True") as target,
         open_source(path, dtype) as source,
