@@ -74,6 +74,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "path; may be repeated",
     )
     arguments.add_method(p, _METHOD, 64, "prose and code that ship with slidejax")
+    p.add_argument(
+        "--sample",
+        type=arguments.at_least(0, whole=True),
+        default=0,
+        metavar="N",
+        help="calibrate on N more sequences, which the model writes itself, each beginning with a "
+        "piece of the text (default 0); the whole model is loaded for that",
+    )
     p.set_defaults(method=None)  # so that --data-free can tell whether a method was named
     p.add_argument(
         "--data-free",
@@ -163,7 +171,9 @@ def _stream(args: argparse.Namespace, rule: Any, report: Report, shown: _Shown) 
     loaded, path = read_shell(args.model, args.compute, text=text)
     ids = _calibration_ids(args, loaded)
     chooses = args.mixed or args.budget is not None
-    whole = inputs.load(args.model, args) if chooses else None  # patterns need all of it
+    # patterns need all of it, and so does a text of its own
+    whole = inputs.load(args.model, args) if chooses or args.sample else None
+    ids = _with_own_text(args, whole, ids, shown)
     rules = _rules(args, rule, whole or loaded, ids, shown)
     del whole
     work = args.work or f"{Path(args.out)}.work"
@@ -207,7 +217,7 @@ def _at_once(args: argparse.Namespace, rule: Any, report: Report, shown: _Shown)
     with _claimed(args) as target:
         shown.say(f"reading {args.model}")
         loaded = _load(args)
-        ids = _calibration_ids(args, loaded)
+        ids = _with_own_text(args, loaded, _calibration_ids(args, loaded), shown)
         rules = _rules(args, rule, loaded, ids, shown)
         check_space(target, _bytes_of(loaded.model, rules))
         calibration = _calibration(ids, args.work, shown)
@@ -266,6 +276,7 @@ def _method(args: argparse.Namespace) -> str:
             ("--calibration", args.calibration is not None),
             ("--mixed", bool(args.mixed)),
             ("--budget", args.budget is not None),
+            ("--sample", args.sample > 0),
         ):
             if given:
                 raise ValueError(f"--data-free uses no text: it does not go with {flag}")
@@ -275,6 +286,10 @@ def _method(args: argparse.Namespace) -> str:
         chosen = "--mixed" if args.mixed else "--budget"
         raise ValueError(f"{chosen} chooses for all layers: it does not go with --dtype-of")
     method = args.method or ("magnitude" if args.data_free else _METHOD)
+    if method == "magnitude" and args.sample:
+        raise ValueError(
+            f"--sample {args.sample} is text to calibrate on, which magnitude does not"
+        )
     if method == "magnitude" and args.pattern != "dense":
         print(
             f"note: pruning to {args.pattern} by magnitude ruins the text that most models write: "
@@ -317,6 +332,16 @@ def _calibration_ids(args: argparse.Namespace, loaded: Any) -> Any:
             "calibrated on text: --data-free prunes it by magnitude"
         )
     return inputs.calibration(loaded, args, texts.shipped)
+
+
+def _with_own_text(args: argparse.Namespace, loaded: Any, ids: Any, shown: _Shown) -> Any:
+    """The token ids to calibrate on, with those that the model writes for `--sample`."""
+    import numpy as np
+
+    if not args.sample:
+        return ids
+    shown.say(f"writing {args.sample} sequences to calibrate on")
+    return np.concatenate([ids, inputs.written(loaded.model, ids, args.sample, args.seed)])
 
 
 def _bytes_of(model: Any, rules: Any) -> int:
@@ -378,13 +403,15 @@ def _about(args: argparse.Namespace, source: str, ids: Any, report: Report) -> d
         "method": args.method,
         "skipped": args.skip,
         "calibration": None if ids is None else f"{ids.size} tokens of {_named_text(args)}",
+        "sampled": args.sample,
         "notes": report.notes,
     }
 
 
 def _named_text(args: argparse.Namespace) -> str:
     """A name of the calibration text, for the notes."""
-    return ", ".join(args.calibration or ["the text that ships with slidejax"])
+    own = ["the model itself"] if args.sample else []
+    return ", ".join([*(args.calibration or ["the text that ships with slidejax"]), *own])
 
 
 def _disk_usage(folder: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slidejax.commands import terminal
 
@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
     from slidejax.lm.reading import Loaded
 
-__all__ = ["calibration", "calibration_ids", "evaluation_ids", "load"]
+__all__ = ["calibration", "calibration_ids", "evaluation_ids", "load", "written"]
 
 # The default text to calibrate on has this many sequences of 512 tokens; for more, docstrings are
 # added to it.
 _SHORT = 64
+_PROMPT = 24  # tokens of a text that a row begins with which a model goes on with
 
 
 def load(
@@ -107,3 +108,29 @@ def calibration_ids(
         rows = rows[: len(rows) // BATCH * BATCH or len(rows)]
     # A model in use never sees a text without its start.
     return np.concatenate([np.broadcast_to(start, (len(rows), len(start))), rows], axis=1)
+
+
+def written(model: Any, rows: np.ndarray, count: int, seed: int | None) -> np.ndarray:
+    """Rows of tokens that a model writes itself, each begun with a piece of a text.
+
+    They are drawn from the model's own distribution, and go on after the end of a text.
+
+    Args:
+      model: a decoder, or a Flax language model of transformers.
+      rows: int32 `[n, length]`, the text: a row begins as one of these, which is drawn.
+      count: how many rows are written, at least 1.
+      seed: of the draws; None: 0.
+
+    Returns:
+      int32 `[count, length]`.
+    """
+    import jax
+    import numpy as np
+
+    from slidejax.train.distill import sample
+
+    seed = seed or 0
+    begun = np.random.default_rng(seed).integers(0, len(rows), count)
+    prompts = rows[begun, : min(_PROMPT, rows.shape[1] // 2)]
+    batch = min(count, 256 if jax.default_backend() == "gpu" else 64)
+    return sample(model, prompts, rows.shape[1], batch=batch, seed=seed)

@@ -21,7 +21,6 @@ SUMMARY = "Train a converted model until it predicts as the original one does; w
 EXAMPLE = "slidejax recover out recovered --minutes 10"
 
 # Rows that the original model writes begin with this many tokens of the text.
-_PROMPT_TOKENS = 24
 # Rows in a step and tokens in a row, where there is no GPU. `slidejax.recover` takes more. A step
 # of this size already takes a CPU many seconds (docs/journal/2026-11-23-recovery.md), and some
 # steps must fit into the default of --minutes.
@@ -278,7 +277,7 @@ def _rows(args: argparse.Namespace, original: Loaded, ids: np.ndarray) -> np.nda
     import numpy as np
 
     from slidejax.lm.evaluate import fitting
-    from slidejax.train.distill import rows_of, sample
+    from slidejax.train.distill import rows_of
 
     wanted = args.window or min(WINDOW if _on_gpu() else _CPU_WINDOW, len(ids))
     window = fitting(wanted, original.model)
@@ -289,10 +288,7 @@ def _rows(args: argparse.Namespace, original: Loaded, ids: np.ndarray) -> np.nda
     count = args.sample if args.sample is not None else 768 if _on_gpu() else 0
     if count == 0:
         return text
-    begun = np.random.default_rng(args.seed).integers(0, len(text), count)
-    prompts = text[begun, : min(_PROMPT_TOKENS, window // 2)]
-    batch = min(count, 256 if _on_gpu() else 16)
-    written = sample(original.model, prompts, window, batch=batch, seed=args.seed)
+    written = inputs.written(original.model, text, count, args.seed)
     return np.concatenate([text, written])
 
 

@@ -11,9 +11,10 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-from command_line import error, layers, output, packed, packed_bytes
+from command_line import error, layers, output, packed, packed_bytes, write_decoder
 
 from slidejax import huggingface
+from slidejax.lm import load
 from slidejax.lm.models import load_model
 from slidejax.rules import Rule
 from slidejax.weights.packed import SlideWeight
@@ -211,6 +212,31 @@ def test_a_choice_of_patterns_takes_8_bit_as_int8(capsys, tmp_path, model):
     loaded = load_model(out)
     assert {w.dtype.name for w in packed(loaded.model.params)} == {"int8"}
     assert loaded.about["dtype"] == "int8"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_model_writes_some_of_the_calibration_text(capsys, tmp_path, model, text, streamed):
+    model = write_decoder(tmp_path) if streamed else model
+    flags = ("--calibration", text, "--sequences", "1", "--method", "wanda")
+    kernels, length = [], 64 if streamed else 128  # positions
+    for sampled in (0, 2, 2):
+        out = tmp_path / f"out{len(kernels)}"
+        row = json.loads(
+            output(capsys, "convert", model, out, *flags, "--sample", sampled, "--json", "-")
+        )
+        assert row["sampled"] == sampled
+        assert row["calibration"].startswith(f"{length * (1 + sampled)} tokens of")
+        assert ("the model itself" in row["calibration"]) == bool(sampled)
+        made = load(out) if streamed else load_model(str(out)).model
+        kernels.append(np.asarray(packed(made.params)[0].values))
+    assert not np.array_equal(kernels[0], kernels[1])
+    np.testing.assert_array_equal(kernels[1], kernels[2])  # the seed decides what is written
+
+
+def test_magnitude_calibrates_on_no_text_of_the_model(capsys, tmp_path, model):
+    for flags in (FREE, ("--method", "magnitude")):
+        said = error(capsys, "convert", model, tmp_path / "out", "--sample", "2", *flags)
+        assert "--sample" in said
 
 
 def test_an_unknown_dtype_is_named(capsys, tmp_path, model):

@@ -1,9 +1,12 @@
 """Models and texts that the arguments name."""
 
 import argparse
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
@@ -43,8 +46,8 @@ def test_a_text_of_one_token(loaded, tmp_path):
 
 
 def calibration_arguments(**changes):
-    given = {"calibration": None, "method": "wanda", "sequences": 2, "seed": None} | changes
-    return argparse.Namespace(**given)
+    usual = {"calibration": None, "method": "wanda", "sequences": 2, "seed": None}
+    return argparse.Namespace(**usual | changes)
 
 
 def test_calibration_is_as_long_as_the_positions_allow(loaded):
@@ -66,6 +69,28 @@ def test_a_short_text_gives_whole_batches(loaded, tmp_path):
     tokens = len(loaded.encode(SENTENCES * 2))
     for times, expected in ((1, tokens // 128), (4, 4 * tokens // 128 // 4 * 4)):
         (tmp_path / "text").write_text(SENTENCES * 2 * times)
-        given = calibration_arguments(calibration=[str(tmp_path / "text")], sequences=64)
-        assert inputs.calibration(loaded, given).shape == (expected, 128)
+        args = calibration_arguments(calibration=[str(tmp_path / "text")], sequences=64)
+        assert inputs.calibration(loaded, args).shape == (expected, 128)
     assert 0 < tokens // 128 < 4
+
+
+@given(
+    st.integers(1, 5),
+    st.integers(2, 60),
+    st.integers(1, 4),
+    st.one_of(st.none(), st.integers(0, 9)),
+)
+@settings(max_examples=20, deadline=None)
+def test_a_model_writes_rows_that_begin_with_the_text(rows, length, count, seed):
+    """`generate` goes on from each prompt; the rows are as long as those of the text."""
+    text = np.arange(rows * length, dtype=np.int32).reshape(rows, length)
+
+    def write(prompts, max_new_tokens, **options):
+        return [SimpleNamespace(tokens=[7] * max_new_tokens) for _ in prompts]
+
+    written = inputs.written(SimpleNamespace(outputs=None, generate=write), text, count, seed)
+    begun = min(24, length // 2)
+    assert written.shape == (count, length) and (written[:, begun:] == 7).all()
+    assert {tuple(row) for row in written[:, :begun]} <= {tuple(row) for row in text[:, :begun]}
+    again = inputs.written(SimpleNamespace(outputs=None, generate=write), text, count, seed)
+    np.testing.assert_array_equal(written, again)
