@@ -11,6 +11,7 @@ import slidejax as sj
 from slidejax.lm.decoder.cache import init_cache
 from slidejax.lm.decoder.examples import tiny
 from slidejax.lm.decoder.fuse import fuse
+from slidejax.ops import registry
 
 apply_module = importlib.import_module("slidejax.lm.decoder.apply")
 ROWS = apply_module.CHAINED_ROWS
@@ -87,13 +88,14 @@ def test_one_call_between_two_attentions():
 def test_one_call_of_the_hopper_kernel_between_two_attentions(rows, prepared):
     config, params = packed()
     if prepared:
-        params = jax.tree.map(
-            lambda w: (
-                w.replace(prepared={"hopper": jnp.zeros(1, jnp.uint8)}) if is_packed(w) else w
-            ),
-            params,
-            is_leaf=is_packed,
-        )
+        form = registry.form_of("hopper")
+
+        def with_metadata(w):
+            if not is_packed(w):
+                return w
+            return w.replace(prepared={"hopper": jnp.zeros(form.shape(w), jnp.uint8)})
+
+        params = jax.tree.map(with_metadata, params, is_leaf=is_packed)
     assert calls(config, params, rows, "hopper")[0] == 1 + config.num_layers
 
 
