@@ -8,7 +8,7 @@ import pytest
 from tuning_entries import entry
 
 import slidejax as sj
-from slidejax.ops import choice, tuning
+from slidejax.ops import choice, registry, tuning
 from slidejax.ops.problem import Problem, device_kind
 
 cpu_only = pytest.mark.skipif(
@@ -132,7 +132,8 @@ def test_the_choice_follows_the_table(tmp_path, monkeypatch):
     # A weight with a prepared form is judged by its time with this form.
     tuning.record(device, [entry(16, {"hopper": 2.0, "dense": 1.0, "hopper+prepared": 0.5})])
     assert chosen(16).implementation == "dense"
-    prepared = w.replace(prepared={"hopper": jnp.zeros(4, jnp.uint8)})
+    size = registry.form_of("hopper").shape(w)
+    prepared = w.replace(prepared={"hopper": jnp.zeros(size, jnp.uint8)})
     assert chosen(16, prepared).implementation == "hopper"
     # Nothing near was measured: what reads the packed form runs, and says so.
     far = sj.pack(jnp.ones((128, 16384), jnp.bfloat16), "6:8", dtype="int8")
