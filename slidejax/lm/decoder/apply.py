@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from slidejax.contraction import Contraction
 from slidejax.functional import show_input, show_output, watched
@@ -151,7 +152,7 @@ def _states(
     # Padding may have any id. Elsewhere one that is not there must be seen: its logits are nan.
     known = jnp.where(ids < 0, embedding.shape[0], ids)
     known = jnp.where(positions < 0, 0, known)
-    x = jnp.take(embedding, known, axis=0, mode="fill", fill_value=jnp.nan)
+    x = _rows_of(embedding, known, generates=cache is not None)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     turns = {rope: _turns(rope, config.head_dim, positions) for rope in dict.fromkeys(config.ropes)}
@@ -171,6 +172,17 @@ def _states(
         if held is not None:
             written.append(held)
     return states, None if cache is None else tuple(written)
+
+
+def _rows_of(embedding: jax.Array, ids: jax.Array, *, generates: bool) -> jax.Array:
+    """The embeddings of tokens; nan for one that is not there."""
+    if generates and embedding.dtype.itemsize == 2 and jax.default_backend() == "cpu":
+        # XLA's CPU would turn the whole embedding into float32 to take some rows of 16-bit floats.
+        nan = int(np.asarray(np.nan, embedding.dtype).view(np.uint16))
+        bits = lax.bitcast_convert_type(embedding, jnp.uint16)
+        rows = jnp.take(bits, ids, axis=0, mode="fill", fill_value=nan)
+        return lax.bitcast_convert_type(rows, embedding.dtype)
+    return jnp.take(embedding, ids, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def _check(config: DecoderConfig, ids, positions, cache) -> tuple[jax.Array, jax.Array]:
@@ -244,7 +256,7 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square normalisation (arXiv 1910.07467), in float32, rounded once."""
     wide = x.astype(jnp.float32)
     mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(mean + jnp.float32(eps))
+    wide = wide * lax.rsqrt(mean + jnp.float32(eps))
     return (wide * of_rank(weight.astype(jnp.float32), x.ndim)).astype(x.dtype)
 
 
@@ -274,8 +286,8 @@ def _product(x: jax.Array, kernel: Any, bias: Any, implementation: str | None) -
 
 
 def _dot(x: jax.Array, kernel: jax.Array, dimensions: Any) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot_general(
         x, kernel, dimensions, precision=precision, preferred_element_type=jnp.float32
     )
 

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from slidejax.variants.prepared import prepare
+from slidejax.variants.serving import ServingWeight
 from slidejax.variants.serving import serving as serving_weights
-from slidejax.weights.packed import SlideWeight
+from slidejax.weights.packed import LinearWeight, SlideWeight
 
 __all__ = ["fuse", "serving"]
 
@@ -52,8 +53,10 @@ def fuse(params: Mapping[str, Any]) -> dict[str, Any]:
 def serving(params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters in the layout and the form that serve best on this device.
 
-    They are fused. On a GPU packed weights get the prepared forms that pay; on a CPU only their
-    codes and scales are kept.
+    They are fused. On a GPU packed weights get the prepared forms that pay. On a CPU only their
+    codes and scales are kept, and kernels of 16-bit floats are kept in float32: XLA multiplies in
+    float32 there, and would convert all of them in every call. The results are the same. Adapters
+    and master weights stay as they are.
 
     >>> from slidejax.lm.decoder.examples import tiny
     >>> from slidejax.lm.decoder.family import convert
@@ -62,7 +65,39 @@ def serving(params: Mapping[str, Any]) -> dict[str, Any]:
     'ServingWeight'
     """
     fused = fuse(params)
-    return serving_weights(fused) if jax.default_backend() == "cpu" else prepare(fused)
+    return _for_a_cpu(fused) if jax.default_backend() == "cpu" else prepare(fused)
+
+
+def _for_a_cpu(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Fused parameters as `serving` makes them for a CPU."""
+    embedding = params["model"]["embed_tokens"]["embedding"]
+    if "lm_head" not in params and embedding.dtype != jnp.float32:
+        # The embedding says in which dtype the decoder computes, so the head needs its own array.
+        params = {**params, "lm_head": {"kernel": embedding.T}}
+
+    def module(tree: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: module(value)
+            if isinstance(value, Mapping)
+            else _kernel_for_a_cpu(value, embedding.dtype)
+            if name == "kernel"
+            else value
+            for name, value in tree.items()
+        }
+
+    return module(params)
+
+
+def _kernel_for_a_cpu(kernel: Any, dtype: Any) -> Any:
+    """A kernel of a decoder that computes in `dtype`."""
+    if isinstance(kernel, SlideWeight):
+        served = serving_weights(kernel)
+        same = served.dtype == dtype  # otherwise x is rounded to the dtype of the values
+        return served.with_promoted(served.values.astype(jnp.float32)) if same else served
+    if isinstance(kernel, LinearWeight) or kernel.dtype == dtype == jnp.float32:
+        return kernel
+    values = kernel.astype(dtype).T.astype(jnp.float32)
+    return ServingWeight(values, jnp.ones(values.shape[0], jnp.float32))
 
 
 def _fuse_module(name: str, module: Mapping[str, Any]) -> Mapping[str, Any]:

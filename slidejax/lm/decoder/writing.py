@@ -7,19 +7,18 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from slidejax.lm.decoder.apply import apply
 from slidejax.lm.decoder.cache import init_cache
 from slidejax.lm.decoder.config import DecoderConfig
-from slidejax.lm.decoder.fuse import fuse
+from slidejax.lm.decoder.fuse import serving
 from slidejax.lm.generation.generate import generate
 from slidejax.lm.generation.programs import Programs
 from slidejax.lm.generation.stream import Stream
 from slidejax.lm.text import files
 from slidejax.lm.text.tokenizer import Tokenizer
 from slidejax.variants.prepared import weights_of
-from slidejax.variants.serving import serving
-from slidejax.weights.packed import SlideWeight
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,25 +72,20 @@ class _Writer:
 def _served(model: Any) -> Any:
     """A model's parameters as loops on this device read them.
 
-    On a CPU they are fused and unpacked once, and kept with the model. A loop would otherwise
-    unpack every weight in each of its calls.
+    On a CPU they are those of `serving`, made once and kept with the model. A loop would otherwise
+    unpack and convert every weight in each of its calls. A model in float32 without packed weights
+    is read as it is.
     """
     params = model.params
-    if jax.default_backend() != "cpu" or not weights_of(params):
+    as_it_is = model.dtype == jnp.float32 and not weights_of(params)
+    if jax.default_backend() != "cpu" or as_it_is:
         return params
     extra, leaves = model._extra, jax.tree.leaves(params)
     of, made = extra.served
     if len(of) != len(leaves) or any(a is not b for a, b in zip(of, leaves, strict=True)):
-        made = _with_serving_weights(fuse(params))
+        made = serving(params)
         extra.served = leaves, made
     return made
-
-
-def _with_serving_weights(tree: Any) -> Any:
-    """The tree with a `ServingWeight` for each packed weight; adapters and masters stay."""
-    if isinstance(tree, Mapping):
-        return {name: _with_serving_weights(value) for name, value in tree.items()}
-    return serving(tree) if isinstance(tree, SlideWeight) else tree
 
 
 class Writes:

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from slidejax.lm import convert, load, save
+from slidejax.lm.decoder import apply, init_cache
 from slidejax.lm.decoder.examples import tiny
 from slidejax.lm.decoder.fuse import serving
 from slidejax.lm.decoder.model import Decoder
 from slidejax.lm.decoder.writing import _Writer, programs
 from slidejax.lm.generation import Sampling
 from slidejax.lm.text.examples import byte_tokenizer
+from slidejax.rules import Rule
 from slidejax.variants.serving import ServingWeight
 
 PROMPTS = [[3, 4, 5], [6], list(range(1, 41)), [9, 8, 7, 6, 5, 4, 3, 2]]
@@ -79,6 +81,40 @@ def test_served_parameters_give_the_same_text():
     assert model.generate(PROMPTS, max_new_tokens=8) == model.generate(
         PROMPTS, max_new_tokens=8, params=serving(model.params)
     )
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU multiplies 16 bits as they are")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rule", [None, "6:8", Rule("6:8", qdtype=None)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_call_converts_the_weights(dtype, rule, tied):
+    """A stream may make a call for each token, so a call must not touch all of a matrix for itself.
+
+    XLA's CPU converts what is of 16 bits to float32, and puts that before the loop.
+    """
+    model = tiny(dtype=dtype, tied=tied, vocab_size=2048, hidden_size=256, intermediate_size=768)
+    model = model if rule is None else convert(model, rule)
+    served, made = _Writer(model, None).params, programs(model.config, dtype)
+    live, ends, draw = np.ones(1, bool), np.full(8, -1, np.int32), Sampling().draw()
+    arguments = (np.zeros((1, 16), np.int32), np.ones(1, np.int32), live, ends, draw)
+    state = made.prefill.lower(served, *arguments, length=64, kind="greedy").out_info[0]
+    step = made.decode.lower(served, state, live, ends, draw, np.int32(4), kind="greedy").compile()
+    one_kernel = 4 * 256 * 768  # up or down in float32
+    assert step.memory_analysis().temp_size_in_bytes < one_kernel / 4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rule", [None, "6:8", Rule("6:8", qdtype=None)])
+def test_served_parameters_of_16_bits_give_the_same_logits(dtype, rule):
+    model = tiny(dtype=dtype, tied=rule is None, qkv_bias=True)
+    model = model if rule is None else convert(model, rule)
+    ids = jnp.asarray([[3, 4, 5, 6]])
+    cache = init_cache(model.config, 1, 8, dtype)
+    wanted = np.asarray(model(ids))
+    got, _ = apply(model.config, serving(model.params), ids, None, cache)
+    assert got.dtype == jnp.float32 and np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
+    got, _ = apply(model.config, model.params, jnp.array([[3, 64]]), None, cache)
+    assert np.isnan(got).all()  # there is no token 64
 
 
 def test_converted_decoders_write():
