@@ -279,10 +279,17 @@ def _product(x: jax.Array, kernel: Any, bias: Any, implementation: str | None) -
     """`x @ kernel + bias` in the dtype of x."""
     if isinstance(kernel, LinearWeight):
         return linear(x, kernel, bias, implementation)
-    y = _dot(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+    y = _columns(x, kernel)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)
+
+
+def _columns(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel` in float32. A CPU takes a kernel of float32 as it is (`fuse.serving`)."""
+    if kernel.dtype == jnp.float32 and jax.default_backend() == "cpu":
+        x = x.astype(jnp.float32)
+    return _dot(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
 
 
 def _dot(x: jax.Array, kernel: jax.Array, dimensions: Any) -> jax.Array:
@@ -303,7 +310,7 @@ def _head(config, params, x, implementation) -> jax.Array:
     if isinstance(kernel, LinearWeight):
         y = linear(x, kernel, None, implementation, out_dtype=jnp.float32)
     else:
-        y = _dot(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+        y = _columns(x, kernel)
     return show_output(path, y)
 
 

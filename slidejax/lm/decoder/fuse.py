@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from slidejax.variants.prepared import prepare
-from slidejax.variants.serving import ServingWeight
 from slidejax.variants.serving import serving as serving_weights
 from slidejax.weights.packed import LinearWeight, SlideWeight
 
@@ -96,8 +95,7 @@ def _kernel_for_a_cpu(kernel: Any, dtype: Any) -> Any:
         return served.with_promoted(served.values.astype(jnp.float32)) if same else served
     if isinstance(kernel, LinearWeight) or kernel.dtype == dtype == jnp.float32:
         return kernel
-    values = kernel.astype(dtype).T.astype(jnp.float32)
-    return ServingWeight(values, jnp.ones(values.shape[0], jnp.float32))
+    return kernel.astype(dtype).astype(jnp.float32)
 
 
 def _fuse_module(name: str, module: Mapping[str, Any]) -> Mapping[str, Any]:
