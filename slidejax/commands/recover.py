@@ -20,7 +20,6 @@ __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run"]
 SUMMARY = "Train a converted model until it predicts as the original one does; write it to OUT."
 EXAMPLE = "slidejax recover out recovered --minutes 10"
 
-# Rows that the original model writes begin with this many tokens of the text.
 # Rows in a step and tokens in a row, where there is no GPU. `slidejax.recover` takes more. A step
 # of this size already takes a CPU many seconds (docs/journal/2026-11-23-recovery.md), and some
 # steps must fit into the default of --minutes.

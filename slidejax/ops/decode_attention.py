@@ -40,7 +40,14 @@ from slidejax.ops.sharding import (
     with_automatic_axes,
 )
 
-__all__ = ["IMPLEMENTATIONS", "Attended", "decode_attention", "decode_attention_p", "refuses"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Attended",
+    "decode_attention",
+    "decode_attention_p",
+    "put_tokens",
+    "refuses",
+]
 
 # What an unseen score is. It is finite, so that a query that sees nothing gives no nan.
 _UNSEEN = -1e30
@@ -112,10 +119,17 @@ def _turn(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def _put(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-    """The cache with `[rows, kv_heads, head_dim]` in the rows' slots, where they exist."""
+def put_tokens(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+    """The cache with new tokens in the rows' slots, where they exist.
+
+    Args:
+      cache: `[rows, kv_heads, length, ...]`.
+      new: `[rows, kv_heads, ...]`, or `[rows, tokens, kv_heads, ...]`.
+      slots: int32 `[rows]` or `[rows, tokens]`; what is at or beyond the length is not written.
+    """
     new, dtype = new.astype(cache.dtype), cache.dtype
     rows = jnp.arange(cache.shape[0], dtype=jnp.int32)
+    rows = rows.reshape(-1, *[1] * (slots.ndim - 1))
     if dtype.itemsize == 2:
         # XLA's CPU would turn the whole cache into float32 and back to write 16-bit floats.
         cache, new = (lax.bitcast_convert_type(x, jnp.uint16) for x in (cache, new))
@@ -131,7 +145,7 @@ def _reference(settings: _Settings, *operands: jax.Array) -> Attended:
     wraps = settings.window == length
     # A negative index would count from the end, and one beyond the end is dropped.
     slots = jnp.where(of.positions < 0, length, of.positions % length if wraps else of.positions)
-    keys, values = _put(of.keys, k, slots), _put(of.values, v, slots)
+    keys, values = put_tokens(of.keys, k, slots), put_tokens(of.values, v, slots)
     grouped = q.reshape(rows, kv_heads, -1, head_dim)
     key_at, position = jnp.arange(length, dtype=jnp.int32)[None], of.positions[:, None]
     seen = key_at <= position

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from slidejax.lm.decoder.config import DecoderConfig
+from slidejax.ops.decode_attention import put_tokens
 from slidejax.weights import numerics
 
 __all__ = ["Cache", "LayerCache", "init_cache"]
@@ -86,17 +86,7 @@ class LayerCache(NamedTuple):
 
     def _put(self, new: LayerCache, slots: jax.Array) -> LayerCache:
         """The cache with new tokens in their slots `[batch, tokens]`."""
-        rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
-
-        def put(cache: jax.Array, new: jax.Array) -> jax.Array:
-            dtype = cache.dtype
-            if dtype.itemsize == 2:
-                # XLA's CPU would turn the whole cache into float32 and back to write 16-bit floats.
-                cache, new = (lax.bitcast_convert_type(x, jnp.uint16) for x in (cache, new))
-            written = cache.at[rows, :, slots].set(new, mode="drop")
-            return lax.bitcast_convert_type(written, dtype) if dtype.itemsize == 2 else written
-
-        return jax.tree.map(put, self, new)
+        return jax.tree.map(lambda cache, added: put_tokens(cache, added, slots), self, new)
 
 
 def _held_positions(last: jax.Array, slots: int) -> jax.Array:

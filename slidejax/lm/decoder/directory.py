@@ -93,12 +93,11 @@ class Parameters:
 
     def __init__(self, folder: Path, config: DecoderConfig, quantization: Quantization, dtype: Any):
         self._config, self._quantization, self._dtype = config, quantization, dtype
-        self.files = _files(folder)
+        self.files, placed = _files(folder)
         with contextlib.ExitStack() as stack:
             opened = [stack.enter_context(ArrayFile(file)) for file in self.files]
             self._tensors = _Tensors(opened)
-            if self.files[0].name != _WHOLE:
-                _check_index(folder / _INDEX, self._tensors.where)
+            _check_index(folder / _INDEX, placed, self._tensors.where)
             self._open = stack.pop_all()
 
     def __enter__(self) -> Parameters:
@@ -157,9 +156,10 @@ class Parameters:
         return False
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files, and the file of each tensor as the index says; none where there is no index."""
     if (folder / _WHOLE).is_file():
-        return [folder / _WHOLE]
+        return [folder / _WHOLE], {}
     index = folder / _INDEX
     if not index.is_file():
         others = sorted(
@@ -168,23 +168,19 @@ def _files(folder: Path) -> list[Path]:
         hint = f"; {others[0]} is pickled or of another framework and is not read" if others else ""
         raise ValueError(f"{str(folder)!r} has no model.safetensors and no {_INDEX}{hint}")
     try:
-        names = sorted(set(_weight_map(index).values()))
+        placed = dict(json.loads(index.read_bytes())["weight_map"])
+        names = sorted(set(placed.values()))
         good = all(name == Path(name).name and name.endswith(".safetensors") for name in names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{str(index)!r} is damaged: {e!r}") from e
     if not good or not names:
         raise ValueError(f"{str(index)!r} names files that are no safetensors in its directory")
-    return [folder / name for name in names]
+    return [folder / name for name in names], placed
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """The file of each tensor, as an index says."""
-    return dict(json.loads(index.read_bytes())["weight_map"])
-
-
-def _check_index(index: Path, where: Mapping[str, ArrayFile]) -> None:
+def _check_index(index: Path, placed: Mapping[str, str], where: Mapping[str, ArrayFile]) -> None:
     """Raises a ValueError if a tensor is not in the file that an index names."""
-    for name, file in _weight_map(index).items():
+    for name, file in placed.items():
         if name not in where or where[name].path.name != file:
             raise ValueError(f"{str(index)!r} says that {name!r} is in {file!r}, and it is not")
 

@@ -74,17 +74,12 @@ def _for_a_cpu(params: Mapping[str, Any]) -> dict[str, Any]:
         # The embedding says in which dtype the decoder computes, so the head needs its own array.
         params = {**params, "lm_head": {"kernel": embedding.T}}
 
-    def module(tree: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: module(value)
-            if isinstance(value, Mapping)
-            else _kernel_for_a_cpu(value, embedding.dtype)
-            if name == "kernel"
-            else value
-            for name, value in tree.items()
-        }
+    def served(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {inner: served(inner, part) for inner, part in value.items()}
+        return _kernel_for_a_cpu(value, embedding.dtype) if name == "kernel" else value
 
-    return module(params)
+    return served("", params)
 
 
 def _kernel_for_a_cpu(kernel: Any, dtype: Any) -> Any:

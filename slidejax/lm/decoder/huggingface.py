@@ -398,21 +398,17 @@ def _ropes(
     for name, part in nested.items():
         if part is not None and not isinstance(part, Mapping):
             keys.bad(f"rope_parameters.{name}", part, "an object or null")
-    for name, old, key in (
-        ("full_attention", theta, "rope_theta"),
-        ("sliding_attention", local, "rope_local_base_freq"),
+    made = []
+    for name, old, scales, key, default in (
+        ("full_attention", theta, scaling, "rope_theta", 1_000_000.0),
+        ("sliding_attention", local, None, "rope_local_base_freq", 10_000.0),
     ):
         part = nested.get(name)
-        scales = scaling if name == "full_attention" else None
-        default = 1_000_000.0 if name == "full_attention" else 10_000.0
         _agree(keys, old, scales, part, f"rope_parameters.{name}", key, default)
-    wide = {**(nested.get("full_attention") or {}), **(scaling or {})}
-    wide.setdefault("rope_theta", 1_000_000.0 if theta is None else theta)
-    near = dict(nested.get("sliding_attention") or {})
-    near.setdefault("rope_theta", 10_000.0 if local is None else local)
-    full, sliding = (
-        _rope(keys, given, "rope_parameters", head_dim, positions) for given in (wide, near)
-    )
+        given = {**(part or {}), **(scales or {})}
+        given.setdefault("rope_theta", default if old is None else old)
+        made.append(_rope(keys, given, "rope_parameters", head_dim, positions))
+    full, sliding = made
     return tuple(full if window is None else sliding for window in windows)
 
 

@@ -82,7 +82,7 @@ class Form:
         return self.make(w) if w.values.ndim == 3 else jax.lax.map(self.of, w)
 
     def bears(self, out_features: int, out_parts: int, k_parts: int) -> bool:
-        """Whether the array of a weight can be cut into so many parts of outputs and of K."""
+        """Whether the array can be cut when the weight is cut into these numbers of parts."""
         if k_parts > 1 and not self.inputs:
             return False
         if out_parts == 1:
