@@ -19,9 +19,11 @@ __all__ = [
     "GGUF_TOKENIZER",
     "TEXT_FILES",
     "check_apart",
+    "check_outside",
     "check_space",
     "check_target",
     "claimed",
+    "relation",
     "staged",
 ]
 
@@ -109,8 +111,37 @@ def _named(path: str | os.PathLike[str], name: str) -> str:
     return named
 
 
+def relation(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> str | None:
+    """How a path lies to another one: "is", "lies in" or "holds" it, or None if they are apart.
+
+    Symbolic links are followed, and a directory that is mounted in two places is one. Neither path
+    need exist.
+
+    >>> relation("a/b", "a/c/../b"), relation("a/b", "a"), relation("a", "a/b"), relation("a", "ab")
+    ('is', 'lies in', 'holds', None)
+    """
+    one, two = Path(os.path.realpath(path)), Path(os.path.realpath(other))
+    if _same(one, two):
+        return "is"
+    if any(_same(folder, two) for folder in one.parents):
+        return "lies in"
+    return "holds" if any(_same(folder, one) for folder in two.parents) else None
+
+
+def _same(one: Path, two: Path) -> bool:
+    if one == two:
+        return True
+    try:
+        return os.path.samefile(one, two)
+    except (OSError, ValueError):  # one of them is not there
+        return False
+
+
 def check_apart(
-    path: str | os.PathLike[str], source: str | os.PathLike[str] | None, name: str = "path"
+    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None,
+    name: str = "path",
+    what: str = "the model that is read",
 ) -> None:
     """Raises a ValueError if a directory that will be written would replace what is read.
 
@@ -118,22 +149,36 @@ def check_apart(
       path: the directory that will be written.
       source: the file or directory that is read. None, or what is no path, is apart.
       name: of the argument, for the error.
+      what: `source` in words, for the error.
     """
     _named(path, name)
     if not source or not os.path.exists(source):
         return
-    target, read = Path(os.path.realpath(path)), Path(os.path.realpath(source))
-    if target == read:
+    how, named = relation(path, source), os.fspath(path)
+    if how == "is":
+        raise ValueError(f"{name} {named!r} is {what}, which would be lost: name another directory")
+    if how is not None:
         raise ValueError(
-            f"{name} {os.fspath(path)!r} is the model that is read, which would be lost: name "
-            "another directory"
+            f"{name} {named!r} {how} {os.fspath(source)!r}, {what}: name another directory"
         )
-    for inner, outer, how in ((target, read, "lies in"), (read, target, "holds")):
-        if inner.is_relative_to(outer):
-            raise ValueError(
-                f"{name} {os.fspath(path)!r} {how} {os.fspath(source)!r}, the model that is read: "
-                "name another directory"
-            )
+
+
+def check_outside(
+    path: str | os.PathLike[str], other: str | os.PathLike[str], name: str, what: str
+) -> None:
+    """Raises a ValueError if a directory to which files are added is another one, or lies in it.
+
+    Args:
+      path: the directory. It may hold the other one: nothing in it is replaced.
+      other: the other directory, which may not be there yet.
+      name: of the argument `path`, for the error.
+      what: `other` in words, for the error.
+    """
+    how = relation(path, other)
+    if how in ("is", "lies in"):
+        raise ValueError(
+            f"{name} {os.fspath(path)!r} {how} {os.fspath(other)!r}, {what}: name another directory"
+        )
 
 
 @contextlib.contextmanager

@@ -28,7 +28,6 @@ __all__ = [
     "add_text",
     "at_least",
     "chance",
-    "check_json",
     "dtype",
     "float_dtype",
     "for_layers",
@@ -267,12 +266,6 @@ def out_file(text: str) -> str:
             "one may write"
         )
     return text
-
-
-def check_json(args: argparse.Namespace) -> None:
-    """Raises a ValueError if `--json` names OUT, which will be a directory."""
-    if args.json not in (None, "-") and os.path.realpath(args.json) == os.path.realpath(args.out):
-        raise ValueError(f"--json {args.json!r} is OUT, which is a directory: name a file")
 
 
 def add_json(p: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from slidejax.commands import arguments, budget, inputs, terminal
+from slidejax.commands import arguments, budget, inputs, outputs, terminal
 
 if TYPE_CHECKING:
     from slidejax.rules import Report
@@ -176,7 +176,7 @@ def _stream(args: argparse.Namespace, rule: Any, report: Report, shown: _Shown) 
     ids = _with_own_text(args, whole, ids, shown)
     rules = _rules(args, rule, whole or loaded, ids, shown)
     del whole
-    work = args.work or f"{Path(args.out)}.work"
+    work = args.work or outputs.work_of(args.out)
     notes: dict[str, Any] = {}
 
     def about(report: Report) -> dict[str, Any]:
@@ -301,11 +301,9 @@ def _method(args: argparse.Namespace) -> str:
 
 def _claimed(args: argparse.Namespace) -> Any:
     """Tries everything that writing OUT needs, and keeps others away from it in the block."""
-    from slidejax.checkpoint.staging import check_apart, claimed
+    from slidejax.checkpoint.staging import claimed
     from slidejax.checkpoint.store import METADATA
 
-    arguments.check_json(args)
-    check_apart(args.out, args.model)
     return claimed(args.out, METADATA, overwrite=args.force, flag="--force")
 
 

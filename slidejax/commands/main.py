@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import slidejax
-from slidejax.commands import bench, convert, demo, evaluate, generate, info, recover, tune
+from slidejax.commands import bench, convert, demo, evaluate, generate, info, outputs, recover, tune
 
 __all__ = ["COMMANDS", "main", "make_parser"]
 
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _quiet_interrupts():
             _load_packages()
+        outputs.check(args)
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:

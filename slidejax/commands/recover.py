@@ -155,12 +155,9 @@ def _add_training(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trains the model, writes it and prints how the loss fell."""
-    from slidejax.checkpoint.staging import check_apart, check_target, claimed
+    from slidejax.checkpoint.staging import check_target, claimed
     from slidejax.checkpoint.store import METADATA
 
-    arguments.check_json(args)
-    check_apart(args.out, args.model)
-    check_apart(args.out, args.against)
     if args.checkpoint is not None:
         check_target(args.checkpoint, METADATA, "--checkpoint")
     with claimed(args.out, METADATA, overwrite=args.force, flag="--force") as target:
@@ -213,11 +210,11 @@ def _original(args: argparse.Namespace, loaded: Loaded) -> Loaded:
     Raises:
       ValueError: neither is known, or the model is a converted one.
     """
-    from slidejax.lm.models import default_dtype, load_model
+    from slidejax.lm.models import default_dtype, load_model, noted_source
     from slidejax.lm.reading import LoadedDecoder
     from slidejax.variants.prepared import weights_of
 
-    name = args.against or _source(args, loaded)
+    name = args.against or noted_source(args.model, loaded.about)
     if name is None:
         raise ValueError(
             f"{args.model!r} does not say which original model it was converted from, or that is "
@@ -234,26 +231,6 @@ def _original(args: argparse.Namespace, loaded: Loaded) -> Loaded:
             f"{original.name!r} is converted too; --against must name the original model"
         )
     return original
-
-
-def _source(args: argparse.Namespace, loaded: Loaded) -> str | None:
-    """The model that `loaded` was converted from, by what was noted then; None if it is not there.
-
-    It is looked for where it was, and beside the converted one.
-    """
-    from pathlib import Path
-
-    from slidejax.lm.models import NAMED
-
-    source, path = (loaded.about.get(key) for key in ("source", "source_path"))
-    if not isinstance(source, str) or not source:
-        return None
-    if source in NAMED:
-        return source
-    places = [Path(args.model).resolve().parent / source, Path(source)]
-    if isinstance(path, str) and path:
-        places.insert(0, Path(path))
-    return next((str(place) for place in places if place.exists()), None)
 
 
 def _tokens(args: argparse.Namespace, loaded: Loaded) -> tuple[np.ndarray, str]:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,12 +89,49 @@ def check_vocabulary(ids: list[int], vocab_size: int, name: str) -> list[int]:
 def saved_class(folder: Path) -> str | None:
     """The class of the model that slidejax saved in a directory, or None."""
     try:
-        tree = json.loads((folder / store.METADATA).read_bytes())["tree"]
-        for key in ("model", "class"):
-            tree = dict(tree["items"])[key]
-        return tree["value"]
+        return _saved(folder, "model", "class")["value"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def saved_notes(folder: Path) -> dict[str, Any]:
+    """The plain values that slidejax noted about a model that it saved; empty if there are none."""
+    try:
+        notes = dict(_saved(folder, "about")["items"])
+        return {key: node["value"] for key, node in notes.items() if node["kind"] == "constant"}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _saved(folder: Path, *keys: str) -> Any:
+    """The description of one part of a saved directory."""
+    tree = json.loads((folder / store.METADATA).read_bytes())["tree"]
+    for key in keys:
+        tree = dict(tree["items"])[key]
+    return tree
+
+
+def noted_source(model: str | os.PathLike[str], about: Mapping[str, Any]) -> str | None:
+    """The model that a converted one was made from, by its notes; None if it is not there any more.
+
+    It is looked for where it was, and beside the converted one.
+
+    Args:
+      model: the directory of the converted model.
+      about: the notes about it.
+
+    >>> noted_source("out", {"source": "smollm2"}), noted_source("out", {"source": "gone"})
+    ('smollm2', None)
+    """
+    source, path = (about.get(key) for key in ("source", "source_path"))
+    if not isinstance(source, str) or not source:
+        return None
+    if source in NAMED:
+        return source
+    places = [Path(model).resolve().parent / source, Path(source)]
+    if isinstance(path, str) and path:
+        places.insert(0, Path(path))
+    return next((str(place) for place in places if place.exists()), None)
 
 
 def packaged_file(name: str) -> Path:

@@ -18,7 +18,7 @@ import numpy as np
 
 from slidejax.checkpoint import store
 from slidejax.checkpoint.gradual import ROOM, GradualWriter
-from slidejax.checkpoint.staging import check_apart, check_space, claimed, staged
+from slidejax.checkpoint.staging import check_apart, check_outside, check_space, claimed, staged
 from slidejax.functional import Functional
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.family import check_tokens, converts_head, functional_of
@@ -96,6 +96,10 @@ def convert_files(
         method = "magnitude" if calibration is None else "sparsegpt"
     chosen = method_of(method, calibration)
     check_apart(out, check_path(path), "out")
+    work = calibration.work if isinstance(calibration, Calibration) else None
+    if work is not None:
+        check_outside(work, out, "work", "out")
+        check_outside(work, path, "work", "the model that is read")
     with (
         claimed(out, store.METADATA, overwrite=replace, flag="replace=True") as target,
         open_source(path, dtype) as source,
