@@ -4,6 +4,8 @@ import json
 import random
 import struct
 
+import gguf_parts
+
 _ODD = (
     None,
     True,
@@ -151,6 +153,8 @@ def change_msgpack(rng: random.Random, data: bytes) -> bytes:
 
 
 def change_gguf(rng: random.Random, data: bytes) -> bytes:
-    """A GGUF file: counts, lengths and types are in its beginning."""
+    """A GGUF file: what its header says, or bytes of it, most often near its beginning."""
+    if rng.randrange(3):
+        return gguf_parts.change(rng, data)
     header = data.rindex(b"output_norm.weight") + 64
     return change_bytes(rng, data, rng.choice([24, 400, header, len(data)]))

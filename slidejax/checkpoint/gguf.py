@@ -11,6 +11,8 @@ Face's layout:
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slidejax.checkpoint.gguf_layout import GGUFLayout, TensorPlace
+from slidejax.checkpoint.gguf_tokenizer import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -40,6 +43,8 @@ _PLAIN: dict[str, Any] = {
     "attention.sliding_window": 0,
     "expert_count": 0,
 }
+_LARGEST = float(np.finfo(np.float32).max)
+_MOST_LAYERS = 4096
 # The tensors of a layer.
 _LAYER = (
     "attn_norm",
@@ -104,6 +109,7 @@ class GGUFFile:
             row_bytes = place.shape[-1] // block * size
             self._layout.data(place, row_bytes)  # it checks that they lie in the file
             self._tensors[name] = (kind, place, row_bytes)
+        self._check_overlaps()
 
     @property
     def keys(self) -> list[str]:
@@ -130,6 +136,66 @@ class GGUFFile:
             raise ValueError(f"{self.path!r} has no tensor {name!r}")
         return self._take(name, *self.tensors[name])
 
+    def _check_overlaps(self) -> None:
+        """Raises a ValueError if two tensors have bytes in common."""
+        places = sorted(
+            (place.start, place.start + math.prod(place.shape[:-1]) * row_bytes, name)
+            for name, (_, place, row_bytes) in self._tensors.items()
+        )
+        for (_, end, one), (start, _, other) in itertools.pairwise(places):
+            if start < end:
+                raise ValueError(
+                    f"{self.path!r} is damaged: the tensors {one!r} and {other!r} overlap"
+                )
+
+    def size(
+        self,
+        key: str,
+        default: int | None = None,
+        *,
+        most: int = 2**31 - 1,
+        layers: int | None = None,
+    ) -> int:
+        """A positive integer of the metadata.
+
+        Args:
+          key: its key.
+          default: what counts if there is no such key; None: it must be there.
+          most: the largest that is accepted.
+          layers: accept a list of that many equal numbers, too; None: no list.
+
+        Raises:
+          ValueError: naming file and key, if it is missing or no such number.
+          NotImplementedError: naming file and key, if layers have different sizes.
+        """
+        value = self._require(key) if default is None else self._get(key, default)
+        if layers is not None and isinstance(value, list):
+            if len(value) != layers:
+                raise ValueError(
+                    f"{self.path!r}: {key} must have an entry for each of {layers} layers, got "
+                    f"{len(value)}"
+                )
+            if any(one != value[0] for one in value):
+                raise NotImplementedError(f"{self.path!r}: {key}: layers of different sizes")
+            value = value[0]
+        if type(value) is not int or not 1 <= value <= most:
+            wanted = (
+                "a positive integer" if type(value) is not int or value < 1 else f"at most {most}"
+            )
+            raise ValueError(f"{self.path!r}: {key} must be {wanted}, got {value!r:.80}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number of the metadata that float32 holds; arguments as in `size`.
+
+        Raises:
+          ValueError: naming file and key, if it is missing or no such number.
+        """
+        value = self._require(key) if default is None else self._get(key, default)
+        if type(value) not in (int, float) or not 0 < value <= _LARGEST:
+            raise ValueError(f"{self.path!r}: {key} must be a positive number, got {value!r:.80}")
+        return float(value)
+
     def _get(self, key: str, default: Any = None) -> Any:
         return self._values.get(key, default)
 
@@ -151,32 +217,39 @@ class GGUFFile:
         architecture = self._require("general.architecture")
         if architecture != "llama":
             raise ValueError(
-                f"{self.path!r} holds a model of architecture {architecture!r}; only 'llama' can be read"
+                f"{self.path!r}: general.architecture is {architecture!r:.80}; only 'llama' can be read"
             )
         self._refuse_unread()
-        vocab_size = self._get("llama.vocab_size") or len(self._require("tokenizer.ggml.tokens"))
-        heads = int(self._require("llama.attention.head_count"))
-        hidden = int(self._require("llama.embedding_length"))
-        rope_dim = int(self._get("llama.rope.dimension_count", hidden // heads))
+        self._check_tokenizer()
+        tokens = len(self._require("tokenizer.ggml.tokens"))
+        vocab_size = self.size("llama.vocab_size", tokens)
+        heads, hidden = self.size("llama.attention.head_count"), self.size("llama.embedding_length")
+        kv_heads = self.size("llama.attention.head_count_kv", heads)
+        if hidden % heads or heads % kv_heads:
+            raise ValueError(
+                f"{self.path!r}: llama.embedding_length {hidden}, attention.head_count {heads} and "
+                f"attention.head_count_kv {kv_heads} do not divide each other"
+            )
+        rope_dim = self.size("llama.rope.dimension_count", hidden // heads)
         if rope_dim * heads != hidden:
             raise NotImplementedError(
                 f"{self.path!r}: head size {rope_dim} times {heads} heads is not the hidden size {hidden}, "
                 "which FlaxLlama takes for granted"
             )
         return LlamaConfig(
-            vocab_size=int(vocab_size),
+            vocab_size=vocab_size,
             hidden_size=hidden,
-            intermediate_size=int(self._require("llama.feed_forward_length")),
-            num_hidden_layers=int(self._require("llama.block_count")),
+            intermediate_size=self.size("llama.feed_forward_length"),
+            num_hidden_layers=self.size("llama.block_count", most=_MOST_LAYERS),
             num_attention_heads=heads,
-            num_key_value_heads=int(self._get("llama.attention.head_count_kv", heads)),
-            max_position_embeddings=int(self._require("llama.context_length")),
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=self.size("llama.context_length"),
             # It is stored in float32. The model card says the shortest decimal that rounds to the
             # same float32, such as 1e-05.
             rms_norm_eps=float(
-                str(np.float32(self._require("llama.attention.layer_norm_rms_epsilon")))
+                str(np.float32(self.number("llama.attention.layer_norm_rms_epsilon")))
             ),
-            rope_theta=float(self._get("llama.rope.freq_base", 10000.0)),
+            rope_theta=self.number("llama.rope.freq_base", 10000.0),
             bos_token_id=self._get("tokenizer.ggml.bos_token_id"),
             eos_token_id=self._get("tokenizer.ggml.eos_token_id"),
             pad_token_id=self._get("tokenizer.ggml.padding_token_id"),
@@ -184,9 +257,13 @@ class GGUFFile:
             architectures=["LlamaForCausalLM"],
         )
 
+    def _check_tokenizer(self) -> None:
+        """Raises a ValueError for metadata of the tokenizer that contradict each other."""
+        check_tokenizer(self._values, repr(self.path))
+
     def _refuse_unread(self) -> None:
         """Raises if the file asks for what FlaxLlama does not compute, or holds more than it."""
-        if self._get("split.count", 0) > 1:
+        if self._get("split.count", 0) not in (0, 1):
             raise NotImplementedError(
                 f"{self.path!r} is one file of {self._get('split.count')} (split.count): join them "
                 "with llama.cpp's gguf-split --merge"
@@ -194,7 +271,7 @@ class GGUFFile:
         found = {key: self._get(f"llama.{key}", plain) for key, plain in _PLAIN.items()}
         wrong = [f"llama.{key} {found[key]!r}" for key in _PLAIN if found[key] != _PLAIN[key]]
         known = {"token_embd.weight", "output_norm.weight", "output.weight"}
-        for i in range(int(self._require("llama.block_count"))):
+        for i in range(self.size("llama.block_count", most=_MOST_LAYERS)):
             known |= {f"blk.{i}.{name}.weight" for name in _LAYER}
         unread = sorted(self._tensors.keys() - known)
         if "rope_freqs.weight" in unread and (self.read("rope_freqs.weight") == 1).all():
@@ -299,11 +376,17 @@ class GGUFFile:
                 f"{self.path!r} has a tokenizer of kind {kind!r}, pre-tokenizer {pre!r}; "
                 f"only byte-level BPE ('gpt2') with one of {sorted(_PRE_TOKENIZERS)} can be built"
             )
+        self._check_tokenizer()
         tokens = self._require("tokenizer.ggml.tokens")
         merges = [tuple(m.split(" ", 1)) for m in self._require("tokenizer.ggml.merges")]
         types = self._get("tokenizer.ggml.token_type", [])
-
-        tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+        try:
+            model = models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges)
+        except Exception as e:  # it has no exceptions of its own
+            raise ValueError(
+                f"{self.path!r}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {e}"
+            ) from e
+        tokenizer = Tokenizer(model)
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.pre_tokenizer = (
             pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])

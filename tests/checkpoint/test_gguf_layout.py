@@ -83,7 +83,7 @@ def test_damage_is_one_error_and_takes_no_memory(path, tmp_path, data):
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 60) + b"x" * 20, "damaged or cut short"),
         (
             b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 9, 1),
-            "'k' has a value of type 9",
+            "key 'k': an array of values of type 9",
         ),
         (
             b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + struct.pack("<Q1sIQ", 1, b"k", 10, 5) * 2,

@@ -9,15 +9,15 @@ Gemma are stored with 1 added.
 from __future__ import annotations
 
 import json
-import math
 from typing import Any, NoReturn
 
 import numpy as np
 
 from slidejax.checkpoint.gguf import GGUFFile, deinterleave
+from slidejax.checkpoint.gguf_tokenizer import check_tokenizer
 from slidejax.checkpoint.staging import GGUF_TOKENIZER
 from slidejax.files import CHECKSUM, json_checksum
-from slidejax.lm.decoder.config import MOST, MOST_LAYERS, DecoderConfig, Rope
+from slidejax.lm.decoder.config import MOST_LAYERS, DecoderConfig, Rope
 from slidejax.lm.decoder.model import expected
 from slidejax.lm.decoder.names import gguf_name, parameter, tree_of
 
@@ -56,9 +56,18 @@ def config_of(file: GGUFFile) -> DecoderConfig:
     keys = _Keys(file)
     architecture = keys.architecture
     gemma = architecture == "gemma3"
-    heads, hidden = keys.size("attention.head_count"), keys.size("embedding_length")
-    layers = keys.size("block_count")
+    layers = keys.size("block_count", most=MOST_LAYERS)
+    heads = keys.size("attention.head_count", layers=layers)
+    hidden = keys.size("embedding_length")
     head_dim = keys.size("attention.key_length", hidden // heads)
+    if head_dim % 2:
+        keys.refuse("attention.key_length", f"a head of {head_dim} channels, which are no pairs")
+    kv_heads = keys.size("attention.head_count_kv", heads, layers=layers)
+    if heads % kv_heads:
+        raise ValueError(
+            f"{file.path!r}: {architecture}.attention.head_count_kv must divide "
+            f"{architecture}.attention.head_count {heads}, got {kv_heads}"
+        )
     for key in ("attention.value_length", "rope.dimension_count"):
         if keys.size(key, head_dim) != head_dim:
             keys.refuse(key, f"it is not the size of a head, {head_dim}")
@@ -72,10 +81,10 @@ def config_of(file: GGUFFile) -> DecoderConfig:
         model_type=_MODEL_TYPES.get(architecture, architecture),
         vocab_size=vocabulary,
         hidden_size=hidden,
-        intermediate_size=keys.size("feed_forward_length"),
+        intermediate_size=keys.size("feed_forward_length", layers=layers),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=keys.size("attention.head_count_kv", heads),
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_positions=positions,
         # It is stored in float32. The model card says the shortest decimal that rounds to it.
@@ -91,15 +100,23 @@ def config_of(file: GGUFFile) -> DecoderConfig:
         qkv_bias="blk.0.attn_q.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_up.bias" in tensors,
-        bos_token_id=_token(file, "bos"),
+        bos_token_id=_token(file, "bos", vocabulary),
         eos_token_ids=tuple(
             dict.fromkeys(
-                t for t in (_token(file, n) for n in ("eos", "eot", "eom")) if t is not None
+                t
+                for t in (_token(file, n, vocabulary) for n in ("eos", "eot", "eom"))
+                if t is not None
             )
         ),
-        pad_token_id=_token(file, "padding"),
+        pad_token_id=_token(file, "padding", vocabulary),
     )
     keys.finish()
+    tokens = file.value("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) > vocabulary:
+        raise ValueError(
+            f"{file.path!r}: tokenizer.ggml.tokens has {len(tokens)} tokens, and the model has "
+            f"{vocabulary} (token_embd.weight)"
+        )
     return config
 
 
@@ -170,8 +187,13 @@ def _check_shape(file: GGUFFile, name: str, wanted: tuple[int, ...]) -> None:
 
 
 def tokenizer_of(file: GGUFFile) -> bytes:
-    """The metadata of the tokenizer as a JSON object, with the file's own keys and a checksum."""
+    """The metadata of the tokenizer as a JSON object, with the file's own keys and a checksum.
+
+    Raises:
+      ValueError: naming file and key, if keys have wrong types or contradict each other.
+    """
     values = {key: file.value(key) for key in file.keys if key.startswith("tokenizer.")}
+    check_tokenizer(values, repr(file.path))
     values[CHECKSUM] = json_checksum(values)
     return json.dumps(values, ensure_ascii=False).encode()
 
@@ -203,9 +225,9 @@ class _Keys:
             )
         self._left = {key for key in file.keys if not key.startswith(_OUTSIDE)}
 
-    def _fail(self, key: str, value: Any, wanted: str) -> NoReturn:
+    def fail(self, key: str, value: Any, wanted: str) -> NoReturn:
         raise ValueError(
-            f"{self._file.path!r}: {self.architecture}.{key} must be {wanted}, got {value!r}"
+            f"{self._file.path!r}: {self.architecture}.{key} must be {wanted}, got {value!r:.80}"
         )
 
     def refuse(self, key: str, why: str) -> NoReturn:
@@ -216,30 +238,13 @@ class _Keys:
         self._left.discard(full)
         return self._file.value(full, default)
 
-    def _need(self, key: str, default: Any) -> Any:
-        value = self.take(key, default)
-        if value is None:
-            raise ValueError(f"{self._file.path!r} has no key '{self.architecture}.{key}'")
-        return value
-
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self._need(key, default)
-        if isinstance(value, list) and len(set(value)) == 1:  # the same in every layer
-            value = value[0]
-        if isinstance(value, list) and len(set(value)) > 1:
-            self.refuse(key, "layers of different sizes")
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            self._fail(key, value, "a positive integer")
-        most = MOST_LAYERS if key == "block_count" else MOST
-        if value > most:
-            self._fail(key, value, f"at most {most}")
-        return int(value)
+    def size(self, key: str, default: int | None = None, **options: Any) -> int:
+        self.take(key, default)
+        return self._file.size(f"{self.architecture}.{key}", default, **options)
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self._need(key, default)
-        if not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-            self._fail(key, value, "a positive number")
-        return float(value)
+        self.take(key, default)
+        return self._file.number(f"{self.architecture}.{key}", default)
 
     def finish(self) -> None:
         for full in sorted(self._left):
@@ -254,33 +259,34 @@ class _Keys:
                 self.refuse(key, f"{value!r} is not supported")
 
 
-def _token(file: GGUFFile, name: str) -> int | None:
-    value = file.value(f"tokenizer.ggml.{name}_token_id")
-    if value is not None and not isinstance(value, int):
+def _token(file: GGUFFile, name: str, vocabulary: int) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = file.value(key)
+    if value is not None and (type(value) is not int or not 0 <= value < vocabulary):
         raise ValueError(
-            f"{file.path!r}: tokenizer.ggml.{name}_token_id must be an integer, got {value!r}"
+            f"{file.path!r}: {key} must be in 0..{vocabulary - 1}, the tokens of the model, got "
+            f"{value!r:.80}"
         )
     return value
 
 
 def _windows(keys: _Keys, layers: int) -> tuple[int | None, ...]:
-    window = keys.take("attention.sliding_window", None)
-    pattern = keys.take("attention.sliding_window_pattern", None)
-    if not window:  # absent or 0
+    name, of_layers = "attention.sliding_window", "attention.sliding_window_pattern"
+    window, pattern = keys.take(name, None), keys.take(of_layers, None)
+    if window is None or (type(window) is int and window == 0):
         return (None,) * layers
-    if type(window) is not int or not (pattern is None or isinstance(pattern, (int, list))):
-        keys.refuse("attention.sliding_window", f"{window!r} with the pattern {pattern!r}")
+    window = keys.size(name)
     if keys.architecture == "llama" and pattern is None:  # a Mistral: every layer has it
         return (window,) * layers
     if keys.architecture != "gemma3":
-        keys.refuse("attention.sliding_window", f"a {keys.architecture} has no windows in GGUF")
-    if isinstance(pattern, list):
-        if len(pattern) != layers:
-            keys.refuse("attention.sliding_window_pattern", f"it is not one for {layers} layers")
+        keys.refuse(name, f"a {keys.architecture} has no windows in GGUF")
+    if not isinstance(pattern, list):
+        every = keys.size(of_layers, 6)  # llama.cpp has this number in its code
+        slides = [bool((i + 1) % every) for i in range(layers)]
+    elif len(pattern) == layers and all(type(p) in (bool, int) and p in (0, 1) for p in pattern):
         slides = [bool(p) for p in pattern]
     else:
-        every = int(pattern or 6)  # llama.cpp has this number in its code
-        slides = [bool((i + 1) % every) for i in range(layers)]
+        keys.fail(of_layers, pattern, f"one truth value for each of {layers} layers")
     return tuple(window if slide else None for slide in slides)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from slidejax.checkpoint.gguf_tokenizer import check_tokenizer
 from slidejax.checkpoint.staging import GGUF_TOKENIZER
 from slidejax.lm.text.tokenizer import Tokenizer, need_tokenizers
 
@@ -78,6 +79,7 @@ def from_metadata(metadata: Mapping[str, Any], where: str = "the GGUF file") -> 
     ... }).encode("ab ab")
     [1, 7, 7]
     """
+    check_tokenizer(metadata, where)
     reader = _Reader(metadata, where)
     kind = reader.require("tokenizer.ggml.model")
     if kind == "gpt2":
@@ -128,13 +130,7 @@ class _Reader:
 
     def _list(self, key: str, default: Any) -> Sequence[Any]:
         values = self.metadata.get(key)
-        if values is None:
-            return [default] * len(self.tokens)
-        if len(values) != len(self.tokens):
-            raise ValueError(
-                f"{self.where}: {key!r} has {len(values)} entries for {len(self.tokens)} tokens"
-            )
-        return values
+        return [default] * len(self.tokens) if values is None else values
 
     def scores(self) -> Sequence[float]:
         self.require("tokenizer.ggml.scores")
@@ -146,13 +142,7 @@ class _Reader:
     def _token(self, key: str) -> str | None:
         """The text of the token whose id a key has."""
         i = self.metadata.get(key)
-        if i is None:
-            return None
-        if not 0 <= int(i) < len(self.tokens):
-            raise ValueError(
-                f"{self.where}: {key!r} is {i}, and there are {len(self.tokens)} tokens"
-            )
-        return self.tokens[int(i)]
+        return None if i is None else self.tokens[i]
 
     def named(self) -> dict[str, str]:
         """The named special tokens."""
@@ -198,7 +188,9 @@ def _byte_level(reader: _Reader) -> tuple[tokenizers.Tokenizer, bool]:
             vocab=vocabulary, merges=merges, ignore_merges=name in _WHOLE_WORDS
         )
     except Exception as e:  # it has no exceptions of its own
-        raise ValueError(f"{reader.where}: the merges do not fit the tokens: {e}") from e
+        raise ValueError(
+            f"{reader.where}: 'tokenizer.ggml.merges' do not fit 'tokenizer.ggml.tokens': {e}"
+        ) from e
     backend = package.Tokenizer(model)
     pre = package.pre_tokenizers
     if words is None:

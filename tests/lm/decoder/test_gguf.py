@@ -209,7 +209,10 @@ def test_what_the_decoder_does_not_do_is_refused_by_name(change, match, tmp_path
         ({"tensors": {"rope_freqs.weight": np.ones(3, np.float32)}}, "must be 4 positive numbers"),
         ({"change": {"llama.block_count": None}}, "has no key 'llama.block_count'"),
         ({"change": {"llama.block_count": 10**9}}, "llama.block_count must be at most 4096"),
-        ({"change": {"llama.attention.head_count_kv": 3}}, "num_kv_heads must divide"),
+        (
+            {"change": {"llama.attention.head_count_kv": 3}},
+            "head_count_kv must divide llama.attention.head_count 4",
+        ),
     ],
 )
 def test_files_that_are_not_whole_are_named(arguments, match, tmp_path):

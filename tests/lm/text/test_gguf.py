@@ -143,10 +143,18 @@ def test_chat_templates_have_names():
         ({"tokenizer.ggml.pre": "new"}, NotImplementedError, "pre-tokenizer 'new'"),
         ({"tokenizer.ggml.tokens": None}, ValueError, "tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.merges": None}, ValueError, "tokenizer.ggml.merges"),
-        ({"tokenizer.ggml.merges": ["x yy"]}, ValueError, "merges do not fit"),
+        (
+            {"tokenizer.ggml.merges": ["x yy"]},
+            ValueError,
+            "merges' must be pairs of tokens that make",
+        ),
         ({"tokenizer.ggml.merges": ["xy"]}, ValueError, "merges"),
         ({"tokenizer.ggml.token_type": [1]}, ValueError, "1 entries for 260 tokens"),
-        ({"tokenizer.ggml.eos_token_id": 260}, ValueError, "eos_token_id' is 260"),
+        (
+            {"tokenizer.ggml.eos_token_id": 260},
+            ValueError,
+            "eos_token_id' must be in 0..259 for 260 tokens, got 260",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_named(change, error, message):
