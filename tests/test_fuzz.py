@@ -297,9 +297,7 @@ def test_changed_files(sound, little_memory, tmp_path, kind, file):
             problems.append(f"{number}: {took:.1f} s")
         if grew > _MIB + (len(data) >> 20):
             problems.append(f"{number}: {grew} MiB")
-    assert not problems, (
-        "\n".join(problems[:20]) + f"\n{len(problems)} in all"
-    )
+    assert not problems, "\n".join(problems[:20]) + f"\n{len(problems)} in all"
 
 
 def _walk(folder):
