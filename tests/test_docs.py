@@ -2,6 +2,7 @@
 lists the public names."""
 
 import importlib
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -185,3 +186,56 @@ def test_api_says_where_names_are_defined():
         if defined != where:
             wrong.append((module, name, defined))
     assert not wrong
+
+
+# --- docs/frontier.svg ----------------------------------------------------------------------------
+
+
+def section(page, anchor):
+    """The lines of a page below the heading with this anchor, up to the next heading."""
+    lines, inside = [], False
+    for line in (ROOT / "docs" / page).read_text().split("\n"):
+        if re.match(r"#+ ", line):
+            inside = re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") == anchor
+        elif inside:
+            lines.append(line)
+    return lines
+
+
+@pytest.fixture(scope="module")
+def frontier():
+    spec = importlib.util.spec_from_file_location("frontier", ROOT / "docs" / "frontier.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_frontier_has_figures_of_the_pages(frontier):
+    recorded = frontier.recorded()
+    for entry in (*recorded["quality"], recorded["megabytes"]):
+        rows = [line.split("|")[1:-1] for line in section(*entry["page"].split("#"))]
+        for pattern, value in entry["values"].items():
+            named = [row for row in rows if row and row[0].strip(" `").startswith(pattern)]
+            cells = {cell.strip() for row in named for cell in row[1:]}
+            assert cells & {f"{value:.3f}", f"{value:.1f}"}, (entry["name"], pattern)
+
+
+def test_the_table_of_the_frontier_is_what_is_drawn(frontier):
+    megabytes = frontier.recorded()["megabytes"]["values"]
+    smaller = {pattern: megabytes["dense"] / size for pattern, size in megabytes.items()}
+    lines = section("accuracy.md", "quality-against-speed-and-size")
+    for name, values in (("4,096 rows", frontier.speeds()), ("packed layers", smaller)):
+        (row,) = [line for line in lines if line.startswith(f"| {name}")]
+        cells = [float(cell) for cell in row.split("|")[2:-1]]
+        assert cells == pytest.approx([values[p] for p in frontier.PATTERNS], abs=0.0051)
+
+
+def test_the_frontier_is_drawn(frontier, tmp_path):
+    pytest.importorskip("matplotlib")
+    frontier.draw(tmp_path / "new.svg")
+    new, kept = (
+        (folder / name).read_text()
+        for folder, name in ((tmp_path, "new.svg"), (ROOT / "docs", "frontier.svg"))
+    )
+    for text in [*frontier.PATTERNS, *(q["name"] for q in frontier.recorded()["quality"])]:
+        assert text in new and text in kept
