@@ -1,10 +1,13 @@
-"""Whole commands that are killed (SIGKILL) at random moments: OUT is the old or the new one.
+"""Whole commands, saves and trainings that are killed (SIGKILL) at random moments.
 
-`SLIDEJAX_TEST_KILLS=50` kills each command that often; a normal run kills each once.
+What they write is the old or the new one, and the next run goes on from there or starts anew.
+
+`SLIDEJAX_TEST_KILLS=50` kills each of them that often; a normal run kills each once.
 """
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -17,14 +20,17 @@ from command_line import SENTENCES, write_decoder
 
 # Loads what the commands load, and starts no JAX, so that each command is a fork of this process.
 _KILLER = """
-import json, os, random, signal, sys, time, traceback
+import json, os, random, shutil, signal, sys, time, traceback
 import transformers  # noqa: F401
 import slidejax.checkpoint, slidejax.huggingface, slidejax.lm, slidejax.train  # noqa: F401
 import slidejax.commands.convert, slidejax.commands.recover, slidejax.commands.tune
 from slidejax.bench import tuning  # noqa: F401
 from slidejax.commands.main import main
 
-setup, command, check, kills = json.loads(sys.argv[1])
+setup, command, check, reset, made, kills = json.loads(sys.argv[1])
+
+def run(args):  # of a command, or a program
+    return exec(args, {}) if isinstance(args, str) else main(args)
 
 def start(call):
     child = os.fork()
@@ -42,7 +48,7 @@ def start(call):
 
 def whole(args):
     begin = time.monotonic()
-    _, status = os.waitpid(start(lambda: main(args)), 0)
+    _, status = os.waitpid(start(lambda: run(args)), 0)
     assert status == 0, (args, status)
     return time.monotonic() - begin
 
@@ -54,10 +60,14 @@ for args in setup:
     whole(args)
 checked()
 long, rng = whole(command), random.Random(kills)
+shutil.copytree(made, made + "-at-once")
 whole(setup[-1])  # the old one again
+exec(reset, {})
 for _ in range(kills):
-    child = start(lambda: main(command))
-    time.sleep(rng.uniform(0.3, 1.0) * long)
+    if rng.randrange(3) == 0:
+        exec(reset, {})
+    child = start(lambda: run(command))
+    time.sleep(rng.uniform(0.2, 1.0) * long)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     checked()
@@ -66,16 +76,27 @@ checked()
 """
 
 
-def killed(setup, command, check, **environment):
+def killed(setup, command, check, made, reset="", **environment):
+    """Kills a command at random moments, and lets it end at last.
+
+    Args:
+      setup: commands that make what the command needs; the last one makes its old result.
+      command: arguments of `slidejax`, or a program.
+      check: a program that fails unless the result is the old or the new one.
+      made: the directory that it writes. What it writes in one run is kept in `made-at-once`.
+      reset: a program that removes what a killed run goes on from.
+      environment: variables for all of them.
+    """
     kills = int(os.environ.get("SLIDEJAX_TEST_KILLS", "1"))
+    plain = lambda args: args if isinstance(args, str) else [str(a) for a in args]  # noqa: E731
     arguments = json.dumps(
-        [[[str(a) for a in args] for args in setup], [str(a) for a in command], check, kills]
+        [list(map(plain, setup)), plain(command), check, reset, str(made), kills]
     )
     ran = subprocess.run(
         [sys.executable, "-c", _KILLER, arguments],
         capture_output=True,
         text=True,
-        timeout=120 + 30 * kills,
+        timeout=180 + 40 * kills,
         env={**os.environ, **environment},
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
@@ -92,14 +113,20 @@ def loads(out, patterns):
     )
 
 
+def arrays(folder):
+    """The bytes of a checkpoint's arrays."""
+    return (pathlib.Path(folder) / "slidejax.safetensors").read_bytes()
+
+
 def test_convert(tmp_path):
     model, out = write_decoder(tmp_path), tmp_path / "made" / "out"
     out.parent.mkdir()
     convert = ("convert", model, out, "--data-free", "--force")
     setup = [(*convert, "--pattern", "2:4")]
-    killed(setup, (*convert, "--pattern", "6:8"), loads(out, ["2:4", "6:8"]))
-    assert '"6:8"' in (out / "slidejax.json").read_text().replace("'", '"')
-    assert os.listdir(out.parent) == ["out"]  # nothing is left of the killed ones
+    killed(setup, (*convert, "--pattern", "6:8"), loads(out, ["2:4", "6:8"]), out)
+    assert arrays(out) == arrays(f"{out}-at-once")
+    # nothing is left of the killed ones
+    assert sorted(os.listdir(out.parent)) == ["out", "out-at-once"]
 
 
 def test_recover(tmp_path):
@@ -108,15 +135,18 @@ def test_recover(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(SENTENCES * 8)
     recover = ("recover", sparse, out, "--against", model, "--text", text, "--force")
-    settings = ("--window", 16, "--batch", 2, "--steps", 3, "--every", 1)
+    settings = ("--window", 16, "--batch", 2, "--steps", 12, "--every", 1)
     kept = ("--checkpoint", tmp_path / "made" / "state")
     setup = [
         ("convert", model, sparse, "--data-free"),
         ("convert", model, out, "--data-free", "--force", "--pattern", "2:4"),
     ]
-    killed(setup, (*recover, *settings, *kept), loads(out, ["2:4", "6:8"]))
+    state = tmp_path / "made" / "state"
+    reset = f"import shutil; shutil.rmtree({str(state)!r}, ignore_errors=True)"
+    killed(setup, (*recover, *settings, *kept), loads(out, ["2:4", "6:8"]), out, reset)
     assert "recovery" in (out / "slidejax.json").read_text()
-    assert sorted(os.listdir(out.parent)) == ["out", "state"]
+    assert arrays(out) == arrays(f"{out}-at-once")  # to the bit, wherever it went on from
+    assert sorted(os.listdir(out.parent)) == ["out", "out-at-once", "state"]
 
 
 def test_tune(tmp_path):
@@ -130,9 +160,63 @@ def test_tune(tmp_path):
         [(*tune, "--shape", "32,64")],
         (*tune, "--shape", "64,32"),
         check,
-        SLIDEJAX_CACHE=str(tmp_path),
+        tmp_path / "cache" / "tuning",
+        SLIDEJAX_CACHE=str(tmp_path / "cache"),
     )
-    [table] = tmp_path.rglob("*.json")
+    [table] = (tmp_path / "cache" / "tuning").iterdir()
     assert {entry["out"] for entry in json.loads(table.read_text())["entries"]} == {32, 64}
-    files = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert not [name for name in files if "tmp" in name or name.startswith(".")], files
+
+
+def test_save(tmp_path):
+    """In a loop, so that most kills come while it writes."""
+    models, out = [tmp_path / "a", tmp_path / "b"], tmp_path / "made" / "out"
+    out.parent.mkdir()
+    setup = [
+        f"import jax, slidejax as sj\n"
+        f"from slidejax.lm.decoder.examples import tiny\n"
+        f"for name in {[str(m) for m in models]!r}:\n"
+        f"    model = tiny(hidden_size=64 if name.endswith('a') else 32)\n"
+        f"    sj.lm.save(model, name)\n"
+        f"sj.lm.save(model, {str(out)!r})\n"
+    ]
+    command = (
+        f"import slidejax as sj\n"
+        f"a, b = (sj.lm.load(name) for name in {[str(m) for m in models]!r})\n"
+        f"for i in range(20):\n"
+        f"    sj.lm.save((b, a)[i % 2], {str(out)!r})\n"
+    )
+    check = (
+        f"import slidejax as sj\nassert sj.lm.load({str(out)!r}).config.hidden_size in (32, 64)\n"
+    )
+    killed(setup, command, check, out)
+    assert arrays(out) == arrays(models[0])
+    assert sorted(os.listdir(out.parent)) == ["out", "out-at-once"]
+
+
+def test_training(tmp_path):
+    """It goes on from the last state that was saved, and ends with the same weights to the bit."""
+    pytest.importorskip("optax")
+    out, state = tmp_path / "made" / "out", tmp_path / "made" / "state"
+    out.parent.mkdir()
+    command = (
+        f"import jax, numpy as np, slidejax as sj\n"
+        f"from slidejax.train import Shuffled, fit\n"
+        f"x = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)\n"
+        f"w = sj.pack(jax.random.normal(jax.random.key(1), (32, 16)), '6:8', dtype='int8')\n"
+        f"loss = lambda w, x: ((sj.linear(x, w) - x[:, :16]) ** 2).mean()\n"
+        f"made = fit(loss, w, Shuffled(x, 32), steps=60, checkpoint={str(state)!r}, every=1)\n"
+        f"sj.checkpoint.save({str(out)!r}, {{'w': made.params, 'losses': made.losses}})\n"
+    )
+    setup = [f"import slidejax as sj, slidejax.checkpoint\nsj.checkpoint.save({str(out)!r}, 1)"]
+    check = (
+        f"import os, slidejax as sj, slidejax.checkpoint\n"
+        f"found = sj.checkpoint.load({str(out)!r})\n"
+        f"assert found == 1 or len(found['losses']) == 60\n"
+        f"if os.path.exists({str(state)!r}):\n"
+        f"    saved = sj.checkpoint.load({str(state)!r})\n"
+        f"    assert 1 <= saved['step'] == len(saved['losses']) <= 60\n"
+    )
+    reset = f"import shutil; shutil.rmtree({str(state)!r}, ignore_errors=True)"
+    killed(setup, command, check, out, reset)
+    assert arrays(out) == arrays(f"{out}-at-once")
+    assert sorted(os.listdir(out.parent)) == ["out", "out-at-once", "state"]
