@@ -66,8 +66,11 @@ def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     path = Path(path)
     written = _written_in_place(path)
     if written is not None:
-        with open(written, mode.replace("w", "a")) as file:
-            yield file
+        try:
+            with open(written, mode.replace("w", "a")) as file:
+                yield file
+        except OSError as e:
+            raise _unwritten(e, path, None) from e
         return
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,9 +91,16 @@ def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     except BaseException as e:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(e, OSError) and e.errno and e.filename in (None, str(temporary)):
-            raise OSError(e.errno, f"cannot be written: {e.strerror}", str(path)) from e
+        if isinstance(e, OSError):
+            raise _unwritten(e, path, temporary) from e
         raise
+
+
+def _unwritten(error: OSError, path: Path, temporary: Path | None) -> OSError:
+    """An error of writing, in the words of the one who named `path`."""
+    if error.errno is None or error.filename not in (None, str(temporary)):
+        return error
+    return OSError(error.errno, f"cannot be written: {error.strerror}", str(path))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

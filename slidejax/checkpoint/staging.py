@@ -8,20 +8,23 @@ import errno
 import glob
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from slidejax.files import exclusive, partial_directory, remove_abandoned, sync
+from slidejax.files import exclusive, partial_directory, remove_abandoned, replacing, sync
 
 __all__ = [
     "CHAT_TEMPLATES",
     "GGUF_TOKENIZER",
     "TEXT_FILES",
+    "check_adding",
     "check_apart",
     "check_outside",
     "check_space",
     "check_target",
+    "check_writing",
     "claimed",
     "relation",
     "staged",
@@ -223,21 +226,88 @@ def claimed(
                 folder.rmdir()
 
 
+def check_writing(
+    path: str | os.PathLike[str], marker: str, size: int = 0, name: str = "path"
+) -> None:
+    """Tries everything that `staged` will need, long before there is something to write.
+
+    Args:
+      path: the directory that will be written.
+      marker: as in `staged`.
+      size: how many bytes it will have.
+      name: of the argument, for the error.
+
+    Raises:
+      ValueError: as `check_target`.
+      OSError: naming the directory that cannot be written; if there is no space for it.
+    """
+    target = check_target(path, marker, name)
+    for folder in _try_to_write(target):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    check_space(target, size)
+
+
+def check_adding(path: str | os.PathLike[str], name: str = "path") -> None:
+    """Raises an OSError if no files can be written into a directory, which need not be there.
+
+    Args:
+      path: the directory. A file is written in it and removed, for a trial.
+      name: of the argument, for the error.
+    """
+    folder = Path(_named(path, name))
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "trial") as file:
+            file.write(b"trial")
+        (folder / "trial").unlink()
+    except OSError as e:
+        reason = f"{name}: no file can be written there: {e.strerror}"
+        raise OSError(e.errno, reason, os.fspath(path)) from e
+    finally:
+        for made in missing:
+            with contextlib.suppress(OSError):
+                made.rmdir()
+
+
 def _try_to_write(target: Path) -> list[Path]:
     """Writes a directory beside the target and removes it; returns the parents that were made."""
     missing = [p for p in target.parents if not p.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(target)
-        with partial_directory(target) as trial:
-            (trial / "trial").write_bytes(b"trial")
-    except OSError as e:
+        with _named_as(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(target)
+            with partial_directory(target) as trial:
+                (trial / "trial").write_bytes(b"trial")
+            if target.exists():
+                _check_owner(target)
+    except OSError:
         for folder in missing:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+        raise
+    return missing
+
+
+@contextlib.contextmanager
+def _named_as(target: Path) -> Iterator[None]:
+    """Names the directory in errors of what is done beside it."""
+    try:
+        yield
+    except OSError as e:
         reason = f"no directory can be written there: {e.strerror}"
         raise OSError(e.errno, reason, str(target)) from e
-    return missing
+
+
+def _check_owner(target: Path) -> None:
+    """Raises a PermissionError where only its owner may give a directory another name.
+
+    That is so in folders like /tmp, which all users may write.
+    """
+    folder, user = target.parent.stat(), getattr(os, "geteuid", lambda: 0)()
+    if folder.st_mode & stat.S_ISVTX and user not in (0, folder.st_uid, target.stat().st_uid):
+        raise PermissionError(errno.EPERM, "what is there belongs to another user")
 
 
 def _mib(size: int) -> str:
@@ -302,16 +372,21 @@ def staged(path: str | os.PathLike[str], marker: str) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     _bring_back(target)
     remove_abandoned(target)
-    with partial_directory(target) as fresh:
+    with contextlib.ExitStack() as stack:
+        with _named_as(target):
+            fresh = stack.enter_context(partial_directory(target))
+            if target.exists():
+                _check_owner(target)
         try:
             yield fresh
             for file in fresh.rglob("*"):
                 sync(file)
             sync(fresh)
         except OSError as e:  # in the words of the one who named `path`
-            if e.errno is None:
+            written = Path(os.path.abspath(e.filename or fresh))
+            if e.errno is None or not written.is_relative_to(fresh):
                 raise
-            name = os.path.relpath(os.fspath(e.filename or fresh), fresh)
+            name = os.path.relpath(written, fresh)
             reason = f"cannot be written: {e.strerror}"
             raise OSError(e.errno, reason, os.path.normpath(target / name)) from e
         try:

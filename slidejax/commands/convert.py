@@ -301,9 +301,11 @@ def _method(args: argparse.Namespace) -> str:
 
 def _claimed(args: argparse.Namespace) -> Any:
     """Tries everything that writing OUT needs, and keeps others away from it in the block."""
-    from slidejax.checkpoint.staging import claimed
+    from slidejax.checkpoint.staging import check_adding, claimed
     from slidejax.checkpoint.store import METADATA
 
+    if args.work is not None:
+        check_adding(args.work, "--work")
     return claimed(args.out, METADATA, overwrite=args.force, flag="--force")
 
 

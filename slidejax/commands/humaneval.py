@@ -103,7 +103,6 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Tests the models one after the other and prints one table."""
-    from slidejax.files import replacing
     from slidejax.lm.tasks import humaneval
 
     tasks = humaneval.problems(args.problems)[: args.limit]
@@ -124,13 +123,14 @@ def run(args: argparse.Namespace) -> None:
             rows.append(row | result.figures())
         else:
             rows.append(row | {"reference": args.against} | result.figures(against))
-    if args.completions:
-        with replacing(args.completions, "w") as file:
-            for name, (_, result) in found.items():
-                file.writelines(json.dumps({"model": name} | r) + "\n" for r in result.records)
-    terminal.emit(args, rows[0] if len(rows) == 1 else rows)
-    if args.json != "-":
-        terminal.console().print(_table(rows))
+    records = [{"model": name} | r for name, (_, result) in found.items() for r in result.records]
+    try:
+        terminal.emit(args, rows[0] if len(rows) == 1 else rows)
+        if args.json != "-":
+            terminal.console().print(_table(rows))
+    finally:
+        if args.completions:
+            terminal.write(args.completions, "".join(json.dumps(r) + "\n" for r in records))
 
 
 def _tested(

@@ -155,11 +155,11 @@ def _add_training(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trains the model, writes it and prints how the loss fell."""
-    from slidejax.checkpoint.staging import check_target, claimed
+    from slidejax.checkpoint.staging import check_writing, claimed
     from slidejax.checkpoint.store import METADATA
 
     if args.checkpoint is not None:
-        check_target(args.checkpoint, METADATA, "--checkpoint")
+        check_writing(args.checkpoint, METADATA, name="--checkpoint")
     with claimed(args.out, METADATA, overwrite=args.force, flag="--force") as target:
         _run(args, target)
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["console", "duration", "emit", "progress", "read_text", "show_written"]
+__all__ = ["console", "duration", "emit", "progress", "read_text", "show_written", "write"]
 
 
 def console(stderr: bool = False) -> Any:
@@ -52,13 +52,27 @@ def read_text(file: str) -> str:
 
 def emit(args: argparse.Namespace, value: Any) -> None:
     """Writes the value as JSON where `--json` says; infinities and nan become null."""
-    from slidejax.files import write_json
+    if args.json:
+        write(args.json, json.dumps(_finite(value), indent=1) + "\n")
 
-    value = _finite(value)
-    if args.json == "-":
-        print(json.dumps(value, indent=1))
-    elif args.json:
-        write_json(args.json, value)
+
+def write(file: str, text: str) -> None:
+    """Writes a result into a file, or to standard output for "-" and where the file cannot be.
+
+    Raises:
+      OSError: if the file cannot be written. The work of hours is on standard output then.
+    """
+    from slidejax.files import replacing
+
+    if file != "-":
+        try:
+            with replacing(file, "w") as out:
+                out.write(text)
+            return
+        except OSError:
+            print(text, end="", flush=True)
+            raise
+    print(text, end="")
 
 
 def _finite(value: Any) -> Any:

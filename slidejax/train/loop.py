@@ -159,6 +159,7 @@ def fit(
     Raises:
       ValueError: if arguments do not fit each other, the checkpoint belongs to another training, or
         the loss is not finite.
+      OSError: if the checkpoint cannot be written. That is tried before the first step, too.
       ImportError: if optax is missing.
 
     >>> import slidejax as sj
@@ -182,6 +183,7 @@ def fit(
     store = None if checkpoint is None else _Checkpoint(Path(checkpoint), train, dtypes, settings)
     if store is not None:
         state = store.load(state, clock)
+        store.check(state)
     update = _make_update(loss_fn, dtypes, transform, accumulate, scheduled=optimizer is None)
     losses: list[Any] = state.losses
     while state.total is None or state.step < state.total:
@@ -393,6 +395,14 @@ class _Checkpoint:
         named = [[list(leaf.shape), np.dtype(dtype).name] for leaf, dtype in leaves]
         self._path = path
         self._run = json.dumps({"leaves": named, "settings": settings})
+
+    def check(self, state: _State) -> None:
+        """Raises before the first step what would keep the state from being saved after it."""
+        from slidejax.checkpoint import staging, store
+
+        arrays = jax.tree.leaves((state.train, state.memory))
+        size = sum(jnp.asarray(leaf).nbytes for leaf in arrays)
+        staging.check_writing(self._path, store.METADATA, size, "checkpoint")
 
     def save(self, state: _State, clock: _Clock) -> None:
         """Writes the state in the place of the one that was saved before."""

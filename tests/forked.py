@@ -1,0 +1,105 @@
+"""Commands and programs in processes of their own, under limits, and quickly.
+
+One process loads what the commands load and starts no JAX. Each run is a fork of it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+_DRIVER = """
+import importlib, json, os, resource, sys, tempfile, traceback
+import transformers  # noqa: F401
+import slidejax.checkpoint, slidejax.huggingface, slidejax.lm, slidejax.train  # noqa: F401
+import slidejax.commands.convert, slidejax.commands.recover, slidejax.commands.tune
+from slidejax.bench import tuning  # noqa: F401
+from slidejax.commands.main import main
+
+groups = json.loads(sys.argv[1])
+if any("user" in case for group in groups for case in group):
+    # Python's own files may lie where another user cannot read.
+    unfit = ("antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "lib2to3")
+    for name in [*sys.stdlib_module_names, "encodings.unicode_escape", "encodings.latin_1"]:
+        try:
+            name in unfit or importlib.import_module(name)
+        except ImportError:
+            pass
+
+def start(case, out, err):
+    child = os.fork()
+    if child:
+        return child
+    status = 99
+    try:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        os.environ.update(case.get("environment", {}))
+        if "umask" in case:
+            os.umask(case["umask"])
+        if "file_size" in case:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (case["file_size"],) * 2)
+        if "user" in case:
+            os.setgroups([])
+            os.setgid(case["user"])
+            os.setuid(case["user"])
+        what = case["run"]
+        status = (exec(what, {}) if isinstance(what, str) else main(what)) or 0
+    except SystemExit as e:
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+        status = e.code if isinstance(e.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+def together(cases):
+    files = [(tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")) for _ in cases]
+    children = [start(case, *both) for case, both in zip(cases, files)]
+    found = []
+    for child, both in zip(children, files):
+        _, status = os.waitpid(child, 0)
+        texts = []
+        for file in both:
+            file.seek(0)
+            texts.append(file.read())
+        found.append([os.waitstatus_to_exitcode(status), *texts])
+    return found
+
+print(json.dumps([together(cases) for cases in groups]))
+"""
+
+
+def forked(*groups, timeout=300):
+    """Runs groups of cases one after the other, and the cases of a group at the same time.
+
+    Args:
+      groups: lists of cases. A case is a dict with `run`, the arguments of `slidejax` or a program,
+        and perhaps `user` (a number), `file_size` (bytes), `umask` and `environment`.
+      timeout: seconds for all of it.
+
+    Returns:
+      For each group a list of `[status, standard output, standard error]`.
+    """
+    plain = [
+        [
+            {
+                **case,
+                "run": case["run"] if isinstance(case["run"], str) else [*map(str, case["run"])],
+            }
+            for case in group
+        ]
+        for group in groups
+    ]
+    ran = subprocess.run(
+        [sys.executable, "-c", _DRIVER, json.dumps(plain)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=dict(os.environ),
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return json.loads(ran.stdout)
