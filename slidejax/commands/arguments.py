@@ -8,26 +8,25 @@ value that needs it.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from slidejax.bounds import COUNT, SEED, Bound
 from slidejax.commands import terminal
 
 __all__ = [
     "METHODS",
     "MODEL",
+    "Number",
     "add_compute",
     "add_json",
     "add_method",
     "add_prompt",
     "add_renamed",
     "add_text",
-    "at_least",
-    "chance",
     "dtype",
     "float_dtype",
     "for_layers",
@@ -38,7 +37,7 @@ __all__ = [
     "plot_file",
     "positive",
     "regex",
-    "share",
+    "shown",
     "some_text",
     "text_file",
 ]
@@ -54,66 +53,49 @@ _PROMPT = "The three most important things to know about the moon are"
 # --- values
 
 
-def _whole(text: str) -> int:
-    """A whole number."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-
-
-def positive(text: str) -> int:
-    """A whole number that is 1 or more."""
-    value = _whole(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text!r}")
-    return value
-
-
-def at_least(
-    least: float, whole: bool = False, above: bool = False, most: float = math.inf
-) -> Callable[[str], Any]:
-    """A check for numbers.
+class Number:
+    """A check for numbers of a range.
 
     Args:
-      least: the smallest number that is accepted.
-      whole: accept whole numbers only.
-      above: accept only numbers that are larger than `least`.
-      most: the largest number that is accepted.
+      bound: the range.
 
-    >>> at_least(0)("0.5"), at_least(0, whole=True)("3")
+    >>> Number(Bound(0, 1))("0.5"), positive("3")
     (0.5, 3)
     """
 
-    def check(text: str) -> Any:
-        try:
-            value = _whole(text) if whole else float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-        if not (value > least if above else value >= least):
-            bound = f"more than {least:g}" if above else f"{least:g} or more"
-            raise argparse.ArgumentTypeError(f"must be {bound}, got {text!r}")
-        if math.isinf(value):
-            raise argparse.ArgumentTypeError(f"must be finite, got {text!r}")
-        if value > most:
-            bound = f"{most}" if whole else f"{most:g}"
-            raise argparse.ArgumentTypeError(f"must be at most {bound}, got {text!r}")
+    def __init__(self, bound: Bound):
+        self.bound = bound
+
+    def __call__(self, text: str) -> Any:
+        bound, got = self.bound, f"got {shown(text)}"
+        value = _number(text, bound.whole)
+        if value is None:
+            kind = "a whole number" if bound.whole else "a number"
+            raise argparse.ArgumentTypeError(f"must be {kind} {bound}, {got}")
+        if value not in bound:
+            raise argparse.ArgumentTypeError(f"must be {bound}, {got}")
         return value
 
-    return check
+
+def _number(text: str, whole: bool) -> float | None:
+    """The number that a text is, or None."""
+    try:
+        return int(text) if whole else float(text)
+    except ValueError:  # also for thousands of digits, which Python does not read
+        digits = whole and text.strip().lstrip("+-").isdecimal()
+        return float(text) if digits else None
 
 
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    value = at_least(0)(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text!r}")
-    return value
+def shown(text: str) -> str:
+    """A value as an error has it: in quotes, and not longer than a line.
+
+    >>> shown("a"), len(shown("9" * 5000))
+    ("'a'", 63)
+    """
+    return repr(text if len(text) <= 60 else text[:58] + "...")
 
 
-def chance(text: str) -> float:
-    """A number above 0 and at most 1."""
-    return at_least(0, above=True, most=1)(text)
+positive = Number(COUNT)
 
 
 def names(text: str) -> list[str]:
@@ -143,23 +125,27 @@ def pattern(text: str) -> str:
         raise argparse.ArgumentTypeError(str(e)) from None
 
 
-def dtype(none: bool) -> Callable[[str], str | None]:
+def dtype(none: bool, floats: bool = True) -> Callable[[str], str | None]:
     """A check for the dtype of packed values.
 
     Args:
       none: accept "none", which stands for the model's own dtype and becomes None.
+      floats: accept bfloat16, float16 and float32, whose values are not quantised.
     """
 
     def check(text: str) -> str | None:
-        from slidejax.weights.numerics import check_dtype
+        from slidejax.weights.numerics import check_dtype, is_quantized
 
         if none and text.lower() == "none":
             return None
         try:
-            return check_dtype(text).name
+            found = check_dtype(text)
         except ValueError as e:
             hint = "; none keeps the model's" if none else ""
             raise argparse.ArgumentTypeError(f"{e}{hint}") from None
+        if not floats and not is_quantized(found):
+            raise argparse.ArgumentTypeError(f"must be int8 or float8_e4m3fn, got {text!r}")
+        return found.name
 
     return check
 
@@ -327,7 +313,7 @@ def add_method(
     )
     p.add_argument(
         "--seed",
-        type=at_least(0, whole=True),
+        type=Number(SEED),
         metavar="N",
         help="draw the sequences from all of the text (default: take its beginning)",
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from slidejax.bench.shapes import MODELS, PRESETS, default_preset
+from slidejax.bounds import Bound
 from slidejax.commands import arguments, terminal
 
 __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "add_measured", "measured", "run", "shapes"]
@@ -16,6 +17,10 @@ SUMMARY = (
     "Time linear layers, alone or in a whole decoder: JAX bf16, int8 and fp8 as users write them, "
     "and slidejax."
 )
+_MOST_LAYERS = 1000  # more than any model has: a slip of the finger must not fill the memory
+# Larger arrays have more elements than XLA can count, at which it ends the process.
+_SIZE = arguments.Number(Bound(1, 2**24, whole=True))
+_LENGTH = arguments.Number(Bound(1, 2**20, whole=True))
 _CONTEXT, _STEPS = 512, 32  # the defaults of --context and --steps
 EXAMPLE = "slidejax bench --shape 4096,4096 --rows 1,16 --pattern 6:8 --json bench.json"
 
@@ -24,8 +29,10 @@ def _shape(text: str) -> tuple[int, int]:
     """Numbers of outputs and inputs from "N,K"."""
     parts = arguments.names(text)
     if len(parts) != 2:
-        raise argparse.ArgumentTypeError(f"must be N,K (outputs, inputs), got {text!r}")
-    return arguments.positive(parts[0]), arguments.positive(parts[1])
+        raise argparse.ArgumentTypeError(
+            f"must be N,K (outputs, inputs), got {arguments.shown(text)}"
+        )
+    return _SIZE(parts[0]), _SIZE(parts[1])
 
 
 def _list_or_none(check: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -39,12 +46,19 @@ def _prompt(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) != 2:
         raise argparse.ArgumentTypeError(
-            f"must be SEQUENCESxTOKENS such as 8x512, or none, got {text!r}"
+            f"must be SEQUENCESxTOKENS such as 8x512, or none, got {arguments.shown(text)}"
         )
     try:
-        return arguments.positive(parts[0]), arguments.positive(parts[1])
+        sequences, tokens = _LENGTH(parts[0]), _LENGTH(parts[1])
     except argparse.ArgumentTypeError as e:
-        raise argparse.ArgumentTypeError(f"{e} in {text!r}; 8x512 would do") from None
+        raise argparse.ArgumentTypeError(
+            f"{e} in {arguments.shown(text)}; 8x512 would do"
+        ) from None
+    if sequences * tokens > _SIZE.bound.end:
+        raise argparse.ArgumentTypeError(
+            f"must be at most {_SIZE.bound.end} tokens together, got {arguments.shown(text)}"
+        )
+    return sequences, tokens
 
 
 def add_measured(p: argparse.ArgumentParser, rows: str) -> None:
@@ -54,7 +68,7 @@ def add_measured(p: argparse.ArgumentParser, rows: str) -> None:
       p: the command's parser.
       rows: the default of `--rows` on a GPU, for the help.
     """
-    seconds = arguments.at_least(0, above=True)
+    seconds = arguments.Number(Bound(0, 3600, above=True))
     p.add_argument(
         "--preset",
         choices=list(PRESETS),
@@ -87,7 +101,7 @@ def add_measured(p: argparse.ArgumentParser, rows: str) -> None:
     p.add_argument(
         "--rows",
         "-M",
-        type=arguments.list_of(arguments.positive),
+        type=arguments.list_of(_SIZE),
         metavar="1,16,…",
         help=f"numbers of rows of x (default: {rows}; 1,16 on a CPU)",
     )
@@ -105,8 +119,7 @@ def add_measured(p: argparse.ArgumentParser, rows: str) -> None:
     )
     p.add_argument(
         "--rounds",
-        type=int,
-        choices=range(1, 21),
+        type=arguments.Number(Bound(1, 20, whole=True)),
         metavar="R",
         help="measurements of each contender, 1 to 20 (default 1)",
     )
@@ -143,13 +156,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--layers",
-        type=arguments.positive,
+        type=arguments.Number(Bound(1, _MOST_LAYERS, whole=True)),
         metavar="L",
         help="blocks of the decoder (default: as many as the model has)",
     )
     group.add_argument(
         "--batch",
-        type=_list_or_none(arguments.positive),
+        type=_list_or_none(_LENGTH),
         metavar="1,16,…",
         help="numbers of sequences that decode together, or none (default 1,16,64)",
     )
@@ -161,13 +174,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--context",
-        type=arguments.positive,
+        type=_LENGTH,
         metavar="N",
         help="positions of the static KV cache, all read in each step (default 512)",
     )
     group.add_argument(
         "--steps",
-        type=arguments.positive,
+        type=_LENGTH,
         metavar="T",
         help="decoding steps in one call, at most --context (default 32)",
     )
@@ -186,7 +199,6 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
 
 
-_MOST_LAYERS = 1000  # more than any model has: a slip of the finger must not fill the memory
 _OF_LAYERS = ("preset", "shape", "rows")
 _OF_MODELS = ("layers", "batch", "prefill", "context", "steps", "profile", "at_once")
 
@@ -200,8 +212,6 @@ def _check_together(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} {goes}, got {flag} {_as_typed(name, value)}".rstrip())
     if args.batch == [] and args.prefill == []:
         raise ValueError("--batch none and --prefill none leave nothing to time: give one of them")
-    if (args.layers or 0) > _MOST_LAYERS:
-        raise ValueError(f"--layers must be at most {_MOST_LAYERS}, got {args.layers}")
     context, steps = args.context or _CONTEXT, args.steps or _STEPS
     if steps > context:
         raise ValueError(f"--steps must be at most --context, {context}, got {steps}")

@@ -11,6 +11,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
+from slidejax.bounds import Bound
 from slidejax.commands import arguments, budget, inputs, outputs, terminal
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     arguments.add_method(p, _METHOD, 64, "prose and code that ship with slidejax")
     p.add_argument(
         "--sample",
-        type=arguments.at_least(0, whole=True),
+        type=arguments.Number(Bound(0, whole=True)),
         default=0,
         metavar="N",
         help="calibrate on N more sequences, which the model writes itself, each beginning with a "

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from slidejax import bounds
 from slidejax.commands import arguments, inputs, terminal
 
 if TYPE_CHECKING:
@@ -27,21 +28,21 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--temperature",
-        type=arguments.at_least(0, most=1e38),
+        type=arguments.Number(bounds.TEMPERATURE),
         default=0.0,
         metavar="T",
         help="0 (default) takes the likeliest token each time; above 0 draws",
     )
     p.add_argument(
         "--top-k",
-        type=arguments.at_least(0, whole=True, most=2**31 - 1),
+        type=arguments.Number(bounds.TOP_K),
         default=0,
         metavar="K",
         help="draw among the K likeliest tokens; 0 (default): among all",
     )
     p.add_argument(
         "--top-p",
-        type=arguments.chance,
+        type=arguments.Number(bounds.TOP_P),
         default=1.0,
         metavar="P",
         help="draw among the likeliest tokens that have the probability P together; 1 (default): "
@@ -57,7 +58,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--seed",
-        type=arguments.at_least(0, whole=True, most=2**32 - 1),
+        type=arguments.Number(bounds.SEED),
         default=0,
         metavar="N",
         help="seed of the draws (default 0)",

@@ -7,6 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from slidejax.bounds import SEED, Bound
 from slidejax.commands import arguments, inputs, terminal
 
 if TYPE_CHECKING:
@@ -42,14 +43,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--samples",
-        type=arguments.at_least(0, whole=True),
+        type=arguments.Number(Bound(0, whole=True)),
         metavar="N",
         help="samples of each problem, whose mean is pass@1; the likeliest completion is tested "
         f"beside them (default {_SAMPLES}; 0: it alone)",
     )
     group.add_argument(
         "--temperature",
-        type=arguments.at_least(0, above=True),
+        type=arguments.Number(Bound(0, above=True)),
         metavar="T",
         help=f"of the samples (default {_TEMPERATURE})",
     )
@@ -75,7 +76,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--seed",
-        type=arguments.at_least(0, whole=True),
+        type=arguments.Number(SEED),
         metavar="N",
         help="of the samples (default 0)",
     )

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 import warnings
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
       The exit status: 0, or 1 after an error that one line explains. Bad usage exits with 2.
     """
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _note
     try:
@@ -88,6 +89,30 @@ def _quiet_interrupts() -> Iterator[None]:
     yield
     if starts:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# What begins like a negative number, and ends like anything.
+_NEGATIVE = re.compile(r"-(?:\d|\.\d|inf|nan)", re.IGNORECASE)
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """The arguments with `--rows=-1,2` in the place of `--rows -1,2`.
+
+    argparse takes a value that begins with "-" for a flag, unless all of it is a plain number. It
+    would then say that the flag has no value, and not what is wrong with the one it has.
+
+    >>> _joined(["bench", "--rows", "-1,2", "--seconds", "-inf"])
+    ['bench', '--rows=-1,2', '--seconds=-inf']
+    """
+    made: list[str] = []
+    for text in argv:
+        before = made[-1] if made else ""
+        is_flag = before.startswith("-") and "=" not in before and not _NEGATIVE.match(before)
+        if is_flag and _NEGATIVE.match(text):
+            made[-1] = f"{before}={text}"
+        else:
+            made.append(text)
+    return made
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from slidejax.bounds import SEED, Bound
 from slidejax.commands import arguments, inputs, terminal
 from slidejax.lm.texts import WINDOW
 
@@ -57,14 +58,14 @@ def _add_text(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--docstrings",
-        type=arguments.share,
+        type=arguments.Number(Bound(0, 1)),
         metavar="SHARE",
         help="share of the docstrings in the default text, from 0 to 1 "
         "(default 1 on a GPU, 0.2 elsewhere)",
     )
     p.add_argument(
         "--sample",
-        type=arguments.at_least(0, whole=True),
+        type=arguments.Number(Bound(0, whole=True)),
         metavar="ROWS",
         help="add rows that the original model writes, each beginning with a piece of the text; "
         "they are written before the minutes begin (default 768 on a GPU, else none)",
@@ -73,10 +74,10 @@ def _add_text(p: argparse.ArgumentParser) -> None:
 
 def _add_training(p: argparse.ArgumentParser) -> None:
     """Adds the flags about the training itself."""
-    positive, above_0 = arguments.positive, arguments.at_least(0, above=True)
+    positive = arguments.positive
     p.add_argument(
         "--minutes",
-        type=above_0,
+        type=arguments.Number(Bound(0, 1e6, above=True)),
         default=5.0,
         metavar="T",
         help="make as many steps as fit into that time (default 5)",
@@ -108,33 +109,33 @@ def _add_training(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--learning-rate",
-        type=above_0,
+        type=arguments.Number(Bound(0, 1, above=True)),
         default=2e-4,
         metavar="RATE",
         help="the largest learning rate (default 0.0002)",
     )
     p.add_argument(
         "--warmup",
-        type=arguments.at_least(0, whole=True),
+        type=arguments.Number(Bound(0, whole=True)),
         default=10,
         metavar="STEPS",
         help="steps of warm-up (default 10)",
     )
     p.add_argument(
         "--hidden",
-        type=arguments.at_least(0),
+        type=arguments.Number(Bound(0)),
         default=1.0,
         metavar="WEIGHT",
         help="weight of the hidden states' loss (default 1)",
     )
     p.add_argument(
         "--dtype",
-        type=arguments.dtype(none=False),
+        type=arguments.dtype(none=False, floats=False),
         help="int8 or float8_e4m3fn, for a model whose packed values are not quantised yet",
     )
     p.add_argument(
         "--seed",
-        type=arguments.at_least(0, whole=True),
+        type=arguments.Number(SEED),
         default=0,
         metavar="N",
         help="seed of the order of the rows and of what the original model writes (default 0)",
@@ -158,10 +159,26 @@ def run(args: argparse.Namespace) -> None:
     from slidejax.checkpoint.staging import check_writing, claimed
     from slidejax.checkpoint.store import METADATA
 
+    _check_together(args)
     if args.checkpoint is not None:
         check_writing(args.checkpoint, METADATA, name="--checkpoint")
     with claimed(args.out, METADATA, overwrite=args.force, flag="--force") as target:
         _run(args, target)
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that do not go together."""
+    if args.text is not None and args.docstrings is not None:
+        raise ValueError("--docstrings is of the default text: it does not go with --text")
+    batch = args.batch or _usual_batch()
+    if batch % args.accumulate:
+        said = "--batch" if args.batch else "the default of --batch"
+        raise ValueError(f"--accumulate must divide {said}, {batch}, got {args.accumulate}")
+
+
+def _usual_batch() -> int:
+    """The default of `--batch`."""
+    return 32 if _on_gpu() else _CPU_ROWS
 
 
 def _run(args: argparse.Namespace, target: Path) -> None:
@@ -183,6 +200,8 @@ def _run(args: argparse.Namespace, target: Path) -> None:
 
         bar.update(task, description="gathering text")
         rows = _rows(args, original, ids)
+        if (args.batch or 1) > len(rows):
+            raise ValueError(f"--batch must be at most {len(rows)}, the rows, got {args.batch}")
         bar.update(task, description="compiling")
         model, fitted = _recover(args, loaded, original, rows, show)
         recovery = {
@@ -258,6 +277,11 @@ def _rows(args: argparse.Namespace, original: Loaded, ids: np.ndarray) -> np.nda
     wanted = args.window or min(WINDOW if _on_gpu() else _CPU_WINDOW, len(ids))
     window = fitting(wanted, original.model)
     start = np.asarray(original.start, np.int32)
+    if not len(start) < window <= len(start) + len(ids):
+        raise ValueError(
+            f"--window must be from {len(start) + 1} to {len(start) + len(ids)}, the tokens of the "
+            f"text, got {window}"
+        )
     text = rows_of(ids, window - len(start))
     # A model in use never sees a text without its start.
     text = np.concatenate([np.broadcast_to(start, (len(text), len(start))), text], axis=1)
@@ -282,7 +306,7 @@ def _recover(
         minutes=None if args.steps else args.minutes,
         qdtype=args.dtype,
         window=rows.shape[1],
-        batch=args.batch or (None if _on_gpu() else min(_CPU_ROWS, len(rows))),
+        batch=args.batch or min(_usual_batch(), len(rows)),
         accumulate=args.accumulate,
         learning_rate=args.learning_rate,
         warmup=args.warmup,

@@ -1,7 +1,6 @@
 """The checks of values, and flags that several commands share."""
 
 import argparse
-import math
 
 import pytest
 from command_line import usage_error
@@ -16,40 +15,6 @@ def refusal(check, text):
     with pytest.raises(argparse.ArgumentTypeError) as error:
         check(text)
     return str(error.value)
-
-
-@given(st.floats(allow_nan=False), st.floats(-1e6, 1e6), st.booleans())
-def test_numbers_have_a_bound(value, least, above):
-    check = arguments.at_least(least, above=above)
-    if value < math.inf and (value > least or (value == least and not above)):
-        assert check(repr(value)) == value
-    else:
-        assert repr(value) in refusal(check, repr(value))
-
-
-def test_what_is_no_number():
-    assert "must be 0 or more" in refusal(arguments.at_least(0), "nan")
-    for check in (arguments.at_least(0), arguments.share):
-        assert "must be a number, got 'x'" in refusal(check, "x")
-    for check in (arguments.positive, arguments.at_least(0, whole=True)):
-        assert "must be a whole number, got '1.5'" in refusal(check, "1.5")
-
-
-@given(st.integers(-9, 9))
-def test_counts_are_one_or_more(value):
-    if value >= 1:
-        assert arguments.positive(str(value)) == value
-    else:
-        assert "must be 1 or more" in refusal(arguments.positive, str(value))
-
-
-@given(st.floats(allow_nan=False))
-def test_shares_are_from_0_to_1(value):
-    if 0 <= value <= 1:
-        assert arguments.share(repr(value)) == value
-    else:
-        assert "must be" in refusal(arguments.share, repr(value))
-    assert math.isfinite(arguments.share("1e-300"))
 
 
 @given(st.lists(st.text("abc", min_size=1), min_size=1), st.sampled_from([",", " , ", ",,"]))
@@ -69,6 +34,9 @@ def test_dtypes():
     assert arguments.dtype(none=False)("int8") == "int8"
     assert "none keeps the model's" in refusal(arguments.dtype(none=True), "int3")
     assert "none keeps" not in refusal(arguments.dtype(none=False), "none")
+    eight_bit = arguments.dtype(none=False, floats=False)
+    assert "must be int8 or float8_e4m3fn" in refusal(eight_bit, "bfloat16")
+    assert eight_bit("int8") == "int8"
     assert arguments.float_dtype("float16") == "float16"
     assert "must be bfloat16" in refusal(arguments.float_dtype, "int8")
 

@@ -37,7 +37,7 @@ def test_wrong_values_are_named_before_a_model_is_read(capsys, tmp_path):
         ("--skip", "(", "must be a regular expression"),
         ("--mixed", "6:8,1:2", "--mixed: pattern must be"),
         ("--mixed", ",", "must be names"),
-        ("--sequences", "0", "must be 1 or more"),
+        ("--sequences", "0", "must be from 1 to"),
         ("--sequences", "many", "must be a whole number"),
         ("--compute", "int8", "must be bfloat16"),
         ("--calibration", str(tmp_path / "nothing"), "must be a text file"),
@@ -49,13 +49,13 @@ def test_wrong_values_are_named_before_a_model_is_read(capsys, tmp_path):
         assert value.split(",")[-1] in said
     assert "must be a text file" in usage_error(capsys, "eval", "m", "--text", "nothing")
     for flag, value, expected in [
-        ("--temperature", "-1", "must be 0 or more"),
-        ("--temperature", "1e39", "must be at most 1e+38"),
-        ("--temperature", "nan", "must be 0 or more"),
-        ("--top-k", str(2**31), f"must be at most {2**31 - 1}"),
-        ("--top-p", "0", "must be more than 0"),
-        ("--top-p", "1.5", "must be at most 1"),
-        ("--seed", str(2**32), f"must be at most {2**32 - 1}"),
+        ("--temperature", "-1", "must be from 0 to 1e+38"),
+        ("--temperature", "1e39", "must be from 0 to 1e+38"),
+        ("--temperature", "nan", "must be from 0 to 1e+38"),
+        ("--top-k", str(2**31), f"must be from 0 to {2**31 - 1}"),
+        ("--top-p", "0", "must be above 0 and at most 1"),
+        ("--top-p", "1.5", "must be above 0 and at most 1"),
+        ("--seed", str(2**32), f"must be from 0 to {2**32 - 1}"),
         ("--prompt", "\udcff", "must be Unicode text"),
         ("--stop", "\udcff", "must be Unicode text"),
     ]:
@@ -63,7 +63,7 @@ def test_wrong_values_are_named_before_a_model_is_read(capsys, tmp_path):
         assert f"argument {flag}: {expected}" in said
     assert "must be from 0 to 1" in usage_error(capsys, "recover", "m", "x", "--docstrings", "2")
     assert "must be N,K" in usage_error(capsys, "bench", "--shape", "64")
-    assert "must be more than 0" in usage_error(capsys, "bench", "--seconds", "0")
+    assert "must be above 0" in usage_error(capsys, "bench", "--seconds", "0")
     assert not (tmp_path / "x").exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-from command_line import SENTENCES, run, write_files
+from command_line import SENTENCES, error, run, write_files
 
 from slidejax.huggingface import write_pretrained
 from slidejax.lm.models import load_model
@@ -102,7 +102,7 @@ def test_the_original_model_writes_some_of_the_text(capsys, files):
     assert with_some == without + 3 > 3
     with pytest.raises(SystemExit):
         run(capsys, "recover", files / "out", files / "x", *options, "--sample", -1)
-    assert "argument --sample: must be 0 or more" in capsys.readouterr().err
+    assert "argument --sample: must be from 0 to 2147483647" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(capsys, files):
@@ -121,9 +121,26 @@ def test_errors_are_one_line(capsys, files):
         ((out, text, "--against", dense), "is a file"),
         (
             (out, files / "x", "--against", dense, "--text", files / "short", "--window", 64),
-            "fill no row",
+            "--window must be from 1 to 4, the tokens of the text, got 64",
+        ),
+        (
+            (out, files / "x", "--against", dense, "--text", text, "--batch", 500),
+            "the rows, got 500",
         ),
     ]:
         status, said, err = run(capsys, "recover", *args)
         assert status == 1 and said == "" and message in err and "Traceback" not in err, (args, err)
     assert not (files / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--batch 4 --accumulate 3", "--accumulate must divide --batch, 4, got 3"),
+        ("--accumulate 64", "--accumulate must divide the default of --batch, "),
+        ("--text {text} --docstrings 0.5", "--docstrings is of the default text"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_named_before_a_model_is_read(capsys, text, flags, said):
+    words = flags.format(text=text).split()
+    assert said in error(capsys, "recover", "no-model", "no-out", *words)

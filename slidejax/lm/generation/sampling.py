@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax import bounds
+
 __all__ = ["Draw", "Sampling", "choose", "keep", "whole"]
 
 
@@ -24,6 +26,14 @@ def whole(value: Any) -> int:
     return operator.index(value)
 
 
+def _whole(name: str, value: Any) -> int:
+    """A whole number of any kind, as Python's."""
+    try:
+        return whole(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r:.80}") from None
+
+
 def _number(name: str, value: Any) -> float:
     """A number as a float, whatever kind it is."""
     try:
@@ -34,7 +44,12 @@ def _number(name: str, value: Any) -> float:
         raise ValueError(f"{name} must be a number, got {value!r:.80}") from None
 
 
-_HOTTEST = 1e38  # float32 holds it
+_BOUNDS = {
+    "temperature": bounds.TEMPERATURE,
+    "top_k": bounds.TOP_K,
+    "top_p": bounds.TOP_P,
+    "seed": bounds.SEED,
+}
 _COLDEST = np.finfo(np.float32).tiny  # a device may take less for 0
 
 
@@ -72,22 +87,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        temperature, top_p = (_number(n, getattr(self, n)) for n in ("temperature", "top_p"))
-        if not 0 <= temperature <= _HOTTEST:
-            raise ValueError(
-                f"temperature must be from 0 to {_HOTTEST:g}, got {self.temperature!r}"
-            )
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
-        for name, limit in (("top_k", 2**31), ("seed", 2**32)):
-            try:
-                value = whole(getattr(self, name))
-            except TypeError:
-                raise ValueError(
-                    f"{name} must be a whole number, got {getattr(self, name)!r}"
-                ) from None
-            if not 0 <= value < limit:
-                raise ValueError(f"{name} must be from 0 to {limit - 1}, got {value}")
+        for name, bound in _BOUNDS.items():
+            value = getattr(self, name)
+            if (_whole if bound.whole else _number)(name, value) not in bound:
+                raise ValueError(f"{name} must be {bound}, got {value!r:.80}")
 
     @property
     def kind(self) -> str:
