@@ -59,6 +59,8 @@ def accumulate(codes: jax.Array, kernel: jax.Array, platform: str = "default") -
             codes, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
         )
     if platform == "default":  # XLA's CPU dot of narrow floats may accumulate in the narrow type
+        if kernel.dtype.itemsize == 1:
+            codes, kernel = _converted_here(codes, kernel)
         codes, kernel = codes.astype(jnp.float32), kernel.astype(jnp.float32)
     return jax.lax.dot_general(
         codes,
@@ -77,6 +79,7 @@ def exact_int8_dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     if codes.shape[0] <= _FEW_ROWS:
         return _int8_sums(codes, kernel)
+    codes, kernel = _converted_here(codes, kernel)
     total = None
     for start in range(0, codes.shape[1], _EXACT_K):
         part = slice(start, start + _EXACT_K)
@@ -96,6 +99,26 @@ def exact_int8_dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
         if total is None
         else total.astype(jnp.int32)
     )
+
+
+def _converted_here(codes: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """8-bit codes and kernel, such that XLA's CPU converts the kernel just before their product.
+
+    The conversion needs nothing but the parameters. So XLA would put it before a loop, or at the
+    beginning of the program, and hold the kernels of all layers in float32 at once. Taking the
+    memory for them costs several times what the products of a short prompt do.
+
+    The barrier keeps the conversion inside a loop. It is gone when XLA orders a program, so the
+    kernel also depends on the codes by its values: it gets bits that are always 0, the second one
+    of a square, which XLA does not know.
+    """
+    if 0 in codes.shape:
+        return codes, kernel
+    codes, kernel = jax.lax.optimization_barrier((codes, kernel))
+    some = jax.lax.bitcast_convert_type(codes[0, 0], jnp.uint8)
+    nothing = some * some & jnp.uint8(2)
+    bits = jax.lax.bitcast_convert_type(kernel, jnp.uint8) ^ nothing
+    return codes, jax.lax.bitcast_convert_type(bits, kernel.dtype)
 
 
 def _int8_sums(codes: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -7,7 +7,9 @@ import pytest
 
 from slidejax.lm import convert, load, save
 from slidejax.lm.decoder import apply, init_cache
+from slidejax.lm.decoder.config import Rope
 from slidejax.lm.decoder.examples import tiny
+from slidejax.lm.decoder.family import eight_bit
 from slidejax.lm.decoder.fuse import serving
 from slidejax.lm.decoder.model import Decoder
 from slidejax.lm.decoder.writing import _Writer, programs
@@ -83,6 +85,16 @@ def test_served_parameters_give_the_same_text():
     )
 
 
+def compiled(model, rows, length=64):
+    """Both programs of a decoder for prompts of up to 16 tokens."""
+    served, made = _Writer(model, None).params, programs(model.config, model.dtype.name)
+    live, ends, draw = np.ones(rows, bool), np.full(8, -1, np.int32), Sampling().draw()
+    arguments = (np.zeros((rows, 16), np.int32), np.ones(rows, np.int32), live, ends, draw)
+    prefill = made.prefill.lower(served, *arguments, length=length, kind="greedy")
+    step = (served, prefill.out_info[0], live, ends, draw, np.int32(4))
+    return prefill.compile(), made.decode.lower(*step, kind="greedy").compile()
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU multiplies 16 bits as they are")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("rule", [None, "6:8", Rule("6:8", qdtype=None)])
@@ -94,13 +106,21 @@ def test_no_call_converts_the_weights(dtype, rule, tied):
     """
     model = tiny(dtype=dtype, tied=tied, vocab_size=2048, hidden_size=256, intermediate_size=768)
     model = model if rule is None else convert(model, rule)
-    served, made = _Writer(model, None).params, programs(model.config, dtype)
-    live, ends, draw = np.ones(1, bool), np.full(8, -1, np.int32), Sampling().draw()
-    arguments = (np.zeros((1, 16), np.int32), np.ones(1, np.int32), live, ends, draw)
-    state = made.prefill.lower(served, *arguments, length=64, kind="greedy").out_info[0]
-    step = made.decode.lower(served, state, live, ends, draw, np.int32(4), kind="greedy").compile()
+    _, step = compiled(model, 1)
     one_kernel = 4 * 256 * 768  # up or down in float32
     assert step.memory_analysis().temp_size_in_bytes < one_kernel / 4
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU multiplies 8 bits as they are")
+@pytest.mark.parametrize("rule", ["6:8", Rule("dense"), eight_bit("6:8")])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_codes_of_one_kernel_at_a_time_are_converted(rule, rows):
+    """XLA's CPU would convert those of all layers first, and put that before the loop."""
+    changes = {"num_layers": 4, "windows": (None,) * 4, "ropes": (Rope(10000.0),) * 4}
+    model = convert(tiny(hidden_size=256, intermediate_size=768, **changes), rule)
+    for program in compiled(model, rows):
+        one_kernel = 4 * 256 * 2 * 768  # gate and up in float32
+        assert program.memory_analysis().temp_size_in_bytes < 2 * one_kernel
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -43,6 +43,16 @@ def test_random_int8_products_are_exact(rows, columns, seed):
     np.testing.assert_array_equal(got, codes.astype(np.int64) @ kernel.T.astype(np.int64))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("first", [0, 1, 127, 128, 200, 255])
+def test_a_kernel_that_waits_for_the_codes_keeps_every_bit(dtype, first):
+    every = np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype)).reshape(2, 128)
+    codes = np.full((5, 128), first, np.uint8).view(jnp.dtype(dtype))
+    got = jax.jit(reference._converted_here)(codes, every)
+    for array, before in zip(got, (codes, every), strict=True):
+        np.testing.assert_array_equal(np.asarray(array).view(np.uint8), before.view(np.uint8))
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16", "dense"])
 def test_the_product_is_that_of_numpy(pattern):
     rng = np.random.default_rng(0)
