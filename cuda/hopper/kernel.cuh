@@ -41,7 +41,12 @@ class Consumer {
     for (bool start = true;; start = false, scale_set_ ^= 1) {
       BarrierWait(shared_.x.full + 8 * x_.stage, x_.parity);
       const int4 info = LoadShared4I(shared_.work_info + 16 * x_.stage);
-      const int steps = __shfl_sync(~0u, info.z, 0), split = __shfl_sync(~0u, info.w, 0);
+      int steps = __shfl_sync(~0u, info.z, 0);
+      const int split = __shfl_sync(~0u, info.w, 0);
+      if constexpr (T::kHoldsZeros) {
+        phase_ = steps >> kPhaseShift;
+        steps &= (1 << kPhaseShift) - 1;
+      }
       const int row = __shfl_sync(~0u, info.x, 0) + group_ * T::kM64Blocks * 64;
       const int token = __shfl_sync(~0u, info.y, 0);
       if (steps == 0) break;
@@ -97,6 +102,43 @@ class Consumer {
     return MetadataRow(row) + 8 * half;
   }
 
+  // The zeros of a row in a stage begin with those of the group in which the stage begins. Half h
+  // has the words 2 i + h of a stage, 8 (2 i + h) windows behind it. Zero number (phase + 8 (2 i + h))
+  // / 3 is the first one of the word.
+  SJ_DEVICE void LoadZeros(uint32_t stage) {
+    const int row = thread_ / 32 * 16 + thread_ % 32 / 4 + 8 * (thread_ % 2);
+    const uint32_t swapped = row << 2 & 16;  // the swizzle of the copy
+#pragma unroll
+    for (int b = 0; b < T::kM64Blocks; ++b) {
+      const uint32_t from =
+          stage + T::kValueBytes + ((group_ * T::kM64Blocks + b) * 64 + row) * kZerosPitch;
+      const uint4 v = LoadShared4(from + swapped);
+      const uint2 w = LoadShared2(from + (16 ^ swapped));
+      zeros_[b][0] = v.x, zeros_[b][1] = v.y, zeros_[b][2] = v.z, zeros_[b][3] = v.w;
+      zeros_[b][4] = w.x, zeros_[b][5] = w.y;
+    }
+  }
+  template <int kSlice>
+  SJ_DEVICE void MakeMetadata(Metadata& meta) {
+    const int half = thread_ / 2 % 2;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int i = 2 * kSlice + k;
+      const int window = phase_ + 8 * half + 16 * i;
+      const int zero = window * 43 >> 7;  // window / 3
+      // The four zeros begin within the first of these words, 0, 1, 2 and 4 or, of the second half,
+      // 0, 2, 3 and 4.
+      const int first = i == 3 ? 4 : i, second = i == 3 || i == 0 ? first : first + 1;
+#pragma unroll
+      for (int b = 0; b < T::kM64Blocks; ++b) {
+        const uint32_t(&z)[6] = zeros_[b];
+        const uint32_t low = half ? z[second] : z[first];
+        const uint32_t high = half ? z[second + 1] : z[first + 1];
+        meta[b][k] = WordOfGroupsOfEight(__funnelshift_r(low, high, 8 * zero), window - 3 * zero);
+      }
+    }
+  }
+
   SJ_DEVICE void LoadMetadata(Metadata& meta, uint32_t stage, int slice) {
     if constexpr (T::kSparse) {
       const uint32_t from = stage + T::kValueBytes +
@@ -134,7 +176,13 @@ class Consumer {
       BarrierWait(shared_.w.full + 8 * StageW(), T::kRingsInStep ? x_.parity : w_.parity);
     }
     const uint32_t stage_w = shared_.w.data + StageW() * T::kStageBytesW;
-    LoadMetadata(meta, stage_w, kSliceW);
+    if constexpr (T::kHoldsZeros) {
+      if (kSliceW == 0) LoadZeros(stage_w);
+      MakeMetadata<kSliceW>(meta);
+      if (kSliceW == 1) phase_ = phase_ == 2 ? 0 : phase_ + 1;
+    } else {
+      LoadMetadata(meta, stage_w, kSliceW);
+    }
     return {shared_.x.data + x_.stage * T::kStageBytesX + kSliceX * (T::kTokens * 128),
             stage_w + 64 * kSliceW};
   }
@@ -278,6 +326,10 @@ class Consumer {
   int previous_x_ = 0, previous_w_ = 0;  // the stages that the slice before has read
   uint32_t inherited_ = 0;  // reduction units that other workers have left to this warp
   int scale_set_ = 0;       // the scales of the tile before may still be in use
+  // Where stages hold zeros: the phase of the next stage, and the zeros of this stage's rows.
+  static constexpr int kZerosPitch = 32;
+  int phase_ = 0;
+  uint32_t zeros_[T::kHoldsZeros ? T::kM64Blocks : 1][6];
 };
 
 template <class T>

@@ -25,10 +25,10 @@ template <class T>
 const void* KernelOf() {
   return reinterpret_cast<const void*>(SparseMatmulKernel<T>);
 }
-#define SLIDEJAX_KERNELS(name, warp_groups, m64_blocks, tokens, ctas, stages_x, stages_w, sparse, \
-                         ...)                                                                     \
-  {KernelOf<Tile<false, warp_groups, m64_blocks, tokens, ctas, stages_x, stages_w, sparse>>(),    \
-   KernelOf<Tile<true, warp_groups, m64_blocks, tokens, ctas, stages_x, stages_w, sparse>>()},
+#define SLIDEJAX_KERNELS(name, warp_groups, m64_blocks, tokens, ctas, stages_x, stages_w, form, \
+                         ...)                                                                   \
+  {KernelOf<Tile<false, warp_groups, m64_blocks, tokens, ctas, stages_x, stages_w, form>>(),    \
+   KernelOf<Tile<true, warp_groups, m64_blocks, tokens, ctas, stages_x, stages_w, form>>()},
 const Kernels kKernels[] = {SLIDEJAX_HOPPER_TILES(SLIDEJAX_KERNELS)};
 #undef SLIDEJAX_KERNELS
 constexpr int kTileCount = sizeof(kKernels) / sizeof(kKernels[0]);
@@ -150,7 +150,15 @@ bool MakeWeightMaps(Params& p, const Args& a, const TileInfo& t, const uint32_t*
                        {1024, 1024 * slices},
                        {256, slices_w, rows / 64},
                        CU_TENSOR_MAP_SWIZZLE_NONE};
-  return Encode(&p.map_w, w) && (metadata == nullptr || Encode(&p.map_e, e));
+  if (!Encode(&p.map_w, w)) return false;
+  if (t.holds_zeros) {
+    const cuuint64_t groups = a.problem.groups();
+    const TensorMap z = {
+        CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, a.zeros, {groups, out}, {groups}, {32, rows},
+        CU_TENSOR_MAP_SWIZZLE_32B};
+    return Encode(&p.map_e, z);
+  }
+  return metadata == nullptr || Encode(&p.map_e, e);
 }
 
 bool MakeMaps(Params& p, const Args& a, const TileInfo& t, const uint32_t* metadata) {
@@ -233,8 +241,8 @@ cudaError_t Prepare(const Args& a, Call* call) {
   Device* device;
   if (auto s = GetDevice(&device)) return s;
   call->plan = MakePlan(a.problem, a.schedule, a.metadata != nullptr, device->multiprocessors);
-  const bool expands_zeros = ExpandsZeros(GetTile(call->plan.tile), a.problem);
-  const size_t metadata_bytes = a.metadata || expands_zeros ? 0 : MetadataBytes(a.problem);
+  const bool makes_it = MakesMetadata(GetTile(call->plan.tile), a.problem);
+  const size_t metadata_bytes = a.metadata || makes_it ? 0 : MetadataBytes(a.problem);
   if (a.workspace_bytes < metadata_bytes) return cudaErrorInvalidValue;
   call->own_metadata = metadata_bytes > 0 ? static_cast<uint32_t*>(a.workspace) : nullptr;
   call->metadata = a.metadata ? a.metadata : call->own_metadata;
@@ -322,6 +330,10 @@ const char* Check(const Args& a) {
   }
   if (!Aligned(a.lifted, 16) || !Aligned(a.values, 16) || !Aligned(a.metadata, 16)) {
     return "lifted, values and metadata must be 16-byte aligned";
+  }
+  if (a.schedule.tile != kAuto && GetTile(a.schedule.tile).holds_zeros &&
+      (a.zeros == nullptr || !Aligned(a.zeros, 16))) {
+    return "the tile needs zeros, 16-byte aligned";
   }
   if (!Aligned(a.zeros, 8)) return "zeros must be 8-byte aligned";
   if (!Aligned(a.workspace, 128)) return "workspace must be 128-byte aligned";

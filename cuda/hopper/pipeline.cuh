@@ -52,6 +52,10 @@ struct CtaPlace {
   int group_in_cluster, cta_group, cta_groups;
 };
 
+// A stage of groups of eight begins 0, 1 or 2 windows within a group, which is the phase. It stands
+// above the number of steps in a work tile's description.
+inline constexpr int kPhaseShift = 28;
+
 // Copies the X of a CTA group's work tiles, stage after stage. The first stage of each work tile
 // carries the tile's description, so that consumers need no division.
 template <class T>
@@ -71,7 +75,9 @@ SJ_DEVICE void LoadActivations(const Params& p, const Shared& shared, const CtaP
     const int inside = min(max(p.M - token, 0), T::kTokens);
     const int mine = min(max(inside - share, 0), T::kTokensOfCta);
     BarrierWait(shared.x.empty + 8 * to.stage, to.parity);
-    StoreShared4(shared.work_info + 16 * to.stage, row, token, work.end - work.begin, work.split);
+    int steps = work.end - work.begin;
+    if constexpr (T::kHoldsZeros) steps |= work.begin % 3 << kPhaseShift;
+    StoreShared4(shared.work_info + 16 * to.stage, row, token, steps, work.split);
     if (work.begin == work.end) {  // no more work, which consumers see by 0 steps
       BarrierArrive(shared.x.full + 8 * to.stage);
       return;
@@ -128,14 +134,20 @@ SJ_DEVICE void LoadWeights(const Params& p, const Shared& shared, const CtaPlace
         if constexpr (kSharesW) {
           TmaLoad2dMulticast(values + half * (T::kValueBytes / 2), &p.map_w, k * 128,
                              row + half * (T::kRows / 2), full, pair_mask, policy);
-          if (copies_metadata) {
+          if constexpr (T::kHoldsZeros) {
+            TmaLoad2dMulticast(metadata + half * (T::kMetadataBytes / 2), &p.map_e,
+                               k * kStageWindows / 3, row + half * (T::kRows / 2), full, pair_mask,
+                               policy);
+          } else if (copies_metadata) {
             TmaLoad3dMulticast(metadata + half * (T::kMetadataBytes / 2), &p.map_e, 0,
                                k * T::kSlicesW, row / 64 + half * (T::kRows / 128), full, pair_mask,
                                policy);
           }
         } else {
           TmaLoad2d(values, &p.map_w, k * 128, row, full, policy);
-          if (copies_metadata) {
+          if constexpr (T::kHoldsZeros) {
+            TmaLoad2d(metadata, &p.map_e, k * kStageWindows / 3, row, full, policy);
+          } else if (copies_metadata) {
             TmaLoad3d(metadata, &p.map_e, 0, k * T::kSlicesW, row / 64, full, policy);
           }
         }

@@ -28,6 +28,8 @@ constexpr float kSparseBytesPerColumn = 0.625f, kDenseBytesPerColumn = 1;
 // tile of 64 rows, whose expanders make two stages at a time, and one of 128.
 constexpr float kMakeMetadataClocks = 4000, kMakeMetadataBytes = 1.7f;
 constexpr float kExpanding64 = 0.08f, kExpanding128 = 0.35f;
+// The same where consumers make it. Nobody has measured this yet.
+constexpr float kConsumersExpanding = 0.04f;
 
 constexpr int64_t kTokenGroupBytes = 16 << 20;  // of X, kept in L2 while all of W passes
 constexpr int kPowerLimitedTokens = 1024;       // with fewer, power does not limit
@@ -54,6 +56,7 @@ constexpr TileInfo InfoOf(const char* name, float stage_clocks, float tile_clock
                           float shared_w_time) {
   return {name,
           T::kSparse,
+          T::kHoldsZeros,
           T::kExpands,
           T::kAdds,
           T::kRows,
@@ -71,9 +74,9 @@ constexpr TileInfo InfoOf(const char* name, float stage_clocks, float tile_clock
           shared_w_time};
 }
 
-#define SLIDEJAX_INFO(name, warp_groups, m64_blocks, tokens, ctas, stages_x, stages_w, sparse, \
-                      stage_clocks, tile_clocks, shared_w_time)                                \
-  InfoOf<Tile<true, warp_groups, m64_blocks, tokens, ctas, stages_x, stages_w, sparse>>(       \
+#define SLIDEJAX_INFO(name, warp_groups, m64_blocks, tokens, ctas, stages_x, stages_w, form, \
+                      stage_clocks, tile_clocks, shared_w_time)                              \
+  InfoOf<Tile<true, warp_groups, m64_blocks, tokens, ctas, stages_x, stages_w, form>>(       \
       name, stage_clocks, tile_clocks, shared_w_time),
 constexpr TileInfo kTiles[] = {SLIDEJAX_HOPPER_TILES(SLIDEJAX_INFO)};
 #undef SLIDEJAX_INFO
@@ -183,7 +186,8 @@ bool MayTake(const TileInfo& t, const Problem& p) {
 // Returns the clocks that metadata costs beside the product's `clocks` where it is not prepared.
 float MetadataClocks(const TileInfo& t, const Problem& p, float clocks) {
   if (!p.sparse()) return 0;
-  if (ExpandsZeros(t, p)) return (t.rows > 64 ? kExpanding128 : kExpanding64) * clocks;
+  if (t.holds_zeros) return kConsumersExpanding * clocks;
+  if (MakesMetadata(t, p)) return (t.rows > 64 ? kExpanding128 : kExpanding64) * clocks;
   return kMakeMetadataClocks + kMakeMetadataBytes * MetadataBytes(p) / kMemoryBytesPerClock;
 }
 
@@ -234,6 +238,9 @@ Plan MakePlan(const Problem& p, const Schedule& schedule, bool metadata_prepared
     const TileInfo& t = kTiles[i];
     if (t.sparse != p.sparse() || (schedule.tile != kAuto && schedule.tile != i)) continue;
     if (schedule.tile == kAuto && !MayTake(t, p)) continue;
+    if (schedule.tile == kAuto && t.holds_zeros && (metadata_prepared || !MakesMetadata(t, p))) {
+      continue;
+    }
     const Split split =
         SplitTiles(t, p, schedule, multiprocessors, PlannedGroups(t, multiprocessors, 1));
     // A product is no faster than memory gives W. The tenth decides between tiles that memory
@@ -275,6 +282,9 @@ const char* Check(const Problem& p, const Schedule& schedule) {
   if (tile != kAuto && (tile < 0 || tile >= TileCount() || kTiles[tile].sparse != p.sparse())) {
     return "no such tile";
   }
+  if (tile != kAuto && kTiles[tile].holds_zeros && !MakesMetadata(kTiles[tile], p)) {
+    return "the tile needs groups of eight, and rows of zeros that are a multiple of 16";
+  }
   return nullptr;
 }
 
@@ -292,12 +302,17 @@ size_t MetadataBytes(const Problem& p) {
   return static_cast<size_t>(CeilDiv(p.out, 64)) * MetadataSlices(p) * 1024;
 }
 
-bool ExpandsZeros(const TileInfo& tile, const Problem& p) { return tile.expands && p.group >= 6; }
+bool MakesMetadata(const TileInfo& tile, const Problem& p) {
+  // A tensor map's rows begin at multiples of 16 bytes.
+  if (tile.holds_zeros) return p.group == 8 && p.groups() % 16 == 0;
+  return tile.expands && p.group >= 6;
+}
 
 size_t WorkspaceBytes(const Problem& p, const Schedule& schedule, bool metadata_prepared,
                       int multiprocessors) {
   const Plan plan = MakePlan(p, schedule, metadata_prepared, multiprocessors);
-  const bool needs_metadata = !metadata_prepared && !ExpandsZeros(GetTile(plan.tile), p);
+  const TileInfo& tile = GetTile(plan.tile);
+  const bool needs_metadata = !metadata_prepared && !MakesMetadata(tile, p);
   return (needs_metadata ? MetadataBytes(p) : 0) + StreamKBytes(plan);
 }
 

@@ -36,7 +36,7 @@ struct Schedule {
 // `ctas` of them, stacked along the outputs, which share the tokens.
 struct TileInfo {
   const char* name;
-  bool sparse, expands, adds;  // Tile::kSparse, Tile::kExpands, Tile::kAdds
+  bool sparse, holds_zeros, expands, adds;  // Tile::kSparse, kHoldsZeros, kExpands, kAdds
   int rows, tokens, ctas, warp_groups;
   int threads, shared_bytes;                       // of a CTA
   int slab_tokens, slices_w;                       // Tile::kSlabTokens, Tile::kSlicesW
@@ -103,9 +103,9 @@ size_t StreamKBytes(const Plan& plan);
 int MetadataSlices(const Problem& problem);
 size_t MetadataBytes(const Problem& problem);  // 0 for a dense weight
 
-// Whether the kernel of a tile makes the metadata by itself. Its stages have room for the zeros of
-// groups with two windows or more.
-bool ExpandsZeros(const TileInfo& tile, const Problem& problem);
+// Whether the kernel of a tile makes the metadata by itself: in shared memory, where stages have room
+// for the zeros of groups with two windows or more, or in registers, of groups of eight.
+bool MakesMetadata(const TileInfo& tile, const Problem& problem);
 
 // Bytes of workspace. Metadata that is not prepared is expanded into it, for tiles that do not make
 // it by themselves.

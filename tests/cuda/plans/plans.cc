@@ -45,7 +45,7 @@ HopperPlan hopper_plan(const hopper::Problem& problem, const hopper::Schedule& s
           s.cluster_groups,
           s.cluster_split_tiles,
           s.share_w,
-          hopper::ExpandsZeros(t, problem),
+          hopper::MakesMetadata(t, problem),
           hopper::WorkspaceBytes(problem, schedule, metadata_prepared, multiprocessors)};
 }
 int hopper_counters(const hopper::Problem& problem, bool metadata_prepared, int multiprocessors) {
