@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "cuda/hopper").iterdir())
 LOG = "hopper_ptxas.log"
 ENTRY = re.compile(r"Compiling entry function '(\w+)'")
-# Its groups: fp8, warp groups, m64 blocks, tokens, sparse.
-TILE = re.compile(r"TileILb(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi\d+ELi\d+ELi\d+ELb(\d)E")
+# Its groups: fp8, warp groups, m64 blocks, tokens, form.
+TILE = re.compile(r"TileILb(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi\d+ELi\d+ELi\d+ELNS\w*4FormE(\d)E")
+FORMS = ("kDense", "kMetadata", "kZeros")
 
 
 def complaints(log):
@@ -74,12 +75,12 @@ def test_all_kernels_are_in_the_report(log):
         TILE.search(name).groups() for name in ENTRY.findall(log) if "SparseMatmulKernel" in name
     ]
     tiles = re.findall(
-        r'F\("[^"]+", (\d+), (\d+), (\d+), \d+, \d+, \d+, (true|false),',
+        r'F\("[^"]+", (\d+), (\d+), (\d+), \d+, \d+, \d+, (\w+),',
         (ROOT / "cuda/hopper/tile.h").read_text(),
     )
     assert tiles
     assert sorted(kernels) == sorted(
-        (fp8, *tile, "1" if sparse == "true" else "0") for *tile, sparse in tiles for fp8 in "01"
+        (fp8, *tile, str(FORMS.index(form))) for *tile, form in tiles for fp8 in "01"
     )
 
 

@@ -81,6 +81,27 @@ def test_the_metadata_of_some_outputs_is_a_part_of_it(emulated, group):
     assert not HOPPER.form.bears(whole.out, 4, 1) and not HOPPER.form.bears(whole.out, 1, 2)
 
 
+@pytest.mark.parametrize("tile", [name for name in TILES if "zeros" in name])
+@pytest.mark.parametrize("groups", [16, 32, 48, 112])
+def test_consumers_make_metadata_in_every_phase(emulated, tile, groups):
+    """Stages begin within a group. K is whole, or cut anywhere; W ends within a stage."""
+    index, shape = emulated.tile(tile)
+    for stream_k, chance in ((0, 50), (3, 20), (5, 60)):
+        problem = Problem(
+            shape.tokens + 3, 2 * shape.rows + 24, groups, prepared=False, seed=stream_k + groups
+        )
+        emulated.check(problem, tile=index, stream_k=stream_k, chance=chance)
+
+
+def test_where_consumers_cannot_make_metadata(emulated):
+    tile = make_schedule(tile=emulated.names.index("128x256 (zeros)"))
+    given = {"zeros": 16, "operand": emulated.dtype(np.int8), "result": emulated.dtype(np.float32)}
+    assert emulated.refusal(Problem(1, 8, 16).shape(), tile, **given) is None
+    assert b"eight" in emulated.refusal(Problem(1, 8, 8).shape(), tile, **given)
+    assert b"eight" in emulated.refusal(Problem(1, 8, 16, 6).shape(), tile, **given)
+    assert b"zeros" in emulated.refusal(Problem(1, 8, 16).shape(), tile, **{**given, "zeros": 8})
+
+
 @pytest.mark.parametrize("tile", DENSE)
 @both_inputs
 def test_every_tile_of_dense_weights(emulated, tile, dtype):
@@ -99,7 +120,7 @@ def test_int32_results_are_of_int8_operands(emulated):
 
 
 # Tiles that can add a residual.
-ADDING = ("128x256", "128x128", "128x128 (4 CTAs)", "128x128 (1 CTA)", *TILES[-4:])
+ADDING = tuple(name for name in TILES if not name.startswith("256"))
 
 
 @pytest.mark.parametrize("tile", ADDING)
@@ -174,6 +195,8 @@ any_schedule = {
 def test_any_problem_under_any_schedule(emulated, problem, schedule, resident, chance):
     if problem.y_dtype == np.int32:
         problem = dataclasses.replace(problem, dtype=np.int8)
+    if "zeros" in TILES[schedule["tile"]] and schedule["tile"] >= 0:
+        problem = dataclasses.replace(problem, group=8, groups=-(-problem.groups // 16) * 16)
     emulated.check(problem, resident=resident, chance=chance, **schedule)
 
 

@@ -38,6 +38,9 @@ def test_scales_of_a_sum_stay_until_every_lane_has_read_them(emulated):
         ("128x128", 4),
         ("128x128 (4 CTAs)", 2),
         ("128x128 (1 CTA)", 4),
+        ("128x256 (zeros)", 2),
+        ("128x128 (1 CTA, zeros)", 3),
+        ("64x128 (zeros)", 4),
     ],
 )
 def test_cta_groups_of_a_cluster_divide_k(emulated, tile, parts, dtype):
@@ -66,7 +69,19 @@ def test_cta_groups_divide_k_of_a_dense_weight(emulated, parts, dtype):
 
 @pytest.mark.parametrize("resident", [MULTIPROCESSORS, 4])
 @both_inputs
-@pytest.mark.parametrize("tile", ["256x192", "128x256", "256x160", "256x128", "128x128"])
+@pytest.mark.parametrize(
+    "tile",
+    [
+        "256x192",
+        "128x256",
+        "256x160",
+        "256x128",
+        "128x128",
+        "128x256 (zeros)",
+        "256x128 (zeros)",
+        "128x128 (zeros)",
+    ],
+)
 def test_two_cta_pairs_share_the_weights(emulated, tile, dtype, resident):
     """2x2 clusters share W, and the other CTA groups run in pairs. Tiles are whole at first, then
     cut along K, where one of the last pair of tiles lies beyond M."""
