@@ -55,7 +55,7 @@ def test_cta_groups_of_a_cluster_divide_k(emulated, tile, parts, dtype):
         groups = groups * (10 if parts * ctas % 3 else 9) // 11 // parts * parts
     if groups:
         out = (groups + 1) * rows * ctas - 24
-        problem = Problem(tokens, out, 24, dtype=dtype, seed=parts, bias=False)
+        problem = Problem(tokens, out, 32, dtype=dtype, seed=parts, bias=False)
         emulated.check(problem, **divided)
 
 
