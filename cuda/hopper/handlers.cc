@@ -289,15 +289,18 @@ class Chain {
     if (!values || !zeros || !scale_w || !bias || !metadata || !residual || !norm)
       return "zeros and metadata must be u8, scale_w, bias and norm float32";
     const Weight w{*values, *zeros, *scale_w, *bias, *metadata};
-    if (values->dimensions().size() != 3 || values->element_count() == 0)
-      return "values must be [out, groups, kept], and not empty";
-    const int64_t outputs = values->dimensions()[0], group = values->dimensions()[2] + 2;
-    if (outputs > INT32_MAX || !IsGroup(group)) return "kept must be even, 2 to 14";
+    if ((!w.dense() && values->dimensions().size() != 3) || values->element_count() == 0)
+      return "values must be [out, groups, kept] or, dense, [out, K'], and not empty";
+    const int64_t outputs = values->dimensions()[0];
+    const int64_t group = w.dense() ? 0 : values->dimensions()[2] + 2;
+    if (outputs > INT32_MAX || (!w.dense() && !IsGroup(group))) return "kept must be even, 2 to 14";
     const bool gate = gates_[i] >= 0;
     if (gates_[i] > static_cast<int>(lift::Activation::kRelu) || (gate && width % 2 != 0))
       return "gates are numbers of activations, and a gate is half of the input";
     const int64_t columns = gate ? width / 2 : width;
-    const int64_t lifted_columns = lift::LiftedColumns(columns, static_cast<int>(group));
+    const int64_t lifted_columns =
+        w.dense() ? values->dimensions()[1] : lift::LiftedColumns(columns, static_cast<int>(group));
+    if (lifted_columns < columns) return "a dense weight has too few columns";
     Args& args = stages[i].product;
     args.problem.M = rows_, args.problem.out = static_cast<int32_t>(outputs);
     if (auto wrong = WeightArguments(w, lifted_columns, args); !wrong.empty()) return wrong;
@@ -327,7 +330,8 @@ class Chain {
     lift.columns = columns, lift.x_stride = width;
     lift.lifted = lifted, lift.lifted_type = *type, lift.scale = scale_x;
     lift.lifted_columns = lifted_columns, lift.group = static_cast<int>(group);
-    if (columns > lift::kMaxColumns) return "a row has too many columns";
+    if (std::max(columns, w.dense() ? lifted_columns : 0) > lift::kMaxColumns)
+      return "a row has too many columns";
     if (gate) {
       lift.prologue = lift::PrologueKind::kGlu;
       lift.activation = static_cast<lift::Activation>(gates_[i]);

@@ -103,8 +103,8 @@ class Consumer {
   }
 
   // The zeros of a row in a stage begin with those of the group in which the stage begins. Half h
-  // has the words 2 i + h of a stage, 8 (2 i + h) windows behind it. Zero number (phase + 8 (2 i + h))
-  // / 3 is the first one of the word.
+  // has the words 2 i + h of a stage, 8 (2 i + h) windows behind it. Zero number (phase + 8 (2 i +
+  // h)) / 3 is the first one of the word.
   SJ_DEVICE void LoadZeros(uint32_t stage) {
     const int row = thread_ / 32 * 16 + thread_ % 32 / 4 + 8 * (thread_ % 2);
     const uint32_t swapped = row << 2 & 16;  // the swizzle of the copy
@@ -131,7 +131,7 @@ class Consumer {
       const int first = i == 3 ? 4 : i, second = i == 3 || i == 0 ? first : first + 1;
 #pragma unroll
       for (int b = 0; b < T::kM64Blocks; ++b) {
-        const uint32_t(&z)[6] = zeros_[b];
+        const uint32_t (&z)[6] = zeros_[b];
         const uint32_t low = half ? z[second] : z[first];
         const uint32_t high = half ? z[second + 1] : z[first + 1];
         meta[b][k] = WordOfGroupsOfEight(__funnelshift_r(low, high, 8 * zero), window - 3 * zero);

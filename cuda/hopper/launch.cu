@@ -320,8 +320,9 @@ const char* Check(const Args& a) {
   if (a.result == DType::kS32 && a.operand != DType::kS8) return "int32 results need int8 operands";
   if (a.residual != nullptr) {
     const bool adds = a.schedule.tile == kAuto || GetTile(a.schedule.tile).adds;
-    if (!a.problem.sparse() || a.problem.M > kResidualTokens || !adds) {
-      return "a residual is added to at most 256 rows of a sparse product, in tiles that can add it";
+    if (a.problem.M > (a.problem.sparse() ? kResidualTokens : kDenseResidualTokens) || !adds) {
+      return "a residual is added to at most 256 rows of a sparse product and 64 of a dense one, in "
+             "tiles that can add it";
     }
     if (a.result == DType::kS32) return "int32 results take no residual";
   }

@@ -58,9 +58,9 @@ SJ_DEVICE uint32_t TwoGroupsOfEight(uint32_t selector) {
   return both - (both >> 16) * 0xF000;  // from 16 bits apart to 12
 }
 
-// Returns a word of metadata of groups of eight: of eight windows, from number `skipped` of the first
-// group on. zeros: those of that group and the three after it. Zeros beyond the weight, which are 0,
-// give legal metadata, because selectors lose the bit that stands for a sign.
+// Returns a word of metadata of groups of eight: of eight windows, from number `skipped` of the
+// first group on. zeros: those of that group and the three after it. Zeros beyond the weight, which
+// are 0, give legal metadata, because selectors lose the bit that stands for a sign.
 SJ_DEVICE uint32_t WordOfGroupsOfEight(uint32_t zeros, uint32_t skipped) {
   const uint32_t four = (zeros - 0x10101010u) & 0x77777777u;
   const uint32_t low = TwoGroupsOfEight(four), high = TwoGroupsOfEight(four >> 16);

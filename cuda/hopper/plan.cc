@@ -37,7 +37,7 @@ constexpr int kPowerLimitedTokens = 1024;       // with fewer, power does not li
 // alone with 128 tokens was never slower than CTA pairs; of dense tiles none of more tokens was
 // ever faster.
 constexpr int kFewTokens = 128, kSomeTokens = 256, kFewDenseTokens = 64;
-static_assert(kResidualTokens == kSomeTokens);
+static_assert(kResidualTokens == kSomeTokens && kDenseResidualTokens == kFewDenseTokens);
 // With fewer than kPowerLimitedTokens, stream-K costs more than modelled, and large tiles, which
 // have the longest stages, hide the least of what each wave waits for.
 constexpr float kFewTokensStreamKFactor = 2;

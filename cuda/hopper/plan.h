@@ -64,7 +64,7 @@ struct Split {
 };
 
 // Most rows of x for which the cost model takes none but tiles that can add a residual.
-inline constexpr int kResidualTokens = 256;
+inline constexpr int kResidualTokens = 256, kDenseResidualTokens = 64;  // of a dense weight
 
 struct Plan {
   int tile = kAuto;
@@ -103,8 +103,8 @@ size_t StreamKBytes(const Plan& plan);
 int MetadataSlices(const Problem& problem);
 size_t MetadataBytes(const Problem& problem);  // 0 for a dense weight
 
-// Whether the kernel of a tile makes the metadata by itself: in shared memory, where stages have room
-// for the zeros of groups with two windows or more, or in registers, of groups of eight.
+// Whether the kernel of a tile makes the metadata by itself: in shared memory, where stages have
+// room for the zeros of groups with two windows or more, or in registers, of groups of eight.
 bool MakesMetadata(const TileInfo& tile, const Problem& problem);
 
 // Bytes of workspace. Metadata that is not prepared is expanded into it, for tiles that do not make

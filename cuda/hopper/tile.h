@@ -11,34 +11,35 @@ namespace slidejax::hopper {
 // Every tile there is:
 //   F(name, warp groups, m64 blocks, tokens, CTAs, stages of X, stages of W, form,
 //     clocks of a stage, clocks of a tile, time with shared W)
-// The first seven numbers and the form are the parameters of Tile, below. The others are measured (H200):
+// The first seven numbers and the form are the parameters of Tile, below. The others are measured
+// (H200):
 //   clocks of a stage     of 128 columns of the product, in the full pipeline
 //   clocks of a tile      what a tile costs beyond its stages
 //   time with shared W    the time where two CTA groups share W by multicast, as a part of the time
 //                         where they do not. Sharing saves energy, which limits large products, but
 //                         a short stage does not hide the signals between four CTAs. It is 1 for
 //                         tiles that cannot share W.
-#define SLIDEJAX_HOPPER_TILES(F)                                             \
-  F("256x192", 2, 2, 192, 2, 4, 2, kMetadata, 977, 3000, 0.96f)              \
-  F("128x256", 2, 1, 256, 2, 4, 3, kMetadata, 665, 2500, 0.98f)              \
-  F("256x160", 2, 2, 160, 2, 4, 3, kMetadata, 843, 2600, 0.95f)              \
-  F("256x128", 2, 2, 128, 2, 4, 3, kMetadata, 710, 2000, 0.96f)              \
-  F("128x128", 2, 1, 128, 2, 6, 4, kMetadata, 400, 1500, 1.08f)              \
-  F("128x128 (4 CTAs)", 2, 1, 128, 4, 6, 4, kMetadata, 395, 1500, 1)         \
-  F("128x128 (1 CTA)", 2, 1, 128, 1, 5, 5, kMetadata, 400, 1500, 1)          \
-  F("64x128", 1, 1, 128, 1, 6, 9, kMetadata, 330, 1000, 1)                   \
-  F("64x64", 1, 1, 64, 1, 7, 7, kMetadata, 200, 800, 1)                      \
-  F("64x32", 1, 1, 32, 1, 7, 7, kMetadata, 200, 800, 1)                      \
-  F("64x16", 1, 1, 16, 1, 8, 8, kMetadata, 200, 800, 1)                      \
-  F("128x256 (zeros)", 2, 1, 256, 2, 4, 3, kZeros, 665, 2500, 0.98f)         \
-  F("256x128 (zeros)", 2, 2, 128, 2, 4, 3, kZeros, 710, 2000, 0.96f)         \
-  F("128x128 (zeros)", 2, 1, 128, 2, 6, 4, kZeros, 400, 1500, 1.08f)         \
-  F("128x128 (1 CTA, zeros)", 2, 1, 128, 1, 5, 5, kZeros, 400, 1500, 1)      \
-  F("64x128 (zeros)", 1, 1, 128, 1, 6, 9, kZeros, 330, 1000, 1)              \
-  F("dense 256x192", 2, 2, 192, 2, 3, 3, kDense, 1520, 2900, 0.97f)          \
-  F("dense 128x256", 2, 1, 256, 2, 4, 4, kDense, 1040, 2500, 0.96f)          \
-  F("dense 128x128", 2, 1, 128, 2, 6, 6, kDense, 560, 1500, 0.97f)           \
-  F("dense 128x64", 2, 1, 64, 1, 7, 7, kDense, 340, 1000, 1)                 \
+#define SLIDEJAX_HOPPER_TILES(F)                                        \
+  F("256x192", 2, 2, 192, 2, 4, 2, kMetadata, 977, 3000, 0.96f)         \
+  F("128x256", 2, 1, 256, 2, 4, 3, kMetadata, 665, 2500, 0.98f)         \
+  F("256x160", 2, 2, 160, 2, 4, 3, kMetadata, 843, 2600, 0.95f)         \
+  F("256x128", 2, 2, 128, 2, 4, 3, kMetadata, 710, 2000, 0.96f)         \
+  F("128x128", 2, 1, 128, 2, 6, 4, kMetadata, 400, 1500, 1.08f)         \
+  F("128x128 (4 CTAs)", 2, 1, 128, 4, 6, 4, kMetadata, 395, 1500, 1)    \
+  F("128x128 (1 CTA)", 2, 1, 128, 1, 5, 5, kMetadata, 400, 1500, 1)     \
+  F("64x128", 1, 1, 128, 1, 6, 9, kMetadata, 330, 1000, 1)              \
+  F("64x64", 1, 1, 64, 1, 7, 7, kMetadata, 200, 800, 1)                 \
+  F("64x32", 1, 1, 32, 1, 7, 7, kMetadata, 200, 800, 1)                 \
+  F("64x16", 1, 1, 16, 1, 8, 8, kMetadata, 200, 800, 1)                 \
+  F("128x256 (zeros)", 2, 1, 256, 2, 4, 3, kZeros, 665, 2500, 0.98f)    \
+  F("256x128 (zeros)", 2, 2, 128, 2, 4, 3, kZeros, 710, 2000, 0.96f)    \
+  F("128x128 (zeros)", 2, 1, 128, 2, 6, 4, kZeros, 400, 1500, 1.08f)    \
+  F("128x128 (1 CTA, zeros)", 2, 1, 128, 1, 5, 5, kZeros, 400, 1500, 1) \
+  F("64x128 (zeros)", 1, 1, 128, 1, 6, 9, kZeros, 330, 1000, 1)         \
+  F("dense 256x192", 2, 2, 192, 2, 3, 3, kDense, 1520, 2900, 0.97f)     \
+  F("dense 128x256", 2, 1, 256, 2, 4, 4, kDense, 1040, 2500, 0.96f)     \
+  F("dense 128x128", 2, 1, 128, 2, 6, 6, kDense, 560, 1500, 0.97f)      \
+  F("dense 128x64", 2, 1, 64, 1, 7, 7, kDense, 340, 1000, 1)            \
   F("dense 128x16", 2, 1, 16, 1, 10, 10, kDense, 400, 800, 1)
 
 // K is walked in steps of two slices. A slice is 128 columns of the product.
@@ -54,26 +55,27 @@ constexpr int LargestDivisor(int count, int most) {
   return most;
 }
 
-// What a stage of W holds: all columns; those of the packed form and their metadata; those of groups
-// of eight and their zeros, of which consumers make the metadata.
+// What a stage of W holds: all columns; those of the packed form and their metadata; those of
+// groups of eight and their zeros, of which consumers make the metadata.
 enum Form { kDense, kMetadata, kZeros };
 
 template <bool kFp8_, int kWarpGroups_, int kM64Blocks_, int kTokens_, int kCtas_, int kStagesX_,
           int kStagesW_, Form kForm_>
 struct Tile {
   static constexpr bool kFp8 = kFp8_;
-  static constexpr bool kSparse = kForm_ != kDense;     // W is 2:4; else it has all its columns
+  static constexpr bool kSparse = kForm_ != kDense;      // W is 2:4; else it has all its columns
   static constexpr bool kHoldsZeros = kForm_ == kZeros;  // in the place of metadata
-  static constexpr int kWarpGroups = kWarpGroups_;  // that multiply
-  static constexpr int kM64Blocks = kM64Blocks_;    // blocks of 64 rows of each warp group
+  static constexpr int kWarpGroups = kWarpGroups_;       // that multiply
+  static constexpr int kM64Blocks = kM64Blocks_;         // blocks of 64 rows of each warp group
   static constexpr int kTokens = kTokens_;
   static constexpr int kCtas = kCtas_;        // of a CTA group: they are stacked along the outputs
                                               // and share X by multicast
   static constexpr int kStagesX = kStagesX_;  // of the ring of X
   static constexpr int kStagesW = kStagesW_;  // of the ring of W
   static constexpr int kRows = kWarpGroups * kM64Blocks * 64;
-  // Whether the epilogue can add a residual. Tiles with two m64 blocks have no registers for it.
-  static constexpr bool kAdds = kSparse && kM64Blocks == 1;
+  // Whether the epilogue can add a residual. Tiles with two m64 blocks have no registers for it. Of
+  // dense tiles those of few tokens can.
+  static constexpr bool kAdds = kM64Blocks == 1 && (kSparse || kTokens <= 64);
   // Whether the kernel makes its metadata from zeros (expand.cuh), in a warp group of its own.
   // Larger tiles have neither the registers for it nor rings that are deep enough.
   static constexpr bool kExpands =

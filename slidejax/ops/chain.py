@@ -27,6 +27,7 @@ from slidejax.ops.choice import choose
 from slidejax.ops.cuda import calls, prologues
 from slidejax.ops.implementations import decode, hopper
 from slidejax.ops.implementations.base import Implementation
+from slidejax.ops.implementations.dense import DENSE
 from slidejax.ops.linear import linear
 from slidejax.ops.primitive import as_array, check_input, make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem, device_kind
@@ -177,7 +178,12 @@ def _one_call(operands, settings: ChainParams, platform: str, devices: int | Non
     if any(type(stage.prologue) not in (type(None), RMSNorm, GLU) for stage in stages):
         return None
     problems = [_problem(x, stage, platform, settings.implementation) for stage in stages]
-    chosen = {choose(problem).implementation for problem in problems}
+    chosen = {
+        # Of a weight that prunes nothing, the dense product is the Hopper kernel's, too.
+        choice if problem.pattern.prunes or choice != DENSE.name else hopper.HOPPER.name
+        for problem in problems
+        for choice in (choose(problem).implementation,)
+    }
     if not chosen <= {implementation.name for implementation, _, _ in _KERNELS}:
         return None
     # A chain runs in one kernel, also where the layers one by one would run in different ones.
@@ -186,10 +192,16 @@ def _one_call(operands, settings: ChainParams, platform: str, devices: int | Non
     for implementation, fits, call in _KERNELS if first_decode else reversed(_KERNELS):
         if settings.implementation not in (None, implementation.name):
             continue
-        refused = any(implementation.refusal(problem) is not None for problem in problems)
+        refused = any(_refuses(implementation, problem) for problem in problems)
         if not refused and fits(x, stages, settings):
             return call
     return None
+
+
+def _refuses(implementation: Implementation, problem: Problem) -> bool:
+    if implementation is hopper.HOPPER and not problem.pattern.prunes:
+        return hopper.refuses_device(problem.device, problem.dtype) is not None
+    return implementation.refusal(problem) is not None
 
 
 def _gates_are_private(x: jax.Array, stages: Sequence[Stage], settings: ChainParams) -> bool:
@@ -209,8 +221,10 @@ def _lifts_fit(x: jax.Array, stages: Sequence[Stage], settings: ChainParams) -> 
         w = _packed(stage)
         if stage.prologue is not None and not prologues.fused(read, w.dtype, stage.prologue):
             return False
+        if rows > hopper.chained_rows(w):
+            return False
         columns = w.out_features
-    return rows <= hopper.RESIDUAL_ROWS
+    return True
 
 
 def _lowering(*operands, platform, devices, settings: ChainParams, sequence: ClosedJaxpr):
@@ -275,11 +289,11 @@ def _hopper_call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]
     rows, operands, parts, workspaces = x.shape[0], [], [], []
     for i, stage in enumerate(stages):
         w = _packed(stage)
-        weight = hopper.HopperWeight.packed(w)
+        weight = hopper.HopperWeight.of(w)
         _, residual, norm = _parameters(stage)
         operands += [*weight.operands(stage.bias), residual, norm]
         workspaces.append(weight.workspace_bytes(rows))
-        parts += [rows * w.lifted_columns, 4 * rows, workspaces[-1]]
+        parts += [rows * weight.lifted_columns, 4 * rows, workspaces[-1]]
         if i not in outputs:
             parts.append(rows * w.out_features * x.dtype.itemsize)
     workspace = calls.ALIGN + sum(-(-size // calls.ALIGN) * calls.ALIGN for size in parts)

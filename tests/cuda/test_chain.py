@@ -10,6 +10,7 @@ import pytest
 from patterns import PATTERNS
 
 import slidejax as sj
+from slidejax.ops.choice import Choice
 from slidejax.ops.implementations.decode import DECODE
 
 pytestmark = pytest.mark.gpu
@@ -161,6 +162,43 @@ def hopper_equals_one_by_one(x, stages):
 @pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16"])
 def test_a_layer_in_one_call_of_the_hopper_kernel(on_hopper, pattern, dtype, rows):
     hopper_equals_one_by_one(*tail(pattern, dtype, rows, 512, 1032))
+
+
+@pytest.mark.parametrize("rows", [5, 16, 33, 64])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_weights_that_prune_nothing_in_one_call(on_hopper, monkeypatch, dtype, rows, mixed):
+    """In the order and with the plans of the dense products one by one: bits are equal."""
+    choice = lambda p: Choice("hopper" if p.pattern.prunes else "dense", "")  # noqa: E731
+    monkeypatch.setattr("slidejax.ops.chain.choose", choice)
+    x, stages = tail("dense", dtype, rows, 512, 1032)
+    if mixed:
+        stages[1] = tail("6:8", dtype, rows, 512, 1032)[1][1]
+    fn = jax.jit(lambda x, stages: sj.linear_chain(x, unflat(stages), (0, 2, 3)))
+    assert fn.lower(x, flat(stages)).as_text().count("slidejax_chain_hopper") == 1
+    ys = fn(x, flat(stages))
+    for got, want in zip(ys, dense_one_by_one(x, stages, ys), strict=True):
+        if dtype == "int8":
+            np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
+        else:
+            near(got, want)
+
+
+def dense_one_by_one(x, stages, ys):
+    """Each layer alone: the kernel lifts with its prologue, XLA adds the residual to float32."""
+    names = ["hopper" if stage.weight.pattern.prunes else "dense" for stage in stages]
+    wanted, read = [], [x, ys[0], None, ys[1]]
+    linear = jax.jit(sj.linear, static_argnames=("implementation",))
+    for stage, name, given in zip(stages, names, read, strict=True):
+        prologue = stage.prologue
+        if given is None:  # the gate and up
+            given, up = jnp.split(wanted[-1], 2, axis=-1)
+            prologue = sj.GLU(up, stage.prologue.activation)
+        residual = ys[0] if isinstance(stage.residual, int) else stage.residual
+        wanted.append(
+            linear(given, stage.weight, stage.bias, name, prologue=prologue, residual=residual)
+        )
+    return wanted[0], wanted[2], wanted[3]
 
 
 @pytest.mark.parametrize("rows", [1, 4, 40])

@@ -148,12 +148,34 @@ def test_a_residual_in_every_tile(emulated, tile, residual):
         emulated.check(problem, tile=index, cluster_split=2)
 
 
+@pytest.mark.parametrize("tile", ["dense 128x64", "dense 128x16"])
+@pytest.mark.parametrize("residual", OUTPUT[:3])
+def test_a_residual_of_a_dense_weight(emulated, tile, residual):
+    index, shape = emulated.tile(tile)
+    for i, y_dtype in enumerate(OUTPUT[:3]):
+        problem = Problem(
+            shape.tokens - 3 + i,
+            2 * shape.rows + 40 + i,
+            K=592,
+            y_dtype=y_dtype,
+            bias=i != 1,
+            residual=residual,
+            over_residual=True,
+            after_lift=i != 1,
+            seed=i,
+        )
+        emulated.check(problem, tile=index, stream_k=0)
+        emulated.check(problem, tile=index, stream_k=4, chance=20)
+        emulated.check(problem, tile=index, cluster_split=2)
+
+
 def test_where_a_residual_is_refused(emulated):
     residual = {"residual": 16, "zeros": 16, "operand": emulated.dtype(np.int8)}
     result = {"result": emulated.dtype(np.float32)}
     assert emulated.refusal(Problem(256, 8, 8).shape(), **residual, **result) is None
     assert b"256 rows" in emulated.refusal(Problem(257, 8, 8).shape(), **residual, **result)
-    assert b"sparse" in emulated.refusal(Problem(1, 8, K=32).shape(), **residual, **result)
+    assert emulated.refusal(Problem(64, 8, K=32).shape(), **residual, **result) is None
+    assert b"64 of a dense" in emulated.refusal(Problem(65, 8, K=32).shape(), **residual, **result)
     large = make_schedule(tile=emulated.names.index("256x192"))
     assert b"tiles" in emulated.refusal(Problem(1, 8, 8).shape(), large, **residual, **result)
     sums = {"result": emulated.dtype(np.int32)}

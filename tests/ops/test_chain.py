@@ -228,6 +228,31 @@ def test_one_call_of_the_hopper_kernel(rows, outputs):
     assert not any(op in text for op in ("rsqrt", "logistic", "stablehlo.add", "exponential"))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("rows", "chained"), [(9, True), (64, True), (65, False)])
+@pytest.mark.parametrize("all_dense", [True, False])
+def test_weights_that_prune_nothing_in_a_chain_of_the_hopper_kernel(
+    monkeypatch, dtype, rows, chained, all_dense
+):
+    """Alone their products are the Hopper kernel's, too, by the implementation "dense"."""
+    choice = lambda p: Choice("hopper" if p.pattern.prunes else "dense", "")  # noqa: E731
+    monkeypatch.setattr("slidejax.ops.chain.choose", choice)
+    x, stages = tail("dense", dtype, rows=(rows,))
+    if not all_dense:
+        stages[1] = dataclasses.replace(stages[1], weight=tail("6:8", dtype)[1][1].weight)
+    found = calls(lowered(x, stages, (2, 3), None))
+    assert (found == ["slidejax_chain_hopper"]) == chained
+    assert chained or "slidejax_chain_hopper" not in found
+
+
+def test_other_dense_products_are_in_no_chain(monkeypatch):
+    """Of pruned weights, or of dtypes that the kernel does not take."""
+    monkeypatch.setattr("slidejax.ops.chain.choose", lambda p: Choice("dense", ""))
+    for pattern, dtype in (("6:8", "int8"), ("dense", "bfloat16")):
+        x, stages = tail(pattern, dtype, rows=(9,))
+        assert "slidejax_chain_hopper" not in calls(lowered(x, stages, None, None))
+
+
 @pytest.mark.parametrize("case", ["rows", "long rows", "prologue"])
 def test_where_the_hopper_kernel_runs_them_one_by_one(case):
     x, stages = tail(rows=(257,) if case == "rows" else (9,))

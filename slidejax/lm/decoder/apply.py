@@ -350,7 +350,7 @@ class _Layer:
         if not all(isinstance(kernel, SlideWeight) for kernel in kernels):
             return False
         if x.shape[0] in HOPPER_CHAINED_ROWS:
-            return all(hopper.may_run(kernel) for kernel in kernels)
+            return all(hopper.may_chain(kernel, x.shape[0]) for kernel in kernels)
         prepared = any(kernel.prepared for kernel in kernels)
         return x.shape[0] <= (
             min(_CHAINED_PREPARED_ROWS, CHAINED_ROWS) if prepared else CHAINED_ROWS

@@ -31,9 +31,10 @@ __all__ = [
     "HOPPER",
     "RESIDUAL_ROWS",
     "HopperWeight",
+    "chained_rows",
     "linear_call",
     "matmul_call",
-    "may_run",
+    "may_chain",
     "refuses_device",
 ]
 
@@ -44,6 +45,7 @@ FEW_ROWS = 64
 # Up to this number of rows the kernel adds a residual (kResidualTokens of cuda/hopper/plan.h). With
 # more it is added to float32 results.
 RESIDUAL_ROWS = 256
+DENSE_RESIDUAL_ROWS = 64  # the same for a weight that prunes nothing
 
 _DEVICES = ("H100", "H200", "H800", "H20", "GH200")
 _AHEAD_OF_TIME_MULTIPROCESSORS = 132  # those of an H100, for programs lowered without a GPU
@@ -130,6 +132,19 @@ class HopperWeight:
         none = jnp.zeros(0, jnp.uint8)
         return cls(kernel, none, scale, none, 0)
 
+    @classmethod
+    def of(cls, w: SlideWeight) -> HopperWeight:
+        """The packed form as it is, of a weight that may prune nothing."""
+        if w.pattern.prunes:
+            return cls.packed(w)
+        return cls.dense(w.values.reshape(w.out_features, -1), w.scale)
+
+    @property
+    def lifted_columns(self) -> int:
+        """Columns of the lifted rows that it is multiplied with."""
+        columns = self.values.shape[1]
+        return columns * 2 * (self.group - 2) if self.group else columns
+
     def raw(self) -> HopperWeight:
         """The same with scales of one."""
         return dataclasses.replace(self, scale=jnp.ones(self.scale.shape, jnp.float32))
@@ -140,9 +155,7 @@ class HopperWeight:
 
     def workspace_bytes(self, rows: int) -> int:
         """Bytes of workspace for a product of `rows` rows."""
-        out, columns = self.values.shape[:2]
-        if self.group:  # the second axis counts groups
-            columns *= 2 * (self.group - 2)
+        out, columns = self.values.shape[0], self.lifted_columns
         has_metadata = not self.group or self.metadata.size > 0
         made = 0 if has_metadata else _metadata_bytes(out, columns)
         module = _module()
@@ -274,11 +287,16 @@ class Hopper(Implementation):
 HOPPER = Hopper()
 
 
-def may_run(w: SlideWeight) -> bool:
-    """Whether a GPU's products of a weight may be those of the Hopper kernel.
+def chained_rows(w: SlideWeight) -> int:
+    """The most rows of a product in a chain of the Hopper kernel."""
+    return RESIDUAL_ROWS if w.pattern.prunes else DENSE_RESIDUAL_ROWS
+
+
+def may_chain(w: SlideWeight, rows: int) -> bool:
+    """Whether a product of a weight and so many rows may be in a chain of the Hopper kernel.
 
     It speaks for the GPU of this machine, and without one for that which programs are lowered for.
     """
     if w.prepared and HOPPER.name not in w.prepared:
         return False
-    return w.pattern.prunes and refuses_device(device_kind("cuda"), w.dtype) is None
+    return rows <= chained_rows(w) and refuses_device(device_kind("cuda"), w.dtype) is None
