@@ -102,9 +102,10 @@ class Consumer {
     return MetadataRow(row) + 8 * half;
   }
 
-  // The zeros of a row in a stage begin with those of the group in which the stage begins. Half h
-  // has the words 2 i + h of a stage, 8 (2 i + h) windows behind it. Zero number (phase + 8 (2 i +
-  // h)) / 3 is the first one of the word.
+  // A row of a stage has 32 bytes. The zeros begin with those of the group in which the stage
+  // begins, 5 * phase bytes behind: they are shifted to the front. Half h has the words 2 i + h of
+  // a stage, 8 (2 i + h) windows behind it. Zero number (phase + 8 (2 i + h)) / 3 is the first one
+  // of the word.
   SJ_DEVICE void LoadZeros(uint32_t stage) {
     const int row = thread_ / 32 * 16 + thread_ % 32 / 4 + 8 * (thread_ % 2);
     const uint32_t swapped = row << 2 & 16;  // the swizzle of the copy
@@ -112,10 +113,18 @@ class Consumer {
     for (int b = 0; b < T::kM64Blocks; ++b) {
       const uint32_t from =
           stage + T::kValueBytes + ((group_ * T::kM64Blocks + b) * 64 + row) * kZerosPitch;
-      const uint4 v = LoadShared4(from + swapped);
-      const uint2 w = LoadShared2(from + (16 ^ swapped));
-      zeros_[b][0] = v.x, zeros_[b][1] = v.y, zeros_[b][2] = v.z, zeros_[b][3] = v.w;
-      zeros_[b][4] = w.x, zeros_[b][5] = w.y;
+      const uint4 v = LoadShared4(from + swapped), w = LoadShared4(from + (16 ^ swapped));
+      const uint32_t words[10] = {v.x, v.y, v.z, v.w, w.x, w.y, w.z, w.w, 0, 0};
+      uint32_t shifted[7];  // by the words of 5 * phase bytes, which are 0, 1 and 2
+#pragma unroll
+      for (int i = 0; i < 7; ++i) {
+        const uint32_t moved = phase_ == 2 ? words[i + 2] : words[i + 1];
+        shifted[i] = phase_ == 0 ? words[i] : moved;
+      }
+#pragma unroll
+      for (int i = 0; i < 6; ++i) {
+        zeros_[b][i] = __funnelshift_r(shifted[i], shifted[i + 1], 8 * phase_);
+      }
     }
   }
   template <int kSlice>

@@ -128,6 +128,9 @@ SJ_DEVICE void LoadWeights(const Params& p, const Shared& shared, const CtaPlace
       const uint32_t full = shared.w.full + 8 * to.stage;
       const uint32_t values = shared.w.data + to.stage * T::kStageBytesW;
       const uint32_t metadata = values + T::kValueBytes;
+      // A tensor copy begins at a multiple of 16 bytes (else: illegal instruction). The first zero
+      // of the stage lies 0, 5 or 10 bytes behind (kernel.cuh LoadZeros), the last one within 32.
+      [[maybe_unused]] const int zeros_from = (k * kStageWindows / 3) & ~15;
       BarrierWait(shared.w.empty + 8 * to.stage, to.parity);
       if (lane == 0) {
         BarrierExpect(full, copies_metadata ? T::kStageBytesW : T::kValueBytes);
@@ -135,9 +138,8 @@ SJ_DEVICE void LoadWeights(const Params& p, const Shared& shared, const CtaPlace
           TmaLoad2dMulticast(values + half * (T::kValueBytes / 2), &p.map_w, k * 128,
                              row + half * (T::kRows / 2), full, pair_mask, policy);
           if constexpr (T::kHoldsZeros) {
-            TmaLoad2dMulticast(metadata + half * (T::kMetadataBytes / 2), &p.map_e,
-                               k * kStageWindows / 3, row + half * (T::kRows / 2), full, pair_mask,
-                               policy);
+            TmaLoad2dMulticast(metadata + half * (T::kMetadataBytes / 2), &p.map_e, zeros_from,
+                               row + half * (T::kRows / 2), full, pair_mask, policy);
           } else if (copies_metadata) {
             TmaLoad3dMulticast(metadata + half * (T::kMetadataBytes / 2), &p.map_e, 0,
                                k * T::kSlicesW, row / 64 + half * (T::kRows / 128), full, pair_mask,
@@ -146,7 +148,7 @@ SJ_DEVICE void LoadWeights(const Params& p, const Shared& shared, const CtaPlace
         } else {
           TmaLoad2d(values, &p.map_w, k * 128, row, full, policy);
           if constexpr (T::kHoldsZeros) {
-            TmaLoad2d(metadata, &p.map_e, k * kStageWindows / 3, row, full, policy);
+            TmaLoad2d(metadata, &p.map_e, zeros_from, row, full, policy);
           } else if (copies_metadata) {
             TmaLoad3d(metadata, &p.map_e, 0, k * T::kSlicesW, row / 64, full, policy);
           }

@@ -148,6 +148,7 @@ inline bool WaitCount(const int* counter, int n, int spins) {
 inline void LoadTensor(uint32_t dst, const CUtensorMap* map, int x, int y, int z, uint32_t barrier,
                        uint16_t ranks) {
   const auto tensor = reinterpret_cast<const emulator::Tensor&>(*map);
+  if (x * tensor.element % 16) emulator::Fail("a tensor copy does not begin at 16 bytes");
   size_t bytes = tensor.element;
   for (int i = 0; i < tensor.rank; ++i) bytes *= tensor.box[i];
   for (uint32_t rank = 0; rank < 16; ++rank) {
@@ -181,6 +182,7 @@ inline void TmaLoad3dMulticast(uint32_t dst, const CUtensorMap* map, int x, int 
 inline void TmaStore2d(const CUtensorMap* map, uint32_t src, int x, int y, uint64_t) {
   const auto tensor = reinterpret_cast<const emulator::Tensor&>(*map);
   auto& block = *emulator::Current().block;
+  if (x * tensor.element % 16) emulator::Fail("a tensor copy does not begin at 16 bytes");
   const auto line = block.unfenced.lower_bound(src);
   if (line != block.unfenced.end() &&
       line->first < src + tensor.box[0] * tensor.box[1] * tensor.element) {
