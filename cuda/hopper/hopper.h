@@ -36,9 +36,9 @@ struct Args {
   const float* scale_w;      // [out]
   const float* bias;         // [out] or null
   const void* residual;      // [M, out] or null; of at most kResidualTokens rows, or with a dense
-                         // weight kDenseResidualTokens
-  DType residual_type;  // bfloat16, float16 or float32
-  void* y;              // [M, out]; may be the residual
+                             // weight kDenseResidualTokens
+  DType residual_type;       // bfloat16, float16 or float32
+  void* y;                   // [M, out]; may be the residual
   // The workspace may hold anything, is 128-byte aligned and has WorkspaceBytes. If it is smaller,
   // K is not split through memory; metadata that is not prepared must fit.
   void* workspace;

@@ -28,8 +28,8 @@ constexpr float kSparseBytesPerColumn = 0.625f, kDenseBytesPerColumn = 1;
 // tile of 64 rows, whose expanders make two stages at a time, and one of 128.
 constexpr float kMakeMetadataClocks = 4000, kMakeMetadataBytes = 1.7f;
 constexpr float kExpanding64 = 0.08f, kExpanding128 = 0.35f;
-// The same where consumers make it. Nobody has measured this yet.
-constexpr float kConsumersExpanding = 0.04f;
+// The same where consumers make it: of tiles whose CTAs share X, and of a CTA alone.
+constexpr float kConsumersExpanding = 0.12f, kLoneConsumersExpanding = 0.3f;
 
 constexpr int64_t kTokenGroupBytes = 16 << 20;  // of X, kept in L2 while all of W passes
 constexpr int kPowerLimitedTokens = 1024;       // with fewer, power does not limit
@@ -186,7 +186,9 @@ bool MayTake(const TileInfo& t, const Problem& p) {
 // Returns the clocks that metadata costs beside the product's `clocks` where it is not prepared.
 float MetadataClocks(const TileInfo& t, const Problem& p, float clocks) {
   if (!p.sparse()) return 0;
-  if (t.holds_zeros) return kConsumersExpanding * clocks;
+  if (t.holds_zeros) {
+    return (t.ctas > 1 ? kConsumersExpanding : kLoneConsumersExpanding) * clocks;
+  }
   if (MakesMetadata(t, p)) return (t.rows > 64 ? kExpanding128 : kExpanding64) * clocks;
   return kMakeMetadataClocks + kMakeMetadataBytes * MetadataBytes(p) / kMemoryBytesPerClock;
 }

@@ -27,10 +27,8 @@ TILES = (
     "64x32",
     "64x16",
     "128x256 (zeros)",
-    "256x128 (zeros)",
     "128x128 (zeros)",
     "128x128 (1 CTA, zeros)",
-    "64x128 (zeros)",
 )
 DENSE = ("dense 256x192", "dense 128x256", "dense 128x128", "dense 128x64", "dense 128x16")
 

@@ -40,7 +40,6 @@ def test_scales_of_a_sum_stay_until_every_lane_has_read_them(emulated):
         ("128x128 (1 CTA)", 4),
         ("128x256 (zeros)", 2),
         ("128x128 (1 CTA, zeros)", 3),
-        ("64x128 (zeros)", 4),
     ],
 )
 def test_cta_groups_of_a_cluster_divide_k(emulated, tile, parts, dtype):
@@ -78,7 +77,6 @@ def test_cta_groups_divide_k_of_a_dense_weight(emulated, parts, dtype):
         "256x128",
         "128x128",
         "128x256 (zeros)",
-        "256x128 (zeros)",
         "128x128 (zeros)",
     ],
 )

@@ -69,16 +69,6 @@ def test_any_number_of_columns(group, columns):
             check(formulas.values(rows, columns, x_dtype, seed=columns), group, jnp.int8)
 
 
-@pytest.mark.parametrize("group", [0, 4, 6, 8, 10, 14])
-@pytest.mark.parametrize("rows", [1, 16, 33, 66, 132])
-def test_few_long_rows(rows, group):
-    """On Hopper up to eight thread blocks share a row of these."""
-    for columns, x_dtype in ((14336, jnp.bfloat16), (18943, jnp.float16), (9000, jnp.float32)):
-        x = formulas.values(rows, columns, x_dtype, seed=rows)
-        x[rows // 2, columns - 3] = np.nan
-        check(x, group, jnp.int8)
-
-
 @pytest.mark.parametrize("rows", [1, 2, 127, 4223, 4224, 4225, 9001])
 def test_any_number_of_rows(rows):
     check(formulas.values(rows, 96, jnp.bfloat16), 8, jnp.int8)

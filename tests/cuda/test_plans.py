@@ -236,7 +236,7 @@ def test_python_knows_the_size_of_metadata(library, pattern, columns, out):
         ({"columns": 24}, {}, b"multiple of 16"),
         ({"columns": 0}, {}, b"multiple of 16"),
         ({}, {"tile": 0}, b"no such tile"),
-        ({"group": 8, "columns": 192}, {"tile": 16}, b"no such tile"),
+        ({"group": 8, "columns": 192}, {"tile": 14}, b"no such tile"),
         ({"group": 8, "columns": 96}, {"tile": 11}, b"groups of eight"),
         ({}, {"tile": 99}, b"no such tile"),
         ({"group": 8, "columns": 36}, {}, b"multiple of 8"),
