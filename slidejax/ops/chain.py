@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -29,37 +28,17 @@ from slidejax.ops.implementations import decode, hopper
 from slidejax.ops.implementations.base import Implementation
 from slidejax.ops.implementations.dense import DENSE
 from slidejax.ops.linear import linear
-from slidejax.ops.primitive import as_array, check_input, make_primitive, map_batched, with_rules
+from slidejax.ops.primitive import check_input, make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem, device_kind
-from slidejax.ops.prologue import GLU, Prologue, RMSNorm
+from slidejax.ops.prologue import GLU, RMSNorm
 from slidejax.ops.sharding import varying_axes
-from slidejax.weights.packed import LinearWeight, SlideWeight
+from slidejax.ops.stages import Stage, check_outputs, check_shapes, check_stages, gate_of
+from slidejax.weights.packed import SlideWeight
 
 __all__ = ["Stage", "linear_chain", "linear_chain_p"]
 
 # The numbers by which the kernel knows activations (cuda/lift/lift.h).
 _ACTIVATION_NUMBERS = {name: i for i, name in enumerate(("silu", "gelu", "gelu_tanh", "relu"))}
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One linear layer of a chain.
-
-    Its input is x of the chain, or the result of the stage before.
-
-    Attributes:
-      weight: a `SlideWeight`, or another weight that `slidejax.linear` multiplies with.
-      bias: floating `[out]`, or None.
-      prologue: an `RMSNorm`, `LayerNorm`, `Activation` or `GLU`, applied to the input first; or
-        None. A `GLU` has no array: its input is the gate and up side by side, `[..., 2 in]`.
-      residual: an array `[..., out]`, or the number of an earlier stage, whose result is added; or
-        None.
-    """
-
-    weight: LinearWeight
-    bias: jax.Array | None = None
-    prologue: Prologue | None = None
-    residual: jax.Array | int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +87,6 @@ def _sequence(
 
 
 # --- primitive ------------------------------------------------------------------------------------
-
-
-def _gate(stage: Stage) -> str | None:
-    """The activation of the gate in a stage's input; None for none."""
-    return stage.prologue.activation if isinstance(stage.prologue, GLU) else None
 
 
 def _packed(stage: Stage) -> SlideWeight:
@@ -178,12 +152,7 @@ def _one_call(operands, settings: ChainParams, platform: str, devices: int | Non
     if any(type(stage.prologue) not in (type(None), RMSNorm, GLU) for stage in stages):
         return None
     problems = [_problem(x, stage, platform, settings.implementation) for stage in stages]
-    chosen = {
-        # Of a weight that prunes nothing, the dense product is the Hopper kernel's, too.
-        choice if problem.pattern.prunes or choice != DENSE.name else hopper.HOPPER.name
-        for problem in problems
-        for choice in (choose(problem).implementation,)
-    }
+    chosen = {_runs_alone_in(problem) for problem in problems}
     if not chosen <= {implementation.name for implementation, _, _ in _KERNELS}:
         return None
     # A chain runs in one kernel, also where the layers one by one would run in different ones.
@@ -198,6 +167,12 @@ def _one_call(operands, settings: ChainParams, platform: str, devices: int | Non
     return None
 
 
+def _runs_alone_in(problem: Problem) -> str:
+    """The implementation of a stage alone. A dense product of all weights is the Hopper kernel's."""
+    name = choose(problem).implementation
+    return hopper.HOPPER.name if name == DENSE.name and not problem.pattern.prunes else name
+
+
 def _refuses(implementation: Implementation, problem: Problem) -> bool:
     if implementation is hopper.HOPPER and not problem.pattern.prunes:
         return hopper.refuses_device(problem.device, problem.dtype) is not None
@@ -207,7 +182,7 @@ def _refuses(implementation: Implementation, problem: Problem) -> bool:
 def _gates_are_private(x: jax.Array, stages: Sequence[Stage], settings: ChainParams) -> bool:
     """Whether nothing but a gate reads its halves, which the decode kernel keeps for itself."""
     return not any(
-        _gate(stage) is not None
+        gate_of(stage) is not None
         and (i in settings.outputs or i in settings.adds or stages[i].residual is not None)
         for i, stage in enumerate(stages[1:])
     )
@@ -297,7 +272,7 @@ def _hopper_call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]
         if i not in outputs:
             parts.append(rows * w.out_features * x.dtype.itemsize)
     workspace = calls.ALIGN + sum(-(-size // calls.ALIGN) * calls.ALIGN for size in parts)
-    gates = [*map(_gate, stages)]  # of what the stages read
+    gates = [*map(gate_of, stages)]  # of what the stages read
     call = ("slidejax_chain_hopper", x, stages, outputs, operands, workspace, gates)
     return _run(*call, workspaces=np.array(workspaces, np.int64))
 
@@ -313,7 +288,7 @@ def _decode_call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]
         workspace += decode.workspace_bytes(w, rows)
         if i not in outputs:
             workspace += -(-rows * w.out_features * x.dtype.itemsize // decode.ALIGN) * decode.ALIGN
-    gates = [*map(_gate, stages[1:]), None]  # of results
+    gates = [*map(gate_of, stages[1:]), None]  # of results
     return _run("slidejax_chain_decode", x, stages, outputs, operands, workspace, gates)
 
 
@@ -364,7 +339,7 @@ def linear_chain(
     `SlideWeight`s; every prologue is an `RMSNorm`, a `GLU` or none; every stage alone would run in
     the implementation "decode" or "hopper", for up to 2 rows prepared forms aside; and one of the
     two takes all stages: "decode" up to 4 rows of weights as they are packed, if it can, else
-    "hopper" with at most 256 rows. With "decode", what a `GLU` reads must be used by nothing else.
+    "hopper" with at most 256 rows, or 64 where a weight prunes nothing. With "decode", what a `GLU` reads must be used by nothing else.
     In such a call a norm's sum has another order, so codes may differ as the contract allows.
 
     Args:
@@ -395,9 +370,9 @@ def linear_chain(
     ((2, 8), 433.0)
     """
     x = check_input(x)
-    stages = _check_stages(stages)
-    wanted = _check_outputs(outputs, len(stages))
-    stages = _check_shapes(x, stages)
+    stages = check_stages(stages)
+    wanted = check_outputs(outputs, len(stages))
+    stages = check_shapes(x, stages)
     parts = tuple(
         (
             s.weight,
@@ -425,89 +400,3 @@ def _on_explicit_mesh(arrays: Sequence[jax.Array]) -> bool:
     """Whether an array has explicit mesh axes (`jax.sharding.AxisType.Explicit`) in its type."""
     meshes = [jax.typeof(array).sharding.mesh for array in arrays]
     return any(kind == AxisType.Explicit for mesh in meshes for kind in mesh.axis_types)
-
-
-def _check_stages(stages) -> list[Stage]:
-    stages = list(stages) if isinstance(stages, (list, tuple)) else stages
-    if not isinstance(stages, list) or not all(isinstance(stage, Stage) for stage in stages):
-        kinds = stages if not isinstance(stages, list) else [type(s).__name__ for s in stages]
-        raise TypeError(f"stages must be a list of Stage, got {kinds!r}")
-    if not stages:
-        raise ValueError("stages must have at least one Stage, got none")
-    for i, stage in enumerate(stages):
-        where = f"stages[{i}]"
-        if not isinstance(stage.weight, LinearWeight):
-            raise TypeError(
-                f"{where}.weight must be a LinearWeight, got {type(stage.weight).__name__}"
-            )
-        prologue = stage.prologue
-        if prologue is not None and not isinstance(prologue, Prologue):
-            raise TypeError(
-                f"{where}.prologue must be an RMSNorm, LayerNorm, Activation or GLU of slidejax, "
-                f"got {type(prologue).__name__}"
-            )
-        if prologue is not None and prologue.ROWS and jax.tree.leaves(prologue):
-            raise ValueError(
-                f"{where}.prologue must be a {type(prologue).__name__} without an array, of an "
-                "input with both halves side by side"
-            )
-    return stages
-
-
-def _check_outputs(outputs, count: int) -> tuple[int, ...]:
-    wanted = (count - 1,) if outputs is None else tuple(operator.index(i) for i in outputs)
-    if not wanted or len({*wanted}) != len(wanted) or not all(0 <= i < count for i in wanted):
-        raise ValueError(
-            f"outputs must be different numbers of stages, 0 to {count - 1}, got {outputs!r}"
-        )
-    return wanted
-
-
-def _check_shapes(x: jax.Array, stages: list[Stage]) -> list[Stage]:
-    """The stages with their residuals and biases as arrays."""
-    columns, checked = x.shape[-1], []
-    widths: list[int] = []
-    for i, stage in enumerate(stages):
-        where, w = f"stages[{i}]", stage.weight.check(f"stages[{i}].weight")
-        wants = w.shape[-2] * (1 if _gate(stage) is None else 2)
-        if columns != wants and not w.is_k_shard:
-            raise ValueError(
-                f"{where}.weight has {w.shape[-2]} inputs and needs an input of {wants} columns"
-                f"{' with its gate' if _gate(stage) is not None else ''}, got {columns}"
-            )
-        residual, out = stage.residual, w.out_features
-        if isinstance(residual, (bool, np.bool_)):
-            raise TypeError(f"{where}.residual must be an array or a number of a stage, got a bool")
-        if isinstance(residual, (int, np.integer)):
-            residual = int(residual)
-            if not 0 <= residual < i or widths[residual] != out:
-                raise ValueError(
-                    f"{where}.residual must be the number of an earlier stage with {out} outputs, "
-                    f"got {residual}"
-                )
-        elif residual is not None:
-            residual = as_array(residual, f"{where}.residual")
-            if residual.shape != (*x.shape[:-1], out) or residual.dtype not in (
-                jnp.bfloat16,
-                jnp.float16,
-                jnp.float32,
-            ):
-                raise ValueError(
-                    f"{where}.residual must be bfloat16, float16 or float32 "
-                    f"{(*x.shape[:-1], out)}, got {residual.dtype} {residual.shape}"
-                )
-        bias = None if stage.bias is None else as_array(stage.bias, f"{where}.bias")
-        if bias is not None and (
-            bias.shape != (out,) or not jnp.issubdtype(bias.dtype, jnp.floating)
-        ):
-            raise ValueError(
-                f"{where}.bias must be floating ({out},), got {bias.dtype} {bias.shape}"
-            )
-        if stage.prologue is not None:
-            stage.prologue.check(
-                cast(jax.Array, jax.ShapeDtypeStruct((*x.shape[:-1], columns), x.dtype))
-            )
-        checked.append(dataclasses.replace(stage, bias=bias, residual=residual))
-        widths.append(out)
-        columns = out
-    return checked
