@@ -168,7 +168,7 @@ def _one_call(operands, settings: ChainParams, platform: str, devices: int | Non
 
 
 def _runs_alone_in(problem: Problem) -> str:
-    """The implementation of a stage alone. A dense product of all weights is the Hopper kernel's."""
+    """The implementation of a stage alone. A dense product that skips nothing counts as Hopper's."""
     name = choose(problem).implementation
     return hopper.HOPPER.name if name == DENSE.name and not problem.pattern.prunes else name
 
@@ -339,8 +339,9 @@ def linear_chain(
     `SlideWeight`s; every prologue is an `RMSNorm`, a `GLU` or none; every stage alone would run in
     the implementation "decode" or "hopper", for up to 2 rows prepared forms aside; and one of the
     two takes all stages: "decode" up to 4 rows of weights as they are packed, if it can, else
-    "hopper" with at most 256 rows, or 64 where a weight prunes nothing. With "decode", what a `GLU` reads must be used by nothing else.
-    In such a call a norm's sum has another order, so codes may differ as the contract allows.
+    "hopper" with at most 256 rows, or 64 where a weight prunes nothing. With "decode", what a `GLU`
+    reads must be used by nothing else. In such a call a norm's sum has another order, so codes may
+    differ as the contract allows.
 
     Args:
       x: `[..., in]`, bfloat16, float16 or float32; leading axes are rows.
