@@ -168,7 +168,7 @@ def _one_call(operands, settings: ChainParams, platform: str, devices: int | Non
 
 
 def _runs_alone_in(problem: Problem) -> str:
-    """The implementation of a stage alone. A dense product that skips nothing counts as Hopper's."""
+    """The implementation of a stage alone. Of a weight that prunes nothing, dense is Hopper's."""
     name = choose(problem).implementation
     return hopper.HOPPER.name if name == DENSE.name and not problem.pattern.prunes else name
 
