@@ -37,7 +37,7 @@ def _whole(name: str, value: Any) -> int:
 def _number(name: str, value: Any) -> float:
     """A number as a float, whatever kind it is."""
     try:
-        if isinstance(value, (str, bytes, bool)):
+        if isinstance(value, (str, bytes, bool, np.bool_)):
             raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError):

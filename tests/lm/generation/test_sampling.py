@@ -113,6 +113,8 @@ def test_draws_differ_by_seed_row_and_position():
         {"seed": True},
         {"seed": 1.0},
         {"temperature": "warm"},
+        {"temperature": True},
+        {"temperature": np.True_},
         {"temperature": None},
         {"temperature": 1e39},
         {"temperature": 10**400},
