@@ -43,7 +43,8 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
 
     Raises:
       ValueError: if `path` is a file, or a directory that holds other things; if an array has a
-        dtype that the format lacks.
+        dtype that the format lacks, or is spread over several processes. Gather it then, and save
+        in one of them.
       TypeError: naming the key, if `params` holds another kind of object.
 
     Example::

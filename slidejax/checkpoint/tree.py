@@ -12,7 +12,7 @@ import numpy as np
 
 from slidejax.checkpoint.arrays import SAVABLE, ArrayFile, checksum
 from slidejax.variants.projections import unfuse_module
-from slidejax.weights.checks import check_content
+from slidejax.weights.checks import check_content, check_one_process
 from slidejax.weights.packed import SlideWeight
 from slidejax.weights.pattern import Pattern
 
@@ -36,6 +36,7 @@ def encode(node: Any, path: tuple[Any, ...], arrays: dict[str, np.ndarray]) -> d
     if node is None or isinstance(node, (bool, int, float, str)):
         return {"kind": "constant", "value": node}
     if isinstance(node, SlideWeight):
+        check_one_process(node, f"params at {_show(path)!r}")
         return _encode_weight(node, path, arrays)
     if isinstance(node, jax.Array) and jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
         data = _encode_array(jax.random.key_data(node), path, ".key", arrays)
@@ -89,6 +90,7 @@ def _encode_array(
 ) -> dict[str, Any]:
     if isinstance(array, jax.core.Tracer):
         raise TypeError(f"params at {_show(path)!r} is traced; save outside jit")
+    check_one_process(array, f"params at {_show(path)!r}")
     host = np.asarray(array)
     if host.dtype.name not in SAVABLE:
         raise ValueError(

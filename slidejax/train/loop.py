@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.variants.trainable import Selection, combine, deploy, masters, partition
+from slidejax.weights.checks import check_one_process
 
 __all__ = ["Fitted", "Shuffled", "fit"]
 
@@ -148,7 +149,7 @@ def fit(
       accumulate: the number of parts that each batch is cut into along its first axis. Their
         gradients are averaged, which takes less memory.
       checkpoint: a directory for the state of the training. If it holds a state, the training goes
-        on from there.
+        on from there. Parameters that are spread over several processes have none, and no minutes.
       every: the number of steps between saved states. The last state is always saved.
       progress: called after each step with the number of steps done, the number of all steps (None
         while it is unknown), and the loss.
@@ -172,6 +173,10 @@ def fit(
     """
     clock = _Clock()
     _check(steps, minutes, accumulate, warmup, learning_rate, typical, optimizer)
+    if checkpoint is not None or minutes is not None:
+        # Each process has its own clock and its own part of the state.
+        flag = "checkpoint" if checkpoint is not None else "minutes"
+        check_one_process(params, f"fit with {flag} runs in one process, and params", copies=False)
     train, rest = partition(masters(params, qdtype), trained)
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, train)
     # Copies, because each step gives their memory to the next.

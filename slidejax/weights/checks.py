@@ -11,7 +11,25 @@ import numpy as np
 from slidejax.weights import numerics
 from slidejax.weights.pattern import Pattern
 
-__all__ = ["check_content", "check_sums", "check_values"]
+__all__ = ["check_content", "check_one_process", "check_sums", "check_values"]
+
+
+def check_one_process(tree: Any, name: str, *, copies: bool = True) -> None:
+    """Raises a ValueError that names the first array of which this process has only a part.
+
+    Args:
+      tree: a tree of arrays; other leaves are of this process.
+      name: of the tree, for the error.
+      copies: accept arrays of several processes of which each has a whole copy.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        here = not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer)
+        if here or leaf.is_fully_addressable or (copies and leaf.is_fully_replicated):
+            continue
+        raise ValueError(
+            f"{name}{jax.tree_util.keystr(path)} is spread over {jax.process_count()} processes: "
+            "gather it first (jax.experimental.multihost_utils.process_allgather with tiled=True)"
+        )
 
 
 def check_sums(in_features: int, pattern: Pattern, name: str, largest: int = 127) -> None:

@@ -95,7 +95,8 @@ def save(model: Decoder, path: str | os.PathLike[str], *, floats: Any = None) ->
         theirs.
 
     Raises:
-      ValueError: if `path` is a file, or a directory that holds other things; or for another dtype.
+      ValueError: if `path` is a file, or a directory that holds other things; for another dtype; if
+        parameters are spread over several processes (`slidejax.checkpoint.save`).
       TypeError: if `model` is no decoder, or holds weights that cannot be saved, or `path` is no
         path.
       OSError: if the directory cannot be written. An earlier one then stays as it is.

@@ -24,6 +24,7 @@ from slidejax.prune.model.stacked import for_elements
 from slidejax.prune.model.stages import SeveralDepths, Stages
 from slidejax.prune.model.store import Store, fingerprint
 from slidejax.rules import Prune, Report, Rule
+from slidejax.weights.checks import check_one_process
 
 __all__ = ["calibrated", "convert", "in_order", "planned_report", "planned_rules", "stored"]
 
@@ -92,6 +93,7 @@ def calibrated(
       ValueError: if the tokens are not a matrix of integers, or the method is not calibrated.
     """
     chosen = calibrated_method(method)
+    check_one_process(model.params, "params")
     batches = Calibration(tokens).as_batches()
     tell = None if progress is None else lambda done: progress(done * len(batches[0]), len(tokens))
     diagonal = chosen.reads == "diagonal"
@@ -130,6 +132,7 @@ def _calibrated(
       `(params, prune)`: the parameters, smoothed where that is possible; and what `model.pack`
       takes as `prune=`.
     """
+    check_one_process(model.params, "params")
     batches, plan = how.as_batches(), planned_rules(model, rules, stacked=True)
     stages, reason = None, "in_order=False"
     if how.in_order:

@@ -31,6 +31,7 @@ from slidejax.prune.model.program import named_leaves
 from slidejax.prune.model.sensitivity import Estimate, drawn_loss, sensitivities, shrunk
 from slidejax.prune.sparsegpt import sparsegpt
 from slidejax.rules import Rule
+from slidejax.weights.checks import check_one_process
 from slidejax.weights.pattern import Pattern
 
 __all__ = ["mixed_rules"]
@@ -61,6 +62,7 @@ def mixed_rules(
         raise ValueError("patterns must name at least one pattern")
     if not (math.isfinite(speedup) and speedup > 0):
         raise ValueError(f"speedup must be positive and finite, got {speedup!r}")
+    check_one_process(model.params, "params")
     batches = calibration.as_batches()
     if hasattr(calibration.batches, "ndim"):
         # one by one, so that a quarter of a few sequences can be held out
