@@ -129,6 +129,20 @@ def test_convert(tmp_path):
     assert sorted(os.listdir(out.parent)) == ["out", "out-at-once"]
 
 
+def test_convert_with_calibration(tmp_path):
+    """It goes on from its finished layers, and ends with the same weights to the bit."""
+    model, out = write_decoder(tmp_path), tmp_path / "made" / "out"
+    out.parent.mkdir()
+    (tmp_path / "text").write_text(SENTENCES * 8)
+    convert = ("convert", model, out, "--force")
+    text = ("--calibration", tmp_path / "text", "--sequences", 2)
+    setup = [(*convert, "--data-free", "--pattern", "2:4")]
+    reset = f"import shutil; shutil.rmtree({str(out) + '.work'!r}, ignore_errors=True)"
+    killed(setup, (*convert, *text), loads(out, ["2:4", "6:8"]), out, reset)
+    assert arrays(out) == arrays(f"{out}-at-once")
+    assert sorted(os.listdir(out.parent)) == ["out", "out-at-once"]
+
+
 def test_recover(tmp_path):
     model, sparse, out = write_decoder(tmp_path), tmp_path / "sparse", tmp_path / "made" / "out"
     out.parent.mkdir()
