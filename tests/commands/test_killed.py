@@ -114,8 +114,16 @@ def loads(out, patterns):
 
 
 def arrays(folder):
-    """The bytes of a checkpoint's arrays."""
-    return (pathlib.Path(folder) / "slidejax.safetensors").read_bytes()
+    """A checkpoint's arrays by name, as bytes; in the file they may lie in any order."""
+    data = (pathlib.Path(folder) / "slidejax.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:begin])
+    entries.pop("__metadata__", None)
+    found = {}
+    for name, entry in entries.items():
+        start, end = entry["data_offsets"]
+        found[name] = entry["dtype"], entry["shape"], data[begin + start : begin + end]
+    return found
 
 
 def test_convert(tmp_path):
