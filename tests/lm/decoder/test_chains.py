@@ -1,20 +1,18 @@
 """A decoding step in chains: what lies between two attentions is one call on one GPU."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import slidejax as sj
+from slidejax.lm.decoder import apply, layer
 from slidejax.lm.decoder.cache import init_cache
 from slidejax.lm.decoder.examples import tiny
 from slidejax.lm.decoder.fuse import fuse
 from slidejax.ops import registry
 
-apply_module = importlib.import_module("slidejax.lm.decoder.apply")
-ROWS = apply_module.CHAINED_ROWS
+ROWS = layer.CHAINED_ROWS
 
 
 def packed(dtype="bfloat16", pattern="6:8", **changes):
@@ -24,14 +22,14 @@ def packed(dtype="bfloat16", pattern="6:8", **changes):
 
 def steps(config, params, rows, chained, monkeypatch, implementation=None):
     """Logits of three steps and the cache after them."""
-    monkeypatch.setattr(apply_module, "CHAINED_ROWS", chained)
+    monkeypatch.setattr(layer, "CHAINED_ROWS", chained)
     if not chained:
-        monkeypatch.setattr(apply_module, "HOPPER_CHAINED_ROWS", ())
+        monkeypatch.setattr(layer, "HOPPER_CHAINED_ROWS", ())
     cache = init_cache(config, rows, 8, "float32")
 
     @jax.jit
     def step(ids, positions, cache):
-        return apply_module.apply(
+        return apply(
             config, params, ids, positions, cache, last=True, implementation=implementation
         )
 
@@ -56,8 +54,8 @@ def test_a_step_in_chains_is_the_step(monkeypatch, rows, changes):
     # Codes of 8 bits differ by one where a sum of a norm is rounded otherwise.
     scale = float(jnp.abs(want).max())
     np.testing.assert_allclose(got, want, atol=0.03 * scale)
-    for layer, held in zip(cache, other, strict=True):
-        np.testing.assert_allclose(layer.keys, held.keys, atol=0.1)
+    for one, held in zip(cache, other, strict=True):
+        np.testing.assert_allclose(one.keys, held.keys, atol=0.1)
 
 
 def calls(config, params, rows, implementation="decode", tokens=1):
@@ -66,7 +64,7 @@ def calls(config, params, rows, implementation="decode", tokens=1):
 
     def step(ids, cache):
         positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), ids.shape)
-        return apply_module.apply(
+        return apply(
             config, params, ids, positions, cache, last=True, implementation=implementation
         )
 
