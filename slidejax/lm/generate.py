@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.lm.generation.sampling import Sampling
 from slidejax.token_ids import int32_ids
 
 __all__ = ["Generated", "Generator"]
@@ -110,12 +111,7 @@ class Generator:
     ):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
-        if temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {temperature}")
-        if top_k < 0:
-            raise ValueError(f"top_k must be at least 0, got {top_k}")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+        Sampling(temperature, top_k, top_p)  # raises for what is out of range
         check_generates(model)
         self._max_new_tokens = max_new_tokens
         self._positions = getattr(model.config, "max_position_embeddings", None)

@@ -63,7 +63,16 @@ def test_bad_prompts(tiny_llama, prompt, message):
         Generator(tiny_llama, 4)(prompt)
 
 
-@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperature": -1}, {"top_k": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+    ],
+)
 def test_bad_options(tiny_llama, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Generator(tiny_llama, **options)

@@ -200,9 +200,11 @@ class Tokenizer:
           ImportError: jinja2 is not installed.
         """
         name = template or "default"
+        if not self.templates:
+            raise ValueError("the model has no chat template: give it a prompt as text")
         if name not in self.templates:
-            there = f"; there is {', '.join(sorted(self.templates))}" if self.templates else ""
-            raise ValueError(f"{self._where} has no chat template {name!r}{there}")
+            there = ", ".join(sorted(self.templates))
+            raise ValueError(f"the model has no chat template {name!r}; there is {there}")
         text = chat.render(
             self.templates[name],
             messages,

@@ -56,7 +56,9 @@ def test_a_conversation_is_a_prompt_whose_template_writes_the_start():
     assert tokenizer.render(messages, template="short") == "hi"
     with pytest.raises(ValueError, match="no chat template 'tools'; there is default, short"):
         tokenizer.render(messages, template="tools")
-    with pytest.raises(ValueError, match="no chat template 'default'"):
+    with pytest.raises(
+        ValueError, match="the model has no chat template: give it a prompt as text"
+    ):
         byte_tokenizer().render(messages)
 
 
