@@ -182,11 +182,16 @@ class Report:
             f"  {layer.path:<{width}}  {layer.rule.pattern!s:>5} {layer.dtype.name:<13} "
             f"{'x'.join(map(str, layer.shape))}  "
             f"{mib(layer.bytes_before, 2)} MiB to {mib(layer.bytes_after, 2)} MiB"
-            for layer in self.converted
+            for layer in sorted(self.converted, key=lambda layer: _natural(layer.path))
         ]
         lines += [f"  skipped: {path}: {reason}" for path, reason in self.skipped.items()]
         lines += [f"  stays dense: {path}: {what}" for path, what in self.unpacked.items()]
         return "\n".join(lines + [f"  {line}" for line in (*self.unmatched, *self.notes)])
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """A key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split("/")]
 
 
 def mib(size: int, digits: int) -> str:

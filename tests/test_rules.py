@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slidejax as sj
-from slidejax.rules import LeftDense, RuleSet, Skipped, mib, pack_by_rule
+from slidejax.rules import Converted, LeftDense, RuleSet, Skipped, mib, pack_by_rule
 
 
 def test_first_match_wins_and_kernel_may_be_left_out():
@@ -78,6 +78,20 @@ def test_the_dtype_has_two_names():
 def test_bad_qdtype():
     with pytest.raises(ValueError, match="qdtype must be one of"):
         sj.Rule("6:8", qdtype="int4")
+
+
+def test_report_lists_layers_in_their_order():
+    paths = ("a/10/up/kernel", "a/2/up/kernel", "a/2/down/kernel", "a/b/kernel", "10/kernel")
+    rule, int8 = sj.Rule("6:8"), np.dtype(np.int8)
+    report = sj.Report([Converted(path, rule, int8, (8, 2), 64, 20) for path in paths])
+    listed = [line.split()[0] for line in str(report).splitlines()[1:]]
+    assert listed == [
+        "a/b/kernel",
+        "a/2/down/kernel",
+        "a/2/up/kernel",
+        "a/10/up/kernel",
+        "10/kernel",
+    ]
 
 
 def test_report_prints_and_warns():

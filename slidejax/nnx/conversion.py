@@ -106,9 +106,13 @@ def _name_the_rest(model: nnx.Module, report: Report) -> None:
         if isinstance(owner, SlideLayer) or name in report.skipped:
             continue
         size = "x".join(map(str, jnp.shape(node.get_value())))
-        known = isinstance(owner, nnx.Embed)
-        hint = "" if known else ", which is no linear layer that slidejax knows: nnx.register"
-        report.unpacked[name] = f"{size} of {type(owner).__name__}{hint}"
+        if isinstance(owner, nnx.Embed) or path[-1] == "embedding":  # Flax's name for one
+            report.unpacked[name] = f"{size}, an embedding"
+            continue
+        report.unpacked[name] = (
+            f"{size} of {type(owner).__name__}, which is no linear layer that slidejax knows: "
+            "nnx.register"
+        )
 
 
 # --- one layer ------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def test_a_single_pattern_leaves_the_head(tied):
     model = sj.lm.convert(tiny(tied=tied), "6:8", report=report)
     assert {line.path for line in report.converted} == LAYERS
     assert set(report.skipped) == (set() if tied else {"lm_head/kernel"})
+    assert report.unpacked == {"model/embed_tokens/embedding": "64x32, an embedding"}
     assert isinstance(model, sj.lm.Decoder) and model.config.tied == tied
 
 
