@@ -181,5 +181,15 @@ class Writes:
 
         Raises:
           ValueError, TypeError: as `generate`; and the model has no tokenizer.
+
+        >>> from slidejax.lm.decoder.examples import tiny
+        >>> from slidejax.lm.text.examples import byte_tokenizer
+        >>> made = tiny(vocab_size=260)
+        >>> model = type(made)(made.config, made.params, files=byte_tokenizer().files())
+        >>> pieces = model.stream("Hello", max_new_tokens=8)
+        >>> "".join(pieces) == model.generate("Hello", max_new_tokens=8).text
+        True
+        >>> pieces.prompt_tokens, len(pieces.tokens), pieces.finish
+        (6, 8, 'length')
         """
         return Stream(_Writer(self, cache_dtype), prompt, **options)

@@ -214,3 +214,20 @@ def test_a_tokenizer_that_cannot_be_read_hinders_nobody_who_needs_none():
     assert model(jnp.array([[1, 2]])).shape == (1, 2, 64)
     with pytest.raises(NotImplementedError, match=r"tokenizer\.model"):
         model.generate("abc")
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+def test_prompts_of_very_different_lengths_share_a_batch(cache_dtype):
+    """Rows end at the edges of the chunks in which prompts are read; windows are rings of slots."""
+    model = tiny(windows=(300, None), max_positions=2048)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 64, n).tolist() for n in (1100, 1, 511, 512, 513)]
+    made = model.generate(prompts, max_new_tokens=10, cache_dtype=cache_dtype)
+    for prompt, completion in zip(prompts, made, strict=True):
+        text = np.zeros((1, 1120), np.int32)  # one length, one program; nobody sees what follows
+        end = len(prompt) + 10
+        text[0, :end] = [*prompt, *completion.tokens]
+        logits = np.asarray(model(text))[0, len(prompt) - 1 : end - 1]
+        chosen = np.take_along_axis(logits, text[0, len(prompt) : end, None], axis=1)[:, 0]
+        slack = {"float32": 1e-5, "int8": 0.05}[cache_dtype] * np.abs(logits).max()
+        assert (chosen >= logits.max(-1) - slack).all()
