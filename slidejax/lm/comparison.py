@@ -81,7 +81,7 @@ def compare(
     max_new_tokens: int = 40,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> list[Compared]:
-    """Evaluates models on the same tokens, each as it will serve (`slidejax.evaluate`).
+    """Evaluates models on the same tokens, each as it will serve (`slidejax.lm.evaluate`).
 
     Args:
       models: names and models, original or converted.

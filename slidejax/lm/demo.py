@@ -1,10 +1,10 @@
 """The rows of `slidejax demo`: a model and its conversions to every pattern, measured on one text.
 
 Each row runs the deployed path: the model is converted, its own `__call__` is evaluated under
-`jax.jit` and its own `.generate` is timed under `jax.jit`. Parameters are arguments of both
-programs, so that rows whose parameters have one structure share them: on a CPU those of one dtype
-(`slidejax.variants.serving`). Programs for generating are compiled in a thread while the model is
-evaluated; nothing else runs while generation is timed.
+`jax.jit`, and its own `generate`, whose programs are compiled, is timed. Parameters are arguments
+of the programs, so that rows whose parameters have one structure share them: on a CPU those of one
+dtype (`slidejax.variants.serving`). Programs for generating are compiled in a thread while the
+model is evaluated; nothing else runs while generation is timed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from slidejax.weights.pattern import Pattern
 
 __all__ = ["Row", "rows"]
 
-# Tokens timed in each row, twice; the prompt is one token, so that what is compiled and timed is
-# the decoding loop alone.
+# Tokens timed in each row, twice. The prompt is one token, so that little but the loop that writes
+# is timed: a decoder reads it padded to 16.
 _TIMED_TOKENS = 24
 
 
@@ -46,11 +46,12 @@ class Row:
     Attributes:
       pattern: of the packed weights; "original" for the original model.
       dtype: of the weights of the linear layers.
-      perplexity, next_token_accuracy, tokens: from `slidejax.evaluate`.
+      perplexity, next_token_accuracy, tokens: from `slidejax.lm.evaluate`.
       bytes: of the linear layers' weights, as they are: packed, with padding and scales.
       prepared_bytes: of the form in which this device serves them, beside the packed one or in its
         place (0: there is none).
-      tokens_per_second: decoding one sequence under `jax.jit`, compilation excluded.
+      tokens_per_second: writing after a prompt of one token, which is read in the same time;
+        compilation excluded.
       convert_seconds: pruning and packing the model, once for all dtypes, and quantising it,
         compilation included; None for the original model.
     """

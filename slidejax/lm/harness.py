@@ -46,6 +46,17 @@ except ImportError:
 _SHORTEST = 32
 
 
+def _positive(name: str, value: Any) -> int:
+    """A positive whole number; the harness gives those of a command line as text."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = 0
+    if number < 1 or number != float(value):
+        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    return number
+
+
 @_register("slidejax")
 class SlideLM(_Base):  # type: ignore[misc,valid-type]
     """A causal language model that the harness can ask.
@@ -63,7 +74,8 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
       **ignored: arguments that the harness passes to every model (`device`, `max_batch_size`).
 
     Raises:
-      ValueError: if there is no such model, or it came without a tokenizer.
+      ValueError: if there is no such model, or it came without a tokenizer; or for a batch_size or
+        max_gen_toks that is no positive number.
       TypeError: if it is no causal language model.
     """
 
@@ -97,8 +109,8 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
             raise ValueError(
                 f"max_length must be in 2..{positions}, the model's positions, got {max_length}"
             )
-        self.max_gen_toks = int(max_gen_toks)
-        self.batch_size = 8 if batch_size == "auto" else int(batch_size)
+        self.max_gen_toks = _positive("max_gen_toks", max_gen_toks)
+        self.batch_size = 8 if batch_size == "auto" else _positive("batch_size", batch_size)
         self._score_rows = jax.jit(functools.partial(_score_rows, self._model))
         self._writers: dict[tuple, Any] = {}
 

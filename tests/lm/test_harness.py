@@ -160,6 +160,11 @@ def test_bad_input(lm, loaded):
         ask(lm.loglikelihood, ("a", "b" * 50))
     with pytest.raises(ValueError, match=r"max_length must be in 2\.\.128"):
         SlideLM(loaded, max_length=200)
+    for name in ("batch_size", "max_gen_toks"):
+        for bad in (0, -1, 1.5, "x", None, float("inf")):
+            with pytest.raises(ValueError, match=f"{name} must be a positive whole number"):
+                SlideLM(loaded, **{name: bad})
+    assert SlideLM(loaded, batch_size="2", max_gen_toks="3").batch_size == 2
     if isinstance(loaded, LoadedDecoder):
         bare = LoadedDecoder(Decoder(loaded.model.config, loaded.model.params), "bare")
     else:
