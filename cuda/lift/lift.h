@@ -33,7 +33,9 @@ inline std::optional<Activation> ActivationOf(std::string_view name) {
 }
 
 struct Args {
-  const void* x;        // [rows, columns], row-major, 16-byte aligned base
+  // [rows, columns], row-major, 16-byte aligned base. It is read in whole pieces of 16 bytes, so
+  // memory behind it must be readable to the next multiple of 16.
+  const void* x;
   DType x_type;         // bfloat16, float16 or float32
   const float* absmax;  // [rows]: largest |x| of each row, where the row is split over devices;
                         // nullptr: the kernel finds it

@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "common/integers.h"
+
 namespace slidejax::sanitize {
 namespace {
 
@@ -93,6 +95,11 @@ void* Memory::Floats(DType type, int64_t count) {
   return Copy(bytes.data(), count * size);
 }
 
+void* Memory::Pieces(DType type, int64_t count) {
+  const auto size = static_cast<int64_t>(Bytes(type));
+  return Floats(type, RoundUp<int64_t>(count * size, 16) / size);
+}
+
 float* Memory::Scales(int64_t count) {
   std::vector<float> scales(count);
   std::uniform_real_distribution<float> uniform(0.001f, 0.02f);
@@ -115,6 +122,12 @@ int32_t* Memory::Integers(const std::vector<int32_t>& numbers) {
 
 void* Memory::Result(DType type, int64_t count) {
   return Changed(Take(count * static_cast<int64_t>(Bytes(type))), type, count);
+}
+
+void* Memory::BulkResult(DType type, int64_t count) {
+  void* array = Result(type, count);
+  Must(cudaMemset(array, 0, count * static_cast<int64_t>(Bytes(type))), "clearing a result");
+  return array;
 }
 
 void* Memory::Changed(void* array, DType type, int64_t count) {

@@ -24,9 +24,11 @@ class Memory {
   ~Memory();
   Memory(const Memory&) = delete;
 
-  void* Take(int64_t bytes);                  // holds nothing yet
-  void* Codes(DType type, int64_t count);     // finite values of any size
-  void* Floats(DType type, int64_t count);    // about 1
+  void* Take(int64_t bytes);                // holds nothing yet
+  void* Codes(DType type, int64_t count);   // finite values of any size
+  void* Floats(DType type, int64_t count);  // about 1
+  // The same, and behind it what fills up 16 bytes, which a lift reads as a whole.
+  void* Pieces(DType type, int64_t count);
   float* Scales(int64_t count);               // positive, about 0.01
   uint8_t* Zeros(int64_t groups, int group);  // z1 | z2 << 4
   int32_t* Integers(const std::vector<int32_t>& numbers);
@@ -34,6 +36,9 @@ class Memory {
   // What the case writes. Check reads all of it back.
   void* Result(DType type, int64_t count);
   float* ScaleResult(int64_t count) { return static_cast<float*>(Result(DType::kF32, count)); }
+  // The same, of zeros at first: for bulk copies out of shared memory, which initcheck does not
+  // see.
+  void* BulkResult(DType type, int64_t count);
   // The same for an array that is there before, and is changed in its place.
   void* Changed(void* array, DType type, int64_t count);
 

@@ -47,7 +47,9 @@ cudaError_t Multiply(Memory& m, cudaStream_t stream, const Case& c) {
   const hopper::Problem& p = c.problem;
   a.lifted = m.Codes(c.operand, int64_t{p.M} * p.columns);
   a.scale_x = m.Scales(p.M);
-  a.y = m.Result(c.result, int64_t{p.M} * p.out);
+  const bool bulk = c.result == DType::kBF16 && p.out % 8 == 0 && !c.adds;
+  const int64_t count = int64_t{p.M} * p.out;
+  a.y = bulk ? m.BulkResult(c.result, count) : m.Result(c.result, count);
   if (c.prepared) {
     const auto words = static_cast<int64_t>(MetadataBytes(p) / 4);
     auto* const metadata = static_cast<uint32_t*>(m.Result(DType::kS32, words));
@@ -77,7 +79,7 @@ cudaError_t Chain(Memory& m, cudaStream_t stream, int M, int group, DType operan
     hopper::Args& product = stages[i].product;
     TakeWeight(m, c, product);
     if (i == 1) product.residual = x;
-    product.y = m.Result(DType::kBF16, int64_t{M} * outputs);
+    product.y = m.BulkResult(DType::kBF16, int64_t{M} * outputs);
     product.after_lift = true;
     lift::Args& lift = stages[i].lift;
     lift.x = input, lift.x_type = DType::kBF16, lift.rows = M, lift.columns = columns;

@@ -25,7 +25,7 @@ lift::Args ArgsOf(Memory& m, DType x, DType lifted, int group, Shape s,
   // A gate and the other factor lie side by side in a row.
   const bool glu = prologue == PrologueKind::kGlu;
   a.x_stride = (glu ? 2 : 1) * s.columns;
-  a.x = m.Floats(x, s.rows * a.x_stride), a.x_type = x;
+  a.x = m.Pieces(x, s.rows * a.x_stride), a.x_type = x;
   a.rows = s.rows, a.columns = s.columns;
   a.group = group;
   a.lifted_columns = group == 0 ? s.columns + 5 : lift::LiftedColumns(s.columns, group);
