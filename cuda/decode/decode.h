@@ -6,7 +6,7 @@
 // a few rows of x itself; for more, a small kernel runs ahead of it in the same call.
 //
 // DecodeChain runs several such calls, each with the results of the one before, so that the kernels
-// overlap: a kernel asks for its first weights before the one ahead has ended.
+// overlap: a kernel is ready, with its scales, before the one ahead has ended.
 //
 // Nothing here allocates, synchronises or, after DecodeInit, looks anything up: calls can be
 // captured in a CUDA graph. Pointers are device pointers.

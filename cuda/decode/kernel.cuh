@@ -91,23 +91,24 @@ class Decoder : Multiplier<Code, kWindows> {
     const DecodeArgs& a = p_.a;
     const bool own = p_.codes == nullptr;
     const RowShare share(p_.log_share);
-    const bool ready = own && !p_.behind;            // x is there already
     auto* rows = reinterpret_cast<uint8_t*>(sums_);  // of x: there are no sums yet
-    // Before the weights: else x waits behind megabytes of them.
-    if (ready) AskForRows(p_, rows);
+    if (own && !p_.behind) AskForRows(p_, rows);
     if (own) AskForNorm(a, rows);
     AskForScales();
     PlanPieces();
-    Item ask = First();
-#pragma unroll 1
-    for (int i = 0; i < kDepth - 1; ++i) Load(ask, i);
     for (int i = threadIdx.x; i < p_.tile_slots; i += blockDim.x) arrived_[i] = 0, tile_of_[i] = i;
-    if (!ready) GridWait();
-    GridRelease();
-    if (own && !ready) {
+    const auto wait = [] { GridWait(), GridRelease(); };
+    // x goes before the weights, else it waits behind megabytes of them. That is worth more than
+    // weights that are asked for while the kernel ahead still computes x.
+    if (own && p_.behind) {
+      wait();
       AskForRows(p_, rows);
       CommitCopies();
     }
+    Item ask = First();
+#pragma unroll 1
+    for (int i = 0; i < kDepth - 1; ++i) Load(ask, i);
+    if (!own || !p_.behind) wait();
     if (!own && threadIdx.x < a.M) scale_x_[threadIdx.x] = __ldcg(p_.scale_x + threadIdx.x);
 
     Item at = First();
@@ -116,11 +117,7 @@ class Decoder : Multiplier<Code, kWindows> {
     for (int slice = 0; slice < p_.slices; ++slice) {
       if (slice > 0) __syncthreads();  // the slice before has been read
       if (own) {
-        if (ready) {
-          WaitForCopies<kDepth - 1>();  // of x and its norm, and of scales
-        } else {
-          WaitForCopies<0>();
-        }
+        WaitForCopies<kDepth - 1>();  // of x and its norm, and of scales
         __syncthreads();
         WithTypeOfX(a.x_type, [&](auto x) {
           OwnRows<decltype(x), Code, kWindows>(a, share, rows)

@@ -2,8 +2,8 @@
 
 The op is defined as a sequence of `slidejax.linear`, and that is what runs nearly everywhere. It is
 one custom call on one GPU where its layers would run in the decode or the Hopper kernel, with few
-rows, and one of the two takes them all. The kernels of a call overlap: each asks for its first
-weights before the one ahead has ended (docs/decode-kernel.md, docs/hopper-kernel.md). The Hopper
+rows, and one of the two takes them all. The kernels of a call overlap: each is ready before the
+one ahead has ended (docs/decode-kernel.md, docs/hopper-kernel.md). The Hopper
 kernel's lift computes norms and gates. With the decode kernel a norm is computed by the kernel that
 reads it, and a gate by the kernel before.
 """
