@@ -2,10 +2,10 @@
 
 The op is defined as a sequence of `slidejax.linear`, and that is what runs nearly everywhere. It is
 one custom call on one GPU where its layers would run in the decode or the Hopper kernel, with few
-rows, and one of the two takes them all. The kernels of a call overlap: each is ready before the
-one ahead has ended (docs/decode-kernel.md, docs/hopper-kernel.md). The Hopper
-kernel's lift computes norms and gates. With the decode kernel a norm is computed by the kernel that
-reads it, and a gate by the kernel before.
+rows, and one of the two takes them all. The kernels of a call overlap: each is ready before the one
+ahead has ended (docs/decode-kernel.md, docs/hopper-kernel.md). The Hopper kernel's lift computes
+norms and gates. With the decode kernel a norm is computed by the kernel that reads it, and a gate
+by the kernel before.
 """
 
 from __future__ import annotations
@@ -153,30 +153,26 @@ def _one_call(operands, settings: ChainParams, platform: str, devices: int | Non
         return None
     problems = [_problem(x, stage, platform, settings.implementation) for stage in stages]
     chosen = {_runs_alone_in(problem) for problem in problems}
-    if not chosen <= {implementation.name for implementation, _, _ in _KERNELS}:
+    if not chosen <= {implementation.name for implementation, *_ in _KERNELS}:
         return None
     # A chain runs in one kernel, also where the layers one by one would run in different ones.
     few = problems[0].rows <= _DECODE_ROWS and not any(problem.prepared for problem in problems)
     first_decode = few or chosen == {decode.DECODE.name}
-    for implementation, fits, call in _KERNELS if first_decode else reversed(_KERNELS):
+    for implementation, refusal, fits, call in _KERNELS if first_decode else reversed(_KERNELS):
         if settings.implementation not in (None, implementation.name):
             continue
-        refused = any(_refuses(implementation, problem) for problem in problems)
+        refused = any(refusal(problem) is not None for problem in problems)
         if not refused and fits(x, stages, settings):
             return call
     return None
 
 
 def _runs_alone_in(problem: Problem) -> str:
-    """The implementation of a stage alone. Of a weight that prunes nothing, dense is Hopper's."""
+    """The implementation of a stage alone. On Hopper the dense product of a weight that prunes
+    nothing is the Hopper kernel's."""
     name = choose(problem).implementation
-    return hopper.HOPPER.name if name == DENSE.name and not problem.pattern.prunes else name
-
-
-def _refuses(implementation: Implementation, problem: Problem) -> bool:
-    if implementation is hopper.HOPPER and not problem.pattern.prunes:
-        return hopper.refuses_device(problem.device, problem.dtype) is not None
-    return implementation.refusal(problem) is not None
+    is_hoppers = name == DENSE.name and not problem.pattern.prunes
+    return hopper.HOPPER.name if is_hoppers and hopper.refuses_chained(problem) is None else name
 
 
 def _gates_are_private(x: jax.Array, stages: Sequence[Stage], settings: ChainParams) -> bool:
@@ -292,10 +288,13 @@ def _decode_call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]
     return _run("slidejax_chain_decode", x, stages, outputs, operands, workspace, gates)
 
 
-# What a chain can be, with what it asks of the chain.
-_KERNELS: tuple[tuple[Implementation, Callable[..., bool], _Call], ...] = (
-    (decode.DECODE, _gates_are_private, _decode_call),
-    (hopper.HOPPER, _lifts_fit, _hopper_call),
+# What a chain can be: an implementation, why it refuses a stage, what it asks of the whole chain,
+# and the call.
+_KERNELS: tuple[
+    tuple[Implementation, Callable[[Problem], str | None], Callable[..., bool], _Call], ...
+] = (
+    (decode.DECODE, decode.DECODE.refusal, _gates_are_private, _decode_call),
+    (hopper.HOPPER, hopper.refuses_chained, _lifts_fit, _hopper_call),
 )
 
 
@@ -337,11 +336,11 @@ def linear_chain(
     It is a sequence of `slidejax.linear`, and has its results and its gradients. For a few rows on
     one GPU it is one custom call, whose kernels overlap. That is so where its weights are
     `SlideWeight`s; every prologue is an `RMSNorm`, a `GLU` or none; every stage alone would run in
-    the implementation "decode" or "hopper", for up to 2 rows prepared forms aside; and one of the
-    two takes all stages: "decode" up to 4 rows of weights as they are packed, if it can, else
-    "hopper" with at most 256 rows, or 64 where a weight prunes nothing. With "decode", what a `GLU`
-    reads must be used by nothing else. In such a call a norm's sum has another order, so codes may
-    differ as the contract allows.
+    the implementation "decode" or "hopper" (on Hopper also in "dense", where its weight prunes
+    nothing), for up to 2 rows prepared forms aside; and one of the two takes all stages: "decode"
+    up to 4 rows of weights as they are packed, if it can, else "hopper" with at most 256 rows, or
+    64 where a weight prunes nothing. With "decode", what a `GLU` reads must be used by nothing
+    else. In such a call a norm's sum has another order, so codes may differ as the contract allows.
 
     Args:
       x: `[..., in]`, bfloat16, float16 or float32; leading axes are rows.

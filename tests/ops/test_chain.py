@@ -253,6 +253,15 @@ def test_other_dense_products_are_in_no_chain(monkeypatch):
         assert "slidejax_chain_hopper" not in calls(lowered(x, stages, None, None))
 
 
+def test_dense_products_of_other_gpus_are_in_no_chain(monkeypatch):
+    """There they are XLA's, and nobody has measured whether the decode kernel is faster."""
+    monkeypatch.setattr("slidejax.ops.chain.choose", lambda p: Choice("dense", ""))
+    x, stages = tail("dense", rows=(1,))
+    assert calls(lowered(x, stages, None, None)) == ["slidejax_chain_decode"]
+    monkeypatch.setattr("slidejax.ops.chain.device_kind", lambda platform: "NVIDIA A100-SXM4-80GB")
+    assert not any("chain" in call for call in calls(lowered(x, stages, None, None)))
+
+
 @pytest.mark.parametrize("case", ["rows", "long rows", "prologue"])
 def test_where_the_hopper_kernel_runs_them_one_by_one(case):
     x, stages = tail(rows=(257,) if case == "rows" else (9,))

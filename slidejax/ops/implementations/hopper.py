@@ -21,7 +21,7 @@ from slidejax.ops.implementations.base import (
     nothing_to_skip,
     with_residual,
 )
-from slidejax.ops.problem import device_kind
+from slidejax.ops.problem import Problem, device_kind
 from slidejax.ops.prologue import Prologue
 from slidejax.weights.numerics import is_quantized
 from slidejax.weights.packed import SlideWeight
@@ -35,6 +35,7 @@ __all__ = [
     "linear_call",
     "matmul_call",
     "may_chain",
+    "refuses_chained",
     "refuses_device",
 ]
 
@@ -287,13 +288,23 @@ class Hopper(Implementation):
 HOPPER = Hopper()
 
 
+def refuses_chained(problem: Problem) -> str | None:
+    """Why a product cannot be in a chain of the Hopper kernel, or None.
+
+    In a chain, as in `dense`, the kernel also multiplies weights that prune nothing.
+    """
+    if problem.pattern.prunes:
+        return HOPPER.refusal(problem)
+    return refuses_device(problem.device, problem.dtype)
+
+
 def chained_rows(w: SlideWeight) -> int:
     """The most rows of a product in a chain of the Hopper kernel."""
     return RESIDUAL_ROWS if w.pattern.prunes else DENSE_RESIDUAL_ROWS
 
 
 def may_chain(w: SlideWeight, rows: int) -> bool:
-    """Whether a product of a weight and so many rows may be in a chain of the Hopper kernel.
+    """Whether a chain of the Hopper kernel may multiply a weight by this number of rows.
 
     It speaks for the GPU of this machine, and without one for that which programs are lowered for.
     """
