@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -62,10 +63,9 @@ def check_tokenizer(values: Mapping[str, Any], where: str) -> None:
     tokens = values.get(_TOKENS)
     if tokens is None:
         return
-    named = [token for token in tokens if token]  # files fill up with tokens without a text
-    if len(set(named)) < len(named):
-        seen: set[str] = set()
-        twice = next(token for token in named if token in seen or seen.add(token))  # type: ignore[func-returns-value]
+    counts = Counter(token for token in tokens if token)  # files fill up with tokens without a text
+    twice = next((token for token, count in counts.items() if count > 1), None)
+    if twice is not None:
         raise ValueError(f"{where}: {_TOKENS!r} has {twice!r:.80} twice")
     if values.get(f"{_PREFIX}model") == "gpt2":
         _check_merges(values.get(_MERGES) or (), frozenset(tokens), where)

@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from slidejax.files import exclusive, partial_directory, remove_abandoned, replacing, sync
@@ -221,9 +221,7 @@ def claimed(
                 )
             yield target
     finally:
-        for folder in made:  # where nothing was written after all
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        _remove_empty(made)  # where nothing was written after all
 
 
 def check_writing(
@@ -242,9 +240,7 @@ def check_writing(
       OSError: naming the directory that cannot be written; if there is no space for it.
     """
     target = check_target(path, marker, name)
-    for folder in _try_to_write(target):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+    _remove_empty(_try_to_write(target))
     check_space(target, size)
 
 
@@ -266,9 +262,14 @@ def check_adding(path: str | os.PathLike[str], name: str = "path") -> None:
         reason = f"{name}: no file can be written there: {e.strerror}"
         raise OSError(e.errno, reason, os.fspath(path)) from e
     finally:
-        for made in missing:
-            with contextlib.suppress(OSError):
-                made.rmdir()
+        _remove_empty(missing)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Removes those folders that are there and hold nothing."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _try_to_write(target: Path) -> list[Path]:
@@ -283,9 +284,7 @@ def _try_to_write(target: Path) -> list[Path]:
             if target.exists():
                 _check_owner(target)
     except OSError:
-        for folder in missing:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        _remove_empty(missing)
         raise
     return missing
 

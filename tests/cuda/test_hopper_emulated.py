@@ -121,50 +121,39 @@ def test_int32_results_are_of_int8_operands(emulated):
 ADDING = tuple(name for name in TILES if not name.startswith("256"))
 
 
-@pytest.mark.parametrize("tile", ADDING)
-@pytest.mark.parametrize("residual", OUTPUT[:3])
-def test_a_residual_in_every_tile(emulated, tile, residual):
+def check_residuals(emulated, tile, residual, rows, **weight):
     """Of whole tiles, of tiles that are cut through memory and of tiles cut within a cluster."""
     index, shape = emulated.tile(tile)
-    rows, tokens = shape.rows, min(shape.tokens, 256)
-    for i, y_dtype in enumerate(OUTPUT[:3]):
+    for i, (M, y_dtype) in enumerate(zip(rows, OUTPUT[:3], strict=True)):
         problem = Problem(
-            tokens - 3 + 2 * i,
-            2 * rows + 40 + i,
-            48,
+            M,
+            2 * shape.rows + 40 + i,
             y_dtype=y_dtype,
             bias=i != 1,
             residual=residual,
             over_residual=True,
             after_lift=i != 1,
-            prepared=False,
             seed=i,
+            **weight,
         )
-        problem = dataclasses.replace(problem, M=min(problem.M, 256))
         emulated.check(problem, tile=index, stream_k=0)
         emulated.check(problem, tile=index, stream_k=4, chance=20)
         emulated.check(problem, tile=index, cluster_split=2)
+
+
+@pytest.mark.parametrize("tile", ADDING)
+@pytest.mark.parametrize("residual", OUTPUT[:3])
+def test_a_residual_in_every_tile(emulated, tile, residual):
+    tokens = min(emulated.tile(tile)[1].tokens, 256)
+    rows = [min(tokens - 3 + 2 * i, 256) for i in range(3)]
+    check_residuals(emulated, tile, residual, rows, groups=48, prepared=False)
 
 
 @pytest.mark.parametrize("tile", ["dense 128x64", "dense 128x16"])
 @pytest.mark.parametrize("residual", OUTPUT[:3])
 def test_a_residual_of_a_dense_weight(emulated, tile, residual):
-    index, shape = emulated.tile(tile)
-    for i, y_dtype in enumerate(OUTPUT[:3]):
-        problem = Problem(
-            shape.tokens - 3 + i,
-            2 * shape.rows + 40 + i,
-            K=592,
-            y_dtype=y_dtype,
-            bias=i != 1,
-            residual=residual,
-            over_residual=True,
-            after_lift=i != 1,
-            seed=i,
-        )
-        emulated.check(problem, tile=index, stream_k=0)
-        emulated.check(problem, tile=index, stream_k=4, chance=20)
-        emulated.check(problem, tile=index, cluster_split=2)
+    tokens = emulated.tile(tile)[1].tokens
+    check_residuals(emulated, tile, residual, range(tokens - 3, tokens), K=592)
 
 
 def test_where_a_residual_is_refused(emulated):

@@ -1,9 +1,9 @@
 // Launches every kernel of cuda/ on small, odd shapes, for compute-sanitizer:
 //   compute-sanitizer --tool memcheck sanitize
 //   compute-sanitizer --tool racecheck sanitize hopper one 0 4
-// The arguments are how the names of kernels begin, "one" for a single case of each kernel or
-// "all", and a part of so many. Prints a line for each case, and fails where a kernel refuses one
-// or gives nan.
+// The first argument is how the names of kernels begin. The second is "one", for a single case of
+// each kernel, or "all". The last two are the number of a part of the cases, and how many parts
+// there are. Prints a line for each case, and fails where a kernel refuses one or gives nan.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
