@@ -41,6 +41,7 @@ def recover(
     temperature: float = 1.0,
     hidden: float = 1.0,
     trained: Selection = HIDDEN,
+    held_out: int | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     every: int = 200,
@@ -70,7 +71,11 @@ def recover(
         gradient of the hidden states' loss is less noisy than the other one.
       trained: the parameters to train (`slidejax.partition`); by default all but the embeddings and
         the output head.
-      seed: the seed of the order of the rows.
+      held_out: the number of rows that are not trained on, a multiple of `accumulate`. The loss on
+        them says which parameters are the best and whether the learning rate is too high
+        (`slidejax.train.fit`), so a recovery does not end worse than it began. None: as many as a
+        batch has, at most an eighth of the rows. 0: none.
+      seed: the seed of the order of the rows, and of the choice of those that are held out.
       checkpoint, every: a directory for the state, and the number of steps between saved states. If
         the directory holds a state, the training goes on from there.
       progress: called with the number of steps done, the number of all steps (None while it is
@@ -81,8 +86,8 @@ def recover(
       `Fitted`.
 
     Raises:
-      ValueError: if the vocabularies differ, `model` has no packed weights, or `fit` refuses its
-        arguments.
+      ValueError: if the vocabularies differ, `model` has no packed weights, `held_out` leaves too
+        few rows, or `fit` refuses its arguments.
 
     Example::
 
@@ -105,6 +110,7 @@ def recover(
         )
     if batch is None:
         batch = min(32 if jax.default_backend() == "gpu" else 8, len(rows))
+    rows, aside = _set_aside(rows, batch, accumulate, held_out, seed)
     loss = distillation_loss(model, teacher, temperature=temperature, hidden=hidden)
     fitted = fit(
         loss,
@@ -119,6 +125,7 @@ def recover(
         warmup=warmup,
         typical=_TYPICAL,
         accumulate=accumulate,
+        held_out=aside,
         checkpoint=checkpoint,
         every=every,
         progress=progress,
@@ -128,3 +135,21 @@ def recover(
     from slidejax import huggingface
 
     return huggingface.with_params(model, fitted.params), fitted
+
+
+def _set_aside(
+    rows: np.ndarray, batch: int, accumulate: int, count: int | None, seed: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The rows to train on, and those that are held out: see `recover`."""
+    if count is None:
+        count = min(batch, len(rows) // 8, max(0, len(rows) - batch))
+        count -= count % max(accumulate, 1)
+    elif not 0 <= count <= len(rows) - batch or count % accumulate:
+        raise ValueError(
+            f"held_out must be a multiple of accumulate, {accumulate}, from 0 to "
+            f"{max(0, len(rows) - batch)}, the rows beside a batch; got {count}"
+        )
+    if count == 0:
+        return rows, None
+    order = np.random.default_rng((seed, len(rows))).permutation(len(rows))
+    return rows[np.sort(order[count:])], rows[np.sort(order[:count])]
