@@ -129,6 +129,13 @@ def _add_training(p: argparse.ArgumentParser) -> None:
         help="weight of the hidden states' loss (default 1)",
     )
     p.add_argument(
+        "--held-out",
+        type=arguments.Number(Bound(0, whole=True)),
+        metavar="ROWS",
+        help="rows that are not trained on: OUT is what is best on them, and a learning rate that "
+        "makes it worse there is halved (default: a batch, at most an eighth of the rows; 0: none)",
+    )
+    p.add_argument(
         "--dtype",
         type=arguments.dtype(none=False, floats=False),
         help="int8 or float8_e4m3fn, for a model whose packed values are not quantised yet",
@@ -200,8 +207,7 @@ def _run(args: argparse.Namespace, target: Path) -> None:
 
         bar.update(task, description="gathering text")
         rows = _rows(args, original, ids)
-        if (args.batch or 1) > len(rows):
-            raise ValueError(f"--batch must be at most {len(rows)}, the rows, got {args.batch}")
+        _check_rows(args, len(rows))
         bar.update(task, description="compiling")
         model, fitted = _recover(args, loaded, original, rows, show)
         recovery = {
@@ -211,15 +217,37 @@ def _run(args: argparse.Namespace, target: Path) -> None:
             "seed": args.seed,
             "text": source,
             "rows": len(rows),
+            "kept_step": fitted.kept,
         }
         write_model(args.out, model, loaded, {**loaded.about, "recovery": recovery})
     first = float(fitted.losses[0])
     last = float(fitted.losses[-max(1, len(fitted.losses) // 10) :].mean())
-    terminal.emit(args, {"out": args.out, **recovery, "first_loss": first, "last_loss": last})
+    checked = [list(check) for check in fitted.checked]
+    found = {"first_loss": first, "last_loss": last, "held_out": checked}
+    terminal.emit(args, {"out": args.out, **recovery, **found})
     if args.json != "-":
         print(
             f"{args.out}: {fitted.steps} steps in {fitted.seconds:.0f} s, "
             f"loss {first:.4f} to {last:.4f} (mean of the last tenth)"
+        )
+        if checked:
+            lowest = min(loss for _, loss in checked)
+            print(
+                f"held-out rows: loss {checked[0][1]:.4f} to {lowest:.4f}, after step "
+                f"{fitted.kept}, which OUT holds"
+            )
+
+
+def _check_rows(args: argparse.Namespace, count: int) -> None:
+    """Raises ValueError if there are too few rows for the flags."""
+    batch = args.batch or min(_usual_batch(), count)
+    if batch > count:
+        raise ValueError(f"--batch must be at most {count}, the rows, got {args.batch}")
+    held = args.held_out or 0
+    if held > count - batch or held % args.accumulate:
+        raise ValueError(
+            f"--held-out must be a multiple of --accumulate, {args.accumulate}, from 0 to "
+            f"{count - batch}, the rows beside a batch; got {held}"
         )
 
 
@@ -311,6 +339,7 @@ def _recover(
         learning_rate=args.learning_rate,
         warmup=args.warmup,
         hidden=args.hidden,
+        held_out=args.held_out,
         seed=args.seed,
         checkpoint=args.checkpoint,
         every=args.every,

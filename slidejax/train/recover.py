@@ -110,7 +110,7 @@ def recover(
         )
     if batch is None:
         batch = min(32 if jax.default_backend() == "gpu" else 8, len(rows))
-    rows, aside = _set_aside(rows, batch, accumulate, held_out, seed)
+    rows, aside = set_aside(rows, batch, accumulate, held_out, seed)
     loss = distillation_loss(model, teacher, temperature=temperature, hidden=hidden)
     fitted = fit(
         loss,
@@ -137,7 +137,7 @@ def recover(
     return huggingface.with_params(model, fitted.params), fitted
 
 
-def _set_aside(
+def set_aside(
     rows: np.ndarray, batch: int, accumulate: int, count: int | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The rows to train on, and those that are held out: see `recover`."""

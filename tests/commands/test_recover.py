@@ -41,7 +41,7 @@ def test_recover_writes_a_better_model(capsys, files):
         capsys, "recover", out, new, *options, "--steps", 25, "--checkpoint", files / "state"
     )
     assert status == 0, err
-    assert "25 steps" in said
+    assert "25 steps" in said and "held-out rows: loss" in said
     _, before, _ = run(
         capsys, "eval", out, "--text", text, "--window", 32, "--against", dense, "--json"
     )
@@ -57,6 +57,8 @@ def test_recover_writes_a_better_model(capsys, files):
     figures = json.loads(said)
     assert status == 0 and figures["out"] == str(files / "again") and figures["steps"] == 25
     assert 0 < figures["last_loss"] < figures["first_loss"]
+    held = dict(figures["held_out"])
+    assert held[figures["kept_step"]] == min(held.values()) < held[0] and max(held) == 25
     kernels = [
         load_model(f).model.params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"].values
         for f in (new, files / "again")
@@ -126,6 +128,10 @@ def test_errors_are_one_line(capsys, files):
         (
             (out, files / "x", "--against", dense, "--text", text, "--batch", 500),
             "the rows, got 500",
+        ),
+        (
+            (out, files / "x", "--against", dense, "--text", text, "--held-out", 500),
+            "--held-out must be a multiple of --accumulate, 1, from 0 to ",
         ),
     ]:
         status, said, err = run(capsys, "recover", *args)

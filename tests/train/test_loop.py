@@ -78,8 +78,8 @@ def test_the_same_run_twice_is_the_same():
     np.testing.assert_array_equal(a.losses, b.losses)
 
 
-@pytest.mark.parametrize("stop", [4, 7])
-def test_resumed_equals_uninterrupted(tmp_path, stop):
+@pytest.mark.parametrize(("stop", "guard"), [(4, {}), (7, {}), (5, {"held_out": ROWS[:16]})])
+def test_resumed_equals_uninterrupted(tmp_path, stop, guard):
     class Interrupted(Exception):
         pass
 
@@ -89,24 +89,29 @@ def test_resumed_equals_uninterrupted(tmp_path, stop):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        run(12, checkpoint=tmp_path / "state", every=stop, progress=interrupt)
+        run(12, checkpoint=tmp_path / "state", every=stop, progress=interrupt, **guard)
     seen = []
     resumed = run(
         12,
         checkpoint=tmp_path / "state",
         every=stop,
         progress=lambda step, total, value: seen.append(step),
+        **guard,
     )
     assert seen == list(range(stop + 1, 13))
-    whole = run(12)
+    whole = run(12, **guard)
     same(resumed.params, whole.params)
     np.testing.assert_array_equal(resumed.losses, whole.losses)
-    again = run(12, checkpoint=tmp_path / "state", every=stop)  # a run that is done stays as it is
+    assert resumed.checked == whole.checked and resumed.kept == whole.kept
+    again = run(12, checkpoint=tmp_path / "state", every=stop, **guard)  # it is done: it stays
     same(again.params, whole.params)
     with pytest.raises(ValueError, match="other parameters or settings"):
-        run(13, checkpoint=tmp_path / "state")
+        run(13, checkpoint=tmp_path / "state", **guard)
     with pytest.raises(ValueError, match="other parameters or settings"):
-        run(12, checkpoint=tmp_path / "state", typical=1.0)
+        run(12, checkpoint=tmp_path / "state", typical=1.0, **guard)
+    other = {} if guard else {"held_out": ROWS[:16]}
+    with pytest.raises(ValueError, match="other parameters or settings"):
+        run(12, checkpoint=tmp_path / "state", **other)
 
 
 def test_accumulation_averages():

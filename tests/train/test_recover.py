@@ -12,6 +12,7 @@ import slidejax as sj
 from slidejax.lm.evaluate import evaluate
 from slidejax.lm.texts import WINDOW as EVALUATED
 from slidejax.train import distill
+from slidejax.train.recover import set_aside
 
 WINDOW = 32
 
@@ -78,6 +79,42 @@ def test_a_float_packed_model_comes_out_quantised(written):
     assert more.losses[0] == pytest.approx(float(loss), rel=1e-4)
 
 
+def test_a_rate_that_is_far_too_high_does_no_harm(written):
+    """Without rows that are held out it ruins the model; with them the start is kept, or better."""
+    dense, rows, held_out = written
+    sparse = sj.huggingface.convert(dense, "4:6")
+    options = {"steps": 10, "batch": 8, "window": WINDOW, "learning_rate": 1.0, "warmup": 0}
+
+    def divergence(model):
+        return evaluate(model, held_out, window=WINDOW, reference=dense).agreement.kl
+
+    guarded, fitted = sj.recover(sparse, dense, rows, **options)
+    ruined, unguarded = sj.recover(sparse, dense, rows, held_out=0, **options)
+    assert fitted.checked and not unguarded.checked
+    assert divergence(guarded) <= 1.05 * divergence(sparse) < 0.5 * divergence(ruined)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "parts", "count", "aside"),
+    [
+        (96, 8, 1, None, 8),
+        (96, 8, 4, None, 8),
+        (96, 32, 4, None, 12),  # an eighth of the rows
+        (10, 8, 1, None, 1),
+        (7, 4, 1, None, 0),
+        (8, 8, 1, None, 0),
+        (96, 8, 1, 0, 0),
+        (96, 8, 2, 30, 30),
+    ],
+)
+def test_rows_are_held_out_of_the_training(rows, batch, parts, count, aside):
+    ids = np.arange(rows)[:, None]
+    kept, out = set_aside(ids, batch, parts, count, seed=3)
+    assert (0 if out is None else len(out)) == aside and len(kept) == rows - aside >= batch
+    everything = kept if out is None else np.concatenate([kept, out])
+    assert sorted(everything.ravel().tolist()) == list(range(rows))
+
+
 def test_bad_input(written, tiny_config):
     dense, rows, _ = written
     sparse = sj.huggingface.convert(dense, "6:8")
@@ -87,6 +124,13 @@ def test_bad_input(written, tiny_config):
         sj.recover(sparse, dense, rows + 200, steps=1, window=8)
     with pytest.raises(ValueError, match="fill no row"):
         sj.recover(sparse, dense, [1, 2, 3], steps=1)
+    for count in (-1, 93, 5):
+        with pytest.raises(
+            ValueError, match="held_out must be a multiple of accumulate, 2, from 0"
+        ):
+            sj.recover(
+                sparse, dense, rows, steps=1, batch=4, window=8, accumulate=2, held_out=count
+            )
     with pytest.raises(ValueError, match="prompt <"):
         distill.sample(dense, rows, 4)
 
