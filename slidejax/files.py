@@ -27,6 +27,7 @@ __all__ = [
     "exclusive",
     "json_checksum",
     "partial_directory",
+    "partial_file",
     "reading",
     "remove_abandoned",
     "replacing",
@@ -270,6 +271,18 @@ def _is_gone(handle: int, path: Path) -> bool:
         return not os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
         return True
+
+
+@contextlib.contextmanager
+def partial_file(target: Path) -> Iterator[int]:
+    """Yields a new locked file beside `target`, open; it is removed when the block ends."""
+    handle, path = _new_file(target)
+    try:
+        yield handle
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from slidejax.checkpoint.space import check_space
 from slidejax.files import exclusive, partial_directory, remove_abandoned, replacing, sync
 
 __all__ = [
@@ -22,7 +23,6 @@ __all__ = [
     "check_adding",
     "check_apart",
     "check_outside",
-    "check_space",
     "check_target",
     "check_writing",
     "claimed",
@@ -307,33 +307,6 @@ def _check_owner(target: Path) -> None:
     folder, user = target.parent.stat(), getattr(os, "geteuid", lambda: 0)()
     if folder.st_mode & stat.S_ISVTX and user not in (0, folder.st_uid, target.stat().st_uid):
         raise PermissionError(errno.EPERM, "what is there belongs to another user")
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
-
-
-def check_space(target: Path, size: int) -> None:
-    """Raises an OSError if a file of that many bytes does not fit beside `target`.
-
-    Args:
-      target: what will be written.
-      size: bytes.
-    """
-    folder = next(p for p in target.parents if p.exists())
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise OSError(
-            errno.ENOSPC, f"{_mib(size)} will be written and {_mib(free)} are free", str(folder)
-        )
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if limit != resource.RLIM_INFINITY and size > limit:
-        reason = f"a file of {_mib(size)} will be written, and files may have {_mib(limit)}"
-        raise OSError(errno.EFBIG, f"{reason} (ulimit -f)", str(target))
 
 
 def _is_mount(target: Path) -> bool:

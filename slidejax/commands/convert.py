@@ -212,21 +212,30 @@ def _stream(args: argparse.Namespace, rule: Any, report: Report, shown: _Shown) 
 def _at_once(args: argparse.Namespace, rule: Any, report: Report, shown: _Shown) -> dict[str, Any]:
     """Converts a Flax model of transformers, in memory; returns the notes about it."""
     from slidejax import huggingface
-    from slidejax.checkpoint.staging import check_space
-    from slidejax.lm.reading import write_model
+    from slidejax.checkpoint.space import reserved
+    from slidejax.lm.reading import keep_model
 
     with _claimed(args) as target:
         shown.say(f"reading {args.model}")
         loaded = _load(args)
         ids = _with_own_text(args, loaded, _calibration_ids(args, loaded), shown)
         rules = _rules(args, rule, loaded, ids, shown)
-        check_space(target, _bytes_of(loaded.model, rules))
         calibration = _calibration(ids, args.work, shown)
-        model = huggingface.convert(loaded.model, rules, args.method, calibration, report=report)
+        with reserved(target, _bytes_of(loaded.model, rules)):
+            model = huggingface.convert(
+                loaded.model, rules, args.method, calibration, report=report
+            )
         about = _about(args, loaded.name, ids, report)
         shown.say(f"writing {args.out}")
-        write_model(args.out, model, loaded, about, args.floats)
+        keep_model(args.out, model, loaded, about, args.floats, lost=_lost(args))
     return about
+
+
+def _lost(args: argparse.Namespace) -> str:
+    """What a conversion that can be written nowhere leaves, for an error."""
+    if args.work is None or args.method == "magnitude":
+        return "the converted model is lost"
+    return f"finished layers are kept in {args.work!r}: the same command goes on from there"
 
 
 class _Shown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import TYPE_CHECKING, Any
 
 from slidejax.bounds import SEED, Bound
@@ -10,6 +11,7 @@ from slidejax.commands import arguments, inputs, terminal
 from slidejax.lm.texts import WINDOW
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import numpy as np
@@ -189,37 +191,16 @@ def _usual_batch() -> int:
 
 
 def _run(args: argparse.Namespace, target: Path) -> None:
-    import jax
-
-    from slidejax.checkpoint.staging import check_space
-    from slidejax.lm.reading import write_model
+    from slidejax.checkpoint.space import reserved
+    from slidejax.lm.reading import keep_model
 
     with terminal.progress() as bar:
         task = bar.add_task(f"reading {args.model}", total=None)
         loaded = inputs.load(args.model, args)
-        check_space(target, sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.model.params)))
-        original = _original(args, loaded)
-        ids, source = _tokens(args, loaded)
-
-        def show(step: int, total: int | None, loss: float) -> None:
-            said = f"step {step} of {total or '?'}: {loss:.4f}"
-            bar.update(task, description=said, completed=step, total=total)
-
-        bar.update(task, description="gathering text")
-        rows = _rows(args, original, ids)
-        _check_rows(args, len(rows))
-        bar.update(task, description="compiling")
-        model, fitted = _recover(args, loaded, original, rows, show)
-        recovery = {
-            "steps": fitted.steps,
-            "seconds": round(fitted.seconds, 1),
-            "learning_rate": args.learning_rate,
-            "seed": args.seed,
-            "text": source,
-            "rows": len(rows),
-            "kept_step": fitted.kept,
-        }
-        write_model(args.out, model, loaded, {**loaded.about, "recovery": recovery})
+        with reserved(target, _size(args, loaded)):
+            model, fitted, recovery = _trained(args, loaded, functools.partial(bar.update, task))
+        about = {**loaded.about, "recovery": recovery}
+        keep_model(args.out, model, loaded, about, lost=_lost(args, fitted.steps))
     first = float(fitted.losses[0])
     last = float(fitted.losses[-max(1, len(fitted.losses) // 10) :].mean())
     checked = [list(check) for check in fitted.checked]
@@ -249,6 +230,58 @@ def _check_rows(args: argparse.Namespace, count: int) -> None:
             f"--held-out must be a multiple of --accumulate, {args.accumulate}, from 0 to "
             f"{count - batch}, the rows beside a batch; got {held}"
         )
+
+
+def _trained(
+    args: argparse.Namespace, loaded: Loaded, shown: Callable[..., None]
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Trains the model; returns the new one, the `Fitted`, and notes about the training.
+
+    Args:
+      args: the command's arguments.
+      loaded: the model.
+      shown: shows how far it is: `update` of a progress bar.
+    """
+    original = _original(args, loaded)
+    ids, source = _tokens(args, loaded)
+
+    def show(step: int, total: int | None, loss: float) -> None:
+        said = f"step {step} of {total or '?'}: {loss:.4f}"
+        shown(description=said, completed=step, total=total)
+
+    shown(description="gathering text")
+    rows = _rows(args, original, ids)
+    _check_rows(args, len(rows))
+    shown(description="compiling")
+    model, fitted = _recover(args, loaded, original, rows, show)
+    recovery = {
+        "steps": fitted.steps,
+        "seconds": round(fitted.seconds, 1),
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+        "text": source,
+        "rows": len(rows),
+        "kept_step": fitted.kept,
+    }
+    return model, fitted, recovery
+
+
+def _size(args: argparse.Namespace, loaded: Loaded) -> int:
+    """How many bytes OUT will have at most: the parameters, and files like those of the model."""
+    from pathlib import Path
+
+    import jax
+
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.model.params))
+    files = (file for file in Path(args.model).glob("*") if file.is_file())
+    return parameters + sum(file.stat().st_size for file in files if file.suffix != ".safetensors")
+
+
+def _lost(args: argparse.Namespace, steps: int) -> str:
+    """What a training that can be written nowhere leaves, for an error."""
+    if args.checkpoint is None:
+        return f"the training of {steps} steps is lost: --checkpoint DIR would have kept it"
+    return f"the training is kept in {args.checkpoint!r}: the same command goes on from there"
 
 
 def _original(args: argparse.Namespace, loaded: Loaded) -> Loaded:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import secrets
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,15 @@ from slidejax.lm.models import (
 from slidejax.lm.text import files
 from slidejax.lm.text.tokenizer import Tokenizer
 
-__all__ = ["Loaded", "LoadedDecoder", "decodes", "read_model", "read_shell", "write_model"]
+__all__ = [
+    "Loaded",
+    "LoadedDecoder",
+    "decodes",
+    "keep_model",
+    "read_model",
+    "read_shell",
+    "write_model",
+]
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -199,3 +209,32 @@ def write_model(
     from slidejax.huggingface import write_pretrained
 
     write_pretrained(path, model, loaded.tokenizer, about)
+
+
+def keep_model(path: str | os.PathLike[str], *written: Any, lost: str) -> None:
+    """Writes a model that took long to make; if it cannot be where it should, then elsewhere.
+
+    Args:
+      path: the directory.
+      *written: the other arguments of `write_model`.
+      lost: for the error, what is lost if the model can be written nowhere, and how to go on.
+
+    Raises:
+      OSError: if it could not be written at `path`. The error says where it is, or `lost`.
+    """
+    try:
+        write_model(path, *written)
+        return
+    except (OSError, ValueError) as e:
+        if isinstance(e, OSError) and e.errno is None:  # it is complete, and the error says where
+            raise
+        reason = e
+    name = f"{Path(os.path.abspath(path)).name}.kept-{secrets.token_hex(4)}"
+    for folder in (tempfile.gettempdir, os.getcwd):
+        try:
+            kept = Path(folder(), name)
+            write_model(kept, *written)
+        except (OSError, ValueError):
+            continue
+        raise OSError(f"{reason}; the model is complete in {str(kept)!r}") from reason
+    raise OSError(f"{reason}; {lost}") from reason

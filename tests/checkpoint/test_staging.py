@@ -9,7 +9,8 @@ import pytest
 
 import slidejax as sj
 import slidejax.checkpoint
-from slidejax.checkpoint.staging import check_apart, check_space, check_target, claimed, staged
+from slidejax.checkpoint.space import check_space
+from slidejax.checkpoint.staging import check_apart, check_target, claimed, staged
 
 
 def test_replacing_without_an_atomic_exchange(tmp_path, monkeypatch):

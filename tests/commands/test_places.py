@@ -3,12 +3,10 @@
 Some of these need root, for another user or a file system of their own, and skip without it.
 """
 
-import contextlib
 import json
 import os
 import pathlib
 import shutil
-import subprocess
 import tempfile
 
 import pytest
@@ -19,12 +17,12 @@ pytest.importorskip("optax")
 
 from command_line import SENTENCES, write_decoder
 from forked import forked
+from places import mounted, root
 
 import slidejax as sj
 import slidejax.checkpoint
 
 NOBODY = 65534
-root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +44,6 @@ def place(base):
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def mounted(folder, size):
-    """A file system in memory at a folder."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("nothing can be mounted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def convert(base, out, *more):

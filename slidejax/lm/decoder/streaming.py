@@ -18,7 +18,8 @@ import numpy as np
 
 from slidejax.checkpoint import store
 from slidejax.checkpoint.gradual import ROOM, GradualWriter
-from slidejax.checkpoint.staging import check_apart, check_outside, check_space, claimed, staged
+from slidejax.checkpoint.space import check_space
+from slidejax.checkpoint.staging import check_apart, check_outside, claimed, staged
 from slidejax.functional import Functional
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.family import check_tokens, converts_head, functional_of
