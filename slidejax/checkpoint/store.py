@@ -20,7 +20,7 @@ from slidejax.checkpoint.staging import staged
 from slidejax.checkpoint.tree import Decoder, encode
 from slidejax.files import CHECKSUM, check_json, json_checksum
 
-__all__ = ["ARRAYS", "METADATA", "load", "save", "write_into", "write_metadata"]
+__all__ = ["ARRAYS", "METADATA", "load", "save", "shapes", "write_into", "write_metadata"]
 
 ARRAYS = "slidejax.safetensors"
 _FORMAT, _FORMAT_VERSION = "slidejax", 2
@@ -122,13 +122,30 @@ def load(path: str | os.PathLike[str]) -> Any:
       ValueError: naming the file and the key, if there is no checkpoint, or if it is damaged, cut
         short or of a newer format, or if its two files disagree.
     """
-    folder = Path(path)
+    return _read(Path(path), jnp.asarray)
+
+
+def shapes(path: str | os.PathLike[str]) -> Any:
+    """What `load` gives, with a `jax.ShapeDtypeStruct` for each array; no array is read.
+
+    Args:
+      path: the directory.
+
+    Raises:
+      ValueError: as `load`, but for what is wrong with the arrays' values.
+    """
+    return _read(Path(path), None)
+
+
+def _read(folder: Path, place: Any) -> Any:
     metadata = _read_metadata(folder)
     with ArrayFile(folder / ARRAYS) as arrays:
         try:
-            Decoder(arrays, folder / METADATA, None)(metadata["tree"])
+            tree = Decoder(arrays, folder / METADATA, None)(metadata["tree"])
             arrays.finish()
-            return Decoder(arrays, folder / METADATA, jnp.asarray)(metadata["tree"])
+            if place is None:
+                return tree
+            return Decoder(arrays, folder / METADATA, place)(metadata["tree"])
         except RecursionError:
             raise ValueError(
                 f"{str(folder / METADATA)!r}: key 'tree' is nested too deeply"

@@ -321,11 +321,9 @@ def _claimed(args: argparse.Namespace) -> Any:
 
 def _load(args: argparse.Namespace) -> Any:
     """The model that is to be converted."""
-    from slidejax.variants.prepared import weights_of
-
     text = args.method != "magnitude" or args.calibration is not None
     loaded = inputs.load(args.model, args, text=text)
-    if weights_of(loaded.model.params):
+    if inputs.is_packed(loaded):
         raise ValueError(
             f"{args.model!r} is converted already; convert the model that it was made from"
         )

@@ -59,15 +59,16 @@ def run(args: argparse.Namespace) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     from slidejax.lm import demo, serving
-    from slidejax.variants.prepared import weights_of
 
     out = terminal.console()
     with terminal.progress() as bar, ThreadPoolExecutor(1) as pool:
         task = bar.add_task("loading", total=None)
-        loaded = inputs.load(args.model, args)
-        ids, source = inputs.evaluation_ids(loaded, args.text, args.tokens)
-        calibration = inputs.calibration(loaded, args)
-        converted = bool(weights_of(loaded.model.params))
+        head = inputs.opened(args.model, args)
+        inputs.check_prompt(head, args.prompt, args.max_new_tokens)
+        ids, source = inputs.evaluation_ids(head, args.text, args.tokens)
+        calibration = inputs.calibration(head, args)
+        converted = inputs.is_packed(head)
+        loaded = inputs.filled(head, args.model, args)
         total = 1 if converted else 1 + len(args.pattern) * len(args.dtype)
         bar.update(task, total=total + 1, completed=0)
         done: list[Row] = []

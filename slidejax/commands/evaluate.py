@@ -91,9 +91,19 @@ def run(args: argparse.Namespace) -> None:
 
     with terminal.progress() as bar:
         task = bar.add_task("reading", total=None)
-        loaded = [(name, inputs.load(name, args, keep_class=False)) for name in args.models]
-        reference = inputs.load(args.against, args, keep_class=False) if args.against else None
-        ids, source = _ids(args, loaded)
+        heads = {
+            name: inputs.opened(name, args, keep_class=False)
+            for name in [*args.models, *([args.against] if args.against else [])]
+        }
+        comparison.check_vocabularies({name: head.model for name, head in heads.items()})
+        ids, source = _ids(args, [(name, heads[name]) for name in args.models])
+        if args.prompt is not None:
+            for name in args.models:
+                inputs.check_prompt(heads[name], args.prompt, _new_tokens(args))
+        read = {
+            name: inputs.filled(head, name, args, keep_class=False) for name, head in heads.items()
+        }
+        loaded = [(name, read[name]) for name in args.models]
 
         def show(name: str, done: int, total: int) -> None:
             bar.update(task, description=f"{name}: predicting", completed=done, total=total)
@@ -104,9 +114,9 @@ def run(args: argparse.Namespace) -> None:
             ids,
             window=args.window,
             batch=args.batch,
-            reference=reference,
+            reference=read[args.against] if args.against else None,
             prompt=args.prompt,
-            max_new_tokens=args.max_new_tokens or _CONTINUATION,
+            max_new_tokens=_new_tokens(args),
             progress=show,
         )
     figures = [row.figures(source, args.against) for row in rows]
@@ -120,6 +130,10 @@ def run(args: argparse.Namespace) -> None:
                 terminal.show_written(out, f"{row.name} ({row.weights})", args.prompt, row.text)
     if args.plot:
         comparison.plot(rows, args.plot, args.window)
+
+
+def _new_tokens(args: argparse.Namespace) -> int:
+    return args.max_new_tokens or _CONTINUATION
 
 
 def _ids(args: argparse.Namespace, loaded: list[tuple[str, Any]]) -> tuple[Any, str]:

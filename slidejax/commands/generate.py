@@ -78,8 +78,10 @@ def run(args: argparse.Namespace) -> None:
     """Generates, and prints the text, and how fast it was to standard error."""
     from slidejax.lm.reading import LoadedDecoder
 
-    loaded = inputs.load(args.model, args, keep_class=False)
-    ids = _chat(loaded, args.model, args.prompt) if args.chat else None
+    head = inputs.opened(args.model, args, keep_class=False)
+    ids = _chat(head, args.model, args.prompt) if args.chat else None
+    inputs.check_prompt(head, args.prompt if ids is None else ids, args.max_new_tokens)
+    loaded = inputs.filled(head, args.model, args, keep_class=False)
     if isinstance(loaded, LoadedDecoder):
         figures = _stream(args, loaded, args.prompt if ids is None else ids)
     else:

@@ -11,6 +11,7 @@ from slidejax.bounds import SEED, Bound
 from slidejax.commands import arguments, inputs, terminal
 
 if TYPE_CHECKING:
+    from slidejax.lm.reading import Loaded
     from slidejax.lm.tasks.humaneval import Problem, Result
 
 __all__ = ["MAX_NEW_TOKENS", "add_arguments", "check", "run"]
@@ -113,9 +114,20 @@ def run(args: argparse.Namespace) -> None:
         flush=True,
     )
     names = list(dict.fromkeys([*([args.against] if args.against else []), *args.models]))
-    with terminal.progress() as bar:
-        task = bar.add_task("reading", total=None)
-        found = {name: _tested(name, args, tasks, bar, task) for name in names}
+    found: dict[str, tuple[str, Result]] = {}
+    try:
+        with terminal.progress() as bar:
+            task = bar.add_task("reading", total=None)
+            heads = {name: _opened(name, args, tasks) for name in names}
+            for name, head in heads.items():
+                found[name] = _tested(name, head, args, tasks, bar, task)
+    finally:
+        if found:  # what one model did is not lost if the next one fails
+            _report(args, found)
+
+
+def _report(args: argparse.Namespace, found: dict[str, tuple[str, Result]]) -> None:
+    """Prints and writes the results of models."""
     against = found[args.against][1] if args.against else None
     rows = []
     for name, (weights, result) in found.items():
@@ -134,23 +146,38 @@ def run(args: argparse.Namespace) -> None:
             terminal.write(args.completions, "".join(json.dumps(r) + "\n" for r in records))
 
 
+def _opened(name: str, args: argparse.Namespace, tasks: list[Problem]) -> Loaded:
+    """A model before its weights are read, if it can write the programs.
+
+    Raises:
+      NotImplementedError: it is not one of our own decoders.
+      ValueError: it has no tokenizer, or a problem does not fit into its context.
+    """
+    from slidejax.lm.reading import LoadedDecoder
+
+    head = inputs.opened(name, args, keep_class=False)
+    if not isinstance(head, LoadedDecoder):
+        raise NotImplementedError(
+            f"--task humaneval needs a model of slidejax.lm; {name!r} is read as "
+            f"{type(head.model).__name__}"
+        )
+    for task in tasks:
+        what = f"{name!r}: problem {task.task_id!r}"
+        inputs.check_prompt(head, task.prompt, args.max_new_tokens or MAX_NEW_TOKENS, what)
+    return head
+
+
 def _tested(
-    name: str, args: argparse.Namespace, tasks: list[Problem], bar: Any, task: Any
+    name: str, head: Loaded, args: argparse.Namespace, tasks: list[Problem], bar: Any, task: Any
 ) -> tuple[str, Result]:
     """The weights of a model, in words, and its result."""
     import numpy as np
 
     from slidejax.lm import serving
-    from slidejax.lm.reading import LoadedDecoder
     from slidejax.lm.tasks import humaneval
 
     bar.update(task, description=f"{name}: reading", total=None)
-    loaded = inputs.load(name, args, keep_class=False)
-    if not isinstance(loaded, LoadedDecoder):
-        raise NotImplementedError(
-            f"--task humaneval needs a model of slidejax.lm; {name!r} is read as "
-            f"{type(loaded.model).__name__}"
-        )
+    loaded = inputs.filled(head, name, args, keep_class=False)
     model = serving.ready(loaded.model)
 
     def show(done: int, total: int) -> None:

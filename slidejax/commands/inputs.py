@@ -13,7 +13,17 @@ if TYPE_CHECKING:
 
     from slidejax.lm.reading import Loaded
 
-__all__ = ["calibration", "calibration_ids", "evaluation_ids", "load", "written"]
+__all__ = [
+    "calibration",
+    "calibration_ids",
+    "check_prompt",
+    "evaluation_ids",
+    "filled",
+    "is_packed",
+    "load",
+    "opened",
+    "written",
+]
 
 # The default text to calibrate on has this many sequences of 512 tokens; for more, docstrings are
 # added to it.
@@ -36,6 +46,67 @@ def load(
 
     compute = getattr(args, "compute", None)
     return read_model(model, compute, keep_class=keep_class, text=text)
+
+
+def opened(
+    model: str, args: argparse.Namespace, *, keep_class: bool = True, text: bool = True
+) -> Loaded:
+    """A model before its weights are read: a `Head` of a decoder, or a whole Flax model.
+
+    What depends on the model is checked on this one. `filled` reads the weights.
+
+    Args:
+      model, args, keep_class, text: as in `load`.
+    """
+    from slidejax.lm.reading import read_head
+
+    head = read_head(model, keep_class=keep_class, text=text)
+    return load(model, args, keep_class=keep_class, text=text) if head is None else head
+
+
+def filled(
+    loaded: Loaded,
+    model: str,
+    args: argparse.Namespace,
+    *,
+    keep_class: bool = True,
+    text: bool = True,
+) -> Loaded:
+    """A model that `opened` gave, with its weights.
+
+    Args:
+      loaded: what `opened` gave.
+      model, args, keep_class, text: what it was given.
+    """
+    from slidejax.lm.reading import Head
+
+    if not isinstance(loaded, Head):
+        return loaded
+    return load(model, args, keep_class=keep_class, text=text)
+
+
+def is_packed(loaded: Loaded) -> bool:
+    """Whether a model that `opened` gave has packed weights."""
+    from slidejax.lm.reading import Head
+    from slidejax.variants.prepared import weights_of
+
+    return loaded.packed if isinstance(loaded, Head) else bool(weights_of(loaded.model.params))
+
+
+def check_prompt(loaded: Loaded, prompt: Any, max_new_tokens: int, name: str = "--prompt") -> None:
+    """Raises a ValueError if a decoder cannot continue a prompt; other models check it themselves.
+
+    Args:
+      loaded: what `opened` gave.
+      prompt: text, or token ids.
+      max_new_tokens: what `--max-new-tokens` says.
+      name: what the prompt is, for the error.
+    """
+    from slidejax.lm.decoder import writing
+    from slidejax.lm.reading import LoadedDecoder
+
+    if isinstance(loaded, LoadedDecoder):
+        writing.check_prompt(loaded.model, prompt, max_new_tokens, name, "--max-new-tokens")
 
 
 def evaluation_ids(loaded: Loaded, file: str | None, limit: int | None) -> tuple[np.ndarray, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from typing import TYPE_CHECKING, Any
 
 from slidejax.bounds import SEED, Bound
@@ -11,7 +10,6 @@ from slidejax.commands import arguments, inputs, terminal
 from slidejax.lm.texts import WINDOW
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     import numpy as np
@@ -196,9 +194,29 @@ def _run(args: argparse.Namespace, target: Path) -> None:
 
     with terminal.progress() as bar:
         task = bar.add_task(f"reading {args.model}", total=None)
-        loaded = inputs.load(args.model, args)
+        head = inputs.opened(args.model, args)
+        name, teacher = _original(args, head)
+        rows, source = _rows(args, head, teacher)
+        loaded = inputs.filled(head, args.model, args)
         with reserved(target, _size(args, loaded)):
-            model, fitted, recovery = _trained(args, loaded, functools.partial(bar.update, task))
+            original = inputs.filled(teacher, name, args, keep_class=False)
+            rows = _with_own_rows(args, original, rows)
+
+            def show(step: int, total: int | None, loss: float) -> None:
+                said = f"step {step} of {total or '?'}: {loss:.4f}"
+                bar.update(task, description=said, completed=step, total=total)
+
+            bar.update(task, description="compiling")
+            model, fitted = _recover(args, loaded, original, rows, show)
+        recovery = {
+            "steps": fitted.steps,
+            "seconds": round(fitted.seconds, 1),
+            "learning_rate": args.learning_rate,
+            "seed": args.seed,
+            "text": source,
+            "rows": len(rows),
+            "kept_step": fitted.kept,
+        }
         about = {**loaded.about, "recovery": recovery}
         keep_model(args.out, model, loaded, about, lost=_lost(args, fitted.steps))
     first = float(fitted.losses[0])
@@ -232,40 +250,6 @@ def _check_rows(args: argparse.Namespace, count: int) -> None:
         )
 
 
-def _trained(
-    args: argparse.Namespace, loaded: Loaded, shown: Callable[..., None]
-) -> tuple[Any, Any, dict[str, Any]]:
-    """Trains the model; returns the new one, the `Fitted`, and notes about the training.
-
-    Args:
-      args: the command's arguments.
-      loaded: the model.
-      shown: shows how far it is: `update` of a progress bar.
-    """
-    original = _original(args, loaded)
-    ids, source = _tokens(args, loaded)
-
-    def show(step: int, total: int | None, loss: float) -> None:
-        said = f"step {step} of {total or '?'}: {loss:.4f}"
-        shown(description=said, completed=step, total=total)
-
-    shown(description="gathering text")
-    rows = _rows(args, original, ids)
-    _check_rows(args, len(rows))
-    shown(description="compiling")
-    model, fitted = _recover(args, loaded, original, rows, show)
-    recovery = {
-        "steps": fitted.steps,
-        "seconds": round(fitted.seconds, 1),
-        "learning_rate": args.learning_rate,
-        "seed": args.seed,
-        "text": source,
-        "rows": len(rows),
-        "kept_step": fitted.kept,
-    }
-    return model, fitted, recovery
-
-
 def _size(args: argparse.Namespace, loaded: Loaded) -> int:
     """How many bytes OUT will have at most: the parameters, and files like those of the model."""
     from pathlib import Path
@@ -284,16 +268,19 @@ def _lost(args: argparse.Namespace, steps: int) -> str:
     return f"the training is kept in {args.checkpoint!r}: the same command goes on from there"
 
 
-def _original(args: argparse.Namespace, loaded: Loaded) -> Loaded:
-    """The model that `--against` names, or that `loaded` was converted from.
+def _original(args: argparse.Namespace, loaded: Loaded) -> tuple[str, Loaded]:
+    """The model that `--against` names, or that `loaded` was converted from, and its name.
 
     Raises:
-      ValueError: neither is known, or the model is a converted one.
+      ValueError: neither is known, the model is a converted one, or has other tokens.
     """
     from slidejax.lm.models import default_dtype, load_model, noted_source
     from slidejax.lm.reading import LoadedDecoder
-    from slidejax.variants.prepared import weights_of
 
+    if not inputs.is_packed(loaded):
+        raise ValueError(
+            f"{args.model!r} has no packed weights: nothing to recover, convert it first"
+        )
     name = args.against or noted_source(args.model, loaded.about)
     if name is None:
         raise ValueError(
@@ -302,15 +289,21 @@ def _original(args: argparse.Namespace, loaded: Loaded) -> Loaded:
         )
     # Both must be of one kind.
     original: Loaded = (
-        inputs.load(name, args, keep_class=False)
+        inputs.opened(name, args, keep_class=False)
         if isinstance(loaded, LoadedDecoder)
         else load_model(name, args.compute or default_dtype())
     )
-    if weights_of(original.model.params):
+    if inputs.is_packed(original):
         raise ValueError(
             f"{original.name!r} is converted too; --against must name the original model"
         )
-    return original
+    sizes = [one.model.config.vocab_size for one in (original, loaded)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{name!r} has a vocabulary of {sizes[0]} tokens, and {args.model!r} one of {sizes[1]}: "
+            "--against must name the original model"
+        )
+    return name, original
 
 
 def _tokens(args: argparse.Namespace, loaded: Loaded) -> tuple[np.ndarray, str]:
@@ -328,13 +321,14 @@ def _tokens(args: argparse.Namespace, loaded: Loaded) -> tuple[np.ndarray, str]:
     return np.asarray(loaded.encode(text), np.int32), source
 
 
-def _rows(args: argparse.Namespace, original: Loaded, ids: np.ndarray) -> np.ndarray:
-    """Rows `[n, window]` to train on: the text, and the rows that the original model writes."""
+def _rows(args: argparse.Namespace, loaded: Loaded, original: Loaded) -> tuple[np.ndarray, str]:
+    """Rows `[n, window]` of the text to train on, and a description of it."""
     import numpy as np
 
     from slidejax.lm.evaluate import fitting
     from slidejax.train.distill import rows_of
 
+    ids, source = _tokens(args, loaded)
     wanted = args.window or min(WINDOW if _on_gpu() else _CPU_WINDOW, len(ids))
     window = fitting(wanted, original.model)
     start = np.asarray(original.start, np.int32)
@@ -346,11 +340,26 @@ def _rows(args: argparse.Namespace, original: Loaded, ids: np.ndarray) -> np.nda
     text = rows_of(ids, window - len(start))
     # A model in use never sees a text without its start.
     text = np.concatenate([np.broadcast_to(start, (len(text), len(start))), text], axis=1)
-    count = args.sample if args.sample is not None else 768 if _on_gpu() else 0
+    count = len(text) + _samples(args)
+    _check_rows(args, count)
+    return text, source
+
+
+def _samples(args: argparse.Namespace) -> int:
+    """How many rows the original model writes."""
+    if args.sample is not None:
+        return int(args.sample)
+    return 768 if _on_gpu() else 0
+
+
+def _with_own_rows(args: argparse.Namespace, original: Loaded, text: np.ndarray) -> np.ndarray:
+    """The rows to train on: the text, and what the original model writes."""
+    import numpy as np
+
+    count = _samples(args)
     if count == 0:
         return text
-    written = inputs.written(original.model, text, count, args.seed)
-    return np.concatenate([text, written])
+    return np.concatenate([text, inputs.written(original.model, text, count, args.seed)])
 
 
 def _recover(

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +17,7 @@ from slidejax.lm.evaluate import Evaluation, default_batch, evaluate, fitting
 from slidejax.lm.reading import Loaded
 from slidejax.lm.texts import WINDOW
 
-__all__ = ["Compared", "compare", "plot", "table"]
+__all__ = ["Compared", "check_vocabularies", "compare", "plot", "table"]
 
 # Positions that are averaged in the picture; their loss falls fast at first and slowly later.
 _BINS = 16
@@ -96,11 +96,8 @@ def compare(
     Raises:
       ValueError: the models differ in their vocabulary, or the prompt does not fit.
     """
-    sizes = {name: loaded.model.config.vocab_size for name, loaded in models}
-    if reference is not None:
-        sizes[reference.name] = reference.model.config.vocab_size
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"models must share one vocabulary to be compared, got {sizes}")
+    named = {name: loaded.model for name, loaded in models}
+    check_vocabularies(named if reference is None else named | {reference.name: reference.model})
     begun = max(len(loaded.start) for _, loaded in models)
     window = fitting(window + begun, *(loaded.model for _, loaded in models)) - begun
     rows = []
@@ -127,6 +124,13 @@ def compare(
             dtype = found.dtype if found.bytes else np.dtype(loaded.model.dtype).name
             rows.append(Compared(name, found.pattern, dtype, result, prompt, text))
     return rows
+
+
+def check_vocabularies(models: Mapping[str, Any]) -> None:
+    """Raises a ValueError if models, by their names, differ in the size of their vocabulary."""
+    sizes = {name: model.config.vocab_size for name, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"models must share one vocabulary to be compared, got {sizes}")
 
 
 def table(rows: Sequence[Compared], reference: str | None) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slidejax.checkpoint import store
-from slidejax.lm.decoder.files import CLASS, load, save
+from slidejax.lm.decoder.files import CLASS, load, load_head, save
 from slidejax.lm.decoder.huggingface import MODEL_TYPES
 from slidejax.lm.decoder.model import Decoder
 from slidejax.lm.decoder.names import tree_of
@@ -29,10 +29,12 @@ from slidejax.lm.text import files
 from slidejax.lm.text.tokenizer import Tokenizer
 
 __all__ = [
+    "Head",
     "Loaded",
     "LoadedDecoder",
     "decodes",
     "keep_model",
+    "read_head",
     "read_model",
     "read_shell",
     "write_model",
@@ -85,6 +87,17 @@ class LoadedDecoder:
             raise ValueError(f"{self.name} came without a tokenizer (tokenizer.json)")
         ids = self.tokenizer.encode(text, start=start)
         return check_vocabulary(ids, self.model.config.vocab_size, self.name)
+
+
+@dataclasses.dataclass
+class Head(LoadedDecoder):
+    """All of a decoder but its weights, from `read_head`: its parameters are shapes.
+
+    Attributes:
+      packed: whether the weights in its files are packed.
+    """
+
+    packed: bool = False
 
 
 Loaded = LoadedDecoder | LoadedModel
@@ -145,6 +158,25 @@ def read_model(
         return load_model(model, dtype or default_dtype())
     path, name = _place(model, text)
     return LoadedDecoder(load(path, dtype), name, _known_path(path, name))
+
+
+def read_head(
+    model: str | os.PathLike[str], *, keep_class: bool = False, text: bool = True
+) -> Head | None:
+    """All that `read_model` would give but the weights, or None if it would give a Flax model.
+
+    Args:
+      model, keep_class, text: as in `read_model`.
+
+    Raises:
+      ValueError, NotImplementedError, ImportError: as `read_model`, but for what is wrong with the
+        weights.
+    """
+    if not decodes(model, keep_class=keep_class):
+        return None
+    path, name = _place(model, text)
+    shell, packed = load_head(path)
+    return Head(shell, name, _known_path(path, name), packed)
 
 
 def read_shell(

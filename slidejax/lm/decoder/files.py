@@ -18,12 +18,14 @@ from slidejax.checkpoint.staging import staged
 from slidejax.files import reading
 from slidejax.lm.decoder import directory, gguf
 from slidejax.lm.decoder.config import DecoderConfig
-from slidejax.lm.decoder.model import Decoder
+from slidejax.lm.decoder.model import Decoder, expected
+from slidejax.lm.decoder.names import tree_of
 from slidejax.lm.text.files import is_text_file, text_files
+from slidejax.variants.prepared import weights_of
 from slidejax.weights.numerics import is_quantized
 from slidejax.weights.packed import LinearWeight, SlideWeight
 
-__all__ = ["CLASS", "load", "save"]
+__all__ = ["CLASS", "load", "load_head", "save"]
 
 CLASS = "slidejax.lm.Decoder"  # what a saved directory says that it holds
 _FLOATS = ("bfloat16", "float16", "float32")
@@ -79,6 +81,50 @@ def _load(path: Path, dtype: np.dtype | None) -> Decoder:
     config, quantization = directory.read_config(path)
     params = directory.read_params(path, config, quantization, dtype or default_dtype())
     return Decoder(config, params, files=text_files(path))
+
+
+def load_head(path: str | os.PathLike[str]) -> tuple[Decoder, bool]:
+    """All of a decoder but its weights, to know its limits before they are read.
+
+    Args:
+      path: as in `load`.
+
+    Returns:
+      The decoder with shapes in place of its parameters, none of them packed, and whether the files
+      hold packed weights.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError, ImportError: as `load`, but for what is wrong with
+        the weights.
+
+    >>> import tempfile
+    >>> from slidejax.lm.decoder.examples import tiny
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(tiny(), folder + "/model")
+    ...     model, packed = load_head(folder + "/model")
+    >>> model.config.vocab_size, packed
+    (64, False)
+    """
+    path = check_path(path)
+    with reading(path):
+        config, texts, about, packed = _head(path)
+    dtype = default_dtype()
+    shapes = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in expected(config).items()}
+    return Decoder(config, tree_of(shapes), files=texts, about=about), packed
+
+
+def _head(path: Path) -> tuple[DecoderConfig, Mapping[str, bytes], Mapping[str, Any], bool]:
+    """Configuration, text files, notes, and whether weights are packed."""
+    if path.is_file():
+        file = GGUFFile(path)
+        return gguf.config_of(file), {gguf.GGUF_TOKENIZER: gguf.tokenizer_of(file)}, {}, False
+    if not path.is_dir():
+        raise ValueError(f"path {str(path)!r} is neither a file nor a directory")
+    if not (path / store.METADATA).is_file():
+        return directory.read_config(path)[0], text_files(path), {}, False
+    model, params, about = _parts(path, store.shapes(path))
+    config = _config(path, model)
+    return config, text_files(path), about, bool(weights_of(params))
 
 
 def save(model: Decoder, path: str | os.PathLike[str], *, floats: Any = None) -> None:
@@ -167,18 +213,30 @@ def check_dtype(dtype: Any) -> np.dtype | None:
 
 
 def _load_saved(folder: Path, dtype: np.dtype | None) -> Decoder:
-    content = store.load(folder)
+    model, params, about = _parts(folder, store.load(folder))
+    config = _config(folder, model)
+    if model["class"] != CLASS:
+        config, params = _from_flax(config, params)
+    dtype = dtype or check_dtype(model["dtype"])
+    return Decoder(config, _cast(params, dtype), files=text_files(folder), about=about)
+
+
+def _parts(folder: Path, content: Any) -> tuple[Any, Any, Any]:
+    """What a directory says about the model, its parameters, and the notes about it."""
     try:
         model, params, about = content["model"], content["params"], content["about"]
-        name, saved = model["class"], check_dtype(model["dtype"])
+        _ = model["class"], check_dtype(model["dtype"])
     except (KeyError, TypeError) as e:
         raise ValueError(f"{str(folder)!r} holds parameters but no model: {e!r}") from e
-    if name == CLASS:
-        config = DecoderConfig.from_json(model.get("config") or {})
-    else:  # a Flax model of transformers, whose parameters have the same names
-        config, _ = directory.read_config(folder)
-        config, params = _from_flax(config, params)
-    return Decoder(config, _cast(params, dtype or saved), files=text_files(folder), about=about)
+    return model, params, about
+
+
+def _config(folder: Path, model: Any) -> DecoderConfig:
+    """The configuration of what slidejax saved."""
+    if model["class"] == CLASS:
+        return DecoderConfig.from_json(model.get("config") or {})
+    # a Flax model of transformers, whose parameters have the same names
+    return directory.read_config(folder)[0]
 
 
 def _from_flax(

@@ -19,10 +19,9 @@ from slidejax.checkpoint.gguf import GGUFFile
 from slidejax.files import reading
 from slidejax.lm.decoder import directory, gguf
 from slidejax.lm.decoder.config import DecoderConfig
-from slidejax.lm.decoder.files import check_dtype, check_path, default_dtype, load
+from slidejax.lm.decoder.files import check_dtype, check_path, default_dtype, load, load_head
 from slidejax.lm.decoder.model import expected, leaves_of
 from slidejax.lm.text.files import text_files
-from slidejax.weights.packed import LinearWeight
 
 __all__ = ["Source", "open_source"]
 
@@ -118,11 +117,11 @@ def open_source(path: str | os.PathLike[str], dtype: Any = None) -> Iterator[Sou
 
 
 def _whole(path: Path, dtype: Any) -> Source:
-    model = load(path, dtype)
-    held = dict(leaves_of(model.params))
-    if any(isinstance(value, LinearWeight) for value in held.values()):
+    if load_head(path)[1]:
         raise ValueError(
             f"{str(path)!r} is converted already; convert the model that it was made from"
         )
+    model = load(path, dtype)
+    held = dict(leaves_of(model.params))
     files = tuple(sorted(path.glob("*.safetensors")))
     return Source(model.config, model.dtype, model.files, lambda p: jnp.asarray(held[p]), files)

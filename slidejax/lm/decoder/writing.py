@@ -13,7 +13,7 @@ from slidejax.lm.decoder.apply import apply
 from slidejax.lm.decoder.cache import init_cache
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.fuse import serving
-from slidejax.lm.generation.generate import generate
+from slidejax.lm.generation.generate import encode_prompt, generate
 from slidejax.lm.generation.programs import Programs
 from slidejax.lm.generation.stream import Stream
 from slidejax.lm.text import files
@@ -23,7 +23,7 @@ from slidejax.variants.prepared import weights_of
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Writes", "programs"]
+__all__ = ["Writes", "check_prompt", "programs"]
 
 
 @functools.lru_cache(maxsize=32)
@@ -86,6 +86,28 @@ def _served(model: Any) -> Any:
         made = serving(params)
         extra.served = leaves, made
     return made
+
+
+def check_prompt(
+    model: Any,
+    prompt: Any,
+    max_new_tokens: int,
+    name: str = "prompt",
+    limit: str = "max_new_tokens",
+) -> None:
+    """Raises the error of `generate` for a prompt that a decoder cannot continue.
+
+    Args:
+      model: the decoder, perhaps with shapes in place of its parameters.
+      prompt, max_new_tokens: as for `generate`.
+      name, limit: what the caller calls these two, for the error.
+
+    >>> from slidejax.lm.decoder.examples import tiny
+    >>> check_prompt(tiny(), [1, 2, 3], 1000)
+    Traceback (most recent call last):
+    ValueError: prompt has 3 tokens; with max_new_tokens 1000 they exceed the model's context of 128
+    """
+    encode_prompt(_Writer(model, None), prompt, max_new_tokens, name, limit)
 
 
 class Writes:

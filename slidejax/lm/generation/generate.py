@@ -61,8 +61,21 @@ class Completion:
 # --- prompts --------------------------------------------------------------------------------------
 
 
-def encode_prompt(model: Writer, prompt: Any, max_new_tokens: int | None, name: str) -> list[int]:
+def encode_prompt(
+    model: Writer,
+    prompt: Any,
+    max_new_tokens: int | None,
+    name: str,
+    limit: str = "max_new_tokens",
+) -> list[int]:
     """The token ids of a prompt, checked.
+
+    Args:
+      model: the model; its parameters are not read.
+      prompt: text or token ids.
+      max_new_tokens: how many tokens will be written; None: as many as fit.
+      name: what the caller calls the prompt, for errors.
+      limit: what the caller calls `max_new_tokens`.
 
     Raises:
       TypeError: it is neither text nor token ids.
@@ -90,7 +103,7 @@ def encode_prompt(model: Writer, prompt: Any, max_new_tokens: int | None, name: 
         )
     if max_new_tokens is not None and len(ids) + max_new_tokens > model.context:
         raise ValueError(
-            f"{name} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} they exceed the "
+            f"{name} has {len(ids)} tokens; with {limit} {max_new_tokens} they exceed the "
             f"model's context of {model.context}"
         )
     return ids
