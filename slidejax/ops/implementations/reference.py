@@ -25,6 +25,9 @@ __all__ = ["REFERENCE", "accumulate", "exact_int8_dot", "expand_lifted", "finish
 # 127 * 128 * 1024 < 2**24: a float32 sum of 1024 products of int8 codes is exact. A code of x is at
 # most 127, one of an int8 kernel -128 at least.
 _EXACT_K = 1024
+# On a GPU products of at most so many columns are computed in bfloat16. XLA's own int8 products of
+# few columns can be twice the right ones there (decision 058).
+_NARROW_K = 128
 # With so few rows the products are summed as integers. With more rows a float32 product is faster.
 _FEW_ROWS = 4
 
@@ -55,6 +58,8 @@ def accumulate(codes: jax.Array, kernel: jax.Array, platform: str = "default") -
     if codes.dtype == jnp.int8:
         if platform == "default":
             return exact_int8_dot(codes, kernel)
+        if codes.shape[1] <= _NARROW_K:
+            return _narrow_int8_dot(codes, kernel)
         return jax.lax.dot_general(
             codes, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
         )
@@ -99,6 +104,20 @@ def exact_int8_dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
         if total is None
         else total.astype(jnp.int32)
     )
+
+
+def _narrow_int8_dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`int8 [M, K] @ int8 [out, K]^T` in int32, for K up to _NARROW_K.
+
+    It is exact: bfloat16 holds every code, and float32 every sum of at most _EXACT_K products.
+    """
+    sums = jax.lax.dot_general(
+        codes.astype(jnp.bfloat16),
+        kernel.astype(jnp.bfloat16),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return sums.astype(jnp.int32)
 
 
 def _converted_here(codes: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:

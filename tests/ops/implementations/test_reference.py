@@ -43,6 +43,39 @@ def test_random_int8_products_are_exact(rows, columns, seed):
     np.testing.assert_array_equal(got, codes.astype(np.int64) @ kernel.T.astype(np.int64))
 
 
+@given(
+    st.integers(0, 40), st.integers(1, 150), st.integers(1, 40), st.booleans(), st.integers(0, 99)
+)
+def test_int8_products_on_a_gpu_are_exact(rows, columns, outputs, extreme, seed):
+    rng = np.random.default_rng(seed)
+    draw = rng.choice if extreme else lambda _, size: rng.integers(-127, 128, size)
+    codes = draw([-127, 127], (rows, columns)).astype(np.int8)
+    kernel = draw([-128, 127], (outputs, columns)).astype(np.int8)
+    got = jax.jit(reference.accumulate, static_argnums=2)(codes, kernel, "cuda")
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, codes.astype(np.int64) @ kernel.T.astype(np.int64))
+
+
+@pytest.mark.parametrize(("columns", "taken"), [(1, False), (33, False), (128, False), (129, True)])
+def test_xla_multiplies_no_int8_of_few_columns_on_a_gpu(columns, taken):
+    codes, kernel = jnp.zeros((5, columns), jnp.int8), jnp.zeros((3, columns), jnp.int8)
+    program = str(jax.make_jaxpr(lambda a, b: reference.accumulate(a, b, "cuda"))(codes, kernel))
+    assert ("preferred_element_type=int32" in program) == taken
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "columns", [1, 2, 3, 7, 9, 15, 17, 33, 34, 50, 63, 64, 127, 128, 130, 1001]
+)
+@pytest.mark.parametrize(("rows", "outputs"), [(8, 80), (100, 77)])
+def test_int8_products_of_any_width_are_exact(rows, columns, outputs):
+    rng = np.random.default_rng(columns)
+    x = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
+    kernel = rng.integers(-127, 128, (outputs, columns)).astype(np.int8)
+    got = jax.jit(reference.accumulate, static_argnums=2)(x, kernel, "cuda")
+    np.testing.assert_array_equal(got, x.astype(np.int64) @ kernel.T.astype(np.int64))
+
+
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("first", [0, 1, 127, 128, 200, 255])
 def test_a_kernel_that_waits_for_the_codes_keeps_every_bit(dtype, first):
