@@ -349,7 +349,8 @@ def _with_own_text(args: argparse.Namespace, loaded: Any, ids: Any, shown: _Show
     if not args.sample:
         return ids
     shown.say(f"writing {args.sample} sequences to calibrate on")
-    return np.concatenate([ids, inputs.written(loaded.model, ids, args.sample, args.seed)])
+    own = args.calibration is not None
+    return np.concatenate([ids, inputs.written(loaded, ids, args.sample, args.seed, own)])
 
 
 def _bytes_of(model: Any, rules: Any) -> int:

@@ -28,7 +28,7 @@ __all__ = [
 # The default text to calibrate on has this many sequences of 512 tokens; for more, docstrings are
 # added to it.
 _SHORT = 64
-_PROMPT = 24  # tokens of a text that a row begins with which a model goes on with
+_PROMPT = 8  # tokens of a text that a row begins with which a model goes on with
 
 
 def load(
@@ -181,16 +181,18 @@ def calibration_ids(
     return np.concatenate([np.broadcast_to(start, (len(rows), len(start))), rows], axis=1)
 
 
-def written(model: Any, rows: np.ndarray, count: int, seed: int | None) -> np.ndarray:
-    """Rows of tokens that a model writes itself, each begun with a piece of a text.
+def written(loaded: Loaded, rows: np.ndarray, count: int, seed: int | None, own: bool) -> Any:
+    """Rows of tokens that a model writes itself, each begun with a few tokens of a text.
 
     They are drawn from the model's own distribution, and go on after the end of a text.
 
     Args:
-      model: a decoder, or a Flax language model of transformers.
-      rows: int32 `[n, length]`, the text: a row begins as one of these, which is drawn.
+      loaded: a model.
+      rows: int32 `[n, length]`, the text to calibrate on or to train on.
       count: how many rows are written, at least 1.
       seed: of the draws; None: 0.
+      own: the text is the user's own: all rows begin as rows of it, which are drawn. Else half of
+        them begin so, and half with `slidejax.lm.texts.openings`, which are of more kinds.
 
     Returns:
       int32 `[count, length]`.
@@ -201,7 +203,27 @@ def written(model: Any, rows: np.ndarray, count: int, seed: int | None) -> np.nd
     from slidejax.train.distill import sample
 
     seed = seed or 0
-    begun = np.random.default_rng(seed).integers(0, len(rows), count)
-    prompts = rows[begun, : min(_PROMPT, rows.shape[1] // 2)]
+    draws = np.random.default_rng(seed)
+    prompts = rows[draws.integers(0, len(rows), count), : _begun(loaded, rows)]
+    if not own:
+        openings = _openings(loaded, prompts.shape[1])
+        half = np.arange(0, count if len(openings) else 0, 2)
+        prompts[half] = openings[draws.integers(0, max(1, len(openings)), len(half))]
     batch = min(count, 256 if jax.default_backend() == "gpu" else 64)
-    return sample(model, prompts, rows.shape[1], batch=batch, seed=seed)
+    return sample(loaded.model, prompts, rows.shape[1], batch=batch, seed=seed)
+
+
+def _begun(loaded: Loaded, rows: np.ndarray) -> int:
+    """The number of tokens that a row begins with, with the start of a text."""
+    return min(len(loaded.start) + _PROMPT, rows.shape[1] // 2)
+
+
+def _openings(loaded: Loaded, length: int) -> np.ndarray:
+    """The openings of texts that fill so many tokens, with the start of a text `[n, length]`."""
+    import numpy as np
+
+    from slidejax.lm import texts
+
+    found = [[*loaded.start, *loaded.encode(opening)][:length] for opening in texts.openings()]
+    full = [ids for ids in found if len(ids) == length]
+    return np.asarray(full, np.int32).reshape(len(full), length)

@@ -359,7 +359,8 @@ def _with_own_rows(args: argparse.Namespace, original: Loaded, text: np.ndarray)
     count = _samples(args)
     if count == 0:
         return text
-    return np.concatenate([text, inputs.written(original.model, text, count, args.seed)])
+    written = inputs.written(original, text, count, args.seed, args.text is not None)
+    return np.concatenate([text, written])
 
 
 def _recover(

@@ -20,7 +20,16 @@ from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 
-__all__ = ["WINDOW", "calibration", "evaluation", "overlaps", "shipped", "source", "training"]
+__all__ = [
+    "WINDOW",
+    "calibration",
+    "evaluation",
+    "openings",
+    "overlaps",
+    "shipped",
+    "source",
+    "training",
+]
 
 # A text is evaluated in windows of this many predictions, unless the caller says otherwise.
 WINDOW = 512
@@ -67,6 +76,21 @@ def shipped() -> str:
     True
     """
     return (resources.files("slidejax") / "data" / "calibration.txt").read_text(encoding="utf-8")
+
+
+def openings() -> list[str]:
+    """The first words of texts of many kinds, for a model to go on with: 150 of them.
+
+    Licences, contracts, plays, chats, lists, letters, news, science, mathematics, stories, manuals,
+    data and programs in several languages. They were written for this project and have its licence.
+    A model that calibrates on what it writes itself so sees more kinds of text than the text that
+    ships has (`slidejax convert --sample`).
+
+    >>> openings()[2]
+    'The Apache License, Version 2.0, section 1. Definitions.'
+    """
+    text = (resources.files("slidejax") / "data" / "openings.txt").read_text(encoding="utf-8")
+    return [line.replace("\\n", "\n") for line in text.splitlines()]
 
 
 def calibration() -> str:

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from command_line import SENTENCES
 
 from slidejax.commands import inputs
+from slidejax.lm import texts
 
 
 @pytest.fixture(scope="module")
@@ -77,20 +78,47 @@ def test_a_short_text_gives_whole_batches(loaded, tmp_path):
 @given(
     st.integers(1, 5),
     st.integers(2, 60),
-    st.integers(1, 4),
+    st.integers(1, 6),
     st.one_of(st.none(), st.integers(0, 9)),
+    st.booleans(),
+    st.integers(0, 2),
 )
-@settings(max_examples=20, deadline=None)
-def test_a_model_writes_rows_that_begin_with_the_text(rows, length, count, seed):
-    """`generate` goes on from each prompt; the rows are as long as those of the text."""
-    text = np.arange(rows * length, dtype=np.int32).reshape(rows, length)
+@settings(max_examples=40, deadline=None)
+def test_a_model_writes_rows_that_begin_with_the_text(rows, length, count, seed, own, start):
+    """`generate` goes on from each prompt; the rows are as long as those of the text.
+
+    Every second row begins with an opening, unless the text is the user's own. A token of this
+    tokenizer is a letter, so that all openings are long enough.
+    """
+    text = np.arange(rows * length, dtype=np.int32).reshape(rows, length) + 10_000_000
 
     def write(prompts, max_new_tokens, **options):
         return [SimpleNamespace(tokens=[7] * max_new_tokens) for _ in prompts]
 
-    written = inputs.written(SimpleNamespace(outputs=None, generate=write), text, count, seed)
-    begun = min(24, length // 2)
+    fake = SimpleNamespace(
+        model=SimpleNamespace(outputs=None, generate=write),
+        start=[1] * start,
+        encode=lambda opening: list(map(ord, opening)),
+    )
+    written = inputs.written(fake, text, count, seed, own)
+    begun = min(8 + start, length // 2)
     assert written.shape == (count, length) and (written[:, begun:] == 7).all()
-    assert {tuple(row) for row in written[:, :begun]} <= {tuple(row) for row in text[:, :begun]}
-    again = inputs.written(SimpleNamespace(outputs=None, generate=write), text, count, seed)
-    np.testing.assert_array_equal(written, again)
+    pieces = {tuple(row) for row in text[:, :begun]}
+    openings = {tuple(([1] * start + list(map(ord, o)))[:begun]) for o in texts.openings()}
+    for i, row in enumerate(written[:, :begun]):
+        assert tuple(row) in (pieces if own or i % 2 else openings)
+    np.testing.assert_array_equal(inputs.written(fake, text, count, seed, own), written)
+
+
+def test_openings_that_are_too_short_are_left_out():
+    """A tokenizer that makes one token of each opening: rows begin with the text alone."""
+    text = np.arange(40, dtype=np.int32).reshape(2, 20)
+    fake = SimpleNamespace(
+        model=SimpleNamespace(
+            outputs=None, generate=lambda p, **options: [SimpleNamespace(tokens=[7] * 12)] * len(p)
+        ),
+        start=[],
+        encode=lambda opening: [5],
+    )
+    written = inputs.written(fake, text, 4, 0, own=False)
+    assert {tuple(row) for row in written[:, :8]} <= {tuple(row) for row in text[:, :8]}

