@@ -81,7 +81,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="calibrate on N more sequences, which the model writes itself, each beginning with a "
-        "piece of the text (default 0); the whole model is loaded for that",
+        "piece of the text or, unless --calibration names one, as a text of many kinds does "
+        "(default 0); the whole model is loaded for that",
     )
     p.set_defaults(method=None)  # so that --data-free can tell whether a method was named
     p.add_argument(

@@ -224,6 +224,8 @@ def _openings(loaded: Loaded, length: int) -> np.ndarray:
 
     from slidejax.lm import texts
 
+    if loaded.tokenizer is None:  # then the text was encoded with that of a converted model
+        return np.zeros((0, length), np.int32)
     found = [[*loaded.start, *loaded.encode(opening)][:length] for opening in texts.openings()]
     full = [ids for ids in found if len(ids) == length]
     return np.asarray(full, np.int32).reshape(len(full), length)

@@ -67,8 +67,9 @@ def _add_text(p: argparse.ArgumentParser) -> None:
         "--sample",
         type=arguments.Number(Bound(0, whole=True)),
         metavar="ROWS",
-        help="add rows that the original model writes, each beginning with a piece of the text; "
-        "they are written before the minutes begin (default 768 on a GPU, else none)",
+        help="add rows that the original model writes, each beginning with a piece of the text or, "
+        "unless --text names one, as a text of many kinds does; they are written before the "
+        "minutes begin (default 768 on a GPU, else none)",
     )
 
 

@@ -98,6 +98,7 @@ def test_a_model_writes_rows_that_begin_with_the_text(rows, length, count, seed,
     fake = SimpleNamespace(
         model=SimpleNamespace(outputs=None, generate=write),
         start=[1] * start,
+        tokenizer="letters",
         encode=lambda opening: list(map(ord, opening)),
     )
     written = inputs.written(fake, text, count, seed, own)
@@ -118,7 +119,10 @@ def test_openings_that_are_too_short_are_left_out():
             outputs=None, generate=lambda p, **options: [SimpleNamespace(tokens=[7] * 12)] * len(p)
         ),
         start=[],
+        tokenizer="one for all",
         encode=lambda opening: [5],
     )
-    written = inputs.written(fake, text, 4, 0, own=False)
-    assert {tuple(row) for row in written[:, :8]} <= {tuple(row) for row in text[:, :8]}
+    for tokenizer in ("one for all", None):
+        fake.tokenizer = tokenizer
+        written = inputs.written(fake, text, 4, 0, own=False)
+        assert {tuple(row) for row in written[:, :8]} <= {tuple(row) for row in text[:, :8]}
