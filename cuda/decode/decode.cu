@@ -109,7 +109,7 @@ Plan PlanOf(const DecodeArgs& a, const Device& device) {
       OwnRowBytes(a.M, a.columns, Bytes(a.x_type), reinterpret_cast<uintptr_t>(a.x));
   const int norm_bytes = a.norm != nullptr ? 4 * a.columns : 0;
   return MakePlan(ShapeOf(a.type, a.group), a.M, a.out, a.blocks, row_bytes, device.multiprocessors,
-                  device.shared_limit, norm_bytes, TileOutputs(a));
+                  device.shared_limit, device.architecture >= 90, norm_bytes, TileOutputs(a));
 }
 
 const void* Behind(const void* from, int64_t bytes) {
@@ -167,8 +167,8 @@ cudaError_t Run(const DecodeArgs& a, bool behind, const Device& device, cudaStre
   p.steps = CeilDiv(a.blocks, kStepBlocks);
   p.slices = plan.slices, p.slice_steps = plan.slice_steps, p.tile_slots = plan.tile_slots;
   p.sums_bytes = plan.sums_bytes, p.cached = plan.cached;
-  p.warps = plan.warps, p.log_share = LogShare(a.M, shape.block_warps());
-  p.behind = behind;
+  p.warps = plan.warps, p.log_share = LogShare(a.M, plan.block_warps);
+  p.paired = plan.paired, p.behind = behind;
   p.row_pieces = plan.own ? a.M * a.columns * static_cast<int>(Bytes(a.x_type)) / 16 : 0;
   p.tile_outputs = TileOutputs(a), p.tile_blocks = p.tile_outputs * a.blocks;
   p.lower_zeros = (a.gate_rows != 0 ? a.gate_rows : kTileRows / 2) * a.blocks * 8;
@@ -181,7 +181,7 @@ cudaError_t Run(const DecodeArgs& a, bool behind, const Device& device, cudaStre
       return s;
   }
   // The weights were written before the kernel ahead began, so they may be asked for while it runs.
-  return Launch(KernelOf(a.type, shape.windows), p, plan.grid, shape.block_warps() * kLanes,
+  return Launch(KernelOf(a.type, shape.windows), p, plan.grid, plan.block_warps * kLanes,
                 plan.shared_bytes, (behind || !plan.own) && early, stream);
 }
 

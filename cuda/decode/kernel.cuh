@@ -99,15 +99,18 @@ class Decoder : Multiplier<Code, kWindows> {
     for (int i = threadIdx.x; i < p_.tile_slots; i += blockDim.x) arrived_[i] = 0, tile_of_[i] = i;
     const auto wait = [] { GridWait(), GridRelease(); };
     // x goes before the weights, else it waits behind megabytes of them. That is worth more than
-    // weights that are asked for while the kernel ahead still computes x.
+    // weights that are asked for while the kernel ahead still computes x, unless there are few.
+    Item ask = First();
+    int asked = 0;  // slots
+    const int early = own && p_.behind && p_.paired ? kPairedEarly : 0;
     if (own && p_.behind) {
+      if (early > 0) Load(ask, asked++);
       wait();
       AskForRows(p_, rows);
       CommitCopies();
     }
-    Item ask = First();
 #pragma unroll 1
-    for (int i = 0; i < kDepth - 1; ++i) Load(ask, i);
+    for (; asked < kDepth - 1; ++asked) Load(ask, asked);
     if (!own || !p_.behind) wait();
     if (!own && threadIdx.x < a.M) scale_x_[threadIdx.x] = __ldcg(p_.scale_x + threadIdx.x);
 
@@ -117,7 +120,12 @@ class Decoder : Multiplier<Code, kWindows> {
     for (int slice = 0; slice < p_.slices; ++slice) {
       if (slice > 0) __syncthreads();  // the slice before has been read
       if (own) {
-        WaitForCopies<kDepth - 1>();  // of x and its norm, and of scales
+        // For x and its norm, and for scales.
+        if (early > 0) {
+          WaitForCopies<kDepth - 2>();
+        } else {
+          WaitForCopies<kDepth - 1>();
+        }
         __syncthreads();
         WithTypeOfX(a.x_type, [&](auto x) {
           OwnRows<decltype(x), Code, kWindows>(a, share, rows)

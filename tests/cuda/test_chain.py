@@ -93,6 +93,21 @@ def near(got, want):
     assert np.abs(got - want).mean() <= 0.002 * spread.mean()
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("norm", [False, True])
+def test_one_row_with_two_thread_blocks_a_multiprocessor(sizes, norm):
+    """Dense weights that are large enough for it, with the bits of the calls one by one."""
+    x, stages = tail("dense", "int8", 1, *sizes, norm=norm)
+    ys = run(x, stages)
+    for again in range(3):
+        for got, same in zip(ys, run(x, stages), strict=True):
+            assert (formulas.bits(got) == formulas.bits(same)).all(), again
+    if norm:  # XLA's norm may round otherwise
+        return
+    for got, want in zip(ys, one_by_one(x, stages, ys), strict=True):
+        np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -269,6 +269,22 @@ def test_a_chain_has_the_bits_of_its_calls(library, pattern, dtype):
             np.testing.assert_array_equal(formulas.bits(one), formulas.bits(y))
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_where_two_blocks_share_a_multiprocessor(library, norm):
+    """A dense weight that is large enough, behind a product and in front of one."""
+    weights = [packed("dense", "int8", *shape, 0) for shape in [(72, 1024), (1024, 12304)]]
+    x = jnp.asarray(formulas.values(1, 72, np.float32)).astype("bfloat16")
+    scales = np.random.default_rng(1).standard_normal(1024, np.float32) if norm else None
+    first = Call(x, weights[0], "bfloat16")
+    chain = [first, Call(first, weights[1], "bfloat16", norm=scales)]
+    _, together = run_chain(library, chain, DEVICES[3], 1, 3)
+    (alone,) = run_chain(library, [chain[1]], DEVICES[3], 0, 4)
+    np.testing.assert_array_equal(formulas.bits(alone), formulas.bits(together))
+    if not norm:
+        middle = jnp.asarray(first.y())
+        compare(together, middle, weights[1], None, None, "bfloat16")
+
+
 def test_a_chain_where_shared_memory_holds_half_of_a_call(library):
     """A gate whose outputs are computed in two halves, or in more."""
     w = packed("2:4", "bfloat16", 2048, 400, 0)

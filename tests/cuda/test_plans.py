@@ -45,10 +45,10 @@ class Plan(ctypes.Structure):
 
 class DecodePlan(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_int) for name in ("warps", "grid", "slices", "slice_steps", "tile_slots")
+        (name, ctypes.c_int)
+        for name in ("warps", "block_warps", "grid", "slices", "slice_steps", "tile_slots")
     ] + [
-        ("cached", ctypes.c_bool),
-        ("own", ctypes.c_bool),
+        *((name, ctypes.c_bool) for name in ("cached", "own", "paired")),
         ("sums_bytes", ctypes.c_int),
         ("shared_bytes", ctypes.c_int),
     ]
@@ -92,7 +92,7 @@ def library(tmp_path_factory):
         ("hopper_metadata_bytes", ctypes.c_uint64, pointer(Shape)),
         ("hopper_check", ctypes.c_char_p, pointer(Shape), pointer(Schedule)),
         ("decode_most_rows", ctypes.c_int),
-        ("decode_plan", DecodePlan, *[ctypes.c_int] * 8),
+        ("decode_plan", DecodePlan, *[ctypes.c_int] * 8, ctypes.c_bool),
         ("decode_workspace", ctypes.c_int64, *[ctypes.c_int] * 4),
         ("lift_geometry", Geometry, pointer(RowShape), *[ctypes.c_int] * 3, pointer(Limits)),
         ("lift_steps", ctypes.c_int, ctypes.c_int),
@@ -272,15 +272,20 @@ def test_decode_reads_every_step_of_k_once_and_fits(library):
         blocks, multiprocessors = decode_blocks(windows, columns), rng.choice(list(SHARED))
         limit = SHARED[multiprocessors]
         row_bytes = rng.choice([0, 2, 4]) * columns if rows <= 4 else 0
-        chosen = library.decode_plan(*shape, rows, out, blocks, row_bytes, multiprocessors, limit)
+        device = multiprocessors, limit, rng.random() < 0.7
+        chosen = library.decode_plan(*shape, rows, out, blocks, row_bytes, *device)
         steps, tiles = -(-blocks // 4), -(-out // 16)
         if chosen.warps == 0:  # a call then halves the rows, or the outputs of one row
             assert multiprocessors == 46 or rows > 1
-            one = library.decode_plan(*shape, 1, 16, blocks, 0, multiprocessors, limit)
+            one = library.decode_plan(*shape, 1, 16, blocks, 0, *device)
             assert one.warps > 0
             continue
-        assert chosen.warps in (2, 4, 8, 16) and chosen.shared_bytes <= limit
-        assert chosen.grid == min(multiprocessors, tiles)
+        each = 2 if chosen.paired else 1  # thread blocks of a multiprocessor
+        assert chosen.warps in (2, 4, 8, 16) and chosen.block_warps >= chosen.warps
+        assert each * (chosen.shared_bytes + 1024) <= limit + 1024
+        assert each * chosen.block_warps <= 16
+        assert chosen.grid == min(each * multiprocessors, tiles)
+        assert not chosen.paired or (windows, shape[1], rows, device[2]) == (0, 1, 1, True)
         assert (chosen.slices - 1) * chosen.slice_steps < steps
         assert chosen.slices * chosen.slice_steps >= steps
         # The sums of a tile must last until all slices of K have added to them.
@@ -291,17 +296,16 @@ def test_decode_reads_every_step_of_k_once_and_fits(library):
         assert chosen.sums_bytes >= chosen.tile_slots * chosen.warps * 64 * rows
         assert not chosen.own or chosen.slices == 1
         assert not chosen.own or chosen.sums_bytes >= rows * row_bytes > 0
-        kinds.add((chosen.warps, chosen.slices > 1, chosen.own))
-    assert len(kinds) >= 7
+        kinds.add((chosen.warps, chosen.slices > 1, chosen.own, chosen.paired))
+    assert len(kinds) >= 8
 
 
 @pytest.mark.parametrize("out", [2048 * H200, 2048 * H200 + 1, 271000, 2048 * H200 + 16 * H200])
 def test_all_blocks_of_decode_keep_scales_or_none_does(library, out):
     """Some thread blocks have a tile less than others. They must not lay out more memory."""
-    chosen = library.decode_plan(3, 1, 1, out, decode_blocks(3, 3584), 2 * 3584, H200, SHARED[H200])
-    other = library.decode_plan(
-        3, 1, 1, 2048 * H200, decode_blocks(3, 3584), 2 * 3584, H200, SHARED[H200]
-    )
+    rest = decode_blocks(3, 3584), 2 * 3584, H200, SHARED[H200], True
+    chosen = library.decode_plan(3, 1, 1, out, *rest)
+    other = library.decode_plan(3, 1, 1, 2048 * H200, *rest)
     assert chosen.cached == (out <= 2048 * H200)
     assert other.shared_bytes - chosen.shared_bytes == (0 if chosen.cached else 8 * 2048)
 
@@ -326,9 +330,32 @@ def test_where_decode_converts_the_rows_itself_on_an_h100(
     blocks = decode_blocks(3, columns)
     row_bytes = 2 * columns if rows <= 4 else 0
     shape = 3, value_bytes, rows, out, blocks, row_bytes
-    chosen = library.decode_plan(*shape, H200, SHARED[H200])
+    chosen = library.decode_plan(*shape, H200, SHARED[H200], True)
     assert chosen.warps == 16 // value_bytes and chosen.slices == 1
     assert chosen.own == own
+
+
+@pytest.mark.parametrize(
+    ("windows", "value_bytes", "rows", "columns", "out", "overlaps", "paired"),
+    [
+        (0, 1, 1, 4096, 4096, True, True),  # Llama-3-8B, dense
+        (0, 1, 1, 14336, 4096, True, True),
+        (0, 1, 1, 18944, 3584, True, True),  # Qwen2.5-7B
+        (0, 1, 1, 3584, 3584, True, True),
+        (0, 1, 1, 896, 9728, True, False),  # Qwen2.5-0.5B
+        (0, 1, 1, 4096, 4096, False, False),
+        (0, 1, 2, 4096, 4096, True, False),
+        (0, 2, 1, 4096, 4096, True, False),
+        (3, 1, 1, 4096, 4096, True, False),
+        (0, 1, 1, 65536, 4096, True, False),  # a row takes too much shared memory
+    ],
+)
+def test_where_two_blocks_of_decode_share_a_multiprocessor(
+    library, windows, value_bytes, rows, columns, out, overlaps, paired
+):
+    shape = windows, value_bytes, rows, out, decode_blocks(windows, columns), 2 * columns
+    chosen = library.decode_plan(*shape, H200, SHARED[H200], overlaps)
+    assert chosen.paired == paired
 
 
 @pytest.mark.parametrize("pattern", ["dense", "2:4", "4:6", "6:8", "14:16"])

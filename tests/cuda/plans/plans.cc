@@ -12,9 +12,9 @@ extern "C" {
 
 int decode_most_rows() { return decode::kTileTokens; }
 decode::Plan decode_plan(int windows, int value_bytes, int M, int out, int blocks, int row_bytes,
-                         int multiprocessors, int shared_limit) {
+                         int multiprocessors, int shared_limit, bool overlaps) {
   return decode::MakePlan({windows, value_bytes}, M, out, blocks, row_bytes, multiprocessors,
-                          shared_limit);
+                          shared_limit, overlaps);
 }
 int64_t decode_workspace(int windows, int value_bytes, int M, int blocks) {
   return decode::WorkspaceBytes({windows, value_bytes}, M, blocks);
