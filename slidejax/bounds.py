@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import numbers
+import operator
+from typing import Any
 
 __all__ = ["COUNT", "SEED", "TEMPERATURE", "TOP_K", "TOP_P", "Bound"]
 
@@ -41,9 +45,42 @@ class Bound:
     def __contains__(self, value: float) -> bool:
         return not self.is_low(value) and value <= self.end
 
+    def check(self, value: Any, name: str) -> Any:
+        """The number, as an int or a float of Python.
+
+        Args:
+          value: what a caller gave.
+          name: of the argument, for the error.
+
+        Raises:
+          TypeError: it is no number of this kind.
+          ValueError: it is not in the range.
+
+        >>> Bound(0, 1).check(2, "share")
+        Traceback (most recent call last):
+        ValueError: share must be from 0 to 1, got 2
+        """
+        kind = "a whole number" if self.whole else "a number"
+        number: Any = None
+        if not isinstance(value, (bool, str, bytes)):
+            with contextlib.suppress(TypeError, ValueError):
+                number = operator.index(value) if self.whole else _real(value)
+        if number is None:
+            raise TypeError(f"{name} must be {kind} {self}, got {value!r:.60}")
+        if number not in self:
+            raise ValueError(f"{name} must be {self}, got {value!r:.60}")
+        return number
+
     def __str__(self) -> str:
         least, end = _shown(self.least), _shown(self.end)
         return f"above {least} and at most {end}" if self.above else f"from {least} to {end}"
+
+
+def _real(value: Any) -> float | int | None:
+    """A real number, or an array that holds one; None for anything else."""
+    if isinstance(value, numbers.Real):
+        return value if isinstance(value, (int, float)) else float(value)
+    return float(value) if getattr(value, "shape", None) == () else None
 
 
 def _shown(value: float) -> str:

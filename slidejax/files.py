@@ -24,6 +24,7 @@ __all__ = [
     "CHECKSUM",
     "PARTIAL",
     "check_json",
+    "check_path",
     "exclusive",
     "json_checksum",
     "partial_directory",
@@ -36,6 +37,20 @@ __all__ = [
 ]
 
 PARTIAL = ".partial"
+
+
+def check_path(path: Any, name: str = "path") -> Path:
+    """The path.
+
+    Raises:
+      TypeError, ValueError: naming the argument, if it is none.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a str or os.PathLike, got {type(path).__name__}")
+    if not os.fspath(path) or "\0" in os.fspath(path):
+        # pathlib would take an empty one for the directory that one is in
+        raise ValueError(f"{name} must name a file or directory, got {os.fspath(path)!r}")
+    return Path(path)
 
 
 def _prefix(target: Path) -> str:

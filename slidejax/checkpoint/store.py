@@ -18,7 +18,7 @@ import numpy as np
 from slidejax.checkpoint.arrays import MAX_HEADER, METADATA, ArrayFile, write_arrays
 from slidejax.checkpoint.staging import staged
 from slidejax.checkpoint.tree import Decoder, encode
-from slidejax.files import CHECKSUM, check_json, json_checksum
+from slidejax.files import CHECKSUM, check_json, check_path, json_checksum
 
 __all__ = ["ARRAYS", "METADATA", "load", "save", "shapes", "write_into", "write_metadata"]
 
@@ -59,6 +59,7 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
       (Pattern(kept=6, group=8), dtype('int8'))
     """
     # This comes before anything is written: a tree that cannot be saved leaves no trace.
+    path = check_path(path)
     arrays, metadata = _describe(params)
     with staged(path, METADATA) as folder:
         _write(folder, arrays, metadata)
@@ -122,7 +123,7 @@ def load(path: str | os.PathLike[str]) -> Any:
       ValueError: naming the file and the key, if there is no checkpoint, or if it is damaged, cut
         short or of a newer format, or if its two files disagree.
     """
-    return _read(Path(path), jnp.asarray)
+    return _read(check_path(path), jnp.asarray)
 
 
 def shapes(path: str | os.PathLike[str]) -> Any:
@@ -134,7 +135,7 @@ def shapes(path: str | os.PathLike[str]) -> Any:
     Raises:
       ValueError: as `load`, but for what is wrong with the arrays' values.
     """
-    return _read(Path(path), None)
+    return _read(check_path(path), None)
 
 
 def _read(folder: Path, place: Any) -> Any:

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from slidejax.bounds import COUNT
 from slidejax.contraction import Contraction, axis_names, check_product
 from slidejax.linen.known import kernel_path, own_kernel, run_layer
 from slidejax.rules import Rule, Skipped
@@ -81,6 +82,7 @@ class SlideDense(nn.Module):
             `dot_general` that a packed kernel cannot honour.
         """
         check_product("SlideDense", self.dot_general, self.dot_general_cls)
+        COUNT.check(self.features, "features")
         rule, shape = Rule(self.pattern, self.qdtype), (jnp.shape(inputs)[-1], self.features)
         w = own_kernel(self)
         if w is not None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from slidejax.bounds import COUNT
 from slidejax.contraction import (
     Contraction,
     axis_names,
@@ -234,6 +235,8 @@ class SlideLinear(SlideLayer):
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
+        COUNT.check(in_features, "in_features")
+        COUNT.check(out_features, "out_features")
         rule = Rule(pattern, qdtype)
         check_product("SlideLinear", dot_general, None, preferred_element_type)
         kernel = nnx.Param(

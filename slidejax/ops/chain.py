@@ -22,6 +22,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import AxisType
 
+from slidejax.ops import registry
 from slidejax.ops.choice import choose
 from slidejax.ops.cuda import calls, prologues
 from slidejax.ops.implementations import decode, hopper
@@ -372,6 +373,7 @@ def linear_chain(
     x = check_input(x)
     stages = check_stages(stages)
     wanted = check_outputs(outputs, len(stages))
+    registry.check_name(implementation)
     stages = check_shapes(x, stages)
     parts = tuple(
         (

@@ -29,7 +29,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from slidejax.ops.cuda import calls, library
-from slidejax.ops.primitive import as_array, check_input, make_primitive, with_rules
+from slidejax.ops.primitive import check_input, make_primitive, with_rules
 from slidejax.ops.sharding import (
     partitioned,
     spec_axes,
@@ -39,6 +39,7 @@ from slidejax.ops.sharding import (
     varying_axes,
     with_automatic_axes,
 )
+from slidejax.weights.layout import as_array
 
 __all__ = [
     "IMPLEMENTATIONS",

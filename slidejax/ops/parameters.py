@@ -15,9 +15,10 @@ import numpy as np
 from jax.experimental.custom_partitioning import ArrayMapping
 
 from slidejax.ops import registry
-from slidejax.ops.primitive import as_array
 from slidejax.ops.prologue import PLAIN, InputLayout
 from slidejax.ops.sharding import MeshPartition, axis_names, row_factors
+from slidejax.weights.layout import as_array
+from slidejax.weights.numerics import dtype_of
 from slidejax.weights.packed import SlideWeight
 from slidejax.weights.pattern import Pattern
 
@@ -199,12 +200,9 @@ def check_result(out_features: int, bias, out_dtype) -> tuple[jax.Array | None, 
     Raises:
       ValueError: if one of them is not possible.
     """
-    try:
-        resolved = np.dtype(jnp.dtype(out_dtype))
-    except TypeError:
-        resolved = None
-    if resolved not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        got = repr(out_dtype) if resolved is None else resolved.name
+    resolved = dtype_of(out_dtype)
+    if resolved is None or resolved not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        got = f"{out_dtype!r:.60}" if resolved is None else resolved.name
         raise ValueError(f"out_dtype must be bfloat16, float16 or float32, got {got}")
     if bias is None:
         return None, resolved

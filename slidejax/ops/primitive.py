@@ -14,8 +14,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from slidejax.ops.sharding import check_partitioner
+from slidejax.weights.layout import as_array
 
-__all__ = ["as_array", "check_input", "make_primitive", "map_batched", "with_rules"]
+__all__ = ["check_input", "make_primitive", "map_batched", "with_rules"]
 
 
 def make_primitive(
@@ -136,18 +137,6 @@ def map_batched(op, axis_size: int, in_batched, row_operands: Collection[int], o
 
     ys = jax.lax.map(one, [a for a, b in zip(operands, batched, strict=True) if b])
     return ys, jax.tree.map(lambda y: True, ys)
-
-
-def as_array(value, name: str) -> jax.Array:
-    """Returns an argument as an array.
-
-    Raises:
-      TypeError: naming the argument, if it is no array of numbers.
-    """
-    try:
-        return jnp.asarray(value)
-    except (TypeError, ValueError) as e:  # ValueError: None, and rows of different lengths
-        raise TypeError(f"{name} must be an array of numbers, got {type(value).__name__}") from e
 
 
 def check_input(x, name: str = "x") -> jax.Array:

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import ArrayMapping
 
+from slidejax.bounds import Bound
 from slidejax.ops.sharding import MeshPartition, row_factors
 from slidejax.weights.numerics import of_rank
 
@@ -81,10 +82,12 @@ class Prologue:
             )
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             name, leaf = field.name, getattr(self, field.name)
-            if leaf is None or field.metadata.get("static"):
+            if field.metadata.get("static") or (leaf is None and field.default is None):
                 continue
             expected = x.shape if self.ROWS else x.shape[-1:]
             what = f"{type(self).__name__}: {name}"
+            if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+                raise TypeError(f"{what} must be an array, got {type(leaf).__name__}")
             if jnp.shape(leaf) != expected:
                 raise ValueError(
                     f"{what} must have shape {expected} for x of shape {x.shape}, got "
@@ -104,13 +107,12 @@ def _mean(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def _check_activation(name: str) -> None:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r:.60}")
 
 
 def _check_eps(eps: float) -> None:
-    if not (isinstance(eps, (float, int)) and eps >= 0):
-        raise ValueError(f"eps must be a number of at least 0, got {eps!r}")
+    Bound(0).check(eps, "eps")
 
 
 @jax.tree_util.register_dataclass

@@ -82,10 +82,10 @@ def get(name: str) -> Implementation:
       ValueError: if there is none.
     """
     for implementation in _IMPLEMENTATIONS:
-        if implementation.name == name:
+        if isinstance(name, str) and implementation.name == name:
             return implementation
     raise ValueError(
-        f"implementation must be None or one of {', '.join(implementations())}, got {name!r}"
+        f"implementation must be None or one of {', '.join(implementations())}, got {name!r:.60}"
     )
 
 

@@ -55,12 +55,24 @@ def vary(axes: frozenset, *arrays) -> list:
 
 
 def axis_names(reduce_axis) -> tuple[str, ...]:
-    """Returns `reduce_axis` as a tuple of mesh axis names."""
+    """Returns `reduce_axis` as a tuple of mesh axis names.
+
+    Raises:
+      ValueError: if it names no mesh axes, or one that the code around does not map over.
+    """
     if reduce_axis is None:
         return ()
-    names = (reduce_axis,) if isinstance(reduce_axis, str) else tuple(reduce_axis)
+    given = (reduce_axis,) if isinstance(reduce_axis, str) else reduce_axis
+    names = tuple(given) if isinstance(given, (tuple, list)) else ()
     if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"reduce_axis must name one or more mesh axes, got {reduce_axis!r}")
+        raise ValueError(f"reduce_axis must name one or more mesh axes, got {reduce_axis!r:.60}")
+    for name in names:
+        try:
+            jax.lax.axis_index(name)
+        except NameError:
+            raise ValueError(
+                f"reduce_axis must name mesh axes of the shard_map around, got {name!r}"
+            ) from None
     return names
 
 

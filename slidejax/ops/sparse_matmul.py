@@ -31,7 +31,7 @@ from slidejax.ops.parameters import (
     weight_shardings,
     with_forms,
 )
-from slidejax.ops.primitive import as_array, make_primitive, map_batched, with_rules
+from slidejax.ops.primitive import make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem
 from slidejax.ops.sharding import (
     MeshPartition,
@@ -45,7 +45,7 @@ from slidejax.ops.sharding import (
 )
 from slidejax.ops.shards import partitions, product_key
 from slidejax.weights import numerics
-from slidejax.weights.layout import kept_values
+from slidejax.weights.layout import as_array, kept_values
 from slidejax.weights.packed import SlideWeight, check_weight
 
 __all__ = [

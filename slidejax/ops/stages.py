@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.ops.primitive import as_array
 from slidejax.ops.prologue import GLU, Prologue
+from slidejax.weights.layout import as_array
 from slidejax.weights.packed import LinearWeight
 
 __all__ = ["Stage", "check_outputs", "check_shapes", "check_stages", "gate_of"]
@@ -71,10 +71,13 @@ def check_stages(stages) -> list[Stage]:
 
 
 def check_outputs(outputs, count: int) -> tuple[int, ...]:
-    wanted = (count - 1,) if outputs is None else tuple(operator.index(i) for i in outputs)
+    try:
+        wanted = (count - 1,) if outputs is None else tuple(operator.index(i) for i in outputs)
+    except TypeError:
+        wanted = ()
     if not wanted or len({*wanted}) != len(wanted) or not all(0 <= i < count for i in wanted):
         raise ValueError(
-            f"outputs must be different numbers of stages, 0 to {count - 1}, got {outputs!r}"
+            f"outputs must be different numbers of stages, 0 to {count - 1}, got {outputs!r:.60}"
         )
     return wanted
 

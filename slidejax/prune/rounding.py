@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.prune.arguments import STEPS, check_codes, check_damping, check_layer, check_mask
 from slidejax.prune.sparsegpt import EXACT, damped
 from slidejax.weights import numerics
+from slidejax.weights.layout import as_shape, check_kernel
 
 __all__ = ["clip_search", "round_kernel"]
 
@@ -45,12 +47,19 @@ def clip_search(kernel: jax.Array, energy: jax.Array, dtype) -> jax.Array:
       magnitude of the output.
 
     Raises:
-      KeyError: for another dtype.
+      TypeError: naming the argument, if it is no array of numbers.
+      ValueError: for another shape or dtype.
 
     >>> clip_search(jnp.array([[1.0], [0.5]]), jnp.ones(2), "int8").tolist()
     [1.0]
     """
-    return _clip_search(jnp.asarray(kernel, jnp.float32), energy, np.dtype(jnp.dtype(dtype)))
+    kernel, dtype = check_kernel(kernel), check_codes(dtype)
+    if kernel.ndim != 2 or not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(
+            f"kernel must be floating [in, out], got {kernel.dtype} of shape {kernel.shape}"
+        )
+    energy = as_shape(energy, "energy", kernel.shape[:1], "[in]")
+    return _clip_search(kernel.astype(jnp.float32), energy, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -95,15 +104,16 @@ def round_kernel(
       stores them without another rounding.
 
     Raises:
-      KeyError: for another dtype.
+      TypeError, ValueError: as `slidejax.prune.exchange`; ValueError for another dtype.
 
     >>> gram, kernel = jnp.eye(4), jnp.array([[1.0], [0.3], [0.2], [0.1]])
     >>> rounded, scale = round_kernel(kernel, kernel > 0.15, gram, kernel, "int8")
     >>> jnp.round(rounded / scale).ravel().tolist()
     [127.0, 38.0, 25.0, 0.0]
     """
-    dtype = np.dtype(jnp.dtype(dtype))
-    gram = damped(jnp.asarray(gram, jnp.float32), damping)
+    dtype, sweeps = check_codes(dtype), STEPS.check(sweeps, "sweeps")
+    kernel, gram, start = check_layer(kernel, gram, start=start)
+    mask, gram = check_mask(mask, kernel), damped(gram, check_damping(damping))
     start = jnp.where(mask, start, 0).astype(jnp.float32)
     return _round_kernel(kernel.astype(jnp.float32), mask, gram, start, dtype, sweeps)
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.weights.layout import check_kernel
+from slidejax.prune.arguments import STEPS, check_damping, check_layer, check_mask
 from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
 
 __all__ = ["layer_error", "refit", "sparsegpt"]
@@ -71,14 +71,9 @@ def sparsegpt(
     >>> int(mask.sum()), bool(loss < plain)
     (18, True)
     """
-    kernel, gram = check_kernel(kernel), jnp.asarray(gram, jnp.float32)
-    if kernel.ndim != 2 or gram.shape != (kernel.shape[0],) * 2:
-        raise ValueError(
-            f"gram must be [in, in] for a kernel [in, out], got {gram.shape} for {kernel.shape}"
-        )
-    if not isinstance(gram, jax.core.Tracer) and not bool(jnp.isfinite(gram).all()):
-        raise ValueError("gram holds inf or nan: the calibration inputs are not finite")
-    pattern = Pattern.parse(pattern)
+    kernel, gram = check_layer(kernel, gram)
+    pattern, damping = Pattern.parse(pattern), check_damping(damping)
+    rounds, refit_steps = STEPS.check(rounds, "rounds"), STEPS.check(refit_steps, "refit_steps")
     if not pattern.prunes:
         return jnp.ones(kernel.shape, bool), kernel
     exact, full = _driven(kernel, gram), damped(gram, damping)
@@ -127,9 +122,13 @@ def exchange(
       `(mask, kernel)`, as `sparsegpt` returns them, but the kernel is float32.
 
     Raises:
-      ValueError: for a bad pattern, or "dense".
+      TypeError: naming the argument, if it is of another kind.
+      ValueError: for shapes and dtypes that do not fit each other, a gram that is not finite, a
+        number out of range, a bad pattern, or "dense".
     """
-    pattern, gram = Pattern.parse(pattern), jnp.asarray(gram, jnp.float32)
+    kernel, gram, start = check_layer(kernel, gram, start=start)
+    mask, damping = check_mask(mask, kernel), check_damping(damping)
+    pattern, sweeps = Pattern.parse(pattern), STEPS.check(sweeps, "sweeps")
     if not pattern.prunes:
         raise ValueError(
             f"pattern {pattern} has no pairs to exchange: refit changes the weights alone"
@@ -275,7 +274,12 @@ def layer_error(kernel: jax.Array, other: jax.Array, gram: jax.Array) -> jax.Arr
 
     Returns:
       float32 `[]`.
+
+    Raises:
+      TypeError: naming the argument, if it is no array of numbers.
+      ValueError: for shapes and dtypes that do not fit each other, or a gram that is not finite.
     """
+    kernel, gram, other = check_layer(kernel, gram, other=other)
     difference = (kernel - other).astype(jnp.float32)
     return jnp.sum(difference * jnp.matmul(gram, difference, precision=EXACT))
 
@@ -358,8 +362,14 @@ def refit(
 
     Returns:
       float32 `[in, out]`, zero where not kept.
+
+    Raises:
+      TypeError, ValueError: as `exchange`.
     """
     start = kernel if start is None else start
+    kernel, gram, start = check_layer(kernel, gram, start=start)
+    mask, damping = check_mask(mask, kernel), check_damping(damping)
+    steps = STEPS.check(steps, "steps")
     return _refit(
         kernel.astype(jnp.float32), mask, damped(gram, damping), start.astype(jnp.float32), steps
     )

@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from slidejax.prune.arguments import check_gram
 from slidejax.weights.layout import check_kernel
 from slidejax.weights.magnitude import keep_largest
 from slidejax.weights.pattern import Pattern
@@ -42,14 +43,11 @@ def wanda(kernel: jax.Array, pattern: str | Pattern, gram: jax.Array) -> jax.Arr
     >>> wanda(kernel, "2:4", jnp.array([100., 100., 1., 1.])).ravel().tolist()
     [True, True, False, False]
     """
-    kernel, gram = check_kernel(kernel), jnp.asarray(gram)
+    kernel = check_kernel(kernel)
+    if kernel.ndim != 2:
+        raise ValueError(f"kernel must be [in, out], got shape {kernel.shape}")
+    gram = check_gram(gram, kernel, diagonal=True)
     energy = jnp.diagonal(gram) if gram.ndim == 2 else gram
-    if kernel.ndim != 2 or energy.shape != kernel.shape[:1]:
-        raise ValueError(
-            f"gram must be [in, in] or [in] for a kernel [in, out], got {gram.shape} for {kernel.shape}"
-        )
-    if not isinstance(energy, jax.core.Tracer) and not bool(jnp.isfinite(energy).all()):
-        raise ValueError("gram holds inf or nan: the calibration inputs are not finite")
     return _wanda(kernel, energy, Pattern.parse(pattern))
 
 

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.prune.model.divergence import kl_divergence
+from slidejax.bounds import COUNT, SEED, Bound
+from slidejax.prune.model.divergence import TEMPERATURE, kl_divergence
 from slidejax.token_ids import int32_ids
 
 __all__ = ["distillation_loss", "kl_divergence", "rows_of", "sample"]
@@ -35,7 +36,12 @@ def distillation_loss(
 
     Returns:
       `(params, ids, teacher_params) -> loss`, with integer ids `[batch, length]`.
+
+    Raises:
+      TypeError, ValueError: naming the number that is none, or out of range.
     """
+    TEMPERATURE.check(temperature, "temperature")
+    Bound(0).check(hidden, "hidden")
 
     def loss(params: Any, ids: jax.Array, teacher_params: Any) -> jax.Array:
         mine, my_states = _outputs(model, params, ids, bool(hidden))
@@ -117,6 +123,9 @@ def sample(
     Raises:
       ValueError: if the prompts are not a matrix of tokens, or not shorter than `length`.
     """
+    length, batch = COUNT.check(length, "length"), COUNT.check(batch, "batch")
+    TEMPERATURE.check(temperature, "temperature")
+    SEED.check(seed, "seed")
     prompts = np.asarray(prompts)
     if prompts.ndim != 2 or prompts.size == 0 or not prompts.shape[1] < length:
         raise ValueError(

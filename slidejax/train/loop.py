@@ -20,12 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.bounds import COUNT, Bound
 from slidejax.train.held_out import Guard
 from slidejax.train.state import Checkpoint, Clock, State, all_finite
 from slidejax.variants.trainable import Selection, combine, deploy, masters, partition
 from slidejax.weights.checks import check_one_process
 
 __all__ = ["Fitted", "Shuffled", "fit"]
+
+_POSITIVE = Bound(0, above=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,10 @@ class Shuffled:
     seed: int = 0
 
     def __post_init__(self):
+        if not getattr(self.rows, "shape", ()):
+            raise TypeError(f"rows must be an array [n, ...], got {type(self.rows).__name__}")
+        COUNT.check(self.size, "size")
+        Bound(0, 2**63, whole=True).check(self.seed, "seed")
         if not 1 <= self.size <= len(self.rows):
             raise ValueError(
                 f"size must be in 1..{len(self.rows)}, the number of rows, got {self.size}"
@@ -167,8 +174,9 @@ def fit(
       A `Fitted`.
 
     Raises:
-      ValueError: if arguments do not fit each other, the checkpoint belongs to another training, or
-        the loss is not finite.
+      TypeError: naming it, if an argument is of another kind.
+      ValueError: if a number is out of range or arguments do not fit each other, the checkpoint
+        belongs to another training, or the loss is not finite.
       OSError: if the checkpoint cannot be written. That is tried before the first step, too.
       ImportError: if optax is missing.
 
@@ -181,7 +189,18 @@ def fit(
     ('int8', True)
     """
     clock = Clock()
-    _check(steps, minutes, accumulate, warmup, learning_rate, typical, optimizer)
+    _check(
+        batches,
+        steps,
+        minutes,
+        accumulate,
+        warmup,
+        learning_rate,
+        typical,
+        optimizer,
+        every,
+        progress,
+    )
     if checkpoint is not None or minutes is not None:
         # Each process has its own clock and its own part of the state.
         flag = "checkpoint" if checkpoint is not None else "minutes"
@@ -322,21 +341,29 @@ def _step_sizes(train: Any, typical: float | None) -> Any:
     return jax.tree.map(share, train)
 
 
-def _check(steps, minutes, accumulate, warmup, learning_rate, typical, optimizer) -> None:
-    """Raises ValueError for arguments of `fit` that cannot be right."""
+def _check(
+    batches, steps, minutes, accumulate, warmup, learning_rate, typical, optimizer, every, progress
+) -> None:
+    """Raises ValueError or TypeError for arguments of `fit` that cannot be right."""
     if (steps is None) == (minutes is None):
         raise ValueError(f"give either steps or minutes, got steps={steps} and minutes={minutes}")
-    for name, value in (
-        ("steps", steps),
-        ("minutes", minutes),
-        ("accumulate", accumulate),
-        ("learning_rate", learning_rate),
-        ("typical", typical),
+    for name, value, bound in (
+        ("steps", steps, COUNT),
+        ("minutes", minutes, _POSITIVE),
+        ("accumulate", accumulate, COUNT),
+        ("every", every, COUNT),
+        ("learning_rate", learning_rate, _POSITIVE),
+        ("typical", typical, _POSITIVE),
+        ("warmup", warmup, Bound(0, whole=True)),
     ):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
-    if warmup < 0:
-        raise ValueError(f"warmup must not be negative, got {warmup}")
+        if value is not None or name not in ("steps", "minutes", "typical"):
+            bound.check(value, name)
+    if not callable(batches):
+        raise TypeError(f"batches must be a function of a step's number, got {batches!r:.60}")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function or None, got {progress!r:.60}")
+    if optimizer is not None and not hasattr(optimizer, "update"):
+        raise TypeError(f"optimizer must be a transformation of optax, got {optimizer!r:.60}")
     if typical is not None and optimizer is not None:
         raise ValueError(
             f"typical is for the learning rate of fit, got {typical} with an optimizer of your own"

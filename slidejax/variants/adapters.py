@@ -27,8 +27,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
+from slidejax.bounds import COUNT, Bound
 from slidejax.ops.implementations.base import add_residual
 from slidejax.ops.linear import linear
 from slidejax.ops.parameters import check_residual
@@ -165,6 +167,13 @@ def _kept(kernel: jax.Array, w: SlideWeight) -> SlideWeight:
     )
 
 
+def _float_dtype(dtype: Any) -> np.dtype:
+    found = numerics.dtype_of(dtype)
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"dtype must be a floating dtype, got {dtype!r:.60}")
+    return found
+
+
 def add(
     tree: Any,
     rank: int = 8,
@@ -192,13 +201,15 @@ def add(
       The tree. Other leaves stay.
 
     Raises:
-      ValueError: for a rank that is not positive, or if no weight is selected.
+      ValueError: naming it, for a number out of range or a dtype that is not floating; or if no
+        weight is selected.
       TypeError: naming the path, if a weight's leaves are boxed.
     """
     refuse_boxed(tree)
-    if rank < 1:
-        raise ValueError(f"rank must be positive, got {rank}")
-    selected, scaling, found = selector(adapted), 1.0 if alpha is None else alpha / rank, 0
+    rank, dtype = COUNT.check(rank, "rank"), _float_dtype(dtype)
+    scaling = 1.0 if alpha is None else Bound(-1e38).check(alpha, "alpha") / rank
+    seed = Bound(-(2**63), 2**63 - 1, whole=True).check(seed, "seed")
+    selected, found = selector(adapted, "adapted"), 0
 
     def adapt(keys, w):
         nonlocal found

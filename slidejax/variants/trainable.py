@@ -22,7 +22,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -136,17 +136,17 @@ def combine(train: Any, rest: Any) -> Any:
     return jax.tree.map(pick, train, rest, is_leaf=lambda node: node is None)
 
 
-def selector(trained: Selection) -> Callable[[str], bool]:
-    """A selection of leaves as a function of their paths."""
+def selector(trained: Selection, name: str = "trained") -> Callable[[str], bool]:
+    """A selection of leaves as a function of their paths; `name` is that of the argument."""
     if trained is None:
         return lambda path: True
-    if callable(trained):
+    if callable(trained) and not isinstance(trained, type):
         return trained
     try:
-        regex = re.compile(trained)
+        regex = re.compile(cast(str, trained))
     except (re.error, TypeError) as error:
         raise ValueError(
-            f"trained must be a regular expression, a function of a path or None, got {trained!r}"
+            f"{name} must be a regular expression, a function of a path or None, got {trained!r:.60}"
         ) from error
     return lambda path: regex.fullmatch(path) is not None
 

@@ -5,6 +5,8 @@ Packing, pruning and gradients share them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -12,6 +14,8 @@ from slidejax.weights.numerics import of_rank
 from slidejax.weights.pattern import Pattern
 
 __all__ = [
+    "as_array",
+    "as_shape",
     "check_kernel",
     "from_groups",
     "kept_values",
@@ -21,16 +25,54 @@ __all__ = [
 ]
 
 
+def as_array(value: Any, name: str) -> jax.Array:
+    """Returns an argument as an array.
+
+    Raises:
+      TypeError: naming the argument, if it is no array of numbers.
+      ValueError: if it has an integer that is too large.
+    """
+    if not isinstance(value, str):  # NumPy reads numbers out of texts
+        try:
+            return jnp.asarray(value)
+        except OverflowError as e:
+            raise ValueError(f"{name} must be an array, and has a number too large: {e}") from e
+        except (TypeError, ValueError):  # ValueError: None, and rows of different lengths
+            pass
+    raise TypeError(f"{name} must be an array of numbers, got {type(value).__name__}")
+
+
+def as_shape(value: Any, name: str, shape: tuple[int, ...], what: str) -> jax.Array:
+    """Returns an argument as a floating array of a shape.
+
+    Args:
+      value: the argument.
+      name: its name.
+      shape: the shape.
+      what: the shape in words, for the error.
+
+    Raises:
+      TypeError: as `as_array`.
+      ValueError: if it has another shape, or is not floating.
+    """
+    array = as_array(value, name)
+    if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must be floating {what}, {shape}, got {array.dtype} {array.shape}"
+        )
+    return array
+
+
 def check_kernel(kernel, name: str = "kernel") -> jax.Array:
     """Returns `kernel` as an array `[..., in, out]`.
 
     Raises:
-      TypeError: if it is packed already.
+      TypeError: if it is packed already, or no array of numbers.
       ValueError: if it has fewer than two axes.
     """
     if hasattr(kernel, "out_features"):  # a weight, not an array
         raise TypeError(f"{name} is packed already; unpack it first")
-    kernel = jnp.asarray(kernel)
+    kernel = as_array(kernel, name)
     if kernel.ndim < 2:
         raise ValueError(f"{name} must be [..., in, out], got shape {kernel.shape}")
     return kernel

@@ -19,6 +19,7 @@ __all__ = [
     "QMAX",
     "absmax",
     "check_dtype",
+    "dtype_of",
     "encode",
     "is_quantized",
     "of_rank",
@@ -42,6 +43,20 @@ def of_rank(x: jax.Array, ndim: int) -> jax.Array:
     return jnp.expand_dims(x, tuple(range(ndim - x.ndim)))
 
 
+def dtype_of(dtype) -> np.dtype | None:
+    """What a caller gave as a dtype, or None if it is none.
+
+    >>> dtype_of("bfloat16").name, dtype_of("6:8"), dtype_of(1.5)
+    ('bfloat16', None, None)
+    """
+    if dtype is None:  # NumPy takes it for float64
+        return None
+    try:
+        return np.dtype(jnp.dtype(dtype))
+    except (TypeError, ValueError, SyntaxError):  # NumPy reads lists of dtypes, too
+        return None
+
+
 def check_dtype(dtype, name: str = "dtype") -> np.dtype:
     """Returns the dtype of packed values or lifted activations as a `numpy.dtype`.
 
@@ -49,10 +64,9 @@ def check_dtype(dtype, name: str = "dtype") -> np.dtype:
       ValueError: if it is not int8, float8_e4m3fn, bfloat16, float16 or float32.
     """
     expected = f"{name} must be one of {', '.join(d.name for d in _VALUE_DTYPES)}"
-    try:
-        resolved = jnp.dtype(dtype)
-    except (TypeError, ValueError, SyntaxError) as error:  # NumPy reads lists of dtypes, too
-        raise ValueError(f"{expected}, got {dtype!r}") from error
+    resolved = dtype_of(dtype)
+    if resolved is None:
+        raise ValueError(f"{expected}, got {dtype!r:.60}")
     if resolved not in _VALUE_DTYPES:
         raise ValueError(f"{expected}, got {dtype if isinstance(dtype, str) else resolved.name}")
     return resolved

@@ -22,6 +22,7 @@ from slidejax.weights import numerics
 from slidejax.weights.checks import check_sums, check_values
 from slidejax.weights.interface import LinearWeight, TreeLayout, WrappedWeight
 from slidejax.weights.layout import (
+    as_array,
     check_kernel,
     from_groups,
     scatter_values,
@@ -328,7 +329,7 @@ def pack(
     if mask is None:
         mask = magnitude(kernel, pattern)
     else:
-        mask = jnp.asarray(mask)
+        mask = as_array(mask, "mask")
         if mask.shape != kernel.shape or mask.dtype != jnp.bool_:
             raise ValueError(
                 f"mask must be bool of the kernel's shape {kernel.shape}, got {mask.dtype} of "
@@ -336,7 +337,7 @@ def pack(
             )
     rounds = numerics.is_quantized(dtype) and not numerics.is_quantized(kernel.dtype)
     if scale is not None:
-        scale = jnp.asarray(scale, jnp.float32)
+        scale = as_array(scale, "scale").astype(jnp.float32)
         if not rounds or scale.shape != (*kernel.shape[:-2], kernel.shape[-1]):
             raise ValueError(
                 "scale is for an 8-bit dtype and has the shape of the outputs, "

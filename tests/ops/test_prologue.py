@@ -347,4 +347,6 @@ def test_halves_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="two halves"):
         sj.lift_quantize(jnp.ones((2, 41)), "6:8", prologue=sj.GLU())
     with pytest.raises(ValueError, match="reduce_axis splits the columns"):
-        sj.linear(jnp.ones((2, 80)), w, prologue=sj.GLU(), reduce_axis="k")
+        jax.vmap(lambda x: sj.linear(x, w, prologue=sj.GLU(), reduce_axis="k"), axis_name="k")(
+            jnp.ones((1, 2, 80))
+        )

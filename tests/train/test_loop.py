@@ -167,10 +167,10 @@ def test_every_row_is_seen_once_an_epoch():
     [
         ({"steps": None}, "either steps or minutes"),
         ({"minutes": 1}, "either steps or minutes"),
-        ({"steps": 0}, "steps must be positive"),
-        ({"accumulate": 0}, "accumulate must be positive"),
+        ({"steps": 0}, "steps must be from 1"),
+        ({"accumulate": 0}, "accumulate must be from 1"),
         ({"trained": "nothing"}, "selects none"),
-        ({"typical": 0.0}, "typical must be positive"),
+        ({"typical": 0.0}, "typical must be above 0"),
         ({"typical": 1.0, "optimizer": optax.sgd(0.1)}, "with an optimizer of your own"),
     ],
 )

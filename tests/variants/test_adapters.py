@@ -197,7 +197,7 @@ def test_nnx_masters():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="rank must be positive"):
+    with pytest.raises(ValueError, match="rank must be from 1"):
         adapters.add({"kernel": weight()}, rank=0)
     with pytest.raises(ValueError, match="selects no packed weight"):
         adapters.add({"kernel": weight()}, adapted="other")

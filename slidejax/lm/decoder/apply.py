@@ -30,10 +30,10 @@ from jax import lax
 from slidejax.contraction import Contraction
 from slidejax.functional import show_input, show_output
 from slidejax.lm.decoder.cache import Cache, LayerCache
-from slidejax.lm.decoder.config import DecoderConfig
+from slidejax.lm.decoder.config import DecoderConfig, check_config
 from slidejax.lm.decoder.layer import Layer, columns, dot, rms_norm, turns_at
 from slidejax.ops.linear import linear
-from slidejax.ops.primitive import as_array
+from slidejax.weights.layout import as_array
 from slidejax.weights.packed import LinearWeight
 
 __all__ = ["apply", "outputs"]
@@ -93,6 +93,9 @@ def apply(
     >>> bool(jnp.allclose(logits[1], alone[0], atol=1e-6))
     True
     """
+    check_config(config)
+    if not isinstance(params, Mapping) or "model" not in params:
+        raise TypeError(f"params must be a decoder's nested dicts, got {type(params).__name__}")
     whole = whole or positions is None
     ids, positions = _check(config, ids, positions, cache)
     states, written = _states(config, params, ids, positions, cache, implementation, whole)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.lm.decoder.config import DecoderConfig
+from slidejax.lm.decoder.config import DecoderConfig, check_config
 from slidejax.ops.decode_attention import put_tokens
 from slidejax.weights import numerics
 
@@ -98,6 +98,16 @@ def _held_positions(last: jax.Array, slots: int) -> jax.Array:
 Cache = tuple[LayerCache, ...]  # one for each layer
 
 
+def check_cache_dtype(dtype: Any) -> np.dtype:
+    """The dtype of a cache; a ValueError for one that it cannot have."""
+    resolved = numerics.dtype_of(dtype)
+    if resolved is None or resolved.name not in _DTYPES:
+        raise ValueError(
+            f"dtype of a cache (cache_dtype) must be one of {', '.join(_DTYPES)}, got {dtype!r:.60}"
+        )
+    return resolved
+
+
 def init_cache(
     config: DecoderConfig,
     batch: int,
@@ -132,12 +142,8 @@ def init_cache(
     for name, value in (("batch", batch), ("length", length)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    try:
-        resolved = np.dtype(jnp.dtype(dtype))
-    except TypeError:
-        resolved = None
-    if resolved is None or resolved.name not in _DTYPES:
-        raise ValueError(f"dtype of a cache must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    check_config(config)
+    resolved = check_cache_dtype(dtype)
 
     def layer(window: int | None) -> LayerCache:
         slots = min(length, window) if windows and window is not None else length

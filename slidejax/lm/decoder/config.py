@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ACTIVATIONS", "MOST", "MOST_LAYERS", "DecoderConfig", "Rope"]
+__all__ = ["ACTIVATIONS", "MOST", "MOST_LAYERS", "DecoderConfig", "Rope", "check_config"]
 
 # The most that a file may say: indices are int32, and a damaged number must not fill the memory.
 MOST, MOST_LAYERS = 2**31 - 1, 4096
@@ -213,3 +213,9 @@ class DecoderConfig:
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as e:
             raise ValueError(f"not a DecoderConfig: {e}") from e
+
+
+def check_config(config: object) -> None:
+    """Raises a TypeError for what is no `DecoderConfig`."""
+    if not isinstance(config, DecoderConfig):
+        raise TypeError(f"config must be a DecoderConfig, got {type(config).__name__}")

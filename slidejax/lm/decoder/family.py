@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from slidejax import conversion, nnx
 from slidejax.functional import Family, Functional, arguments_of
@@ -21,6 +20,7 @@ from slidejax.lm.decoder.model import Decoder
 from slidejax.prune.model.calibration import Calibration
 from slidejax.prune.model.methods import Method
 from slidejax.rules import Prune, Report, Rule, RuleSet, Skipped
+from slidejax.token_ids import int32_ids
 from slidejax.weights.pattern import Pattern
 
 __all__ = ["FAMILY", "HIDDEN_LAYERS", "Output", "convert", "eight_bit", "functional"]
@@ -170,16 +170,17 @@ def convert(
 
 
 def check_tokens(calibration: Any, vocab: int) -> None:
-    """Raises ValueError for an array with ids outside the vocabulary, or for no array."""
-    if isinstance(calibration, Calibration):
-        return
-    if isinstance(calibration, (str, bytes)):
-        raise TypeError(f"calibration must be token ids, got {type(calibration).__name__}")
-    if isinstance(calibration, (jax.Array, np.ndarray)) and calibration.size:
-        least, most = int(calibration.min()), int(calibration.max())
-        if least < 0 or most >= vocab:
+    """Raises ValueError for ids outside the vocabulary, or for what are no ids."""
+    for batch in Calibration.of(calibration).as_batches():
+        ids = int32_ids(batch[0] if isinstance(batch, tuple) else batch, "calibration")
+        if ids.ndim != 2:
             raise ValueError(
-                f"calibration must be token ids from 0 to {vocab - 1}, got {least} to {most}"
+                f"calibration must be token ids [sequences, length], got shape {ids.shape}"
+            )
+        if ids.size and not (ids.min() >= 0 and ids.max() < vocab):
+            raise ValueError(
+                f"calibration must be token ids from 0 to {vocab - 1}, got {ids.min()} to "
+                f"{ids.max()}"
             )
 
 

@@ -15,14 +15,14 @@ import numpy as np
 from slidejax.checkpoint import store
 from slidejax.checkpoint.gguf import GGUFFile
 from slidejax.checkpoint.staging import staged
-from slidejax.files import reading
+from slidejax.files import check_path, reading
 from slidejax.lm.decoder import directory, gguf
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.model import Decoder, expected
 from slidejax.lm.decoder.names import tree_of
 from slidejax.lm.text.files import is_text_file, text_files
 from slidejax.variants.prepared import weights_of
-from slidejax.weights.numerics import is_quantized
+from slidejax.weights.numerics import dtype_of, is_quantized
 from slidejax.weights.packed import LinearWeight, SlideWeight
 
 __all__ = ["CLASS", "load", "load_head", "save"]
@@ -150,7 +150,9 @@ def save(model: Decoder, path: str | os.PathLike[str], *, floats: Any = None) ->
     path = check_path(path)
     if not isinstance(model, Decoder):
         raise TypeError(f"model must be a slidejax.lm.Decoder, got {type(model).__name__}")
-    params = model.params if floats is None else kept_in(model.params, check_dtype(floats))
+    params = (
+        model.params if floats is None else kept_in(model.params, check_dtype(floats, "floats"))
+    )
     with staged(path, store.METADATA) as folder:
         store.write_into(folder, content(model.config, model.dtype, model.about, params))
         write_texts(folder, model.files)
@@ -187,25 +189,13 @@ def default_dtype() -> np.dtype:
     return np.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def check_path(path: Any) -> Path:
-    """The path; TypeError or ValueError if it is none."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a str or os.PathLike, got {type(path).__name__}")
-    if not os.fspath(path):  # pathlib would take the directory that one is in
-        raise ValueError("path must not be empty, got ''")
-    return Path(path)
-
-
-def check_dtype(dtype: Any) -> np.dtype | None:
+def check_dtype(dtype: Any, name: str = "dtype") -> np.dtype | None:
     """The dtype, if a decoder can compute in it, or None; otherwise a ValueError."""
     if dtype is None:
         return None
-    try:
-        resolved = np.dtype(jnp.dtype(dtype))
-    except (TypeError, ValueError, SyntaxError):
-        resolved = None
+    resolved = dtype_of(dtype)
     if resolved is None or resolved.name not in _FLOATS:
-        raise ValueError(f"dtype must be one of {', '.join(_FLOATS)}, got {dtype!r}")
+        raise ValueError(f"{name} must be one of {', '.join(_FLOATS)}, got {dtype!r:.60}")
     return resolved
 
 

@@ -17,11 +17,11 @@ from flax import nnx
 
 from slidejax.contraction import Contraction
 from slidejax.lm.decoder.apply import apply, outputs
-from slidejax.lm.decoder.config import DecoderConfig
+from slidejax.lm.decoder.config import DecoderConfig, check_config
 from slidejax.lm.decoder.writing import Writes
 from slidejax.lm.text.files import TEXT_FILES, is_text_file
 from slidejax.nnx.layers import SlideLayer, SlideLinear
-from slidejax.ops.primitive import as_array
+from slidejax.weights.layout import as_array
 from slidejax.weights.packed import LinearWeight
 
 __all__ = ["Decoder", "expected", "leaves_of"]
@@ -62,11 +62,12 @@ class Decoder(Writes, nnx.Module):
         files: Mapping[str, bytes] | None = None,
         about: Mapping[str, Any] | None = None,
     ):
-        if not isinstance(config, DecoderConfig):
-            raise TypeError(f"config must be a DecoderConfig, got {type(config).__name__}")
+        check_config(config)
         if not isinstance(params, Mapping):
             raise TypeError(f"params must be nested dicts, got {type(params).__name__}")
         _check_files({} if files is None else files)
+        if about is not None and not isinstance(about, Mapping):
+            raise TypeError(f"about must be a dict or None, got {type(about).__name__}")
         check_params(config, params)
         self.config = config
         self._extra = _Extra(dict(files or {}), dict(about or {}))

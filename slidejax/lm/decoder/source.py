@@ -16,10 +16,10 @@ import numpy as np
 
 from slidejax.checkpoint import store
 from slidejax.checkpoint.gguf import GGUFFile
-from slidejax.files import reading
+from slidejax.files import check_path, reading
 from slidejax.lm.decoder import directory, gguf
 from slidejax.lm.decoder.config import DecoderConfig
-from slidejax.lm.decoder.files import check_dtype, check_path, default_dtype, load, load_head
+from slidejax.lm.decoder.files import check_dtype, default_dtype, load, load_head
 from slidejax.lm.decoder.model import expected, leaves_of
 from slidejax.lm.text.files import text_files
 

@@ -20,10 +20,11 @@ from slidejax.checkpoint import store
 from slidejax.checkpoint.gradual import ROOM, GradualWriter
 from slidejax.checkpoint.space import check_space
 from slidejax.checkpoint.staging import check_apart, check_outside, claimed, staged
+from slidejax.files import check_path
 from slidejax.functional import Functional
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.family import check_tokens, converts_head, functional_of
-from slidejax.lm.decoder.files import check_dtype, check_path, content, write_texts
+from slidejax.lm.decoder.files import check_dtype, content, write_texts
 from slidejax.lm.decoder.model import leaves_of
 from slidejax.lm.decoder.names import tree_of
 from slidejax.lm.decoder.source import Source, open_source
@@ -92,7 +93,9 @@ def convert_files(
     (2, 32, 64)
     """
     report = Report() if report is None else report
-    floats = check_dtype(floats)
+    floats, out = check_dtype(floats, "floats"), check_path(out, "out")
+    if not isinstance(replace, bool):  # whatever else is true would destroy an earlier OUT
+        raise TypeError(f"replace must be True or False, got {replace!r:.60}")
     if method is None:
         method = "magnitude" if calibration is None else "sparsegpt"
     chosen = method_of(method, calibration)

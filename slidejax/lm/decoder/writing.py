@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from slidejax.lm.decoder.apply import apply
-from slidejax.lm.decoder.cache import init_cache
+from slidejax.lm.decoder.cache import check_cache_dtype, init_cache
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.fuse import serving
 from slidejax.lm.generation.generate import encode_prompt, generate
@@ -61,8 +61,8 @@ class _Writer:
         self.vocab_size, self.context = model.config.vocab_size, model.config.max_positions
         self.ends = model.config.eos_token_ids if self.tokenizer is None else self.tokenizer.ends
         self._model = model
-        name = getattr(cache_dtype, "name", cache_dtype)
-        self.programs = programs(model.config, model.dtype.name if name is None else name)
+        dtype = model.dtype if cache_dtype is None else check_cache_dtype(cache_dtype)
+        self.programs = programs(model.config, dtype.name)
 
     @property
     def params(self) -> Any:

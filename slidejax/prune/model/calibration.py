@@ -11,16 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.bounds import COUNT, SEED, Bound
 from slidejax.token_ids import int32_ids
+from slidejax.weights import numerics
 
 __all__ = ["BATCH", "Calibration", "cut"]
 
+_SHARE = Bound(0, 1)
 BATCH = 4  # at most this many sequences of token ids make a batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """The text that a model is calibrated on, and the settings.
+
+    Raises TypeError or ValueError, naming it, for a setting that is out of its range.
 
     Attributes:
       batches: token ids `[sequences, length]`, which are cut into batches; or a sequence of batches
@@ -52,6 +57,15 @@ class Calibration:
     progress: Callable[[int, int], None] | None = None
     offload: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("smooth", "correct"):
+            object.__setattr__(self, name, _SHARE.check(getattr(self, name), name))
+        object.__setattr__(self, "damping", Bound(0).check(self.damping, "damping"))
+        if self.work is not None and not isinstance(self.work, (str, os.PathLike)):
+            raise TypeError(f"work must be a folder or None, got {self.work!r:.60}")
+        if self.progress is not None and not callable(self.progress):
+            raise TypeError(f"progress must be a function or None, got {self.progress!r:.60}")
+
     @classmethod
     def of(cls, given: Any) -> Calibration:
         """A calibration as it is; anything else becomes the batches of one."""
@@ -61,26 +75,29 @@ class Calibration:
         """The batches.
 
         Raises:
-          ValueError: if there are none, or their shapes differ.
+          TypeError: if they are text, or hold what is no array of numbers.
+          ValueError: if there are none, they are no sequence, or their shapes differ.
         """
         given = self.batches
-        if (
-            hasattr(given, "ndim")
-            and np.issubdtype(given.dtype, np.integer)
-            and given.ndim == 2
-            and given.size
-        ):
+        is_array = isinstance(given, (jax.Array, np.ndarray))
+        if is_array and np.issubdtype(given.dtype, np.integer) and given.ndim == 2 and given.size:
             # batches of one shape need one program
             count = max(n for n in range(1, BATCH + 1) if len(given) % n == 0)
             return np.split(np.asarray(given), len(given) // count)
-        if hasattr(given, "ndim") or not isinstance(given, Sequence):
-            what = (
-                f"{given.dtype} {given.shape}" if hasattr(given, "ndim") else type(given).__name__
-            )
-            raise ValueError(
+        if is_array or isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+            what = f"{given.dtype} {given.shape}" if is_array else type(given).__name__
+            error = TypeError if isinstance(given, (str, bytes)) else ValueError
+            raise error(
                 "calibration must be token ids [sequences, length] or a list of batches, "
                 f"got {what}"
             )
+        for leaf in jax.tree.leaves(list(given)):
+            kind = numerics.dtype_of(getattr(leaf, "dtype", type(leaf)))
+            if isinstance(leaf, (str, bytes)) or kind is None or kind.kind in "OSUMm":
+                raise TypeError(
+                    "calibration must be token ids [sequences, length] or a list of batches of "
+                    f"arrays, got {type(leaf).__name__}"
+                )
         shapes = {str(jax.tree.map(jnp.shape, batch)) for batch in given}
         if len(shapes) != 1:
             raise ValueError(
@@ -109,6 +126,10 @@ def cut(ids: Any, sequences: int, length: int, seed: int | None = None) -> np.nd
     ([[0, 1, 2], [3, 4, 5]], (2, 3))
     """
     ids = int32_ids(ids, "ids")
+    if ids.ndim != 1:
+        raise ValueError(f"ids must be the token ids of one text, got shape {ids.shape}")
+    sequences, length = COUNT.check(sequences, "sequences"), COUNT.check(length, "length")
+    seed = None if seed is None else SEED.check(seed, "seed")
     length = min(length, len(ids))
     if length < 2:
         raise ValueError(f"the text has {len(ids)} tokens, too few to calibrate on")

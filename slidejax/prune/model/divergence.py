@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["divergences", "kl_divergence"]
+from slidejax.bounds import Bound
+from slidejax.weights.layout import as_array
+
+__all__ = ["TEMPERATURE", "divergences", "kl_divergence"]
+
+TEMPERATURE = Bound(0, above=True)  # what divides logits
 
 
 def kl_divergence(student: jax.Array, teacher: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -23,10 +28,22 @@ def kl_divergence(student: jax.Array, teacher: jax.Array, temperature: float = 1
     Returns:
       float32 scalar.
 
+    Raises:
+      TypeError: naming the argument, if it is of another kind.
+      ValueError: if the shapes differ, or the temperature is not above 0.
+
     >>> half, most = jnp.array([[0.0, 0.0]]), jnp.log(jnp.array([[0.75, 0.25]]))
     >>> round(float(kl_divergence(half, most)), 4)
     0.1308
     """
+    student, teacher = as_array(student, "student"), as_array(teacher, "teacher")
+    if student.shape != teacher.shape or not student.ndim:
+        raise ValueError(
+            f"student and teacher must be logits of one shape, got {student.shape} and "
+            f"{teacher.shape}"
+        )
+    if not isinstance(temperature, jax.core.Tracer):
+        TEMPERATURE.check(temperature, "temperature")
     log_q = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
     log_p = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
     return temperature**2 * jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))

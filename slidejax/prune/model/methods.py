@@ -136,6 +136,13 @@ METHODS = {method.name: method for method in (MAGNITUDE, WANDA, SPARSEGPT)}
 CALIBRATED = tuple(name for name, method in METHODS.items() if method.calibrated)
 
 
+def _named(method: Any) -> Method | None:
+    """The method that a caller means by an object or a name, or None."""
+    if isinstance(method, Method):
+        return method
+    return METHODS.get(method) if isinstance(method, str) else None
+
+
 def method_of(method: str | Method | Prune, calibration: Any) -> Method | Prune:
     """The method of a conversion, checked.
 
@@ -147,10 +154,10 @@ def method_of(method: str | Method | Prune, calibration: Any) -> Method | Prune:
       ValueError: for an unknown name, for calibration that the method does not use, or if it needs
         some.
     """
-    found = method if isinstance(method, Method) else METHODS.get(method)  # type: ignore[arg-type]
+    found = _named(method)
     if found is None and not callable(method):
         raise ValueError(
-            f"method must be a function or one of {', '.join(METHODS)}, got {method!r}"
+            f"method must be a function or one of {', '.join(METHODS)}, got {method!r:.60}"
         )
     needs = found is not None and found.calibrated
     name = method if found is None else found.name
@@ -170,7 +177,7 @@ def calibrated_method(method: str | Method) -> Method:
     Raises:
       ValueError: if it is not one.
     """
-    found = method if isinstance(method, Method) else METHODS.get(method)
+    found = _named(method)
     if found is None or not found.calibrated:
         raise ValueError(f"method must be one of {', '.join(CALIBRATED)}, got {method!r}")
     return found

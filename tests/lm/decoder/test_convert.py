@@ -184,7 +184,7 @@ def test_calibration_with_tokens_that_the_model_does_not_have_is_refused():
     for bad in (np.full((2, 8), 64), np.full((2, 8), -1)):
         with pytest.raises(ValueError, match="calibration must be token ids from 0 to 63"):
             sj.lm.convert(tiny(), "6:8", "wanda", bad)
-    with pytest.raises(TypeError, match="calibration must be token ids, got str"):
+    with pytest.raises(TypeError, match=r"calibration must be token ids .*, got str"):
         sj.lm.convert(tiny(), "6:8", "wanda", "text")
     with pytest.raises(TypeError, match=r"report must be a slidejax\.Report, got int"):
         sj.lm.convert(tiny(), "6:8", report=5)

@@ -346,7 +346,7 @@ def test_what_is_no_path_is_refused(path):
 
 def test_an_empty_path_is_not_the_directory_that_one_is_in(tmp_path, monkeypatch):
     monkeypatch.chdir(folder_of(tmp_path))
-    with pytest.raises(ValueError, match="path must not be empty"):
+    with pytest.raises(ValueError, match="path must name a file or directory, got ''"):
         sj.lm.load("")
     assert sj.lm.load(".").config.num_layers == 2
 

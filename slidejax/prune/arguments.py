@@ -1,0 +1,86 @@
+"""What functions that prune or round one kernel check of their arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slidejax.bounds import Bound
+from slidejax.weights import numerics
+from slidejax.weights.layout import as_array, as_shape, check_kernel
+
+__all__ = ["STEPS", "check_codes", "check_damping", "check_gram", "check_layer", "check_mask"]
+
+STEPS = Bound(0, whole=True)
+
+
+def check_layer(kernel: Any, gram: Any, **others: Any) -> tuple[jax.Array, ...]:
+    """The arrays of one layer.
+
+    Args:
+      kernel: `[in, out]`, floating.
+      gram: `[in, in]`.
+      **others: arrays by their names, floating `[in, out]`.
+
+    Returns:
+      The kernel, the gram as float32, and the others in their order.
+
+    Raises:
+      TypeError: naming it, if one is no array of numbers.
+      ValueError: naming it, if one has another shape or dtype, or a gram is not finite.
+    """
+    kernel = check_kernel(kernel)
+    if kernel.ndim != 2 or not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(
+            f"kernel must be floating [in, out], got {kernel.dtype} of shape {kernel.shape}"
+        )
+    checked = [as_shape(other, name, kernel.shape, "as kernel") for name, other in others.items()]
+    return (kernel, check_gram(gram, kernel), *checked)
+
+
+def check_gram(gram: Any, kernel: jax.Array, *, diagonal: bool = False) -> jax.Array:
+    """The Gram matrix of a kernel's inputs in float32; with `diagonal` it may be that alone."""
+    gram = as_array(gram, "gram")
+    shape = (kernel.shape[0],) * 2
+    if gram.shape != shape and not (diagonal and gram.shape == shape[:1]):
+        wanted = "[in, in] or [in]" if diagonal else "[in, in]"
+        raise ValueError(
+            f"gram must be {wanted} for a kernel [in, out], got {gram.shape} for {kernel.shape}"
+        )
+    if not jnp.issubdtype(gram.dtype, jnp.floating) and not jnp.issubdtype(gram.dtype, jnp.integer):
+        raise ValueError(f"gram must be real, got {gram.dtype}")
+    gram = gram.astype(jnp.float32)
+    if not isinstance(gram, jax.core.Tracer) and not bool(jnp.isfinite(gram).all()):
+        raise ValueError("gram holds inf or nan: the calibration inputs are not finite")
+    return gram
+
+
+def check_mask(mask: Any, kernel: jax.Array) -> jax.Array:
+    """The mask of a kernel."""
+    mask = as_array(mask, "mask")
+    if mask.shape != kernel.shape or mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"mask must be bool of the kernel's shape {kernel.shape}, got {mask.dtype} of shape "
+            f"{mask.shape}"
+        )
+    return mask
+
+
+def check_damping(damping: Any) -> Any:
+    """A share of the mean of a Gram matrix' diagonal, which may be traced."""
+    return damping if isinstance(damping, jax.core.Tracer) else Bound(0).check(damping, "damping")
+
+
+def check_codes(dtype: Any) -> np.dtype:
+    """A dtype of 8-bit codes.
+
+    Raises:
+      ValueError: for another dtype.
+    """
+    found = numerics.check_dtype(dtype)
+    if not numerics.is_quantized(found):
+        raise ValueError(f"dtype must be int8 or float8_e4m3fn, got {found.name}")
+    return found
