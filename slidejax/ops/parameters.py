@@ -20,7 +20,7 @@ from slidejax.ops.sharding import MeshPartition, axis_names, row_factors
 from slidejax.weights.layout import as_array
 from slidejax.weights.numerics import dtype_of
 from slidejax.weights.packed import SlideWeight
-from slidejax.weights.pattern import Pattern
+from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
 
 __all__ = [
     "LinearParams",
@@ -269,6 +269,11 @@ def product_settings(
             f"w holds {w.groups} of {w.pattern.groups(w.in_features)} groups, a shard of K: name "
             "the mesh axis over which K "
             f"is split with reduce_axis="
+        )
+    if w.is_k_shard and w.groups % BLOCK_GROUPS:
+        raise ValueError(
+            f"w is a shard of K with {w.groups} groups, which are no whole blocks of "
+            f"{BLOCK_GROUPS}: split K over fewer devices (jax.jit gathers what does not divide)"
         )
     _check_forms(w)
     prepared = tuple(sorted(w.prepared))

@@ -275,6 +275,12 @@ def _uses_shardy() -> bool:
 def spec_of(shape_with_sharding) -> tuple:
     """The PartitionSpec entries of an argument of `custom_partitioning`, one for each axis."""
     spec = getattr(shape_with_sharding.sharding, "spec", None)
+    axes = getattr(spec, "unreduced", None)
+    if axes:
+        raise ValueError(
+            f"an operand {shape_with_sharding} is unreduced over the mesh axes "
+            f"{', '.join(map(repr, sorted(axes)))}: reduce it first (jax.sharding.reshard)"
+        )
     entries = tuple(spec) if spec is not None else ()
     return entries + (None,) * (len(shape_with_sharding.shape) - len(entries))
 

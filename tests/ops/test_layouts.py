@@ -260,3 +260,35 @@ def test_explain_shows_what_each_device_multiplies():
     assert str(found).count("\n") == 1 and len(str(found)) < 2000
     whole = sj.explain(mlp, jnp.zeros((64, 512), jnp.bfloat16), up, down, platform="cuda")
     assert [p.out_features for p, _ in whole] == [1024, 512]
+
+
+def test_sums_that_are_not_finished_are_refused_as_a_dense_product_refuses_them():
+    mesh = mesh_of(AxisType.Explicit, d=2, t=4)
+    _, w = problem((16, 64), 32)
+    expected = sj.linear(jnp.full((16, 64), 256.0), w)
+    with jax.set_mesh(mesh):
+        a = jax.device_put(jnp.ones((16, 256)), NamedSharding(mesh, P("d", "t")))
+        b = jax.device_put(jnp.ones((256, 64)), NamedSharding(mesh, P("t", None)))
+        to = P("d", None, unreduced={"t"})
+        part = jax.jit(lambda a, b: jnp.einsum("mk,kn->mn", a, b, out_sharding=to))(a, b)
+        with pytest.raises(ValueError, match="unreduced over the mesh axes 't': reduce it first"):
+            jax.jit(sj.linear)(part, w)
+        whole = jax.sharding.reshard(part, P("d", None))
+        np.testing.assert_array_equal(jax.jit(sj.linear)(whole, w), expected)
+
+
+def test_shards_of_k_that_are_no_blocks_are_refused_by_name():
+    mesh = mesh_of(d=2, t=4)
+    x, w = problem((16, 256), 64)  # four blocks of 64 columns
+    specs = (P(None, ("d", "t")), w.partition_spec(k=("d", "t")))
+    mapped = jax.shard_map(
+        lambda x, w: sj.linear(x, w, reduce_axis=("d", "t")),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=P(),
+    )
+    with pytest.raises(
+        ValueError, match=r"w is a shard of K with 4 groups, .* no whole blocks of 8"
+    ):
+        mapped(x, w)
+    assert jax.jit(sj.linear)(place(mesh, x, specs[0]), place(mesh, w, specs[1])).shape == (16, 64)
