@@ -29,6 +29,16 @@ from slidejax.weights.checks import check_one_process
 __all__ = ["Fitted", "Shuffled", "fit"]
 
 _POSITIVE = Bound(0, above=True)
+_RANGES = {
+    "steps": COUNT,
+    "minutes": _POSITIVE,
+    "learning_rate": _POSITIVE,
+    "warmup": Bound(0, whole=True),
+    "typical": _POSITIVE,
+    "accumulate": COUNT,
+    "every": COUNT,
+}
+_OPTIONAL = ("steps", "minutes", "typical")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,15 +201,15 @@ def fit(
     clock = Clock()
     _check(
         batches,
-        steps,
-        minutes,
-        accumulate,
-        warmup,
-        learning_rate,
-        typical,
         optimizer,
-        every,
         progress,
+        steps=steps,
+        minutes=minutes,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        typical=typical,
+        accumulate=accumulate,
+        every=every,
     )
     if checkpoint is not None or minutes is not None:
         # Each process has its own clock and its own part of the state.
@@ -341,23 +351,14 @@ def _step_sizes(train: Any, typical: float | None) -> Any:
     return jax.tree.map(share, train)
 
 
-def _check(
-    batches, steps, minutes, accumulate, warmup, learning_rate, typical, optimizer, every, progress
-) -> None:
+def _check(batches: Any, optimizer: Any, progress: Any, **numbers: Any) -> None:
     """Raises ValueError or TypeError for arguments of `fit` that cannot be right."""
+    steps, minutes, typical = (numbers[name] for name in _OPTIONAL)
     if (steps is None) == (minutes is None):
         raise ValueError(f"give either steps or minutes, got steps={steps} and minutes={minutes}")
-    for name, value, bound in (
-        ("steps", steps, COUNT),
-        ("minutes", minutes, _POSITIVE),
-        ("accumulate", accumulate, COUNT),
-        ("every", every, COUNT),
-        ("learning_rate", learning_rate, _POSITIVE),
-        ("typical", typical, _POSITIVE),
-        ("warmup", warmup, Bound(0, whole=True)),
-    ):
-        if value is not None or name not in ("steps", "minutes", "typical"):
-            bound.check(value, name)
+    for name, value in numbers.items():
+        if value is not None or name not in _OPTIONAL:
+            _RANGES[name].check(value, name)
     if not callable(batches):
         raise TypeError(f"batches must be a function of a step's number, got {batches!r:.60}")
     if progress is not None and not callable(progress):
