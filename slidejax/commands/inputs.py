@@ -219,7 +219,10 @@ def _begun(loaded: Loaded, rows: np.ndarray) -> int:
 
 
 def _openings(loaded: Loaded, length: int) -> np.ndarray:
-    """The openings of texts that fill so many tokens, with the start of a text `[n, length]`."""
+    """The beginnings of rows: the start of a text and an opening, cut to `[n, length]`.
+
+    Openings that are too short for that are left out.
+    """
     import numpy as np
 
     from slidejax.lm import texts

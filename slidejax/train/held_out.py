@@ -24,7 +24,10 @@ _COST = 0.5
 
 
 def interval(total: int) -> int:
-    """The number of steps from one check to the next, in a training of so many steps.
+    """The number of steps from one check to the next.
+
+    Args:
+      total: the number of steps of the training.
 
     >>> interval(1000), interval(40), interval(3)
     (50, 5, 5)
@@ -73,7 +76,13 @@ class Guard:
         self._back = back
 
     def due(self, kept: Kept, step: int, total: int | None) -> bool:
-        """Whether a check is due after so many steps; `total` is None while it is unknown."""
+        """Whether a check is due.
+
+        Args:
+          kept: what the checks before have found.
+          step: the number of steps that are done.
+          total: the number of all steps; None while it is unknown.
+        """
         if kept.checked and kept.checked[-1][0] == step:
             return False  # a training that was resumed
         return step == 0 or step == total or (total is not None and step % interval(total) == 0)

@@ -406,7 +406,7 @@ def _mean_loss(loss_of, train, rest, batch, args, parts: int) -> jax.Array:
 
 
 def _cut(batch: Any, parts: int) -> Any:
-    """The leaves of a batch, cut along their first axis into so many parts."""
+    """The leaves of a batch; the first axis of each is cut into `parts` parts."""
 
     def cut(leaf):
         if leaf.shape[0] % parts:

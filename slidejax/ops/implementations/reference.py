@@ -25,8 +25,8 @@ __all__ = ["REFERENCE", "accumulate", "exact_int8_dot", "expand_lifted", "finish
 # 127 * 128 * 1024 < 2**24: a float32 sum of 1024 products of int8 codes is exact. A code of x is at
 # most 127, one of an int8 kernel -128 at least.
 _EXACT_K = 1024
-# On a GPU products of at most so many columns are computed in bfloat16. XLA's own int8 products of
-# few columns can be twice the right ones there (decision 058).
+# The most columns of a product that a GPU computes in bfloat16. XLA's int8 products of few columns
+# can be twice the right ones there (decision 058).
 _NARROW_K = 128
 # With so few rows the products are summed as integers. With more rows a float32 product is faster.
 _FEW_ROWS = 4
