@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from slidejax.ops.linear import linear
 from slidejax.rules import Skipped
-from slidejax.weights.numerics import is_quantized
+from slidejax.weights.numerics import dtype_of, is_quantized
 from slidejax.weights.packed import LinearWeight, SlideWeight
 
 __all__ = [
@@ -308,11 +308,8 @@ def check_product(
         )
     if preferred is None:
         return None
-    try:
-        dtype = jnp.dtype(preferred)
-    except TypeError:
-        dtype = None
-    if dtype not in _COMPUTED:
+    dtype = dtype_of(preferred)
+    if dtype is None or dtype not in _COMPUTED:
         raise ValueError(
             f"{layer}: preferred_element_type must be bfloat16, float16, float32 or None, got "
             f"{preferred!r}"

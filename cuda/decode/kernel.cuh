@@ -101,10 +101,10 @@ class Decoder : Multiplier<Code, kWindows> {
     // x goes before the weights, else it waits behind megabytes of them. That is worth more than
     // weights that are asked for while the kernel ahead still computes x, unless there are few.
     Item ask = First();
-    int asked = 0;  // slots
-    const int early = own && p_.behind && p_.paired ? kPairedEarly : 0;
+    int asked = 0;                                     // slots
+    const bool early = own && p_.behind && p_.paired;  // asks for one slot before it waits
     if (own && p_.behind) {
-      if (early > 0) Load(ask, asked++);
+      if (early) Load(ask, asked++);
       wait();
       AskForRows(p_, rows);
       CommitCopies();
@@ -121,7 +121,7 @@ class Decoder : Multiplier<Code, kWindows> {
       if (slice > 0) __syncthreads();  // the slice before has been read
       if (own) {
         // For x and its norm, and for scales.
-        if (early > 0) {
+        if (early) {
           WaitForCopies<kDepth - 2>();
         } else {
           WaitForCopies<kDepth - 1>();

@@ -20,12 +20,10 @@ constexpr int kMaxWarps = 16;
 constexpr int kOwnTokens = 4, kOwnColumns = 1 << 17;
 // Bytes of shared memory that the GPU takes for each thread block beside its own.
 constexpr int kReservedBytes = 1024;
-// Where two thread blocks share a multiprocessor, each has so many warps.
+// Warps of a thread block, where two thread blocks share a multiprocessor.
 constexpr int kPairedWarps = kMaxWarps / 2;
 // With smaller weights a call is starts and ends, and fewer warps for each only make them longer.
 constexpr int64_t kLeastPairedBytes = int64_t{12} << 20;
-// Slots that a thread block of such a pair asks for before the kernel ahead has ended.
-constexpr int kPairedEarly = 1;
 // If no thread block has more outputs than these, their scales and biases lie in shared memory.
 constexpr int kCachedRows = 2048;
 

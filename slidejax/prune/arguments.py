@@ -12,7 +12,7 @@ from slidejax.bounds import Bound
 from slidejax.weights import numerics
 from slidejax.weights.layout import as_array, as_shape, check_kernel
 
-__all__ = ["STEPS", "check_codes", "check_damping", "check_gram", "check_layer", "check_mask"]
+__all__ = ["STEPS", "check_codes", "check_damping", "check_gram", "check_layer"]
 
 STEPS = Bound(0, whole=True)
 
@@ -56,17 +56,6 @@ def check_gram(gram: Any, kernel: jax.Array, *, diagonal: bool = False) -> jax.A
     if not isinstance(gram, jax.core.Tracer) and not bool(jnp.isfinite(gram).all()):
         raise ValueError("gram holds inf or nan: the calibration inputs are not finite")
     return gram
-
-
-def check_mask(mask: Any, kernel: jax.Array) -> jax.Array:
-    """The mask of a kernel."""
-    mask = as_array(mask, "mask")
-    if mask.shape != kernel.shape or mask.dtype != jnp.bool_:
-        raise ValueError(
-            f"mask must be bool of the kernel's shape {kernel.shape}, got {mask.dtype} of shape "
-            f"{mask.shape}"
-        )
-    return mask
 
 
 def check_damping(damping: Any) -> Any:

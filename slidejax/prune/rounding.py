@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.prune.arguments import STEPS, check_codes, check_damping, check_layer, check_mask
+from slidejax.prune.arguments import STEPS, check_codes, check_damping, check_layer
 from slidejax.prune.sparsegpt import EXACT, damped
 from slidejax.weights import numerics
-from slidejax.weights.layout import as_shape, check_kernel
+from slidejax.weights.layout import as_shape, check_kernel, check_mask
 
 __all__ = ["clip_search", "round_kernel"]
 

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.prune.arguments import STEPS, check_damping, check_layer, check_mask
+from slidejax.prune.arguments import STEPS, check_damping, check_layer
+from slidejax.weights.layout import check_mask
 from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
 
 __all__ = ["layer_error", "refit", "sparsegpt"]

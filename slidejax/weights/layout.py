@@ -17,6 +17,7 @@ __all__ = [
     "as_array",
     "as_shape",
     "check_kernel",
+    "check_mask",
     "from_groups",
     "kept_values",
     "scatter_values",
@@ -76,6 +77,22 @@ def check_kernel(kernel, name: str = "kernel") -> jax.Array:
     if kernel.ndim < 2:
         raise ValueError(f"{name} must be [..., in, out], got shape {kernel.shape}")
     return kernel
+
+
+def check_mask(mask: Any, kernel: jax.Array) -> jax.Array:
+    """Returns the mask of a kernel as an array.
+
+    Raises:
+      TypeError: if it is no array of numbers.
+      ValueError: if it is not bool, or has another shape than the kernel.
+    """
+    mask = as_array(mask, "mask")
+    if mask.shape != kernel.shape or mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"mask must be bool of the kernel's shape {kernel.shape}, got {mask.dtype} of shape "
+            f"{mask.shape}"
+        )
+    return mask
 
 
 def to_groups(kernel: jax.Array, pattern: Pattern, fill=0) -> jax.Array:

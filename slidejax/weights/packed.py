@@ -24,6 +24,7 @@ from slidejax.weights.interface import LinearWeight, TreeLayout, WrappedWeight
 from slidejax.weights.layout import (
     as_array,
     check_kernel,
+    check_mask,
     from_groups,
     scatter_values,
 )
@@ -326,15 +327,7 @@ def pack(
     check_values(kernel, dtype)
     if dtype == jnp.int8:
         check_sums(kernel.shape[-2], pattern, "kernel", 128 if kernel.dtype == jnp.int8 else 127)
-    if mask is None:
-        mask = magnitude(kernel, pattern)
-    else:
-        mask = as_array(mask, "mask")
-        if mask.shape != kernel.shape or mask.dtype != jnp.bool_:
-            raise ValueError(
-                f"mask must be bool of the kernel's shape {kernel.shape}, got {mask.dtype} of "
-                f"shape {mask.shape}"
-            )
+    mask = magnitude(kernel, pattern) if mask is None else check_mask(mask, kernel)
     rounds = numerics.is_quantized(dtype) and not numerics.is_quantized(kernel.dtype)
     if scale is not None:
         scale = as_array(scale, "scale").astype(jnp.float32)
