@@ -14,6 +14,7 @@ import jax
 
 from slidejax import huggingface, linen, nnx
 from slidejax.functional import Family, Functional, arguments_of
+from slidejax.kinds import check_kind, shown
 from slidejax.prune.model import convert as functional_conversion
 from slidejax.prune.model.calibration import Calibration
 from slidejax.prune.model.costs import Cost, multiplications
@@ -36,7 +37,7 @@ def register(family: Family) -> None:
       TypeError: if it is no `Family`.
     """
     if not isinstance(family, Family):
-        raise TypeError(f"family must be a Family, got {family!r}")
+        raise TypeError(f"family must be a Family, got {type(family).__name__}")
     _families.insert(0, family)
 
 
@@ -52,6 +53,10 @@ def functional(model: Any, params: Any = None, example: tuple = ()) -> Functiona
     Raises:
       TypeError: if no family owns the model.
     """
+    check_kind(example, (tuple, list), "example", "a tuple of the model's arguments")
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, (str, bytes)) or callable(leaf):
+            raise TypeError(f"params must be a tree of arrays, got {shown(leaf)} in it")
     for family in _families:
         if family.owns(model):
             return family.functional(model, params, example)

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import jax
 
 from slidejax.contraction import Contraction
+from slidejax.kinds import check_function, check_text
 from slidejax.rules import Report
 
 __all__ = [
@@ -56,6 +57,10 @@ class Functional:
     run: Callable[[Any, Any], Any]
     params: Any
     pack: Pack
+
+    def __post_init__(self) -> None:
+        for name in ("run", "pack"):
+            check_function(getattr(self, name), name)
 
     def layers(self, batch: Any) -> dict[str, Contraction]:
         """How each linear layer contracts its input with its kernel, by the kernel's path.
@@ -98,6 +103,11 @@ class Family:
     name: str
     owns: Callable[[Any], bool]
     functional: Callable[[Any, Any, tuple], Functional]
+
+    def __post_init__(self) -> None:
+        check_text(self.name, "name")
+        for name in ("owns", "functional"):
+            check_function(getattr(self, name), name)
 
 
 def arguments_of(batch: Any) -> tuple:
@@ -161,12 +171,12 @@ def watching_inputs(
       kernels: whether `watch` takes a fourth argument: the layer's kernel, or None if the layer
         does not show it.
     """
-    return _set(_INPUTS, (watch, kernels))
+    return _set(_INPUTS, (check_function(watch, "watch"), kernels))
 
 
 def watching_outputs(watch: WatchOutput) -> contextlib.AbstractContextManager[None]:
     """A context in which `watch` is called with the output of each layer that shows it."""
-    return _set(_OUTPUTS, watch)
+    return _set(_OUTPUTS, check_function(watch, "watch"))
 
 
 @contextlib.contextmanager

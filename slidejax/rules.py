@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.kinds import check_flag, check_function, check_kind
 from slidejax.weights import numerics
 from slidejax.weights.magnitude import magnitude
 from slidejax.weights.packed import SlideWeight, pack
@@ -80,6 +81,7 @@ class Rule:
 
     Raises:
       ValueError: for a bad pattern or dtype.
+      TypeError: for a pattern of another kind, or `optional` that is no bool.
 
     >>> Rule("6:8")
     Rule(pattern=Pattern(kept=6, group=8), qdtype=dtype('int8'))
@@ -99,7 +101,7 @@ class Rule:
     ):
         if dtype is not _UNSET:
             qdtype = dtype
-        object.__setattr__(self, "optional", bool(optional))
+        object.__setattr__(self, "optional", check_flag(optional, "optional"))
         object.__setattr__(self, "pattern", Pattern.parse(pattern))
         object.__setattr__(
             self, "qdtype", None if qdtype is None else numerics.check_dtype(qdtype, "qdtype")
@@ -109,6 +111,24 @@ class Rule:
     def dtype(self) -> np.dtype | None:
         """`qdtype`, by the name that `slidejax.pack` has for it."""
         return self.qdtype
+
+    @classmethod
+    def of(cls, given: Any, name: str = "rule") -> Rule:
+        """A rule as it is, and a pattern as one.
+
+        Args:
+          given: what a caller gave.
+          name: of the argument, for the error.
+
+        Raises:
+          TypeError, ValueError: naming the argument.
+        """
+        if isinstance(given, cls):
+            return given
+        try:
+            return cls(given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name} must be a Rule or a pattern: {error}") from error
 
     def __str__(self) -> str:
         return f"{self.pattern} {'unquantised' if self.qdtype is None else self.qdtype.name}"
@@ -156,6 +176,15 @@ class Report:
     notes: list[str] = dataclasses.field(default_factory=list)
     allow_unmatched: bool = False
     unpacked: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Report | None) -> Report:
+        """The report that a caller gave, or a new one.
+
+        Raises:
+          TypeError: if it is something else.
+        """
+        return cls() if given is None else check_kind(given, cls, "report", "a Report or None")
 
     @property
     def dense(self) -> dict[str, str]:
@@ -345,7 +374,10 @@ def pack_by_rule(
 
     Raises:
       ValueError: naming the path, if the kernel cannot be pruned or packed so.
+      TypeError: if `rule` is no `Rule`, or `prune` no function.
     """
+    check_kind(rule, Rule, "rule", "a Rule")
+    check_function(prune, "prune", optional=True)
     try:
         _check_finite(kernel)
         result = (

@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slidejax.bounds import COUNT
 from slidejax.checkpoint.gguf_layout import GGUFLayout, TensorPlace
 from slidejax.checkpoint.gguf_tokenizer import check_tokenizer
+from slidejax.files import check_path
+from slidejax.kinds import shown
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -62,10 +65,18 @@ _LAYER = (
 def deinterleave(weight: np.ndarray, heads: int) -> np.ndarray:
     """From llama.cpp's order of rotated rows to Hugging Face's; `weight` is [heads * dim, in].
 
+    Raises:
+      TypeError, ValueError: if the weight is no matrix, or its rows are not of so many heads.
+
     >>> deinterleave(np.arange(4)[:, None], heads=1).ravel()
     array([0, 2, 1, 3])
     """
+    if not isinstance(weight, np.ndarray) or weight.ndim != 2:
+        raise TypeError(f"weight must be an array [heads * dim, in], got {shown(weight)}")
+    heads = COUNT.check(heads, "heads")
     rows, columns = weight.shape
+    if rows % (2 * heads):
+        raise ValueError(f"heads must divide the pairs of {rows} rows, got {heads}")
     return (
         weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
     )
@@ -79,10 +90,12 @@ class GGUFFile:
 
     Raises:
       ValueError: the file is missing, damaged, cut short or not GGUF.
+      TypeError: `path` is none.
       ImportError: the package `gguf` is not installed.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
+        path = check_path(path)
         try:
             import gguf
         except ImportError as e:

@@ -10,6 +10,7 @@ import flax.linen as nn
 from slidejax import linen
 from slidejax.functional import Family, Functional, arguments_of
 from slidejax.huggingface.model import check_model, init_arguments, is_model, params_of, with_params
+from slidejax.kinds import check_kind
 from slidejax.rules import HEADS, Rule
 from slidejax.weights.pattern import Pattern
 
@@ -41,6 +42,8 @@ def functional(
       ValueError: if it holds no parameters and none are given.
     """
     check_model(flax_model)
+    if params is not None:
+        check_kind(params, Mapping, "params", "nested dicts of the model's parameters")
     rngs, args, kwargs = init_arguments(flax_model)
 
     def run(params, batch):

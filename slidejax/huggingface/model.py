@@ -23,6 +23,7 @@ import numpy as np
 from slidejax import linen
 from slidejax.huggingface.supported import rope_theta
 from slidejax.huggingface.write import write_pretrained
+from slidejax.kinds import check_kind
 from slidejax.variants.prepared import prepare
 
 if TYPE_CHECKING:
@@ -87,9 +88,10 @@ def with_params(flax_model: FlaxPreTrainedModel, params: Mapping) -> FlaxPreTrai
 
     Raises:
       ValueError: if parameters are missing.
-      TypeError: if it is not a Flax model of transformers.
+      TypeError: if it is not a Flax model of transformers, or the parameters are no mapping.
     """
     check_model(flax_model)
+    check_kind(params, Mapping, "params", "nested dicts of the model's parameters")
     model = copy.copy(flax_model)
     # users may edit these; the module keeps the configuration that it was built with
     model._config = copy.deepcopy(flax_model.config)

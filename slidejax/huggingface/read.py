@@ -12,6 +12,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,11 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from slidejax.checkpoint import store
-from slidejax.files import reading
+from slidejax.files import check_path, reading
 from slidejax.huggingface.model import hold, with_params, with_rope_theta
 from slidejax.huggingface.supported import check_supported
+from slidejax.kinds import check_kind, shown
+from slidejax.weights import numerics
 from slidejax.weights.packed import SlideWeight
 
 if TYPE_CHECKING:
@@ -51,8 +54,11 @@ def model_class(config: PretrainedConfig) -> type[FlaxPreTrainedModel]:
 
     Raises:
       ValueError: transformers has no Flax class for this model.
+      TypeError: it is no configuration of transformers.
     """
     import transformers
+
+    _check_config(config)
 
     for name in config.architectures or ():
         found = getattr(transformers, name if name.startswith("Flax") else "Flax" + name, None)
@@ -86,14 +92,18 @@ def build(
       The model, computing with the rotary base of the configuration.
 
     Raises:
+      TypeError, ValueError: an argument is of a wrong kind.
       ValueError: parameters are missing, or have other shapes than the configuration says. The
         error names all of them.
       NotImplementedError: the configuration asks for what the Flax class would silently ignore.
     """
+    _check_config(config)
+    check_kind(params, Mapping, "params", "nested dicts of arrays")
+    dtype = _check_dtype(dtype)
     check_supported(config)
     flat = flatten_dict(params, sep="/")
     _check_layers(config, len(flat), "there are")
-    model = (cls or model_class(config))(config, dtype=jnp.dtype(dtype), _do_init=False)
+    model = (cls or model_class(config))(config, dtype=dtype, _do_init=False)
     shapes = flatten_dict(model.params_shape_tree, sep="/")
     if "lm_head/kernel" in shapes and "lm_head/kernel" not in flat and config.tie_word_embeddings:
         embedding = [k for k in flat if k.endswith("embed_tokens/embedding")]
@@ -145,9 +155,33 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def _check_config(config: Any) -> None:
+    """Raises a TypeError if a configuration is none of transformers."""
+    if not hasattr(config, "model_type"):
+        raise TypeError(
+            f"config must be a configuration of transformers, got {type(config).__name__}"
+        )
+
+
+def _check_dtype(dtype: Any) -> Any:
+    """A dtype of a model's floats.
+
+    Raises:
+      ValueError: it is none of them.
+    """
+    found = numerics.dtype_of(dtype)
+    if found is None or found.name not in _FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(_FLOATS)}, got {shown(dtype)}")
+    return found
+
+
 def cast(params: Any, dtype: Any) -> Any:
-    """Casts floating arrays and 16- or 32-bit packed values; leaves 8-bit values and all scales."""
-    dtype = jnp.dtype(dtype)
+    """Casts floating arrays and 16- or 32-bit packed values; leaves 8-bit values and all scales.
+
+    Raises:
+      ValueError: for a dtype that is not bfloat16, float16 or float32.
+    """
+    dtype = _check_dtype(dtype)
 
     def leaf(x: Any) -> Any:
         if isinstance(x, SlideWeight):
@@ -181,11 +215,13 @@ def read_pretrained(
       `write_pretrained` (empty for a directory that slidejax did not write).
 
     Raises:
+      TypeError, ValueError: an argument is of a wrong kind.
       ValueError: a file is missing or damaged, parameters do not fit the configuration.
       NotImplementedError: the model needs what transformers' Flax classes lack.
     """
-    with reading(path):
-        return _read(Path(path), dtype)
+    folder, dtype = check_path(path), None if dtype is None else _check_dtype(dtype)
+    with reading(folder):
+        return _read(folder, dtype)
 
 
 def _read(folder: Path, dtype: Any) -> tuple[Any, Any, dict[str, Any]]:

@@ -88,7 +88,7 @@ def convert(
             f"model must be a flax.linen Module, got {type(model).__name__} "
             "(see slidejax.nnx and slidejax.huggingface)"
         )
-    rules, report = RuleSet(rules), Report() if report is None else report
+    rules, report = RuleSet(rules), Report.of(report)
     whole = isinstance(variables.get("params"), Mapping)
     tree = unfreeze(variables) if isinstance(variables, FrozenDict) else variables
     flat = traverse_util.flatten_dict(tree["params"] if whole else tree, keep_empty_nodes=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import flax.linen as nn
 
 from slidejax.functional import Family, Functional, arguments_of, watched
+from slidejax.kinds import check_kind
 from slidejax.linen.conversion import convert
 from slidejax.linen.intercept import apply, show_layers, traced_anew
 
@@ -32,6 +33,7 @@ def functional(model: nn.Module, variables: Mapping | None, example: tuple = ())
     """
     if variables is None:
         raise ValueError("a Linen module needs params=, its variables")
+    check_kind(variables, Mapping, "params", "the variables of the module, a mapping")
     boxed, variables = variables, nn.meta.unbox(variables)
 
     def run(variables, batch):

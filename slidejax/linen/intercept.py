@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 
 from slidejax import functional
+from slidejax.kinds import check_kind
 from slidejax.linen.fused import FusedProduct
 from slidejax.linen.gated_mlp import run_gated_mlp
 from slidejax.linen.known import (
@@ -87,6 +88,9 @@ def apply(model: nn.Module, variables: Mapping, *args, **kwargs) -> Any:
     Returns:
       What `model.apply` returns.
 
+    Raises:
+      TypeError: if the model or the variables are of another kind.
+
     >>> import jax.numpy as jnp
     >>> from slidejax.linen import convert
     >>> model, x = nn.Dense(4), jnp.ones((1, 8))
@@ -94,6 +98,8 @@ def apply(model: nn.Module, variables: Mapping, *args, **kwargs) -> Any:
     >>> apply(model, convert(variables, "6:8", model, x), x).shape
     (1, 4)
     """
+    check_kind(model, nn.Module, "model", "a module of flax.linen")
+    check_kind(variables, Mapping, "variables", "a mapping, as model.init returns it")
     with nn.intercept_methods(Interceptor()):
         return model.apply(variables, *args, **kwargs)
 

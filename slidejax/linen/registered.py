@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from slidejax.contraction import Contraction
+from slidejax.kinds import shown
 
 __all__ = ["Registered", "function_name", "register", "registered"]
 
@@ -119,15 +120,17 @@ def register(
     (8, 4)
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"cls must be a subclass of flax.linen.Module, got {cls!r}")
+        raise TypeError(f"cls must be a subclass of flax.linen.Module, got {shown(cls)}")
     if not isinstance(parameter, str) or not parameter:
-        raise TypeError(f"parameter must be the name of a parameter, got {parameter!r}")
+        raise TypeError(f"parameter must be the name of a parameter, got {shown(parameter)}")
     if isinstance(equation, str):
         _check_einsum(equation)
     elif not callable(equation):
-        raise TypeError(f"equation must be an einsum or a function, got {equation!r}")
-    if not isinstance(shape, str) and not callable(shape):
-        raise TypeError(f"shape must be an attribute of the layer or a function, got {shape!r}")
+        raise TypeError(f"equation must be an einsum or a function, got {shown(equation)}")
+    if not shape or not (isinstance(shape, str) or callable(shape)):
+        raise TypeError(
+            f"shape must be an attribute of the layer or a function, got {shown(shape)}"
+        )
     call = inspect.signature(inspect.unwrap(cls.__call__))
     names = list(call.parameters)[1:]
     if not names or (input is not None and input not in names):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.bounds import COUNT
 from slidejax.lm.generation.sampling import Sampling
 from slidejax.token_ids import int32_ids
 
@@ -19,6 +20,8 @@ __all__ = ["Generated", "Generator"]
 def check_generates(model: Any) -> None:
     """Raises a TypeError unless the model is a causal language model."""
     kind = type(model).__name__
+    if not hasattr(model, "config") or not hasattr(model, "can_generate"):
+        raise TypeError(f"model must be a Flax language model of transformers, got {kind}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise TypeError(f"{kind} has an encoder: it is no causal model, which continues its prompt")
     if not model.can_generate():
@@ -109,8 +112,7 @@ class Generator:
         top_p: float = 1.0,
         stop: bool = True,
     ):
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
+        max_new_tokens = COUNT.check(max_new_tokens, "max_new_tokens")
         Sampling(temperature, top_k, top_p)  # raises for what is out of range
         check_generates(model)
         self._max_new_tokens = max_new_tokens

@@ -104,7 +104,9 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
             add_bos_token = str(model.model.config.model_type).startswith("gemma")
         self._start = model.start if add_bos_token else []
         positions = getattr(self._model.config, "max_position_embeddings", 2048)
-        self.max_length = min(positions, 2048) if max_length is None else int(max_length)
+        self.max_length = (
+            min(positions, 2048) if max_length is None else _positive("max_length", max_length)
+        )
         if not 2 <= self.max_length <= positions:
             raise ValueError(
                 f"max_length must be in 2..{positions}, the model's positions, got {max_length}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slidejax.checkpoint import store
-from slidejax.files import reading
+from slidejax.files import check_path, reading
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel, PreTrainedTokenizerFast
@@ -171,7 +171,7 @@ def load_model(model: str | os.PathLike[str], dtype: Any = None) -> LoadedModel:
       ValueError: there is no such model, or its files are damaged.
       ImportError: a package that reads it is not installed.
     """
-    name = os.fspath(model)
+    name = os.fspath(check_path(model, "model"))
     if saved_class(Path(name)) == "slidejax.lm.Decoder":
         raise ValueError(f"{name!r} holds a decoder of slidejax: slidejax.lm.load reads it")
     _need_transformers()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slidejax.checkpoint import store
+from slidejax.files import check_path
 from slidejax.lm.decoder.files import CLASS, load, load_head, save
 from slidejax.lm.decoder.huggingface import MODEL_TYPES
 from slidejax.lm.decoder.model import Decoder
@@ -150,10 +151,12 @@ def read_model(
         are read.
 
     Raises:
+      TypeError: the model is no path.
       ValueError: there is no such model, or its files are damaged.
       NotImplementedError: it asks for what neither of the two does.
       ImportError: a package that reads it is not installed.
     """
+    check_path(model, "model")
     if not decodes(model, keep_class=keep_class):
         return load_model(model, dtype or default_dtype())
     path, name = _place(model, text)

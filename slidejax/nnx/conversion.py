@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from slidejax.contraction import Contraction, stacked_axes, to_matrix
+from slidejax.kinds import check_function, check_kind
 from slidejax.nnx.layers import (
     SlideEinsum,
     SlideLayer,
@@ -66,7 +67,7 @@ def convert(
             f"model must be a flax.nnx Module, got {type(model).__name__} "
             "(slidejax.linen.convert takes parameters)"
         )
-    rules, report = RuleSet(rules), Report() if report is None else report
+    rules, report = RuleSet(rules), Report.of(report)
     model = nnx.clone(model)
     layers = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
     wrappers = [
@@ -253,6 +254,8 @@ def map_weights(model: nnx.Module, fn: Callable[[dict[str, Any]], dict[str, Any]
     Returns:
       A new model. Layers that shared a weight still share it.
     """
+    check_kind(model, nnx.Module, "model", "a module of flax.nnx")
+    check_function(fn, "fn")
     model = nnx.clone(model)
     layers = [
         ("/".join(map(str, path)), node)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import jax
 from flax import nnx
 
 from slidejax.contraction import Contraction
 from slidejax.functional import Family, Functional, arguments_of, show_input, show_output
+from slidejax.kinds import check_kind
 from slidejax.nnx.conversion import convert
 from slidejax.nnx.layers import general_contraction
 from slidejax.nnx.registered import parameter_of, registered
@@ -61,6 +63,8 @@ def functional(model: nnx.Module, params: dict | None = None, example: tuple = (
     >>> made.pack(made.params, "6:8").kernel.shape
     (8, 4)
     """
+    if params is not None:
+        check_kind(params, Mapping, "params", "nested dicts of the module's parameters")
     graph, state = nnx.split(model)
     showing = nnx.clone(model)
     for path, layer in list(nnx.iter_graph(showing)):

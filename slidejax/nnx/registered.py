@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from slidejax.contraction import Contraction
+from slidejax.kinds import shown
 from slidejax.nnx.layers import SlideLayer
 
 __all__ = ["Registered", "SlideRegistered", "parameter_of", "register", "registered"]
@@ -74,9 +75,9 @@ def register(cls: type, parameter: str, equation: str | Callable[[Any], str]) ->
     'SlideMine'
     """
     if not (isinstance(cls, type) and issubclass(cls, nnx.Module)):
-        raise TypeError(f"cls must be a subclass of flax.nnx.Module, got {cls!r}")
+        raise TypeError(f"cls must be a subclass of flax.nnx.Module, got {shown(cls)}")
     if not isinstance(parameter, str) or not parameter.isidentifier():
-        raise TypeError(f"parameter must be the name of an attribute, got {parameter!r}")
+        raise TypeError(f"parameter must be the name of an attribute, got {shown(parameter)}")
     if isinstance(equation, str):
         text = equation
         found = Registered(parameter, lambda layer: text)
@@ -87,7 +88,7 @@ def register(cls: type, parameter: str, equation: str | Callable[[Any], str]) ->
     elif callable(equation):
         found = Registered(parameter, equation)
     else:
-        raise TypeError(f"equation must be an einsum or a function, got {equation!r}")
+        raise TypeError(f"equation must be an einsum or a function, got {shown(equation)}")
     _CLASSES[cls] = found
 
 

@@ -14,11 +14,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.bounds import COUNT
+from slidejax.kinds import check_kind, check_list
 from slidejax.ops import registry, shards
 from slidejax.ops.implementations.base import Implementation
 from slidejax.ops.problem import Problem, device_kind
 from slidejax.ops.tuning import Variant, alike, distance, entries, log_ratio
-from slidejax.weights.packed import SlideWeight
+from slidejax.weights import numerics
+from slidejax.weights.packed import SlideWeight, check_weight
 from slidejax.weights.pattern import Pattern
 
 __all__ = [
@@ -220,9 +223,13 @@ def lookup(problem: Problem, candidates: Sequence[str]) -> tuple[str, str] | Non
 
     Returns:
       Its name and the reason in words; None if nothing near was measured.
+
+    Raises:
+      TypeError, ValueError: for arguments of other kinds, or an unknown name.
     """
+    check_kind(problem, Problem, "problem", "a slidejax.ops.problem.Problem")
     variants = {}
-    for name in candidates:
+    for name in check_list(candidates, "candidates", "implementations' names", empty=True):
         form = registry.get(name).form
         if form is not None and form.name not in problem.prepared:
             form = None
@@ -301,7 +308,15 @@ def time_of(
 
     Returns:
       Microseconds; None if nothing near was measured.
+
+    Raises:
+      TypeError, ValueError: naming it, if an argument is of a wrong kind or out of its range.
     """
+    rows, pattern = COUNT.check(rows, "rows"), Pattern.parse(pattern)
+    dtype = numerics.check_dtype(dtype)
+    if len(check_list(shape, "shape", "two sizes, (in, out)")) != 2:
+        raise ValueError(f"shape must be (in, out), got {shape!r:.60}")
+    shape = (COUNT.check(shape[0], "shape[0]"), COUNT.check(shape[1], "shape[1]"))
     times: list[tuple[float, float]] = []  # (distance of the entry, scaled time)
     for e in entries(device):
         if e["dtype"] != dtype.name or (pattern.prunes and e["pattern"] != str(pattern)):
@@ -328,6 +343,7 @@ def forms(w: SlideWeight) -> tuple[str, ...]:
     taken. If nothing near was measured, estimates stand for measurements. If there are none, it is
     the form of the fallback, which then is chosen.
     """
+    check_weight(w)
     gains = {i.form.name: i.form.must_gain for i in registry.competing() if i.form is not None}
     near = [
         times

@@ -28,6 +28,8 @@ from jax.experimental.custom_partitioning import (
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from slidejax.bounds import Bound
+from slidejax.kinds import check_name
 from slidejax.ops.cuda import calls, library
 from slidejax.ops.primitive import check_input, make_primitive, with_rules
 from slidejax.ops.sharding import (
@@ -54,6 +56,7 @@ __all__ = [
 _UNSEEN = -1e30
 
 IMPLEMENTATIONS = ("attention", "reference")
+_WINDOW = Bound(1, 2**30 - 1, whole=True)
 
 
 class Attended(NamedTuple):
@@ -395,16 +398,9 @@ def decode_attention(
     """
     operands, together = _operands(q, k, v, keys, values, positions, turns)
     head_dim = operands.keys.shape[3]
-    scale = head_dim**-0.5 if scale is None else scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
-    if window is not None and (type(window) is not int or not 1 <= window < 2**30):
-        raise ValueError(f"window must be a whole number from 1 to 2**30 or None, got {window!r}")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"implementation must be one of {', '.join(IMPLEMENTATIONS)} or None, "
-            f"got {implementation!r}"
-        )
+    scale = head_dim**-0.5 if scale is None else Bound(-1e38).check(scale, "scale")
+    window = None if window is None else _WINDOW.check(window, "window")
+    check_name(implementation, IMPLEMENTATIONS, "implementation", optional=True)
     settings = _Settings(together, float(scale), window, implementation)
     results = with_automatic_axes(
         _op(settings),

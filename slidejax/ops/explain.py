@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from slidejax.kinds import check_function, check_name
 from slidejax.ops import shards
 from slidejax.ops.choice import Choice, choose
 from slidejax.ops.problem import Problem, device_kind
@@ -45,6 +46,7 @@ def explain(fn: Callable[..., Any], *args, platform: str | None = None, **kwargs
 
     Raises:
       ValueError: if `platform` is something else.
+      TypeError: if `fn` is no function.
 
     >>> import jax.numpy as jnp
     >>> import slidejax as sj
@@ -55,10 +57,10 @@ def explain(fn: Callable[..., Any], *args, platform: str | None = None, **kwargs
     >>> sj.explain(sj.linear, jnp.ones((4, 64)), w, platform="cpu")
     linear: [4, 64] float32 x 6:8 int8 -> [4, 32] float32: dense (plain JAX; ...
     """
+    check_function(fn, "fn")
     if platform is None:
         platform = "cuda" if jax.default_backend() in ("gpu", "cuda") else "cpu"
-    if platform not in ("cuda", "cpu"):
-        raise ValueError(f"platform must be 'cuda', 'cpu' or None, got {platform!r}")
+    check_name(platform, ("cuda", "cpu"), "platform", optional=True)
     platform = "cuda" if platform == "cuda" else "default"
     found = list(_products(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, platform))
     if jax.device_count() > 1 and any(product.automatic for product in found):

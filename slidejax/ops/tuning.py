@@ -21,14 +21,16 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from slidejax.files import CHECKSUM, check_json, exclusive, json_checksum, write_json
+from slidejax.kinds import check_text, shown
 from slidejax.weights import numerics
 from slidejax.weights.pattern import Pattern
 
@@ -65,10 +67,16 @@ class Variant(NamedTuple):
     def of(cls, key: str | tuple[str, str | None]) -> Variant:
         """Reads a key. A string is one of format 1, where a form has its implementation's name.
 
+        Raises:
+          TypeError: if it is none.
+
         >>> Variant.of("hopper+prepared")
         Variant(implementation='hopper', form='hopper')
         """
         if not isinstance(key, str):
+            good = isinstance(key, (tuple, list)) and len(key) in (1, 2)
+            if not good or not isinstance(key[0], str) or not isinstance(key[-1], (str, NoneType)):
+                raise TypeError(f"key must be (implementation, form) or a text, got {shown(key)}")
             return cls(*key)
         name = key.removesuffix("+prepared")
         return cls(name, name if name != key else None)
@@ -84,12 +92,25 @@ def device_slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def device_name(device: Any) -> str:
+    """The name of a kind of device, such as "NVIDIA H100".
+
+    Raises:
+      TypeError, ValueError: if it is none.
+    """
+    if not device_slug(check_text(device, "device", "the name of a kind of device")):
+        raise ValueError(f"device must be the name of a kind of device, got {device!r}")
+    return device
+
+
 def table_path(device: str) -> Path:
     """The file of this machine's measurements for a kind of device.
 
     Raises:
+      TypeError, ValueError: `device` names no kind of device.
       ValueError: `SLIDEJAX_CACHE` is not set and there is no home directory.
     """
+    device = device_name(device)
     root = os.environ.get("SLIDEJAX_CACHE")
     if not root:
         try:
@@ -129,7 +150,22 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _checked(path: Path, index: int, form: int, entry: Any) -> dict[str, Any]:
-    """An entry as it is in memory."""
+    """An entry of a file as it is in memory."""
+    try:
+        return _memory(form, entry)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} has a damaged entry (entries[{index}]: {error}); delete it and run "
+            "slidejax tune"
+        ) from error
+
+
+def _memory(form: int, entry: Any) -> dict[str, Any]:
+    """An entry as it is in memory.
+
+    Raises:
+      ValueError: saying what is wrong with it.
+    """
     try:
         entry = _normal(entry) if form == 1 else _from_file(entry)
         sizes = [entry[name] for name in ("in", "out", "rows")]
@@ -146,11 +182,8 @@ def _checked(path: Path, index: int, form: int, entry: Any) -> dict[str, Any]:
             if type(us) not in (int, float) or not 0 < us < math.inf:
                 raise ValueError(f"the time of {variant} must be positive and finite, got {us!r}")
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        what = f"key {error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(
-            f"{path} has a damaged entry (entries[{index}]: {what}); delete it and run "
-            "slidejax tune"
-        ) from error
+        what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(what) from error
     return entry
 
 
@@ -200,7 +233,11 @@ def entries(device: str) -> tuple[dict[str, Any], ...]:
     """All measurements for a kind of device. Local ones replace shipped ones.
 
     Local ones are a help and no need: where they cannot be read, a warning says so once.
+
+    Raises:
+      TypeError, ValueError: `device` names no kind of device.
     """
+    device = device_name(device)
     local, stamp = None, None
     try:
         local = table_path(device)
@@ -239,10 +276,20 @@ def record(device: str, measured: Iterable[dict[str, Any]]) -> Path:
       The path of the file.
 
     Raises:
-      ValueError, OSError: as `check_record`; or for a bad entry.
+      ValueError, OSError: as `check_record`; or naming a bad entry by its index.
+      TypeError: `measured` is no series of entries.
     """
     path = table_path(device)
-    new = [_checked(path, i, 1, entry) for i, entry in enumerate(measured)]
+    if isinstance(measured, (str, bytes, Mapping)) or not isinstance(measured, Iterable):
+        raise TypeError(f"measured must be a series of entries, got {shown(measured)}")
+    new = []
+    for index, entry in enumerate(measured):
+        try:
+            new.append(_memory(1, entry))
+            if not new[-1]["us"]:
+                raise ValueError("it has no times")
+        except ValueError as error:
+            raise ValueError(f"measured[{index}] is no entry: {error}") from error
     with exclusive(path.with_suffix(".lock")):
         merged = {_key(e): e for e in (*_read(path), *new)}
         table = {

@@ -19,7 +19,22 @@ from slidejax.bounds import COUNT, SEED, Bound
 from slidejax.prune.model.divergence import TEMPERATURE, kl_divergence
 from slidejax.token_ids import int32_ids
 
-__all__ = ["distillation_loss", "kl_divergence", "rows_of", "sample"]
+__all__ = ["check_writes", "distillation_loss", "kl_divergence", "rows_of", "sample"]
+
+
+def check_writes(model: Any, name: str) -> Any:
+    """A model that continues texts: a decoder of slidejax, or one of transformers.
+
+    Raises:
+      TypeError: naming the argument, if it is something else.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "vocab_size") or not hasattr(model, "params"):
+        raise TypeError(
+            f"{name} must be a slidejax.lm.Decoder or a Flax language model of transformers, got "
+            f"{type(model).__name__}"
+        )
+    return model
 
 
 def distillation_loss(
@@ -121,15 +136,18 @@ def sample(
       int32 `[n, length]`.
 
     Raises:
-      ValueError: if the prompts are not a matrix of tokens, or not shorter than `length`.
+      TypeError: if the model is of another kind.
+      ValueError: if a number is out of its range; if the prompts are not a matrix of tokens, or not
+        shorter than `length`.
     """
+    check_writes(model, "model")
     length, batch = COUNT.check(length, "length"), COUNT.check(batch, "batch")
     TEMPERATURE.check(temperature, "temperature")
     SEED.check(seed, "seed")
     prompts = np.asarray(prompts)
     if prompts.ndim != 2 or prompts.size == 0 or not prompts.shape[1] < length:
         raise ValueError(
-            f"prompts must be token ids [n, prompt] with prompt < {length}, "
+            f"prompts must be token ids [n, prompt] with prompt < {length}, the length, "
             f"got shape {prompts.shape}"
         )
     batch = min(batch, len(prompts))

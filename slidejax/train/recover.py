@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from slidejax.train.distill import distillation_loss, rows_of
+from slidejax.bounds import COUNT, SEED, Bound
+from slidejax.files import check_path
+from slidejax.train.distill import check_writes, distillation_loss, rows_of
 from slidejax.train.loop import Fitted, Shuffled, fit
 from slidejax.variants.prepared import drop_prepared, weights_of
 from slidejax.variants.trainable import Selection
@@ -86,14 +88,21 @@ def recover(
       `Fitted`.
 
     Raises:
-      ValueError: if the vocabularies differ, `model` has no packed weights, `held_out` leaves too
-        few rows, or `fit` refuses its arguments.
+      TypeError, ValueError: naming it, if an argument is of a wrong kind or out of its range; if
+        the vocabularies differ, `model` has no packed weights, or `held_out` leaves too few rows.
 
     Example::
 
         sparse = sj.huggingface.convert(original, "6:8", method="sparsegpt", calibration=tokens)
         sparse, fitted = sj.recover(sparse, original, tokens, minutes=5)
     """
+    for name, one in (("model", model), ("teacher", teacher)):
+        check_writes(one, name)
+    window, accumulate = COUNT.check(window, "window"), COUNT.check(accumulate, "accumulate")
+    batch = None if batch is None else COUNT.check(batch, "batch")
+    seed = SEED.check(seed, "seed")
+    if checkpoint is not None:
+        check_path(checkpoint, "checkpoint")
     if model.config.vocab_size != teacher.config.vocab_size:
         raise ValueError(
             f"teacher has a vocabulary of {teacher.config.vocab_size} tokens, "
@@ -110,6 +119,11 @@ def recover(
         )
     if batch is None:
         batch = min(32 if jax.default_backend() == "gpu" else 8, len(rows))
+    elif batch > len(rows):
+        raise ValueError(
+            f"batch must be at most {len(rows)}, the rows of {window} tokens that there are, got "
+            f"{batch}"
+        )
     rows, aside = set_aside(rows, batch, accumulate, held_out, seed)
     loss = distillation_loss(model, teacher, temperature=temperature, hidden=hidden)
     fitted = fit(
@@ -141,6 +155,7 @@ def set_aside(
     rows: np.ndarray, batch: int, accumulate: int, count: int | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The rows to train on, and those that are held out: see `recover`."""
+    count = None if count is None else Bound(0, whole=True).check(count, "held_out")
     if count is None:
         count = min(batch, len(rows) // 8, max(0, len(rows) - batch))
         count -= count % max(accumulate, 1)

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict, freeze, unfreeze
 
+from slidejax.kinds import check_list, shown
 from slidejax.variants.boxes import refuse_boxed
 from slidejax.variants.prepared import prepare
 from slidejax.weights.packed import SlideWeight, TreeLayout
@@ -126,7 +127,7 @@ def fuse(params: Any, groups: Sequence[Sequence[str]] = GROUPS) -> Any:
 
     Raises:
       ValueError: if a group names a layer twice, or fewer than two.
-      TypeError: naming the path, if a weight's leaves are boxed.
+      TypeError: for groups of another kind; or naming the path, if a weight's leaves are boxed.
 
     >>> from slidejax import pack
     >>> w = pack(jnp.ones((64, 8)), "6:8", dtype="int8")
@@ -137,7 +138,9 @@ def fuse(params: Any, groups: Sequence[Sequence[str]] = GROUPS) -> Any:
     >>> fused["down_proj"]["kernel"].shape
     (64, 8)
     """
-    for group in groups:
+    for group in check_list(groups, "groups", "lists of layers' names", empty=True):
+        if not all(isinstance(n, str) for n in check_list(group, "groups", "layers' names")):
+            raise TypeError(f"groups must be lists of layers' names, got {shown(group)}")
         if len(group) < 2 or len(set(group)) < len(group):
             raise ValueError(f"groups must name two layers or more, each once, got {tuple(group)}")
     refuse_boxed(params)

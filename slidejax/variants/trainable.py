@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.kinds import check_function
 from slidejax.ops.lift_quantize import quantize_rows
 from slidejax.ops.linear import linear
 from slidejax.ops.parameters import check_residual
@@ -133,7 +134,14 @@ def combine(train: Any, rest: Any) -> Any:
             )
         return b if a is None else a
 
-    return jax.tree.map(pick, train, rest, is_leaf=lambda node: node is None)
+    try:
+        return jax.tree.map(pick, train, rest, is_leaf=lambda node: node is None)
+    except ValueError as error:
+        if "pytree" not in str(error):
+            raise
+        raise ValueError(
+            "train and rest must be trees of one structure, the two parts that partition returned"
+        ) from error
 
 
 def selector(trained: Selection, name: str = "trained") -> Callable[[str], bool]:
@@ -327,6 +335,7 @@ _straight_through.defvjp(_forward, _backward)
 
 def map_wrapped(fn: Callable[[Any], Any], tree: Any) -> Any:
     """Applies `fn` to every `LinearWeight` of a tree; other leaves stay."""
+    check_function(fn, "fn")
     return jax.tree.map(
         lambda node: fn(node) if isinstance(node, LinearWeight) else node, tree, is_leaf=is_packed
     )

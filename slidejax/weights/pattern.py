@@ -14,6 +14,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from slidejax.bounds import Bound
+
 __all__ = ["BLOCK_GROUPS", "UNPRUNED", "Pattern"]
 
 # K is padded to whole blocks of this many groups. K' then is a multiple of 32, and a row of 8-bit
@@ -46,6 +48,9 @@ class Pattern:
     group: int
 
     def __post_init__(self):
+        for name in ("kept", "group"):
+            whole = Bound(-(2**31), whole=True).check(getattr(self, name), f"pattern's {name}")
+            object.__setattr__(self, name, whole)
         sparse = self.group % 2 == 0 and 4 <= self.group <= 16 and self.kept == self.group - 2
         if not sparse and (self.kept, self.group) != (4, 4):
             raise ValueError(

@@ -8,12 +8,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from slidejax.kinds import check_function, shown
 from slidejax.lm.generation.programs import BLOCK, Programs, State, bucket
 from slidejax.lm.generation.sampling import Sampling, whole
 from slidejax.lm.text.stream import TextStream, check_stops
 from slidejax.lm.text.tokenizer import Tokenizer
 
-__all__ = ["Batch", "Completion", "Writer", "encode_prompt", "generate"]
+__all__ = ["Batch", "Completion", "Writer", "check_writer", "encode_prompt", "generate"]
 
 # Tokens to write before texts are searched for stops.
 _WITH_STOPS = 8
@@ -58,6 +59,17 @@ class Completion:
         return "" if self.text is None else self.text
 
 
+def check_writer(model: Any) -> None:
+    """Raises a TypeError if a model is no `Writer`."""
+    needed = ("tokenizer", "vocab_size", "context", "ends", "params", "programs")
+    lacks = [name for name in needed if not hasattr(type(model), name) and name not in dir(model)]
+    if lacks:
+        raise TypeError(
+            f"model must be a slidejax.lm.Decoder, or have {', '.join(needed)}: "
+            f"{type(model).__name__} lacks {', '.join(lacks)}"
+        )
+
+
 # --- prompts --------------------------------------------------------------------------------------
 
 
@@ -89,7 +101,9 @@ def encode_prompt(
         try:
             ids = [whole(i) for i in _sequence(prompt)]
         except TypeError:
-            raise TypeError(f"{name} must be text or a list of token ids, got {prompt!r}") from None
+            raise TypeError(
+                f"{name} must be text or a list of token ids, got {shown(prompt)}"
+            ) from None
     if not ids:
         raise ValueError(f"{name} is empty; give some text, or the id of a token to begin with")
     bad = next((i for i in ids if not 0 <= i < model.vocab_size), None)
@@ -373,12 +387,12 @@ def generate(
         or does not fit the model's context; or the model computes nan.
       TypeError: a prompt is neither text nor token ids; or an argument is of another type.
     """
+    check_writer(model)
     given, alone = _listed(prompts)
     sampling = Sampling(temperature, top_k, top_p, seed)
     stops, count = check_stops(stop), check_count(max_new_tokens)
     named = None if ends is None else check_ends(ends, model.vocab_size)
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress must be a function, got {progress!r}")
+    check_function(progress, "progress", optional=True)
     if stops and model.tokenizer is None:
         raise ValueError("stop needs a tokenizer, and the model came without one")
     names = ["prompt"] if alone else [f"prompt {i}" for i in range(len(given))]

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from slidejax.bounds import COUNT, Bound
+from slidejax.kinds import check_function
 from slidejax.lm.generation.sampling import Draw, choose
 
 __all__ = ["BLOCK", "CHUNK", "STEPS", "Programs", "State", "bucket"]
@@ -73,6 +75,9 @@ class Programs:
       steps: how many steps each call of `decode` takes; 0: as many as it is asked for, at most
         `BLOCK`. None is 0 on a CPU and `STEPS` elsewhere.
 
+    Raises:
+      TypeError, ValueError: naming it, if an argument is of a wrong kind or out of its range.
+
     Attributes:
       steps: as given, or what None stands for.
       traced: what was traced so far: `("prefill", rows, tokens, slots, kind)` or `("decode", rows,
@@ -88,7 +93,13 @@ class Programs:
         start: Apply | None = None,
         steps: int | None = None,
     ):
-        if steps is None:
+        for name, function in (("init_cache", init_cache), ("apply", apply)):
+            check_function(function, name)
+        check_function(start, "start", optional=True)
+        chunk = COUNT.check(chunk, "chunk")
+        if steps is not None:
+            steps = Bound(0, whole=True).check(steps, "steps")
+        else:
             steps = 0 if jax.default_backend() == "cpu" else STEPS
         self.steps = steps
         self._init_cache, self._apply, self._chunk = init_cache, apply, chunk

@@ -6,7 +6,14 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from slidejax.lm.generation.generate import Batch, Row, Writer, check_count, encode_prompt
+from slidejax.lm.generation.generate import (
+    Batch,
+    Row,
+    Writer,
+    check_count,
+    check_writer,
+    encode_prompt,
+)
 from slidejax.lm.generation.programs import BLOCK
 from slidejax.lm.generation.sampling import Sampling
 from slidejax.lm.text.stream import check_stops
@@ -57,6 +64,7 @@ class Stream(Iterator[str]):
         seed: int = 0,
         params: Any = None,
     ):
+        check_writer(model)
         sampling = Sampling(temperature, top_k, top_p, seed)
         stops, count = check_stops(stop), check_count(max_new_tokens)
         if model.tokenizer is None:

@@ -25,8 +25,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from slidejax.bounds import COUNT, SEED, TEMPERATURE, Bound
+from slidejax.files import check_path
+from slidejax.kinds import check_function, check_kind, check_list
+from slidejax.lm.generation.generate import check_count
 from slidejax.lm.tasks import paired
 from slidejax.lm.tasks.sandbox import Limits, Outcome, Pool
+from slidejax.lm.text.stream import check_stops
 
 __all__ = ["STOPS", "Problem", "Result", "completions", "evaluate", "problems"]
 
@@ -72,7 +77,7 @@ def problems(file: str | os.PathLike[str] | None = None) -> list[Problem]:
       ImportError: the package is not installed.
       ValueError: the file is damaged, or has no problems.
     """
-    path = _packaged() if file is None else Path(file)
+    path = _packaged() if file is None else check_path(file, "file")
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
             rows = [json.loads(line) for line in lines if line.strip()]
@@ -130,6 +135,33 @@ def completions(
     Raises:
       ValueError, TypeError: as `Decoder.generate`.
     """
+    if getattr(model, "tokenizer", None) is None:
+        raise TypeError(f"model must have a tokenizer, got {type(model).__name__}")
+    for prompt in check_list(prompts, "prompts", "texts"):
+        check_kind(prompt, str, "prompts", "a list of texts")
+    samples = Bound(0, whole=True).check(samples, "samples")
+    first = Bound(0, whole=True).check(first, "first")
+    batch = None if batch is None else COUNT.check(batch, "batch")
+    seed = SEED.check(seed, "seed")
+    options = {
+        "max_new_tokens": check_count(max_new_tokens),
+        "temperature": TEMPERATURE.check(temperature, "temperature"),
+        "stop": check_stops(stop),
+        "params": params,
+    }
+    return _completions(model, prompts, samples, first, batch, seed, options)
+
+
+def _completions(
+    model: Any,
+    prompts: Sequence[str],
+    samples: int,
+    first: int,
+    batch: int | None,
+    seed: int,
+    options: dict[str, Any],
+) -> Iterator[list[tuple[int, int, str]]]:
+    """`completions` after checking; `options` are those of `Decoder.generate`."""
     encoded = [model.tokenizer.encode(prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     rows = [(i, first + sample) for i in order for sample in range(samples)]
@@ -139,11 +171,8 @@ def completions(
         part = rows[number * len(rows) // count : (number + 1) * len(rows) // count]
         made = model.generate(
             [encoded[i] for i, _ in part],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            stop=stop,
             seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]),
-            params=params,
+            **options,
         )
         yield [(i, sample, one.text) for (i, sample), one in zip(part, made, strict=True)]
 
@@ -231,8 +260,12 @@ def evaluate(
       ValueError: there are no problems, a number is out of range, or a prompt does not fit the
         model's context; the model came without a tokenizer.
     """
-    if not tasks:
-        raise ValueError("tasks must have a problem at least")
+    for task in check_list(tasks, "tasks", "problems"):
+        check_kind(task, Problem, "tasks", "a list of problems")
+    if not hasattr(model, "tokenizer"):
+        raise TypeError(f"model must be a slidejax.lm.Decoder, got {type(model).__name__}")
+    samples = Bound(0, whole=True).check(samples, "samples")
+    temperature = TEMPERATURE.check(temperature, "temperature")
     if samples < 0 or (samples and not temperature > 0):
         raise ValueError(
             "samples must be 0 or more and their temperature above 0, "
@@ -240,6 +273,8 @@ def evaluate(
         )
     if model.tokenizer is None:
         raise ValueError("HumanEval is text, and the model came without a tokenizer")
+    check_function(progress, "progress", optional=True)
+    check_kind(limits, (Limits, type(None)), "limits", "Limits or None")
     prompts, total = [task.prompt for task in tasks], len(tasks) * (1 + samples)
     options = {"max_new_tokens": max_new_tokens, "batch": batch, "seed": seed, "params": params}
     written = itertools.chain(

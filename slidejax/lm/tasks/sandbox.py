@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from slidejax.bounds import COUNT
+
 __all__ = ["Limits", "Outcome", "Pool", "run"]
 
 _CHILD = Path(__file__).with_name("child.py")
@@ -176,7 +178,7 @@ class Pool:
       limits: as for `run`.
 
     Raises:
-      ValueError: `workers` is not positive.
+      TypeError, ValueError: `workers` is no whole number, or not positive.
 
     >>> with Pool(2) as pool:
     ...     found = [pool.start(program) for program in ("pass", "1 / 0")]
@@ -185,9 +187,7 @@ class Pool:
     """
 
     def __init__(self, workers: int | None = None, limits: Limits | None = None):
-        workers = workers if workers is not None else _processors()
-        if workers < 1:
-            raise ValueError(f"workers must be positive, got {workers}")
+        workers = _processors() if workers is None else COUNT.check(workers, "workers")
         self._limits = limits
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="slidejax-sandbox")
 

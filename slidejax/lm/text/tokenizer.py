@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slidejax.files import replacing
+from slidejax.kinds import shown
 from slidejax.lm.text import chat
 from slidejax.lm.text.pieces import Pieces, joined
 
@@ -62,6 +63,7 @@ class Tokenizer:
       where: what to call the file in errors.
 
     Raises:
+      TypeError: the backend is of another kind.
       ValueError: a named token is not in the vocabulary.
       NotImplementedError: the decoder of the tokenizer is not known.
 
@@ -83,6 +85,8 @@ class Tokenizer:
         templates: Mapping[str, str] | None = None,
         where: str = "the tokenizer",
     ):
+        if not hasattr(backend, "no_truncation"):
+            raise TypeError(f"backend must be a tokenizers.Tokenizer, got {shown(backend)}")
         # A file may ask for both, which would cut a text or add to it without a word.
         backend.no_truncation()
         backend.no_padding()

@@ -98,6 +98,11 @@ class Calibration:
                     "calibration must be token ids [sequences, length] or a list of batches of "
                     f"arrays, got {type(leaf).__name__}"
                 )
+            if jnp.ndim(leaf) == 0 and any(leaf is batch for batch in given):
+                raise ValueError(
+                    "calibration must be token ids [sequences, length] or a list of batches of "
+                    f"arrays, got a list of numbers such as {leaf!r:.60}"
+                )
         shapes = {str(jax.tree.map(jnp.shape, batch)) for batch in given}
         if len(shapes) != 1:
             raise ValueError(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from slidejax.contraction import to_matrix
 from slidejax.functional import Functional
+from slidejax.kinds import check_function
 from slidejax.prune.model.ahead import CompileAhead
 from slidejax.prune.model.calibration import Calibration
 from slidejax.prune.model.grams import collect_all
@@ -63,7 +64,7 @@ def convert(
     elif not chosen.calibrated:
         prune = chosen.pruner()
     else:
-        report = Report() if report is None else report
+        report = Report.of(report)
         params, prune = _calibrated(model, rules, chosen, Calibration.of(calibration), report)
     return model.pack(params, rules, prune=prune, report=report)
 
@@ -93,6 +94,7 @@ def calibrated(
       ValueError: if the tokens are not a matrix of integers, or the method is not calibrated.
     """
     chosen = calibrated_method(method)
+    check_function(progress, "progress", optional=True)
     check_one_process(model.params, "params")
     batches = Calibration(tokens).as_batches()
     tell = None if progress is None else lambda done: progress(done * len(batches[0]), len(tokens))

@@ -6,14 +6,33 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from slidejax.bounds import COUNT
+from slidejax.kinds import check_list
 from slidejax.ops.choice import estimated_time, time_of
 from slidejax.ops.problem import device_kind
-from slidejax.rules import Rule
+from slidejax.ops.tuning import device_name
+from slidejax.weights import numerics
 from slidejax.weights.pattern import Pattern
 
-__all__ = ["Cost", "Times", "measured_times", "multiplications", "packed_bytes"]
+__all__ = [
+    "Cost",
+    "Times",
+    "measured_times",
+    "multiplications",
+    "packed_bytes",
+    "parse_patterns",
+]
 
 Cost = Callable[[tuple[int, int], Pattern], float]
+
+
+def parse_patterns(patterns: Sequence[str | Pattern]) -> list[Pattern]:
+    """The patterns of an argument `patterns`.
+
+    Raises:
+      TypeError, ValueError: naming it, if they are no list, or none, or one of them is no pattern.
+    """
+    return [Pattern.parse(one) for one in check_list(patterns, "patterns", "patterns")]
 
 
 def multiplications(shape: tuple[int, int], pattern: Pattern) -> float:
@@ -65,8 +84,8 @@ def measured_times(rows: int, qdtype: Any = "int8", device: str | None = None) -
     >>> half < most <= all_
     True
     """
-    dtype = Rule("6:8", qdtype).qdtype
-    kind = device_kind("cuda") if device is None else device
+    rows, dtype = COUNT.check(rows, "rows"), numerics.check_dtype(qdtype, "qdtype")
+    kind = device_kind("cuda") if device is None else device_name(device)
 
     def cost(shape: tuple[int, int], pattern: Pattern) -> float:
         time = time_of(kind, rows, shape, pattern, dtype)
@@ -105,7 +124,8 @@ class Times:
         shapes" or "estimated".
 
     Raises:
-      ValueError: when it is called: nothing is known of the device.
+      TypeError, ValueError: an argument is of a wrong kind or out of its range; or, when it is
+        called, nothing is known of the device.
 
     >>> times = Times(4096, ["dense", "2:4"], device="NVIDIA H100")
     >>> half, all_ = (times((3584, 18944), Pattern.parse(p)) for p in ("2:4", "dense"))
@@ -120,9 +140,9 @@ class Times:
         qdtype: Any = "int8",
         device: str | None = None,
     ):
-        self._rows, self._dtype = rows, Rule("6:8", qdtype).qdtype
-        self._patterns = tuple(dict.fromkeys(map(Pattern.parse, patterns)))
-        self.device = device_kind("cuda") if device is None else device
+        self._rows, self._dtype = COUNT.check(rows, "rows"), numerics.check_dtype(qdtype, "qdtype")
+        self._patterns = tuple(dict.fromkeys(parse_patterns(patterns)))
+        self.device = device_kind("cuda") if device is None else device_name(device)
         self.sources: set[str] = set()
         self._of = functools.cache(self._found)
 

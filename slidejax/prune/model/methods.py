@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from slidejax.kinds import check_function, check_name, check_text
 from slidejax.prune.model.result import Pruned
 from slidejax.prune.model.stacked import for_elements
 from slidejax.prune.rounding import round_kernel
@@ -61,6 +62,12 @@ class Method:
     reads: Literal["nothing", "diagonal", "gram"] = "nothing"
     solve: Callable[[Rule, jax.Array, jax.Array, Any, Any], Pruned] | None = None
     corrects: bool = False
+
+    def __post_init__(self) -> None:
+        check_text(self.name, "name")
+        check_function(self.choose, "choose")
+        check_name(self.reads, ("nothing", "diagonal", "gram"), "reads")
+        check_function(self.solve, "solve", optional=True)
 
     @property
     def calibrated(self) -> bool:
@@ -168,6 +175,8 @@ def method_of(method: str | Method | Prune, calibration: Any) -> Method | Prune:
             f"method {name!r} needs calibration: token ids [sequences, length] or a "
             "slidejax.prune.Calibration"
         )
+    if needs and found is not None and found.solve is None:
+        raise ValueError(f"method {name!r} has no solve=, which prunes on the way through a model")
     return method if found is None else found  # type: ignore[return-value]
 
 

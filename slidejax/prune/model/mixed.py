@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.bounds import Bound
 from slidejax.contraction import from_matrix, to_matrix
 from slidejax.functional import Functional
+from slidejax.kinds import check_function, check_list, check_regex
 from slidejax.prune.model.calibration import Calibration
 from slidejax.prune.model.choose import choose
 from slidejax.prune.model.convert import planned_rules
-from slidejax.prune.model.costs import Cost
+from slidejax.prune.model.costs import Cost, parse_patterns
 from slidejax.prune.model.divergence import divergences
 from slidejax.prune.model.grams import collect
 from slidejax.prune.model.program import named_leaves
@@ -56,12 +58,14 @@ def mixed_rules(
     Arguments, result and errors are those of `slidejax.prune.mixed`, for a model of any family.
     """
     calibration = Calibration.of(calibration)
-    rule = rule if isinstance(rule, Rule) else Rule(rule)
-    candidates = list(dict.fromkeys(map(Pattern.parse, patterns)))
-    if not candidates:
-        raise ValueError("patterns must name at least one pattern")
-    if not (math.isfinite(speedup) and speedup > 0):
-        raise ValueError(f"speedup must be positive and finite, got {speedup!r}")
+    rule = Rule.of(rule)
+    candidates = list(dict.fromkeys(parse_patterns(patterns)))
+    groups = check_list(groups, "groups", "regular expressions", empty=True)
+    for group in groups:
+        check_regex(group, "groups")
+    check_function(loss, "loss", optional=True)
+    cost = _checked(cost)
+    speedup = Bound(0, above=True).check(speedup, "speedup")
     check_one_process(model.params, "params")
     batches = calibration.as_batches()
     if hasattr(calibration.batches, "ndim"):
@@ -97,6 +101,16 @@ def mixed_rules(
     ]
     kl_mixed, kl_uniform = divergences(model.run, model.params, pruned, held_out)
     return rules if kl_mixed < kl_uniform else uniform
+
+
+def _checked(cost: Cost) -> Cost:
+    """A cost whose results are checked: a wrong one would choose wrong patterns without a word."""
+    check_function(cost, "cost")
+
+    def checked(shape: tuple[int, int], pattern: Pattern) -> float:
+        return Bound(0).check(cost(shape, pattern), f"cost({shape}, {pattern})")
+
+    return checked
 
 
 class _Kernels:
