@@ -30,7 +30,11 @@ _CPU_ROWS, _CPU_WINDOW = 4, 256
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     p.add_argument("model", help="a directory written by 'slidejax convert'")
-    p.add_argument("out", help="the directory to write; it appears when it is complete")
+    p.add_argument(
+        "out",
+        help="the directory to write; it appears when it is complete. What is not trained, such as "
+        "embeddings, is kept in the dtype that the converted model has it in",
+    )
     _add_text(p)
     _add_training(p)
     p.add_argument(
@@ -191,7 +195,7 @@ def _usual_batch() -> int:
 
 def _run(args: argparse.Namespace, target: Path) -> None:
     from slidejax.checkpoint.space import reserved
-    from slidejax.lm.reading import keep_model
+    from slidejax.lm.reading import keep_model, stored_dtypes
 
     with terminal.progress() as bar:
         task = bar.add_task(f"reading {args.model}", total=None)
@@ -199,6 +203,7 @@ def _run(args: argparse.Namespace, target: Path) -> None:
         name, teacher = _original(args, head)
         rows, source = _rows(args, head, teacher)
         loaded = inputs.filled(head, args.model, args)
+        stored = stored_dtypes(args.model)
         with reserved(target, _size(args, loaded)):
             original = inputs.filled(teacher, name, args, keep_class=False)
             rows = _with_own_rows(args, original, rows)
@@ -219,7 +224,7 @@ def _run(args: argparse.Namespace, target: Path) -> None:
             "kept_step": fitted.kept,
         }
         about = {**loaded.about, "recovery": recovery}
-        keep_model(args.out, model, loaded, about, lost=_lost(args, fitted.steps))
+        keep_model(args.out, model, loaded, about, None, stored, lost=_lost(args, fitted.steps))
     first = float(fitted.losses[0])
     last = float(fitted.losses[-max(1, len(fitted.losses) // 10) :].mean())
     checked = [list(check) for check in fitted.checked]

@@ -7,12 +7,17 @@ import json
 import os
 import secrets
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from slidejax.checkpoint import store
+from slidejax.checkpoint.staging import staged
 from slidejax.files import check_path
-from slidejax.lm.decoder.files import CLASS, load, load_head, save
+from slidejax.lm.decoder.files import CLASS, content, load, load_head, save, write_texts
 from slidejax.lm.decoder.huggingface import MODEL_TYPES
 from slidejax.lm.decoder.model import Decoder
 from slidejax.lm.decoder.names import tree_of
@@ -28,6 +33,7 @@ from slidejax.lm.models import (
 )
 from slidejax.lm.text import files
 from slidejax.lm.text.tokenizer import Tokenizer
+from slidejax.variants.trainable import path_of
 
 __all__ = [
     "Head",
@@ -38,6 +44,7 @@ __all__ = [
     "read_head",
     "read_model",
     "read_shell",
+    "stored_dtypes",
     "write_model",
 ]
 
@@ -222,6 +229,7 @@ def write_model(
     loaded: Loaded,
     about: dict[str, Any],
     floats: str | None = None,
+    stored: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model with the tokenizer and the files of the one that it was made from.
 
@@ -232,18 +240,55 @@ def write_model(
       about: notes about how it was made, plain JSON values. Where `loaded` was read is added, as
         `source_path`, unless it is there.
       floats: as in `slidejax.lm.save`, for a decoder.
+      stored: dtypes by path, of `stored_dtypes`. An array of a decoder is kept in the one that it
+        has there if no bit is lost. Then `floats` does not count.
 
     Raises:
       ValueError: if `path` is a file, or a directory that holds other things.
     """
     about = {"source_path": loaded.path, **about}
     if isinstance(model, Decoder):
+        if stored is not None:
+            params = _as_stored(model.params, stored)
+            with staged(path, store.METADATA) as folder:
+                # What it computes in stays that of the model, whatever an array is kept in.
+                store.write_into(folder, content(model.config, model.dtype, about, params))
+                write_texts(folder, model.files)
+            return
         made = Decoder(model.config, model.params, files=model.files, about=about)
         save(made, path, floats=floats)
         return
     from slidejax.huggingface import write_pretrained
 
     write_pretrained(path, model, loaded.tokenizer, about)
+
+
+def stored_dtypes(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The dtypes of the arrays that slidejax saved in a directory, by path; no array is read.
+
+    A decoder computes in one dtype. Its files may keep embeddings and kernels in a smaller one, and
+    reading casts them. Empty for a directory that slidejax did not write.
+
+    Raises:
+      ValueError: as `slidejax.checkpoint.store.shapes`.
+    """
+    if not (Path(path) / store.METADATA).is_file():
+        return {}
+    shapes = jax.tree_util.tree_leaves_with_path(store.shapes(path)["params"])
+    return {path_of(keys): leaf.dtype for keys, leaf in shapes if hasattr(leaf, "dtype")}
+
+
+def _as_stored(params: Any, stored: Mapping[str, Any]) -> Any:
+    """The parameters, with those that fit into their stored dtypes in these."""
+
+    def kept(keys: Any, leaf: Any) -> Any:
+        dtype = stored.get(path_of(keys))
+        if dtype is None or leaf.dtype == dtype or not jnp.issubdtype(dtype, jnp.floating):
+            return leaf
+        small = leaf.astype(dtype)
+        return small if bool((small.astype(leaf.dtype) == leaf).all()) else leaf
+
+    return jax.tree_util.tree_map_with_path(kept, params)
 
 
 def keep_model(path: str | os.PathLike[str], *written: Any, lost: str) -> None:

@@ -2,16 +2,19 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-from command_line import SENTENCES, error, run, write_files
+from command_line import SENTENCES, error, output, run, write_decoder, write_files
 
 from slidejax.huggingface import write_pretrained
+from slidejax.lm import load
 from slidejax.lm.models import load_model
+from slidejax.lm.reading import stored_dtypes
 
 TEXT = SENTENCES * 8
 
@@ -150,3 +153,34 @@ def test_errors_are_one_line(capsys, files):
 def test_flags_that_do_not_go_together_are_named_before_a_model_is_read(capsys, text, flags, said):
     words = flags.format(text=text).split()
     assert said in error(capsys, "recover", "no-model", "no-out", *words)
+
+
+def test_what_is_left_alone_keeps_its_stored_dtype(capsys, tmp_path):
+    """OUT keeps embeddings in bfloat16; a CPU computes in float32, and NEW was larger than OUT."""
+    dense, text, out, new = write_decoder(tmp_path), *(tmp_path / n for n in ("text", "out", "new"))
+    text.write_text(TEXT)
+    skip = ("--data-free", "--skip", ".*layers/0/self_attn/q_proj.*")
+    output(capsys, "convert", dense, out, *skip, "--compute", "float32")
+    options = ("--text", text, "--window", 16, "--batch", 4, "--steps", 2, "--warmup", 0)
+    output(capsys, "recover", out, new, *options, "--held-out", 0)
+    before, after = stored_dtypes(out), stored_dtypes(new)
+    embedding = "model/embed_tokens/embedding"
+    assert before[embedding] == after[embedding] == jnp.bfloat16
+    # This kernel is in bfloat16, too, but it was trained, and keeps what it learnt.
+    kernel = "model/layers/0/self_attn/q_proj/kernel"
+    assert before[kernel] == jnp.bfloat16 and after[kernel] == jnp.float32
+    assert {k: v for k, v in after.items() if k != kernel} == {
+        k: v for k, v in before.items() if k != kernel
+    }
+    # Nothing is lost, and the dtype of the computation stays.
+    first, second = load(out), load(new)
+    assert second.dtype == first.dtype == jnp.float32
+    np.testing.assert_array_equal(
+        *(one.params["model"]["embed_tokens"]["embedding"] for one in (first, second))
+    )
+    assert not np.array_equal(
+        *(
+            one.params["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"]
+            for one in (first, second)
+        )
+    )
