@@ -37,7 +37,7 @@ def register(family: Family) -> None:
       TypeError: if it is no `Family`.
     """
     if not isinstance(family, Family):
-        raise TypeError(f"family must be a Family, got {type(family).__name__}")
+        raise TypeError(f"family must be a Family, got {shown(family)}")
     _families.insert(0, family)
 
 

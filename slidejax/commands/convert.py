@@ -174,6 +174,8 @@ def _stream(args: argparse.Namespace, rule: Any, report: Report, shown: _Shown) 
     ids = _calibration_ids(args, loaded)
     chooses = args.mixed or args.budget is not None
     # patterns need all of it, and so does a text of its own
+    if chooses or args.sample:
+        inputs.check_memory(args, {args.model: inputs.opened(args.model, args)})
     whole = inputs.load(args.model, args) if chooses or args.sample else None
     ids = _with_own_text(args, whole, ids, shown)
     rules = _rules(args, rule, whole or loaded, ids, shown)

@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
         if args.prompt is not None:
             for name in args.models:
                 inputs.check_prompt(heads[name], args.prompt, _new_tokens(args))
+        inputs.check_memory(args, heads)
         read = {
             name: inputs.filled(head, name, args, keep_class=False) for name, head in heads.items()
         }

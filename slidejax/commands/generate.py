@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     head = inputs.opened(args.model, args, keep_class=False)
     ids = _chat(head, args.model, args.prompt) if args.chat else None
     inputs.check_prompt(head, args.prompt if ids is None else ids, args.max_new_tokens)
+    inputs.check_memory(args, {args.model: head})
     loaded = inputs.filled(head, args.model, args, keep_class=False)
     if isinstance(loaded, LoadedDecoder):
         figures = _stream(args, loaded, args.prompt if ids is None else ids)

@@ -164,6 +164,7 @@ def _opened(name: str, args: argparse.Namespace, tasks: list[Problem]) -> Loaded
     for task in tasks:
         what = f"{name!r}: problem {task.task_id!r}"
         inputs.check_prompt(head, task.prompt, args.max_new_tokens or MAX_NEW_TOKENS, what)
+    inputs.check_memory(args, {name: head})
     return head
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from slidejax.commands import terminal
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "calibration",
     "calibration_ids",
+    "check_memory",
     "check_prompt",
     "evaluation_ids",
     "filled",
@@ -83,6 +84,40 @@ def filled(
     if not isinstance(loaded, Head):
         return loaded
     return load(model, args, keep_class=keep_class, text=text)
+
+
+def check_memory(
+    args: argparse.Namespace, models: Mapping[str, Loaded], more: Mapping[str, int] | None = None
+) -> None:
+    """Raises a MemoryError if models certainly do not fit into memory together.
+
+    What conversion reads a few layers at a time is not asked for here.
+
+    Args:
+      args: the command's arguments.
+      models: what `opened` gave, by name. Flax models are in memory already and do not count.
+      more: other things that take memory at the same time -> their bytes at least.
+    """
+    from slidejax.lm.memory import check_fits
+    from slidejax.lm.reading import Head, bytes_of
+
+    sizes = {
+        f"the weights of {name!r} need": bytes_of(head, name, args.compute)
+        for name, head in models.items()
+        if isinstance(head, Head)
+    }
+    if sizes:
+        check_fits({**sizes, **(more or {})}, _memory_hint(args, len(sizes)))
+
+
+def _memory_hint(args: argparse.Namespace, count: int) -> str:
+    """What a user can do where models do not fit."""
+    import jax
+
+    smaller = args.compute in (None, "float32") and jax.default_backend() == "cpu"
+    ways = ["--compute bfloat16 takes less"] if smaller else []
+    ways += ["name fewer models at a time"] if count > 1 and args.command == "eval" else []
+    return ", or ".join([*ways, "free some, or take a smaller model or a larger machine"])
 
 
 def is_packed(loaded: Loaded) -> bool:

@@ -61,11 +61,22 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as e:
-        if os.environ.get("SLIDEJAX_TRACEBACK"):
+        return _failed(args, e, str(e))
+    except MemoryError as e:
+        return _failed(args, e, str(e) or "not enough memory")
+    except RuntimeError as e:  # JAX has one class for all that goes wrong on a device
+        if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        print(f"slidejax {args.command}: error: {e}", file=sys.stderr)
-        return 1
+        return _failed(args, e, f"not enough memory on the device: {str(e).splitlines()[0]}")
     return 0
+
+
+def _failed(args: argparse.Namespace, error: BaseException, said: str) -> int:
+    """Says what went wrong in one line, and returns the exit status."""
+    if os.environ.get("SLIDEJAX_TRACEBACK"):
+        raise error
+    print(f"slidejax {args.command}: error: {said}", file=sys.stderr)
+    return 1
 
 
 # What commands load anyway, and what an interrupt must not stop half way.

@@ -202,6 +202,7 @@ def _run(args: argparse.Namespace, target: Path) -> None:
         head = inputs.opened(args.model, args)
         name, teacher = _original(args, head)
         rows, source = _rows(args, head, teacher)
+        inputs.check_memory(args, {args.model: head, name: teacher}, _trained(args))
         loaded = inputs.filled(head, args.model, args)
         stored = stored_dtypes(args.model)
         with reserved(target, _size(args, loaded)):
@@ -241,6 +242,20 @@ def _run(args: argparse.Namespace, target: Path) -> None:
                 f"held-out rows: loss {checked[0][1]:.4f} to {lowest:.4f}, after step "
                 f"{fitted.kept}, which OUT holds"
             )
+
+
+def _trained(args: argparse.Namespace) -> dict[str, int]:
+    """The bytes that the training itself needs at least, by what needs them.
+
+    For each packed value there is a float32 master, and two moments of Adam.
+    """
+    import math
+
+    from slidejax.checkpoint.store import shapes
+    from slidejax.variants.prepared import weights_of
+
+    count = sum(math.prod(w.values.shape) for w in weights_of(shapes(args.model)))
+    return {"training needs": 12 * count}
 
 
 def _check_rows(args: argparse.Namespace, count: int) -> None:

@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from slidejax.checkpoint import store
 from slidejax.checkpoint.staging import staged
 from slidejax.files import check_path
+from slidejax.lm.decoder.directory import read_config
 from slidejax.lm.decoder.files import CLASS, content, load, load_head, save, write_texts
 from slidejax.lm.decoder.huggingface import MODEL_TYPES
 from slidejax.lm.decoder.model import Decoder
 from slidejax.lm.decoder.names import tree_of
 from slidejax.lm.decoder.source import open_source
+from slidejax.lm.memory import size_of
 from slidejax.lm.models import (
     NAMED,
     LoadedModel,
@@ -39,6 +41,7 @@ __all__ = [
     "Head",
     "Loaded",
     "LoadedDecoder",
+    "bytes_of",
     "decodes",
     "keep_model",
     "read_head",
@@ -187,6 +190,24 @@ def read_head(
     path, name = _place(model, text)
     shell, packed = load_head(path)
     return Head(shell, name, _known_path(path, name), packed)
+
+
+def bytes_of(head: Head, model: str | os.PathLike[str], dtype: Any = None) -> int:
+    """The bytes that a model's parameters will have at least.
+
+    Args:
+      head: what `read_head` gave for the model.
+      model, dtype: as in `read_model`.
+    """
+    path, _ = _place(model, False)
+    if (path / store.METADATA).is_file():
+        saved = store.shapes(path)
+        return size_of(saved["params"], dtype or saved["model"]["dtype"])
+    params = head.model.params
+    if path.is_file():  # it is mapped, and an embedding that needs no cast may stay in it
+        params = {"model": {**params["model"], "embed_tokens": {}}}
+    codes = path.is_dir() and bool(read_config(path)[1].schemes)
+    return size_of(params, dtype or head.model.dtype, codes=codes)
 
 
 def read_shell(

@@ -19,17 +19,21 @@ from slidejax.bounds import COUNT, SEED, Bound
 from slidejax.prune.model.divergence import TEMPERATURE, kl_divergence
 from slidejax.token_ids import int32_ids
 
-__all__ = ["check_writes", "distillation_loss", "kl_divergence", "rows_of", "sample"]
+__all__ = ["check_model", "distillation_loss", "kl_divergence", "rows_of", "sample"]
 
 
-def check_writes(model: Any, name: str) -> Any:
-    """A model that continues texts: a decoder of slidejax, or one of transformers.
+def check_model(model: Any, name: str, needs: tuple[str, ...] = ("config", "params")) -> Any:
+    """A language model: a decoder of slidejax, or a Flax model of transformers.
+
+    Args:
+      model: what a caller gave.
+      name: of the argument, for the error.
+      needs: the attributes that it must have.
 
     Raises:
       TypeError: naming the argument, if it is something else.
     """
-    config = getattr(model, "config", None)
-    if not hasattr(config, "vocab_size") or not hasattr(model, "params"):
+    if not all(hasattr(model, one) for one in needs):
         raise TypeError(
             f"{name} must be a slidejax.lm.Decoder or a Flax language model of transformers, got "
             f"{type(model).__name__}"
@@ -140,7 +144,7 @@ def sample(
       ValueError: if a number is out of its range; if the prompts are not a matrix of tokens, or not
         shorter than `length`.
     """
-    check_writes(model, "model")
+    check_model(model, "model", ("generate",))
     length, batch = COUNT.check(length, "length"), COUNT.check(batch, "batch")
     TEMPERATURE.check(temperature, "temperature")
     SEED.check(seed, "seed")

@@ -11,7 +11,7 @@ import numpy as np
 
 from slidejax.bounds import COUNT, SEED, Bound
 from slidejax.files import check_path
-from slidejax.train.distill import check_writes, distillation_loss, rows_of
+from slidejax.train.distill import check_model, distillation_loss, rows_of
 from slidejax.train.loop import Fitted, Shuffled, fit
 from slidejax.variants.prepared import drop_prepared, weights_of
 from slidejax.variants.trainable import Selection
@@ -97,7 +97,7 @@ def recover(
         sparse, fitted = sj.recover(sparse, original, tokens, minutes=5)
     """
     for name, one in (("model", model), ("teacher", teacher)):
-        check_writes(one, name)
+        check_model(one, name)
     window, accumulate = COUNT.check(window, "window"), COUNT.check(accumulate, "accumulate")
     batch = None if batch is None else COUNT.check(batch, "batch")
     seed = SEED.check(seed, "seed")

@@ -125,9 +125,7 @@ def test_bad_input(written, tiny_config):
     with pytest.raises(ValueError, match="fill no row"):
         sj.recover(sparse, dense, [1, 2, 3], steps=1)
     for count in (-1, 93, 5):
-        with pytest.raises(
-            ValueError, match="held_out must be a multiple of accumulate, 2, from 0"
-        ):
+        with pytest.raises(ValueError, match=r"held_out must be .*from 0"):
             sj.recover(
                 sparse, dense, rows, steps=1, batch=4, window=8, accumulate=2, held_out=count
             )

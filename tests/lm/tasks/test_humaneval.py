@@ -91,7 +91,7 @@ def test_models_are_compared_on_the_same_problems():
 
 def test_bad_arguments_are_refused():
     model = Scripted(lambda p, o: RIGHT[p])
-    with pytest.raises(ValueError, match="a problem at least"):
+    with pytest.raises(ValueError, match="problems, at least one"):
         evaluate(model, [])
     with pytest.raises(ValueError, match="got 2 at temperature 0"):
         evaluate(model, TASKS, samples=2, temperature=0)

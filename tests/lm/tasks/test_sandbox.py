@@ -139,7 +139,7 @@ def test_many_run_at_a_time_in_order():
 def test_limits_are_checked(name):
     with pytest.raises(ValueError, match=f"{name} must be positive.*got 0"):
         Limits(**{name: 0})
-    with pytest.raises(ValueError, match="workers must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"workers must be from 1 .*, got 0"):
         Pool(0)
 
 

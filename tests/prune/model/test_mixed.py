@@ -71,11 +71,11 @@ def test_as_many_times_as_fast_as_dense(speedup, quiet):
 
 def test_what_mixed_cannot_do():
     model, x = Two(nnx.Rngs(0)), jnp.ones((64, 32))
-    with pytest.raises(ValueError, match="speedup must be positive and finite, got 0"):
+    with pytest.raises(ValueError, match=r"speedup must be above 0 .*, got 0"):
         sj.prune.mixed(model, "dense", [x], patterns=["dense"], loss=squares, speedup=0)
     with pytest.raises(ValueError, match="loss= is needed"):
         sj.prune.mixed(model, "6:8", [x])
-    with pytest.raises(ValueError, match="patterns must name at least one"):
+    with pytest.raises(ValueError, match="patterns, at least one"):
         sj.prune.mixed(model, "6:8", [x], patterns=[], loss=squares)
     with pytest.raises(ValueError, match="less than what the cheapest patterns cost"):
         sj.prune.mixed(model, "2:4", [x], patterns=["6:8"], loss=squares)
