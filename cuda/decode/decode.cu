@@ -4,6 +4,8 @@
 #include "common/device.h"
 #include "common/launch.h"
 #include "decode/decode.h"
+#include "decode/gemv.cuh"
+#include "decode/gemv_plan.h"
 #include "decode/kernel.cuh"
 #include "decode/plan.h"
 
@@ -65,6 +67,25 @@ const void* AheadOf(DType type, DType x_type, int windows) {
   }
 }
 
+template <typename Code, int kRows>
+const void* GemvOf(int windows) {
+  switch (windows) {
+    case 0: return reinterpret_cast<const void*>(GemvKernel<Code, 0, kRows>);
+    case 1: return reinterpret_cast<const void*>(GemvKernel<Code, 1, kRows>);
+    case 2: return reinterpret_cast<const void*>(GemvKernel<Code, 2, kRows>);
+    case 3: return reinterpret_cast<const void*>(GemvKernel<Code, 3, kRows>);
+    case 4: return reinterpret_cast<const void*>(GemvKernel<Code, 4, kRows>);
+    case 5: return reinterpret_cast<const void*>(GemvKernel<Code, 5, kRows>);
+    case 6: return reinterpret_cast<const void*>(GemvKernel<Code, 6, kRows>);
+    default: return reinterpret_cast<const void*>(GemvKernel<Code, 7, kRows>);
+  }
+}
+
+const void* GemvOf(DType type, int windows, int M) {
+  if (type == DType::kS8) return M == 1 ? GemvOf<int8_t, 1>(windows) : GemvOf<int8_t, 2>(windows);
+  return M == 1 ? GemvOf<__nv_fp8_e4m3, 1>(windows) : GemvOf<__nv_fp8_e4m3, 2>(windows);
+}
+
 struct Device {
   int multiprocessors = 0, shared_limit = 0;
   // The architecture of the code that runs here, 90 for sm_90. A build for few architectures runs
@@ -88,6 +109,12 @@ cudaError_t PrepareDevice(int id, Device& device) {
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         device.shared_limit))
         return s;
+      for (int M = 1; M <= kGemvRows && Bytes(type) == 1; ++M) {
+        if (auto s = cudaFuncSetAttribute(GemvOf(type, windows, M),
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          device.shared_limit))
+          return s;
+      }
     }
   }
   return cudaSuccess;
@@ -109,7 +136,7 @@ Plan PlanOf(const DecodeArgs& a, const Device& device) {
       OwnRowBytes(a.M, a.columns, Bytes(a.x_type), reinterpret_cast<uintptr_t>(a.x));
   const int norm_bytes = a.norm != nullptr ? 4 * a.columns : 0;
   return MakePlan(ShapeOf(a.type, a.group), a.M, a.out, a.blocks, row_bytes, device.multiprocessors,
-                  device.shared_limit, device.architecture >= 90, norm_bytes, TileOutputs(a));
+                  device.shared_limit, norm_bytes, TileOutputs(a));
 }
 
 const void* Behind(const void* from, int64_t bytes) {
@@ -150,8 +177,36 @@ cudaError_t Launch(const void* kernel, Params& p, int grid, int threads, int sha
   return cudaLaunchKernel(kernel, dim3(grid), dim3(threads), arguments, shared_bytes, stream);
 }
 
+// The plan of GemvKernel, with a grid of 0 where it does not take the call.
+GemvPlan GemvPlanOf(const DecodeArgs& a, const Device& device) {
+  if (Bytes(a.type) != 1) return {};
+  const int row_bytes =
+      OwnRowBytes(a.M, a.columns, Bytes(a.x_type), reinterpret_cast<uintptr_t>(a.x));
+  const int norm_bytes = a.norm != nullptr ? 4 * a.columns : 0;
+  const int rows = a.gate_rows != 0 ? 2 * RoundUp(a.out, kGemvTileRows / 2) : a.out;
+  return MakeGemvPlan(GemvShape{ShapeOf(a.type, a.group).windows}, a.type != DType::kS8, a.M, rows,
+                      a.blocks, row_bytes, norm_bytes, device.multiprocessors, device.shared_limit);
+}
+
+cudaError_t RunGemv(const DecodeArgs& a, const GemvPlan& plan, bool behind, const Device& device,
+                    cudaStream_t stream) {
+  Params p = {};
+  p.a = a, p.behind = behind;
+  p.tile_outputs = a.gate_rows != 0 ? kGemvTileRows / 2 : kGemvTileRows;
+  const int tiles = CeilDiv(a.out, p.tile_outputs);
+  p.tiles_each = tiles / plan.grid, p.tiles_more = tiles % plan.grid;
+  p.steps = plan.steps, p.block_rows = plan.block_rows;
+  p.log_share = LogShare(a.M, kGemvWarps);
+  p.row_pieces = a.M * a.columns * static_cast<int>(Bytes(a.x_type)) / 16;
+  return Launch(GemvOf(a.type, ShapeOf(a.type, a.group).windows, a.M), p, plan.grid,
+                kGemvWarps * kLanes, plan.shared_bytes, behind && device.architecture >= 90,
+                stream);
+}
+
 // One call. With `behind` its x may be written by the kernel ahead, which may still run.
 cudaError_t Run(const DecodeArgs& a, bool behind, const Device& device, cudaStream_t stream) {
+  if (const GemvPlan plan = GemvPlanOf(a, device); plan.grid > 0)
+    return RunGemv(a, plan, behind, device, stream);
   const Plan plan = PlanOf(a, device);
   const Shape shape = ShapeOf(a.type, a.group);
   if (plan.warps == 0) {
@@ -167,8 +222,8 @@ cudaError_t Run(const DecodeArgs& a, bool behind, const Device& device, cudaStre
   p.steps = CeilDiv(a.blocks, kStepBlocks);
   p.slices = plan.slices, p.slice_steps = plan.slice_steps, p.tile_slots = plan.tile_slots;
   p.sums_bytes = plan.sums_bytes, p.cached = plan.cached;
-  p.warps = plan.warps, p.log_share = LogShare(a.M, plan.block_warps);
-  p.paired = plan.paired, p.behind = behind;
+  p.warps = plan.warps, p.log_share = LogShare(a.M, shape.block_warps());
+  p.behind = behind;
   p.row_pieces = plan.own ? a.M * a.columns * static_cast<int>(Bytes(a.x_type)) / 16 : 0;
   p.tile_outputs = TileOutputs(a), p.tile_blocks = p.tile_outputs * a.blocks;
   p.lower_zeros = (a.gate_rows != 0 ? a.gate_rows : kTileRows / 2) * a.blocks * 8;
@@ -181,7 +236,7 @@ cudaError_t Run(const DecodeArgs& a, bool behind, const Device& device, cudaStre
       return s;
   }
   // The weights were written before the kernel ahead began, so they may be asked for while it runs.
-  return Launch(KernelOf(a.type, shape.windows), p, plan.grid, plan.block_warps * kLanes,
+  return Launch(KernelOf(a.type, shape.windows), p, plan.grid, shape.block_warps() * kLanes,
                 plan.shared_bytes, (behind || !plan.own) && early, stream);
 }
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "decode/decode.h"
+#include "decode/elements.cuh"
 #include "decode/multiply.cuh"
 #include "decode/params.h"
 #include "decode/ptx.cuh"
@@ -25,33 +26,6 @@ struct Item {
   int steps;      // of the slice
   int tile_slot;  // where the tile's sums are
 };
-
-// Number i of an array of bfloat16, float16 or float32, from L2.
-__device__ inline float LoadFloat(const void* from, DType type, int64_t i) {
-  switch (type) {
-    case DType::kBF16: return __bfloat162float(__ldcg(static_cast<const __nv_bfloat16*>(from) + i));
-    case DType::kF16: return __half2float(__ldcg(static_cast<const __half*>(from) + i));
-    default: return __ldcg(static_cast<const float*>(from) + i);
-  }
-}
-
-// Writes number i of such an array.
-__device__ inline void StoreFloat(void* array, DType type, int64_t i, float v) {
-  switch (type) {
-    case DType::kBF16: static_cast<__nv_bfloat16*>(array)[i] = __float2bfloat16(v); break;
-    case DType::kF16: static_cast<__half*>(array)[i] = __float2half(v); break;
-    default: static_cast<float*>(array)[i] = v; break;
-  }
-}
-
-// A number rounded to a type.
-__device__ inline float Rounded(float v, DType type) {
-  switch (type) {
-    case DType::kBF16: return __bfloat162float(__float2bfloat16(v));
-    case DType::kF16: return __half2float(__float2half(v));
-    default: return v;
-  }
-}
 
 template <typename Code, int kWindows>
 class Decoder : Multiplier<Code, kWindows> {
@@ -99,18 +73,15 @@ class Decoder : Multiplier<Code, kWindows> {
     for (int i = threadIdx.x; i < p_.tile_slots; i += blockDim.x) arrived_[i] = 0, tile_of_[i] = i;
     const auto wait = [] { GridWait(), GridRelease(); };
     // x goes before the weights, else it waits behind megabytes of them. That is worth more than
-    // weights that are asked for while the kernel ahead still computes x, unless there are few.
-    Item ask = First();
-    int asked = 0;                                     // slots
-    const bool early = own && p_.behind && p_.paired;  // asks for one slot before it waits
+    // weights that are asked for while the kernel ahead still computes x.
     if (own && p_.behind) {
-      if (early) Load(ask, asked++);
       wait();
       AskForRows(p_, rows);
       CommitCopies();
     }
+    Item ask = First();
 #pragma unroll 1
-    for (; asked < kDepth - 1; ++asked) Load(ask, asked);
+    for (int i = 0; i < kDepth - 1; ++i) Load(ask, i);
     if (!own || !p_.behind) wait();
     if (!own && threadIdx.x < a.M) scale_x_[threadIdx.x] = __ldcg(p_.scale_x + threadIdx.x);
 
@@ -120,17 +91,16 @@ class Decoder : Multiplier<Code, kWindows> {
     for (int slice = 0; slice < p_.slices; ++slice) {
       if (slice > 0) __syncthreads();  // the slice before has been read
       if (own) {
-        // For x and its norm, and for scales.
-        if (early) {
-          WaitForCopies<kDepth - 2>();
-        } else {
-          WaitForCopies<kDepth - 1>();
-        }
+        WaitForCopies<kDepth - 1>();  // of x and its norm, and of scales
         __syncthreads();
         WithTypeOfX(a.x_type, [&](auto x) {
-          OwnRows<decltype(x), Code, kWindows>(a, share, rows)
-              .Run(warp_words_, scale_x_ + share.row, codes_ + share.row * token_bytes_,
-                   p_.steps * kStepBlocks * kShape.block_columns() / kChunk);
+          uint8_t* token = codes_ + share.row * token_bytes_;
+          OwnRows<decltype(x), Code>(a, share, rows)
+              .Run(warp_words_, scale_x_ + share.row,
+                   p_.steps * kStepBlocks * kShape.block_columns() / kChunk,
+                   [token](int index, const Chunk<Code>& codes) {
+                     PlaceChunk<kWindows>(token, index, codes);
+                   });
         });
       } else {
         CopyCodes(slice);

@@ -12,9 +12,9 @@ struct Params {
   int steps, slices, slice_steps, tile_slots, sums_bytes;
   int log_share;     // of RowShare
   bool cached;       // of Plan: blocks with a tile less than others must not decide for themselves
-  bool paired;       // of Plan
   bool behind;       // whether x is written by a kernel ahead that may still run
   int row_pieces;    // all rows of x in pieces of 16 bytes, if the decode kernel converts them
+  int block_rows;    // of GemvPlan
   int tile_outputs;  // half as many as rows of a tile, where a gate and its factor are two rows
   int tile_blocks;   // blocks of the weight from a tile to the next one
   int lower_zeros;   // bytes of zeros from row 0 of a tile to row 8

@@ -18,12 +18,6 @@ constexpr int kMaxWarps = 16;
 // Most rows of x that the kernel converts to codes itself, and most columns; shared memory may hold
 // fewer.
 constexpr int kOwnTokens = 4, kOwnColumns = 1 << 17;
-// Bytes of shared memory that the GPU takes for each thread block beside its own.
-constexpr int kReservedBytes = 1024;
-// Warps of a thread block, where two thread blocks share a multiprocessor.
-constexpr int kPairedWarps = kMaxWarps / 2;
-// With smaller weights a call is starts and ends, and fewer warps for each only make them longer.
-constexpr int64_t kLeastPairedBytes = int64_t{12} << 20;
 // If no thread block has more outputs than these, their scales and biases lie in shared memory.
 constexpr int kCachedRows = 2048;
 
@@ -77,15 +71,13 @@ struct Shape {
 
 // The numbers that a launch is given beside its operands.
 struct Plan {
-  int warps = 0;        // of a thread block, those that multiply; 0: no plan fits
-  int block_warps = 0;  // of a thread block, all; those that do not multiply only convert x
-  int grid = 0;         // thread blocks
-  int slices = 1;       // parts of K, more than one where x of all of K does not fit
+  int warps = 0;   // of a thread block, those that multiply; 0: no plan fits
+  int grid = 0;    // thread blocks
+  int slices = 1;  // parts of K, more than one where x of all of K does not fit
   int slice_steps = 0;
   int tile_slots = 0;   // tiles whose sums are kept at once
   bool cached = false;  // whether shared memory keeps scales and biases of a block's outputs
   bool own = false;     // whether the kernel converts x itself
-  bool paired = false;  // whether two thread blocks share a multiprocessor
   int sums_bytes = 0;   // of shared memory for the sums, and before them for x and its norm
   int shared_bytes = 0;
 };
@@ -131,17 +123,14 @@ inline int OwnRowBytes(int M, int columns, int column_bytes, uintptr_t x) {
 }
 
 // `row_bytes` is what OwnRowBytes says, and norm_bytes are those of the weights of a norm of x. A
-// tile has tile_outputs outputs: half of its rows where each output has two of them. `overlaps`:
-// kernels of a chain begin before the one ahead has ended.
+// tile has tile_outputs outputs: half of its rows where each output has two of them.
 inline Plan MakePlan(Shape s, int M, int out, int blocks, int row_bytes, int multiprocessors,
-                     int shared_limit, bool overlaps, int norm_bytes = 0,
-                     int tile_outputs = kTileRows) {
+                     int shared_limit, int norm_bytes = 0, int tile_outputs = kTileRows) {
   const int tiles = CeilDiv(out, tile_outputs), steps = CeilDiv(blocks, kStepBlocks);
-  const auto plan = [&](int warps, int slices, bool own, bool paired = false) {
+  const int grid = std::min(multiprocessors, tiles);
+  const int block_tiles = CeilDiv(tiles, grid);
+  const auto plan = [&](int warps, int slices, bool own) {
     Plan p;
-    const int limit = paired ? shared_limit / 2 - kReservedBytes : shared_limit;
-    const int grid = std::min(paired ? 2 * multiprocessors : multiprocessors, tiles);
-    const int block_tiles = CeilDiv(tiles, grid);
     const int slice_steps = CeilDiv(steps, slices);
     // While no warp stalls, the first warp is at most `depth` items ahead of the last.
     const int wanted = std::max(2, CeilDiv(warps * s.depth(), slice_steps) + 1);
@@ -151,17 +140,11 @@ inline Plan MakePlan(Shape s, int M, int out, int blocks, int row_bytes, int mul
     p.sums_bytes = SumsBytes(warps, M, p.tile_slots, own ? row_bytes : 0, own ? norm_bytes : 0);
     const int64_t shared = SharedBytes(s, warps, M, slice_steps, p.tile_slots, p.sums_bytes,
                                        p.cached ? block_tiles * kTileRows : 0);
-    if (shared > limit) return Plan{};
+    if (shared > shared_limit) return Plan{};
     p.shared_bytes = static_cast<int>(shared);
-    p.warps = warps, p.block_warps = paired ? kPairedWarps : s.block_warps();
-    p.grid = grid, p.slice_steps = slice_steps, p.own = own, p.paired = paired;
+    p.warps = warps, p.grid = grid, p.slice_steps = slice_steps, p.own = own;
     return p;
   };
-  // While one thread block of a pair starts or ends, the other one reads. That pays for one row
-  // of a dense weight; with more rows, or zeros, converting x twice costs as much.
-  const int64_t bytes = int64_t{tiles} * kTileRows * blocks * s.block_bytes();
-  if (overlaps && s.dense() && !s.wide() && M == 1 && row_bytes > 0 && bytes >= kLeastPairedBytes)
-    if (const Plan p = plan(kPairedWarps, 1, true, true); p.warps > 0) return p;
   // As many warps as there may be, with K as a whole if it fits; else with fewer.
   for (int warps = s.most_warps(); warps >= 2; warps /= 2) {
     if (row_bytes > 0)

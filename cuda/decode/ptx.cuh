@@ -60,6 +60,16 @@ __device__ inline void StoreShared(int* p, int value) {
                : "memory");
 }
 
+// Two e4m3 numbers in float16, which holds them exactly. The host launches no code older than
+// architecture 89.
+__device__ inline __half2 HalvesOf(uint16_t numbers) {
+  uint32_t halves = 0;
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(numbers));
+#endif
+  return *reinterpret_cast<const __half2*>(&halves);
+}
+
 // Keeps a pointer in registers, which the compiler would otherwise compute again and again.
 template <typename T>
 __device__ inline void Keep(T*& pointer) {

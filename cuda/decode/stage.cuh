@@ -13,7 +13,6 @@ namespace slidejax::decode {
 
 using lift::AbsMax;
 using lift::Chunk;
-using lift::Convert;
 using lift::kChunk;
 using lift::RowScale;
 using lift::ScaleOf;
@@ -136,10 +135,9 @@ __device__ inline Chunk<T> ChunkOf(const uint4* v) {
   return chunk;
 }
 
-template <typename T, typename Code, int kWindows>
-__device__ inline void QuantiseChunk(uint8_t* token, int index, const Chunk<T>& chunk,
-                                     float factor) {
-  const Chunk<Code> codes = Convert<T, Code, false>(chunk, factor);
+// Writes the codes of chunk number `index` of a token, lifted.
+template <int kWindows, typename Code>
+__device__ inline void PlaceChunk(uint8_t* token, int index, const Chunk<Code>& codes) {
   if constexpr (sizeof(Code) == 2) {
     PlaceWideCodes<kWindows>(token, index, codes.word);
   } else {
@@ -173,7 +171,7 @@ __device__ inline void AskForRows(const Params& p, uint8_t* rows) {
 }
 
 // Converts rows of x in the decode kernel, from shared memory.
-template <typename T, typename Code, int kWindows>
+template <typename T, typename Code>
 class OwnRows {
   static constexpr int kParts = sizeof(T) / 2;  // of a chunk, of 16 bytes each
 
@@ -185,9 +183,10 @@ class OwnRows {
     row_ = rows + (a.norm != nullptr ? a.columns * 4 : 0) + at.row * a.columns * sizeof(T);
   }
 
-  // Writes the row's codes to `token`, with zeros up to chunk number `all`. warp_words has two
-  // words for each warp.
-  __device__ void Run(uint32_t* warp_words, float* scale_x, uint8_t* token, int all) const {
+  // Calls put(index, codes) for each chunk of the row, with codes of zero for those beyond the row,
+  // up to number `all`. warp_words has two words for each warp.
+  template <typename Put>
+  __device__ void Run(uint32_t* warp_words, float* scale_x, int all, const Put& put) const {
     uint32_t* warp_max = warp_words;
     if (a_.norm != nullptr) Normalise(reinterpret_cast<float*>(warp_words + kMaxWarps));
     AbsMax<T> most;
@@ -195,11 +194,11 @@ class OwnRows {
 #pragma unroll 4
       for (int index = at_.first; index < chunks_; index += at_.stride) most.Add(ChunkAt(index));
     } else {
-      Place(token, all, 1.0f, &most);  // the maximum only tells whether there is inf or nan
+      Convert(all, 1.0f, &most, put);  // the maximum only tells whether there is inf or nan
     }
     const RowScale scale = ScaleOf<Code>(RowMax(at_, most.Bits(), warp_max));
     if (chunks_ > 0 && at_.first == 0) *scale_x = scale.scale;
-    if constexpr (lift::kQuantised<Code>) Place(token, all, scale.factor, nullptr);
+    if constexpr (lift::kQuantised<Code>) Convert(all, scale.factor, nullptr, put);
   }
 
  private:
@@ -222,13 +221,14 @@ class OwnRows {
     }
   }
 
-  __device__ void Place(uint8_t* token, int all, float factor, AbsMax<T>* most) const {
+  template <typename Put>
+  __device__ void Convert(int all, float factor, AbsMax<T>* most, const Put& put) const {
     if (chunks_ == 0) return;
 #pragma unroll 2
     for (int index = at_.first; index < all; index += at_.stride) {
       const Chunk<T> chunk = index < chunks_ ? ChunkAt(index) : Chunk<T>{};
       if (most != nullptr) most->Add(chunk);
-      QuantiseChunk<T, Code, kWindows>(token, index, chunk, factor);
+      put(index, lift::Convert<T, Code, false>(chunk, factor));
     }
   }
 
@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
   if (at.first == 0) p.scale_x[at.row] = scale.scale;
   uint8_t* token = p.codes + static_cast<int64_t>(at.row) * p.steps * kShape.step_lifted();
   each_input([&](int index, const Chunk<T>& chunk) {
-    QuantiseChunk<T, Code, kWindows>(token, index, chunk, scale.factor);
+    PlaceChunk<kWindows>(token, index, lift::Convert<T, Code, false>(chunk, scale.factor));
   });
 }
 

@@ -117,7 +117,7 @@ def _traced(
 # Up to this many rows a chain is faster than prepared weights one by one (docs/decode-kernel.md).
 _FEW_ROWS = 2
 # Up to this many rows a chain of weights as they are packed is fastest in the decode kernel.
-_DECODE_ROWS = 4
+_DECODE_ROWS = decode.GEMV_ROWS
 
 
 def _problem(x, stage: Stage, platform: str, implementation: str | None) -> Problem:
@@ -339,7 +339,7 @@ def linear_chain(
     `SlideWeight`s; every prologue is an `RMSNorm`, a `GLU` or none; every stage alone would run in
     the implementation "decode" or "hopper" (on Hopper also in "dense", where its weight prunes
     nothing), for up to 2 rows prepared forms aside; and one of the two takes all stages: "decode"
-    up to 4 rows of weights as they are packed, if it can, else "hopper" with at most 256 rows, or
+    up to 2 rows of weights as they are packed, if it can, else "hopper" with at most 256 rows, or
     64 where a weight prunes nothing. With "decode", what a `GLU` reads must be used by nothing
     else. In such a call a norm's sum has another order, so codes may differ as the contract allows.
 

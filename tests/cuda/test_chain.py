@@ -93,11 +93,18 @@ def near(got, want):
     assert np.abs(got - want).mean() <= 0.002 * spread.mean()
 
 
-@pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("norm", [False, True])
-def test_one_row_with_two_thread_blocks_a_multiprocessor(sizes, norm):
-    """Dense weights that are large enough for it, with the bits of the calls one by one."""
-    x, stages = tail("dense", "int8", 1, *sizes, norm=norm)
+@pytest.mark.parametrize(
+    ("sizes", "pattern", "dtype", "rows"),
+    [
+        (SIZES[0], "6:8", "int8", 1),
+        (SIZES[1], "dense", "int8", 2),
+        (SIZES[1], "2:4", "float8_e4m3fn", 1),
+    ],
+)
+def test_rows_without_tensor_cores(sizes, pattern, dtype, rows, norm):
+    """The layers of a large model, with the bits of the calls one by one, again and again."""
+    x, stages = tail(pattern, dtype, rows, *sizes, norm=norm)
     ys = run(x, stages)
     for again in range(3):
         for got, same in zip(ys, run(x, stages), strict=True):

@@ -163,6 +163,22 @@ def test_any_order_of_threads(library, pattern, dtype):
         compare(y, x, w, bias, residual, out_dtype)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_many_tiles_of_many_steps_without_tensor_cores(library, pattern, dtype):
+    """Two thread blocks have all of the weight, and its ends are inside a tile and a step."""
+    rng = random.Random(f"{pattern} {dtype}")
+    rows = rng.randint(1, 2)
+    columns, out = 8 * rng.randint(200, 330), rng.randint(100, 150)
+    kernel = jnp.asarray(np.random.default_rng(rows).standard_normal((columns, out)), jnp.float32)
+    w = sj.pack(kernel, pattern, dtype=dtype)
+    x = jnp.asarray(formulas.values(rows, columns, np.float32)).astype("bfloat16")
+    residual = jnp.ones((rows, out), "bfloat16")
+    schedule = rng.randint(0, 1), rng.randint(0, 10**6)
+    y = run(library, x, w, kernel[0], residual, "float32", DEVICES[3], 0, *schedule)
+    compare(y, x, w, kernel[0], residual, "float32")
+
+
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
 def test_k_in_slices(library, dtype):
     """Where shared memory does not hold the codes of all of K."""
@@ -267,22 +283,6 @@ def test_a_chain_has_the_bits_of_its_calls(library, pattern, dtype):
         for call, y in zip(alone, together, strict=True):
             (one,) = run_chain(library, [call], device, rng.randint(0, 1), rng.randint(0, 10**6))
             np.testing.assert_array_equal(formulas.bits(one), formulas.bits(y))
-
-
-@pytest.mark.parametrize("norm", [False, True])
-def test_where_two_blocks_share_a_multiprocessor(library, norm):
-    """A dense weight that is large enough, behind a product and in front of one."""
-    weights = [packed("dense", "int8", *shape, 0) for shape in [(72, 1024), (1024, 12304)]]
-    x = jnp.asarray(formulas.values(1, 72, np.float32)).astype("bfloat16")
-    scales = np.random.default_rng(1).standard_normal(1024, np.float32) if norm else None
-    first = Call(x, weights[0], "bfloat16")
-    chain = [first, Call(first, weights[1], "bfloat16", norm=scales)]
-    _, together = run_chain(library, chain, DEVICES[3], 1, 3)
-    (alone,) = run_chain(library, [chain[1]], DEVICES[3], 0, 4)
-    np.testing.assert_array_equal(formulas.bits(alone), formulas.bits(together))
-    if not norm:
-        middle = jnp.asarray(first.y())
-        compare(together, middle, weights[1], None, None, "bfloat16")
 
 
 def test_a_chain_where_shared_memory_holds_half_of_a_call(library):

@@ -45,13 +45,17 @@ class Plan(ctypes.Structure):
 
 class DecodePlan(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_int)
-        for name in ("warps", "block_warps", "grid", "slices", "slice_steps", "tile_slots")
+        (name, ctypes.c_int) for name in ("warps", "grid", "slices", "slice_steps", "tile_slots")
     ] + [
-        *((name, ctypes.c_bool) for name in ("cached", "own", "paired")),
+        ("cached", ctypes.c_bool),
+        ("own", ctypes.c_bool),
         ("sums_bytes", ctypes.c_int),
         ("shared_bytes", ctypes.c_int),
     ]
+
+
+class GemvPlan(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("grid", "steps", "block_rows", "shared_bytes")]
 
 
 class RowShape(ctypes.Structure):
@@ -92,8 +96,11 @@ def library(tmp_path_factory):
         ("hopper_metadata_bytes", ctypes.c_uint64, pointer(Shape)),
         ("hopper_check", ctypes.c_char_p, pointer(Shape), pointer(Schedule)),
         ("decode_most_rows", ctypes.c_int),
-        ("decode_plan", DecodePlan, *[ctypes.c_int] * 8, ctypes.c_bool),
+        ("decode_plan", DecodePlan, *[ctypes.c_int] * 8),
         ("decode_workspace", ctypes.c_int64, *[ctypes.c_int] * 4),
+        ("gemv_most_rows", ctypes.c_int),
+        ("gemv_ring_bytes", ctypes.c_int, ctypes.c_int),
+        ("gemv_plan", GemvPlan, ctypes.c_int, ctypes.c_bool, *[ctypes.c_int] * 7),
         ("lift_geometry", Geometry, pointer(RowShape), *[ctypes.c_int] * 3, pointer(Limits)),
         ("lift_steps", ctypes.c_int, ctypes.c_int),
         ("lift_columns", ctypes.c_int64, ctypes.c_int64, ctypes.c_int),
@@ -260,6 +267,7 @@ def decode_blocks(windows, columns):
 
 def test_python_knows_how_many_rows_decode_takes(library):
     assert library.decode_most_rows() == decode.MAX_ROWS
+    assert library.gemv_most_rows() == decode.GEMV_ROWS
 
 
 def test_decode_reads_every_step_of_k_once_and_fits(library):
@@ -272,20 +280,15 @@ def test_decode_reads_every_step_of_k_once_and_fits(library):
         blocks, multiprocessors = decode_blocks(windows, columns), rng.choice(list(SHARED))
         limit = SHARED[multiprocessors]
         row_bytes = rng.choice([0, 2, 4]) * columns if rows <= 4 else 0
-        device = multiprocessors, limit, rng.random() < 0.7
-        chosen = library.decode_plan(*shape, rows, out, blocks, row_bytes, *device)
+        chosen = library.decode_plan(*shape, rows, out, blocks, row_bytes, multiprocessors, limit)
         steps, tiles = -(-blocks // 4), -(-out // 16)
         if chosen.warps == 0:  # a call then halves the rows, or the outputs of one row
             assert multiprocessors == 46 or rows > 1
-            one = library.decode_plan(*shape, 1, 16, blocks, 0, *device)
+            one = library.decode_plan(*shape, 1, 16, blocks, 0, multiprocessors, limit)
             assert one.warps > 0
             continue
-        each = 2 if chosen.paired else 1  # thread blocks of a multiprocessor
-        assert chosen.warps in (2, 4, 8, 16) and chosen.block_warps >= chosen.warps
-        assert each * (chosen.shared_bytes + 1024) <= limit + 1024
-        assert each * chosen.block_warps <= 16
-        assert chosen.grid == min(each * multiprocessors, tiles)
-        assert not chosen.paired or (windows, shape[1], rows, device[2]) == (0, 1, 1, True)
+        assert chosen.warps in (2, 4, 8, 16) and chosen.shared_bytes <= limit
+        assert chosen.grid == min(multiprocessors, tiles)
         assert (chosen.slices - 1) * chosen.slice_steps < steps
         assert chosen.slices * chosen.slice_steps >= steps
         # The sums of a tile must last until all slices of K have added to them.
@@ -296,16 +299,17 @@ def test_decode_reads_every_step_of_k_once_and_fits(library):
         assert chosen.sums_bytes >= chosen.tile_slots * chosen.warps * 64 * rows
         assert not chosen.own or chosen.slices == 1
         assert not chosen.own or chosen.sums_bytes >= rows * row_bytes > 0
-        kinds.add((chosen.warps, chosen.slices > 1, chosen.own, chosen.paired))
-    assert len(kinds) >= 8
+        kinds.add((chosen.warps, chosen.slices > 1, chosen.own))
+    assert len(kinds) >= 7
 
 
 @pytest.mark.parametrize("out", [2048 * H200, 2048 * H200 + 1, 271000, 2048 * H200 + 16 * H200])
 def test_all_blocks_of_decode_keep_scales_or_none_does(library, out):
     """Some thread blocks have a tile less than others. They must not lay out more memory."""
-    rest = decode_blocks(3, 3584), 2 * 3584, H200, SHARED[H200], True
-    chosen = library.decode_plan(3, 1, 1, out, *rest)
-    other = library.decode_plan(3, 1, 1, 2048 * H200, *rest)
+    chosen = library.decode_plan(3, 1, 1, out, decode_blocks(3, 3584), 2 * 3584, H200, SHARED[H200])
+    other = library.decode_plan(
+        3, 1, 1, 2048 * H200, decode_blocks(3, 3584), 2 * 3584, H200, SHARED[H200]
+    )
     assert chosen.cached == (out <= 2048 * H200)
     assert other.shared_bytes - chosen.shared_bytes == (0 if chosen.cached else 8 * 2048)
 
@@ -330,32 +334,46 @@ def test_where_decode_converts_the_rows_itself_on_an_h100(
     blocks = decode_blocks(3, columns)
     row_bytes = 2 * columns if rows <= 4 else 0
     shape = 3, value_bytes, rows, out, blocks, row_bytes
-    chosen = library.decode_plan(*shape, H200, SHARED[H200], True)
+    chosen = library.decode_plan(*shape, H200, SHARED[H200])
     assert chosen.warps == 16 // value_bytes and chosen.slices == 1
     assert chosen.own == own
 
 
-@pytest.mark.parametrize(
-    ("windows", "value_bytes", "rows", "columns", "out", "overlaps", "paired"),
-    [
-        (0, 1, 1, 4096, 4096, True, True),  # Llama-3-8B, dense
-        (0, 1, 1, 14336, 4096, True, True),
-        (0, 1, 1, 18944, 3584, True, True),  # Qwen2.5-7B
-        (0, 1, 1, 3584, 3584, True, True),
-        (0, 1, 1, 896, 9728, True, False),  # Qwen2.5-0.5B
-        (0, 1, 1, 4096, 4096, False, False),
-        (0, 1, 2, 4096, 4096, True, False),
-        (0, 2, 1, 4096, 4096, True, False),
-        (3, 1, 1, 4096, 4096, True, False),
-        (0, 1, 1, 65536, 4096, True, False),  # a row takes too much shared memory
-    ],
-)
-def test_where_two_blocks_of_decode_share_a_multiprocessor(
-    library, windows, value_bytes, rows, columns, out, overlaps, paired
-):
-    shape = windows, value_bytes, rows, out, decode_blocks(windows, columns), 2 * columns
-    chosen = library.decode_plan(*shape, H200, SHARED[H200], overlaps)
-    assert chosen.paired == paired
+def test_one_or_two_rows_fit_or_go_to_the_other_kernel(library):
+    rng = random.Random(5)
+    most, taken = library.gemv_most_rows(), set()
+    for _ in range(2000):
+        windows, rows = rng.randint(0, 7), rng.randint(1, most + 1)
+        outputs, columns = rng.randint(1, 160000), int(2 ** rng.uniform(0, 17))
+        blocks, multiprocessors = decode_blocks(windows, columns), rng.choice(list(SHARED))
+        row_bytes, norm_bytes = rng.choice([0, 2, 4]) * columns, rng.choice([0, 4]) * columns
+        chosen = library.gemv_plan(
+            *(windows, floats := rng.random() < 0.5),
+            *(rows, outputs, blocks, row_bytes, norm_bytes),
+            *(multiprocessors, SHARED[multiprocessors]),
+        )
+        taken.add((chosen.grid > 0, rows > most, row_bytes > 0))
+        if chosen.grid == 0:
+            continue
+        assert rows <= most and row_bytes > 0
+        assert chosen.grid == min(multiprocessors, -(-outputs // 4))
+        assert chosen.grid * chosen.block_rows >= outputs > (chosen.grid - 1) * 4
+        step = 8 * (64 if windows == 0 else 16 * (windows + 1))  # columns
+        assert chosen.steps * step >= columns > (chosen.steps - 1) * step - 32
+        sums = 4 * rows * chosen.block_rows * (16 if floats else 1)
+        lying = library.gemv_ring_bytes(windows) + rows * (row_bytes + columns) + norm_bytes + sums
+        assert lying < chosen.shared_bytes <= SHARED[multiprocessors]
+    assert (False, True, True) in taken and (False, False, True) in taken
+
+
+@pytest.mark.parametrize("windows", range(8))
+@pytest.mark.parametrize("columns", [4096, 14336, 3584, 18944])
+def test_one_row_of_llama_and_qwen_has_no_use_for_tensor_cores(library, windows, columns):
+    blocks, memory = decode_blocks(windows, columns), (H200, SHARED[H200])
+    norm = 4 * columns if columns < 5000 else 0
+    chosen = library.gemv_plan(windows, True, 1, 28672, blocks, 2 * columns, norm, *memory)
+    assert chosen.grid == H200
+    assert 50_000 < library.gemv_ring_bytes(windows) < 130_000
 
 
 @pytest.mark.parametrize("pattern", ["dense", "2:4", "4:6", "6:8", "14:16"])

@@ -293,7 +293,7 @@ def test_few_rows_do_not_ask_for_prepared_forms(monkeypatch, rows):
     ("rows", "faster", "kernel"),
     [
         (2, ["hopper"], "decode"),
-        (4, ["hopper", "decode"], "decode"),
+        (4, ["hopper", "decode"], "hopper"),
         (5, ["hopper", "decode"], "hopper"),
         (5, ["decode"], "decode"),
         (2, ["dense", "decode"], None),
@@ -308,12 +308,14 @@ def test_a_chain_runs_in_one_kernel(monkeypatch, rows, faster, kernel):
     assert chains == ([] if kernel is None else [f"slidejax_chain_{kernel}"])
 
 
-def test_a_chain_of_two_dtypes_runs_in_the_kernel_that_takes_both():
-    x, stages = tail()
+@pytest.mark.parametrize("rows", range(1, 6))
+def test_a_chain_of_two_dtypes_runs_in_the_kernel_that_takes_both(rows):
+    x, stages = tail(rows=(rows,))
     stages[2] = dataclasses.replace(
         stages[2], weight=packed(dtype="float8_e4m3fn", columns=INNER, seed=2)
     )
-    assert calls(lowered(x, stages, None, None)) == ["slidejax_chain_hopper"]
+    kernel = "decode" if rows <= 2 else "hopper"
+    assert calls(lowered(x, stages, None, None)) == [f"slidejax_chain_{kernel}"]
 
 
 def test_a_gate_of_x_itself_is_computed_ahead():

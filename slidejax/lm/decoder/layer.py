@@ -32,7 +32,7 @@ __all__ = ["Layer", "columns", "dot", "rms_norm", "turns_at"]
 CHAINED_ROWS = 4
 _CHAINED_PREPARED_ROWS = 2
 # So does a step of as many rows as these, where the products are those of the Hopper kernel.
-HOPPER_CHAINED_ROWS = range(5, 257)
+HOPPER_CHAINED_ROWS = range(3, 257)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -117,12 +117,11 @@ class Layer:
             return False
         if not all(isinstance(kernel, SlideWeight) for kernel in kernels):
             return False
-        if x.shape[0] in HOPPER_CHAINED_ROWS:
-            return all(hopper.may_chain(kernel, x.shape[0]) for kernel in kernels)
+        rows = x.shape[0]
+        if rows in HOPPER_CHAINED_ROWS and all(hopper.may_chain(k, rows) for k in kernels):
+            return True
         prepared = any(kernel.prepared for kernel in kernels)
-        return x.shape[0] <= (
-            min(_CHAINED_PREPARED_ROWS, CHAINED_ROWS) if prepared else CHAINED_ROWS
-        )
+        return rows <= (min(_CHAINED_PREPARED_ROWS, CHAINED_ROWS) if prepared else CHAINED_ROWS)
 
     def step(self, x, positions, turns, held, qkv, following: Layer | None):
         """One token of each row. What lies between two attentions is one chain.

@@ -1,9 +1,10 @@
 """The implementation "decode": up to 8 rows times a packed weight as it lies, in one custom call.
 
-The kernel reads the packed form once, at about the rate of the memory, and makes the 2:4 metadata
-on the way (cuda/decode, docs/decode-kernel.md). It quantises a few rows of x itself, or rounds them
-to the weight's 16-bit type. For more rows, and for rows that start anywhere, a small kernel of the
-same call does that first. Bias and residual are added before the one rounding.
+The kernels read the packed form once, at about the rate of the memory (cuda/decode,
+docs/decode-kernel.md). One or two rows meet values of 8 bits without tensor cores; else the 2:4
+metadata is made on the way. A few rows of x are quantised in the kernel, or rounded to the weight's
+16-bit type. For more rows, and for rows that start anywhere, a small kernel of the same call does
+that first. Bias and residual are added before the one rounding.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from slidejax.ops.rates import rates_of
 from slidejax.weights.packed import SlideWeight
 from slidejax.weights.pattern import BLOCK_GROUPS
 
-__all__ = ["ALIGN", "DECODE", "MAX_ROWS", "operands", "workspace_bytes"]
+__all__ = ["ALIGN", "DECODE", "GEMV_ROWS", "MAX_ROWS", "operands", "workspace_bytes"]
 
 MAX_ROWS = 8  # kDecodeTokens of cuda/decode/decode.h
+GEMV_ROWS = 2  # kGemvRows of cuda/decode/gemv_plan.h
 _STEP_BLOCKS = 4  # kStepBlocks of cuda/decode/plan.h
 ALIGN = 16  # of the parts of a workspace
 
@@ -50,10 +52,11 @@ def _refuses_float8(problem: Problem) -> str | None:
     code = library.architecture()
     if code is not None and code < (8, 9):
         return f"{name} needs code for compute capability 8.9 or later, not {code[0]}.{code[1]}"
-    if hopper.refuses_device(problem.device, problem.dtype) is None:
+    hoppers = hopper.refuses_device(problem.device, problem.dtype) is None
+    if hoppers and problem.rows > GEMV_ROWS:
         # On compute capability 9.0 mma converts float8 to float16 first. It then takes twice the
-        # time of int8.
-        return f"{name} runs in the Hopper kernel on {problem.device}"
+        # time of int8. One or two rows have no use for mma.
+        return f"more than {GEMV_ROWS} rows of {name} run in the Hopper kernel on {problem.device}"
     return None
 
 

@@ -141,10 +141,6 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&v, &bits, 4);
   return v;
 }
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-  return __uint_as_float(
-      emulated::Exchange(__float_as_uint(value), static_cast<int>(threadIdx.x % 32) ^ mask));
-}
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
   static_assert(sizeof(T) == 4);
@@ -153,6 +149,10 @@ T __shfl_sync(unsigned, T value, int lane) {
   bits = emulated::Exchange(bits, lane);
   std::memcpy(&value, &bits, 4);
   return value;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ lanes);
 }
 template <typename T>
 T __ldg(const T* address) {
@@ -181,6 +181,11 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   for (int i = 0; i < 4; ++i)
     result |= static_cast<uint32_t>(both >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
   return result;
+}
+// The products of four signed bytes, added.
+inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 32; i += 8) sum += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+  return sum;
 }
 template <typename T>
 constexpr T min(T a, T b) {

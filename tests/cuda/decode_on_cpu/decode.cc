@@ -17,6 +17,7 @@ char* const emulated::shared_memory = reinterpret_cast<char*>(slidejax::decode::
 #include "decode/stage.cuh"
 #undef __shared__
 #define __shared__
+#include "decode/gemv.cuh"
 #include "decode/kernel.cuh"
 
 // The host's code has fields of these names.

@@ -1,5 +1,6 @@
 // The cost models as C functions, which tests/cuda/test_plans.py calls. Only the host's C++
 // compiler is needed to build them.
+#include "decode/gemv_plan.h"
 #include "decode/plan.h"
 #include "hopper/plan.h"
 #include "lift/geometry.h"
@@ -12,12 +13,20 @@ extern "C" {
 
 int decode_most_rows() { return decode::kTileTokens; }
 decode::Plan decode_plan(int windows, int value_bytes, int M, int out, int blocks, int row_bytes,
-                         int multiprocessors, int shared_limit, bool overlaps) {
+                         int multiprocessors, int shared_limit) {
   return decode::MakePlan({windows, value_bytes}, M, out, blocks, row_bytes, multiprocessors,
-                          shared_limit, overlaps);
+                          shared_limit);
 }
 int64_t decode_workspace(int windows, int value_bytes, int M, int blocks) {
   return decode::WorkspaceBytes({windows, value_bytes}, M, blocks);
+}
+
+int gemv_most_rows() { return decode::kGemvRows; }
+int gemv_ring_bytes(int windows) { return decode::GemvShape{windows}.ring_bytes(); }
+decode::GemvPlan gemv_plan(int windows, bool floats, int M, int rows, int blocks, int row_bytes,
+                           int norm_bytes, int multiprocessors, int shared_limit) {
+  return decode::MakeGemvPlan({windows}, floats, M, rows, blocks, row_bytes, norm_bytes,
+                              multiprocessors, shared_limit);
 }
 
 // ---- hopper/plan.h

@@ -71,6 +71,7 @@ def test_float8_needs_code_that_multiplies_it(gpu, device, capability, built, re
     assert found is None if reason is None else reason in found
 
 
-def test_float8_is_left_to_the_hopper_kernel():
-    found = DECODE.refuses(problem("NVIDIA H100 80GB HBM3", dtype=FLOAT8))
-    assert "runs in the Hopper kernel" in found
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_more_than_two_rows_of_float8_are_left_to_the_hopper_kernel(rows):
+    found = DECODE.refuses(problem("NVIDIA H100 80GB HBM3", dtype=FLOAT8, rows=rows))
+    assert found is None if rows <= 2 else "run in the Hopper kernel" in found

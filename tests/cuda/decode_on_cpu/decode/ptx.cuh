@@ -68,6 +68,11 @@ auto ElementOf(uint32_t word, int i) {
   }
 }
 
+inline __half2 HalvesOf(uint16_t numbers) {
+  return {__float2half(ElementOf<__nv_fp8_e4m3>(numbers, 0)),
+          __float2half(ElementOf<__nv_fp8_e4m3>(numbers, 1))};
+}
+
 // sums += A B as mma.sync and mma.sp.sync do it: A has 16 rows, B 8 columns. Words 0 to 3 of each
 // lane are of A, from 4 on of B, the last one metadata.
 template <typename Value, bool kSparse, int kSelector, typename Sums>
