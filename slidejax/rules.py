@@ -14,7 +14,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import jax
@@ -183,8 +183,13 @@ class Report:
 
         Raises:
           TypeError: if it is something else.
+          ValueError: if it is that of another conversion.
         """
-        return cls() if given is None else check_kind(given, cls, "report", "a Report or None")
+        report = cls() if given is None else check_kind(given, cls, "report", "a Report or None")
+        if report.converted or report.skipped:
+            count = len(report.converted) + len(report.skipped)
+            raise ValueError(f"report must be empty, and has {count} layers of another conversion")
+        return report
 
     @property
     def dense(self) -> dict[str, str]:
@@ -255,7 +260,9 @@ class RuleSet:
         self._all = isinstance(rules, (str, Pattern, Rule))
         if self._all:
             rules = [(".*", rules)]
-        if isinstance(rules, dict) or not isinstance(rules, Iterable):
+        # An iterator is empty when it is read again, and a conversion reads its rules twice.
+        good = isinstance(rules, Iterable) and not isinstance(rules, (Iterator, Mapping, Set))
+        if not good:
             raise ValueError(
                 'rules must be an ordered list such as [(".*/mlp/.*", "6:8")], '
                 f"got {type(rules).__name__}"

@@ -25,6 +25,7 @@ MODEL, IDS = tiny(), np.ones((4, 8), int)
 ARRAYS = [None, "3", "6:8", "", {}, object(), b"x", 10**30, np.array(["a"]), W, np.float64, len]
 ARRAYS += [jax.ShapeDtypeStruct((3, 64), jnp.float32), np.zeros((2, 2, 2)), np.zeros(0), 0, True]
 COMPLEX = np.ones((64, 16), complex)
+EMPTY = [np.zeros((0, 16), np.float32), np.zeros((64, 0), np.float32)]
 NUMBERS = ["3", "", {}, [], object(), np.zeros(3), W, float("nan"), -1, len]
 WHOLE = [*NUMBERS, None, 1.5, float("inf")]
 GIVEN_WHOLE = [*NUMBERS, 1.5, float("inf")]

@@ -14,6 +14,7 @@ from argument_sweep import (
     CODES,
     COMPLEX,
     DTYPES,
+    EMPTY,
     FLOAT,
     GIVEN_WHOLE,
     GRAM,
@@ -78,7 +79,7 @@ def trained(**options):
 # function, its arguments, and bad values of each
 CASES = [
     (sj.pack, {"kernel": KERNEL, "pattern": "6:8"}, {
-        "kernel": [*ARRAYS[:12], COMPLEX], "pattern": ["6:9", "", 0, [], object(), KERNEL, len],
+        "kernel": [*ARRAYS[:12], COMPLEX, *EMPTY], "pattern": ["6:9", "", 0, [], object(), KERNEL, len],
         "dtype": DTYPES, "mask": [*ARRAYS[1:], COMPLEX, KERNEL],
     }),
     (sj.pack, {"kernel": KERNEL, "pattern": "6:8", "dtype": "int8"}, {
@@ -235,3 +236,16 @@ def test_numbers_of_numpy_and_jax_are_numbers():
     for value in (1, np.int64(1), np.array(1), jnp.int32(1)):
         assert Bound(0, 1, whole=True).check(value, "count") == 1
     assert sj.RMSNorm(np.ones(8), eps=np.float32(1e-6)).eps == np.float32(1e-6)
+
+
+def test_arrays_of_another_byte_order_are_read():
+    w = sj.pack(KERNEL.astype(">f4"), "6:8", dtype="int8", mask=MASK)
+    np.testing.assert_array_equal(w.values, sj.pack(KERNEL, "6:8", dtype="int8").values)
+    np.testing.assert_array_equal(sj.linear(X.astype(">f4"), w), sj.linear(X, W))
+
+
+def test_rules_that_can_be_read_once_only_are_refused():
+    """A calibrated conversion reads them twice, and would convert nothing the second time."""
+    rules = ((path, "6:8") for path in [".*mlp.*"])
+    with pytest.raises(ValueError, match="rules must be an ordered list"):
+        sj.lm.convert(MODEL, rules, "wanda", IDS)

@@ -58,7 +58,22 @@ PATTERNS = ["6:9", "", 0, [], None, object(), KERNEL, len]
 FILES = [None, "", 0, 1.5, [], object(), "a\0b"]
 FUNCTIONS = [None, 0, "a", [], X]
 TEXTS = [None, "", 0, 1.5, [], {}, object(), X, len]
-RULES = ["6:9", 0, 1.5, {}, None, object(), len, [1], [("(", "6:8")], [(".*", 0)], [(".*",)]]
+USED = sj.Report(skipped={"a": "b"})
+RULES = [
+    iter([(".*", "6:8")]),
+    {(".*", "6:8")},
+    "6:9",
+    0,
+    1.5,
+    {},
+    None,
+    object(),
+    len,
+    [1],
+    [("(", "6:8")],
+    [(".*", 0)],
+    [(".*",)],
+]
 CALIBRATIONS = [*ARRAYS[:5], *ARRAYS[7:9], [1], [], {}, np.full((4, 8), np.nan)]
 LAYER = nnx.Linear(64, 16, rngs=nnx.Rngs(0))
 DENSE = nn.Dense(16)
@@ -139,7 +154,7 @@ CASES = [
     }),
     (sj.prune.convert, {"model": LAYER, "rules": "6:8"}, {
         "model": ["a", 0, None, len, W], "rules": RULES, "method": [*NAMES, "gptq"][:-2],
-        "report": [0, "a", [], {}], "params": ["a", 0, []],
+        "report": [0, "a", [], {}, USED], "params": ["a", 0, []],
     }),
     (sj.prune.convert, {"model": DENSE, "rules": "6:8", "params": VARIABLES, "example": (X,)}, {
         "params": [None, "a", 0, []], "example": [None, 0, "a", X],
@@ -149,7 +164,7 @@ CASES = [
     }),
     (sj.linen.convert, {"variables": VARIABLES, "rules": "6:8"}, {
         "variables": [None, 0, "a", [], X], "rules": RULES, "model": ["a", 0, LAYER],
-        "report": [0, "a", []], "prune": [0, "a", []],
+        "report": [0, "a", [], USED], "prune": [0, "a", []],
     }),
     (sj.linen.apply, {"model": DENSE, "variables": VARIABLES}, {
         "model": ["a", 0, None, LAYER], "variables": [None, 0, "a", []],
@@ -165,7 +180,7 @@ CASES = [
         "cls": [None, 0, "a", LAYER, int], "parameter": TEXTS, "equation": [None, 0, "", "ab", []],
     }),
     (sj.nnx.convert, {"model": LAYER, "rules": "6:8"}, {
-        "model": ["a", 0, None, len, W, DENSE], "rules": RULES, "report": [0, "a", []],
+        "model": ["a", 0, None, len, W, DENSE], "rules": RULES, "report": [0, "a", [], USED],
         "prune": [0, "a", []],
     }),
     (sj.nnx.map_weights, {"model": sj.nnx.convert(LAYER, "6:8"), "fn": lambda w: w}, {

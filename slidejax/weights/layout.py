@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slidejax.weights.numerics import of_rank
 from slidejax.weights.pattern import Pattern
@@ -33,6 +34,8 @@ def as_array(value: Any, name: str) -> jax.Array:
       TypeError: naming the argument, if it is no array of numbers.
       ValueError: if it has an integer that is too large.
     """
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:  # JAX has one byte order
+        value = value.astype(value.dtype.newbyteorder("="))
     if not isinstance(value, str):  # NumPy reads numbers out of texts
         try:
             return jnp.asarray(value)
@@ -69,13 +72,13 @@ def check_kernel(kernel, name: str = "kernel") -> jax.Array:
 
     Raises:
       TypeError: if it is packed already, or no array of numbers.
-      ValueError: if it has fewer than two axes.
+      ValueError: if it has fewer than two axes, or no input or no output.
     """
     if hasattr(kernel, "out_features"):  # a weight, not an array
         raise TypeError(f"{name} is packed already; unpack it first")
     kernel = as_array(kernel, name)
-    if kernel.ndim < 2:
-        raise ValueError(f"{name} must be [..., in, out], got shape {kernel.shape}")
+    if kernel.ndim < 2 or 0 in kernel.shape[-2:]:
+        raise ValueError(f"{name} must be [..., in, out], both 1 or more, got shape {kernel.shape}")
     return kernel
 
 
