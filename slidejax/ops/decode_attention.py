@@ -42,6 +42,7 @@ from slidejax.ops.sharding import (
     with_automatic_axes,
 )
 from slidejax.weights.layout import as_array
+from slidejax.weights.registries import register_exported
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -70,6 +71,9 @@ class Attended(NamedTuple):
     y: jax.Array
     keys: jax.Array
     values: jax.Array
+
+
+register_exported(Attended)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,7 +39,7 @@ def explain(fn: Callable[..., Any], *args, platform: str | None = None, **kwargs
     Args:
       fn: any traceable function.
       *args, **kwargs: its arguments; a `jax.ShapeDtypeStruct` may stand for an array. Shardings
-        over several devices count.
+        over several devices count. Names, booleans and other settings are given to it as they are.
       platform: "cuda" or "cpu"; None for the platform of this process.
 
     Returns:
@@ -62,9 +64,10 @@ def explain(fn: Callable[..., Any], *args, platform: str | None = None, **kwargs
         platform = "cuda" if jax.default_backend() in ("gpu", "cuda") else "cpu"
     check_name(platform, ("cuda", "cpu"), "platform", optional=True)
     platform = "cuda" if platform == "cuda" else "default"
-    found = list(_products(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, platform))
+    traced, rest = _apart((args, kwargs))
+    found = list(_products(jax.make_jaxpr(_with(fn, rest))(traced).jaxpr, platform))
     if jax.device_count() > 1 and any(product.automatic for product in found):
-        found = _of_shards(found, _partitioned(fn, args, kwargs), platform)
+        found = _of_shards(found, _partitioned(_with(fn, rest), (traced,)), platform)
     return Explanation((product.problem, choose(product.problem)) for product in found)
 
 
@@ -85,7 +88,7 @@ class _Product:
 
 def _products(jaxpr, platform: str, scope: str = "", automatic: bool = False) -> Iterator[_Product]:
     for eqn in jaxpr.eqns:
-        name = str(eqn.source_info.name_stack)
+        name = _layer(str(eqn.source_info.name_stack))
         inside = f"{scope}/{name}" if scope and name else scope or name
         if eqn.primitive.name in ("slidejax_linear", "slidejax_sparse_matmul"):
             settings = eqn.params["settings"]
@@ -100,16 +103,59 @@ def _products(jaxpr, platform: str, scope: str = "", automatic: bool = False) ->
             yield from _products(inner, platform, inside, cut)
 
 
-def _partitioned(fn: Callable[..., Any], args: tuple, kwargs: dict) -> shards.Shards:
+def _layer(stack: str) -> str:
+    """A layer's name without the transformations that JAX wraps around it.
+
+    >>> _layer("jvp(mlp)/up"), _layer("transpose(jvp(vmap()))")
+    ('mlp/up', '')
+    """
+    while (name := re.sub(r"(?:jvp|transpose|vmap)\(([^()]*)\)", r"\1", stack)) != stack:
+        stack = name
+    return name.strip("/")
+
+
+def _apart(arguments: Any) -> tuple[Any, Any]:
+    """A tree of arguments as two, each with None for the leaves of the other.
+
+    Arrays, what stands for them, and numbers are traced. All else is as it is in the function: the
+    names, functions and settings that `jax.jit` would want to be static.
+    """
+
+    def traces(leaf: Any) -> bool:
+        is_array = isinstance(getattr(leaf, "shape", None), tuple) and hasattr(leaf, "dtype")
+        return is_array or (isinstance(leaf, numbers.Number) and not isinstance(leaf, bool))
+
+    return (
+        jax.tree.map(lambda leaf: leaf if traces(leaf) else None, arguments),
+        jax.tree.map(lambda leaf: None if traces(leaf) else leaf, arguments),
+    )
+
+
+def _with(fn: Callable[..., Any], rest: Any) -> Callable[[Any], Any]:
+    """`fn` as a function of the traced part of its arguments."""
+
+    def called(traced: Any) -> Any:
+        args, kwargs = jax.tree.map(
+            lambda mine, other: other if mine is None else mine,
+            traced,
+            rest,
+            is_leaf=lambda leaf: leaf is None,
+        )
+        return fn(*args, **kwargs)
+
+    return called
+
+
+def _partitioned(fn: Callable[..., Any], args: tuple) -> shards.Shards:
     """The problems of the shards of each product; empty if the program runs on one device."""
 
-    def explained(*args, **kwargs):
-        return fn(*args, **kwargs)
+    def explained(*args):
+        return fn(*args)
 
     # A program that is in JAX's cache is not partitioned again, so this one has a name of its own.
     explained.__name__ = f"explained_{uuid.uuid4().hex}"
     with shards.recording() as found:
-        lowered = jax.jit(explained).lower(*args, **kwargs)
+        lowered = jax.jit(explained).lower(*args)
         module: Any = lowered.compiler_ir()
         if module.operation.attributes["mhlo.num_partitions"].value > 1:
             lowered.compile()

@@ -30,6 +30,7 @@ from jax.experimental.custom_partitioning import ArrayMapping
 from slidejax.bounds import Bound
 from slidejax.ops.sharding import MeshPartition, row_factors
 from slidejax.weights.numerics import of_rank
+from slidejax.weights.registries import register_exported
 
 __all__ = [
     "ACTIVATIONS",
@@ -229,6 +230,10 @@ class GLU(Prologue):
 
 
 # --- as operands ----------------------------------------------------------------------------------
+
+
+for _prologue in (RMSNorm, LayerNorm, Activation, GLU):
+    register_exported(_prologue)
 
 
 @dataclasses.dataclass(frozen=True)

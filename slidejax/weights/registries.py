@@ -13,7 +13,7 @@ from typing import Any
 from flax import serialization
 from jax import export
 
-__all__ = ["register"]
+__all__ = ["register", "register_exported"]
 
 
 def register(
@@ -70,6 +70,26 @@ def register(
         serialized_name=f"slidejax.{cls.__name__}",
         serialize_auxdata=serialize,
         deserialize_auxdata=lambda data: load(json.loads(data)),
+    )
+
+
+def register_exported(cls: type) -> None:
+    """Makes a pytree that holds no weight known to `jax.export`.
+
+    Args:
+      cls: a NamedTuple, or a dataclass of `jax.tree_util.register_dataclass` whose static fields
+        JSON can hold.
+    """
+    name = f"slidejax.{cls.__name__}"
+    if issubclass(cls, tuple):
+        export.register_namedtuple_serialization(cls, serialized_name=name)
+        return
+    export.register_pytree_node_serialization(
+        cls,
+        serialized_name=name,
+        # A number of NumPy is equal to the one of Python that comes back.
+        serialize_auxdata=lambda aux: json.dumps(list(aux), default=float).encode(),
+        deserialize_auxdata=lambda data: tuple(json.loads(data)),
     )
 
 

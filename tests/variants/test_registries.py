@@ -131,3 +131,33 @@ def test_settings_of_jax_that_change_dtypes():
     with jax.enable_x64(True):
         mask, new = sj.prune.sparsegpt(KERNEL, "6:8", x.T @ x)
         assert mask.dtype == bool and new.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "prologue",
+    [
+        sj.RMSNorm(jnp.ones(64), np.float32(1e-6)),
+        sj.LayerNorm(jnp.ones(64), jnp.zeros(64)),
+        sj.LayerNorm(jnp.ones(64)),
+        sj.Activation("relu"),
+        sj.GLU(jnp.ones((3, 64)), "gelu"),
+    ],
+    ids=lambda prologue: type(prologue).__name__,
+)
+def test_a_prologue_may_be_an_argument_of_an_exported_program(prologue):
+    def run(x, w, prologue):
+        return sj.linear(x, w, prologue=prologue), prologue
+
+    arguments = jnp.linspace(-1, 1, 192).reshape(3, 64), WEIGHTS["int8"], prologue
+    read = export.deserialize(export.export(jax.jit(run))(*arguments).serialize())
+    y, same = read.call(*arguments)
+    np.testing.assert_array_equal(y, jax.jit(run)(*arguments)[0])
+    assert jax.tree.structure(same) == jax.tree.structure(prologue)
+
+
+def test_what_decode_attention_returns_is_exported():
+    q, cache, turns = jnp.ones((1, 2, 8)), jnp.zeros((1, 2, 4, 8)), jnp.ones((1, 4))
+    arguments = q, q, q, cache, cache, jnp.zeros(1, int), (turns, turns)
+    exported = export.export(jax.jit(sj.decode_attention))(*arguments)
+    again = export.deserialize(exported.serialize()).call(*arguments)
+    assert isinstance(again, type(sj.decode_attention(*arguments)))
