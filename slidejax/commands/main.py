@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _note
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal may lack characters that a model writes
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _quiet_interrupts():
             _load_packages()
@@ -64,11 +67,29 @@ def main(argv: list[str] | None = None) -> int:
         return _failed(args, e, str(e))
     except MemoryError as e:
         return _failed(args, e, str(e) or "not enough memory")
-    except RuntimeError as e:  # JAX has one class for all that goes wrong on a device
-        if "RESOURCE_EXHAUSTED" not in str(e):
+    except (RuntimeError, AssertionError) as e:
+        said = _of_device(e)
+        if said is None:
             raise
-        return _failed(args, e, f"not enough memory on the device: {str(e).splitlines()[0]}")
+        return _failed(args, e, said)
     return 0
+
+
+def _of_device(error: BaseException) -> str | None:
+    """What to say of an error of JAX about a device; None for other errors.
+
+    JAX has one class for all that goes wrong on a device, and asserts that there is one.
+    """
+    first = str(error).partition("\n")[0]
+    if "RESOURCE_EXHAUSTED" in first:
+        return f"not enough memory on the device: {first}"
+    try:
+        importlib.import_module("jax").devices()
+    except (RuntimeError, AssertionError) as e:
+        wanted = os.environ.get("JAX_PLATFORMS")
+        reason = str(e).partition("\n")[0] or "a plug-in of JAX for it is missing"
+        return f"JAX has no device (JAX_PLATFORMS={wanted!r}): {reason}"
+    return None
 
 
 def _failed(args: argparse.Namespace, error: BaseException, said: str) -> int:

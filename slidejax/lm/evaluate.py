@@ -18,6 +18,7 @@ import numpy as np
 
 from slidejax.lm.texts import WINDOW
 from slidejax.token_ids import int32_ids
+from slidejax.weights.numerics import of_rank
 
 __all__ = [
     "Agreement",
@@ -220,16 +221,16 @@ def _step(
     loss = normaliser - score[..., 0]
     # This is target == argmax(logits), where argmax takes the first of equal values. Written as a
     # comparison it is several times cheaper on a CPU.
-    earlier = jnp.arange(logits.shape[-1]) < target[..., None]
+    earlier = of_rank(jnp.arange(logits.shape[-1], dtype=target.dtype), 3) < target[..., None]
     ahead = ~(logits <= score) | (earlier & (logits == score))
-    sums = [jnp.sum(loss * counts), jnp.sum(~ahead.any(axis=-1) * counts)]
+    sums = [jnp.sum(loss * counts), jnp.sum(counts, where=~ahead.any(axis=-1))]
     if reference is not None:
         other = reference(read, params=reference_params).logits[:, len(start) :]
         other = other.astype(jnp.float32)
         log_p = other - jax.nn.logsumexp(other, axis=-1, keepdims=True)
         kl = jnp.sum(jnp.exp(log_p) * (log_p - (logits - normaliser[..., None])), axis=-1)
         same = jnp.argmax(logits, axis=-1) == jnp.argmax(other, axis=-1)
-        sums += [jnp.sum(same * counts), jnp.sum(kl * counts)]
+        sums += [jnp.sum(counts, where=same), jnp.sum(kl * counts)]
     return jnp.stack(sums), loss
 
 

@@ -324,7 +324,8 @@ def _make_update(
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(train, memory, rest, batch, args, rate, sizes):
         loss, gradient = _gradient(loss_of, train, rest, batch, args, accumulate)
-        change, memory = transform.update(gradient, memory, train)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its step counter
+            change, memory = transform.update(gradient, memory, train)
         if scheduled:
             change = jax.tree.map(lambda c, size: -rate * size * c, change, sizes)
         return jax.tree.map(jnp.add, train, change), memory, loss

@@ -3,8 +3,13 @@
 import argparse
 import json
 import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 
 import pytest
+from command_line import write_decoder
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,3 +68,27 @@ def test_written_text_is_shown_as_it_is(capsys):
         "6:8 int8: The [bold]moon[/bold]",
         "is [red]round",
     ]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_lacks_characters_loses_no_result(tmp_path, encoding):
+    """What a model writes may be any character, and comes after all the work."""
+    model = write_decoder(tmp_path)
+    command = [sys.executable, "-m", "slidejax", "generate", model, "--max-new-tokens", "20"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [*command, "--prompt", "☃ and"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert r"\u2603 and" in done.stdout and "the first after" in done.stderr
+
+
+@pytest.mark.parametrize("platforms", ["bogus", "cuda"])
+def test_a_platform_that_is_not_there_is_one_line(platforms):
+    if platforms == "cuda" and any(map(find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+        pytest.skip("its plug-in is installed")
+    environment = {**os.environ, "JAX_PLATFORMS": platforms}
+    command = [sys.executable, "-m", "slidejax", "info"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"error: JAX has no device (JAX_PLATFORMS='{platforms}'): " in done.stderr

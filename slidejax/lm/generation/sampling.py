@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax import bounds
+from slidejax.weights.numerics import of_rank
 
 __all__ = ["Draw", "Sampling", "choose", "keep", "whole"]
 
@@ -123,7 +124,7 @@ def keep(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     >>> keep(jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125])), 0, 0.6).tolist()
     [True, True, False, False]
     """
-    rank = jnp.arange(logits.shape[-1])
+    rank = of_rank(jnp.arange(logits.shape[-1]), logits.ndim)
     kept = (top_k == 0) | (rank < top_k)
     chance = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
     before = jnp.cumsum(chance, axis=-1) - chance

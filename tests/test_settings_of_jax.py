@@ -1,0 +1,96 @@
+"""Whole models under the settings of JAX that forbid or change what it does by itself.
+
+`tests/ops/test_rank_promotion.py` has the ops.
+"""
+
+import contextlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import slidejax as sj
+from slidejax.lm import serving
+from slidejax.lm.decoder.examples import tiny
+from slidejax.lm.evaluate import evaluate
+from slidejax.train import fit, sample
+
+IDS = np.random.default_rng(0).integers(0, 60, (8, 16))
+X = np.random.default_rng(1).standard_normal((8, 64)).astype(np.float32)
+
+
+def strict():
+    """Both promotions are errors."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.numpy_rank_promotion("raise"))
+    stack.enter_context(jax.numpy_dtype_promotion("strict"))
+    return stack
+
+
+SETTINGS = {
+    "strict": strict,
+    "x64": lambda: jax.enable_x64(True),
+    "nans": lambda: jax.debug_nans(True),
+    "leaks": jax.checking_leaks,
+    "rbg": lambda: jax.default_prng_impl("rbg"),
+    "highest": lambda: jax.default_matmul_precision("highest"),
+}
+
+
+def generated(model):
+    made = model.generate([[1, 2], [3]], max_new_tokens=3, temperature=0.7, top_k=9, top_p=0.9)
+    assert [len(one.tokens) for one in made] == [3, 3]
+
+
+def fitted(model):
+    def loss(w, x):
+        return (sj.linear(x, w) ** 2).mean()
+
+    w = sj.pack(X.T, "6:8", dtype="int8")
+    result = fit(loss, w, lambda step: X, steps=3, accumulate=2, warmup=0)
+    assert result.losses[-1] < result.losses[0]
+
+
+def recovered(model):
+    sparse = sj.lm.convert(model, "6:8")
+    _, result = sj.recover(sparse, model, IDS, steps=2, window=8, batch=4, held_out=4, warmup=0)
+    assert np.isfinite(result.losses).all()
+
+
+def adapted(model):
+    tree = sj.adapters.add({"a": sj.pack(X.T, "6:8", dtype="int8")}, rank=2)
+    train, rest = sj.partition(tree)
+    jax.grad(lambda t: (sj.linear(X, sj.combine(t, rest)["a"]) ** 2).sum())(train)
+    sj.adapters.merge(tree)
+
+
+def converted(model):
+    linear = nnx.Linear(64, 16, rngs=nnx.Rngs(0))
+    assert type(sj.prune.convert(linear, "6:8", [X])).__name__ == "SlideLinear"
+    sj.lm.convert(model, sj.lm.eight_bit("6:8"), "sparsegpt", IDS)
+
+
+def evaluated(model):
+    found = evaluate(
+        serving.ready(model), IDS.ravel()[:40], window=8, batch=2, reference=serving.ready(tiny())
+    )
+    assert found.agreement is not None and found.agreement.top1 == 1
+
+
+def mixed(model):
+    assert len(sj.prune.mixed(model, "6:8", IDS[:4], patterns=["6:8", "4:6"])) == 14
+
+
+def sampled(model):
+    assert sample(model, IDS[:, :2], 6).shape == (8, 6)
+
+
+WORK = [generated, fitted, recovered, adapted, converted, evaluated, mixed, sampled]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
+def test_whole_models_work_under_a_setting(work, setting):
+    with SETTINGS[setting]():
+        work(tiny())
