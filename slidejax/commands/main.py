@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
       The exit status: 0, or 1 after an error that one line explains. Bad usage exits with 2.
     """
+    _open_streams()
     args = make_parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _note
@@ -98,6 +99,22 @@ def _failed(args: argparse.Namespace, error: BaseException, said: str) -> int:
         raise error
     print(f"slidejax {args.command}: error: {said}", file=sys.stderr)
     return 1
+
+
+def _open_streams() -> None:
+    """Opens standard streams that a caller has closed, as if they were /dev/null.
+
+    Otherwise the next file that is opened would have their number, and what libraries print would
+    go into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (as long as the process)
 
 
 # What commands load anyway, and what an interrupt must not stop half way.

@@ -11,6 +11,8 @@ from typing import Any
 
 __all__ = ["console", "duration", "emit", "progress", "read_text", "show_written", "write"]
 
+_LONGEST = 1 << 30  # characters of a text
+
 
 def console(stderr: bool = False) -> Any:
     """A rich console on standard output or standard error."""
@@ -43,11 +45,20 @@ def duration(seconds: float) -> str:
 
 
 def read_text(file: str) -> str:
-    """The text of a file in UTF-8; ValueError if it is not UTF-8."""
+    """The text of a file in UTF-8, without the mark of byte order that it may begin with.
+
+    Raises:
+      ValueError: if it is not UTF-8, or has more than `_LONGEST` characters: a device such as
+        /dev/zero never ends.
+    """
     try:
-        return Path(file).read_text(encoding="utf-8")
+        with Path(file).open(encoding="utf-8-sig") as opened:
+            text = opened.read(_LONGEST + 1)
     except UnicodeDecodeError as e:
         raise ValueError(f"{file!r} is not a text file in UTF-8: {e}") from e
+    if len(text) > _LONGEST:
+        raise ValueError(f"{file!r} must be a text of at most {_LONGEST} characters, and has more")
+    return text
 
 
 def emit(args: argparse.Namespace, value: Any) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slidejax.commands import terminal
+from slidejax.lm import load
 
 numbers = st.floats() | st.integers() | st.none() | st.text(max_size=3) | st.booleans()
 values = st.recursive(
@@ -92,3 +93,22 @@ def test_a_platform_that_is_not_there_is_one_line(platforms):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"error: JAX has no device (JAX_PLATFORMS='{platforms}'): " in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_streams_are_as_if_they_were_dev_null(tmp_path, closed):
+    """A file that is written must not get the number of standard output, which libraries use."""
+    model = write_decoder(tmp_path)
+    command = f"{sys.executable} -m slidejax convert {model} {tmp_path}/out --data-free {closed}"
+    assert subprocess.run(command, shell=True, timeout=300).returncode == 0
+    assert load(tmp_path / "out").config.vocab_size == 260
+
+
+def test_a_text_has_an_end_and_no_mark_of_byte_order(tmp_path, monkeypatch):
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfmoon")
+    assert terminal.read_text(str(tmp_path / "text")) == "moon"
+    monkeypatch.setattr(terminal, "_LONGEST", 4)
+    assert terminal.read_text(str(tmp_path / "text")) == "moon"
+    for endless in ("/dev/zero", __file__):
+        with pytest.raises(ValueError, match="must be a text of at most 4 characters"):
+            terminal.read_text(endless)
