@@ -74,7 +74,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="leave layers as they are, neither pruned nor quantised, if REGEX matches their whole "
         "path; may be repeated",
     )
-    arguments.add_method(p, _METHOD, 64, "prose and code that ship with slidejax")
+    arguments.add_method(p, _METHOD, 80, "prose and code that ship with slidejax")
     p.add_argument(
         "--sample",
         type=arguments.Number(Bound(0, whole=True)),

