@@ -73,7 +73,8 @@ def trained(**options):
     def loss(w, x):
         return (sj.linear(x, w) ** 2).mean()
 
-    return sj.train.fit(loss, W, **{"steps": 1, "batches": sj.train.Shuffled(X, 2), **options})
+    usual = {"steps": 1, "batches": sj.train.Shuffled(X, 2), "loss_fn": loss, "params": W}
+    return sj.train.fit(**{**usual, **options})
 
 
 # function, its arguments, and bad values of each
@@ -164,7 +165,10 @@ CASES = [
         "learning_rate": [*REAL, 0], "warmup": WHOLE, "accumulate": [*WHOLE, 0],
         "every": [*WHOLE, 0], "typical": [*NUMBERS, float("inf"), 0],
         "qdtype": DTYPES, "progress": [0, "a", []], "optimizer": [0, "a", []],
-        "trained": [0, 1.5, "("],
+        "trained": [0, 1.5, "("], "loss_fn": [None, 0, "a", lambda w, x: None, lambda w, x: 1,
+                    lambda w, x: x, lambda w, x: (x.sum(), 1)],
+        "params": [{}, {"a": np.arange(3)}, "a", None], "held_out": ["a", object(), b"x"],
+        "checkpoint": [0, 1.5, "", [], object()],
     }),
     (sj.train.kl_divergence, {"student": X, "teacher": X}, {
         "student": ARRAYS[:9], "teacher": [*ARRAYS[:9], X[:2]], "temperature": [*REAL, 0],

@@ -21,10 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.bounds import COUNT, Bound
+from slidejax.files import check_path
+from slidejax.kinds import check_function
 from slidejax.train.held_out import Guard
 from slidejax.train.state import Checkpoint, Clock, State, all_finite
 from slidejax.variants.trainable import Selection, combine, deploy, masters, partition
 from slidejax.weights.checks import check_one_process
+from slidejax.weights.layout import as_array
 
 __all__ = ["Fitted", "Shuffled", "fit"]
 
@@ -199,6 +202,11 @@ def fit(
     ('int8', True)
     """
     clock = Clock()
+    check_function(loss_fn, "loss_fn")
+    if checkpoint is not None:
+        check_path(checkpoint, "checkpoint")
+    for leaf in jax.tree.leaves(held_out):
+        as_array(leaf, "held_out")
     _check(
         batches,
         optimizer,
@@ -216,6 +224,8 @@ def fit(
         flag = "checkpoint" if checkpoint is not None else "minutes"
         check_one_process(params, f"fit with {flag} runs in one process, and params", copies=False)
     train, rest = partition(masters(params, qdtype), trained)
+    if not jax.tree.leaves(train):
+        raise ValueError("params have nothing to train: no floating array and no packed weight")
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, train)
     # Copies, because each step gives their memory to the next.
     train = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), train)
@@ -299,7 +309,12 @@ def _loss_of(loss_fn: Callable[..., jax.Array], dtypes: Any) -> Callable[..., ja
 
     def loss_of(train, rest, batch, args):
         cast = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), train, dtypes)
-        return loss_fn(combine(cast, rest), batch, *args).astype(jnp.float32)
+        loss = loss_fn(combine(cast, rest), batch, *args)
+        dtype, shape = getattr(loss, "dtype", None), getattr(loss, "shape", None)
+        if dtype is None or shape != () or not jnp.issubdtype(dtype, jnp.floating):
+            got = type(loss).__name__ if dtype is None else f"{dtype} of shape {shape}"
+            raise TypeError(f"loss_fn must return one floating number, a scalar array, got {got}")
+        return loss.astype(jnp.float32)
 
     return loss_of
 
@@ -410,6 +425,10 @@ def _cut(batch: Any, parts: int) -> Any:
     """The leaves of a batch; the first axis of each is cut into `parts` parts."""
 
     def cut(leaf):
+        if leaf.ndim == 0:
+            raise ValueError(
+                f"batches must hold arrays [rows, ...] to be cut by accumulate={parts}, got a number"
+            )
         if leaf.shape[0] % parts:
             raise ValueError(f"accumulate={parts} does not divide a batch of {leaf.shape[0]}")
         return leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:])

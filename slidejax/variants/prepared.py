@@ -116,7 +116,9 @@ def _made(form: Form, w: SlideWeight) -> jax.Array | None:
 
     A custom call is not split by the compiler: each device would gather the whole weight.
     """
-    sharding = None if isinstance(w.values, jax.core.Tracer) else w.values.sharding
+    # The leaves may be arrays of NumPy, too.
+    is_traced = isinstance(w.values, jax.core.Tracer)
+    sharding = None if is_traced else getattr(w.values, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
         return form.of(w)
     *batch, out, k, kept = spec_of(w.values)

@@ -93,3 +93,16 @@ def test_prepare_searches_on_a_gpu_and_outside_a_trace(monkeypatch):
     # Whether all is known already is for the implementation to say.
     sj.prepare(prepared, "toy")
     assert len(searched) == 4
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+def test_weights_of_numpy_arrays_are_weights(dtype):
+    """As pickles and readers of users give them."""
+    w = sj.pack(jax.random.normal(jax.random.key(0), (64, 16)), "6:8", dtype=dtype)
+    x, host = jnp.ones((2, 64)), jax.tree.map(np.asarray, w)
+    for fn in (sj.linear, jax.jit(sj.linear), lambda x, w: sj.linear(x, sj.prepare(w, "dense"))):
+        np.testing.assert_array_equal(fn(x, host), fn(x, w))
+    np.testing.assert_array_equal(sj.unpack(host), sj.unpack(w))
+    np.testing.assert_array_equal(sj.linear_chain(x, [sj.Stage(host)])[0], sj.linear(x, w))
+    assert sj.linear(x, sj.adapters.add({"a": host}, rank=2)["a"]).shape == (2, 16)
+    assert sj.linear(x, sj.trainable.masters({"a": host}, "int8")["a"]).shape == (2, 16)
