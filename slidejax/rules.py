@@ -390,6 +390,11 @@ def pack_by_rule(
         result = (
             magnitude(kernel, rule.pattern) if prune is None else prune(kernel, rule.pattern, path)
         )
+        if result is None or (isinstance(result, tuple) and len(result) not in (2, 3)):
+            got = "None" if result is None else f"{len(result)} of them"
+            raise ValueError(
+                f"prune must return a mask, (mask, kernel) or (mask, kernel, scale), got {got}"
+            )
         mask, kernel, scale = (
             (*result, None)[:3] if isinstance(result, tuple) else (result, kernel, None)
         )

@@ -47,6 +47,9 @@ from slidejax.bounds import Bound
 from slidejax.lm import Decoder
 from slidejax.lm.decoder import apply, init_cache
 from slidejax.lm.generation import Sampling
+from slidejax.lm.text.examples import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
 
 
 def general(**options):
@@ -116,32 +119,32 @@ CASES = [
         "kernel": ARRAYS[:13], "pattern": ["6:9", 0, []],
     }),
     (sj.prune.wanda, {"kernel": KERNEL, "pattern": "6:8", "gram": GRAM}, {
-        "kernel": ARRAYS, "pattern": ["6:9", 0, []], "gram": [*ARRAYS, COMPLEX, GRAM * np.nan],
+        "kernel": ARRAYS, "pattern": ["6:9", 0, []], "gram": [*ARRAYS, COMPLEX, GRAM * np.nan, -GRAM],
     }),
     (sj.prune.sparsegpt, {"kernel": KERNEL, "pattern": "6:8", "gram": GRAM}, {
-        "kernel": [*ARRAYS, COMPLEX], "gram": [*ARRAYS, COMPLEX, GRAM * np.nan],
+        "kernel": [*ARRAYS, COMPLEX], "gram": [*ARRAYS, COMPLEX, GRAM * np.nan, -GRAM],
         "damping": REAL, "rounds": WHOLE, "refit_steps": WHOLE,
     }),
     (sj.prune.exchange, {**LAYER, "pattern": "6:8"}, {
-        "kernel": [*ARRAYS, COMPLEX], "mask": [*ARRAYS, KERNEL], "gram": [*ARRAYS, GRAM * np.nan],
+        "kernel": [*ARRAYS, COMPLEX, KERNEL * np.nan], "mask": [*ARRAYS, KERNEL], "gram": [*ARRAYS, GRAM * np.nan, -GRAM, GRAM * 1e36],
         "start": [*ARRAYS, COMPLEX], "pattern": ["6:9", "dense", 0], "damping": REAL,
         "sweeps": WHOLE,
     }),
     (sj.prune.refit, LAYER, {
-        "kernel": [*ARRAYS, COMPLEX], "mask": [*ARRAYS, KERNEL], "gram": [*ARRAYS, GRAM * np.nan],
+        "kernel": [*ARRAYS, COMPLEX, KERNEL * np.nan], "mask": [*ARRAYS, KERNEL], "gram": [*ARRAYS, GRAM * np.nan, -GRAM],
         "start": [*ARRAYS[1:], COMPLEX], "damping": REAL, "steps": WHOLE,
     }),
     (sj.prune.round_kernel, {**LAYER, "dtype": "int8"}, {
-        "kernel": [*ARRAYS, COMPLEX], "mask": [*ARRAYS, KERNEL], "gram": [*ARRAYS, GRAM * np.nan],
+        "kernel": [*ARRAYS, COMPLEX, KERNEL * np.nan], "mask": [*ARRAYS, KERNEL], "gram": [*ARRAYS, GRAM * np.nan, -GRAM],
         "start": [*ARRAYS, COMPLEX], "dtype": [*DTYPES, "float32", None], "damping": REAL,
         "sweeps": WHOLE,
     }),
     (sj.prune.clip_search, {"kernel": KERNEL, "energy": np.ones(64), "dtype": "int8"}, {
-        "kernel": [*ARRAYS, COMPLEX], "energy": [*ARRAYS, COMPLEX],
+        "kernel": [*ARRAYS, COMPLEX, KERNEL * np.nan], "energy": [*ARRAYS, COMPLEX],
         "dtype": [*DTYPES, "float32", None],
     }),
     (sj.prune.layer_error, {"kernel": KERNEL, "other": KERNEL, "gram": GRAM}, {
-        "kernel": ARRAYS, "other": ARRAYS, "gram": [*ARRAYS, GRAM * np.nan],
+        "kernel": ARRAYS, "other": ARRAYS, "gram": [*ARRAYS, GRAM * np.nan, -GRAM],
     }),
     (sj.prune.cut, {"ids": np.arange(99), "sequences": 3, "length": 8}, {
         "ids": [None, "a", 0, [1.5], np.zeros((9, 9), int), object()], "sequences": [*WHOLE, 0],
@@ -176,6 +179,8 @@ CASES = [
     (sj.train.distillation_loss, {"model": MODEL, "teacher": MODEL}, {
         "temperature": [*REAL, 0], "hidden": REAL,
     }),
+    (TOKENIZER.encode, {"text": "a"}, {"text": [None, 0, b"x", ["a"], object(), "\ud800"]}),
+    (TOKENIZER.decode, {"ids": [1]}, {"ids": [None, "a", 0, [-1], [1.5], [2**40], [[1]], ["a"]]}),
     (sj.lm.load, {"path": "none"}, {
         "path": [None, "", 0, 1.5, [], object(), "none", "a\0b"],
     }),

@@ -131,7 +131,7 @@ CASES = [
     }),
     (sj.rules.RuleSet, {"rules": "6:8"}, {"rules": RULES}),
     (sj.rules.pack_by_rule, {"kernel": KERNEL, "rule": sj.Rule("6:8"), "path": "a"}, {
-        "kernel": [*ARRAYS[:13], COMPLEX], "rule": [None, 0, "6:9", []], "prune": [0, "a", []],
+        "kernel": [*ARRAYS[:13], COMPLEX], "rule": [None, 0, "6:9", []], "prune": [0, "a", [], lambda k, p, path: None, lambda k, p, path: (1, 2, 3, 4)],
     }),
     (sj.prune.mixed, {"model": MODEL, "rule": "6:8", "calibration": IDS}, {
         "model": ["a", 0, None, len], "rule": [*PATTERNS, [(".*", "6:8")]],
@@ -160,7 +160,13 @@ CASES = [
         "params": [None, "a", 0, []], "example": [None, 0, "a", X],
     }),
     (sj.prune.convert, {"model": LAYER, "rules": "6:8", "calibration": [X]}, {
-        "calibration": CALIBRATIONS[1:],
+        "calibration": [*CALIBRATIONS[1:], [{"x": X}], [X[:, :3]], [(X, X)]],
+    }),
+    (sj.prune.mixed, {"model": LAYER, "rule": "6:8", "calibration": [X], "loss": None}, {
+        "loss": [None, lambda y, b: y, lambda y, b: None, lambda y, b: 1.0, lambda y, b: (y.sum(),)],
+    }),
+    (sj.prune.convert, {"model": DENSE, "rules": "6:8", "params": VARIABLES}, {
+        "calibration": [[{"x": X}], [X[:, :3]], [(X, X)], [IDS.tolist()]],
     }),
     (sj.linen.convert, {"variables": VARIABLES, "rules": "6:8"}, {
         "variables": [None, 0, "a", [], X], "rules": RULES, "model": ["a", 0, LAYER],

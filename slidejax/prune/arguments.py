@@ -12,7 +12,15 @@ from slidejax.bounds import Bound
 from slidejax.weights import numerics
 from slidejax.weights.layout import as_array, as_shape, check_kernel
 
-__all__ = ["STEPS", "check_codes", "check_damping", "check_gram", "check_layer"]
+__all__ = [
+    "STEPS",
+    "check_codes",
+    "check_damping",
+    "check_finite",
+    "check_gram",
+    "check_layer",
+    "check_numbers",
+]
 
 STEPS = Bound(0, whole=True)
 
@@ -55,7 +63,32 @@ def check_gram(gram: Any, kernel: jax.Array, *, diagonal: bool = False) -> jax.A
     gram = gram.astype(jnp.float32)
     if not isinstance(gram, jax.core.Tracer) and not bool(jnp.isfinite(gram).all()):
         raise ValueError("gram holds inf or nan: the calibration inputs are not finite")
+    if not isinstance(gram, jax.core.Tracer):
+        least = float((jnp.diagonal(gram) if gram.ndim == 2 else gram).min())
+        if least < 0:
+            raise ValueError(f"gram must be x^T x, and has {least:g} on its diagonal")
     return gram
+
+
+def check_numbers(**arrays: jax.Array) -> None:
+    """Raises a ValueError that names the first array with inf or nan; traced ones are not known."""
+    for name, array in arrays.items():
+        if not isinstance(array, jax.core.Tracer) and not bool(jnp.isfinite(array).all()):
+            raise ValueError(f"{name} holds inf or nan")
+
+
+def check_finite(new: jax.Array) -> jax.Array:
+    """A kernel that a method has made of finite numbers, if it is finite or traced.
+
+    Raises:
+      ValueError: if it is not.
+    """
+    if isinstance(new, jax.core.Tracer) or bool(jnp.isfinite(new).all()):
+        return new
+    raise ValueError(
+        "gram has numbers too large or too small for float32: with it the kernel becomes inf or "
+        "nan. Divide the calibration inputs by a number"
+    )
 
 
 def check_damping(damping: Any) -> Any:

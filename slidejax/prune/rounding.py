@@ -17,7 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.prune.arguments import STEPS, check_codes, check_damping, check_layer
+from slidejax.prune.arguments import (
+    STEPS,
+    check_codes,
+    check_damping,
+    check_finite,
+    check_layer,
+    check_numbers,
+)
 from slidejax.prune.sparsegpt import EXACT, damped
 from slidejax.weights import numerics
 from slidejax.weights.layout import as_shape, check_kernel, check_mask
@@ -59,6 +66,7 @@ def clip_search(kernel: jax.Array, energy: jax.Array, dtype) -> jax.Array:
             f"kernel must be floating [in, out], got {kernel.dtype} of shape {kernel.shape}"
         )
     energy = as_shape(energy, "energy", kernel.shape[:1], "[in]")
+    check_numbers(kernel=kernel, energy=energy)
     return _clip_search(kernel.astype(jnp.float32), energy, dtype)
 
 
@@ -113,9 +121,11 @@ def round_kernel(
     """
     dtype, sweeps = check_codes(dtype), STEPS.check(sweeps, "sweeps")
     kernel, gram, start = check_layer(kernel, gram, start=start)
+    check_numbers(kernel=kernel, start=start)
     mask, gram = check_mask(mask, kernel), damped(gram, check_damping(damping))
     start = jnp.where(mask, start, 0).astype(jnp.float32)
-    return _round_kernel(kernel.astype(jnp.float32), mask, gram, start, dtype, sweeps)
+    rounded, scale = _round_kernel(kernel.astype(jnp.float32), mask, gram, start, dtype, sweeps)
+    return check_finite(rounded), scale
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))

@@ -20,7 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.prune.arguments import STEPS, check_damping, check_layer
+from slidejax.prune.arguments import (
+    STEPS,
+    check_damping,
+    check_finite,
+    check_layer,
+    check_numbers,
+)
 from slidejax.weights.layout import check_mask
 from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
 
@@ -124,11 +130,12 @@ def exchange(
 
     Raises:
       TypeError: naming the argument, if it is of another kind.
-      ValueError: for shapes and dtypes that do not fit each other, a gram that is not finite, a
+      ValueError: for shapes and dtypes that do not fit each other, arrays that are not finite, a
         number out of range, a bad pattern, or "dense".
     """
     kernel, gram, start = check_layer(kernel, gram, start=start)
     mask, damping = check_mask(mask, kernel), check_damping(damping)
+    check_numbers(kernel=kernel, start=start)
     pattern, sweeps = Pattern.parse(pattern), STEPS.check(sweeps, "sweeps")
     if not pattern.prunes:
         raise ValueError(
@@ -137,7 +144,7 @@ def exchange(
     mask, new = _exchange(
         _driven(kernel, gram), mask, damped(gram, damping), _driven(start, gram), pattern, sweeps
     )
-    return mask, jnp.where(mask, _with_idle(new, start, gram), 0)
+    return mask, check_finite(jnp.where(mask, _with_idle(new, start, gram), 0))
 
 
 # An input that is always zero puts no constraint on its weights. They count as zeros while columns
@@ -370,10 +377,12 @@ def refit(
     start = kernel if start is None else start
     kernel, gram, start = check_layer(kernel, gram, start=start)
     mask, damping = check_mask(mask, kernel), check_damping(damping)
+    check_numbers(kernel=kernel, start=start)
     steps = STEPS.check(steps, "steps")
-    return _refit(
+    new = _refit(
         kernel.astype(jnp.float32), mask, damped(gram, damping), start.astype(jnp.float32), steps
     )
+    return check_finite(new)
 
 
 @functools.partial(jax.jit, static_argnums=4)

@@ -23,6 +23,7 @@ import numpy as np
 from slidejax.bounds import COUNT, Bound
 from slidejax.files import check_path
 from slidejax.kinds import check_function
+from slidejax.prune.model.divergence import scalar
 from slidejax.train.held_out import Guard
 from slidejax.train.state import Checkpoint, Clock, State, all_finite
 from slidejax.variants.trainable import Selection, combine, deploy, masters, partition
@@ -310,11 +311,7 @@ def _loss_of(loss_fn: Callable[..., jax.Array], dtypes: Any) -> Callable[..., ja
     def loss_of(train, rest, batch, args):
         cast = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), train, dtypes)
         loss = loss_fn(combine(cast, rest), batch, *args)
-        dtype, shape = getattr(loss, "dtype", None), getattr(loss, "shape", None)
-        if dtype is None or shape != () or not jnp.issubdtype(dtype, jnp.floating):
-            got = type(loss).__name__ if dtype is None else f"{dtype} of shape {shape}"
-            raise TypeError(f"loss_fn must return one floating number, a scalar array, got {got}")
-        return loss.astype(jnp.float32)
+        return scalar(loss, "loss_fn").astype(jnp.float32)
 
     return loss_of
 

@@ -7,13 +7,14 @@ a GGUF file. No code of a model directory runs, and nothing is downloaded.
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slidejax.files import replacing
-from slidejax.kinds import shown
+from slidejax.kinds import check_kind, shown
 from slidejax.lm.text import chat
 from slidejax.lm.text.pieces import Pieces, joined
 
@@ -159,9 +160,10 @@ class Tokenizer:
             after a text is left out, since the text may go on.
 
         Raises:
-          ValueError: the text has half of a surrogate pair.
+          TypeError: it is no text.
+          ValueError: it has half of a surrogate pair.
         """
-        check_text(text, "the text")
+        check_text(check_kind(text, str, "text", "a text"), "the text")
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return [*self.start, *ids] if start else ids
 
@@ -173,7 +175,16 @@ class Tokenizer:
           special: show special tokens.
           continues: the text goes on after another one. So a leading space is the text's own, and
             not one that the tokenizer puts before every text.
+
+        Raises:
+          TypeError, ValueError: one of them is no token id.
         """
+        try:
+            ids = [operator.index(i) for i in ids]
+        except TypeError:
+            raise TypeError(f"ids must be token ids, got {shown(ids)}") from None
+        if any(not 0 <= i < 2**32 for i in ids):
+            raise ValueError(f"ids must be token ids, from 0 on, got {shown(ids)}")
         pairs = [(self.token_bytes(i), self.is_special(i)) for i in ids]
         text = "".join(part for part, hidden in joined(pairs) if special or not hidden)
         strips = self._pieces.strips and not continues

@@ -27,7 +27,15 @@ from slidejax.prune.model.store import Store, fingerprint
 from slidejax.rules import Prune, Report, Rule
 from slidejax.weights.checks import check_one_process
 
-__all__ = ["calibrated", "convert", "in_order", "planned_report", "planned_rules", "stored"]
+__all__ = [
+    "calibrated",
+    "check_runs",
+    "convert",
+    "in_order",
+    "planned_report",
+    "planned_rules",
+    "stored",
+]
 
 SMOOTH_ON = 2  # smoothing measures the channels on this many batches
 
@@ -97,6 +105,7 @@ def calibrated(
     check_function(progress, "progress", optional=True)
     check_one_process(model.params, "params")
     batches = Calibration(tokens).as_batches()
+    check_runs(model, batches[0])
     tell = None if progress is None else lambda done: progress(done * len(batches[0]), len(tokens))
     diagonal = chosen.reads == "diagonal"
     return chosen.pruner(collect_all(model.run, model.params, batches, tell, diagonal=diagonal))
@@ -121,6 +130,23 @@ def planned_report(model: Functional, rules: Any) -> Report:
         return model.planned(rules)
 
 
+def check_runs(model: Functional, batch: Any) -> None:
+    """Raises a ValueError that names the calibration if a model does not run on a batch of it.
+
+    The model is traced abstractly. Its own error may be about anything.
+    """
+    try:
+        jax.eval_shape(
+            lambda params, batch: [model.run(params, batch), None][1], model.params, batch
+        )
+    except Exception as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(
+            f"calibration: the model does not run on its first batch: {type(error).__name__}: "
+            f"{first:.200}"
+        ) from error
+
+
 def _calibrated(
     model: Functional, rules: Any, method: Method, how: Calibration, report: Report
 ) -> tuple[Any, Prune]:
@@ -135,7 +161,9 @@ def _calibrated(
       takes as `prune=`.
     """
     check_one_process(model.params, "params")
-    batches, plan = how.as_batches(), planned_rules(model, rules, stacked=True)
+    batches = how.as_batches()
+    check_runs(model, batches[0])
+    plan = planned_rules(model, rules, stacked=True)
     stages, reason = None, "in_order=False"
     if how.in_order:
         qdtypes = {path: rule.qdtype for path, rule in plan.items()}

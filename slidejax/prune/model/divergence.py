@@ -12,9 +12,22 @@ import numpy as np
 from slidejax.bounds import Bound
 from slidejax.weights.layout import as_array
 
-__all__ = ["TEMPERATURE", "divergences", "kl_divergence"]
+__all__ = ["TEMPERATURE", "divergences", "kl_divergence", "scalar"]
 
 TEMPERATURE = Bound(0, above=True)  # what divides logits
+
+
+def scalar(loss: Any, name: str) -> jax.Array:
+    """What a user's loss returned.
+
+    Raises:
+      TypeError: naming the argument that was the loss, if it is no floating scalar.
+    """
+    dtype, shape = getattr(loss, "dtype", None), getattr(loss, "shape", None)
+    if dtype is None or shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        got = type(loss).__name__ if dtype is None else f"{dtype} of shape {shape}"
+        raise TypeError(f"{name} must return one floating number, a scalar array, got {got}")
+    return loss
 
 
 def kl_divergence(student: jax.Array, teacher: jax.Array, temperature: float = 1.0) -> jax.Array:

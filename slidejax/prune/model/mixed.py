@@ -25,9 +25,9 @@ from slidejax.functional import Functional
 from slidejax.kinds import check_function, check_list, check_regex
 from slidejax.prune.model.calibration import Calibration
 from slidejax.prune.model.choose import choose
-from slidejax.prune.model.convert import planned_rules
+from slidejax.prune.model.convert import check_runs, planned_rules
 from slidejax.prune.model.costs import Cost, parse_patterns
-from slidejax.prune.model.divergence import divergences
+from slidejax.prune.model.divergence import divergences, scalar
 from slidejax.prune.model.grams import collect
 from slidejax.prune.model.program import named_leaves
 from slidejax.prune.model.sensitivity import Estimate, drawn_loss, sensitivities, shrunk
@@ -71,6 +71,7 @@ def mixed_rules(
     if hasattr(calibration.batches, "ndim"):
         # one by one, so that a quarter of a few sequences can be held out
         batches = list(np.asarray(calibration.batches)[:, None])
+    check_runs(model, batches[0])
     fit, held_out = _parted(batches)
     kernels = _Kernels(model, planned_rules(model, rule), fit, calibration.damping)
     baseline = rule.pattern if rule.pattern.prunes else min(candidates, key=lambda p: p.density)
@@ -82,7 +83,7 @@ def mixed_rules(
     }
     of_output = drawn_loss if loss is None else loss
     measured = sensitivities(
-        lambda params, batch: of_output(model.run(params, batch), batch),
+        lambda params, batch: scalar(of_output(model.run(params, batch), batch), "loss"),
         model.params,
         held_out,
         changes,
