@@ -303,8 +303,10 @@ def _as_stored(params: Any, stored: Mapping[str, Any]) -> Any:
     """The parameters, with those that fit into their stored dtypes in these."""
 
     def kept(keys: Any, leaf: Any) -> Any:
-        dtype = stored.get(path_of(keys))
-        if dtype is None or leaf.dtype == dtype or not jnp.issubdtype(dtype, jnp.floating):
+        dtype = stored.get(path_of(keys), leaf.dtype)
+        floats = all(jnp.issubdtype(one, jnp.floating) for one in (dtype, leaf.dtype))
+        # Values that were quantised are smaller than what is stored.
+        if not floats or leaf.dtype.itemsize <= dtype.itemsize:
             return leaf
         small = leaf.astype(dtype)
         return small if bool((small.astype(leaf.dtype) == leaf).all()) else leaf

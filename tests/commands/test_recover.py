@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-from command_line import SENTENCES, error, output, run, write_decoder, write_files
+from command_line import SENTENCES, error, output, packed, run, write_decoder, write_files
 
 from slidejax.huggingface import write_pretrained
 from slidejax.lm import load
@@ -184,3 +184,15 @@ def test_what_is_left_alone_keeps_its_stored_dtype(capsys, tmp_path):
             for one in (first, second)
         )
     )
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", None])
+def test_a_model_of_16_bit_values_is_recovered_and_quantised(capsys, tmp_path, dtype):
+    dense, text, out, new = write_decoder(tmp_path), *(tmp_path / n for n in ("text", "out", "new"))
+    text.write_text(TEXT)
+    output(capsys, "convert", dense, out, "--data-free", "--dtype", "bfloat16")
+    options = ("--text", text, "--window", 16, "--batch", 4, "--steps", 2)
+    output(capsys, "recover", out, new, *options, *(() if dtype is None else ("--dtype", dtype)))
+    found = {w.dtype.name for w in packed(load(new).params)}
+    assert found == {"float32" if dtype is None else dtype}
+    assert stored_dtypes(new)["model/embed_tokens/embedding"] == jnp.bfloat16
