@@ -22,47 +22,69 @@
 
 namespace slidejax::decode {
 
-// The columns that a group's values stand for, as nibbles, value 0 in the lowest one: value k is
-// column k + [k >= z1] + [k >= z2 - 1]. `shifts` has 4 z1 and 4 (z2 - 1) in bytes number `byte`.
-template <int kWindows>
-struct ValueColumns {
-  static constexpr bool kWide = kWindows >= 4;  // else every shift is less than 32
-  using Nibbles = std::conditional_t<kWide, uint64_t, uint32_t>;
-
-  // `base` is a nibble for each value: its number, less what its window begins at.
-  static __device__ Nibbles Of(Nibbles base, uint32_t first, uint32_t second, int byte) {
-    constexpr Nibbles kOnes = static_cast<Nibbles>(0x1111111111111111ull);
-    if constexpr (kWide) {
-      return base + (kOnes << (first >> (8 * byte) & 63)) + (kOnes << (second >> (8 * byte) & 63));
-    } else {
-      // The funnel shift takes its amount modulo 32, so the other bytes need not be masked out.
-      return base + __funnelshift_l(0, kOnes, first >> (8 * byte)) +
-             __funnelshift_l(0, kOnes, second >> (8 * byte));
-    }
-  }
-};
-
-// Where in a block the pieces of four values (two windows) have their columns.
+// Where the values of a block have their columns, as numbers for the instruction that puts codes in
+// their order. It takes two words of codes, and for each of four values the number of a byte in
+// them. So four values (two windows) are a piece, which begins to read at some word of the block.
 template <int kWindows>
 struct BlockLayout {
   static constexpr int kGroup = 2 * (kWindows + 1), kValues = 2 * kWindows;
+  // A nibble for each value of a group, value 0 in the lowest one.
+  static constexpr bool kWide = kWindows >= 4;
+  using Nibbles = std::conditional_t<kWide, uint64_t, uint32_t>;
+
   // The first column, in the block, of the window that value `v` of the block belongs to.
   static SLIDEJAX_HOST_DEVICE constexpr int WindowBegin(int v) {
     const int window = v / 2;
     return window / kWindows * kGroup + window % kWindows * 2;
   }
-  // The word of codes at which piece `j` of four values begins to read. Its windows lie inside that
-  // word and the next.
+  // The word of codes at which piece number `j` begins to read. Its windows lie inside that word
+  // and the next.
   static SLIDEJAX_HOST_DEVICE constexpr int FirstWord(int j) { return WindowBegin(4 * j) / 4; }
-  // A nibble for each value of group `g`: its number, less the column of the group at which the
-  // codes of its piece begin.
-  static SLIDEJAX_HOST_DEVICE constexpr uint64_t Base(int g) {
+
+  // For each value of group `g` its own number, less the column of the group at which its piece
+  // begins to read.
+  static SLIDEJAX_HOST_DEVICE constexpr Nibbles Base(int g) {
     uint64_t base = 0;
     for (int k = 0; k < kValues; ++k) {
       const int piece = (g * kValues + k) / 4;
       base |= static_cast<uint64_t>(k - (FirstWord(piece) * 4 - g * kGroup)) << (4 * k);
     }
-    return base;
+    return static_cast<Nibbles>(base);
+  }
+
+  // The bytes of codes that the values of the eight groups of a block are multiplied with. Value k
+  // of a group has column k + [k >= z1] + [k >= z2 - 1].
+  static __device__ void BytesOf(uint2 zeros, Nibbles (&bytes)[8]) {
+    constexpr auto kOnes = static_cast<Nibbles>(0x1111111111111111ull);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // 4 z1 and 4 (z2 - 1) of four groups. Beyond the weight there are zeros, for which these are
+      // no places; then no byte is over 6, and the values are zero as well.
+      const uint32_t z = half ? zeros.y : zeros.x;
+      const uint32_t first = (z & 0x0f0f0f0fu) << 2;
+      const uint32_t second = ((z >> 2) & 0x3c3c3c3cu) - 0x04040404u;
+#pragma unroll
+      for (int g = 0; g < 4; ++g) {
+        const Nibbles base = Base(4 * half + g);
+        Nibbles& to = bytes[4 * half + g];
+        if constexpr (kWide) {
+          to = base + (kOnes << (first >> (8 * g) & 63)) + (kOnes << (second >> (8 * g) & 63));
+        } else {
+          // Shifts are less than 32. The funnel shift takes its amount modulo 32, so the other
+          // groups need not be masked out.
+          to = base + __funnelshift_l(0, kOnes, first >> (8 * g)) +
+               __funnelshift_l(0, kOnes, second >> (8 * g));
+        }
+      }
+    }
+  }
+
+  // The bytes of piece number `j`, in the lowest 16 bits. It may end in the next group.
+  static __device__ uint32_t Selector(const Nibbles (&bytes)[8], int j) {
+    const int group = 4 * j / kValues, first = 4 * j % kValues;
+    const auto low = static_cast<uint32_t>(bytes[group] >> (4 * first));
+    if (first + 4 <= kValues) return low;
+    return __byte_perm(low, static_cast<uint32_t>(bytes[group + 1]), 0x0040);
   }
 };
 
@@ -95,11 +117,10 @@ class Gemv {
         lane_(threadIdx.x % kLanes),
         first_tile_(blockIdx.x * p.tiles_each + min(static_cast<int>(blockIdx.x), p.tiles_more)),
         tiles_(p.tiles_each + (static_cast<int>(blockIdx.x) < p.tiles_more)) {
-    const int columns = p.steps * kRowLanes * kShape.code_stride();
     ring_ = shared + warp_ * kDepth * kShape.slot_bytes();
     shared += kShape.ring_bytes();
-    codes_ = shared, code_bytes_ = columns;
-    shared += kRows * columns;
+    codes_ = shared, code_bytes_ = p.steps * kRowLanes * kShape.code_stride();
+    shared += kRows * code_bytes_;
     rows_ = shared;  // the weights of the norm, and x
     shared += p.row_pieces * 16 + (p.a.norm != nullptr ? p.a.columns * 4 : 0);
     sums_ = reinterpret_cast<Sum*>(shared);
@@ -245,11 +266,10 @@ class Gemv {
     }
   }
 
-  // The lane's words of codes of row `row`, from word `first` of a block on. A dense block has its
-  // words where the lane's values are.
-  __device__ const uint4* CodesOf(int row, int step) const {
+  // The lane's codes of row m of x in a step. Those of a dense weight lie as its values do.
+  __device__ const uint4* CodesOf(int m, int step) const {
     const int share = lane_ % kRowLanes;
-    const uint8_t* codes = codes_ + row * code_bytes_ + step * kRowLanes * kShape.code_stride();
+    const uint8_t* codes = codes_ + m * code_bytes_ + step * kRowLanes * kShape.code_stride();
     return reinterpret_cast<const uint4*>(codes +
                                           share * (kShape.dense() ? 16 : kShape.code_stride()));
   }
@@ -257,67 +277,52 @@ class Gemv {
   __device__ void MultiplyItem(int slot, int step) {
     const uint8_t* from = ring_ + slot * kShape.slot_bytes();
     const uint8_t* row = from + lane_ / kRowLanes * kShape.row_bytes();
-    const int share = lane_ % kRowLanes;
     if constexpr (kShape.dense()) {
-      const auto* values = reinterpret_cast<const uint4*>(row) + share;
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        const uint4 v = values[i * kRowLanes];
-#pragma unroll
-        for (int m = 0; m < kRows; ++m) {
-          const uint4 x = CodesOf(m, step)[i * kRowLanes];
-          Add(m, v.x, x.x), Add(m, v.y, x.y), Add(m, v.z, x.z), Add(m, v.w, x.w);
-        }
-      }
+      MultiplyDense(row, step);
     } else {
-      using Layout = BlockLayout<kWindows>;
-      using Columns = ValueColumns<kWindows>;
-      uint32_t values[kWords];
+      MultiplySparse(row, *reinterpret_cast<const uint2*>(from + kShape.slot_values() + lane_ * 8),
+                     step);
+    }
+  }
+
+  __device__ void MultiplyDense(const uint8_t* row, int step) {
+    const auto* values = reinterpret_cast<const uint4*>(row) + lane_ % kRowLanes;
 #pragma unroll
-      for (int i = 0; i < kWords / 4; ++i) {
-        const uint4 v = reinterpret_cast<const uint4*>(row + share * kShape.block_bytes())[i];
-        values[4 * i] = v.x, values[4 * i + 1] = v.y, values[4 * i + 2] = v.z,
-                   values[4 * i + 3] = v.w;
-      }
-      const uint2 zeros = *reinterpret_cast<const uint2*>(from + kShape.slot_values() + lane_ * 8);
-      typename Columns::Nibbles columns[8];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t z = half ? zeros.y : zeros.x;
-        const uint32_t first = (z & 0x0f0f0f0fu) << 2;
-        const uint32_t second = ((z >> 2) & 0x3c3c3c3cu) - 0x04040404u;
-#pragma unroll
-        for (int g = 0; g < 4; ++g) {
-          columns[4 * half + g] = Columns::Of(
-              static_cast<typename Columns::Nibbles>(Layout::Base(4 * half + g)), first, second, g);
-        }
-      }
+    for (int i = 0; i < kPieces; ++i) {
+      const uint4 v = values[i * kRowLanes];
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
-        uint32_t x[kShape.block_columns() / 4 + 1];
-#pragma unroll
-        for (int i = 0; i < kShape.block_columns() / 16; ++i) {
-          const uint4 v = CodesOf(m, step)[i];
-          x[4 * i] = v.x, x[4 * i + 1] = v.y, x[4 * i + 2] = v.z, x[4 * i + 3] = v.w;
-        }
-        x[kShape.block_columns() / 4] = 0;
-#pragma unroll
-        for (int j = 0; j < kWords; ++j) {
-          const int word = Layout::FirstWord(j);
-          Add(m, values[j], __byte_perm(x[word], x[word + 1], Selector(columns, j)));
-        }
+        const uint4 x = CodesOf(m, step)[i * kRowLanes];
+        Add(m, v.x, x.x), Add(m, v.y, x.y), Add(m, v.z, x.z), Add(m, v.w, x.w);
       }
     }
   }
 
-  // The nibbles of values 4 j to 4 j + 3 of a block, in the lowest 16 bits.
-  template <typename Nibbles>
-  static __device__ uint32_t Selector(const Nibbles (&columns)[8], int j) {
-    constexpr int kValues = 2 * kWindows;
-    const int group = 4 * j / kValues, first = 4 * j % kValues;
-    const auto low = static_cast<uint32_t>(columns[group] >> (4 * first));
-    if (first + 4 <= kValues) return low;
-    return __byte_perm(low, static_cast<uint32_t>(columns[group + 1]), 0x0040);
+  __device__ void MultiplySparse(const uint8_t* row, uint2 zeros, int step) {
+    using Layout = BlockLayout<kWindows>;
+    uint32_t values[kWords];
+    Read(values, reinterpret_cast<const uint4*>(row + lane_ % kRowLanes * kShape.block_bytes()));
+    typename Layout::Nibbles bytes[8];
+    Layout::BytesOf(zeros, bytes);
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      uint32_t x[kShape.block_columns() / 4];
+      Read(x, CodesOf(m, step));
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) {
+        const int word = Layout::FirstWord(j);
+        Add(m, values[j], __byte_perm(x[word], x[word + 1], Layout::Selector(bytes, j)));
+      }
+    }
+  }
+
+  template <int kCount>
+  static __device__ void Read(uint32_t (&words)[kCount], const uint4* from) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      const uint4 v = from[i / 4];
+      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+    }
   }
 
   __device__ void Add(int m, uint32_t values, uint32_t codes) {
