@@ -78,8 +78,8 @@ void DecodeCases(Runner& run) {
   for (const DType type : kTypes) {
     for (const int group : kGroups) {
       // Up to four rows the kernel converts x itself, if it is aligned.
-      for (const Sizes s : {Sizes{1, 37, 3}, Sizes{3, 16, 5, 8}, Sizes{2, 5, 1, 7}, Sizes{5, 33, 4},
-                            Sizes{8, 21, 7, 3}}) {
+      for (const Sizes s : {Sizes{1, 37, 3}, Sizes{2, 38, 11, 8}, Sizes{3, 16, 5, 8},
+                            Sizes{2, 5, 1, 7}, Sizes{5, 33, 4}, Sizes{8, 21, 7, 3}}) {
         const bool own = s.M <= 4 && s.missing % 8 == 0;
         const DType x = kFloats[turn++ % std::size(kFloats)];
         const int extra = turn % 5;
