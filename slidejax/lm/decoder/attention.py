@@ -59,7 +59,9 @@ def attend(
     q = queries.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
     q = q.transpose(0, 2, 3, 1, 4)
     inside = _Scores(scale, window)
-    fits = batch * heads * tokens * length <= _AT_ONCE
+    # A size that jax.export leaves open counts as one.
+    sizes = (size for size in (batch, heads, tokens, length) if isinstance(size, int))
+    fits = math.prod(sizes) <= _AT_ONCE
     if fits and (tokens <= _FEW or length <= 2 * _KEYS):
         out = inside.at_once(q, held, query_positions, key_positions)
     else:

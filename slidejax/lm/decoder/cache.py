@@ -18,6 +18,7 @@ import numpy as np
 from slidejax.lm.decoder.config import DecoderConfig, check_config
 from slidejax.ops.decode_attention import put_tokens
 from slidejax.weights import numerics
+from slidejax.weights.registries import register_exported
 
 __all__ = ["Cache", "LayerCache", "init_cache"]
 
@@ -87,6 +88,9 @@ class LayerCache(NamedTuple):
     def _put(self, new: LayerCache, slots: jax.Array) -> LayerCache:
         """The cache with new tokens in their slots `[batch, tokens]`."""
         return jax.tree.map(lambda cache, added: put_tokens(cache, added, slots), self, new)
+
+
+register_exported(LayerCache)
 
 
 def _held_positions(last: jax.Array, slots: int) -> jax.Array:

@@ -118,6 +118,8 @@ class Layer:
         if not all(isinstance(kernel, SlideWeight) for kernel in kernels):
             return False
         rows = x.shape[0]
+        if not isinstance(rows, int):  # jax.export may leave it open
+            return False
         if rows in HOPPER_CHAINED_ROWS and all(hopper.may_chain(k, rows) for k in kernels):
             return True
         prepared = any(kernel.prepared for kernel in kernels)

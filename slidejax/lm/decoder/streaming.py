@@ -22,6 +22,7 @@ from slidejax.checkpoint.space import check_space
 from slidejax.checkpoint.staging import check_apart, check_outside, claimed, staged
 from slidejax.files import check_path
 from slidejax.functional import Functional
+from slidejax.kinds import check_flag, check_kind
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.family import check_tokens, converts_head, functional_of
 from slidejax.lm.decoder.files import check_dtype, content, write_texts
@@ -94,8 +95,10 @@ def convert_files(
     """
     report = Report() if report is None else report
     floats, out = check_dtype(floats, "floats"), check_path(out, "out")
-    if not isinstance(replace, bool):  # whatever else is true would destroy an earlier OUT
-        raise TypeError(f"replace must be True or False, got {replace!r:.60}")
+    check_flag(replace, "replace")
+    if about is not None and not callable(about):
+        check_kind(about, Mapping, "about", "a dict, a function that makes one, or None")
+    check_kind(report, Report, "report", "a slidejax.Report")
     if method is None:
         method = "magnitude" if calibration is None else "sparsegpt"
     chosen = method_of(method, calibration)
@@ -123,8 +126,9 @@ def convert_files(
                 else:
                     sink.prune = chosen.pruner() if isinstance(chosen, Method) else chosen
                 sink.rest()
-                notes = about(report) if callable(about) else dict(about or {})
-                whole = content(source.config, source.dtype, notes, {})
+                notes = about(report) if callable(about) else about or {}
+                check_kind(notes, Mapping, "about's result", "a dict")
+                whole = content(source.config, source.dtype, dict(notes), {})
                 del whole["params"]
                 writer.finish(whole, source.shapes())
             write_texts(folder, source.files)

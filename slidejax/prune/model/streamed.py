@@ -122,7 +122,7 @@ def prune_streamed(
             for path, pruned in found.items():
                 kernel_done(path, pruned)
             del found
-            for path in {*leaves.held, *smoothed}:
+            for path in dict.fromkeys((*leaves.held, *smoothed)):  # in one order in every run
                 # A kernel is also needed for the moments of its own stage.
                 ahead_of_us = own_stage.get(path, -1) > at or stages.reads_after(at, path)
                 if path in smoothed and not stages.reads_after(unit[-1], path):

@@ -305,3 +305,22 @@ def test_what_a_decoder_is_made_of_is_checked():
 def test_a_file_of_an_unknown_name_is_refused(name):
     with pytest.raises(ValueError, match=re.escape(f"files has {name!r}, which is no file of a")):
         Decoder(model().config, model().params, files={name: b""})
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_is_exported_with_any_number_of_rows(packed, cache_dtype):
+    decoder = sj.lm.convert(model(), "6:8") if packed else model()
+    rows, _ = jax.export.symbolic_shape("rows, rest")
+
+    def step(ids, positions, cache):
+        return apply(decoder.config, decoder.params, ids, positions, cache, last=True)
+
+    def open_rows(array):
+        return jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
+
+    given = tokens(3, 1), np.zeros((3, 1), np.int32), init_cache(decoder.config, 3, 8, cache_dtype)
+    exported = jax.export.export(jax.jit(step))(*jax.tree.map(open_rows, given))
+    again = jax.export.deserialize(exported.serialize())
+    for want, got in zip(*map(jax.tree.leaves, (step(*given), again.call(*given))), strict=True):
+        close(got, want)

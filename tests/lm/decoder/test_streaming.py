@@ -2,7 +2,10 @@
 
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -237,3 +240,38 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
     for other, rules in ((GOLDEN / "llama", "4:6"), (GOLDEN / "llama3", "6:8")):
         with pytest.raises(ValueError, match="another conversion"):
             sj.lm.convert_files(other, tmp_path / "x", rules, "wanda", how())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"about": 5}, "about must be a dict, a function that makes one, or None, got 5"),
+        ({"about": lambda report: 5}, "about's result must be a dict, got 5"),
+        ({"replace": 1}, "replace must be True or False, got 1"),
+        ({"report": {}}, "report must be a slidejax.Report, got {}"),
+    ],
+)
+def test_options_of_another_kind_are_refused_by_name(tmp_path, options, message):
+    sj.lm.save(tiny(), tmp_path / "model")
+    with pytest.raises(TypeError, match=message):
+        sj.lm.convert_files(tmp_path / "model", tmp_path / "out", "6:8", **options)
+    assert not (tmp_path / "out").exists()
+
+
+_CONVERT = """
+import sys, numpy, slidejax
+ids = numpy.arange(48, dtype=numpy.int32).reshape(2, 24)
+slidejax.lm.convert_files(sys.argv[1], sys.argv[2], "6:8", "wanda", ids)
+"""
+
+
+def test_every_run_writes_the_same_bytes(tmp_path):
+    """Sets of texts have another order in every process."""
+    sj.lm.save(tiny(), tmp_path / "model")
+    for seed in "13":
+        command = [sys.executable, "-c", _CONVERT, tmp_path / "model", tmp_path / seed]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+    files = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "3").iterdir())
+    for name in files:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes(), name
