@@ -14,6 +14,7 @@ from slidejax.kinds import check_kind
 from slidejax.nnx.conversion import convert
 from slidejax.nnx.layers import general_contraction
 from slidejax.nnx.registered import parameter_of, registered
+from slidejax.rules import Skipped
 
 __all__ = ["FAMILY", "functional"]
 
@@ -25,15 +26,18 @@ class _Showing(nnx.Module):
 
     def __call__(self, inputs, *args, **kwargs):
         known = registered(type(self).__mro__[2])  # the layer's own class
-        if known is not None:
-            axes = known.contraction(self, inputs.ndim)
-        elif isinstance(self, nnx.Linear):
-            axes = Contraction.dense(inputs.ndim)
-        elif isinstance(self, nnx.LinearGeneral):
-            axes = general_contraction(self, inputs.ndim)
-        else:
-            given = args[0] if args else kwargs.get("einsum_str")
-            axes = Contraction.einsum(given or self.einsum_str, inputs.ndim)  # type: ignore[attr-defined]
+        try:
+            if known is not None:
+                axes = known.contraction(self, inputs.ndim)
+            elif isinstance(self, nnx.Linear):
+                axes = Contraction.dense(inputs.ndim)
+            elif isinstance(self, nnx.LinearGeneral):
+                axes = general_contraction(self, inputs.ndim)
+            else:
+                given = args[0] if args else kwargs.get("einsum_str")
+                axes = Contraction.einsum(given or self.einsum_str, inputs.ndim)  # type: ignore[attr-defined]
+        except Skipped:  # a conversion leaves this layer as it is, and says why
+            return super().__call__(inputs, *args, **kwargs)
         kernel = getattr(self, "kernel" if known is None else known.parameter).get_value()
         inputs = show_input(self.shown_path, inputs, axes, kernel)
         y = super().__call__(inputs, *args, **kwargs)

@@ -73,3 +73,21 @@ def test_the_module_stays_as_it_is(model):
 
 def test_which_models_are_its_own(model):
     assert FAMILY.owns(model[0]) and not FAMILY.owns(nn.Dense(2)) and not FAMILY.owns(None)
+
+
+@pytest.mark.parametrize("odd", ["bi,ii->bi", "bi,io->b"])
+def test_a_layer_that_is_no_product_does_not_stop_the_calibration_of_others(odd):
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.odd = nnx.Einsum(odd, (64, 64), None, rngs=rngs)
+            self.linear = nnx.Linear(64, 16, rngs=rngs)
+
+        def __call__(self, x):
+            y = self.odd(x)
+            return self.linear(x * y.reshape(len(x), -1))
+
+    model, report = Model(nnx.Rngs(0)), sj.Report()
+    x = jax.random.normal(jax.random.key(0), (64, 64))
+    converted = sj.prune.convert(model, "6:8", [x], report=report)
+    assert [layer.path for layer in report.converted] == ["linear/kernel"]
+    assert list(report.skipped) == ["odd/kernel"] and converted(x).shape == (64, 16)
