@@ -93,6 +93,9 @@ WRITER = Decoder(
 TASK = humaneval.Problem("a", "def f():\n", "f", "def check(f): pass")
 
 
+RESULT_OF = humaneval.Result(("a",), np.ones(1, bool), np.ones((1, 0), bool), {}, [])
+
+
 def completed(**options):
     return list(humaneval.completions(**options))
 
@@ -218,6 +221,10 @@ CASES = [
         "max_new_tokens": [v for v in WHOLE if v is not None], "temperature": REAL,
         "top_k": WHOLE, "top_p": [*REAL, 1.5], "stop": [0, 1.5, [1], object()], "seed": WHOLE,
     }),
+    (WRITER.generate, {"prompts": "a", "max_new_tokens": 1}, {
+        "params": ["a", 0, {}, [], {"a": "b"}, {"a": None}],
+    }),
+    (RESULT_OF.figures, {}, {"against": [0, "a", {}, object()]}),
     (sj.lm.generation.generate, {"model": MODEL, "prompts": [[1]], "max_new_tokens": 1}, {
         "model": [None, "a", 0, LAYER, len],
     }),

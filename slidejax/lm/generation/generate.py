@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from slidejax.kinds import check_function, shown
@@ -211,6 +212,9 @@ class Batch:
         ends: Iterable[int],
         params: Any = None,
     ):
+        for leaf in jax.tree.leaves(params):
+            if not hasattr(leaf, "dtype"):
+                raise TypeError(f"params must be a tree of arrays, got {shown(leaf)} in it")
         self._programs = model.programs
         self._params = model.params if params is None else params
         self.prompts, self.counts, self._sampling = prompts, counts, sampling

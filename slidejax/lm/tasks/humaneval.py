@@ -204,6 +204,7 @@ class Result:
         """The figures as plain JSON; against another model also the differences.
 
         Raises:
+          TypeError: `against` is something else.
           ValueError: the other model has other problems.
         """
         value: dict[str, Any] = {
@@ -216,6 +217,7 @@ class Result:
             value["samples"] = self.sampled.shape[1]
             value["pass_at_1"] = dataclasses.asdict(paired.share(self.scores))
         if against is not None:
+            check_kind(against, Result, "against", "a Result or None")
             if against.tasks != self.tasks:
                 raise ValueError("models must be compared on the same problems")
             value["against"] = {
