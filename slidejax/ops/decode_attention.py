@@ -197,6 +197,8 @@ def refuses(rows: int, head_dim: int) -> str | None:
     """Why the CUDA kernel cannot run a problem here, or None. Every dtype of a cache is taken."""
     if reason := library.unusable():
         return reason
+    if not isinstance(rows, int):  # an export may leave their number open
+        return f"needs a known number of rows, not {rows}"
     if head_dim not in _HEAD_DIMS:
         return f"head_dim must be a multiple of 16 up to 256, not {head_dim}"
     if rows > _MAX_ROWS:

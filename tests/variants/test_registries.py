@@ -161,3 +161,45 @@ def test_what_decode_attention_returns_is_exported():
     exported = export.export(jax.jit(sj.decode_attention))(*arguments)
     again = export.deserialize(exported.serialize()).call(*arguments)
     assert isinstance(again, type(sj.decode_attention(*arguments)))
+
+
+@needs_flatbuffers
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize("shape", ["a, 64", "a, b, 64", "a, 3, 64"])
+def test_rows_may_be_left_open_everywhere(shape, platform):
+    """Code that asks whether rows are few must not ask it of an unknown number."""
+    float_weight, w, norm = WEIGHTS["float"], WEIGHTS["int8"], sj.RMSNorm(jnp.ones(64))
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.float32)
+    y = jax.ShapeDtypeStruct((*x.shape[:-1], 16), jnp.float32)
+    here = jax.random.normal(jax.random.key(0), (2, 3, 64)[-len(x.shape) :])
+    for fn, more in (
+        (lambda x: sj.linear(x, w), ()),
+        (lambda x: sj.linear(x, w, jnp.ones(16), prologue=norm), ()),
+        (lambda x, y: sj.linear(x, w, residual=y), (y,)),
+        (lambda x: sj.lift_quantize(x, "6:8"), ()),
+        (lambda x: sj.linear(x, WEIGHTS["dense"]), ()),
+        (jax.vmap(lambda x: sj.linear(x, w)), ()),
+        (jax.grad(lambda x: sj.linear(x, float_weight).sum()), ()),
+    ):
+        made = export.export(jax.jit(fn), platforms=[platform])(x, *more)
+        if platform == "cpu":
+            given = (here, *(jnp.ones((*here.shape[:-1], 16)) for _ in more))
+            again = export.deserialize(made.serialize()).call(*given)
+            for ours, theirs in zip(
+                jax.tree.leaves(again), jax.tree.leaves(fn(*given)), strict=True
+            ):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@needs_flatbuffers
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_decode_attention_may_leave_its_rows_open(platform):
+    (rows,) = export.symbolic_shape("rows")
+
+    def floats(*shape):
+        return jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
+
+    cache, new = floats(1, 4, 16), floats(1, 16)
+    positions = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    arguments = new, new, new, cache, cache, positions, (floats(8), floats(8))
+    export.export(jax.jit(sj.decode_attention), platforms=[platform])(*arguments)

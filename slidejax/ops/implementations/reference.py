@@ -82,8 +82,8 @@ def exact_int8_dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
     The result is exact. A few rows are summed as integers, which reads the kernel as it lies. More
     rows go through float32 products of at most 1024 columns, for which the kernel is converted.
     """
-    rows = codes.shape[0]  # no number in an export for any number of rows
-    if isinstance(rows, int) and rows <= _FEW_ROWS:
+    rows = codes.shape[0]
+    if isinstance(rows, int) and rows <= _FEW_ROWS:  # an export may leave their number open
         return _int8_sums(codes, kernel)
     codes, kernel = _converted_here(codes, kernel)
     total = None
