@@ -37,7 +37,6 @@ from slidejax.bench.timing import FAILURES, Clock, Contender, build_all, in_turn
 from slidejax.lm.decoder.cache import Cache
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.ops.explain import explain
-from slidejax.ops.linear import linear
 from slidejax.variants.prepared import drop_prepared
 from slidejax.weights import numerics
 from slidejax.weights.pattern import Pattern
@@ -147,12 +146,32 @@ class _Race:
         """Compiles the program of a kind and a workload, whose `prompt` is ids."""
         params = decoder.parameters(self.sizes, kind.exchanged, weights, self.ends)
         if ids is not None:
-            read = functools.partial(decoder.prefill, self.config)
-            return _Prefill(jax.jit(read).lower(params, ids).compile(), params, ids)
-        run = functools.partial(decoder.decode, self.config, self.steps)
-        empty = functools.partial(decoder.caches, self.config, work.batch, self.context)
-        lowered = jax.jit(run, donate_argnums=1).lower(params, jax.eval_shape(empty))
+            return _Prefill(jax.jit(self._prefill).lower(params, ids).compile(), params, ids)
+        empty = self._empty(work)
+        lowered = jax.jit(self._decode, donate_argnums=1).lower(params, jax.eval_shape(empty))
         return _Decoding(lowered.compile(), params, empty, self.steps)
+
+    def implementations(
+        self, kind: Kind, weights: Any, work: Workload, ids: jax.Array | None
+    ) -> list[str]:
+        """The implementations of slidejax that the program runs, each once."""
+        params = decoder.parameters(self.sizes, kind.exchanged, weights, self.ends)
+        if ids is not None:
+            found = explain(self._prefill, params, ids)
+        else:
+            found = explain(self._decode, params, jax.eval_shape(self._empty(work)))
+        return list(dict.fromkeys(choice.implementation for _, choice in found))
+
+    @property
+    def _prefill(self) -> Callable[..., Any]:
+        return functools.partial(decoder.prefill, self.config)
+
+    @property
+    def _decode(self) -> Callable[..., Any]:
+        return functools.partial(decoder.decode, self.config, self.steps)
+
+    def _empty(self, work: Workload) -> Callable[[], Cache]:
+        return functools.partial(decoder.caches, self.config, work.batch, self.context)
 
     def cache_bytes(self, batch: int) -> int:
         return 4 * self.layers * batch * self.context * self.sizes.kv_heads * self.sizes.head
@@ -171,18 +190,6 @@ class _Race:
             widest * work.rows + (self.cache_bytes(work.batch) if work.length is None else 0)
             for work in works
         )
-
-
-def _implementations(weights: Any, rows: int) -> list[str]:
-    """The implementations that `linear` runs in a block, each once."""
-    found = [
-        choice.implementation
-        for w in weights[0].values()
-        for _, choice in explain(
-            linear, jax.ShapeDtypeStruct((rows, w.in_features), jnp.bfloat16), w
-        )
-    ]
-    return list(dict.fromkeys(found))
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -371,6 +378,7 @@ def _timed(
     programs, refused = _compiled(race, present, weights, work, at_once)
     found, failed = in_turns(programs, clock)
     rows = []
+    shallow = dataclasses.replace(race, layers=min(race.layers, _REHEARSED))
     for kind in present:
         if kind.name not in found:
             continue
@@ -387,7 +395,9 @@ def _timed(
                 "read_bytes": read,
                 "gb_per_s": read / us / 1e3,
                 "implementations": (
-                    _implementations(weights[kind.name], work.rows)
+                    shallow.implementations(
+                        kind, weights[kind.name][: shallow.layers], work, race.prompt(work)
+                    )
                     if kind.exchanged is None
                     else []
                 ),

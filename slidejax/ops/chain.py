@@ -36,7 +36,7 @@ from slidejax.ops.sharding import varying_axes
 from slidejax.ops.stages import Stage, check_outputs, check_shapes, check_stages, gate_of
 from slidejax.weights.packed import SlideWeight
 
-__all__ = ["Stage", "linear_chain", "linear_chain_p"]
+__all__ = ["Stage", "linear_chain", "linear_chain_p", "runs_in"]
 
 # The numbers by which the kernel knows activations (cuda/lift/lift.h).
 _ACTIVATION_NUMBERS = {name: i for i, name in enumerate(("silu", "gelu", "gelu_tanh", "relu"))}
@@ -143,8 +143,13 @@ def _problem(x, stage: Stage, platform: str, implementation: str | None) -> Prob
 _Call = Callable[[jax.Array, Sequence[Stage], tuple[int, ...]], list[jax.Array]]
 
 
-def _one_call(operands, settings: ChainParams, platform: str, devices: int | None) -> _Call | None:
-    """The custom call that the chain is where it is lowered, or None."""
+def runs_in(
+    operands, settings: ChainParams, platform: str, devices: int | None
+) -> Implementation | None:
+    """The implementation whose custom call the chain is where it is lowered, or None.
+
+    The operands may be shapes alone.
+    """
     if platform != "cuda" or devices != 1:
         return None
     x, stages = settings.operands(operands)
@@ -159,12 +164,12 @@ def _one_call(operands, settings: ChainParams, platform: str, devices: int | Non
     # A chain runs in one kernel, also where the layers one by one would run in different ones.
     few = problems[0].rows <= _DECODE_ROWS and not any(problem.prepared for problem in problems)
     first_decode = few or chosen == {decode.DECODE.name}
-    for implementation, refusal, fits, call in _KERNELS if first_decode else reversed(_KERNELS):
+    for implementation, refusal, fits, _ in _KERNELS if first_decode else reversed(_KERNELS):
         if settings.implementation not in (None, implementation.name):
             continue
         refused = any(refusal(problem) is not None for problem in problems)
         if not refused and fits(x, stages, settings):
-            return call
+            return implementation
     return None
 
 
@@ -200,9 +205,10 @@ def _lifts_fit(x: jax.Array, stages: Sequence[Stage], settings: ChainParams) -> 
 
 
 def _lowering(*operands, platform, devices, settings: ChainParams, sequence: ClosedJaxpr):
-    call = _one_call(operands, settings, platform, devices)
-    if call is None:
+    kernel = runs_in(operands, settings, platform, devices)
+    if kernel is None:
         return jaxpr_as_fun(sequence)(*operands)
+    (call,) = (call for implementation, _, _, call in _KERNELS if implementation is kernel)
     x, stages = settings.operands(operands)
     ys = call(x.reshape(-1, x.shape[-1]), stages, settings.outputs)
     return [y.reshape(*x.shape[:-1], -1) for y in ys]

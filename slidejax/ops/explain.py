@@ -13,6 +13,7 @@ import jax
 
 from slidejax.kinds import check_function, check_name
 from slidejax.ops import shards
+from slidejax.ops.chain import linear_chain_p, runs_in
 from slidejax.ops.choice import Choice, choose
 from slidejax.ops.problem import Problem, device_kind
 
@@ -34,7 +35,8 @@ def explain(fn: Callable[..., Any], *args, platform: str | None = None, **kwargs
     The function is traced, and nothing is computed. A program over several devices is compiled,
     too: only the partitioner knows what each device has to multiply. Its problems are those of one
     device. A product with K split is a "sparse_matmul" there, which gives accumulators to be
-    summed.
+    summed. The products of a `linear_chain` that is one custom call name the implementation of that
+    call.
 
     Args:
       fn: any traceable function.
@@ -68,7 +70,7 @@ def explain(fn: Callable[..., Any], *args, platform: str | None = None, **kwargs
     found = list(_products(jax.make_jaxpr(_with(fn, rest))(traced).jaxpr, platform))
     if jax.device_count() > 1 and any(product.automatic for product in found):
         found = _of_shards(found, _partitioned(_with(fn, rest), (traced,)), platform)
-    return Explanation((product.problem, choose(product.problem)) for product in found)
+    return Explanation((product.problem, product.choice()) for product in found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +81,23 @@ class _Product:
       problem: as the program has it, before it is partitioned.
       key: by which `slidejax.ops.shards` knows it.
       automatic: whether the partitioner may cut it.
+      chain: the implementation of the custom call that it is a part of, or None.
     """
 
     problem: Problem
     key: Any
     automatic: bool
+    chain: str | None
+
+    def choice(self) -> Choice:
+        if self.chain is None:
+            return choose(self.problem)
+        return Choice(self.chain, "one call with the products around it")
 
 
-def _products(jaxpr, platform: str, scope: str = "", automatic: bool = False) -> Iterator[_Product]:
+def _products(
+    jaxpr, platform: str, scope: str = "", automatic: bool = False, chain: str | None = None
+) -> Iterator[_Product]:
     for eqn in jaxpr.eqns:
         name = _layer(str(eqn.source_info.name_stack))
         inside = f"{scope}/{name}" if scope and name else scope or name
@@ -97,10 +108,14 @@ def _products(jaxpr, platform: str, scope: str = "", automatic: bool = False) ->
             w, _ = settings.weight(avals)
             problem = Problem.of(op, avals[0], w, settings, platform)
             key = shards.product_key(settings, avals[0].shape, w.values.shape)
-            yield _Product(dataclasses.replace(problem, layer=inside), key, automatic)
+            yield _Product(dataclasses.replace(problem, layer=inside), key, automatic, chain)
+        kernel = chain
+        if eqn.primitive is linear_chain_p:
+            found = runs_in([v.aval for v in eqn.invars], eqn.params["settings"], platform, 1)
+            kernel = None if found is None else found.name
         cut = automatic or eqn.primitive.name == "custom_partitioning"
         for inner in _sub_jaxprs(eqn.params.values()):
-            yield from _products(inner, platform, inside, cut)
+            yield from _products(inner, platform, inside, cut, kernel)
 
 
 def _layer(stack: str) -> str:
@@ -180,7 +195,7 @@ def _of_shards(products: list[_Product], cuts: shards.Shards, platform: str) -> 
                 device=device_kind(platform),
                 layer=product.problem.layer,
             )
-            result.append(dataclasses.replace(product, problem=here))
+            result.append(dataclasses.replace(product, problem=here, chain=None))
     return result
 
 

@@ -348,6 +348,18 @@ def test_explain_shows_every_layer():
     assert [p.has_residual for p, _ in found] == [True, False, True, False]
 
 
+@pytest.mark.parametrize(("rows", "kernel"), [(1, "decode"), (8, "decode"), (9, "hopper")])
+def test_explain_says_in_which_kernel_a_chain_runs(rows, kernel):
+    """Whatever its layers would run in alone."""
+    x, stages = tail(rows=(rows,))
+    assert calls(lowered(x, stages, None, None)) == [f"slidejax_chain_{kernel}"]
+    found = sj.explain(lambda x: sj.linear_chain(x, stages), x, platform="cuda")
+    assert [choice.implementation for _, choice in found] == [kernel] * 4
+    assert "one call with the products around it" in str(found)
+    apart = sj.explain(lambda x: sj.linear_chain(x, stages), x, platform="cpu")
+    assert [choice.implementation for _, choice in apart] == ["dense"] * 4
+
+
 W = packed()
 
 
