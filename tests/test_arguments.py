@@ -177,7 +177,8 @@ CASES = [
         "student": ARRAYS[:9], "teacher": [*ARRAYS[:9], X[:2]], "temperature": [*REAL, 0],
     }),
     (sj.train.distillation_loss, {"model": MODEL, "teacher": MODEL}, {
-        "temperature": [*REAL, 0], "hidden": REAL,
+        "temperature": [*REAL, 0], "hidden": REAL, "model": [None, "a", 0, W],
+        "teacher": [None, "a", 0, W],
     }),
     (TOKENIZER.encode, {"text": "a"}, {"text": [None, 0, b"x", ["a"], object(), "\ud800"]}),
     (TOKENIZER.decode, {"ids": [1]}, {"ids": [None, "a", 0, [-1], [1.5], [2**40], [[1]], ["a"]]}),

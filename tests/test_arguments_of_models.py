@@ -275,7 +275,8 @@ CASES = [
     (sj.tune.record, {"device": "NVIDIA H100", "measured": [ENTRY]}, {
         "device": [None, 0, 1.5, [], b"a", "", object()],
         "measured": [None, 0, "a", ENTRY, [0], [{}], [{**ENTRY, "us": {}}], [{**ENTRY, "us": {"a": -1}}],
-                     [{**ENTRY, "in": 0}], [{**ENTRY, "us": {3: 1.0}}], X],
+                     [{**ENTRY, "in": 0}], [{**ENTRY, "us": {3: 1.0}}], [{**ENTRY, "pattern": sj.Pattern(6, 8)}],
+                     [{**ENTRY, "dtype": np.dtype("int8")}], X],
     }),
     (sj.tune.forms, {"w": W}, {"w": [*ARRAYS[:9], None]}),
     (sj.tune.time_of, {"device": "NVIDIA H100", "rows": 1, "shape": (64, 64), "pattern": sj.Pattern(6, 8), "dtype": np.dtype("int8")}, {

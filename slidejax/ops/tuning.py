@@ -288,7 +288,9 @@ def record(device: str, measured: Iterable[dict[str, Any]]) -> Path:
             new.append(_memory(1, entry))
             if not new[-1]["us"]:
                 raise ValueError("it has no times")
-        except ValueError as error:
+            for name in ("pattern", "dtype"):
+                check_text(entry[name], name, "a text, as files have it")
+        except (TypeError, ValueError) as error:
             raise ValueError(f"measured[{index}] is no entry: {error}") from error
     with exclusive(path.with_suffix(".lock")):
         merged = {_key(e): e for e in (*_read(path), *new)}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.bounds import COUNT, SEED, Bound
+from slidejax.kinds import check_function
 from slidejax.prune.model.divergence import TEMPERATURE, kl_divergence
 from slidejax.token_ids import int32_ids
 
@@ -59,6 +60,9 @@ def distillation_loss(
     Raises:
       TypeError, ValueError: naming the number that is none, or out of range.
     """
+    for name, one in (("model", model), ("teacher", teacher)):
+        if not hasattr(one, "outputs"):
+            check_function(one, name)
     TEMPERATURE.check(temperature, "temperature")
     Bound(0).check(hidden, "hidden")
 
