@@ -52,10 +52,11 @@ def read_text(file: str) -> str:
         /dev/zero never ends.
     """
     try:
-        with Path(file).open(encoding="utf-8-sig") as opened:
-            text = opened.read(_LONGEST + 1)
+        with Path(file).open(encoding="utf-8") as opened:
+            text = opened.read(_LONGEST + 2)
     except UnicodeDecodeError as e:
         raise ValueError(f"{file!r} is not a text file in UTF-8: {e}") from e
+    text = text.removeprefix("\ufeff")
     if len(text) > _LONGEST:
         raise ValueError(f"{file!r} must be a text of at most {_LONGEST} characters, and has more")
     return text
