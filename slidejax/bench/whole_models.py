@@ -151,11 +151,10 @@ class _Race:
         lowered = jax.jit(self._decode, donate_argnums=1).lower(params, jax.eval_shape(empty))
         return _Decoding(lowered.compile(), params, empty, self.steps)
 
-    def implementations(
-        self, kind: Kind, weights: Any, work: Workload, ids: jax.Array | None
-    ) -> list[str]:
+    def implementations(self, kind: Kind, weights: Any, work: Workload) -> list[str]:
         """The implementations of slidejax that the program runs, each once."""
         params = decoder.parameters(self.sizes, kind.exchanged, weights, self.ends)
+        ids = jax.eval_shape(functools.partial(self.prompt, work))
         if ids is not None:
             found = explain(self._prefill, params, ids)
         else:
@@ -395,9 +394,7 @@ def _timed(
                 "read_bytes": read,
                 "gb_per_s": read / us / 1e3,
                 "implementations": (
-                    shallow.implementations(
-                        kind, weights[kind.name][: shallow.layers], work, race.prompt(work)
-                    )
+                    shallow.implementations(kind, weights[kind.name][: shallow.layers], work)
                     if kind.exchanged is None
                     else []
                 ),

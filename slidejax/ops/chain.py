@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +150,11 @@ def runs_in(
 
     The operands may be shapes alone.
     """
+    kernel = _kernel(operands, settings, platform, devices)
+    return None if kernel is None else kernel.implementation
+
+
+def _kernel(operands, settings: ChainParams, platform: str, devices: int | None) -> _Kernel | None:
     if platform != "cuda" or devices != 1:
         return None
     x, stages = settings.operands(operands)
@@ -159,17 +164,17 @@ def runs_in(
         return None
     problems = [_problem(x, stage, platform, settings.implementation) for stage in stages]
     chosen = {_runs_alone_in(problem) for problem in problems}
-    if not chosen <= {implementation.name for implementation, *_ in _KERNELS}:
+    if not chosen <= {kernel.implementation.name for kernel in _KERNELS}:
         return None
     # A chain runs in one kernel, also where the layers one by one would run in different ones.
     few = problems[0].rows <= _DECODE_ROWS and not any(problem.prepared for problem in problems)
     first_decode = few or chosen == {decode.DECODE.name}
-    for implementation, refusal, fits, _ in _KERNELS if first_decode else reversed(_KERNELS):
-        if settings.implementation not in (None, implementation.name):
+    for kernel in _KERNELS if first_decode else reversed(_KERNELS):
+        if settings.implementation not in (None, kernel.implementation.name):
             continue
-        refused = any(refusal(problem) is not None for problem in problems)
-        if not refused and fits(x, stages, settings):
-            return implementation
+        refused = any(kernel.refusal(problem) is not None for problem in problems)
+        if not refused and kernel.fits(x, stages, settings):
+            return kernel
     return None
 
 
@@ -205,12 +210,11 @@ def _lifts_fit(x: jax.Array, stages: Sequence[Stage], settings: ChainParams) -> 
 
 
 def _lowering(*operands, platform, devices, settings: ChainParams, sequence: ClosedJaxpr):
-    kernel = runs_in(operands, settings, platform, devices)
+    kernel = _kernel(operands, settings, platform, devices)
     if kernel is None:
         return jaxpr_as_fun(sequence)(*operands)
-    (call,) = (call for implementation, _, _, call in _KERNELS if implementation is kernel)
     x, stages = settings.operands(operands)
-    ys = call(x.reshape(-1, x.shape[-1]), stages, settings.outputs)
+    ys = kernel.call(x.reshape(-1, x.shape[-1]), stages, settings.outputs)
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
@@ -295,13 +299,25 @@ def _decode_call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]
     return _run("slidejax_chain_decode", x, stages, outputs, operands, workspace, gates)
 
 
-# What a chain can be: an implementation, why it refuses a stage, what it asks of the whole chain,
-# and the call.
-_KERNELS: tuple[
-    tuple[Implementation, Callable[[Problem], str | None], Callable[..., bool], _Call], ...
-] = (
-    (decode.DECODE, decode.DECODE.refusal, _gates_are_private, _decode_call),
-    (hopper.HOPPER, hopper.refuses_chained, _lifts_fit, _hopper_call),
+class _Kernel(NamedTuple):
+    """What a chain can be.
+
+    Attributes:
+      implementation: whose kernel it is.
+      refusal: why it refuses a stage, or None.
+      fits: whether it takes the whole chain.
+      call: makes the custom call.
+    """
+
+    implementation: Implementation
+    refusal: Callable[[Problem], str | None]
+    fits: Callable[..., bool]
+    call: _Call
+
+
+_KERNELS = (
+    _Kernel(decode.DECODE, decode.DECODE.refusal, _gates_are_private, _decode_call),
+    _Kernel(hopper.HOPPER, hopper.refuses_chained, _lifts_fit, _hopper_call),
 )
 
 
