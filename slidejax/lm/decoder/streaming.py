@@ -93,12 +93,11 @@ def convert_files(
     ...     load(folder + "/out")(tokens).shape
     (2, 32, 64)
     """
-    report = Report() if report is None else report
+    report = Report.of(report)
     floats, out = check_dtype(floats, "floats"), check_path(out, "out")
     check_flag(replace, "replace")
     if about is not None and not callable(about):
         check_kind(about, Mapping, "about", "a dict, a function that makes one, or None")
-    check_kind(report, Report, "report", "a slidejax.Report")
     if method is None:
         method = "magnitude" if calibration is None else "sparsegpt"
     chosen = method_of(method, calibration)

@@ -248,7 +248,7 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
         ({"about": 5}, "about must be a dict, a function that makes one, or None, got 5"),
         ({"about": lambda report: 5}, "about's result must be a dict, got 5"),
         ({"replace": 1}, "replace must be True or False, got 1"),
-        ({"report": {}}, "report must be a slidejax.Report, got {}"),
+        ({"report": {}}, "report must be a Report or None, got {}"),
     ],
 )
 def test_options_of_another_kind_are_refused_by_name(tmp_path, options, message):
