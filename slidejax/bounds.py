@@ -9,7 +9,7 @@ import numbers
 import operator
 from typing import Any
 
-__all__ = ["COUNT", "SEED", "TEMPERATURE", "TOP_K", "TOP_P", "Bound"]
+__all__ = ["COUNT", "COUNT_OR_NONE", "SEED", "TEMPERATURE", "TOP_K", "TOP_P", "Bound"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,7 @@ def _shown(value: float) -> str:
 
 
 COUNT = Bound(1, whole=True)
+COUNT_OR_NONE = Bound(0, whole=True)  # none at all is right, too
 # How a token is drawn.
 TEMPERATURE = Bound(0)
 TOP_K = Bound(0, whole=True)

@@ -11,7 +11,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from slidejax.bounds import Bound
+from slidejax.bounds import COUNT_OR_NONE
 from slidejax.commands import arguments, budget, inputs, outputs, terminal
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     arguments.add_method(p, _METHOD, 80, "prose and code that ship with slidejax")
     p.add_argument(
         "--sample",
-        type=arguments.Number(Bound(0, whole=True)),
+        type=arguments.Number(COUNT_OR_NONE),
         default=0,
         metavar="N",
         help="calibrate on N more sequences, which the model writes itself, each beginning with a "

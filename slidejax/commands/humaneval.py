@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from slidejax.bounds import SEED, Bound
+from slidejax.bounds import COUNT_OR_NONE, SEED, Bound
 from slidejax.commands import arguments, inputs, terminal
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--samples",
-        type=arguments.Number(Bound(0, whole=True)),
+        type=arguments.Number(COUNT_OR_NONE),
         metavar="N",
         help="samples of each problem, whose mean is pass@1; the likeliest completion is tested "
         f"beside them (default {_SAMPLES}; 0: it alone)",

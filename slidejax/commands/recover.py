@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from slidejax.bounds import SEED, Bound
+from slidejax.bounds import COUNT_OR_NONE, SEED, Bound
 from slidejax.commands import arguments, inputs, terminal
 from slidejax.lm.texts import WINDOW
 
@@ -69,7 +69,7 @@ def _add_text(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--sample",
-        type=arguments.Number(Bound(0, whole=True)),
+        type=arguments.Number(COUNT_OR_NONE),
         metavar="ROWS",
         help="add rows that the original model writes, each beginning with a piece of the text or, "
         "unless --text names one, as a text of many kinds does; they are written before the "
@@ -121,7 +121,7 @@ def _add_training(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--warmup",
-        type=arguments.Number(Bound(0, whole=True)),
+        type=arguments.Number(COUNT_OR_NONE),
         default=10,
         metavar="STEPS",
         help="steps of warm-up (default 10)",
@@ -135,7 +135,7 @@ def _add_training(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--held-out",
-        type=arguments.Number(Bound(0, whole=True)),
+        type=arguments.Number(COUNT_OR_NONE),
         metavar="ROWS",
         help="rows that are not trained on: OUT is what is best on them, and a learning rate that "
         "makes it worse there is halved (default: a batch, at most an eighth of the rows; 0: none)",

@@ -13,7 +13,6 @@ from slidejax.weights import numerics
 from slidejax.weights.layout import as_array, as_shape, check_kernel
 
 __all__ = [
-    "STEPS",
     "check_codes",
     "check_damping",
     "check_finite",
@@ -21,8 +20,6 @@ __all__ = [
     "check_layer",
     "check_numbers",
 ]
-
-STEPS = Bound(0, whole=True)
 
 
 def check_layer(kernel: Any, gram: Any, **others: Any) -> tuple[jax.Array, ...]:

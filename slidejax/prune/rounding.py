@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.bounds import COUNT_OR_NONE
 from slidejax.prune.arguments import (
-    STEPS,
     check_codes,
     check_damping,
     check_finite,
@@ -119,7 +119,7 @@ def round_kernel(
     >>> jnp.round(rounded / scale).ravel().tolist()
     [127.0, 38.0, 25.0, 0.0]
     """
-    dtype, sweeps = check_codes(dtype), STEPS.check(sweeps, "sweeps")
+    dtype, sweeps = check_codes(dtype), COUNT_OR_NONE.check(sweeps, "sweeps")
     kernel, gram, start = check_layer(kernel, gram, start=start)
     check_numbers(kernel=kernel, start=start)
     mask, gram = check_mask(mask, kernel), damped(gram, check_damping(damping))

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.bounds import COUNT_OR_NONE
 from slidejax.prune.arguments import (
-    STEPS,
     check_damping,
     check_finite,
     check_layer,
@@ -80,7 +80,10 @@ def sparsegpt(
     """
     kernel, gram = check_layer(kernel, gram)
     pattern, damping = Pattern.parse(pattern), check_damping(damping)
-    rounds, refit_steps = STEPS.check(rounds, "rounds"), STEPS.check(refit_steps, "refit_steps")
+    rounds, refit_steps = (
+        COUNT_OR_NONE.check(rounds, "rounds"),
+        COUNT_OR_NONE.check(refit_steps, "refit_steps"),
+    )
     if not pattern.prunes:
         return jnp.ones(kernel.shape, bool), kernel
     exact, full = _driven(kernel, gram), damped(gram, damping)
@@ -136,7 +139,7 @@ def exchange(
     kernel, gram, start = check_layer(kernel, gram, start=start)
     mask, damping = check_mask(mask, kernel), check_damping(damping)
     check_numbers(kernel=kernel, start=start)
-    pattern, sweeps = Pattern.parse(pattern), STEPS.check(sweeps, "sweeps")
+    pattern, sweeps = Pattern.parse(pattern), COUNT_OR_NONE.check(sweeps, "sweeps")
     if not pattern.prunes:
         raise ValueError(
             f"pattern {pattern} has no pairs to exchange: refit changes the weights alone"
@@ -378,7 +381,7 @@ def refit(
     kernel, gram, start = check_layer(kernel, gram, start=start)
     mask, damping = check_mask(mask, kernel), check_damping(damping)
     check_numbers(kernel=kernel, start=start)
-    steps = STEPS.check(steps, "steps")
+    steps = COUNT_OR_NONE.check(steps, "steps")
     new = _refit(
         kernel.astype(jnp.float32), mask, damped(gram, damping), start.astype(jnp.float32), steps
     )

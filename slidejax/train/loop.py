@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.bounds import COUNT, Bound
+from slidejax.bounds import COUNT, COUNT_OR_NONE, Bound
 from slidejax.files import check_path
 from slidejax.kinds import check_function
 from slidejax.prune.model.divergence import scalar
@@ -37,7 +37,7 @@ _RANGES = {
     "steps": COUNT,
     "minutes": _POSITIVE,
     "learning_rate": _POSITIVE,
-    "warmup": Bound(0, whole=True),
+    "warmup": COUNT_OR_NONE,
     "typical": _POSITIVE,
     "accumulate": COUNT,
     "every": COUNT,

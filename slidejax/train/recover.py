@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from slidejax.bounds import COUNT, SEED, Bound
+from slidejax.bounds import COUNT, COUNT_OR_NONE, SEED
 from slidejax.files import check_path
 from slidejax.train.distill import check_model, distillation_loss, rows_of
 from slidejax.train.loop import Fitted, Shuffled, fit
@@ -155,7 +155,7 @@ def set_aside(
     rows: np.ndarray, batch: int, accumulate: int, count: int | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The rows to train on, and those that are held out: see `recover`."""
-    count = None if count is None else Bound(0, whole=True).check(count, "held_out")
+    count = None if count is None else COUNT_OR_NONE.check(count, "held_out")
     if count is None:
         count = min(batch, len(rows) // 8, max(0, len(rows) - batch))
         count -= count % max(accumulate, 1)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from slidejax.bounds import COUNT, Bound
+from slidejax.bounds import COUNT, COUNT_OR_NONE
 from slidejax.kinds import check_function
 from slidejax.lm.generation.sampling import Draw, choose
 
@@ -98,7 +98,7 @@ class Programs:
         check_function(start, "start", optional=True)
         chunk = COUNT.check(chunk, "chunk")
         if steps is not None:
-            steps = Bound(0, whole=True).check(steps, "steps")
+            steps = COUNT_OR_NONE.check(steps, "steps")
         else:
             steps = 0 if jax.default_backend() == "cpu" else STEPS
         self.steps = steps

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from slidejax.bounds import COUNT, SEED, TEMPERATURE, Bound
+from slidejax.bounds import COUNT, COUNT_OR_NONE, SEED, TEMPERATURE
 from slidejax.files import check_path
 from slidejax.kinds import check_function, check_kind, check_list
 from slidejax.lm.generation.generate import check_count
@@ -139,8 +139,8 @@ def completions(
         raise TypeError(f"model must have a tokenizer, got {type(model).__name__}")
     for prompt in check_list(prompts, "prompts", "texts"):
         check_kind(prompt, str, "prompts", "a list of texts")
-    samples = Bound(0, whole=True).check(samples, "samples")
-    first = Bound(0, whole=True).check(first, "first")
+    samples = COUNT_OR_NONE.check(samples, "samples")
+    first = COUNT_OR_NONE.check(first, "first")
     batch = None if batch is None else COUNT.check(batch, "batch")
     seed = SEED.check(seed, "seed")
     options = {
@@ -266,9 +266,9 @@ def evaluate(
         check_kind(task, Problem, "tasks", "a list of problems")
     if not hasattr(model, "tokenizer"):
         raise TypeError(f"model must be a slidejax.lm.Decoder, got {type(model).__name__}")
-    samples = Bound(0, whole=True).check(samples, "samples")
+    samples = COUNT_OR_NONE.check(samples, "samples")
     temperature = TEMPERATURE.check(temperature, "temperature")
-    if samples < 0 or (samples and not temperature > 0):
+    if samples and not temperature > 0:
         raise ValueError(
             "samples must be 0 or more and their temperature above 0, "
             f"got {samples} at temperature {temperature}"
