@@ -353,7 +353,7 @@ EXCUSED = {
     "with_rope_theta": FAMILY,
     "write_pretrained": "tests/huggingface/test_write.py holds its errors",
 }
-# What stands for a public name in a sweep: a class that cannot be called by itself, or a method.
+# Methods and some classes cannot be called by themselves. For each of them this is swept.
 STANDS_FOR = {
     "chained": "Stage",
     "completed": "completions",
