@@ -23,7 +23,7 @@ EMULATOR = cuda_emulator.TESTS / "hopper_on_cpu"
 INPUT = (ml_dtypes.float8_e4m3fn, np.int8)
 OUTPUT = (ml_dtypes.bfloat16, np.float16, np.float32, np.int32)
 MULTIPROCESSORS = 12
-POISON = 0xA7
+POISON = 0xFF  # nan in every dtype of floats
 AUTO = -1
 
 

@@ -174,7 +174,12 @@ class Attend {
   // key and value also go to the cache. The heads of a key head may be in several thread blocks,
   // which then write the same.
   __device__ void PutFresh(const Fresh& fresh, int i, int position) const {
-    if (i >= heads_ + 2 || channel_ >= a_.head_dim) return;
+    if (i >= heads_ + 2) return;
+    auto* to = reinterpret_cast<float4*>(fresh_ + i * kRow + channel_);
+    if (channel_ >= a_.head_dim) {  // padding is multiplied, too: with zeros, which nan would spoil
+      to[0] = to[1] = {0, 0, 0, 0};
+      return;
+    }
     const bool second = channel_ >= a_.head_dim / 2;
     float own[kChannels], other[kChannels];
     WithType(a_.type, [&](auto type) {
@@ -198,7 +203,6 @@ class Attend {
       void* cache = i > heads_ ? a_.values : a_.keys;
       Store8<Cache>(cache, begin_of_head_ + int64_t{position} * a_.head_dim, own);
     }
-    auto* to = reinterpret_cast<float4*>(fresh_ + i * kRow + channel_);
     to[0] = {own[0], own[1], own[2], own[3]};
     to[1] = {own[4], own[5], own[6], own[7]};
   }

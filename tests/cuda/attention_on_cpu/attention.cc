@@ -85,7 +85,7 @@ extern "C" int attention(const void* q, const void* k, const void* v, const char
   args.rows = rows, args.heads = heads, args.kv_heads = kv_heads, args.length = length;
   args.head_dim = head_dim, args.scale = scale, args.window = window;
   const int64_t workspace_bytes = attention::AttentionWorkspace(args);
-  std::vector<uint4> workspace(workspace_bytes / 16 + 1);
+  std::vector<uint4> workspace(workspace_bytes / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u});  // nan
   args.workspace = workspace.data();
 
   emulated::Allow(q, rows * args.q_stride * bytes);

@@ -199,12 +199,15 @@ bool Ready(unsigned warp) {
                      [](const Fibre& f) { return !f.done && f.ready(); });
 }
 
+// What memory holds that nothing was written to: nan in every dtype of floats.
+constexpr int kGarbage = 0xff;
+
 cudaError_t Launch(const std::function<void()>& run, dim3 grid, dim3 block, size_t shared) {
   if (shared > static_cast<size_t>(shared_of_block) || block.x > 1024 || block.x % 32)
     return cudaErrorInvalidValue;
   run_kernel = &run, grid_dim = grid, block_dim = block;
   for (unsigned b = 0; b < grid.x * grid.y * grid.z; ++b) {
-    std::memset(shared_memory, 0xa5, kSharedBytes);
+    std::memset(shared_memory, kGarbage, kSharedBytes);
     const unsigned threads = block.x;
     fibres = std::vector<Fibre>(threads);
     warps.assign(threads / 32, {}), block_meeting = {};
@@ -240,7 +243,7 @@ cudaError_t Launch(const std::function<void()>& run, dim3 grid, dim3 block, size
       if (!moved) Fail("threads wait for each other");
     }
     for (int i = static_cast<int>(shared); i < kSharedBytes; ++i) {
-      if (shared_memory[i] != static_cast<char>(0xa5))
+      if (shared_memory[i] != static_cast<char>(kGarbage))
         Fail("a write beyond the block's shared memory");
     }
   }

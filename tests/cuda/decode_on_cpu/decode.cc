@@ -84,7 +84,7 @@ extern "C" int decode_chain(const Stage* stages, int count, int multiprocessors,
     args.blocks = s.blocks;
     args.gate_rows = s.activation == nullptr ? 0 : s.out, args.activation = *activation;
     const int64_t bytes = decode::DecodeWorkspace(s.M, *of_values, s.group, s.blocks);
-    workspaces.emplace_back(bytes / 16 + 1);
+    workspaces.emplace_back(bytes / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u});  // nan
     args.workspace = workspaces.back().data();
 
     const int64_t rows = s.activation == nullptr ? s.out : 2 * s.out;

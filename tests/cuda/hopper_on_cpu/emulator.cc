@@ -73,7 +73,7 @@ void Run(int blocks, int threads, int cluster_size, int resident) {
       one.cluster->threads = threads * cluster_size;
       for (int rank = 0; rank < cluster_size; ++rank, ++begun) {
         auto block = std::make_unique<Block>();
-        block->shared.assign(228 * 1024, 0xA7);
+        block->shared.assign(228 * 1024, 0xFF);  // nan in every dtype of floats
         block->warps.resize(threads / 32);
         block->groups.resize((threads + 127) / 128);
         block->cluster = one.cluster.get();
