@@ -54,18 +54,29 @@ hypothesis.settings.register_profile("slidejax", deadline=None, max_examples=25,
 hypothesis.settings.load_profile("slidejax")
 
 
-# Linux gives a process 65,530 memory maps, and each compiled program takes some. Without more of
-# them the next program ends in a segmentation fault.
-_MANY_MAPS = 20_000
+# JAX keeps each program as it was lowered, and MLIR looks through all that are kept: the more there
+# are, the longer the next one takes. Each also takes some of the 65,530 memory maps that Linux
+# gives a process; without more of them the next program ends in a segmentation fault.
+_MANY_PROGRAMS = 500
+_lowered = 0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _few_memory_maps():
-    """Drops the compiled programs of a process that has run many modules."""
+def _count_programs(event, seconds, **_):
+    global _lowered
+    _lowered += event == "/jax/core/compile/jaxpr_to_mlir_module_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_programs)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs():
+    """Drops the programs of a process that has lowered many."""
+    global _lowered
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
+    if _lowered > _MANY_PROGRAMS:
         jax.clear_caches()
+        _lowered = 0
 
 
 def pytest_addoption(parser):
