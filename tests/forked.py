@@ -1,14 +1,20 @@
 """Commands and programs in processes of their own, under limits, and quickly.
 
-One process loads what the commands load and starts no JAX. Each run is a fork of it.
+One process loads what the commands load and starts no JAX. Each run is a fork of it, with the
+variables and the directory of the caller.
 """
 
+import atexit
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 
-_DRIVER = """
+_SERVER = """
 import importlib, json, os, resource, sys, tempfile, traceback
 import transformers  # noqa: F401
 import slidejax.checkpoint, slidejax.huggingface, slidejax.lm, slidejax.train  # noqa: F401
@@ -16,8 +22,7 @@ import slidejax.commands.convert, slidejax.commands.recover, slidejax.commands.t
 from slidejax.bench import tuning  # noqa: F401
 from slidejax.commands.main import main
 
-groups = json.loads(sys.argv[1])
-if any("user" in case for group in groups for case in group):
+def load_all():
     # Python's own files may lie where another user cannot read.
     unfit = ("antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "lib2to3")
     for name in [*sys.stdlib_module_names, "encodings.unicode_escape", "encodings.latin_1"]:
@@ -32,6 +37,7 @@ def start(case, out, err):
         return child
     status = 99
     try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         os.environ.update(case.get("environment", {}))
@@ -57,6 +63,8 @@ def start(case, out, err):
         os._exit(status)
 
 def together(cases):
+    if any("user" in case for case in cases):
+        load_all()
     files = [(tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")) for _ in cases]
     children = [start(case, *both) for case, both in zip(cases, files)]
     found = []
@@ -64,13 +72,42 @@ def together(cases):
         _, status = os.waitpid(child, 0)
         texts = []
         for file in both:
-            file.seek(0)
-            texts.append(file.read())
+            with file:
+                file.seek(0)
+                texts.append(file.read())
         found.append([os.waitstatus_to_exitcode(status), *texts])
     return found
 
-print(json.dumps([together(cases) for cases in groups]))
+for line in sys.stdin:
+    groups, environment, place = json.loads(line)
+    os.chdir(place)
+    os.environ.clear()
+    os.environ.update(environment)
+    print(json.dumps([together(cases) for cases in groups]), flush=True)
 """
+
+
+@functools.cache
+def _server():
+    """The process whose forks run; it is started at the first call and lasts for all."""
+    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    server = subprocess.Popen(
+        [sys.executable, "-c", _SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        start_new_session=True,
+    )
+    atexit.register(_end, server)
+    return server, errors
+
+
+def _end(server):
+    """Ends the process and all that it has started."""
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 def forked(*groups, timeout=300):
@@ -94,12 +131,19 @@ def forked(*groups, timeout=300):
         ]
         for group in groups
     ]
-    ran = subprocess.run(
-        [sys.executable, "-c", _DRIVER, json.dumps(plain)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=dict(os.environ),
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    return json.loads(ran.stdout)
+    server, errors = _server()
+    too_long = threading.Timer(timeout, _end, [server])
+    too_long.start()
+    try:
+        print(json.dumps([plain, dict(os.environ), os.getcwd()]), file=server.stdin, flush=True)
+        answer = server.stdout.readline()
+    except BrokenPipeError:
+        answer = ""
+    finally:
+        too_long.cancel()
+    if not answer:
+        _end(server)
+        _server.cache_clear()
+        errors.seek(0)
+        raise AssertionError(f"no answer within {timeout} s: {errors.read()[-2000:]}")
+    return json.loads(answer)

@@ -8,8 +8,6 @@ What they write is the old or the new one, and the next run goes on from there o
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -17,17 +15,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
 from command_line import SENTENCES, write_decoder
+from forked import forked
 
-# Loads what the commands load, and starts no JAX, so that each command is a fork of this process.
+# Each command is a fork of the process that runs this.
 _KILLER = """
-import json, os, random, shutil, signal, sys, time, traceback
-import transformers  # noqa: F401
-import slidejax.checkpoint, slidejax.huggingface, slidejax.lm, slidejax.train  # noqa: F401
-import slidejax.commands.convert, slidejax.commands.recover, slidejax.commands.tune
-from slidejax.bench import tuning  # noqa: F401
+import json, os, random, shutil, signal, time, traceback
 from slidejax.commands.main import main
 
-setup, command, check, reset, made, kills = json.loads(sys.argv[1])
+setup, command, check, reset, made, kills = json.loads(ARGUMENTS)
 
 def run(args):  # of a command, or a program
     return exec(args, {}) if isinstance(args, str) else main(args)
@@ -92,14 +87,10 @@ def killed(setup, command, check, made, reset="", **environment):
     arguments = json.dumps(
         [list(map(plain, setup)), plain(command), check, reset, str(made), kills]
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", _KILLER, arguments],
-        capture_output=True,
-        text=True,
-        timeout=180 + 40 * kills,
-        env={**os.environ, **environment},
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    program = _KILLER.replace("ARGUMENTS", repr(arguments))
+    case = {"run": program, "environment": environment}
+    [[(status, _, err)]] = forked([case], timeout=180 + 40 * kills)
+    assert status == 0, err[-2000:]
 
 
 def loads(out, patterns):
