@@ -29,6 +29,7 @@ from slidejax.ops.implementations import decode, hopper
 from slidejax.ops.implementations.base import Implementation
 from slidejax.ops.implementations.dense import DENSE
 from slidejax.ops.linear import linear
+from slidejax.ops.parameters import fixed
 from slidejax.ops.primitive import check_input, make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem, device_kind
 from slidejax.ops.prologue import GLU, RMSNorm
@@ -336,6 +337,7 @@ def _op(settings: ChainParams):
     def backward(operands, dys):
         def sequence(*operands):
             x, stages = settings.operands(operands)
+            stages = tuple(_without_gradient_of_forms(stage) for stage in stages)
             return tuple(_sequence(x, stages, settings.outputs, settings.implementation))
 
         _, pull = jax.vjp(sequence, *operands)
@@ -343,6 +345,15 @@ def _op(settings: ChainParams):
         return tuple(None if g.dtype == jax.dtypes.float0 else g for g in gradients)
 
     return with_rules(primal, vmap_rule, backward)
+
+
+def _without_gradient_of_forms(stage: Stage) -> Stage:
+    """The stage. `fixed` has made sure that nobody wants the gradient of values beside forms."""
+    w = _packed(stage)
+    if not w.prepared:
+        return stage
+    values = jax.lax.stop_gradient(w.values)
+    return dataclasses.replace(stage, weight=w.replace(values=values, prepared=w.prepared))
 
 
 # --- public ---------------------------------------------------------------------------------------
@@ -397,9 +408,10 @@ def linear_chain(
     wanted = check_outputs(outputs, len(stages))
     registry.check_name(implementation)
     stages = check_shapes(x, stages)
+    plain = all(isinstance(s.weight, SlideWeight) and not s.weight.is_k_shard for s in stages)
     parts = tuple(
         (
-            s.weight,
+            fixed(_packed(s)) if plain else s.weight,
             s.bias,
             s.prologue,
             s.residual if isinstance(s.residual, jax.Array) else None,
@@ -407,7 +419,6 @@ def linear_chain(
         for s in stages
     )
     leaves, tree = jax.tree.flatten((x, parts))
-    plain = all(isinstance(s.weight, SlideWeight) and not s.weight.is_k_shard for s in stages)
     # Inside `shard_map`, and where arrays carry their mesh in their types, layers cut themselves.
     if not plain or varying_axes(*leaves) or _on_explicit_mesh(leaves):
         return tuple(_sequence(x, stages, wanted, implementation))

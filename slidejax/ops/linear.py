@@ -26,6 +26,7 @@ from slidejax.ops.choice import implementation_for
 from slidejax.ops.lift_quantize import lift_shard
 from slidejax.ops.parameters import (
     LinearParams,
+    fixed,
     forms_in,
     given,
     product_settings,
@@ -257,7 +258,7 @@ def linear(
             reduce_axis=reduce_axis,
             residual=residual,
         )
-    w = check_weight(w)
+    w = fixed(check_weight(w))
     x = check_input(x)
     expected = w.groups * w.pattern.group if w.is_k_shard else w.in_features
     if isinstance(prologue, Prologue) and prologue.halves:

@@ -18,7 +18,7 @@ from slidejax.ops import registry
 from slidejax.ops.prologue import PLAIN, InputLayout
 from slidejax.ops.sharding import MeshPartition, axis_names, row_factors
 from slidejax.weights.layout import as_array
-from slidejax.weights.numerics import dtype_of
+from slidejax.weights.numerics import dtype_of, is_quantized
 from slidejax.weights.packed import SlideWeight
 from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
 
@@ -26,6 +26,7 @@ __all__ = [
     "LinearParams",
     "check_residual",
     "check_result",
+    "fixed",
     "forms_in",
     "given",
     "product_settings",
@@ -108,6 +109,31 @@ class LinearParams:
 def given(residual: jax.Array | None) -> tuple[jax.Array, ...]:
     """The residual as operands: none or one."""
     return () if residual is None else (residual,)
+
+
+# --- values beside their forms --------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def _fixed(values: jax.Array) -> jax.Array:
+    return values
+
+
+@_fixed.defjvp
+def _refuse(primals, tangents):
+    raise ValueError(
+        "the values of a weight with prepared forms have no gradient: a step would change the values "
+        "and leave the forms, which products read. Drop the forms before training: "
+        "slidejax.drop_prepared(params), for NNX slidejax.nnx.map_weights(model, "
+        "slidejax.drop_prepared)"
+    )
+
+
+def fixed(w: SlideWeight) -> SlideWeight:
+    """The weight, whose values refuse to be differentiated if it has prepared forms."""
+    if not w.prepared or is_quantized(w.dtype):
+        return w
+    return w.replace(values=_fixed(w.values), prepared=w.prepared)
 
 
 # --- sharding -------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from slidejax.ops.choice import implementation_for
 from slidejax.ops.implementations.reference import expand_lifted, finish
 from slidejax.ops.parameters import (
     LinearParams,
+    fixed,
     forms_in,
     given,
     product_settings,
@@ -305,7 +306,7 @@ def sparse_matmul(
     >>> sparse_matmul(*lift_quantize(jnp.ones((1, 8)), "6:8"), w, out_dtype="float32")
     Array([[6., 6.]], dtype=float32)
     """
-    check_weight(w)
+    w = fixed(check_weight(w))
     lifted, scale = as_array(lifted, "lifted"), as_array(scale, "scale")
     columns = w.lifted_columns
     if lifted.ndim < 1 or lifted.shape[-1] != columns:

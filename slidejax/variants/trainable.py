@@ -70,7 +70,8 @@ def partition(tree: Any, trained: Selection = None) -> tuple[Any, Any]:
 
     Returns:
       `(train, rest)`: two trees with the structure of the tree. Each has None where the other holds
-      the leaf.
+      the leaf. Weights whose values are trained have lost their prepared forms, which would be
+      those of the values before.
 
     Raises:
       ValueError: if `trained` is a bad regular expression, or selects nothing.
@@ -93,9 +94,26 @@ def partition(tree: Any, trained: Selection = None) -> tuple[Any, Any]:
         raise ValueError(f"trained={trained!r} selects none of the floating leaves, such as {some}")
     if trained is None:
         _warn_of_codes(tree)
+    tree, keep = _without_stale_forms(tree, keep)
     train = jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, keep)
     rest = jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, keep)
     return train, rest
+
+
+def _without_stale_forms(tree: Any, keep: Any) -> tuple[Any, Any]:
+    """The trees without the prepared forms of weights whose values are trained.
+
+    A step changes the values, and the forms would stay those of the values before.
+    """
+
+    def without(take: Callable[[Any, Any], Any]) -> Any:
+        def bare(node, keep):
+            stale = isinstance(node, SlideWeight) and keep.values
+            return take(node, keep).replace(prepared={}) if stale else take(node, keep)
+
+        return jax.tree.map(bare, tree, keep, is_leaf=is_packed)
+
+    return without(lambda node, keep: node), without(lambda node, keep: keep)
 
 
 def _warn_of_codes(tree: Any) -> None:

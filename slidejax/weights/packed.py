@@ -59,7 +59,9 @@ class SlideWeight(LinearWeight):
       pattern: the `Pattern`. Static.
       in_features: inputs of the whole kernel, without padding. Static.
       prepared: name -> array: the forms that implementations use beside the packed one.
-        `slidejax.prepare` makes them; they are never saved.
+        `slidejax.prepare` makes them; they are never saved. Other values have other forms, so
+        `replace` and `dataclasses.replace` drop them. A `jax.tree.map` cannot see that it changes
+        values alone: call `slidejax.drop_prepared` before it.
 
     Leading axes are a batch of weights, as under `vmap` and `scan`.
 
@@ -74,6 +76,18 @@ class SlideWeight(LinearWeight):
     pattern: Pattern
     in_features: int
     prepared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # The forms and what they were made of. `dataclasses.replace` hands this on beside new fields.
+    _made: tuple[Any, ...] | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __post_init__(self):
+        """Drops forms that `dataclasses.replace` has taken from a weight of other values."""
+        made, static = self._made, (self.pattern, self.in_features)
+        if made is not None and made[0] is self.prepared:
+            _, values, zeros, of = made
+            if values is not self.values or zeros is not self.zeros or of != static:
+                object.__setattr__(self, "prepared", {})
+        made = (self.prepared, self.values, self.zeros, static) if self.prepared else None
+        object.__setattr__(self, "_made", made)
 
     def __repr__(self) -> str:
         """One line without the arrays' contents; the leaves may be anything, such as specs."""
@@ -138,7 +152,8 @@ class SlideWeight(LinearWeight):
     def trained(self) -> SlideWeight:
         """Trains the values if they are floats, and nothing else."""
         frozen = jax.tree.map(lambda _: False, self)
-        return frozen.replace(values=not numerics.is_quantized(self.dtype))
+        values = not numerics.is_quantized(self.dtype)
+        return frozen.replace(values=values, prepared=frozen.prepared)
 
     def replace(self, **changes) -> SlideWeight:
         """Itself with other fields. Prepared forms of other values are dropped.
@@ -149,6 +164,8 @@ class SlideWeight(LinearWeight):
         """
         if not changes.keys().isdisjoint(("values", "zeros", "pattern", "in_features")):
             changes.setdefault("prepared", {})
+        if "prepared" in changes:  # given beside other values they are taken as theirs
+            changes["prepared"] = dict(changes["prepared"])
         return dataclasses.replace(self, **changes)
 
     def partition_spec(self, out: Any = None, k: Any = None, batch: tuple = ()) -> SlideWeight:

@@ -1,7 +1,12 @@
+import copy
+import dataclasses
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from toy_implementation import Toy
 
@@ -106,3 +111,116 @@ def test_weights_of_numpy_arrays_are_weights(dtype):
     np.testing.assert_array_equal(sj.linear_chain(x, [sj.Stage(host)])[0], sj.linear(x, w))
     assert sj.linear(x, sj.adapters.add({"a": host}, rank=2)["a"]).shape == (2, 16)
     assert sj.linear(x, sj.trainable.masters({"a": host}, "int8")["a"]).shape == (2, 16)
+
+
+# --- forms of other values ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+def test_replaced_values_do_not_keep_the_forms_of_the_old_ones(dtype):
+    w, other = sj.prepare(weight(dtype), "dense"), weight(dtype, pattern="4:6")
+    x = jnp.ones((2, 50))
+    for changes in (
+        {"values": -w.values},
+        {"zeros": jnp.zeros_like(w.zeros) + 0x76},
+        {"values": other.values, "zeros": other.zeros, "pattern": other.pattern},
+    ):
+        for changed in (dataclasses.replace(w, **changes), w.replace(**changes)):
+            assert not changed.prepared
+            np.testing.assert_array_equal(sj.linear(x, changed), sj.linear(x, changed.packed))
+    for same in (
+        dataclasses.replace(w, scale=2 * w.scale),
+        dataclasses.replace(w),
+        jax.tree.map(lambda leaf: leaf, w),
+        copy.deepcopy(w),
+        pickle.loads(pickle.dumps(w)),
+    ):
+        assert list(same.prepared) == ["dense"]
+        assert not dataclasses.replace(same, values=-w.values).prepared
+    # Forms that are given are taken: the weight may lie elsewhere now.
+    forms = sj.prepare(w.replace(values=-w.values), "dense").prepared
+    for changed in (
+        w.replace(values=-w.values, prepared=forms),
+        dataclasses.replace(w, values=-w.values, prepared=forms),
+        w.replace(values=-w.values, prepared=w.prepared),
+    ):
+        assert list(changed.prepared) == ["dense"]
+
+
+def test_a_weight_of_anything_is_a_weight():
+    """JAX puts tracers, shapes and objects of its own in the place of leaves."""
+    w = sj.prepare(weight("float32"), "dense")
+    leaves, tree = jax.tree.flatten(w)
+    for leaf in (None, object(), jax.ShapeDtypeStruct((), "int8"), 3, P("a")):
+        placeholder = jax.tree.unflatten(tree, [leaf] * len(leaves))
+        assert list(placeholder.prepared) == ["dense"]
+    changed = jax.jit(lambda w: dataclasses.replace(w, values=2 * w.values))(w)
+    assert not changed.prepared
+    assert jax.jit(lambda w: w)(w).prepared and jax.eval_shape(lambda w: w, w).prepared
+
+
+def products(w):
+    x = jnp.ones((3, 50))
+    yield lambda v: sj.linear(x, w.replace(values=v, prepared=w.prepared))
+    yield lambda v: sj.sparse_matmul(
+        *sj.lift_quantize(x, "6:8", "float32"), w.replace(values=v, prepared=w.prepared)
+    )
+    yield lambda v: sj.linear_chain(x, [sj.Stage(w.replace(values=v, prepared=w.prepared))])[0]
+
+
+def test_values_beside_forms_refuse_to_be_trained():
+    """A step would change the values, and products would go on reading the forms."""
+    w = sj.prepare(weight("float32"), "dense")
+    for product in products(w):
+        for wrap in (lambda f: f, jax.jit, jax.checkpoint):
+            loss = wrap(lambda v, product=product: (product(v) ** 2).sum())
+            with pytest.raises(ValueError, match="drop_prepared"):
+                jax.grad(loss)(w.values)
+    # What is frozen has forms as it likes.
+    x, bias = jnp.ones((3, 50)), jnp.ones(6)
+    for run in (
+        lambda x, bias, w: sj.linear(x, w, bias),
+        lambda x, bias, w: sj.linear_chain(x, [sj.Stage(w, bias)])[0],
+    ):
+        loss = jax.jit(lambda x, bias, w, run=run: (run(x, bias, w) ** 2).sum())
+        got = jax.grad(loss, (0, 1))(x, bias, w)
+        want = jax.grad(loss, (0, 1))(x, bias, sj.drop_prepared(w))
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_nnx_refuse_it_too():
+    layer = sj.nnx.SlideLinear(50, 6, pattern="6:8", qdtype=None, rngs=nnx.Rngs(0))
+    prepared = sj.nnx.map_weights(layer, sj.prepare)
+    assert prepared.kernel.prepared
+
+    def loss(model):
+        return (model(jnp.ones((3, 50))) ** 2).sum()
+
+    with pytest.raises(ValueError, match=r"slidejax.nnx.map_weights\(model"):
+        nnx.grad(loss)(prepared)
+    trained = sj.nnx.map_weights(prepared, sj.drop_prepared)
+    assert jnp.abs(nnx.grad(loss)(trained)["values"].get_value()).max() > 0
+
+
+def test_partition_drops_the_forms_of_what_is_trained():
+    params = {"float": weight("float32"), "int8": weight()}
+    prepared = sj.prepare(params, "dense")
+    x = jnp.ones((3, 50))
+    train, rest = sj.partition(prepared, ".*values")
+    assert len(jax.tree.leaves(train)) == 1
+    together = sj.combine(train, rest)
+    assert list(together["int8"].prepared) == ["dense"] and not together["float"].prepared
+
+    def loss(train):
+        w = sj.combine(train, rest)
+        return (sj.linear(x, w["float"]) ** 2).sum() + sj.linear(x, w["int8"]).sum()
+
+    before = sj.linear(x, together["float"])
+    train = jax.tree.map(lambda value, step: value - 1e-3 * step, train, jax.grad(loss)(train))
+    after = sj.linear(x, sj.combine(train, rest)["float"])
+    assert (after**2).sum() < (before**2).sum()
+    # Nothing of a prepared tree is lost where other leaves are trained.
+    layer = {"kernel": prepared["float"], "bias": jnp.ones(6)}
+    train, rest = sj.partition(layer, "bias")
+    assert jax.tree.structure(sj.combine(train, rest)) == jax.tree.structure(layer)
