@@ -9,11 +9,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import slidejax as sj
 from slidejax.lm import serving
 from slidejax.lm.decoder.examples import tiny
 from slidejax.lm.evaluate import evaluate
+from slidejax.lm.text.examples import byte_tokenizer
 from slidejax.train import fit, sample
 
 IDS = np.random.default_rng(0).integers(0, 60, (8, 16))
@@ -94,3 +97,22 @@ WORK = [generated, fitted, recovered, adapted, converted, evaluated, mixed, samp
 def test_whole_models_work_under_a_setting(work, setting):
     with SETTINGS[setting]():
         work(tiny())
+
+
+@pytest.mark.parametrize("mesh", [None, ("d",)], ids=["one device", "a mesh"])
+def test_generation_passes_a_guard_of_transfers(mesh):
+    """What a call copies to the device is meant to be copied; a model in NumPy is not."""
+    model = tiny(vocab_size=260)
+    model = sj.lm.Decoder(model.config, model.params, files=byte_tokenizer().files())
+    if mesh is not None:
+        place = NamedSharding(jax.make_mesh((2,), mesh, devices=jax.devices()[:2]), P())
+        model = model.with_params(jax.device_put(model.params, place))
+    host = jax.tree.map(np.asarray, model.params)
+    ids = jax.device_put(np.ones((2, 4), np.int32), jax.tree.leaves(model.params)[0].sharding)
+    with jax.transfer_guard("disallow"):
+        generated(model)
+        text = model.generate("ab", max_new_tokens=4, stop="zz").text
+        assert "".join(model.stream("ab", max_new_tokens=4)) == text
+        assert model(ids).shape == (2, 4, 260)
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            model.generate("ab", max_new_tokens=4, params=host)

@@ -14,6 +14,7 @@ from slidejax.lm.decoder.cache import check_cache_dtype, init_cache
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.fuse import serving
 from slidejax.lm.generation.generate import encode_prompt, generate
+from slidejax.lm.generation.placing import automatic, beside, on_mesh
 from slidejax.lm.generation.programs import Programs
 from slidejax.lm.generation.stream import Stream
 from slidejax.lm.text import files
@@ -83,7 +84,9 @@ def _served(model: Any) -> Any:
     extra, leaves = model._extra, jax.tree.leaves(params)
     of, made = extra.served
     if len(of) != len(leaves) or any(a is not b for a, b in zip(of, leaves, strict=True)):
-        made = serving(params)
+        params = automatic(params)
+        with on_mesh(beside(params)):
+            made = serving(params)
         extra.served = leaves, made
     return made
 

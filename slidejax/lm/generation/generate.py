@@ -10,6 +10,14 @@ import jax
 import numpy as np
 
 from slidejax.kinds import check_function, shown
+from slidejax.lm.generation.placing import (
+    automatic,
+    beside,
+    fetch,
+    on_mesh,
+    put,
+    start_fetching,
+)
 from slidejax.lm.generation.programs import BLOCK, Programs, State, bucket
 from slidejax.lm.generation.sampling import Sampling, whole
 from slidejax.lm.text.stream import TextStream, check_stops
@@ -216,12 +224,14 @@ class Batch:
             if not hasattr(leaf, "dtype"):
                 raise TypeError(f"params must be a tree of arrays, got {shown(leaf)} in it")
         self._programs = model.programs
-        self._params = model.params if params is None else params
-        self.prompts, self.counts, self._sampling = prompts, counts, sampling
+        self._params = automatic(model.params if params is None else params)
+        self._place = beside(self._params)
+        self.prompts, self.counts, self._kind = prompts, counts, sampling.kind
         # Files may name tokens that the model has not, which it cannot write.
         self.ends = frozenset(i for i in ends if 0 <= i < model.vocab_size)
         some = sorted(self.ends)
-        self._ends = np.array(some + [-1] * (bucket(len(some), 8) - len(some)), np.int32)
+        padded = np.array(some + [-1] * (bucket(len(some), 8) - len(some)), np.int32)
+        self._settings = put((padded, sampling.draw()), self._place)
         self._context = model.context
         self._state: State | None = None
         self._written = 0
@@ -250,19 +260,15 @@ class Batch:
             max(len(p) + n for p, n in zip(self.prompts, self.counts, strict=True)),
             self._context,
         )
-        self._state, tokens, bad = self._programs.prefill(
-            self._params,
-            ids,
-            lengths,
-            np.arange(rows) < len(self.prompts),
-            self._ends,
-            self._sampling.draw(),
-            length=slots,
-            kind=self._sampling.kind,
-        )
+        live = np.arange(rows) < len(self.prompts)
+        arrays = put((ids, lengths, live), self._place)
+        with on_mesh(self._place):
+            self._state, tokens, bad = self._programs.prefill(
+                self._params, *arrays, *self._settings, length=slots, kind=self._kind
+            )
         self._check(bad)
         self._written = 1
-        return np.asarray(tokens)[: len(self.prompts)]
+        return fetch(tokens)[: len(self.prompts)]
 
     def more(self, live: Sequence[bool], limit: int) -> np.ndarray:
         """Writes up to `limit` tokens; int32 `[rows, tokens]`, -1 where a row has none.
@@ -279,7 +285,7 @@ class Batch:
         if self._programs.steps and self.left:
             self._begin(live, limit)
         self._check(bad)
-        return np.asarray(tokens)[: len(live), :count]
+        return fetch(tokens)[: len(live), :count]
 
     def _begin(self, live: Sequence[bool], limit: int) -> None:
         """Starts a call, and does not wait for it."""
@@ -289,23 +295,18 @@ class Batch:
         mask = np.zeros(state.tokens.shape[0], bool)
         mask[: len(live)] = live
         self._state = None  # it is donated
-        self._state, tokens, bad = self._programs.decode(
-            self._params,
-            state,
-            mask,
-            self._ends,
-            self._sampling.draw(),
-            np.int32(limit),
-            kind=self._sampling.kind,
-        )
-        for result in (tokens, bad):
-            result.copy_to_host_async()
+        mask, most = put((mask, np.int32(limit)), self._place)
+        with on_mesh(self._place):
+            self._state, tokens, bad = self._programs.decode(
+                self._params, state, mask, *self._settings, most, kind=self._kind
+            )
+        start_fetching(tokens, bad)
         self._coming = tokens, bad, limit
         self._written += limit
 
     @staticmethod
     def _check(bad: Any) -> None:
-        rows = np.flatnonzero(np.asarray(bad))
+        rows = np.flatnonzero(fetch(bad))
         if rows.size:
             raise ValueError(
                 f"the model's logits have nan after prompt {rows[0]}: its weights are damaged, or "

@@ -1,12 +1,13 @@
 """A decoder whose weights are split over a mesh computes and writes what one on one device does."""
 
+import contextlib
 import functools
 import warnings
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import slidejax as sj
@@ -57,11 +58,12 @@ LIKELY = ("outputs", "both")
 PROMPTS = ["The moon is", "One"]
 
 
-def mesh():
-    return Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+def mesh(kind=AxisType.Auto):
+    devices = np.array(jax.devices()[:4]).reshape(2, 2)
+    return Mesh(devices, ("data", "model"), axis_types=(kind, kind))
 
 
-def placed(params, layout):
+def placed(params, layout, mesh=mesh):
     """Parameters over the mesh; vectors and embeddings, whose rows are tokens, too."""
     inputs, outputs = LAYOUTS[layout]
 
@@ -147,6 +149,16 @@ def test_forms_streams_and_the_cache(layout):
     assert written(split, cache_dtype="int8") == written(model, cache_dtype="int8")
     pieces = split.stream(PROMPTS[0], max_new_tokens=8)
     assert "".join(pieces) == model.generate(PROMPTS[0], max_new_tokens=8).text
+
+
+@pytest.mark.parametrize(("weights", "inside"), [("float32", False), ("int8", True)])
+def test_it_writes_on_a_mesh_with_explicit_axes(weights, inside):
+    """`jax.make_mesh` makes them."""
+    model, on = of_kind(weights), lambda: mesh(AxisType.Explicit)
+    split = model.with_params(placed(model.params, "both", on))
+    assert jax.typeof(split.params["model"]["norm"]["weight"]).sharding.spec == P("model")
+    with jax.set_mesh(on()) if inside else contextlib.nullcontext():
+        assert written(split) == written(model)
 
 
 def test_saved_from_a_mesh_it_is_the_same_model(tmp_path):
