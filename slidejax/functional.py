@@ -52,15 +52,19 @@ class Functional:
       params: the parameters: a tree whose keys make up the layers' paths.
       pack: `(params, rules, *, prune=None, report=None) -> model`. It prunes and packs the kernels
         that the rules choose and returns the converted model.
+      check: `batch -> None`. It raises a ValueError for a batch that the model would read wrongly,
+        such as one with unknown tokens. None: the model reads everything that it runs on.
     """
 
     run: Callable[[Any, Any], Any]
     params: Any
     pack: Pack
+    check: Callable[[Any], None] | None = None
 
     def __post_init__(self) -> None:
         for name in ("run", "pack"):
             check_function(getattr(self, name), name)
+        check_function(self.check, "check", optional=True)
 
     def layers(self, batch: Any) -> dict[str, Contraction]:
         """How each linear layer contracts its input with its kernel, by the kernel's path.

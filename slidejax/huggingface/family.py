@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import flax.linen as nn
+import numpy as np
 
 from slidejax import linen
 from slidejax.functional import Family, Functional, arguments_of
 from slidejax.huggingface.model import check_model, init_arguments, is_model, params_of, with_params
 from slidejax.kinds import check_kind
 from slidejax.rules import HEADS, Rule
+from slidejax.token_ids import check_rows
 from slidejax.weights.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -61,7 +63,14 @@ def functional(
         )
         return with_params(flax_model, packed)
 
-    return Functional(run, params_of(flax_model) if params is None else params, pack)
+    def check(batch):
+        given = batch.get("input_ids") if isinstance(batch, Mapping) else arguments_of(batch)[0]
+        ids, config = np.asarray(given), flax_model.config
+        vocab = getattr(config, "vocab_size", None)
+        if vocab is not None and ids.ndim == 2 and np.issubdtype(ids.dtype, np.integer):
+            check_rows(ids, vocab, getattr(config, "max_position_embeddings", None))
+
+    return Functional(run, params_of(flax_model) if params is None else params, pack, check)
 
 
 FAMILY = Family("a Flax model of transformers", is_model, functional)

@@ -18,7 +18,7 @@ import numpy as np
 from slidejax.bounds import COUNT, SEED, Bound
 from slidejax.kinds import check_function
 from slidejax.prune.model.divergence import TEMPERATURE, kl_divergence
-from slidejax.token_ids import int32_ids
+from slidejax.token_ids import check_rows, int32_ids
 
 __all__ = ["check_model", "distillation_loss", "kl_divergence", "rows_of", "sample"]
 
@@ -145,10 +145,10 @@ def sample(
 
     Raises:
       TypeError: if the model is of another kind.
-      ValueError: if a number is out of its range; if the prompts are not a matrix of tokens, or not
-        shorter than `length`.
+      ValueError: if a number is out of its range; if the prompts are not a matrix of the model's
+        tokens, or not shorter than `length`; if that is more than the model's context.
     """
-    check_model(model, "model", ("generate",))
+    check_model(model, "model", ("generate", "config"))
     length, batch = COUNT.check(length, "length"), COUNT.check(batch, "batch")
     TEMPERATURE.check(temperature, "temperature")
     SEED.check(seed, "seed")
@@ -158,6 +158,11 @@ def sample(
             f"prompts must be token ids [n, prompt] with prompt < {length}, the length, "
             f"got shape {prompts.shape}"
         )
+    config = model.config
+    check_rows(prompts, config.vocab_size, name="prompts")
+    context = getattr(config, "max_positions", getattr(config, "max_position_embeddings", None))
+    if context is not None and length > context:
+        raise ValueError(f"length must be at most the model's context, {context}, got {length}")
     batch = min(batch, len(prompts))
     if hasattr(model, "outputs"):  # a decoder of slidejax
         return _sample_decoder(model, prompts, length, params, temperature, batch, seed)

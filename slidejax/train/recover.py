@@ -63,7 +63,8 @@ def recover(
         the result is the same each time.
       qdtype: int8 or float8_e4m3fn quantises a float-packed model during the training; None leaves
         the dtype as it is.
-      window: tokens in a row. An evaluation has windows of the same default length.
+      window: tokens in a row, at most as many as the model's context has. An evaluation has windows
+        of the same default length.
       batch: rows in a step; None: 32 on a GPU and 8 elsewhere, at most as many as there are.
       accumulate: the number of parts of a batch that run one after the other, which takes less
         memory.

@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 
 import slidejax as sj
 from slidejax.huggingface.family import FAMILY, functional
+from slidejax.train import sample
 from slidejax.weights.packed import SlideWeight
 
 
@@ -53,3 +54,21 @@ def test_which_models_are_its_own(tiny_llama):
     assert FAMILY.owns(tiny_llama) and not FAMILY.owns(nn.Dense(2))
     with pytest.raises(TypeError, match="must be a Flax model of transformers, got Dense"):
         functional(nn.Dense(2))
+
+
+def test_calibration_that_the_model_would_read_wrongly_is_refused(tiny_llama):
+    """Its rotations and embeddings end where the configuration says, and JAX would clamp."""
+    good = np.ones((2, 16), np.int32)
+    for batch, message in (
+        (np.ones((2, 129), np.int32), "rows of 129 tokens, .* context of 128"),
+        (good + 258, "token ids from 0 to 258, got 259"),
+    ):
+        for given in ([batch], [(batch, np.ones_like(batch))], [{"input_ids": batch}]):
+            with pytest.raises(ValueError, match=message):
+                sj.huggingface.convert(tiny_llama, "6:8", "wanda", sj.prune.Calibration(given))
+        with pytest.raises(ValueError, match=message):
+            sj.huggingface.calibrated(tiny_llama, "wanda", batch)
+        with pytest.raises(ValueError, match=message):
+            sj.prune.mixed(tiny_llama, "6:8", batch, patterns=("14:16", "2:4"))
+    with pytest.raises(ValueError, match="length must be at most the model's context, 128"):
+        sample(tiny_llama, good, 129)

@@ -7,10 +7,12 @@ by stage and mixed patterns work as for every family.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from slidejax import conversion, nnx
 from slidejax.functional import Family, Functional, arguments_of
@@ -20,7 +22,7 @@ from slidejax.lm.decoder.model import Decoder
 from slidejax.prune.model.calibration import Calibration
 from slidejax.prune.model.methods import Method
 from slidejax.rules import Prune, Report, Rule, RuleSet, Skipped
-from slidejax.token_ids import int32_ids
+from slidejax.token_ids import check_rows, int32_ids
 from slidejax.weights.pattern import Pattern
 
 __all__ = ["FAMILY", "HIDDEN_LAYERS", "Output", "convert", "eight_bit", "functional"]
@@ -85,7 +87,7 @@ def functional_of(
         assert isinstance(converted, Decoder)  # a clone
         return converted
 
-    return Functional(run, params, pack)
+    return Functional(run, params, pack, functools.partial(_check_batch, config))
 
 
 FAMILY = Family("a slidejax.lm.Decoder", lambda model: isinstance(model, Decoder), functional)
@@ -147,7 +149,7 @@ def convert(
 
     Raises:
       ValueError: for bad rules, an unknown method, or calibration that is missing or not used, or
-        has tokens that the model does not have.
+        has tokens that the model does not have, or rows that are longer than its context.
       TypeError: if `model` is no decoder, or `report` no report.
 
     >>> import slidejax as sj
@@ -161,7 +163,7 @@ def convert(
     if not isinstance(model, Decoder):
         raise TypeError(f"model must be a slidejax.lm.Decoder, got {type(model).__name__}")
     if calibration is not None:
-        check_tokens(calibration, model.config.vocab_size)
+        check_tokens(calibration, model.config)
     if report is not None and not isinstance(report, Report):
         raise TypeError(f"report must be a slidejax.Report, got {type(report).__name__}")
     if model.config.tied and converts_head(rules):
@@ -169,19 +171,20 @@ def convert(
     return conversion.convert(model, rules, calibration, method=method, report=report)
 
 
-def check_tokens(calibration: Any, vocab: int) -> None:
-    """Raises ValueError for ids outside the vocabulary, or for what are no ids."""
+def check_tokens(calibration: Any, config: DecoderConfig) -> None:
+    """Raises ValueError for ids outside the vocabulary, what are no ids, and rows too long."""
     for batch in Calibration.of(calibration).as_batches():
-        ids = int32_ids(batch[0] if isinstance(batch, tuple) else batch, "calibration")
-        if ids.ndim != 2:
-            raise ValueError(
-                f"calibration must be token ids [sequences, length], got shape {ids.shape}"
-            )
-        if ids.size and not (ids.min() >= 0 and ids.max() < vocab):
-            raise ValueError(
-                f"calibration must be token ids from 0 to {vocab - 1}, got {ids.min()} to "
-                f"{ids.max()}"
-            )
+        _check_batch(config, batch)
+
+
+def _check_batch(config: DecoderConfig, batch: Any) -> None:
+    ids, *rest = arguments_of(batch)
+    if rest and rest[0] is not None:  # padding, at position -1, may have any id
+        positions = np.asarray(rest[0])
+        if positions.shape == np.shape(ids):
+            ids = np.where(positions < 0, 0, int32_ids(ids, "calibration"))
+            ids = ids[:, (positions >= 0).any(0)]
+    check_rows(ids, config.vocab_size, config.max_positions)
 
 
 def converts_head(rules: Any) -> bool:

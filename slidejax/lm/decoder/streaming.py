@@ -111,7 +111,7 @@ def convert_files(
         open_source(path, dtype) as source,
     ):
         if calibration is not None:
-            check_tokens(calibration, source.config.vocab_size)
+            check_tokens(calibration, source.config)
         if source.config.tied and converts_head(rules):
             source = source.with_own_head()
         model = functional_of(source.config, tree_of(source.shapes()))

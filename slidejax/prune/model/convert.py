@@ -105,7 +105,7 @@ def calibrated(
     check_function(progress, "progress", optional=True)
     check_one_process(model.params, "params")
     batches = Calibration(tokens).as_batches()
-    check_runs(model, batches[0])
+    check_runs(model, batches)
     tell = None if progress is None else lambda done: progress(done * len(batches[0]), len(tokens))
     diagonal = chosen.reads == "diagonal"
     return chosen.pruner(collect_all(model.run, model.params, batches, tell, diagonal=diagonal))
@@ -130,14 +130,17 @@ def planned_report(model: Functional, rules: Any) -> Report:
         return model.planned(rules)
 
 
-def check_runs(model: Functional, batch: Any) -> None:
-    """Raises a ValueError that names the calibration if a model does not run on a batch of it.
+def check_runs(model: Functional, batches: Sequence[Any]) -> None:
+    """Raises a ValueError that names the calibration if a model cannot read its batches.
 
-    The model is traced abstractly. Its own error may be about anything.
+    The model is traced abstractly on the first one. Its own error may be about anything.
     """
+    if model.check is not None:
+        for batch in batches:
+            model.check(batch)
     try:
         jax.eval_shape(
-            lambda params, batch: [model.run(params, batch), None][1], model.params, batch
+            lambda params, batch: [model.run(params, batch), None][1], model.params, batches[0]
         )
     except Exception as error:
         first = str(error).partition("\n")[0]
@@ -162,7 +165,7 @@ def _calibrated(
     """
     check_one_process(model.params, "params")
     batches = how.as_batches()
-    check_runs(model, batches[0])
+    check_runs(model, batches)
     plan = planned_rules(model, rules, stacked=True)
     stages, reason = None, "in_order=False"
     if how.in_order:

@@ -71,7 +71,7 @@ def mixed_rules(
     if hasattr(calibration.batches, "ndim"):
         # one by one, so that a quarter of a few sequences can be held out
         batches = list(np.asarray(calibration.batches)[:, None])
-    check_runs(model, batches[0])
+    check_runs(model, batches)
     fit, held_out = _parted(batches)
     kernels = _Kernels(model, planned_rules(model, rule), fit, calibration.damping)
     baseline = rule.pattern if rule.pattern.prunes else min(candidates, key=lambda p: p.density)
