@@ -49,7 +49,8 @@ def test_a_rivals_layer_takes_the_place_of_a_kernel(case):
     ends = params["model"]["embed_tokens"]["embedding"], params["lm_head"]["kernel"]
     kernels = [{name: w.T for name, w in block.items()} for block in weights]
     plain = decoder.parameters(sizes, None, kernels, ends)
-    got, want = (decoder.prefill(config, p, prompt(config)) for p in (params, plain))
+    prefill = jax.jit(functools.partial(decoder.prefill, config))
+    got, want = (prefill(p, prompt(config)) for p in (params, plain))
     np.testing.assert_allclose(got, want, atol=0.1)
     assert float(jnp.abs(want).max()) > 1
 
@@ -57,10 +58,11 @@ def test_a_rivals_layer_takes_the_place_of_a_kernel(case):
 def test_tokens_one_by_one_are_a_prefill(case):
     config, _, params = case
     ids, cache = prompt(config), decoder.caches(config, BATCH, LENGTH)
+    step = jax.jit(functools.partial(apply, config, last=True))
     for i in range(LENGTH):
-        at = jnp.full((BATCH, 1), i)
-        logits, cache = apply(config, params, ids[:, i : i + 1], at, cache, last=True)
-    np.testing.assert_allclose(logits, decoder.prefill(config, params, ids), atol=0.2)
+        logits, cache = step(params, ids[:, i : i + 1], jnp.full((BATCH, 1), i), cache)
+    whole = jax.jit(functools.partial(decoder.prefill, config))(params, ids)
+    np.testing.assert_allclose(logits, whole, atol=0.2)
 
 
 def test_the_loop_decodes_as_a_plain_loop_does(case):
@@ -70,10 +72,11 @@ def test_the_loop_decodes_as_a_plain_loop_does(case):
     filled = jax.tree.map(lambda a: jax.random.normal(jax.random.key(1), a.shape, a.dtype), empty)
     run = jax.jit(functools.partial(decoder.decode, config, steps))
     got, got_cache = run(params, filled)
+    step = jax.jit(functools.partial(apply, config, last=True))
     tokens, expected = jnp.zeros(BATCH, jnp.int32), []
     for position in range(LENGTH - steps, LENGTH):
         at = jnp.full((BATCH, 1), position)
-        logits, filled = apply(config, params, tokens[:, None], at, filled, last=True)
+        logits, filled = step(params, tokens[:, None], at, filled)
         tokens = jnp.argmax(logits, -1).astype(jnp.int32)
         expected.append(tokens)
     np.testing.assert_array_equal(got, jnp.stack(expected))
