@@ -4,7 +4,8 @@
 
 Losses and bytes are those of docs/frontier.json, which the tables of docs/accuracy.md have, too
 (tests/test_docs.py holds them together). Times are those of the table of an H200 that ships with
-the package. Nothing is estimated. The picture needs the extra `plot`.
+the package. Nothing is estimated. Crosses are mixes of patterns, chosen by layer; a star is a
+model that was recovered. The picture needs the extra `plot`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from slidejax.bench.shapes import PRESETS
 from slidejax.prune import measured_times
+from slidejax.prune.model.costs import packed_bytes
 from slidejax.weights.pattern import Pattern
 
 DOCS = Path(__file__).parent
@@ -35,6 +37,17 @@ def speeds() -> dict[str, float]:
     return {pattern: times["dense"] / time for pattern, time in times.items()}
 
 
+def sizes(quality: dict[str, Any], megabytes: dict[str, float]) -> dict[str, float]:
+    """How many times as small as with `dense` the packed layers of a model are, by pattern.
+
+    Where no bytes were recorded for a model, its layers fill whole groups of every pattern: then
+    their bytes follow from the pattern.
+    """
+    if "mixes" in quality:
+        megabytes = {p: packed_bytes((1, 1), Pattern.parse(p)) for p in PATTERNS}
+    return {pattern: megabytes["dense"] / size for pattern, size in megabytes.items()}
+
+
 def recorded() -> dict[str, Any]:
     """What docs/frontier.json holds."""
     return json.loads((DOCS / "frontier.json").read_text(encoding="utf-8"))
@@ -49,27 +62,42 @@ def draw(path: Path) -> None:
 
     found = recorded()
     megabytes = found["megabytes"]["values"]
-    smaller = {pattern: megabytes["dense"] / size for pattern, size in megabytes.items()}
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
     FigureCanvasSVG(figure)
-    for axes, gain, label in zip(
+    for axes, kind, label in zip(
         figure.subplots(1, 2, sharey=True),
-        (speeds(), smaller),
+        ("speed", "size"),
         (
             f"times as fast as dense int8, {ROWS:,} rows\n(layers of Qwen2.5-7B, H200)",
-            f"times as small as dense int8\n(packed layers of {found['megabytes']['name']})",
+            "times as small as dense int8\n(packed layers)",
         ),
         strict=True,
     ):
-        for quality in found["quality"]:
+        for i, quality in enumerate(found["quality"]):
             values = quality["values"]
+            gain = speeds() if kind == "speed" else sizes(quality, megabytes)
             axes.plot(
                 [gain[p] for p in PATTERNS],
                 [values[p] for p in PATTERNS],
                 marker="o",
+                color=f"C{i}",
                 label=quality["name"],
             )
+            mixes = quality.get("mixes", {}).get(kind, {})
+            if mixes:
+                axes.plot(
+                    [float(at) for at in mixes],
+                    [*mixes.values()],
+                    "x",
+                    color=f"C{i}",
+                    markersize=8,
+                    label="the same, patterns chosen by layer",
+                )
+            for pattern, value in quality.get("recovered", {}).items():
+                named = {"color": f"C{i}", "label": f"the same, {pattern} recovered"}
+                axes.plot([gain[pattern]], [value], "*", markersize=12, **named)
         worst = found["quality"][0]["values"]
+        gain = speeds() if kind == "speed" else sizes(found["quality"][0], megabytes)
         for p in PATTERNS:
             beside = (6, -4) if p == "dense" else (-6, 2)
             side = "left" if p == "dense" else "right"

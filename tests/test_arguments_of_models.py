@@ -211,7 +211,7 @@ CASES = [
         "model": [None, "a", 0, MODEL, LAYER], "teacher": [None, "a", 0, LAYER],
         "tokens": [None, "a", 0, [], [1.5], X, -IDS, IDS * 999, {}],
         "steps": [*WHOLE[:10], 1.5, 0], "window": [*WHOLE, 0], "batch": [*NUMBERS, 1.5, 0, 99],
-        "accumulate": [*WHOLE, 0, 3], "learning_rate": [*REAL, 0], "warmup": WHOLE,
+        "accumulate": [*WHOLE, 0, 3], "learning_rate": [*NUMBERS, float("inf"), 0], "warmup": WHOLE,
         "temperature": [*REAL, 0], "hidden": REAL, "trained": [0, 1.5, "(", "nothing"],
         "held_out": [*NUMBERS, 1.5, 99], "seed": WHOLE, "qdtype": DTYPES, "every": [*WHOLE, 0],
         "checkpoint": [0, 1.5, [], object()], "progress": [0, "a", []],

@@ -218,11 +218,13 @@ def test_the_frontier_has_figures_of_the_pages(frontier):
             named = [row for row in rows if row and row[0].strip(" `").startswith(pattern)]
             cells = {cell.strip() for row in named for cell in row[1:]}
             assert cells & {f"{value:.3f}", f"{value:.1f}"}, (entry["name"], pattern)
+        cells = {cell.strip() for row in rows for cell in row[1:]}
+        for mixes in (*entry.get("mixes", {}).values(), entry.get("recovered", {})):
+            assert {f"{value:.3f}" for value in mixes.values()} <= cells
 
 
 def test_the_table_of_the_frontier_is_what_is_drawn(frontier):
-    megabytes = frontier.recorded()["megabytes"]["values"]
-    smaller = {pattern: megabytes["dense"] / size for pattern, size in megabytes.items()}
+    smaller = frontier.sizes({}, frontier.recorded()["megabytes"]["values"])
     lines = section("accuracy.md", "quality-against-speed-and-size")
     for name, values in (("4,096 rows", frontier.speeds()), ("packed layers", smaller)):
         (row,) = [line for line in lines if line.startswith(f"| {name}")]

@@ -30,6 +30,8 @@ __all__ = [
 # added to it.
 _SHORT = 64
 _PROMPT = 8  # tokens of a text that a row begins with which a model goes on with
+# Bytes of the cache of rows that a GPU writes at a time: more rows take more of it, and less time.
+_CACHE = 8 << 30
 
 
 def load(
@@ -232,7 +234,6 @@ def written(loaded: Loaded, rows: np.ndarray, count: int, seed: int | None, own:
     Returns:
       int32 `[count, length]`.
     """
-    import jax
     import numpy as np
 
     from slidejax.train.distill import sample
@@ -244,8 +245,22 @@ def written(loaded: Loaded, rows: np.ndarray, count: int, seed: int | None, own:
         openings = _openings(loaded, prompts.shape[1])
         half = np.arange(0, count if len(openings) else 0, 2)
         prompts[half] = openings[draws.integers(0, max(1, len(openings)), len(half))]
-    batch = min(count, 256 if jax.default_backend() == "gpu" else 64)
+    batch = min(count, _at_a_time(loaded.model, rows.shape[1]))
     return sample(loaded.model, prompts, rows.shape[1], batch=batch, seed=seed)
+
+
+def _at_a_time(model: Any, length: int) -> int:
+    """How many rows of a length a model writes at a time."""
+    import jax
+
+    if jax.default_backend() != "gpu":
+        return 64
+    config = model.config
+    if not hasattr(config, "num_kv_heads"):  # a model of transformers
+        return 256
+    # keys and values of 2 bytes
+    size = 4 * config.num_layers * config.num_kv_heads * config.head_dim * length
+    return min(512, max(16, _CACHE // size))
 
 
 def _begun(loaded: Loaded, rows: np.ndarray) -> int:

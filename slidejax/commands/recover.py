@@ -25,6 +25,13 @@ EXAMPLE = "slidejax recover out recovered --minutes 10"
 # of this size already takes a CPU many seconds (docs/journal/2026-11-23-recovery.md), and some
 # steps must fit into the default of --minutes.
 _CPU_ROWS, _CPU_WINDOW = 4, 256
+# Rows that the original model writes, where there is a GPU. A recovery of some minutes sees each of
+# them several times, and fewer are learned by heart
+# (docs/journal/2026-11-27-eight-minutes-of-recovery.md).
+_GPU_SAMPLES = 12288
+# A batch is cut into parts whose logits take at most so many bytes: there are several such arrays
+# at a time.
+_LOGITS = 2 << 30
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -73,7 +80,7 @@ def _add_text(p: argparse.ArgumentParser) -> None:
         metavar="ROWS",
         help="add rows that the original model writes, each beginning with a piece of the text or, "
         "unless --text names one, as a text of many kinds does; they are written before the "
-        "minutes begin (default 768 on a GPU, else none)",
+        f"minutes begin (default {_GPU_SAMPLES} on a GPU, else none)",
     )
 
 
@@ -102,9 +109,9 @@ def _add_training(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--accumulate",
         type=positive,
-        default=1,
         metavar="PARTS",
-        help="run a batch in parts, one after the other: less memory (default 1)",
+        help="run a batch in parts, one after the other: less memory (default: as few as keep the "
+        "logits of a part below 2 GiB)",
     )
     p.add_argument(
         "--window",
@@ -115,9 +122,9 @@ def _add_training(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--learning-rate",
         type=arguments.Number(Bound(0, 1, above=True)),
-        default=2e-4,
         metavar="RATE",
-        help="the largest learning rate (default 0.0002)",
+        help="the largest learning rate (default 0.0005 where a step has 8192 tokens or more, else "
+        "0.0002)",
     )
     p.add_argument(
         "--warmup",
@@ -183,7 +190,7 @@ def _check_together(args: argparse.Namespace) -> None:
     if args.text is not None and args.docstrings is not None:
         raise ValueError("--docstrings is of the default text: it does not go with --text")
     batch = args.batch or _usual_batch()
-    if batch % args.accumulate:
+    if args.accumulate is not None and batch % args.accumulate:
         said = "--batch" if args.batch else "the default of --batch"
         raise ValueError(f"--accumulate must divide {said}, {batch}, got {args.accumulate}")
 
@@ -196,6 +203,7 @@ def _usual_batch() -> int:
 def _run(args: argparse.Namespace, target: Path) -> None:
     from slidejax.checkpoint.space import reserved
     from slidejax.lm.reading import keep_model, stored_dtypes
+    from slidejax.train.recover import usual_rate
 
     with terminal.progress() as bar:
         task = bar.add_task(f"reading {args.model}", total=None)
@@ -207,6 +215,8 @@ def _run(args: argparse.Namespace, target: Path) -> None:
         stored = stored_dtypes(args.model)
         with reserved(target, _size(args, loaded)):
             original = inputs.filled(teacher, name, args, keep_class=False)
+            if _samples(args):
+                bar.update(task, description=f"{name} writes {_samples(args)} rows")
             rows = _with_own_rows(args, original, rows)
 
             def show(step: int, total: int | None, loss: float) -> None:
@@ -214,11 +224,13 @@ def _run(args: argparse.Namespace, target: Path) -> None:
                 bar.update(task, description=said, completed=step, total=total)
 
             bar.update(task, description="compiling")
-            model, fitted = _recover(args, loaded, original, rows, show)
+            batch = args.batch or min(_usual_batch(), len(rows))
+            rate = args.learning_rate or usual_rate(batch * rows.shape[1])
+            model, fitted = _recover(args, loaded, original, rows, batch, rate, show)
         recovery = {
             "steps": fitted.steps,
             "seconds": round(fitted.seconds, 1),
-            "learning_rate": args.learning_rate,
+            "learning_rate": rate,
             "seed": args.seed,
             "text": source,
             "rows": len(rows),
@@ -362,15 +374,33 @@ def _rows(args: argparse.Namespace, loaded: Loaded, original: Loaded) -> tuple[n
     # A model in use never sees a text without its start.
     text = np.concatenate([np.broadcast_to(start, (len(text), len(start))), text], axis=1)
     count = len(text) + _samples(args)
+    if args.accumulate is None:
+        batch = args.batch or min(_usual_batch(), count)
+        size = window * original.model.config.vocab_size * 4  # of a row's logits
+        args.accumulate = _parts(batch, args.held_out or 0, size)
     _check_rows(args, count)
     return text, source
+
+
+def _parts(batch: int, held: int, size: int) -> int:
+    """The default of `--accumulate`.
+
+    Args:
+      batch, held: rows in a step, and rows that are held out; both must be whole parts.
+      size: bytes of the logits of a row.
+
+    >>> _parts(32, 0, 512 * 49152 * 4), _parts(32, 0, 512 * 262144 * 4), _parts(6, 4, _LOGITS)
+    (2, 8, 2)
+    """
+    fitting = [n for n in range(1, batch + 1) if not batch % n and not held % n]
+    return next((n for n in fitting if batch // n * size <= _LOGITS), fitting[-1])
 
 
 def _samples(args: argparse.Namespace) -> int:
     """How many rows the original model writes."""
     if args.sample is not None:
         return int(args.sample)
-    return 768 if _on_gpu() else 0
+    return _GPU_SAMPLES if _on_gpu() else 0
 
 
 def _with_own_rows(args: argparse.Namespace, original: Loaded, text: np.ndarray) -> np.ndarray:
@@ -385,7 +415,13 @@ def _with_own_rows(args: argparse.Namespace, original: Loaded, text: np.ndarray)
 
 
 def _recover(
-    args: argparse.Namespace, loaded: Loaded, original: Loaded, rows: Any, progress: Any
+    args: argparse.Namespace,
+    loaded: Loaded,
+    original: Loaded,
+    rows: Any,
+    batch: int,
+    rate: float,
+    progress: Any,
 ) -> tuple[Any, Any]:
     """Calls `slidejax.recover` with the arguments; returns the model and the `Fitted`."""
     from slidejax.train.recover import recover
@@ -398,9 +434,9 @@ def _recover(
         minutes=None if args.steps else args.minutes,
         qdtype=args.dtype,
         window=rows.shape[1],
-        batch=args.batch or min(_usual_batch(), len(rows)),
+        batch=batch,
         accumulate=args.accumulate,
-        learning_rate=args.learning_rate,
+        learning_rate=rate,
         warmup=args.warmup,
         hidden=args.hidden,
         held_out=args.held_out,

@@ -16,7 +16,7 @@ from slidejax.train.loop import Fitted, Shuffled, fit
 from slidejax.variants.prepared import drop_prepared, weights_of
 from slidejax.variants.trainable import Selection
 
-__all__ = ["HIDDEN", "recover"]
+__all__ = ["HIDDEN", "recover", "usual_rate"]
 
 # All parameters but the embeddings of tokens and positions and the output head: pruned kernels,
 # biases, norms.
@@ -25,6 +25,12 @@ HIDDEN = r"(?!.*(?:embed|wte|wpe|lm_head|predictions/decoder)).*"
 # The root mean square of SmolLM2-135M's kernels, on which the learning rate was chosen. Those of
 # Qwen2.5-Coder-0.5B are a tenth of it, and steps of the same size ruined that model.
 _TYPICAL = 0.2
+
+# Learning rates, and the tokens in a step from which on the larger one is good. A step of 1,024
+# tokens has a gradient that is mostly noise, and more than 2e-4 makes a model worse
+# (docs/journal/2026-11-23-recovery.md). With 16,384 tokens 5e-4 learns more in the same time
+# (docs/journal/2026-11-27-eight-minutes-of-recovery.md).
+_RATE, _LARGE_RATE, _LARGE_STEP = 2e-4, 5e-4, 8192
 
 
 def recover(
@@ -38,7 +44,7 @@ def recover(
     window: int = 512,
     batch: int | None = None,
     accumulate: int = 1,
-    learning_rate: float = 2e-4,
+    learning_rate: float | None = None,
     warmup: int = 20,
     temperature: float = 1.0,
     hidden: float = 1.0,
@@ -69,7 +75,8 @@ def recover(
       accumulate: the number of parts of a batch that run one after the other, which takes less
         memory.
       learning_rate, warmup: see `slidejax.train.fit`. Kernels whose values have a root mean square
-        below 0.2 take smaller steps in proportion.
+        below 0.2 take smaller steps in proportion. None: 5e-4 where a step has 8,192 tokens or
+        more, else 2e-4.
       temperature, hidden: see `slidejax.train.distillation_loss`. With few tokens in a step the
         gradient of the hidden states' loss is less noisy than the other one.
       trained: the parameters to train (`slidejax.partition`); by default all but the embeddings and
@@ -136,7 +143,7 @@ def recover(
         minutes=minutes,
         qdtype=qdtype,
         trained=trained,
-        learning_rate=learning_rate,
+        learning_rate=usual_rate(batch * window) if learning_rate is None else learning_rate,
         warmup=warmup,
         typical=_TYPICAL,
         accumulate=accumulate,
@@ -150,6 +157,18 @@ def recover(
     from slidejax import huggingface
 
     return huggingface.with_params(model, fitted.params), fitted
+
+
+def usual_rate(tokens: int) -> float:
+    """The default of `learning_rate`.
+
+    Args:
+      tokens: in a step.
+
+    >>> usual_rate(32 * 512), usual_rate(4 * 256)
+    (0.0005, 0.0002)
+    """
+    return _LARGE_RATE if tokens >= _LARGE_STEP else _RATE
 
 
 def set_aside(

@@ -126,3 +126,16 @@ def test_openings_that_are_too_short_are_left_out():
         fake.tokenizer = tokenizer
         written = inputs.written(fake, text, 4, 0, own=False)
         assert {tuple(row) for row in written[:, :8]} <= {tuple(row) for row in text[:, :8]}
+
+
+@pytest.mark.parametrize(
+    ("backend", "heads", "length", "expected"),
+    [("cpu", 3, 512, 64), ("gpu", 3, 512, 512), ("gpu", 32, 512, 68), ("gpu", 32, 8192, 16)],
+)
+def test_as_many_rows_are_written_at_a_time_as_the_cache_allows(
+    monkeypatch, backend, heads, length, expected
+):
+    """32 heads of 64 in 30 layers take 126 MB for a row of 512 tokens."""
+    config = SimpleNamespace(num_layers=30, num_kv_heads=heads, head_dim=64)
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
+    assert inputs._at_a_time(SimpleNamespace(config=config), length) == expected

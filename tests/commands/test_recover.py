@@ -110,6 +110,36 @@ def test_the_original_model_writes_some_of_the_text(capsys, files):
     assert "argument --sample: must be from 0 to 2147483647" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("large", "rate"), [(8 * 16, 5e-4), (8 * 16 + 1, 2e-4)])
+def test_a_large_step_has_a_larger_rate(capsys, files, monkeypatch, tmp_path, large, rate):
+    monkeypatch.setattr("slidejax.train.recover._LARGE_STEP", large)
+    flags = ["--text", files / "text.txt", "--window", 16, "--batch", 8, "--steps", 1]
+    new, dense = tmp_path / "new", files / "dense"
+    status, _, err = run(capsys, "recover", files / "out", new, "--against", dense, *flags)
+    assert status == 0, err
+    assert load_model(new).about["recovery"]["learning_rate"] == rate
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "parts"),
+    [(8, (), 1), (2, (), 4), (1, ("--held-out", 4), 4), (1, ("--accumulate", 2), 2)],
+)
+def test_a_batch_is_cut_so_that_its_logits_fit(capsys, files, monkeypatch, rows, options, parts):
+    """262,144 tokens of vocabulary make 17 GB of logits for 32 rows, which no GPU held."""
+    size = load_model(files / "dense").model.config.vocab_size * 16 * 4
+    monkeypatch.setattr("slidejax.commands.recover._LOGITS", rows * size)
+
+    def said(*args, accumulate, **options):
+        raise ValueError(f"{accumulate} parts")
+
+    monkeypatch.setattr("slidejax.train.recover.recover", said)
+    flags = ["--text", files / "text.txt", "--window", 16, "--batch", 8, "--steps", 1, *options]
+    status, _, err = run(
+        capsys, "recover", files / "out", files / "x", "--against", files / "dense", *flags
+    )
+    assert status != 0 and f"{parts} parts" in err
+
+
 def test_errors_are_one_line(capsys, files):
     dense, out, text = files / "dense", files / "out", files / "text.txt"
     (files / "short").write_text("moon")
