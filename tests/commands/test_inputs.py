@@ -46,6 +46,9 @@ def test_a_text_of_one_token(loaded, tmp_path):
         inputs.evaluation_ids(loaded, str(tmp_path / "short"), None)
 
 
+MANY_TOKENS = SimpleNamespace(vocab_size=2**31 - 1)
+
+
 def calibration_arguments(**changes):
     usual = {"calibration": None, "method": "wanda", "sequences": 2, "seed": None}
     return argparse.Namespace(**usual | changes)
@@ -96,7 +99,7 @@ def test_a_model_writes_rows_that_begin_with_the_text(rows, length, count, seed,
         return [SimpleNamespace(tokens=[7] * max_new_tokens) for _ in prompts]
 
     fake = SimpleNamespace(
-        model=SimpleNamespace(outputs=None, generate=write),
+        model=SimpleNamespace(outputs=None, generate=write, config=MANY_TOKENS),
         start=[1] * start,
         tokenizer="letters",
         encode=lambda opening: list(map(ord, opening)),
@@ -116,7 +119,9 @@ def test_openings_that_are_too_short_are_left_out():
     text = np.arange(40, dtype=np.int32).reshape(2, 20)
     fake = SimpleNamespace(
         model=SimpleNamespace(
-            outputs=None, generate=lambda p, **options: [SimpleNamespace(tokens=[7] * 12)] * len(p)
+            outputs=None,
+            generate=lambda p, **options: [SimpleNamespace(tokens=[7] * 12)] * len(p),
+            config=MANY_TOKENS,
         ),
         start=[],
         tokenizer="one for all",
