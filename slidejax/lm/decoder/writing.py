@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from slidejax.lm.generation.generate import encode_prompt, generate
 from slidejax.lm.generation.placing import automatic, beside, on_mesh
 from slidejax.lm.generation.programs import Programs
 from slidejax.lm.generation.stream import Stream
+from slidejax.lm.memory import available, shown_bytes
 from slidejax.lm.text import files
 from slidejax.lm.text.tokenizer import Tokenizer
 from slidejax.variants.prepared import weights_of
@@ -73,22 +75,46 @@ class _Writer:
 def _served(model: Any) -> Any:
     """A model's parameters as loops on this device read them.
 
-    On a CPU they are those of `serving`, made once and kept with the model. A loop would otherwise
-    unpack and convert every weight in each of its calls. A model in float32 without packed weights
-    is read as it is.
+    They are those of `serving` where these pay, made once and kept with the model. On a CPU a loop
+    would otherwise unpack and convert every weight in each of its calls. On a GPU it would run more
+    and smaller products, one by one.
     """
-    params = model.params
-    as_it_is = model.dtype == jnp.float32 and not weights_of(params)
-    if jax.default_backend() != "cpu" or as_it_is:
-        return params
-    extra, leaves = model._extra, jax.tree.leaves(params)
+    params, extra = model.params, model._extra
+    leaves = jax.tree.leaves(params)
     of, made = extra.served
-    if len(of) != len(leaves) or any(a is not b for a, b in zip(of, leaves, strict=True)):
-        params = automatic(params)
-        with on_mesh(beside(params)):
-            made = serving(params)
-        extra.served = leaves, made
+    if len(of) == len(leaves) and all(a is b for a, b in zip(of, leaves, strict=True)):
+        return made
+    extra.served = [], None  # of other parameters
+    if not _serving_pays(model.dtype, params):
+        return params
+    params = automatic(params)
+    with on_mesh(beside(params)):
+        made = serving(params)
+    extra.served = leaves, made
     return made
+
+
+def _serving_pays(dtype: Any, params: Any) -> bool:
+    """Whether loops run on parameters of `serving` that are kept beside a model's own."""
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return dtype != jnp.float32 or bool(weights_of(params))
+    arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    # Over several devices the outputs of q, k and v together would be dealt out in another way.
+    if backend != "gpu" or any(array.sharding.num_devices > 1 for array in arrays):
+        return False
+    layers = sum(leaf.nbytes for leaf in jax.tree.leaves(params["model"]["layers"]))
+    needed = layers * 3 // 2  # copies, prepared forms, and room to make them
+    there = available(next(iter(arrays[0].devices())) if arrays else None)
+    if there is None or needed <= there:
+        return True
+    warnings.warn(
+        f"generate runs on the model's parameters as they are, which is slower: those that serve "
+        f"best need {shown_bytes(needed)} beside them, and {shown_bytes(there)} are free. "
+        "Keep slidejax.lm.decoder.serving(model.params) alone, and give it as params=",
+        stacklevel=2,
+    )
+    return False
 
 
 def check_prompt(

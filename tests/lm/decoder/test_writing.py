@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from slidejax.lm import convert, load, save
-from slidejax.lm.decoder import apply, init_cache
+from slidejax.lm.decoder import apply, init_cache, writing
 from slidejax.lm.decoder.config import Rope
 from slidejax.lm.decoder.examples import tiny
 from slidejax.lm.decoder.family import eight_bit
-from slidejax.lm.decoder.fuse import serving
+from slidejax.lm.decoder.fuse import fuse, serving
 from slidejax.lm.decoder.model import Decoder
 from slidejax.lm.decoder.writing import _Writer, programs
 from slidejax.lm.generation import Sampling
@@ -76,6 +76,35 @@ def test_packed_weights_are_unpacked_once_for_all_calls():
     norm = sparse.model["norm"]["weight"]
     norm.set_value(2 * norm.get_value())
     assert (writer.params["model"]["norm"]["weight"] == norm.get_value()).all()
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """`on_a_gpu(free)`: a CPU that says it is a GPU with as many free bytes."""
+
+    def present(free):
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(writing, "available", lambda device: free)
+        monkeypatch.setattr(writing, "serving", fuse)
+
+    return present
+
+
+def test_a_gpu_with_room_serves_fused_layers(on_a_gpu):
+    model = convert(tiny(), "6:8")
+    on_a_gpu(None)
+    served = _Writer(model, None).params
+    assert "qkv_proj" in served["model"]["layers"]["0"]["self_attn"]
+    on_a_gpu(0)  # they are there already
+    assert _Writer(model, None).params is served
+
+
+def test_a_gpu_without_room_serves_the_model_as_it_is_and_says_so(on_a_gpu):
+    model = convert(tiny(), "6:8")
+    on_a_gpu(1000)
+    with pytest.warns(UserWarning, match=r"slower.* and 0\.0 MiB are free"):
+        served = _Writer(model, None).params
+    assert "q_proj" in served["model"]["layers"]["0"]["self_attn"]
 
 
 def test_served_parameters_give_the_same_text():
