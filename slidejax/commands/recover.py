@@ -90,9 +90,9 @@ def _add_training(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--minutes",
         type=arguments.Number(Bound(0, 1e6, above=True)),
-        default=5.0,
+        default=6.0,
         metavar="T",
-        help="make as many steps as fit into that time (default 5)",
+        help="make as many steps as fit into that time, with compiling (default 6)",
     )
     p.add_argument(
         "--steps",
