@@ -58,25 +58,26 @@ hypothesis.settings.load_profile("slidejax")
 # are, the longer the next one takes. Each also takes some of the 65,530 memory maps that Linux
 # gives a process; without more of them the next program ends in a segmentation fault.
 _MANY_PROGRAMS = 500
-_lowered = 0
 
 
-def _count_programs(event, seconds, **_):
-    global _lowered
-    _lowered += event == "/jax/core/compile/jaxpr_to_mlir_module_duration"
+class _FewPrograms:
+    """Drops the programs of a process that has lowered many; a plugin, so for doctests too."""
+
+    def __init__(self):
+        self.lowered = 0
+        jax.monitoring.register_event_duration_secs_listener(self.count)
+
+    def count(self, event, seconds, **_):
+        self.lowered += event == "/jax/core/compile/jaxpr_to_mlir_module_duration"
+
+    def pytest_runtest_logfinish(self):
+        if self.lowered > _MANY_PROGRAMS:
+            jax.clear_caches()
+            self.lowered = 0
 
 
-jax.monitoring.register_event_duration_secs_listener(_count_programs)
-
-
-@pytest.fixture(autouse=True)
-def _few_programs():
-    """Drops the programs of a process that has lowered many."""
-    global _lowered
-    yield
-    if _lowered > _MANY_PROGRAMS:
-        jax.clear_caches()
-        _lowered = 0
+def pytest_configure(config):
+    config.pluginmanager.register(_FewPrograms())
 
 
 def pytest_addoption(parser):
