@@ -154,7 +154,7 @@ def test_forms_streams_and_the_cache(layout):
 @pytest.mark.parametrize(("weights", "inside"), [("float32", False), ("int8", True)])
 def test_it_writes_on_a_mesh_with_explicit_axes(weights, inside):
     """`jax.make_mesh` makes them."""
-    model, on = of_kind(weights, **ONE_LAYER), lambda: mesh(AxisType.Explicit)
+    model, on = of_kind(weights), lambda: mesh(AxisType.Explicit)
     split = model.with_params(placed(model.params, "both", on))
     assert jax.typeof(split.params["model"]["norm"]["weight"]).sharding.spec == P("model")
     with jax.set_mesh(on()) if inside else contextlib.nullcontext():
