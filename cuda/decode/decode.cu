@@ -14,28 +14,31 @@ namespace {
 
 constexpr int kMaxWindows = 7;                        // 14:16
 constexpr int64_t kMostGateBytes = int64_t{1} << 30;  // offsets in a tile have 32 bits
-static_assert(kDecodeTokens == kTileTokens, "all rows are one tile of tokens");
+static_assert(kDecodeTokens == MostTokens(2), "values of 16 bits meet the most rows");
 
-template <typename Code>
+template <typename Code, int kTokenTiles>
 const void* KernelOf(int windows) {
   switch (windows) {
-    case 0: return reinterpret_cast<const void*>(DecodeKernel<Code, 0>);
-    case 1: return reinterpret_cast<const void*>(DecodeKernel<Code, 1>);
-    case 2: return reinterpret_cast<const void*>(DecodeKernel<Code, 2>);
-    case 3: return reinterpret_cast<const void*>(DecodeKernel<Code, 3>);
-    case 4: return reinterpret_cast<const void*>(DecodeKernel<Code, 4>);
-    case 5: return reinterpret_cast<const void*>(DecodeKernel<Code, 5>);
-    case 6: return reinterpret_cast<const void*>(DecodeKernel<Code, 6>);
-    default: return reinterpret_cast<const void*>(DecodeKernel<Code, 7>);
+    case 0: return reinterpret_cast<const void*>(DecodeKernel<Code, 0, kTokenTiles>);
+    case 1: return reinterpret_cast<const void*>(DecodeKernel<Code, 1, kTokenTiles>);
+    case 2: return reinterpret_cast<const void*>(DecodeKernel<Code, 2, kTokenTiles>);
+    case 3: return reinterpret_cast<const void*>(DecodeKernel<Code, 3, kTokenTiles>);
+    case 4: return reinterpret_cast<const void*>(DecodeKernel<Code, 4, kTokenTiles>);
+    case 5: return reinterpret_cast<const void*>(DecodeKernel<Code, 5, kTokenTiles>);
+    case 6: return reinterpret_cast<const void*>(DecodeKernel<Code, 6, kTokenTiles>);
+    default: return reinterpret_cast<const void*>(DecodeKernel<Code, 7, kTokenTiles>);
   }
 }
 
-const void* KernelOf(DType type, int windows) {
+// The kernel for M rows of x.
+const void* KernelOf(DType type, int windows, int M) {
+  const bool one = M <= kTileTokens;
   switch (type) {
-    case DType::kS8: return KernelOf<int8_t>(windows);
-    case DType::kE4M3: return KernelOf<__nv_fp8_e4m3>(windows);
-    case DType::kBF16: return KernelOf<__nv_bfloat16>(windows);
-    default: return KernelOf<__half>(windows);
+    case DType::kS8: return KernelOf<int8_t, 1>(windows);
+    case DType::kE4M3: return KernelOf<__nv_fp8_e4m3, 1>(windows);
+    case DType::kBF16:
+      return one ? KernelOf<__nv_bfloat16, 1>(windows) : KernelOf<__nv_bfloat16, 2>(windows);
+    default: return one ? KernelOf<__half, 1>(windows) : KernelOf<__half, 2>(windows);
   }
 }
 
@@ -100,15 +103,17 @@ cudaError_t PrepareDevice(int id, Device& device) {
   if (auto s = get(&device.multiprocessors, cudaDevAttrMultiProcessorCount)) return s;
   if (auto s = get(&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return s;
   cudaFuncAttributes code = {};
-  if (auto s = cudaFuncGetAttributes(&code, KernelOf(DType::kS8, kMaxWindows))) return s;
+  if (auto s = cudaFuncGetAttributes(&code, KernelOf(DType::kS8, kMaxWindows, 1))) return s;
   device.architecture = code.ptxVersion;
   for (const DType type : {DType::kS8, DType::kE4M3, DType::kBF16, DType::kF16}) {
     if (type == DType::kE4M3 && device.architecture < 89) continue;
     for (int windows = 0; windows <= kMaxWindows; ++windows) {
-      if (auto s = cudaFuncSetAttribute(KernelOf(type, windows),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        device.shared_limit))
-        return s;
+      for (int M = 1; M <= MostTokens(static_cast<int>(Bytes(type))); M += kTileTokens) {
+        if (auto s = cudaFuncSetAttribute(KernelOf(type, windows, M),
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          device.shared_limit))
+          return s;
+      }
       for (int M = 1; M <= kGemvRows && Bytes(type) == 1; ++M) {
         if (auto s = cudaFuncSetAttribute(GemvOf(type, windows, M),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -236,7 +241,7 @@ cudaError_t Run(const DecodeArgs& a, bool behind, const Device& device, cudaStre
       return s;
   }
   // The weights were written before the kernel ahead began, so they may be asked for while it runs.
-  return Launch(KernelOf(a.type, shape.windows), p, plan.grid, shape.block_warps() * kLanes,
+  return Launch(KernelOf(a.type, shape.windows, a.M), p, plan.grid, shape.block_warps() * kLanes,
                 plan.shared_bytes, (behind || !plan.own) && early, stream);
 }
 
@@ -256,7 +261,8 @@ const char* DecodeCheck(const DecodeArgs& a) {
   if (GetDevice(&device) != cudaSuccess) return "the device cannot run the decode kernels";
   if (a.type == DType::kE4M3 && device->architecture < 89)
     return "float8_e4m3fn needs code for compute capability 8.9 or later";
-  if (a.M > kDecodeTokens) return "the decode kernel takes at most 8 rows";
+  if (a.M > MostTokens(static_cast<int>(Bytes(a.type))))
+    return "the decode kernel takes at most 8 rows, or 16 with values of 16 bits";
   const int64_t gate_bytes =
       int64_t{a.gate_rows} * a.blocks * ShapeOf(a.type, a.group).block_bytes();
   if (gate_bytes > kMostGateBytes) return "a gate's rows must be less than 1 GB";

@@ -48,7 +48,7 @@ struct DecodeArgs {
 };
 
 // Most rows of x that a call takes.
-inline constexpr int kDecodeTokens = 8;
+inline constexpr int kDecodeTokens = 16;
 
 // Bytes of workspace for a call, enough for every device.
 int64_t DecodeWorkspace(int M, DType type, int group, int blocks);

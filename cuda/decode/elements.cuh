@@ -19,6 +19,29 @@ __device__ inline float LoadFloat(const void* from, DType type, int64_t i) {
   }
 }
 
+// Numbers of such an array, from L2: v[k] becomes number place(k), and stays as it is where that is
+// negative. All are asked for before one is converted.
+template <int kCount, typename Place>
+__device__ inline void LoadFloats(float (&v)[kCount], const void* from, DType type,
+                                  const Place& place) {
+  const auto load = [&](auto zero, const auto& convert) {
+    using T = decltype(zero);
+    T found[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k)
+      found[k] = place(k) < 0 ? zero : __ldcg(static_cast<const T*>(from) + place(k));
+#pragma unroll
+    for (int k = 0; k < kCount; ++k)
+      if (place(k) >= 0) v[k] = convert(found[k]);
+  };
+  switch (type) {
+    case DType::kBF16:
+      return load(__nv_bfloat16{}, [](__nv_bfloat16 x) { return __bfloat162float(x); });
+    case DType::kF16: return load(__half{}, [](__half x) { return __half2float(x); });
+    default: return load(0.0f, [](float x) { return x; });
+  }
+}
+
 // Writes number i of such an array.
 __device__ inline void StoreFloat(void* array, DType type, int64_t i, float v) {
   switch (type) {

@@ -27,9 +27,9 @@ struct Item {
   int tile_slot;  // where the tile's sums are
 };
 
-template <typename Code, int kWindows>
-class Decoder : Multiplier<Code, kWindows> {
-  using Base = Multiplier<Code, kWindows>;
+template <typename Code, int kWindows, int kTokenTiles>
+class Decoder : Multiplier<Code, kWindows, kTokenTiles> {
+  using Base = Multiplier<Code, kWindows, kTokenTiles>;
   using Base::codes_, Base::lane_, Base::ring_, Base::ring_address_, Base::sums_of_,
       Base::token_bytes_;
 
@@ -291,12 +291,13 @@ class Decoder : Multiplier<Code, kWindows> {
     Sum* to = sums_ + (item.tile_slot * warps_ + first_step) * kTileRows * M;
     const int g = lane_ / 4, t = lane_ % 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int m = 2 * t + i % 2;
-      const Sum sum = sums_of_[0].v[i] + sums_of_[1].v[i];
-      sums_of_[0].v[i] = sums_of_[1].v[i] = 0;
+    for (int i = 0; i < 4 * kTokenTiles; ++i) {
+      const int tile = i / 4, m = tile * kTileTokens + 2 * t + i % 2;
+      Sum &even = sums_of_[tile][0].v[i % 4], &odd = sums_of_[tile][1].v[i % 4];
+      const Sum sum = even + odd;
+      even = odd = 0;
       if (m >= M) continue;
-      Sum& place = to[m * kTileRows + g + 8 * (i / 2)];
+      Sum& place = to[m * kTileRows + g + 8 * (i % 4 / 2)];
       place = item.slice > 0 ? place + sum : sum;
     }
     __syncwarp();
@@ -346,18 +347,30 @@ class Decoder : Multiplier<Code, kWindows> {
     const float* scales = p_.cached ? scale_w_ : a.scale_w;
     const float* biases = p_.cached ? scale_w_ + tiles_ * kTileRows : a.bias;
     const Sum* from = SumsOf(item);
-    for (int i = lane_; i < kTileRows * a.M; i += kLanes) {
-      const int row = row0 + i % kTileRows, m = i / kTileRows;
-      const int64_t to = static_cast<int64_t>(m) * a.out + row;
-      // It is asked for before the sums are read, which hides a part of its latency.
-      const bool adds = a.residual != nullptr && row < a.out;
-      const float residual = adds ? LoadFloat(a.residual, a.residual_type, to) : 0;
-      const Sum sum = AddUp(from, i);
-      if (row >= a.out) continue;
-      float v = __fmul_rn(__fmul_rn(static_cast<float>(sum), scale_x_[m]), scales[row - begin]);
-      if (a.bias != nullptr) v = __fadd_rn(v, biases[row - begin]);
-      if (adds) v = __fadd_rn(v, residual);
-      StoreFloat(a.y, a.y_type, to, v);
+    // Residuals are asked for before the sums are read, and for several outputs at once, which
+    // hides a part of their latency.
+    constexpr int kAtOnce = 2 * kTokenTiles;
+#pragma unroll 1
+    for (int first = lane_; first < kTileRows * a.M; first += kAtOnce * kLanes) {
+      const auto place = [&](int k) {
+        const int i = first + k * kLanes;
+        const int row = row0 + i % kTileRows;
+        const bool there = i < kTileRows * a.M && row < a.out;
+        return there ? static_cast<int64_t>(i / kTileRows) * a.out + row : -1;
+      };
+      float residual[kAtOnce] = {};
+      if (a.residual != nullptr) LoadFloats(residual, a.residual, a.residual_type, place);
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int64_t to = place(k);
+        if (to < 0) continue;
+        const int i = first + k * kLanes, at = row0 + i % kTileRows - begin;
+        const auto sum = static_cast<float>(AddUp(from, i));
+        float v = __fmul_rn(__fmul_rn(sum, scale_x_[i / kTileRows]), scales[at]);
+        if (a.bias != nullptr) v = __fadd_rn(v, biases[at]);
+        if (a.residual != nullptr) v = __fadd_rn(v, residual[k]);
+        StoreFloat(a.y, a.y_type, to, v);
+      }
     }
   }
 
@@ -403,11 +416,11 @@ class Decoder : Multiplier<Code, kWindows> {
   float* scale_x_;
 };
 
-template <typename Code, int kWindows>
+template <typename Code, int kWindows, int kTokenTiles>
 __global__ void __launch_bounds__(Shape{kWindows, sizeof(Code)}.block_warps() * kLanes, 1)
     DecodeKernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) uint8_t decode_shared[];
-  Decoder<Code, kWindows>(p, decode_shared).Run();
+  Decoder<Code, kWindows, kTokenTiles>(p, decode_shared).Run();
 }
 
 }  // namespace slidejax::decode

@@ -12,7 +12,8 @@ using SumsFor = std::conditional_t<std::is_same_v<Code, int8_t>, SumsS32, SumsF3
 template <typename Code>
 using SumOf = std::conditional_t<std::is_same_v<Code, int8_t>, int32_t, float>;
 
-template <typename Code, int kWindows>
+// Of kTokenTiles tiles of 8 tokens.
+template <typename Code, int kWindows, int kTokenTiles>
 class Multiplier {
  public:
   static constexpr Shape kShape{kWindows, sizeof(Code)};
@@ -34,14 +35,15 @@ class Multiplier {
   uint32_t ring_address_;
   uint8_t* codes_;
   int token_bytes_;
-  SumsFor<Code> sums_of_[2];  // two chains of mma, so that one need not wait for the other
+  // Of each tile of tokens two chains of mma, so that one need not wait for the other.
+  SumsFor<Code> sums_of_[kTokenTiles][2];
 
  private:
-  // 16 bytes of the codes of token lane / 4, for this lane: number i of a step.
-  __device__ uint4 CodesOf(int step, int i, int M) const {
-    const int g = lane_ / 4, t = lane_ % 4;
-    const uint8_t* codes = codes_ + g * token_bytes_ + step * kShape.step_lifted() + t * 16;
-    return g < M ? *reinterpret_cast<const uint4*>(codes + i * 64) : uint4{0, 0, 0, 0};
+  // 16 bytes of the codes of token lane / 4 of a tile, for this lane: number i of a step.
+  __device__ uint4 CodesOf(int tile, int step, int i, int M) const {
+    const int token = tile * kTileTokens + lane_ / 4, t = lane_ % 4;
+    const uint8_t* codes = codes_ + token * token_bytes_ + step * kShape.step_lifted() + t * 16;
+    return token < M ? *reinterpret_cast<const uint4*>(codes + i * 64) : uint4{0, 0, 0, 0};
   }
 
   // Values of 16 bits.
@@ -57,11 +59,14 @@ class Multiplier {
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {  // two mma share 16 bytes of codes
         const int pair = 2 * i / kChunks, chunk = 2 * i % kChunks;
-        const uint4 b = CodesOf(step, i, M);
         uint32_t first[4], second[4];
         values(first, pair, chunk), values(second, pair, chunk + 1);
-        MultiplyDense<Code>(sums_of_[0], first, b.x, b.y);
-        MultiplyDense<Code>(sums_of_[1], second, b.z, b.w);
+#pragma unroll
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
+          const uint4 b = CodesOf(tile, step, i, M);
+          MultiplyDense<Code>(sums_of_[tile][0], first, b.x, b.y);
+          MultiplyDense<Code>(sums_of_[tile][1], second, b.z, b.w);
+        }
       }
     } else {
       const int g = lane_ / 4, t = lane_ % 4;
@@ -74,15 +79,22 @@ class Multiplier {
       for (int j = 0; j < kChunks; ++j) {
         uint32_t first[4], second[4];
         values(first, 0, j), values(second, 1, j);
-        MultiplySparse<Code, 0>(sums_of_[0], first, CodesOf(step, j, M), metadata[j]);
-        MultiplySparse<Code, 1>(sums_of_[1], second, CodesOf(step, kChunks + j, M), metadata[j]);
+#pragma unroll
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
+          auto& sums = sums_of_[tile];
+          MultiplySparse<Code, 0>(sums[0], first, CodesOf(tile, step, j, M), metadata[j]);
+          MultiplySparse<Code, 1>(sums[1], second, CodesOf(tile, step, kChunks + j, M),
+                                  metadata[j]);
+        }
       }
     }
   }
 
   // Values of 8 bits.
   __device__ void MultiplyNarrow(int slot, int step, int M) {
+    static_assert(kTokenTiles == 1 || kShape.wide(), "values of 8 bits meet one tile of tokens");
     const uint8_t* from = ring_ + slot * kShape.slot_bytes();
+    auto& sums = sums_of_[0];
     const int g = lane_ / 4, t = lane_ % 4;
     constexpr int kBytes = kShape.block_bytes(), kWords = kBytes / 4;
     uint32_t upper[kWords], lower[kWords];  // the lane's block of rows g and g + 8
@@ -96,10 +108,9 @@ class Multiplier {
     if constexpr (kShape.dense()) {
 #pragma unroll
       for (int j = 0; j < 4; j += 2) {
-        const uint4 b = CodesOf(step, j / 2, M);
-        MultiplyDense(sums_of_[0], {upper[j], lower[j], upper[4 + j], lower[4 + j]}, b.x, b.y);
-        MultiplyDense(sums_of_[1], {upper[j + 1], lower[j + 1], upper[5 + j], lower[5 + j]}, b.z,
-                      b.w);
+        const uint4 b = CodesOf(0, step, j / 2, M);
+        MultiplyDense(sums[0], {upper[j], lower[j], upper[4 + j], lower[4 + j]}, b.x, b.y);
+        MultiplyDense(sums[1], {upper[j + 1], lower[j + 1], upper[5 + j], lower[5 + j]}, b.z, b.w);
       }
     } else {
       constexpr int kHalf = 2 * kWindows;
@@ -107,8 +118,8 @@ class Multiplier {
       LoadMetadata(from + kShape.slot_values(), metadata);
 #pragma unroll
       for (int j = 0; j < kHalf; ++j) {
-        MultiplySparse(sums_of_[j % 2], {upper[j], lower[j], upper[kHalf + j], lower[kHalf + j]},
-                       CodesOf(step, j, M), metadata[j]);
+        MultiplySparse(sums[j % 2], {upper[j], lower[j], upper[kHalf + j], lower[kHalf + j]},
+                       CodesOf(0, step, j, M), metadata[j]);
       }
     }
   }

@@ -12,9 +12,14 @@
 namespace slidejax::decode {
 
 constexpr int kTileRows = 16;   // outputs of one mma
-constexpr int kTileTokens = 8;  // tokens of one mma, and the most rows of x
+constexpr int kTileTokens = 8;  // tokens of one mma
 constexpr int kStepBlocks = 4;  // blocks of a row in an item: one for each lane of a quad
 constexpr int kMaxWarps = 16;
+// Most rows of x. With values of 8 bits more than one tile of tokens is slower than the Hopper
+// kernel, and was not measured on other GPUs (docs/journal/2026-11-27-sixteen-rows.md).
+SLIDEJAX_HOST_DEVICE constexpr int MostTokens(int value_bytes) {
+  return value_bytes == 2 ? 2 * kTileTokens : kTileTokens;
+}
 // Most rows of x that the kernel converts to codes itself, and most columns; shared memory may hold
 // fewer.
 constexpr int kOwnTokens = 4, kOwnColumns = 1 << 17;
@@ -105,7 +110,7 @@ inline int64_t SharedBytes(Shape s, int warps, int M, int slice_steps, int tile_
                            int cached) {
   const int ring = warps * s.depth() * s.slot_bytes();
   const int64_t codes = RoundUp<int64_t>(M * TokenBytes(s, slice_steps), 128);
-  const int rest = 4 * (2 * tile_slots + 2 * kMaxWarps + kTileTokens);
+  const int rest = 4 * (2 * tile_slots + 2 * kMaxWarps + MostTokens(s.value_bytes));
   return ring + codes + sums + 2 * 4 * cached + RoundUp(rest, 16);
 }
 

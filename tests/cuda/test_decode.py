@@ -11,10 +11,9 @@ from patterns import PATTERNS
 
 import slidejax as sj
 from slidejax.ops import registry
-from slidejax.ops.implementations import decode
 from slidejax.ops.implementations.decode import DECODE
 
-ROWS = decode.MAX_ROWS
+ROWS, WIDE_ROWS = 8, 16  # the most of values of 8 and of 16 bits
 FLOATS = [jnp.bfloat16, jnp.float16, jnp.float32]
 # The largest error of a float32 sum, as a part of the sum of the magnitudes.
 SUM_ERROR = 1e-6
@@ -104,7 +103,8 @@ def test_an_unprepared_weight_runs_it_without_any_measurement(monkeypatch, tmp_p
 @pytest.mark.parametrize(
     ("rows", "dtype", "reason"),
     [
-        (ROWS + 1, jnp.int8, f"at most {ROWS} rows, not {ROWS + 1}"),
+        (ROWS + 1, jnp.int8, "at most 8 rows of int8, not 9"),
+        (WIDE_ROWS + 1, jnp.bfloat16, "at most 16 rows of bfloat16, not 17"),
         (1, jnp.float32, "must be int8, float8_e4m3fn, bfloat16 or float16, not float32"),
         (3, jnp.float8_e4m3fn, "run in the Hopper kernel"),  # lowered for an H100
     ],
@@ -176,7 +176,7 @@ def test_16_bit_values_are_within_rounding(
 
 @pytest.mark.gpu
 @given(
-    rows=st.integers(1, ROWS),
+    rows=st.integers(1, WIDE_ROWS),
     columns=st.integers(1, 3000),
     out=st.integers(1, 700),
     pattern=st.sampled_from(PATTERNS),

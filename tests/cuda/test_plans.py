@@ -266,7 +266,9 @@ def decode_blocks(windows, columns):
 
 
 def test_python_knows_how_many_rows_decode_takes(library):
-    assert library.decode_most_rows() == decode.MAX_ROWS
+    for dtype in (jnp.int8, jnp.bfloat16):
+        most = library.decode_most_rows(jnp.dtype(dtype).itemsize)
+        assert most == decode.most_rows(jnp.dtype(dtype))
     assert library.gemv_most_rows() == decode.GEMV_ROWS
 
 
@@ -274,8 +276,8 @@ def test_decode_reads_every_step_of_k_once_and_fits(library):
     rng = random.Random(4)
     kinds = set()
     for _ in range(3000):
-        windows, rows = rng.randint(0, 7), rng.randint(1, decode.MAX_ROWS)
-        shape = windows, rng.choice([1, 2])  # bytes of a value
+        shape = rng.randint(0, 7), rng.choice([1, 2])  # windows, bytes of a value
+        windows, rows = shape[0], rng.randint(1, library.decode_most_rows(shape[1]))
         out, columns = rng.randint(1, 160000), int(2 ** rng.uniform(0, 17))
         blocks, multiprocessors = decode_blocks(windows, columns), rng.choice(list(SHARED))
         limit = SHARED[multiprocessors]

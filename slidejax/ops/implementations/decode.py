@@ -1,4 +1,4 @@
-"""The implementation "decode": up to 8 rows times a packed weight as it lies, in one custom call.
+"""The implementation "decode": few rows times a packed weight as it lies, in one custom call.
 
 The kernels read the packed form once, at about the rate of the memory (cuda/decode,
 docs/decode-kernel.md). One or two rows meet values of 8 bits without tensor cores; else the 2:4
@@ -22,12 +22,16 @@ from slidejax.ops.rates import rates_of
 from slidejax.weights.packed import SlideWeight
 from slidejax.weights.pattern import BLOCK_GROUPS
 
-__all__ = ["ALIGN", "DECODE", "GEMV_ROWS", "MAX_ROWS", "operands", "workspace_bytes"]
+__all__ = ["ALIGN", "DECODE", "GEMV_ROWS", "most_rows", "operands", "workspace_bytes"]
 
-MAX_ROWS = 8  # kDecodeTokens of cuda/decode/decode.h
 GEMV_ROWS = 2  # kGemvRows of cuda/decode/gemv_plan.h
 _STEP_BLOCKS = 4  # kStepBlocks of cuda/decode/plan.h
 ALIGN = 16  # of the parts of a workspace
+
+
+def most_rows(dtype: np.dtype) -> int:
+    """Most rows of x that values of a dtype meet (`MostTokens` of cuda/decode/plan.h)."""
+    return 16 if dtype.itemsize == 2 else 8
 
 
 def operands(w: SlideWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -61,7 +65,8 @@ def _refuses_float8(problem: Problem) -> str | None:
 
 
 class Decode(Implementation):
-    """8- and 16-bit values of all patterns, "dense" included, times at most 8 rows."""
+    """8-bit values of all patterns, "dense" included, times at most 8 rows, and 16-bit values times
+    at most 16."""
 
     name = "decode"
     cuda_only = True
@@ -73,10 +78,10 @@ class Decode(Implementation):
             return reason
         if problem.op != "linear":
             return "lifts the rows itself: it computes linear alone"
-        if problem.rows > MAX_ROWS:
-            return f"takes at most {MAX_ROWS} rows, not {problem.rows}"
         if problem.dtype == jnp.float32:
             return "values must be int8, float8_e4m3fn, bfloat16 or float16, not float32"
+        if problem.rows > (most := most_rows(problem.dtype)):
+            return f"takes at most {most} rows of {problem.dtype.name}, not {problem.rows}"
         return _refuses_float8(problem) if problem.dtype == jnp.float8_e4m3fn else None
 
     def estimate(self, problem):

@@ -11,7 +11,7 @@ extern "C" {
 
 // ---- decode/plan.h
 
-int decode_most_rows() { return decode::kTileTokens; }
+int decode_most_rows(int value_bytes) { return decode::MostTokens(value_bytes); }
 decode::Plan decode_plan(int windows, int value_bytes, int M, int out, int blocks, int row_bytes,
                          int multiprocessors, int shared_limit) {
   return decode::MakePlan({windows, value_bytes}, M, out, blocks, row_bytes, multiprocessors,

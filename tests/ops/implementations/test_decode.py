@@ -9,7 +9,7 @@ import pytest
 
 import slidejax as sj
 from slidejax.ops.cuda import library
-from slidejax.ops.implementations.decode import DECODE, MAX_ROWS
+from slidejax.ops.implementations.decode import DECODE
 from slidejax.ops.problem import Problem
 
 INT8, FLOAT8 = jnp.dtype("int8"), jnp.dtype("float8_e4m3fn")
@@ -39,8 +39,10 @@ def gpu(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rows": MAX_ROWS}, None),
-        ({"rows": MAX_ROWS + 1}, "at most 8 rows, not 9"),
+        ({"rows": 8}, None),
+        ({"rows": 9}, "at most 8 rows of int8, not 9"),
+        ({"rows": 16, "dtype": jnp.dtype("float16")}, None),
+        ({"rows": 17, "dtype": jnp.dtype("bfloat16")}, "at most 16 rows of bfloat16, not 17"),
         ({"op": "sparse_matmul"}, "linear alone"),
         ({"dtype": jnp.dtype("bfloat16")}, None),
         ({"dtype": jnp.dtype("float16")}, None),
