@@ -15,6 +15,7 @@ import jax
 from slidejax import huggingface, linen, nnx
 from slidejax.functional import Family, Functional, arguments_of
 from slidejax.kinds import check_kind, shown
+from slidejax.ops.meshes import on_mesh
 from slidejax.prune.model import convert as functional_conversion
 from slidejax.prune.model.calibration import Calibration
 from slidejax.prune.model.costs import Cost, multiplications
@@ -174,13 +175,14 @@ def mixed(
     """
     calibration = Calibration.of(calibration)
     made = functional(model, params, arguments_of(calibration.as_batches()[0]))
-    return mixed_rules(
-        made,
-        rule,
-        calibration,
-        patterns=patterns,
-        groups=groups,
-        cost=cost,
-        loss=loss,
-        speedup=speedup,
-    )
+    with on_mesh(made.params):
+        return mixed_rules(
+            made,
+            rule,
+            calibration,
+            patterns=patterns,
+            groups=groups,
+            cost=cost,
+            loss=loss,
+            speedup=speedup,
+        )

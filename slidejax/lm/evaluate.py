@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.lm.texts import WINDOW
+from slidejax.ops.meshes import automatic, on_mesh
 from slidejax.token_ids import int32_ids
 from slidejax.weights.numerics import of_rank
 
@@ -145,8 +146,8 @@ class Evaluator:
             )
         self._window, self._batch = window, batch
         self._vocab_size = model.config.vocab_size
-        self._params = model.params
-        self._reference_params = None if reference is None else reference.params
+        self._params = automatic(model.params)
+        self._reference_params = None if reference is None else automatic(reference.params)
         before = tuple(int(i) for i in start)
         self._step = jax.jit(functools.partial(_step, model, reference, before))
 
@@ -167,7 +168,7 @@ class Evaluator:
         Raises:
           ValueError: if there are too few tokens, or a token outside the vocabulary.
         """
-        window, params = self._window, self._params if params is None else params
+        window, params = self._window, self._params if params is None else automatic(params)
         ids, counts = windows(tokens, window)
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             raise ValueError(
@@ -183,9 +184,10 @@ class Evaluator:
         # float64, because float32 would round away the last tokens of a long text
         sums = np.zeros(2 if self._reference_params is None else 4)
         for i in range(0, len(ids), batch):
-            part, losses[i : i + batch] = self._step(
-                params, self._reference_params, ids[i : i + batch], counts[i : i + batch]
-            )
+            with on_mesh(params):
+                part, losses[i : i + batch] = self._step(
+                    params, self._reference_params, ids[i : i + batch], counts[i : i + batch]
+                )
             sums += np.asarray(part, np.float64)
             if progress is not None:
                 progress(int(counts[: i + batch].sum()), total)

@@ -21,10 +21,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slidejax.ops import choice, registry
 from slidejax.ops.cuda import library
@@ -121,8 +121,9 @@ def _made(form: Form, w: SlideWeight) -> jax.Array | None:
     sharding = None if is_traced else getattr(w.values, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
         return form.of(w)
+    mesh = cast(Mesh, sharding.mesh)
     *batch, out, k, kept = spec_of(w.values)
-    parts = [math.prod(sharding.mesh.shape[a] for a in spec_axes(axes)) for axes in (out, k)]
+    parts = [math.prod(mesh.shape[a] for a in spec_axes(axes)) for axes in (out, k)]
     whole_blocks = k is None or w.in_features % (w.pattern.block * parts[1]) == 0
     if not form.bears(w.out_features, *parts) or not whole_blocks or kept is not None:
         warnings.warn(
@@ -134,12 +135,11 @@ def _made(form: Form, w: SlideWeight) -> jax.Array | None:
         return None
     specs = w.partition_spec(out, k, tuple(batch))
     # With explicit axes zeros and scale may lie in another way, as `pack` has made them.
-    w = jax.device_put(w, jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), specs))
+    w = jax.device_put(w, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
     axes = (*batch, out, k) if form.inputs else (*batch, out) if form.outputs else batch
-    on_each = jax.shard_map(
-        form.of, mesh=sharding.mesh, in_specs=(specs,), out_specs=PartitionSpec(*axes)
-    )
-    return jax.jit(on_each)(w)
+    on_each = jax.shard_map(form.of, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(*axes))
+    with jax.set_mesh(mesh):  # the caller may have set another
+        return jax.jit(on_each)(w)
 
 
 def _form(implementation: str) -> Form:

@@ -19,20 +19,22 @@ place of gate and up one `gate_up_proj` (`slidejax.lm.decoder.fuse`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from slidejax.contraction import Contraction
-from slidejax.functional import show_input, show_output
+from slidejax.functional import show_input, show_output, watched
 from slidejax.lm.decoder.cache import Cache, LayerCache
 from slidejax.lm.decoder.config import DecoderConfig, check_config
 from slidejax.lm.decoder.layer import Layer, columns, dot, rms_norm, turns_at
 from slidejax.ops.linear import linear
+from slidejax.ops.sharding import product_spec, with_automatic_axes
 from slidejax.weights.layout import as_array
 from slidejax.weights.packed import LinearWeight
 
@@ -98,13 +100,21 @@ def apply(
         raise TypeError(f"params must be a decoder's nested dicts, got {type(params).__name__}")
     whole = whole or positions is None
     ids, positions = _check(config, ids, positions, cache)
-    states, written = _states(config, params, ids, positions, cache, implementation, whole)
-    x = states[-1]
-    if last:
-        x = jnp.take_along_axis(x, jnp.argmax(positions, axis=1)[:, None, None], axis=1)
-    x = rms_norm(x, params["model"]["norm"]["weight"], config.norm_eps)
-    logits = _head(config, params, x, implementation)
-    return logits[:, 0] if last else logits, written
+
+    def run(params, ids, positions, cache):
+        states, written = _states(config, params, ids, positions, cache, implementation, whole)
+        x = states[-1]
+        if last:
+            x = jnp.take_along_axis(x, jnp.argmax(positions, axis=1)[:, None, None], axis=1)
+        x = rms_norm(x, params["model"]["norm"]["weight"], config.norm_eps)
+        logits = _head(config, params, x, implementation)
+        return logits[:, 0] if last else logits, written
+
+    def results(params, ids, positions, cache):
+        rows, *rest, vocab = _logits_spec(params, ids)
+        return P(rows, *([] if last else rest), vocab), _specs(cache)
+
+    return _on_any_mesh(run, results, params, ids, positions, cache)
 
 
 def outputs(
@@ -120,9 +130,54 @@ def outputs(
       embeddings and the residual stream after each layer. The last one is normalised.
     """
     ids, positions = _check(config, ids, None, None)
-    states, _ = _states(config, params, ids, positions, None, None, True)
-    states[-1] = rms_norm(states[-1], params["model"]["norm"]["weight"], config.norm_eps)
-    return _head(config, params, states[-1], None), tuple(states)
+
+    def run(params, ids, positions):
+        states, _ = _states(config, params, ids, positions, None, None, True)
+        states[-1] = rms_norm(states[-1], params["model"]["norm"]["weight"], config.norm_eps)
+        return _head(config, params, states[-1], None), tuple(states)
+
+    def results(params, ids, positions):
+        return _logits_spec(params, ids), (P(*ids, None),) * (config.num_layers + 1)
+
+    return _on_any_mesh(run, results, params, ids, positions)
+
+
+# --- explicit mesh axes ---------------------------------------------------------------------------
+
+
+def _on_any_mesh(run: Callable, results: Callable, *operands: Any) -> Any:
+    """Calls `run(*operands)`. Explicit mesh axes are taken as automatic ones in between.
+
+    `results` makes the `PartitionSpec`s of what it returns, from trees like the operands that have
+    the entries of a spec in the place of each leaf.
+    """
+    if watched():  # what layers show has the types of the code around
+        return run(*operands)
+    leaves, tree = jax.tree.flatten(operands)
+    return with_automatic_axes(
+        lambda *leaves: run(*jax.tree.unflatten(tree, leaves)),
+        leaves,
+        lambda *specs: results(*jax.tree.unflatten(tree, specs)),
+    )
+
+
+def _logits_spec(params: Any, ids: tuple) -> P:
+    """Rows lie as the ids do, and the vocabulary as the output embedding does."""
+    if "lm_head" not in params:
+        return product_spec((*ids, None), params["model"]["embed_tokens"]["embedding"][0])
+    kernel = params["lm_head"]["kernel"]
+    packed = isinstance(kernel, LinearWeight)
+    vocab = jax.tree.leaves(kernel, is_leaf=_is_spec)[0][0] if packed else kernel[1]
+    return product_spec((*ids, None), vocab)
+
+
+def _specs(tree: Any) -> Any:
+    return jax.tree.map(lambda spec: P(*spec), tree, is_leaf=_is_spec)
+
+
+def _is_spec(node: Any) -> bool:
+    """Whether a node is what `spec_of` gives."""
+    return type(node) is tuple and all(type(e) in (str, tuple, type(None)) for e in node)
 
 
 def _states(

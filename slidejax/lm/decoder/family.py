@@ -19,6 +19,7 @@ from slidejax.functional import Family, Functional, arguments_of
 from slidejax.lm.decoder.apply import apply
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.model import Decoder
+from slidejax.ops.meshes import automatic
 from slidejax.prune.model.calibration import Calibration
 from slidejax.prune.model.methods import Method
 from slidejax.rules import Prune, Report, Rule, RuleSet, Skipped
@@ -61,7 +62,7 @@ def functional(model: Decoder, params: Any = None, example: tuple = ()) -> Funct
     (32, 48)
     """
 
-    params = model.params if params is None else params
+    params = automatic(model.params if params is None else params)
     return functional_of(model.config, params, model.with_params)
 
 

@@ -29,6 +29,7 @@ from slidejax.lm.decoder.files import check_dtype, content, write_texts
 from slidejax.lm.decoder.model import leaves_of
 from slidejax.lm.decoder.names import tree_of
 from slidejax.lm.decoder.source import Source, open_source
+from slidejax.ops.meshes import on_mesh
 from slidejax.prune.model.ahead import CompileAhead
 from slidejax.prune.model.calibration import Calibration
 from slidejax.prune.model.convert import SMOOTH_ON, in_order, planned_rules, stored
@@ -121,7 +122,10 @@ def convert_files(
             with GradualWriter(folder, 3 * len(source.shapes()), ("params",)) as writer:
                 sink = _Sink(writer, source, report, floats)
                 if isinstance(chosen, Method) and chosen.calibrated:
-                    _calibrated(model, source, chosen, Calibration.of(calibration), report, sink)
+                    with on_mesh(()):
+                        _calibrated(
+                            model, source, chosen, Calibration.of(calibration), report, sink
+                        )
                 else:
                     sink.prune = chosen.pruner() if isinstance(chosen, Method) else chosen
                 sink.rest()

@@ -15,12 +15,12 @@ from slidejax.lm.decoder.cache import check_cache_dtype, init_cache
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.fuse import serving
 from slidejax.lm.generation.generate import encode_prompt, generate
-from slidejax.lm.generation.placing import automatic, beside, on_mesh
 from slidejax.lm.generation.programs import Programs
 from slidejax.lm.generation.stream import Stream
 from slidejax.lm.memory import available, shown_bytes
 from slidejax.lm.text import files
 from slidejax.lm.text.tokenizer import Tokenizer
+from slidejax.ops.meshes import automatic, on_mesh
 from slidejax.variants.prepared import weights_of
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _served(model: Any) -> Any:
     if not _serving_pays(model.dtype, params):
         return params
     params = automatic(params)
-    with on_mesh(beside(params)):
+    with on_mesh(params):
         made = serving(params)
     extra.served = leaves, made
     return made

@@ -10,18 +10,12 @@ import jax
 import numpy as np
 
 from slidejax.kinds import check_function, shown
-from slidejax.lm.generation.placing import (
-    automatic,
-    beside,
-    fetch,
-    on_mesh,
-    put,
-    start_fetching,
-)
+from slidejax.lm.generation.placing import fetch, put, start_fetching
 from slidejax.lm.generation.programs import BLOCK, Programs, State, bucket
 from slidejax.lm.generation.sampling import Sampling, whole
 from slidejax.lm.text.stream import TextStream, check_stops
 from slidejax.lm.text.tokenizer import Tokenizer
+from slidejax.ops.meshes import automatic, beside, on_mesh
 
 __all__ = ["Batch", "Completion", "Writer", "check_writer", "encode_prompt", "generate"]
 
@@ -262,7 +256,7 @@ class Batch:
         )
         live = np.arange(rows) < len(self.prompts)
         arrays = put((ids, lengths, live), self._place)
-        with on_mesh(self._place):
+        with on_mesh(self._params):
             self._state, tokens, bad = self._programs.prefill(
                 self._params, *arrays, *self._settings, length=slots, kind=self._kind
             )
@@ -296,7 +290,7 @@ class Batch:
         mask[: len(live)] = live
         self._state = None  # it is donated
         mask, most = put((mask, np.int32(limit)), self._place)
-        with on_mesh(self._place):
+        with on_mesh(self._params):
             self._state, tokens, bad = self._programs.decode(
                 self._params, state, mask, *self._settings, most, kind=self._kind
             )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from slidejax.contraction import to_matrix
 from slidejax.functional import Functional
 from slidejax.kinds import check_function
+from slidejax.ops.meshes import on_mesh
 from slidejax.prune.model.ahead import CompileAhead
 from slidejax.prune.model.calibration import Calibration
 from slidejax.prune.model.grams import collect_all
@@ -66,15 +67,16 @@ def convert(
         loop of unknown length or a branch.
     """
     chosen = method_of(method, calibration)
-    params = model.params
-    if not isinstance(chosen, Method):
-        prune = chosen
-    elif not chosen.calibrated:
-        prune = chosen.pruner()
-    else:
-        report = Report.of(report)
-        params, prune = _calibrated(model, rules, chosen, Calibration.of(calibration), report)
-    return model.pack(params, rules, prune=prune, report=report)
+    with on_mesh(model.params):
+        params = model.params
+        if not isinstance(chosen, Method):
+            prune = chosen
+        elif not chosen.calibrated:
+            prune = chosen.pruner()
+        else:
+            report = Report.of(report)
+            params, prune = _calibrated(model, rules, chosen, Calibration.of(calibration), report)
+        return model.pack(params, rules, prune=prune, report=report)
 
 
 def calibrated(
@@ -105,10 +107,12 @@ def calibrated(
     check_function(progress, "progress", optional=True)
     check_one_process(model.params, "params")
     batches = Calibration(tokens).as_batches()
-    check_runs(model, batches)
     tell = None if progress is None else lambda done: progress(done * len(batches[0]), len(tokens))
     diagonal = chosen.reads == "diagonal"
-    return chosen.pruner(collect_all(model.run, model.params, batches, tell, diagonal=diagonal))
+    with on_mesh(model.params):
+        check_runs(model, batches)
+        found = collect_all(model.run, model.params, batches, tell, diagonal=diagonal)
+    return chosen.pruner(found)
 
 
 def planned_rules(model: Functional, rules: Any, *, stacked: bool = False) -> dict[str, Rule]:

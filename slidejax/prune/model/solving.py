@@ -60,7 +60,7 @@ class _Spread:
 
     def __init__(self, solve: Solve, devices: int):
         mesh = Mesh(np.array(jax.local_devices()[:devices]), ("outputs",))
-        self._devices = devices
+        self._devices, self._mesh = devices, mesh
         whole, columns = PartitionSpec(), PartitionSpec(None, "outputs")
         self._placed = [NamedSharding(mesh, spec) for spec in (columns, columns, *[whole] * 3)]
 
@@ -106,7 +106,8 @@ class _Spread:
                 (kernel, wanted, moments[0], correct, damping), self._placed, strict=True
             )
         ]
-        return self._solved.lower(*args)
+        with jax.set_mesh(self._mesh):  # the caller may have set another
+            return self._solved.lower(*args)
 
     def __call__(self, kernels, moments, correct, damping):
         kernel, wanted = self._join(kernels, moments)
@@ -116,7 +117,8 @@ class _Spread:
                 (kernel, wanted, moments[0], correct, damping), self._placed, strict=True
             )
         ]
-        finite, result = jax.device_get(self._solved(*args))
+        with jax.set_mesh(self._mesh):
+            finite, result = jax.device_get(self._solved(*args))
         return finite.all(axis=0), _parted(result, kernels)
 
 
