@@ -2,8 +2,10 @@
 
 import atexit
 import os
+import re
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -33,11 +35,13 @@ def _share_compiled_programs():
 # instead of by the compiler for fusions, and a program is not cut into parts for threads. What a
 # program computes stays the same, operation by operation; only its speed changes. XLA_FLAGS comes
 # later and wins. `tests/ops/test_optimized.py` and the examples run programs as users have them.
-_QUICK_TO_COMPILE = (
+_QUICK_TO_COMPILE = [
     "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
-)
+]
+# XLA ends a process that names a flag which it does not have. jaxlib 0.11.2 has lost this one.
+if tuple(map(int, re.findall(r"\d+", version("jaxlib"))[:3])) < (0, 11, 1):
+    _QUICK_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
 
 # All this is set before JAX starts. The sharding tests run on eight CPU devices that XLA makes up.
 _flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
