@@ -109,6 +109,20 @@ def text_model(folder):
     return folder
 
 
+def test_a_file_stays_below_500_lines():
+    """CONTRIBUTING.md says so."""
+    kinds = ("*.py", "*.cc", "*.h", "*.cu", "*.cuh")
+    files = [
+        f
+        for folder in ("slidejax", "cuda", "tests")
+        for k in kinds
+        for f in (ROOT / folder).rglob(k)
+    ]
+    lengths = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in files}
+    assert len(lengths) > 300
+    assert {name: length for name, length in lengths.items() if length > 500} == {}
+
+
 def test_readme_code_runs(tmp_path, tiny_llama):
     """Every Python block of the README runs, in order, with the names that a reader would have."""
     pytest.importorskip("optax")
