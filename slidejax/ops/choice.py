@@ -171,26 +171,27 @@ def _best_by_estimate(problem: Problem, us: Mapping[str, float]) -> str:
     return min(us, key=us.__getitem__)
 
 
+def _few_and_many_rows(w: SlideWeight) -> list[Problem]:
+    """A layer of the weight on this device, x in bfloat16."""
+    bfloat16, sizes = np.dtype(jnp.bfloat16), (w.in_features, w.out_features, w.pattern)
+    return [
+        Problem("linear", "cuda", device_kind("cuda"), rows, *sizes, bfloat16, w.dtype, bfloat16)
+        for rows in _ESTIMATED_ROWS
+    ]
+
+
+def _candidates(problem: Problem) -> list[Implementation]:
+    """The implementations that compete for a problem."""
+    refused = registry.refusals(problem)
+    return [i for i in registry.competing() if i.name not in refused]
+
+
 def _estimated_entries(w: SlideWeight) -> list[dict[Variant, float]]:
     """Estimated times of a weight's shape for few and for many rows, as `_times` gives them."""
     found = []
-    for rows in _ESTIMATED_ROWS:
+    for plain in _few_and_many_rows(w):
         times: dict[Variant, float] = {}
-        bfloat16 = np.dtype(jnp.bfloat16)
-        plain = Problem(
-            "linear",
-            "cuda",
-            device_kind("cuda"),
-            rows,
-            w.in_features,
-            w.out_features,
-            w.pattern,
-            bfloat16,
-            w.dtype,
-            bfloat16,
-        )
-        refused = registry.refusals(plain)
-        candidates = [i for i in registry.competing() if i.name not in refused]
+        candidates = _candidates(plain)
         for form in {None, *(i.form.name for i in candidates if i.form is not None)}:
             problem = dataclasses.replace(plain, prepared=() if form is None else (form,))
             us = estimate(problem, [i.name for i in candidates])
@@ -340,7 +341,8 @@ def forms(w: SlideWeight) -> tuple[str, ...]:
 
     These are as few forms as possible: every number of rows that was measured must take at most
     1.2 times as long as with all forms. Of several such sets the one that is faster on the whole is
-    taken. If nothing near was measured, estimates stand for measurements. If there are none, it is
+    taken. If nothing near was measured, estimates stand for measurements. If there are none either,
+    a weight needs no form where kernels read it as it lies for any number of rows. Elsewhere it is
     the form of the fallback, which then is chosen.
     """
     check_weight(w)
@@ -354,7 +356,10 @@ def forms(w: SlideWeight) -> tuple[str, ...]:
     near = near or _estimated_entries(w)
     if not near:
         fallback = registry.FALLBACK.form
-        return () if fallback is None else (fallback.name,)
+        as_it_lies = all(
+            any(i.reads_packed for i in _candidates(problem)) for problem in _few_and_many_rows(w)
+        )
+        return () if fallback is None or as_it_lies else (fallback.name,)
     names = sorted({v.form for us in near for v in us if v.form is not None})
 
     def times_best(us: dict[Variant, float], held: tuple[str, ...]) -> float:

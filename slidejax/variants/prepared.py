@@ -64,7 +64,8 @@ def prepare(tree: Any, implementation: str | None = None, *, tune: bool = True) 
       tree: any pytree, such as a model's variables.
       implementation: the implementation whose form to add: "dense", "cusparselt" or "hopper". None
         adds the forms that pay on this device for each weight's shape, by the measured table, or by
-        estimates where nothing was measured. On a CPU this is "dense".
+        estimates where nothing was measured. On a CPU this is "dense". On Hopper GPUs it is nothing
+        for 8-bit weights of a shape that is far from what was measured.
       tune: whether an implementation whose form is added may search for its fastest settings, once
         for each shape and machine. For "cusparselt" this takes seconds. Under a trace nothing is
         searched.

@@ -104,6 +104,22 @@ def test_what_ships_wants_one_form(monkeypatch, tmp_path):
         assert choice.forms(weight("8:10", "int8")) == ("dense",)
 
 
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+def test_a_shape_that_was_not_measured_runs_as_it_lies_on_hopper(monkeypatch, tmp_path, device):
+    """Dense codes would keep small models out of the kernels, and their chains."""
+    monkeypatch.setenv("SLIDEJAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(choice, "device_kind", lambda platform: device)
+    kernel = jax.ShapeDtypeStruct((576, 960), jnp.float32)  # SmolLM2's q, k and v
+    for dtype, form in (("int8", ()), ("float8_e4m3fn", ()), ("bfloat16", ("dense",))):
+        w = jax.eval_shape(lambda k, dtype=dtype: sj.pack(k, "6:8", dtype=dtype), kernel)
+        assert choice.forms(w) == form
+        x = jnp.dtype("bfloat16")
+        for rows in (1, 16, 4096):
+            product = Problem("linear", "cuda", device, rows, 576, 960, w.pattern, x, w.dtype, x)
+            found = choice.choose(product)
+            assert found.implementation in ("decode", "hopper") or dtype == "bfloat16"
+
+
 def test_a_dtype_that_was_not_measured_is_taken_for_its_twin(measured):
     measured({"hopper+prepared": 10.0, "dense+prepared": 15.0})
     assert choice.forms(sj.pack(jnp.ones((64, 32)), "6:8", dtype="float8_e4m3fn")) == ("hopper",)
