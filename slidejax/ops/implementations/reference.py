@@ -10,7 +10,10 @@ It is the specification of all other implementations:
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +29,8 @@ __all__ = ["REFERENCE", "accumulate", "exact_int8_dot", "expand_lifted", "finish
 # most 127, one of an int8 kernel -128 at least.
 _EXACT_K = 1024
 # The most columns of a product that a GPU computes in bfloat16. XLA's int8 products of few columns
-# can be twice the right ones there (decision 058).
+# can be twice the right ones there, and those of any number where it tries no kernels (decision
+# 058).
 _NARROW_K = 128
 # With so few rows the products are summed as integers. With more rows a float32 product is faster.
 _FEW_ROWS = 4
@@ -58,8 +62,8 @@ def accumulate(codes: jax.Array, kernel: jax.Array, platform: str = "default") -
     if codes.dtype == jnp.int8:
         if platform == "default":
             return exact_int8_dot(codes, kernel)
-        if codes.shape[1] <= _NARROW_K:
-            return _narrow_int8_dot(codes, kernel)
+        if codes.shape[1] <= _NARROW_K or not _is_autotuned():
+            return _int8_dot_in_bfloat16(codes, kernel)
         return jax.lax.dot_general(
             codes, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
         )
@@ -107,18 +111,27 @@ def exact_int8_dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
-def _narrow_int8_dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`int8 [M, K] @ int8 [out, K]^T` in int32, for K up to _NARROW_K.
+def _is_autotuned() -> bool:
+    """Whether XLA tries its kernels on a GPU before it chooses one, by XLA_FLAGS."""
+    levels = re.findall(r"--xla_gpu_autotune_level=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    return not levels or int(levels[-1]) > 0
+
+
+def _int8_dot_in_bfloat16(codes: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`int8 [M, K] @ int8 [out, K]^T` in int32.
 
     It is exact: bfloat16 holds every code, and float32 every sum of at most _EXACT_K products.
     """
-    sums = jax.lax.dot_general(
-        codes.astype(jnp.bfloat16),
-        kernel.astype(jnp.bfloat16),
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-    return sums.astype(jnp.int32)
+    sums = [
+        jax.lax.dot_general(
+            codes[:, start : start + _EXACT_K].astype(jnp.bfloat16),
+            kernel[:, start : start + _EXACT_K].astype(jnp.bfloat16),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        ).astype(jnp.int32)
+        for start in range(0, max(1, codes.shape[1]), _EXACT_K)
+    ]
+    return functools.reduce(jnp.add, sums)
 
 
 def _converted_here(codes: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:

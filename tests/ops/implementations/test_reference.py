@@ -1,5 +1,6 @@
 """The specification itself, against numpy."""
 
+import functools
 import math
 
 import jax
@@ -61,6 +62,27 @@ def test_xla_multiplies_no_int8_of_few_columns_on_a_gpu(columns, taken):
     codes, kernel = jnp.zeros((5, columns), jnp.int8), jnp.zeros((3, columns), jnp.int8)
     program = str(jax.make_jaxpr(lambda a, b: reference.accumulate(a, b, "cuda"))(codes, kernel))
     assert ("preferred_element_type=int32" in program) == taken
+
+
+@pytest.mark.parametrize(
+    ("flags", "taken"),
+    [
+        ("--xla_gpu_autotune_level=0", False),
+        ("--xla_gpu_autotune_level=4 --xla_gpu_autotune_level=0", False),
+        ("--xla_gpu_autotune_level=4", True),
+        ("--xla_dump_to=0", True),
+    ],
+)
+def test_xla_multiplies_no_int8_on_a_gpu_where_it_tries_no_kernels(monkeypatch, flags, taken):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    rng = np.random.default_rng(0)
+    codes = rng.choice([-127, 127], (3, 2500)).astype(np.int8)
+    kernel = np.stack([codes[0], -codes[1], rng.integers(-128, 128, 2500)]).astype(np.int8)
+    run = functools.partial(reference.accumulate, platform="cuda")
+    program = str(jax.make_jaxpr(run)(codes, kernel))
+    assert ("preferred_element_type=int32" in program) == taken
+    got = run(jnp.asarray(codes), jnp.asarray(kernel))
+    np.testing.assert_array_equal(got, codes.astype(np.int64) @ kernel.T.astype(np.int64))
 
 
 @pytest.mark.gpu
