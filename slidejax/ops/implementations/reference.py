@@ -14,6 +14,7 @@ import functools
 import math
 import os
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def accumulate(codes: jax.Array, kernel: jax.Array, platform: str = "default") -
         if platform == "default":
             return exact_int8_dot(codes, kernel)
         if codes.shape[1] <= _NARROW_K or not _is_autotuned():
-            return _int8_dot_in_bfloat16(codes, kernel)
+            return _exact_float_dot(codes, kernel, jnp.bfloat16)
         return jax.lax.dot_general(
             codes, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
         )
@@ -89,26 +90,7 @@ def exact_int8_dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
     rows = codes.shape[0]
     if isinstance(rows, int) and rows <= _FEW_ROWS:  # an export may leave their number open
         return _int8_sums(codes, kernel)
-    codes, kernel = _converted_here(codes, kernel)
-    total = None
-    for start in range(0, codes.shape[1], _EXACT_K):
-        part = slice(start, start + _EXACT_K)
-        product = jax.lax.dot_general(
-            codes[:, part].astype(jnp.float32),
-            kernel[:, part].astype(jnp.float32),
-            (((1,), (1,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        total = (
-            product
-            if total is None and codes.shape[1] <= _EXACT_K
-            else product.astype(jnp.int32) + (0 if total is None else total)
-        )
-    return (
-        jnp.zeros((codes.shape[0], kernel.shape[0]), jnp.int32)
-        if total is None
-        else total.astype(jnp.int32)
-    )
+    return _exact_float_dot(*_converted_here(codes, kernel), jnp.float32)
 
 
 def _is_autotuned() -> bool:
@@ -117,16 +99,17 @@ def _is_autotuned() -> bool:
     return not levels or int(levels[-1]) > 0
 
 
-def _int8_dot_in_bfloat16(codes: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`int8 [M, K] @ int8 [out, K]^T` in int32.
+def _exact_float_dot(codes: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+    """`int8 [M, K] @ int8 [out, K]^T` in int32, by products in float32 or bfloat16.
 
-    It is exact: bfloat16 holds every code, and float32 every sum of at most _EXACT_K products.
+    It is exact: both hold every code, and float32 every sum of at most _EXACT_K products.
     """
     sums = [
         jax.lax.dot_general(
-            codes[:, start : start + _EXACT_K].astype(jnp.bfloat16),
-            kernel[:, start : start + _EXACT_K].astype(jnp.bfloat16),
+            codes[:, start : start + _EXACT_K].astype(dtype),
+            kernel[:, start : start + _EXACT_K].astype(dtype),
             (((1,), (1,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
             preferred_element_type=jnp.float32,
         ).astype(jnp.int32)
         for start in range(0, max(1, codes.shape[1]), _EXACT_K)
