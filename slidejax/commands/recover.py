@@ -29,8 +29,7 @@ _CPU_ROWS, _CPU_WINDOW = 4, 256
 # them several times, and fewer are learned by heart
 # (docs/journal/2026-11-27-eight-minutes-of-recovery.md).
 _GPU_SAMPLES = 12288
-# A batch is cut into parts whose logits take at most so many bytes: there are several such arrays
-# at a time.
+# The most bytes that the logits of a part of a batch take. There are several such arrays at a time.
 _LOGITS = 2 << 30
 
 
@@ -200,6 +199,11 @@ def _usual_batch() -> int:
     return 32 if _on_gpu() else _CPU_ROWS
 
 
+def _batch(args: argparse.Namespace, count: int) -> int:
+    """How many of `count` rows a step has."""
+    return int(args.batch or min(_usual_batch(), count))
+
+
 def _run(args: argparse.Namespace, target: Path) -> None:
     from slidejax.checkpoint.space import reserved
     from slidejax.lm.reading import keep_model, stored_dtypes
@@ -224,7 +228,7 @@ def _run(args: argparse.Namespace, target: Path) -> None:
                 bar.update(task, description=said, completed=step, total=total)
 
             bar.update(task, description="compiling")
-            batch = args.batch or min(_usual_batch(), len(rows))
+            batch = _batch(args, len(rows))
             rate = args.learning_rate or usual_rate(batch * rows.shape[1])
             model, fitted = _recover(args, loaded, original, rows, batch, rate, show)
         recovery = {
@@ -272,7 +276,7 @@ def _trained(args: argparse.Namespace) -> dict[str, int]:
 
 def _check_rows(args: argparse.Namespace, count: int) -> None:
     """Raises ValueError if there are too few rows for the flags."""
-    batch = args.batch or min(_usual_batch(), count)
+    batch = _batch(args, count)
     if batch > count:
         raise ValueError(f"--batch must be at most {count}, the rows, got {args.batch}")
     held = args.held_out or 0
@@ -375,9 +379,8 @@ def _rows(args: argparse.Namespace, loaded: Loaded, original: Loaded) -> tuple[n
     text = np.concatenate([np.broadcast_to(start, (len(text), len(start))), text], axis=1)
     count = len(text) + _samples(args)
     if args.accumulate is None:
-        batch = args.batch or min(_usual_batch(), count)
         size = window * original.model.config.vocab_size * 4  # of a row's logits
-        args.accumulate = _parts(batch, args.held_out or 0, size)
+        args.accumulate = _parts(_batch(args, count), args.held_out or 0, size)
     _check_rows(args, count)
     return text, source
 
