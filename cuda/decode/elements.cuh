@@ -10,17 +10,8 @@
 
 namespace slidejax::decode {
 
-// Number i of an array of bfloat16, float16 or float32, from L2.
-__device__ inline float LoadFloat(const void* from, DType type, int64_t i) {
-  switch (type) {
-    case DType::kBF16: return __bfloat162float(__ldcg(static_cast<const __nv_bfloat16*>(from) + i));
-    case DType::kF16: return __half2float(__ldcg(static_cast<const __half*>(from) + i));
-    default: return __ldcg(static_cast<const float*>(from) + i);
-  }
-}
-
-// Numbers of such an array, from L2: v[k] becomes number place(k), and stays as it is where that is
-// negative. All are asked for before one is converted.
+// Numbers of an array of bfloat16, float16 or float32, from L2: v[k] becomes number place(k), and
+// stays as it is where that is negative. All are asked for before one is converted.
 template <int kCount, typename Place>
 __device__ inline void LoadFloats(float (&v)[kCount], const void* from, DType type,
                                   const Place& place) {
@@ -40,6 +31,13 @@ __device__ inline void LoadFloats(float (&v)[kCount], const void* from, DType ty
     case DType::kF16: return load(__half{}, [](__half x) { return __half2float(x); });
     default: return load(0.0f, [](float x) { return x; });
   }
+}
+
+// Number i of such an array.
+__device__ inline float LoadFloat(const void* from, DType type, int64_t i) {
+  float v[1] = {};
+  LoadFloats(v, from, type, [i](int) { return i; });
+  return v[0];
 }
 
 // Writes number i of such an array.
