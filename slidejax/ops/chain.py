@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jax.sharding import AxisType
 
 from slidejax.ops import registry
 from slidejax.ops.choice import choose
@@ -33,7 +32,7 @@ from slidejax.ops.parameters import fixed
 from slidejax.ops.primitive import check_input, make_primitive, map_batched, with_rules
 from slidejax.ops.problem import Problem, device_kind
 from slidejax.ops.prologue import GLU, RMSNorm
-from slidejax.ops.sharding import varying_axes
+from slidejax.ops.sharding import explicit_mesh, varying_axes
 from slidejax.ops.stages import Stage, check_outputs, check_shapes, check_stages, gate_of
 from slidejax.weights.packed import SlideWeight
 
@@ -420,7 +419,7 @@ def linear_chain(
     )
     leaves, tree = jax.tree.flatten((x, parts))
     # Inside `shard_map`, and where arrays carry their mesh in their types, layers cut themselves.
-    if not plain or varying_axes(*leaves) or _on_explicit_mesh(leaves):
+    if not plain or varying_axes(*leaves) or explicit_mesh(leaves) is not None:
         return tuple(_sequence(x, stages, wanted, implementation))
     settings = ChainParams(
         tree,
@@ -429,9 +428,3 @@ def linear_chain(
         implementation,
     )
     return _op(settings)(*leaves)
-
-
-def _on_explicit_mesh(arrays: Sequence[jax.Array]) -> bool:
-    """Whether an array has explicit mesh axes (`jax.sharding.AxisType.Explicit`) in its type."""
-    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
-    return any(kind == AxisType.Explicit for mesh in meshes for kind in mesh.axis_types)

@@ -10,7 +10,9 @@ import contextlib
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from slidejax.ops.sharding import is_explicit
 
 __all__ = ["automatic", "beside", "on_mesh"]
 
@@ -20,17 +22,13 @@ def automatic(params: Any) -> Any:
 
     def retyped(leaf: Any) -> Any:
         sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-        if not isinstance(sharding, NamedSharding) or not _is_explicit(sharding.mesh):
+        if not isinstance(sharding, NamedSharding) or not is_explicit(sharding.mesh):
             return leaf
         mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
         placed = NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
         return jax.device_put(leaf, placed)
 
     return jax.tree.map(retyped, params)
-
-
-def _is_explicit(mesh: Any) -> bool:
-    return AxisType.Explicit in mesh.axis_types
 
 
 def beside(params: Any) -> Sharding | None:
@@ -59,10 +57,10 @@ def on_mesh(params: Any) -> contextlib.AbstractContextManager:
     those of the parameters, or else those of the mesh around, as automatic ones. It changes nothing
     where the parameters have explicit axes themselves, and where there are none around.
     """
-    if not _is_explicit(jax.sharding.get_abstract_mesh()):
+    if not is_explicit(jax.sharding.get_abstract_mesh()):
         return contextlib.nullcontext()
     mesh = getattr(beside(params), "mesh", None)
-    if mesh is not None and _is_explicit(mesh):
+    if mesh is not None and is_explicit(mesh):
         return contextlib.nullcontext()
     mesh = jax.sharding.get_mesh() if mesh is None else mesh
     return jax.set_mesh(Mesh(mesh.devices, mesh.axis_names))

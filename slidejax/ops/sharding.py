@@ -20,6 +20,8 @@ __all__ = [
     "axis_names",
     "check_partitioner",
     "cut_of",
+    "explicit_mesh",
+    "is_explicit",
     "partitioned",
     "product_spec",
     "row_factors",
@@ -299,7 +301,7 @@ def with_automatic_axes(op: Callable, operands: Sequence[jax.Array], results: Ca
       operands: its arguments.
       results: makes the `PartitionSpec` of each result, as a tree, from those of the operands.
     """
-    mesh = _explicit_mesh(operands)
+    mesh = explicit_mesh(operands)
     if mesh is None:
         return op(*operands)
     explicit = {
@@ -316,13 +318,15 @@ def with_automatic_axes(op: Callable, operands: Sequence[jax.Array], results: Ca
     )
 
 
-def _explicit_mesh(operands: Sequence[jax.Array]):
+def is_explicit(mesh: Any) -> bool:
+    """Whether a mesh has explicit axes. An empty one has no axes."""
+    return AxisType.Explicit in mesh.axis_types
+
+
+def explicit_mesh(operands: Sequence[jax.Array]):
     """The mesh of the operands' types if it has explicit axes, else None."""
-    for operand in operands:
-        mesh = jax.typeof(operand).sharding.mesh
-        if not mesh.empty and AxisType.Explicit in mesh.axis_types:
-            return mesh
-    return None
+    meshes = (jax.typeof(operand).sharding.mesh for operand in operands)
+    return next(filter(is_explicit, meshes), None)
 
 
 def product_spec(x: Sequence, w_out) -> P:
