@@ -23,22 +23,25 @@ IDS = np.random.default_rng(0).integers(0, 60, (8, 16))
 X = np.random.default_rng(1).standard_normal((8, 64)).astype(np.float32)
 
 
-def strict():
-    """Both promotions are errors."""
-    stack = contextlib.ExitStack()
-    stack.enter_context(jax.numpy_rank_promotion("raise"))
-    stack.enter_context(jax.numpy_dtype_promotion("strict"))
-    return stack
-
-
 SETTINGS = {
-    "strict": strict,
-    "x64": lambda: jax.enable_x64(True),
+    "ranks": lambda: jax.numpy_rank_promotion("raise"),
+    "dtypes": lambda: jax.numpy_dtype_promotion("strict"),
     "nans": lambda: jax.debug_nans(True),
     "leaks": jax.checking_leaks,
     "rbg": lambda: jax.default_prng_impl("rbg"),
     "highest": lambda: jax.default_matmul_precision("highest"),
+    "x64": lambda: jax.enable_x64(True),
 }
+# x64 changes dtypes and so what the others see. Those do not disturb each other: guards that raise,
+# and ways to compute. On together they cost one run.
+TOGETHER = [[name for name in SETTINGS if name != "x64"], ["x64"]]
+
+
+def pytest_generate_tests(metafunc):
+    if "settings" in metafunc.fixturenames:
+        each = [[name] for name in SETTINGS]
+        chosen = TOGETHER + each if metafunc.config.getoption("--every-case") else TOGETHER
+        metafunc.parametrize("settings", chosen, ids=" ".join)
 
 
 def generated(model):
@@ -92,10 +95,15 @@ def sampled(model):
 WORK = [generated, fitted, recovered, adapted, converted, evaluated, mixed, sampled]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_setting_is_on_in_a_plain_run():
+    assert sorted(name for names in TOGETHER for name in names) == sorted(SETTINGS)
+
+
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
-def test_whole_models_work_under_a_setting(work, setting):
-    with SETTINGS[setting]():
+def test_whole_models_work_under_settings(work, settings):
+    with contextlib.ExitStack() as stack:
+        for name in settings:
+            stack.enter_context(SETTINGS[name]())
         work(tiny())
 
 
