@@ -88,11 +88,17 @@ def pytest_addoption(parser):
     parser.addoption(
         "--every-case",
         action="store_true",
-        help="run every case of the tests that otherwise take a seeded sample",
+        help="run every case of the tests that otherwise take some of them",
     )
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is marked `every_case`, and skips tests of a GPU where there is none."""
+    if not config.getoption("--every-case"):
+        left_out = [item for item in items if item.get_closest_marker("every_case")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     if jax.default_backend() == "gpu":
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU: jax sees only " + jax.default_backend())

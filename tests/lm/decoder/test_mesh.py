@@ -7,6 +7,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
+from cases import some
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,6 +48,7 @@ WEIGHTS = {
     "bfloat16 packed": sj.Rule("2:4", qdtype=None),
     "dense": sj.Rule("dense", qdtype="int8"),
 }
+PACKED_FLOATS = {"float32 packed": sj.Rule("6:8", qdtype=None)}
 # How axes of the mesh split kernels [in, out].
 LAYOUTS = {
     "outputs": (None, "model"),
@@ -55,6 +57,9 @@ LAYOUTS = {
     "outputs, two axes": (None, ("data", "model")),
 }
 LIKELY = ("outputs", "both")
+# What a plain run takes of them.
+MEET = [("float32", "outputs"), ("bfloat16", "both"), ("e4m3", "outputs")]
+MEET += [("bfloat16 packed", "both"), ("dense", "both")]
 PROMPTS = ["The moon is", "One"]
 
 
@@ -72,7 +77,9 @@ def placed(params, layout, mesh=mesh):
             specs = leaf.partition_spec(out=outputs, k=inputs)
         else:
             specs = P(inputs, outputs) if leaf.ndim == 2 else P(outputs)
-        return jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh(), s)), leaf, specs)
+        # from the host: cutting what lies on a device would be a program for each shape
+        on = lambda a, spec: jax.device_put(np.asarray(a), NamedSharding(mesh(), spec))  # noqa: E731
+        return jax.tree.map(on, leaf, specs)
 
     is_weight = lambda leaf: isinstance(leaf, LinearWeight)  # noqa: E731
     return jax.tree_util.tree_map_with_path(put, params, is_leaf=is_weight)
@@ -83,7 +90,7 @@ def of_kind(weights, architecture="one layer"):
     dtype = "bfloat16" if "bfloat16" in weights else "float32"
     model = tiny(dtype=dtype, **SIZES, **MODELS[architecture])
     model = sj.lm.Decoder(model.config, model.params, files=byte_tokenizer().files())
-    rule = WEIGHTS[weights]
+    rule = (WEIGHTS | PACKED_FLOATS)[weights]
     return model if rule is None else sj.lm.convert(model, rule)
 
 
@@ -122,33 +129,38 @@ def agrees(model, other, prompts=((1, 2, 3, 4, 5), (6,))):
 @pytest.mark.parametrize(
     ("weights", "layout"),
     [("int8", layout) for layout in LAYOUTS]
-    + [(weights, layout) for weights in WEIGHTS if weights != "int8" for layout in LIKELY],
+    + some(MEET, [weights for weights in WEIGHTS if weights != "int8"], LIKELY),
 )
 def test_logits_and_what_is_written(weights, layout):
-    model = of_kind(weights, "llama" if weights == "int8" else "one layer")
+    two = weights == "int8" and layout in ("outputs", "both")
+    model = of_kind(weights, "llama" if two else "one layer")
     agrees(model, model.with_params(placed(model.params, layout)))
 
 
-@pytest.mark.parametrize("layout", LIKELY)
-@pytest.mark.parametrize("architecture", ["gemma", "qwen"])
+@pytest.mark.parametrize(
+    ("architecture", "layout"),
+    some([("gemma", "outputs"), ("qwen", "both")], ["gemma", "qwen"], LIKELY),
+)
 def test_every_kind_of_decoder(architecture, layout):
     model = of_kind("int8", architecture)
     agrees(model, model.with_params(placed(model.params, layout)))
 
 
-@pytest.mark.parametrize("layout", ["outputs", "inputs"])
-def test_forms_streams_and_the_cache(layout):
+@pytest.mark.parametrize(
+    ("layout", "made"),
+    some([("outputs", fuse), ("inputs", sj.prepare)], ["outputs", "inputs"], [fuse, sj.prepare]),
+)
+def test_forms_streams_and_the_cache(layout, made):
     """Fused and prepared parameters, an 8-bit cache, and text as it comes."""
-    model = of_kind("float32")
-    model = sj.lm.convert(model, sj.Rule("6:8", qdtype=None))
+    model = of_kind("float32 packed")
     params = placed(model.params, layout)
     split = model.with_params(params)
-    expected = written(model)
-    for served in (fuse(params), sj.prepare(params)):
-        assert written(split, params=served) == expected
-    assert written(split, cache_dtype="int8") == written(model, cache_dtype="int8")
-    pieces = split.stream(PROMPTS[0], max_new_tokens=8)
-    assert "".join(pieces) == model.generate(PROMPTS[0], max_new_tokens=8).text
+    assert written(split, params=made(params)) == written(model)
+    if made is fuse:
+        assert written(split, cache_dtype="int8") == written(model, cache_dtype="int8")
+    else:
+        pieces = split.stream(PROMPTS[0], max_new_tokens=8)
+        assert "".join(pieces) == model.generate(PROMPTS[0], max_new_tokens=8).text
 
 
 @pytest.mark.parametrize(("weights", "inside"), [("float32", False), ("int8", True)])

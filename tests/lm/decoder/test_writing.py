@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import some
 
 from slidejax.lm import convert, load, save
 from slidejax.lm.decoder import apply, init_cache, writing
@@ -18,6 +19,9 @@ from slidejax.lm.text.examples import byte_tokenizer
 from slidejax.rules import Rule
 from slidejax.variants.serving import ServingWeight
 
+# Where sizes do not matter, one layer is as good as two and takes half as long to compile.
+ONE_LAYER = {"num_layers": 1, "windows": (None,), "ropes": (Rope(10000.0),)}
+FLOATS = Rule("6:8", qdtype=None)
 PROMPTS = [[3, 4, 5], [6], list(range(1, 41)), [9, 8, 7, 6, 5, 4, 3, 2]]
 
 
@@ -125,15 +129,27 @@ def lowered(model, rows, length=64):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU multiplies 16 bits as they are")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("rule", [None, "6:8", Rule("6:8", qdtype=None)])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "rule", "tied"),
+    some(
+        [
+            ("bfloat16", None, False),
+            ("bfloat16", "6:8", True),
+            ("float16", None, True),
+            ("float16", FLOATS, False),
+        ],
+        ["bfloat16", "float16"],
+        [None, "6:8", FLOATS],
+        [False, True],
+    ),
+)
 def test_no_call_converts_the_weights(dtype, rule, tied):
     """A stream may make a call for each token, so a call must not touch all of a matrix for itself.
 
     XLA's CPU converts what is of 16 bits to float32, and puts that before the loop.
     """
-    model = tiny(dtype=dtype, tied=tied, vocab_size=2048, hidden_size=256, intermediate_size=768)
+    sizes = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768}
+    model = tiny(dtype=dtype, tied=tied, **sizes, **ONE_LAYER)
     model = model if rule is None else convert(model, rule)
     _, step = lowered(model, 1)
     one_kernel = 4 * 256 * 768  # up or down in float32
@@ -141,21 +157,34 @@ def test_no_call_converts_the_weights(dtype, rule, tied):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU multiplies 8 bits as they are")
-@pytest.mark.parametrize("rule", ["6:8", Rule("dense"), eight_bit("6:8")])
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize(
+    ("rule", "rows"),
+    some(
+        [("6:8", 1), ("6:8", 8), ("dense", 1), ("e4m3 and int8", 8)],
+        ["6:8", "dense", "e4m3 and int8"],
+        [1, 8],
+    ),
+)
 def test_codes_of_one_kernel_at_a_time_are_converted(rule, rows):
     """XLA's CPU would convert those of all layers first, and put that before the loop."""
-    changes = {"num_layers": 4, "windows": (None,) * 4, "ropes": (Rope(10000.0),) * 4}
+    changes = {"num_layers": 3, "windows": (None,) * 3, "ropes": (Rope(10000.0),) * 3}
+    rule = {"dense": Rule("dense"), "e4m3 and int8": eight_bit("6:8")}.get(rule, rule)
     model = convert(tiny(hidden_size=256, intermediate_size=768, **changes), rule)
     for program in lowered(model, rows):
         one_kernel = 4 * 256 * 2 * 768  # gate and up in float32
         assert program.compile().memory_analysis().temp_size_in_bytes < 2 * one_kernel
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("rule", [None, "6:8", Rule("6:8", qdtype=None)])
+@pytest.mark.parametrize(
+    ("dtype", "rule"),
+    some(
+        [("bfloat16", "6:8"), ("bfloat16", FLOATS), ("float16", None)],
+        ["bfloat16", "float16"],
+        [None, "6:8", FLOATS],
+    ),
+)
 def test_served_parameters_of_16_bits_give_the_same_logits(dtype, rule):
-    model = tiny(dtype=dtype, tied=rule is None, qkv_bias=True)
+    model = tiny(dtype=dtype, tied=rule is None, qkv_bias=True, **ONE_LAYER)
     model = model if rule is None else convert(model, rule)
     ids = jnp.asarray([[3, 4, 5, 6]])
     cache = init_cache(model.config, 1, 8, dtype)
