@@ -54,8 +54,19 @@ import hypothesis
 import jax
 import pytest
 
-hypothesis.settings.register_profile("slidejax", deadline=None, max_examples=25, derandomize=True)
-hypothesis.settings.load_profile("slidejax")
+# An example has shapes of its own, so that each compiles its programs.
+_EXAMPLES, _EVERY_EXAMPLE = 12, 100
+
+
+def _examples_of_properties(count):
+    """How many examples of each property run where a test does not say it; always the same ones."""
+    hypothesis.settings.register_profile(
+        "slidejax", deadline=None, max_examples=count, derandomize=True
+    )
+    hypothesis.settings.load_profile("slidejax")
+
+
+_examples_of_properties(_EXAMPLES)  # for decorators, which are read before pytest's options
 
 
 # JAX keeps each program as it was lowered, and MLIR looks through all that are kept: the more there
@@ -82,13 +93,16 @@ class _FewPrograms:
 
 def pytest_configure(config):
     config.pluginmanager.register(_FewPrograms())
+    if config.getoption("--every-case"):
+        _examples_of_properties(_EVERY_EXAMPLE)
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--every-case",
         action="store_true",
-        help="run every case of the tests that otherwise take some of them",
+        help="run every case of the tests that otherwise take some of them, and more examples of each "
+        "property",
     )
 
 
