@@ -245,8 +245,13 @@ def written(loaded: Loaded, rows: np.ndarray, count: int, seed: int | None, own:
         openings = _openings(loaded, prompts.shape[1])
         half = np.arange(0, count if len(openings) else 0, 2)
         prompts[half] = openings[draws.integers(0, max(1, len(openings)), len(half))]
-    batch = min(count, _at_a_time(loaded.model, rows.shape[1]))
-    return sample(loaded.model, prompts, rows.shape[1], batch=batch, seed=seed)
+    model = loaded.model
+    if hasattr(model, "with_params"):
+        # A decoder keeps the parameters that serve best beside its own. Those of this one go when
+        # its text is written, since what comes next needs the memory.
+        model = model.with_params(model.params)
+    batch = min(count, _at_a_time(model, rows.shape[1]))
+    return sample(model, prompts, rows.shape[1], batch=batch, seed=seed)
 
 
 def _at_a_time(model: Any, length: int) -> int:
@@ -258,8 +263,8 @@ def _at_a_time(model: Any, length: int) -> int:
     config = model.config
     if not hasattr(config, "num_kv_heads"):  # a model of transformers
         return 256
-    # keys and values of 2 bytes
-    size = 4 * config.num_layers * config.num_kv_heads * config.head_dim * length
+    width = config.num_kv_heads * config.head_dim
+    size = 2 * config.num_layers * width * length * model.dtype.itemsize  # keys and values
     return min(512, max(16, _CACHE // size))
 
 

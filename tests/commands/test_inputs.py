@@ -3,6 +3,7 @@
 import argparse
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from command_line import SENTENCES
 
 from slidejax.commands import inputs
 from slidejax.lm import texts
+from slidejax.lm.decoder.examples import tiny
 
 
 @pytest.fixture(scope="module")
@@ -133,14 +135,30 @@ def test_openings_that_are_too_short_are_left_out():
         assert {tuple(row) for row in written[:, :8]} <= {tuple(row) for row in text[:, :8]}
 
 
+def test_what_served_while_text_was_written_is_not_kept():
+    decoder = tiny(dtype="bfloat16")
+    loaded = SimpleNamespace(model=decoder, start=[], tokenizer=None)
+    written = inputs.written(loaded, np.ones((2, 12), np.int32), 2, 0, own=True)
+    assert written.shape == (2, 12) and decoder._extra.served == ([], None)
+    decoder.generate([[1]], max_new_tokens=1)
+    assert decoder._extra.served != ([], None)  # so this is where it would be
+
+
 @pytest.mark.parametrize(
-    ("backend", "heads", "length", "expected"),
-    [("cpu", 3, 512, 64), ("gpu", 3, 512, 512), ("gpu", 32, 512, 68), ("gpu", 32, 8192, 16)],
+    ("backend", "heads", "length", "dtype", "expected"),
+    [
+        ("cpu", 3, 512, "bfloat16", 64),
+        ("gpu", 3, 512, "bfloat16", 512),
+        ("gpu", 32, 512, "bfloat16", 68),
+        ("gpu", 32, 512, "float32", 34),
+        ("gpu", 32, 8192, "bfloat16", 16),
+    ],
 )
 def test_as_many_rows_are_written_at_a_time_as_the_cache_allows(
-    monkeypatch, backend, heads, length, expected
+    monkeypatch, backend, heads, length, dtype, expected
 ):
-    """32 heads of 64 in 30 layers take 126 MB for a row of 512 tokens."""
+    """32 heads of 64 in 30 layers take 126 MB in bfloat16 for a row of 512 tokens."""
     config = SimpleNamespace(num_layers=30, num_kv_heads=heads, head_dim=64)
     monkeypatch.setattr("jax.default_backend", lambda: backend)
-    assert inputs._at_a_time(SimpleNamespace(config=config), length) == expected
+    model = SimpleNamespace(config=config, dtype=jnp.dtype(dtype))
+    assert inputs._at_a_time(model, length) == expected
