@@ -16,7 +16,7 @@ def load(tmp_path_factory, name, *sources):
     """The library of `<name>_on_cpu/<name>.cc` and of sources in cuda/, with cuda_on_cpu."""
     cuda, own = TESTS / "cuda_on_cpu", TESTS / f"{name}_on_cpu"
     # The emulator's folders come first: their headers take the place of those of the same name.
-    flags = ["-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-ffp-contract=off"]
+    flags = ["-std=c++17", "-Og", "-w", "-fno-strict-aliasing", "-ffp-contract=off"]
     flags += [f"-I{folder}" for folder in (cuda, own, KERNELS)]
     files = [cuda / "emulator.cc", own / f"{name}.cc", *(KERNELS / source for source in sources)]
     return ctypes.CDLL(str(compiled(tmp_path_factory, name, flags, files)))

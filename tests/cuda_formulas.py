@@ -6,6 +6,8 @@ The kernels are compared with them. Beside them stand rows to try them on.
 import ml_dtypes
 import numpy as np
 
+import slidejax as sj
+
 QMAX = {np.dtype(np.int8): 127.0, np.dtype(ml_dtypes.float8_e4m3fn): 448.0}
 
 
@@ -72,6 +74,25 @@ def lifted_weight(values, zeros):
     o, g = np.indices(at.shape[:2])
     dense[o[..., None], g[..., None], index, lane] = values
     return dense.reshape(out, -1)
+
+
+def pack(kernel, pattern, dtype):
+    """`slidejax.pack` of a float32 kernel without ties, as a weight of NumPy arrays.
+
+    JAX would compile a few programs for each shape.
+    """
+    pattern, (columns, out) = sj.Pattern.parse(pattern), kernel.shape
+    group = pattern.group
+    values = np.zeros((out, -(-columns // (8 * group)) * 8 * group), np.float32)
+    values[:, :columns] = kernel.T
+    values, zeros = values.reshape(out, -1, group), np.zeros((out, 0), np.uint8)
+    if pattern.prunes:  # of equal magnitudes, which are the missing columns, the last ones go
+        order = group - 1 - np.argsort(np.abs(values[..., ::-1]), -1, kind="stable")
+        z = np.sort(order[..., :2], -1).astype(np.uint8)
+        zeros = z[..., 0] | z[..., 1] << 4
+        values = np.take_along_axis(values, np.sort(order[..., 2:], -1), -1)
+    codes, scale = quantize(values.reshape(out, -1), dtype)
+    return sj.SlideWeight(codes.reshape(values.shape), zeros, scale, pattern, columns)
 
 
 def accumulate(lifted, weight):
