@@ -160,11 +160,7 @@ def _shell(tree: Mapping[str, Any]) -> Any:
 
 
 def _layer(kernel: Any, bias: Any) -> Any:
-    shape = kernel.shape
-    # Nothing is initialised: the layer is made abstractly, and its Variables are replaced.
-    layer: Any = nnx.eval_shape(
-        lambda: nnx.Linear(*shape, use_bias=bias is not None, rngs=nnx.Rngs(0))
-    )
+    layer: Any = nnx.merge(*_abstract_layer(*kernel.shape, bias is not None))
     if bias is not None:
         layer.bias = nnx.Param(bias)
     if not isinstance(kernel, LinearWeight):
@@ -178,6 +174,17 @@ def _layer(kernel: Any, bias: Any) -> Any:
     if kernel is not packed:
         layer.replace_kernel(kernel)
     return layer
+
+
+@functools.lru_cache(maxsize=256)
+def _abstract_layer(inputs: int, outputs: int, bias: bool) -> tuple[Any, Any]:
+    """A linear layer, as `nnx.split` parts it. Nothing is initialised: its Variables are replaced.
+
+    Tracing one takes milliseconds, and a model has hundreds of a few shapes.
+    """
+    return nnx.split(
+        nnx.eval_shape(lambda: nnx.Linear(inputs, outputs, use_bias=bias, rngs=nnx.Rngs(0)))
+    )
 
 
 def _tree(module: Any) -> dict[str, Any]:
