@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import some
 
 import slidejax as sj
 from slidejax.lm.decoder import apply, layer
@@ -41,12 +42,14 @@ def steps(config, params, rows, chained, monkeypatch, implementation=None):
     return jnp.stack(logits), cache
 
 
+CHANGES = [{}, {"activation": "gelu_tanh", "qkv_bias": True}, {"qk_norm": True}, {"tied": True}]
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"activation": "gelu_tanh", "qkv_bias": True}, {"qk_norm": True}, {"tied": True}],
+    ("changes", "rows"),
+    some([(CHANGES[0], 9), (CHANGES[1], 1), (CHANGES[2], 3), (CHANGES[3], 1)], CHANGES, [1, 3, 9]),
     ids=str,
 )
-@pytest.mark.parametrize("rows", [1, 3, 9])
 def test_a_step_in_chains_is_the_step(monkeypatch, rows, changes):
     config, params = packed("float32", **changes)
     got, cache = steps(config, params, rows, ROWS, monkeypatch)
