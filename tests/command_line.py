@@ -25,9 +25,9 @@ def write_files(folder, original, pattern, text):
     return folder
 
 
-def write_decoder(folder):
+def write_decoder(folder, **changes):
     """Writes a tiny random decoder with a tokenizer of bytes; returns its directory."""
-    model = tiny(vocab_size=260, max_positions=64)
+    model = tiny(vocab_size=260, max_positions=64, **changes)
     save(Decoder(model.config, model.params, files=byte_tokenizer().files()), folder / "model")
     return str(folder / "model")
 

@@ -167,6 +167,19 @@ def tiny_llama(tiny_config, tiny_params):
     return build(tiny_config, tiny_params)
 
 
+@pytest.fixture
+def one_block_llama(tiny_config, tiny_params):
+    """The same with its first block alone, where a second one is more of the same to compile."""
+    import copy
+
+    from slidejax.huggingface import build
+
+    config = copy.deepcopy(tiny_config)
+    config.num_hidden_layers = 1
+    model = tiny_params["model"]
+    return build(config, {"model": {**model, "layers": {"0": model["layers"]["0"]}}})
+
+
 @pytest.fixture(scope="session")
 def tiny_directory(tmp_path_factory, tiny_config, tiny_params, tiny_tokenizer):
     """A directory with that model and its tokenizer; tests only read it."""

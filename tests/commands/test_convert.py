@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-from command_line import error, layers, output, packed, packed_bytes, write_decoder
+from command_line import SENTENCES, error, layers, output, packed, packed_bytes, write_decoder
 
 from slidejax import huggingface
 from slidejax.lm import load
@@ -215,17 +215,18 @@ def test_a_choice_of_patterns_takes_8_bit_as_int8(capsys, tmp_path, model):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_the_model_writes_some_of_the_calibration_text(capsys, tmp_path, model, text, streamed):
+def test_the_model_writes_some_of_the_calibration_text(capsys, tmp_path, model, streamed):
     model = write_decoder(tmp_path) if streamed else model
-    flags = ("--calibration", text, "--sequences", "1", "--method", "wanda")
+    text = tmp_path / "text.txt"
+    text.write_text(SENTENCES * 4)
+    flags = ("--calibration", text, "--method", "wanda")
     kernels, length = [], 64 if streamed else 128  # positions
-    for sampled in (0, 2, 2):
+    for sampled in (0, 1, 1):
         out = tmp_path / f"out{len(kernels)}"
-        row = json.loads(
-            output(capsys, "convert", model, out, *flags, "--sample", sampled, "--json", "-")
-        )
+        rows = ("--sequences", 2 - sampled, "--sample", sampled)  # as many, so the same programs
+        row = json.loads(output(capsys, "convert", model, out, *flags, *rows, "--json", "-"))
         assert row["sampled"] == sampled
-        assert row["calibration"].startswith(f"{length * (1 + sampled)} tokens of")
+        assert row["calibration"].startswith(f"{length * 2} tokens of")
         assert ("the model itself" in row["calibration"]) == bool(sampled)
         made = load(out) if streamed else load_model(str(out)).model
         kernels.append(np.asarray(packed(made.params)[0].values))

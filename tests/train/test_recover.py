@@ -37,18 +37,18 @@ def test_recovery_lowers_the_divergence(written, qdtype, hidden):
         sparse,
         dense,
         rows,
-        steps=40,
-        batch=16,
+        steps=25,
+        batch=8,
         window=WINDOW,
         learning_rate=3e-3,
-        warmup=5,
+        warmup=3,
         hidden=hidden,
     )
     start, end = (
         evaluate(m, held_out, window=WINDOW, reference=dense).agreement.kl
         for m in (sparse, recovered)
     )
-    assert end < 0.85 * start and fitted.steps == 40
+    assert end < 0.85 * start and fitted.steps == 25
     jax.tree.map(np.testing.assert_array_equal, sparse.params, before)  # the input stays as it is
     kernels = [
         m.params["model"]["layers"]["1"]["mlp"]["up_proj"]["kernel"] for m in (sparse, recovered)
@@ -83,7 +83,7 @@ def test_a_rate_that_is_far_too_high_does_no_harm(written):
     """Without rows that are held out it ruins the model; with them the start is kept, or better."""
     dense, rows, held_out = written
     sparse = sj.huggingface.convert(dense, "4:6")
-    options = {"steps": 10, "batch": 8, "window": WINDOW, "learning_rate": 1.0, "warmup": 0}
+    options = {"steps": 5, "batch": 8, "window": WINDOW, "learning_rate": 1.0, "warmup": 0}
 
     def divergence(model):
         return evaluate(model, held_out, window=WINDOW, reference=dense).agreement.kl

@@ -97,9 +97,9 @@ def test_in_order_and_correcting_beat_the_original_models_inputs(blocks):
 
 def test_codes_chosen_together_beat_rounding_afterwards(blocks):
     model, variables, x = blocks
-    rule = sj.Rule("6:8", "float8_e4m3fn")
+    rule = sj.Rule("4:6", "int8")
     chosen = converted(blocks, rule)
-    kernels = converted(blocks, sj.Rule("6:8", None), smooth=0)
+    kernels = converted(blocks, UNROUNDED, smooth=0)
     rounded = sj.linen.convert(
         jax.tree.map(lambda w: w, variables),
         rule,
@@ -239,11 +239,12 @@ def test_bad_arguments(blocks):
         sj.prune.convert(model, "6:8", x, params=variables)
 
 
-def test_a_model_is_pruned_with_what_it_was_calibrated_on(tiny_llama):
+def test_a_model_is_pruned_with_what_it_was_calibrated_on(one_block_llama):
+    rules = [(".*/mlp/.*", UNROUNDED)]
     tokens = np.random.default_rng(0).integers(0, 256, (32, 32))
-    dense = tiny_llama.params["model"]["layers"]["0"]["mlp"]["down_proj"]["kernel"]
+    dense = one_block_llama.params["model"]["layers"]["0"]["mlp"]["down_proj"]["kernel"]
     grams = collect(
-        sj.huggingface.functional(tiny_llama).run, tiny_llama.params, np.split(tokens, 2)
+        sj.huggingface.functional(one_block_llama).run, one_block_llama.params, np.split(tokens, 2)
     )
     gram = grams["model/layers/0/mlp/down_proj/kernel"]
     errors, distances = [], []
@@ -251,19 +252,21 @@ def test_a_model_is_pruned_with_what_it_was_calibrated_on(tiny_llama):
         at_once = (
             "magnitude"
             if method == "magnitude"
-            else sj.huggingface.calibrated(tiny_llama, method, tokens)
+            else sj.huggingface.calibrated(one_block_llama, method, tokens)
         )
-        model = sj.huggingface.convert(tiny_llama, UNROUNDED, at_once)
+        model = sj.huggingface.convert(one_block_llama, rules, at_once)
         packed = model.params["model"]["layers"]["0"]["mlp"]["down_proj"]["kernel"]
         errors.append(float(layer_error(dense, sj.unpack(packed), gram)))
         if method != "magnitude":
-            model = sj.huggingface.convert(tiny_llama, UNROUNDED, method=method, calibration=tokens)
+            model = sj.huggingface.convert(
+                one_block_llama, rules, method=method, calibration=tokens
+            )
         distances.append(
-            float(jnp.mean((model(tokens[:8]).logits - tiny_llama(tokens[:8]).logits) ** 2))
+            float(jnp.mean((model(tokens[:8]).logits - one_block_llama(tokens[:8]).logits) ** 2))
         )
     assert errors[2] < errors[1] < errors[0]
     assert distances[2] < distances[1] < distances[0]
     with pytest.raises(ValueError, match="needs calibration"):
-        sj.huggingface.convert(tiny_llama, "6:8", method="wanda")
+        sj.huggingface.convert(one_block_llama, "6:8", method="wanda")
     with pytest.raises(ValueError, match="uses no calibration"):
-        sj.huggingface.convert(tiny_llama, "6:8", calibration=tokens)
+        sj.huggingface.convert(one_block_llama, "6:8", calibration=tokens)

@@ -11,7 +11,7 @@ import slidejax as sj
 from slidejax.prune.model.grams import collect_all
 from slidejax.prune.model.program import Program
 
-WIDTH, DEPTH = 16, 3
+WIDTH, DEPTH, EXPERTS = 16, 3, 2
 X = jax.random.normal(jax.random.key(7), (3, 32, WIDTH)) * jnp.exp(
     jax.random.normal(jax.random.key(8), (WIDTH,))
 )
@@ -86,11 +86,11 @@ def listed():
     return variables, *pruned(Listed(), variables)
 
 
-def pruned(model, variables=None, rule="6:8", **settings):
+def pruned(model, variables=None, rule="6:8", method="sparsegpt", **settings):
     report = sj.Report()
     how = sj.prune.Calibration(BATCHES, **settings)
     given = {} if variables is None else {"params": variables}
-    return sj.prune.convert(model, rule, how, report=report, **given), report
+    return sj.prune.convert(model, rule, how, method=method, report=report, **given), report
 
 
 def stacked(variables):
@@ -162,9 +162,9 @@ class Experts(nn.Module):
             in_axes=0 if self.own_rows else None,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            axis_size=4,
+            axis_size=EXPERTS,
         )(name="experts")
-        return experts(x.reshape(4, -1, WIDTH) if self.own_rows else x)
+        return experts(x.reshape(EXPERTS, -1, WIDTH) if self.own_rows else x)
 
 
 class Expert(nn.Module):
@@ -177,13 +177,13 @@ class Expert(nn.Module):
 def test_experts_under_vmap_are_pruned_one_by_one(own_rows):
     model = Experts(own_rows)
     variables = model.init(jax.random.key(0), X[0])
-    got, report = pruned(model, variables)
+    got, report = pruned(model, variables, method="wanda")  # which is quick to compile
     assert len(report.converted) == 2
-    for i in range(4):
+    for i in range(EXPERTS):
         alone = jax.tree.map(lambda leaf, i=i: leaf[i], variables["params"]["experts"])
-        how = [x.reshape(4, -1, WIDTH)[i] if own_rows else x for x in BATCHES]
+        how = [x.reshape(EXPERTS, -1, WIDTH)[i] if own_rows else x for x in BATCHES]
         want = sj.prune.convert(
-            Expert(), "6:8", sj.prune.Calibration(how), params={"params": alone}
+            Expert(), "6:8", sj.prune.Calibration(how), params={"params": alone}, method="wanda"
         )["params"]
         for name in ("up", "down"):
             one, mine = got["params"]["experts"][name]["kernel"], want[name]["kernel"]
@@ -207,10 +207,11 @@ def test_a_loop_of_blocks_with_experts():
     variables = model.init(jax.random.key(0), X[0])
     paths = [f"Experts_0/experts/{name}/kernel" for name in ("down", "up")]
     program = Program(sj.linen.functional(model, variables).run, variables, X[0], paths)
-    assert {program.stacks[path] for path in paths} == {(2, 4)}
-    assert len([step for step in program.steps if step.tap is not None]) == 16
-    got, report = pruned(model, variables)
-    assert [line.shape for line in report.converted] == [(2, 4, 24, 8), (2, 4, 16, 24)]
+    assert {program.stacks[path] for path in paths} == {(2, EXPERTS)}
+    assert len([step for step in program.steps if step.tap is not None]) == 2 * EXPERTS * 2
+    got, report = pruned(model, variables, method="wanda")
+    shapes = [line.shape for line in report.converted]
+    assert shapes == [(2, EXPERTS, 24, 8), (2, EXPERTS, 16, 24)]
     assert sj.linen.apply(model, got, X[0]).shape == X[0].shape
 
 
