@@ -43,6 +43,10 @@ _QUICK_TO_COMPILE = [
 if tuple(map(int, re.findall(r"\d+", version("jaxlib"))[:3])) < (0, 11, 1):
     _QUICK_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
 
+# The tests' products in NumPy are small. Threads of OpenBLAS would mostly wait, and a core is busy
+# while they do.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # All this is set before JAX starts. The sharding tests run on eight CPU devices that XLA makes up.
 _flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 if not _gpu_is_used():

@@ -97,8 +97,8 @@ def pack(kernel, pattern, dtype):
 
 def accumulate(lifted, weight):
     """Exact products and sums, in float64 or int64."""
-    wide = np.int64 if lifted.dtype == np.int8 else np.float64
-    return lifted.astype(wide) @ weight.astype(wide).T
+    sums = lifted.astype(np.float64) @ weight.astype(np.float64).T
+    return sums.astype(np.int64) if lifted.dtype == np.int8 else sums  # float64 has all of them
 
 
 def finish(acc, scale_x, scale_w, bias=None, residual=None):

@@ -277,7 +277,7 @@ def build(tmp_path_factory):
     if include is None:
         pytest.skip("needs the headers of the CUDA toolkit")
     # The emulator's headers come first, in place of the kernel's of the same name.
-    flags = ["-std=c++20", "-O2", "-w", *(f"-I{folder}" for folder in (EMULATOR, SOURCES, include))]
+    flags = ["-std=c++20", "-Og", "-w", *(f"-I{folder}" for folder in (EMULATOR, SOURCES, include))]
     sources = [SOURCES / "hopper/launch.cu", SOURCES / "hopper/plan.cc"]
     sources += [EMULATOR / "api.cc", EMULATOR / "emulator.cc"]
     return cuda_emulator.compiled(tmp_path_factory, "hopper", flags, sources)

@@ -10,6 +10,7 @@
 #define __launch_bounds__(...)
 #undef __shared__
 #define __shared__ static  // SharedOffset gives each variable an address in every block
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -91,7 +92,9 @@ struct Shadow {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;  // where it begins
+  bool begun = false;
+  jmp_buf context;  // where it goes on
   std::unique_ptr<char[]> stack;
   Block* block = nullptr;
   int thread = 0;
