@@ -22,13 +22,16 @@ from typing import IO, Any
 
 __all__ = [
     "CHECKSUM",
+    "LARGEST",
     "PARTIAL",
     "check_json",
     "check_path",
+    "check_regular",
     "exclusive",
     "json_checksum",
     "partial_directory",
     "partial_file",
+    "read_whole",
     "reading",
     "remove_abandoned",
     "replacing",
@@ -37,6 +40,7 @@ __all__ = [
 ]
 
 PARTIAL = ".partial"
+LARGEST = 1 << 28  # bytes of a file that is read as a whole
 
 
 def check_path(path: Any, name: str = "path") -> Path:
@@ -159,6 +163,34 @@ def _new_file(path: Path) -> tuple[int, Path]:
 
 
 # --- reading --------------------------------------------------------------------------------------
+
+
+def read_whole(path: str | os.PathLike[str], largest: int = LARGEST) -> bytes:
+    """The bytes of a file.
+
+    A pipe without a writer would never answer, and a device may never end.
+
+    Raises:
+      OSError: if it cannot be read.
+      ValueError: naming it, if it is no regular file, or a larger one.
+    """
+    check_regular(path, largest)
+    return Path(path).read_bytes()
+
+
+def check_regular(path: str | os.PathLike[str], largest: int = LARGEST) -> None:
+    """Looks at a file before it is read.
+
+    Raises:
+      OSError, ValueError: as `read_whole`.
+    """
+    found = os.stat(path)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{os.fspath(path)!r} is no regular file")
+    if found.st_size > largest:
+        raise ValueError(f"{os.fspath(path)!r} is larger than {largest} bytes")
 
 
 @contextlib.contextmanager

@@ -5,11 +5,13 @@ A normal run tries a few changes of each file. All of them:
     SLIDEJAX_TEST_MUTATIONS=20000 python -m pytest tests/test_fuzz.py
 """
 
+import contextlib
 import json
 import os
 import random
 import resource
 import shutil
+import signal
 import time
 import warnings
 
@@ -30,6 +32,7 @@ import slidejax.checkpoint
 from slidejax.lm.decoder import examples
 from slidejax.lm.decoder.gguf import GGUF_TOKENIZER
 from slidejax.lm.models import load_model
+from slidejax.lm.reading import read_model
 from slidejax.lm.text.examples import byte_tokenizer
 from slidejax.ops import tuning
 from slidejax.prune.model.result import Pruned
@@ -298,6 +301,48 @@ def test_changed_files(sound, little_memory, tmp_path, kind, file):
         if grew > _MIB + (len(data) >> 20):
             problems.append(f"{number}: {grew} MiB")
     assert not problems, "\n".join(problems[:20]) + f"\n{len(problems)} in all"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=[kind.__name__ for kind in KINDS])
+def test_what_is_no_file(sound, little_memory, tmp_path, kind):
+    """A pipe that nobody writes to, a device that never ends, a link to nothing, a directory."""
+    folder, load, _ = sound(kind)
+    others = {
+        "pipe": os.mkfifo,
+        "device": lambda path: os.symlink("/dev/zero", path),
+        "link": lambda path: os.symlink("nothing", path),
+        "directory": os.mkdir,
+    }
+    readers = [load] if kind in (checkpoint, stages, training, tuning_table) else [load, read_model]
+    for file in KINDS[kind][0]:
+        for name, make in others.items():
+            if (kind, name) == (tuning_table, "link"):  # nothing was measured
+                continue
+            changed = tmp_path / file / name
+            shutil.copytree(folder, changed)
+            os.unlink(changed / file)
+            make(changed / file)
+            for read in readers:
+                with _at_most(5), pytest.raises((ValueError, OSError)) as e:
+                    read(changed)
+                assert str(changed) in str(e.value) or file in str(e.value)
+            shutil.rmtree(changed)
+
+
+@contextlib.contextmanager
+def _at_most(seconds):
+    """An AssertionError if the block takes longer."""
+
+    def stop(*_):
+        raise AssertionError(f"it took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _walk(folder):

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from slidejax.checkpoint import store
-from slidejax.files import check_path, reading
+from slidejax.checkpoint.staging import TEXT_FILES
+from slidejax.files import check_path, check_regular, read_whole, reading
 from slidejax.huggingface.model import hold, with_params, with_rope_theta
 from slidejax.huggingface.supported import check_supported
 from slidejax.kinds import check_kind, shown
@@ -227,6 +228,9 @@ def read_pretrained(
 def _read(folder: Path, dtype: Any) -> tuple[Any, Any, dict[str, Any]]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} has no config.json: not a Hugging Face model directory")
+    for name in TEXT_FILES:
+        if os.path.lexists(folder / name):
+            check_regular(folder / name)
     config = _read_config(folder)
     if (folder / store.METADATA).is_file():
         model, about = _read_converted(folder, config, dtype)
@@ -312,7 +316,7 @@ def _read_params(
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(json.loads(read_whole(index))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{str(index)!r} is damaged: {e}") from e
     for name in names:
@@ -342,9 +346,10 @@ def _read_msgpack(
     flat: dict[str, Any] = {}
     for file in files:
         try:
-            flat.update(flatten_dict(msgpack_restore(file.read_bytes()), sep="/"))
+            found = flatten_dict(msgpack_restore(file.read_bytes()), sep="/")
         except Exception as e:  # msgpack has its own zoo of exceptions
             raise ValueError(f"{str(file)!r} is damaged: {type(e).__name__}: {e}") from e
+        _add(flat, found, file)
     _check_layers(config, len(flat), files[0].name)
     return _fit_prefix(flat, config, cls)
 
@@ -361,11 +366,12 @@ def _read_safetensors(
         try:
             with safe_open(file, framework="flax") as f:
                 layout = (f.metadata() or {}).get("format", layout)
-                state.update({k: f.get_tensor(k) for k in f.keys() if not k.endswith(_BUFFERS)})  # noqa: SIM118
+                found = {k: f.get_tensor(k) for k in f.keys() if not k.endswith(_BUFFERS)}  # noqa: SIM118
         except SafetensorError as e:
             raise ValueError(f"{str(file)!r} is damaged: {e}") from e
         except (AttributeError, TypeError) as e:  # it has no name for float8
             raise ValueError(f"{str(file)!r} holds tensors of a dtype that is not read: {e}") from e
+        _add(state, found, file)
     _check_layers(config, len(state), files[0].name)
     if layout == "flax":
         return _fit_prefix({k.replace(".", "/"): v for k, v in state.items()}, config, cls)
@@ -376,6 +382,17 @@ def _read_safetensors(
     model = cls(config, _do_init=False)
     hold(model, model.params_shape_tree)  # the converter looks at names and shapes only
     return convert_pytorch_state_dict_to_flax(state, model)
+
+
+def _add(arrays: dict[str, Any], found: dict[str, Any], file: Path) -> None:
+    """Adds the arrays of a shard to those of the shards before it.
+
+    Raises:
+      ValueError: if one of them is there already: of two values only one would count.
+    """
+    if twice := sorted(map(str, arrays.keys() & found.keys())):
+        raise ValueError(f"{str(file)!r} holds {twice[0]!r}, and another shard does, too")
+    arrays.update(found)
 
 
 def _fit_prefix(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slidejax.checkpoint import store
-from slidejax.files import check_path, reading
+from slidejax.files import check_path, read_whole, reading
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel, PreTrainedTokenizerFast
@@ -105,7 +105,7 @@ def saved_notes(folder: Path) -> dict[str, Any]:
 
 def _saved(folder: Path, *keys: str) -> Any:
     """The description of one part of a saved directory."""
-    tree = json.loads((folder / store.METADATA).read_bytes())["tree"]
+    tree = json.loads(read_whole(folder / store.METADATA))["tree"]
     for key in keys:
         tree = dict(tree["items"])[key]
     return tree

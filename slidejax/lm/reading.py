@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from slidejax.checkpoint import store
 from slidejax.checkpoint.staging import staged
-from slidejax.files import check_path
+from slidejax.files import check_path, read_whole
 from slidejax.lm.decoder.directory import read_config
 from slidejax.lm.decoder.files import CLASS, content, load, load_head, save, write_texts
 from slidejax.lm.decoder.huggingface import MODEL_TYPES
@@ -133,7 +133,7 @@ def decodes(model: str | os.PathLike[str], *, keep_class: bool = False) -> bool:
     if saved is not None and keep_class:
         return False
     try:
-        config = json.loads((path / "config.json").read_bytes())
+        config = json.loads(read_whole(path / "config.json"))
     except (OSError, ValueError, RecursionError):
         return False
     known = isinstance(config, dict) and config.get("model_type") in MODEL_TYPES

@@ -270,11 +270,11 @@ def linear(
             else f"a weight with in_features {w.in_features}"
         )
         raise ValueError(f"x must be [..., {expected}] for {what}, got shape {x.shape}")
+    inputs, xs = inputs_of(x, prologue)
+    check_halves("linear", inputs, reduce_axis)
     settings, bias = product_settings(
         w, bias, x.dtype if out_dtype is None else out_dtype, implementation, reduce_axis
     )
-    inputs, xs = inputs_of(x, prologue)
-    check_halves("linear", inputs, reduce_axis)
     settings = dataclasses.replace(settings, inputs=inputs)
     settings, residual = take_residual(settings, residual, x.shape[:-1], w.out_features)
     operands = sparse_matmul.align(xs, [], residual, w, bias, settings)

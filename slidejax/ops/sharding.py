@@ -68,13 +68,12 @@ def axis_names(reduce_axis) -> tuple[str, ...]:
     names = tuple(given) if isinstance(given, (tuple, list)) else ()
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"reduce_axis must name one or more mesh axes, got {reduce_axis!r:.60}")
+    manual = jax.sharding.get_abstract_mesh().manual_axes
     for name in names:
-        try:
-            jax.lax.axis_index(name)
-        except NameError:
+        if name not in manual:  # an axis of a vmap has a name, too
             raise ValueError(
                 f"reduce_axis must name mesh axes of the shard_map around, got {name!r}"
-            ) from None
+            )
     return names
 
 

@@ -29,7 +29,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from slidejax.files import CHECKSUM, check_json, exclusive, json_checksum, write_json
+from slidejax.files import (
+    CHECKSUM,
+    check_json,
+    exclusive,
+    json_checksum,
+    read_whole,
+    write_json,
+)
 from slidejax.kinds import check_text, shown
 from slidejax.weights import numerics
 from slidejax.weights.pattern import Pattern
@@ -130,9 +137,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     """
     hint = "delete it and run slidejax tune"
     try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError(f"it has more than {_LARGEST} bytes")
-        table = json.loads(path.read_bytes())
+        table = json.loads(read_whole(path, _LARGEST))
     except FileNotFoundError:
         return []
     except (OSError, ValueError, RecursionError) as error:

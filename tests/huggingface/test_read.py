@@ -207,6 +207,13 @@ def test_damaged_directories(folder):
         load_model(folder / "nowhere")
 
 
+def test_shards_that_overlap_are_refused(folder, tiny_params):
+    write_safetensors(folder, tiny_params, shards=2)
+    shutil.move(folder / "model.safetensors", folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(ValueError, match="another shard does, too"):
+        hf.read_pretrained(folder)
+
+
 def test_an_index_cannot_reach_outside_its_directory(folder):
     shutil.move(folder / "model.safetensors", folder.parent / "outside.safetensors")
     index = {"weight_map": {"x": "../outside.safetensors"}}

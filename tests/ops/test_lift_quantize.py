@@ -109,3 +109,11 @@ def test_bad_arguments():
         sj.lift_quantize(jnp.ones((2, 8)), "6:8", "int16")
     with pytest.raises(ValueError, match="reduce_axis"):
         sj.lift_quantize(jnp.ones((2, 8)), "6:8", reduce_axis=())
+    x, w = jnp.ones((2, 2, 8)), sj.pack(jnp.ones((8, 2)), "6:8", dtype="int8")
+    for op in (
+        lambda x: sj.lift_quantize(x, "6:8", reduce_axis="k"),
+        lambda x: sj.linear(x, w, reduce_axis="k"),
+        lambda x: sj.sparse_matmul(*sj.lift_quantize(x, "6:8"), w, reduce_axis="k"),
+    ):  # an axis of a vmap is none of a mesh
+        with pytest.raises(ValueError, match="reduce_axis must name mesh axes of the shard_map"):
+            jax.vmap(op, axis_name="k")(x)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.checkpoint.arrays import ArrayFile
+from slidejax.files import read_whole
 from slidejax.lm.decoder.compressed import Quantization
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.huggingface import from_huggingface
@@ -33,7 +34,7 @@ def read_config(folder: Path) -> tuple[DecoderConfig, Quantization]:
     """
     file = folder / "config.json"
     try:
-        values = json.loads(file.read_bytes(), object_pairs_hook=_unique)
+        values = json.loads(read_whole(file), object_pairs_hook=_unique)
     except OSError as e:
         raise ValueError(f"{str(folder)!r} has no config.json: not a model directory") from e
     except (ValueError, RecursionError) as e:
@@ -168,7 +169,7 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         hint = f"; {others[0]} is pickled or of another framework and is not read" if others else ""
         raise ValueError(f"{str(folder)!r} has no model.safetensors and no {_INDEX}{hint}")
     try:
-        placed = dict(json.loads(index.read_bytes())["weight_map"])
+        placed = dict(json.loads(read_whole(index))["weight_map"])
         names = sorted(set(placed.values()))
         good = all(name == Path(name).name and name.endswith(".safetensors") for name in names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:

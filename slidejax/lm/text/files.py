@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slidejax.checkpoint.staging import CHAT_TEMPLATES, TEXT_FILES
-from slidejax.files import CHECKSUM, check_json, reading
+from slidejax.files import CHECKSUM, check_json, read_whole, reading
 from slidejax.lm.text import gguf
 from slidejax.lm.text.tokenizer import SPECIAL, Tokenizer, need_tokenizers
 
@@ -32,8 +32,6 @@ _NAMES = (
     "config.json",
     "chat_template.jinja",
 )
-
-_LARGEST = 1 << 28  # bytes of such a file
 
 # These kinds of tokenizers begin a text with its start token unless they are told otherwise.
 _STARTING = ("Llama", "CodeLlama", "Gemma")
@@ -78,9 +76,10 @@ def text_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
     """The files of a directory that go with a model's parameters, by their names.
 
     Raises:
-      ValueError: naming it, if one is larger than any such file.
+      OSError, ValueError: naming it, if one cannot be read, such as a link to nothing, or is larger
+        than any such file.
     """
-    return _contents(Path(folder), TEXT_FILES, _LARGEST)
+    return _contents(Path(folder), TEXT_FILES)
 
 
 def is_text_file(name: str) -> bool:
@@ -97,16 +96,14 @@ def is_text_file(name: str) -> bool:
     return template == Path(template).name and Path(template).suffix == ".jinja"
 
 
-def _contents(folder: Path, names: Iterable[str], largest: int | None = None) -> dict[str, bytes]:
+def _contents(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
     """Contents by name, with the templates; their names have `/`."""
     paths = [folder / name for name in names]
     if (folder / CHAT_TEMPLATES).is_dir():
         paths += sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))
-    paths = [path for path in paths if path.is_file()]
-    for path in paths:
-        if largest is not None and path.stat().st_size > largest:
-            raise ValueError(f"{str(path)!r} is larger than {largest} bytes")
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    # What is there and cannot be read is no missing file: without it, texts have other tokens.
+    paths = [path for path in paths if os.path.lexists(path)]
+    return {path.relative_to(folder).as_posix(): read_whole(path) for path in paths}
 
 
 def check(names: Collection[str], where: str = "") -> None:

@@ -21,7 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.files import CHECKSUM, check_json, exclusive, json_checksum, write_json
+from slidejax.files import (
+    CHECKSUM,
+    check_json,
+    exclusive,
+    json_checksum,
+    read_whole,
+    write_json,
+)
 from slidejax.ops.cuda import calls, library
 from slidejax.ops.tuning import table_path
 
@@ -157,7 +164,7 @@ def _path() -> Path:
 def _read(path: Path, stamp: int) -> dict[str, dict[str, Any]]:
     # This is a cache: an algorithm that cannot be read is searched again.
     try:
-        entries = json.loads(path.read_bytes())
+        entries = json.loads(read_whole(path))
         check_json(entries, str(path))
         del entries[CHECKSUM]
         for found in entries.values():

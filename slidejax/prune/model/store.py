@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.checkpoint.arrays import ArrayFile, write_arrays
-from slidejax.files import replacing
+from slidejax.files import read_whole, replacing
 from slidejax.prune.model.result import Pruned
 
 __all__ = ["Store", "fingerprint", "remove"]
@@ -60,12 +60,12 @@ class Store:
         self._folder = Path(folder)
         note = self._folder / "conversion"
         key = f"{_FORMAT} {key}"
-        if note.is_file() and note.read_bytes() != key.encode():
+        if os.path.lexists(note) and read_whole(note) != key.encode():
             raise ValueError(
                 f"{str(folder)!r} holds the stages of another conversion (other model, text or "
                 "settings): remove it or name another folder"
             )
-        if not note.is_file():
+        if not os.path.lexists(note):
             with replacing(note) as file:
                 file.write(key.encode())
 

