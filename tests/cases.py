@@ -21,3 +21,17 @@ def some(plain, *choices):
     return [
         pytest.param(*case, marks=() if case in plain else pytest.mark.every_case) for case in cases
     ]
+
+
+def pairs(*choices):
+    """Cases of which a plain run takes as many as have any two values of two arguments together."""
+    cases = list(itertools.product(*choices))
+
+    def of(case):
+        return set(itertools.combinations([(i, repr(value)) for i, value in enumerate(case)], 2))
+
+    left, plain = set().union(*map(of, cases)), []
+    while left:
+        plain.append(max(cases, key=lambda case: len(of(case) & left)))
+        left -= of(plain[-1])
+    return some(plain, *choices)

@@ -8,6 +8,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from cases import pairs
 from hopper_emulator import INPUT, MULTIPROCESSORS, OUTPUT, Problem, make_schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -117,43 +118,44 @@ def test_int32_results_are_of_int8_operands(emulated):
     assert b"int8" in emulated.refusal(Problem(1, 1, 8).shape(), zeros=16, **wrong)
 
 
+# Whole tiles, tiles that are cut through memory, and tiles cut within a cluster.
+CUTS = [{"stream_k": 0}, {"stream_k": 4, "chance": 20}, {"cluster_split": 2}]
 # Tiles that can add a residual.
 ADDING = tuple(name for name in TILES if not name.startswith("256"))
 
 
-def check_residuals(emulated, tile, residual, rows, **weight):
-    """Of whole tiles, of tiles that are cut through memory and of tiles cut within a cluster."""
+residuals = pytest.mark.parametrize(("residual", "i", "cut"), pairs(OUTPUT[:3], range(3), CUTS))
+
+
+def check_residual(emulated, tile, residual, i, cut, M, **weight):
+    """The `i`-th problem of a tile."""
     index, shape = emulated.tile(tile)
-    for i, (M, y_dtype) in enumerate(zip(rows, OUTPUT[:3], strict=True)):
-        problem = Problem(
-            M,
-            2 * shape.rows + 40 + i,
-            y_dtype=y_dtype,
-            bias=i != 1,
-            residual=residual,
-            over_residual=True,
-            after_lift=i != 1,
-            seed=i,
-            **weight,
-        )
-        emulated.check(problem, tile=index, stream_k=0)
-        emulated.check(problem, tile=index, stream_k=4, chance=20)
-        emulated.check(problem, tile=index, cluster_split=2)
+    problem = Problem(
+        M,
+        2 * shape.rows + 40 + i,
+        y_dtype=OUTPUT[i],
+        bias=i != 1,
+        residual=residual,
+        over_residual=True,
+        after_lift=i != 1,
+        seed=i,
+        **weight,
+    )
+    emulated.check(problem, tile=index, **cut)
 
 
 @pytest.mark.parametrize("tile", ADDING)
-@pytest.mark.parametrize("residual", OUTPUT[:3])
-def test_a_residual_in_every_tile(emulated, tile, residual):
-    tokens = min(emulated.tile(tile)[1].tokens, 256)
-    rows = [min(tokens - 3 + 2 * i, 256) for i in range(3)]
-    check_residuals(emulated, tile, residual, rows, groups=48, prepared=False)
+@residuals
+def test_a_residual_in_every_tile(emulated, tile, residual, i, cut):
+    M = min(emulated.tile(tile)[1].tokens - 3 + 2 * i, 256)
+    check_residual(emulated, tile, residual, i, cut, M, groups=48, prepared=False)
 
 
 @pytest.mark.parametrize("tile", ["dense 128x64", "dense 128x16"])
-@pytest.mark.parametrize("residual", OUTPUT[:3])
-def test_a_residual_of_a_dense_weight(emulated, tile, residual):
-    tokens = emulated.tile(tile)[1].tokens
-    check_residuals(emulated, tile, residual, range(tokens - 3, tokens), K=592)
+@residuals
+def test_a_residual_of_a_dense_weight(emulated, tile, residual, i, cut):
+    M = emulated.tile(tile)[1].tokens - 3 + i
+    check_residual(emulated, tile, residual, i, cut, M, K=592)
 
 
 def test_where_a_residual_is_refused(emulated):

@@ -3,6 +3,7 @@ pairs that share W."""
 
 import numpy as np
 import pytest
+from cases import pairs
 from hopper_emulator import INPUT, MULTIPROCESSORS, Problem
 
 both_inputs = pytest.mark.parametrize("dtype", INPUT, ids=("e4m3", "int8"))
@@ -66,19 +67,21 @@ def test_cta_groups_divide_k_of_a_dense_weight(emulated, parts, dtype):
     emulated.check(problem, cluster_split=parts, tile=tile)
 
 
-@pytest.mark.parametrize("resident", [MULTIPROCESSORS, 4])
-@both_inputs
 @pytest.mark.parametrize(
-    "tile",
-    [
-        "256x192",
-        "128x256",
-        "256x160",
-        "256x128",
-        "128x128",
-        "128x256 (zeros)",
-        "128x128 (zeros)",
-    ],
+    ("tile", "dtype", "resident"),
+    pairs(
+        [
+            "256x192",
+            "128x256",
+            "256x160",
+            "256x128",
+            "128x128",
+            "128x256 (zeros)",
+            "128x128 (zeros)",
+        ],
+        INPUT,
+        [MULTIPROCESSORS, 4],
+    ),
 )
 def test_two_cta_pairs_share_the_weights(emulated, tile, dtype, resident):
     """2x2 clusters share W, and the other CTA groups run in pairs. Tiles are whole at first, then

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import pairs
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -59,11 +60,14 @@ def adapted(w, masked):
     return jax.tree.map(lambda leaf: leaf + 0.01 if leaf.shape == (4, 32) else leaf, added)
 
 
-@cuts
-@dtypes
-@pytest.mark.parametrize("kind", ["packed", "masters", "adapters", "masked adapters", "serving"])
-def test_products_and_gradients(mesh, axes, x_spec, dtype, kind):
-    x, w = problem(dtype)
+@pytest.mark.parametrize(
+    ("cut", "dtype", "kind"),
+    pairs(
+        CUTS, ["int8", "float32"], ["packed", "masters", "adapters", "masked adapters", "serving"]
+    ),
+)
+def test_products_and_gradients(mesh, cut, dtype, kind):
+    (axes, x_spec), (x, w) = cut, problem(dtype)
 
     def made(w):
         if kind == "masters":

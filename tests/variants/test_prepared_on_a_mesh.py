@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import pairs
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -62,11 +63,17 @@ def problem(dtype="int8", out=32):
     return x, sj.pack(jnp.asarray(rng.standard_normal((512, out)), jnp.float32), "6:8", dtype=dtype)
 
 
-def placed(mesh, w, axes):
-    """The weight over a mesh, prepared there, and prepared before."""
-    after = sj.prepare(place(mesh, w, w.partition_spec(**axes)), "dense")
+def prepared_there(mesh, w, axes):
+    """The weight over a mesh, prepared where it lies."""
+    return sj.prepare(place(mesh, w, w.partition_spec(**axes)), "dense")
+
+
+def prepared_before(mesh, w, axes):
     before = sj.prepare(w, "dense")
-    return after, place(mesh, before, before.partition_spec(**axes))
+    return place(mesh, before, before.partition_spec(**axes))
+
+
+PREPARED = {"there": prepared_there, "before": prepared_before}
 
 
 @pytest.fixture(autouse=True)
@@ -76,22 +83,24 @@ def _no_warnings():
         yield
 
 
-@pytest.mark.parametrize("axes", CUTS, ids=str)
-@pytest.mark.parametrize("x_spec", [P(), P("d"), P("d", "t"), P(None, "t")], ids=str)
-def test_dense_codes_are_read_on_shards_in_every_layout(axes, x_spec):
+@pytest.mark.parametrize(
+    ("axes", "x_spec", "prepare"),
+    pairs(CUTS, [P(), P("d"), P("d", "t"), P(None, "t")], ["there", "before"]),
+    ids=str,
+)
+def test_dense_codes_are_read_on_shards_in_every_layout(axes, x_spec, prepare):
     mesh, (x, w) = mesh_of(), problem()
-    want, x = sj.linear(x, w), place(mesh, x, x_spec)
-    for prepared in placed(mesh, w, axes):
-        form = prepared.prepared["dense"]
-        assert form.sharding.is_equivalent_to(NamedSharding(mesh, prepared.values.sharding.spec), 2)
-        np.testing.assert_array_equal(jax.jit(sj.linear)(x, prepared), want)
-        assert all(p.prepared == ("dense",) for p, _ in sj.explain(sj.linear, x, prepared))
+    want, x, prepared = sj.linear(x, w), place(mesh, x, x_spec), PREPARED[prepare](mesh, w, axes)
+    form = prepared.prepared["dense"]
+    assert form.sharding.is_equivalent_to(NamedSharding(mesh, prepared.values.sharding.spec), 2)
+    np.testing.assert_array_equal(jax.jit(sj.linear)(x, prepared), want)
+    assert all(p.prepared == ("dense",) for p, _ in sj.explain(sj.linear, x, prepared))
 
-        def two(x, w):
-            return sj.sparse_matmul(*sj.lift_quantize(x, "6:8"), w, out_dtype="float32")
+    def two(x, w):
+        return sj.sparse_matmul(*sj.lift_quantize(x, "6:8"), w, out_dtype="float32")
 
-        np.testing.assert_array_equal(jax.jit(two)(x, prepared), want)
-        assert all(p.prepared == ("dense",) for p, _ in sj.explain(two, x, prepared))
+    np.testing.assert_array_equal(jax.jit(two)(x, prepared), want)
+    assert all(p.prepared == ("dense",) for p, _ in sj.explain(two, x, prepared))
 
 
 @pytest.mark.parametrize("axes", CUTS, ids=str)
@@ -99,7 +108,7 @@ def test_in_shard_map_explicit_mode_and_gradients(axes):
     x, w = problem("float32")
     want = sj.linear(x, w)
     mesh = mesh_of()
-    prepared, _ = placed(mesh, w, axes)
+    prepared = prepared_there(mesh, w, axes)
     specs = P(None, axes.get("k")), prepared.partition_spec(**axes)
     body = jax.shard_map(
         lambda x, w: sj.linear(x, w, reduce_axis=axes.get("k")),
@@ -113,7 +122,7 @@ def test_in_shard_map_explicit_mode_and_gradients(axes):
         return (sj.linear(x, w) ** 2).sum()
 
     mesh = mesh_of(AxisType.Explicit)
-    prepared, _ = placed(mesh, w, axes)
+    prepared = prepared_there(mesh, w, axes)
     with jax.set_mesh(mesh):
         y = jax.jit(sj.linear)(place(mesh, x, P()), prepared)
         gradient = jax.jit(jax.grad(loss))(place(mesh, x, P()), prepared)

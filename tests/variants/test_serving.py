@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import pairs
 
 import slidejax as sj
 from slidejax.contraction import promote_packed
@@ -19,9 +20,14 @@ def weight(dtype="int8", shape=(50, 6), pattern="6:8"):
 
 
 @on_a_cpu
-@pytest.mark.parametrize("pattern", ["14:16", "6:8", "2:4", "dense"])
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16", "float32"])
-@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "x_dtype"),
+    pairs(
+        ["14:16", "6:8", "2:4", "dense"],
+        ["int8", "float8_e4m3fn", "bfloat16", "float32"],
+        ["float32", "bfloat16"],
+    ),
+)
 def test_what_serves_is_the_dense_implementation_bit_for_bit(pattern, dtype, x_dtype):
     # These are more columns than one exact float32 sum of int8 products takes.
     w = weight(dtype, (1100, 6), pattern)
