@@ -410,5 +410,5 @@ def _check_finite(kernel: jax.Array) -> None:
     )
     if not concrete or not jnp.issubdtype(kernel.dtype, jnp.floating):
         return
-    if not bool(jnp.isfinite(kernel).all()):
+    if not bool(numerics.all_finite(kernel)):
         raise ValueError("the kernel holds inf or nan")

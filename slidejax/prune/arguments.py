@@ -58,7 +58,7 @@ def check_gram(gram: Any, kernel: jax.Array, *, diagonal: bool = False) -> jax.A
     if not jnp.issubdtype(gram.dtype, jnp.floating) and not jnp.issubdtype(gram.dtype, jnp.integer):
         raise ValueError(f"gram must be real, got {gram.dtype}")
     gram = gram.astype(jnp.float32)
-    if not isinstance(gram, jax.core.Tracer) and not bool(jnp.isfinite(gram).all()):
+    if not isinstance(gram, jax.core.Tracer) and not bool(numerics.all_finite(gram)):
         raise ValueError("gram holds inf or nan: the calibration inputs are not finite")
     if not isinstance(gram, jax.core.Tracer):
         least = float((jnp.diagonal(gram) if gram.ndim == 2 else gram).min())
@@ -70,7 +70,7 @@ def check_gram(gram: Any, kernel: jax.Array, *, diagonal: bool = False) -> jax.A
 def check_numbers(**arrays: jax.Array) -> None:
     """Raises a ValueError that names the first array with inf or nan; traced ones are not known."""
     for name, array in arrays.items():
-        if not isinstance(array, jax.core.Tracer) and not bool(jnp.isfinite(array).all()):
+        if not isinstance(array, jax.core.Tracer) and not bool(numerics.all_finite(array)):
             raise ValueError(f"{name} holds inf or nan")
 
 
@@ -80,7 +80,7 @@ def check_finite(new: jax.Array) -> jax.Array:
     Raises:
       ValueError: if it is not.
     """
-    if isinstance(new, jax.core.Tracer) or bool(jnp.isfinite(new).all()):
+    if isinstance(new, jax.core.Tracer) or bool(numerics.all_finite(new)):
         return new
     raise ValueError(
         "gram has numbers too large or too small for float32: with it the kernel becomes inf or "

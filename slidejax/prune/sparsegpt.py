@@ -28,6 +28,7 @@ from slidejax.prune.arguments import (
     check_numbers,
 )
 from slidejax.weights.layout import check_mask
+from slidejax.weights.numerics import all_finite
 from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
 
 __all__ = ["layer_error", "refit", "sparsegpt"]
@@ -93,8 +94,8 @@ def sparsegpt(
         new = _refit(exact, mask, full, new, refit_steps)
     new = _with_idle(new, kernel, gram)
     new = jnp.where(mask, new, 0).astype(kernel.dtype)
-    if not isinstance(new, jax.core.Tracer) and not bool(jnp.isfinite(new).all()):
-        if not bool(jnp.isfinite(kernel).all()):
+    if not isinstance(new, jax.core.Tracer) and not bool(all_finite(new)):
+        if not bool(all_finite(kernel)):
             raise ValueError("kernel holds inf or nan")
         raise ValueError(
             f"damping {float(damping):g} is too small: with it gram has no Cholesky factor (there "
@@ -154,10 +155,12 @@ def exchange(
 # are chosen, so that they are pruned first. Those that are kept nevertheless stay as they were.
 
 
+@jax.jit
 def _driven(kernel, gram):
     return jnp.where(jnp.diagonal(gram)[:, None] > 0, kernel.astype(jnp.float32), 0)
 
 
+@jax.jit
 def _with_idle(new, kernel, gram):
     return jnp.where(jnp.diagonal(gram)[:, None] > 0, new, kernel.astype(jnp.float32))
 

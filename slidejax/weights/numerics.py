@@ -18,6 +18,7 @@ import numpy as np
 __all__ = [
     "QMAX",
     "absmax",
+    "all_finite",
     "check_dtype",
     "dtype_of",
     "encode",
@@ -30,6 +31,16 @@ __all__ = [
 QMAX = {np.dtype(jnp.int8): 127.0, np.dtype(jnp.float8_e4m3fn): 448.0}
 _VALUE_DTYPES = (*QMAX, np.dtype(jnp.bfloat16), np.dtype(jnp.float16), np.dtype(jnp.float32))
 _TINY = np.finfo(np.float32).tiny  # the smallest normal number
+
+
+@jax.jit
+def all_finite(x: jax.Array) -> jax.Array:
+    """Whether an array holds neither inf nor nan, bool `[]`: one program, which keeps no mask.
+
+    >>> bool(all_finite(jnp.array([1.0, jnp.inf])))
+    False
+    """
+    return jnp.isfinite(x).all()
 
 
 def of_rank(x: jax.Array, ndim: int) -> jax.Array:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.weights.numerics import all_finite
+
 __all__ = ["gguf_name", "parameter", "safetensors_name", "tree_of"]
 
 _GGUF = {
@@ -72,8 +74,8 @@ def parameter(path: str, tensor: np.ndarray, dtype: Any) -> jax.Array:
         large for the dtype.
     """
     value = _parameter(path, tensor, dtype)
-    if not bool(jnp.isfinite(value).all()):
-        if bool(jnp.isfinite(jnp.asarray(tensor)).all()):
+    if not bool(all_finite(value)):
+        if bool(all_finite(tensor)):
             raise ValueError(
                 f"{path!r} has values that are too large for dtype {value.dtype.name}: "
                 "take bfloat16 or float32"
