@@ -356,9 +356,10 @@ def pack(
             )
         if not isinstance(scale, jax.core.Tracer) and bool(((scale <= 0) | jnp.isinf(scale)).any()):
             raise ValueError(f"scale must be positive and finite, got {float(scale.min()):g}")
-    values, zeros, scale, crowded, infinite = packed_arrays(kernel, mask, scale, pattern, dtype)
+    arrays = packed_arrays(kernel, mask, scale, pattern, dtype)
+    values, zeros, scale, crowded, infinite, wrong = arrays
     w = SlideWeight(values, zeros, scale, pattern, kernel.shape[-2])
-    if isinstance(crowded, jax.core.Tracer):
+    if isinstance(wrong, jax.core.Tracer) or not bool(wrong):
         return w
     if infinite.any():
         at = tuple(int(i) for i in np.argwhere(np.asarray(infinite))[0])
@@ -366,17 +367,15 @@ def pack(
             f"kernel has finite values in output {at[-1]} that become infinite in dtype "
             f"{dtype.name}, whose largest number is {float(jnp.finfo(dtype).max):g}"
         )
-    if crowded.any():
-        *batch, row, group = (int(i) for i in np.argwhere(np.asarray(crowded))[0])
-        where = f"kernel {tuple(batch)}, " if batch else ""
-        raise ValueError(
-            f"mask keeps more than {pattern.kept} non-zeros in {where}output {row}, group {group} "
-            "(inputs "
-            f"{group * pattern.group} to {group * pattern.group + pattern.group - 1}); pattern "
-            f"{pattern} allows "
-            f"{pattern.kept}. {int(crowded.sum())} group(s) are too full"
-        )
-    return w
+    *batch, row, group = (int(i) for i in np.argwhere(np.asarray(crowded))[0])
+    where = f"kernel {tuple(batch)}, " if batch else ""
+    raise ValueError(
+        f"mask keeps more than {pattern.kept} non-zeros in {where}output {row}, group {group} "
+        "(inputs "
+        f"{group * pattern.group} to {group * pattern.group + pattern.group - 1}); pattern "
+        f"{pattern} allows "
+        f"{pattern.kept}. {int(crowded.sum())} group(s) are too full"
+    )
 
 
 def quantize(w: SlideWeight, dtype) -> SlideWeight:

@@ -27,7 +27,7 @@ def _is_nonzero(kernel: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def packed_arrays(
     kernel, mask, given_scale, pattern: Pattern, dtype
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """The leaves of a packed weight, and what makes a row nan under tracing and an error elsewhere.
 
     Args:
@@ -38,8 +38,9 @@ def packed_arrays(
       dtype: of the values.
 
     Returns:
-      `(values, zeros, scale, crowded, infinite)`: the leaves; bool `[..., out, groups]`, True where
-      a group keeps too much; bool `[..., out]`, True where the cast to `dtype` makes infinities.
+      `(values, zeros, scale, crowded, infinite, wrong)`: the leaves; bool `[..., out, groups]`,
+      True where a group keeps too much; bool `[..., out]`, True where the cast to `dtype` makes
+      infinities; and whether either is so anywhere, bool `[]`.
     """
     nonzero = to_groups(mask & _is_nonzero(kernel), pattern, fill=False)
     # Some 2:4 compressors count -0.0 as a non-zero, so a pruned weight is stored as +0.
@@ -67,7 +68,7 @@ def packed_arrays(
         scale = jnp.where(bad_row, jnp.nan, scale)
     else:
         values = jnp.where(bad_row[..., None, None], jnp.asarray(jnp.nan, dtype), values)
-    return values, zeros, scale, crowded, infinite
+    return values, zeros, scale, crowded, infinite, jnp.any(bad_row)
 
 
 def _zeros_of(nonzero: jax.Array) -> jax.Array:
