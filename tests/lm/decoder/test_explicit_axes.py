@@ -39,7 +39,9 @@ def placed(mesh, model):
     def put(leaf):
         packed = isinstance(leaf, SlideWeight)
         specs = leaf.partition_spec(out="t") if packed else P(None, "t") if leaf.ndim == 2 else P()
-        return jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), leaf, specs)
+        # from the host: cutting what lies on a device would be a program for each shape
+        on = lambda a, spec: jax.device_put(np.asarray(a), NamedSharding(mesh, spec))  # noqa: E731
+        return jax.tree.map(on, leaf, specs)
 
     is_weight = lambda leaf: isinstance(leaf, SlideWeight)  # noqa: E731
     return model.with_params(jax.tree.map(put, model.params, is_leaf=is_weight))
