@@ -8,6 +8,7 @@ value that needs it.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 from collections.abc import Callable
@@ -243,6 +244,17 @@ def out_file(text: str) -> str:
         return text
     if not text or os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"must be a file to write, or -, got {text!r}")
+    try:
+        os.stat(text)
+        problem = None if os.access(text, os.W_OK) else os.strerror(errno.EACCES)
+    except (FileNotFoundError, NotADirectoryError):
+        problem = None
+    except OSError as e:  # a name that is too long, or a link to itself
+        problem = e.strerror
+    if problem is not None:
+        raise argparse.ArgumentTypeError(
+            f"must be a file that can be written, got {text!r}: {problem}"
+        )
     folder = os.path.dirname(os.path.abspath(text))
     while not os.path.exists(folder):  # missing folders are made
         folder = os.path.dirname(folder)

@@ -69,12 +69,13 @@ def add_measured(p: argparse.ArgumentParser, rows: str) -> None:
       rows: the default of `--rows` on a GPU, for the help.
     """
     seconds = arguments.Number(Bound(0, 3600, above=True))
-    p.add_argument(
+    layers = p.add_mutually_exclusive_group()
+    layers.add_argument(
         "--preset",
         choices=list(PRESETS),
         help="shapes of layers (default: qwen2.5-7b on a GPU, smollm2 on a CPU)",
     )
-    p.add_argument(
+    layers.add_argument(
         "--shape",
         type=_shape,
         action="append",

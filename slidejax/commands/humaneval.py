@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,10 @@ def check(args: argparse.Namespace) -> None:
             "--task humaneval runs programs that the models write, on this machine, each in a "
             "process of its own with limits: add --run-generated-code to agree"
         )
+    if args.problems is not None and (
+        not os.path.exists(args.problems) or os.path.isdir(args.problems)
+    ):
+        raise ValueError(f"--problems must be a file, and there is none at {args.problems!r}")
     if args.samples == 0 and args.temperature is not None:
         raise ValueError("--temperature is of samples, and --samples 0 asks for none")
 

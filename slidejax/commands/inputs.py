@@ -211,7 +211,12 @@ def calibration_ids(
         text = texts.calibration() if args.sequences <= _SHORT else texts.training()
     ids = np.asarray(loaded.encode(text), np.int32)
     start = np.asarray(loaded.start, np.int32)
-    rows = cut(ids, args.sequences, fitting(512, loaded.model) - len(start), args.seed)
+    try:
+        rows = cut(ids, args.sequences, fitting(512, loaded.model) - len(start), args.seed)
+    except ValueError as e:
+        if args.calibration is None:
+            raise
+        raise ValueError(f"--calibration {' '.join(args.calibration)}: {e}") from e
     if len(rows) < args.sequences:  # whole batches, which take the fewest steps
         rows = rows[: len(rows) // BATCH * BATCH or len(rows)]
     # A model in use never sees a text without its start.

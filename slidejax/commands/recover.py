@@ -86,14 +86,15 @@ def _add_text(p: argparse.ArgumentParser) -> None:
 def _add_training(p: argparse.ArgumentParser) -> None:
     """Adds the flags about the training itself."""
     positive = arguments.positive
-    p.add_argument(
+    length = p.add_mutually_exclusive_group()
+    length.add_argument(
         "--minutes",
         type=arguments.Number(Bound(0, 1e6, above=True)),
         default=6.0,
         metavar="T",
         help="make as many steps as fit into that time, with compiling (default 6)",
     )
-    p.add_argument(
+    length.add_argument(
         "--steps",
         type=positive,
         metavar="N",

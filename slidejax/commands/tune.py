@@ -29,6 +29,11 @@ def run(args: argparse.Namespace) -> None:
     """Measures, records and shows the times; each step is named on standard error."""
     from slidejax.bench import tuning
 
+    if args.model and (args.preset or args.shape):
+        flag = "--shape" if args.shape else "--preset"
+        raise ValueError(
+            f"{flag} does not go with MODEL, {args.model!r}, whose layers are measured"
+        )
     model = inputs.load(args.model, args, text=False).model if args.model else None
     note = lambda text: print(text, file=sys.stderr)  # noqa: E731
     options = {"model": model, "dry_run": args.dry_run, "note": note}

@@ -1,5 +1,7 @@
 """Errors of the commands: one line each, and before a model is read where that is possible."""
 
+import os
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -65,6 +67,43 @@ def test_wrong_values_are_named_before_a_model_is_read(capsys, tmp_path):
     assert "must be N,K" in usage_error(capsys, "bench", "--shape", "64")
     assert "must be above 0" in usage_error(capsys, "bench", "--seconds", "0")
     assert not (tmp_path / "x").exists()
+
+
+def test_files_that_cannot_be_written_are_named_before_the_work(capsys, tmp_path, monkeypatch):
+    long, loop, kept = (tmp_path / name for name in ("x" * 300, "loop", "kept"))
+    loop.symlink_to(loop)
+    kept.touch()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(kept) and access(path, mode))
+    for file, reason in (
+        (long, "File name too long"),
+        (loop, "Too many levels of symbolic links"),
+        (kept, "Permission denied"),
+    ):
+        said = usage_error(capsys, "convert", "m", "x", "--json", str(file))
+        assert "argument --json: must be a file that can be written" in said and reason in said
+
+
+def test_flags_that_contradict_each_other(capsys, tmp_path):
+    said = usage_error(capsys, "recover", "m", "x", "--minutes", "6", "--steps", "1")
+    assert "--steps: not allowed with argument --minutes" in said
+    for command in ("tune", "bench"):
+        said = usage_error(capsys, command, "--shape", "8,8", "--preset", "smollm2")
+        assert "--preset: not allowed with argument --shape" in said
+    said = error(capsys, "tune", "nowhere", "--shape", "8,8")
+    assert "--shape does not go with MODEL, 'nowhere'" in said
+
+
+def test_files_to_read_are_named_with_their_flags(capsys, tmp_path, model):
+    task = ("eval", model, "--task", "humaneval", "--run-generated-code", "--problems")
+    for file in ("", str(tmp_path / "nothing"), str(tmp_path)):
+        assert f"--problems must be a file, and there is none at {file!r}" in error(
+            capsys, *task, file
+        )
+    (tmp_path / "empty").touch()
+    text = ("--calibration", str(tmp_path / "empty"))
+    said = error(capsys, "convert", model, str(tmp_path / "x"), *text)
+    assert f"--calibration {tmp_path / 'empty'}: the text has 0 tokens" in said
 
 
 @pytest.mark.parametrize("args", [[], ["fly"], ["convert", "a"], ["eval", "m", "--tokens", "0"]])

@@ -12,6 +12,7 @@ parameters are rescaled, then its layers are pruned.
 
 from __future__ import annotations
 
+import itertools
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def units(stages: Stages, folds: Sequence[Fold]) -> list[range]:
         for at in range(low, max(touched) + 1):
             first[at] = low
     starts = [at for at in range(len(first)) if first[at] == at]
-    return [range(a, b) for a, b in zip(starts, [*starts[1:], len(first)], strict=True)]
+    return [range(a, b) for a, b in itertools.pairwise([*starts, len(first)])]
 
 
 def prune_streamed(
@@ -222,8 +223,8 @@ def memory(
         )
         parameters = max(parameters, held + new + solving)
     runs = (2 if corrects else 1) * batches + (measured if folds else 0)
-    state = runs * max(stages.kept_bytes(at) for at in range(len(stages.taps)))
-    return Memory(parameters, state, max(map(sum, _moments(stages, params, corrects))))
+    state = runs * max((stages.kept_bytes(at) for at in range(len(stages.taps))), default=0)
+    return Memory(parameters, state, max(map(sum, _moments(stages, params, corrects)), default=0))
 
 
 def _moments(stages: Stages, params: Mapping[str, Any], corrects: bool) -> Iterator[list[int]]:

@@ -104,6 +104,10 @@ def test_a_tied_head_that_a_rule_converts(method, tmp_path):
     both_ways(GOLDEN / "llama3", tmp_path, rules, method, None if method is None else IDS)
 
 
+def test_rules_that_leave_all_layers_need_no_calibration(tmp_path):
+    both_ways(GOLDEN / "llama", tmp_path, [(".*", None)], "wanda", IDS)
+
+
 def test_floats_and_files_of_slidejax(tmp_path):
     sj.lm.save(tiny(), tmp_path / "saved")
     out = both_ways(tmp_path / "saved", tmp_path, "6:8", None, None, floats="bfloat16")
