@@ -1,9 +1,13 @@
 """A random `linear`, and a comparison of results, for the tests of the products."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 import slidejax as sj
+
+# One program for each shape, where `pack` is some.
+_pack = jax.jit(sj.pack, static_argnames=("pattern", "dtype"))
 
 
 def problem(seed, rows, columns, features, pattern, dtype, x_dtype=np.float32):
@@ -11,7 +15,7 @@ def problem(seed, rows, columns, features, pattern, dtype, x_dtype=np.float32):
     x = jnp.asarray(rng.standard_normal((rows, columns)), x_dtype)
     kernel = jnp.asarray(rng.standard_normal((columns, features)), jnp.float32)
     bias = jnp.asarray(rng.standard_normal(features), jnp.float32)
-    return x, sj.pack(kernel, pattern, dtype=dtype), bias
+    return x, _pack(kernel, pattern=pattern, dtype=dtype), bias
 
 
 def close(actual, desired, tolerance):
@@ -35,7 +39,7 @@ def exact_problem(seed, rows, columns, features, pattern, x_dtype=np.float32):
         return values * np.exp2(rng.integers(-6, 3, (lines, 1)))
 
     x = jnp.asarray(codes(rows, columns), x_dtype)
-    w = sj.pack(jnp.asarray(codes(features, columns).T, jnp.float32), pattern, dtype="int8")
+    w = _pack(codes(features, columns).T.astype(np.float32), pattern=pattern, dtype="int8")
     return x, w, jnp.asarray(rng.standard_normal(features) * 8, jnp.float32)
 
 

@@ -38,9 +38,16 @@ def test_equals_the_formula_bit_for_bit(
     bias = bias if has_bias else None
     residual = residual_of(seed, (x.shape[0], w.out_features), residual_dtype)
     want = formulas.linear(x, w, bias, jnp.dtype(out_dtype), residual)
-    options = {"implementation": implementation, "out_dtype": out_dtype, "residual": residual}
-    equal(sj.linear(x, w, bias, **options), want)
-    equal(sj.sparse_matmul(*sj.lift_quantize(x, pattern), w, bias, **options), want)
+    options = {"implementation": implementation, "out_dtype": out_dtype}
+
+    @jax.jit
+    def both(x, w, bias, residual):
+        given = {**options, "residual": residual}
+        lifted = sj.lift_quantize(x, pattern)
+        return sj.linear(x, w, bias, **given), sj.sparse_matmul(*lifted, w, bias, **given)
+
+    for got in both(x, w, bias, residual):
+        equal(got, want)
 
 
 @pytest.mark.parametrize("prologue", ["relu", "glu", "norm"])

@@ -21,7 +21,7 @@ from slidejax.ops.implementations.reference import REFERENCE
 def test_sums_of_int8_products_are_exact(rows, columns):
     codes = np.full((rows, columns), 127, np.int8)
     kernel = np.stack([np.full(columns, 127), np.full(columns, -127)]).astype(np.int8)
-    got = reference.exact_int8_dot(jnp.asarray(codes), jnp.asarray(kernel))
+    got = jax.jit(reference.exact_int8_dot)(codes, kernel)
     assert got.dtype == jnp.int32
     np.testing.assert_array_equal(got, codes.astype(np.int64) @ kernel.T.astype(np.int64))
 
@@ -115,9 +115,11 @@ def test_the_product_is_that_of_numpy(pattern):
     lifted, scale = sj.lift_quantize(
         jnp.asarray(rng.standard_normal((3, 70)), jnp.float32), pattern
     )
-    acc = np.asarray(lifted, np.int64) @ np.asarray(reference.expand_lifted(w), np.int64).T
-    np.testing.assert_array_equal(REFERENCE.matmul(lifted, scale, w, None, None), acc)
+    expanded = jax.jit(reference.expand_lifted)(w)
+    acc = np.asarray(lifted, np.int64) @ np.asarray(expanded, np.int64).T
+    matmul = jax.jit(REFERENCE.matmul, static_argnums=4)
+    np.testing.assert_array_equal(matmul(lifted, scale, w, None, None), acc)
     bias = rng.standard_normal(5).astype(np.float32)
-    got = REFERENCE.matmul(lifted, scale, w, jnp.asarray(bias), jnp.float32)
+    got = matmul(lifted, scale, w, bias, jnp.float32)
     want = acc.astype(np.float32) * np.asarray(scale) * np.asarray(w.scale) + bias
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
