@@ -17,6 +17,19 @@ FLOAT = sj.Rule("6:8", qdtype=None)
 IDS = np.arange(3, 11).reshape(2, 4)
 
 
+def made(cls, config):
+    """A model whose parameters are drawn by one program."""
+    model = cls(config, _do_init=False)
+    draw = jax.jit(lambda key: model.init_weights(key, (1, 1)))
+    return sj.huggingface.with_params(model, draw(jax.random.key(0)))
+
+
+def logits(model, params=None):
+    """Logits for IDS, by one program."""
+    run = jax.jit(lambda params: model(IDS, params=params).logits)
+    return run(model.params if params is None else params)
+
+
 def gpt2():
     config = transformers.GPT2Config(
         vocab_size=97,
@@ -28,7 +41,7 @@ def gpt2():
         eos_token_id=2,
         pad_token_id=0,
     )
-    return transformers.FlaxGPT2LMHeadModel(config)
+    return made(transformers.FlaxGPT2LMHeadModel, config)
 
 
 def bert():
@@ -39,7 +52,7 @@ def bert():
         num_attention_heads=2,
         intermediate_size=40,
     )
-    return transformers.FlaxBertForMaskedLM(config)
+    return made(transformers.FlaxBertForMaskedLM, config)
 
 
 def densified(sparse, model):
@@ -73,14 +86,10 @@ def test_llama(tiny_llama):
     assert not any(isinstance(leaf, sj.SlideWeight) for leaf in before.values())
 
     dense = densified(sparse, tiny_llama)
-    want = tiny_llama(IDS, params=dense).logits
+    want = logits(tiny_llama, dense)
     np.testing.assert_allclose(sparse(IDS).logits, want, atol=1e-4)
-    np.testing.assert_allclose(
-        jax.jit(lambda params, ids: sparse(ids, params=params).logits)(sparse.params, IDS),
-        want,
-        atol=1e-4,
-    )
-    assert jnp.abs(want - tiny_llama(IDS).logits).max() > 0.01
+    np.testing.assert_allclose(logits(sparse), want, atol=1e-4)
+    assert jnp.abs(want - logits(tiny_llama)).max() > 0.01
     sparse.generation_config.max_length = 7
     assert tiny_llama.generation_config.max_length != 7
 
@@ -93,15 +102,16 @@ def test_llama(tiny_llama):
 def test_llama_generates(tiny_llama, options):
     sparse = sj.huggingface.convert(tiny_llama, FLOAT)
     dense = densified(sparse, tiny_llama)
-    want = tiny_llama.generate(
-        IDS, params=dense, max_length=9, pad_token_id=258, **options
-    ).sequences
-    generate = jax.jit(
-        lambda params: (
-            sparse.generate(IDS, params=params, max_length=9, pad_token_id=258, **options).sequences
+
+    def generate(model, params):
+        options_of_all = {"max_length": 9, "pad_token_id": 258}
+        run = jax.jit(
+            lambda params: model.generate(IDS, params=params, **options_of_all, **options).sequences
         )
-    )
-    np.testing.assert_array_equal(generate(sparse.params), want)
+        return run(params)
+
+    want = generate(tiny_llama, dense)
+    np.testing.assert_array_equal(generate(sparse, sparse.params), want)
     if not options:
         np.testing.assert_array_equal(
             sparse.generate(IDS, max_length=9, pad_token_id=258).sequences, want
@@ -111,23 +121,24 @@ def test_llama_generates(tiny_llama, options):
 def test_8_bit_llama_is_near_its_dense_twin(tiny_llama):
     sparse = sj.huggingface.convert(tiny_llama, "14:16")
     assert sparse.params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"].dtype == jnp.int8
-    got, want = sparse(IDS).logits, tiny_llama(IDS, params=densified(sparse, tiny_llama)).logits
+    got, want = logits(sparse), logits(tiny_llama, densified(sparse, tiny_llama))
     assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.99
     prepared = sj.prepare(sparse.params)
-    np.testing.assert_allclose(sparse(IDS, params=prepared).logits, got, atol=1e-4)
+    np.testing.assert_allclose(logits(sparse, prepared), got, atol=1e-4)
 
 
 def test_quantised_only(tiny_llama):
     """Quantised only, a model is nearer to the original than with any pattern, served or not."""
-    want, near = tiny_llama(IDS).logits, []
+    want, near = logits(tiny_llama), []
     for pattern in ("dense", "14:16"):
         model = sj.huggingface.convert(tiny_llama, pattern)
-        near.append(float(jnp.mean((model(IDS).logits - want) ** 2)))
+        got = logits(model)
+        near.append(float(jnp.mean((got - want) ** 2)))
         served = sj.huggingface.with_params(model, serving(model.params))
-        np.testing.assert_allclose(served(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(logits(served), got, rtol=1e-4, atol=1e-4)
     assert near[0] < near[1] / 4
     unquantised = sj.huggingface.convert(tiny_llama, sj.Rule("dense", None))
-    np.testing.assert_allclose(unquantised(IDS).logits, want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits(unquantised), want, rtol=1e-4, atol=1e-4)
 
 
 def test_gpt2_keeps_out_in():
@@ -136,14 +147,13 @@ def test_gpt2_keeps_out_in():
     shapes = {line.path.split("/")[-2] + str(line.shape) for line in report.converted}
     assert shapes == {"c_attn(32, 96)", "c_proj(32, 32)", "c_fc(32, 128)", "c_proj(128, 32)"}
     dense = densified(sparse, model)
-    np.testing.assert_allclose(sparse(IDS).logits, model(IDS, params=dense).logits, atol=1e-5)
-    want = model.generate(IDS, params=dense, max_length=7).sequences
-    np.testing.assert_array_equal(
-        jax.jit(lambda params: sparse.generate(IDS, params=params, max_length=7).sequences)(
-            sparse.params
-        ),
-        want,
-    )
+    np.testing.assert_allclose(logits(sparse), logits(model, dense), atol=1e-5)
+
+    def generate(model, params):
+        run = jax.jit(lambda params: model.generate(IDS, params=params, max_length=7).sequences)
+        return run(params)
+
+    np.testing.assert_array_equal(generate(sparse, sparse.params), generate(model, dense))
 
 
 def test_bert():
@@ -153,9 +163,7 @@ def test_bert():
     )
     assert len(report.skipped) == 4 and all("/attention/" in path for path in report.skipped)
     assert len(report.converted) == 3
-    np.testing.assert_allclose(
-        sparse(IDS).logits, model(IDS, params=densified(sparse, model)).logits, atol=1e-5
-    )
+    np.testing.assert_allclose(logits(sparse), logits(model, densified(sparse, model)), atol=1e-5)
 
 
 def test_a_model_without_parameters(tiny_llama):
@@ -169,7 +177,7 @@ def test_a_model_without_parameters(tiny_llama):
 def test_packed_parameters_run_in_a_dense_model(tiny_llama):
     sparse = sj.huggingface.convert(tiny_llama, FLOAT)
     again = sj.huggingface.with_params(tiny_llama, sparse.params)
-    np.testing.assert_array_equal(again(IDS).logits, sparse(IDS).logits)
+    np.testing.assert_array_equal(logits(again), logits(sparse))
     with pytest.raises(ValueError, match="parameters are missing"):
         sj.huggingface.with_params(tiny_llama, {"model": {}})
 
@@ -183,7 +191,7 @@ def test_converting_twice_packs_what_is_left(tiny_llama):
         and "packed already" in report.skipped["model/layers/0/mlp/up_proj/kernel"]
     )
     np.testing.assert_allclose(
-        second(IDS).logits, sj.huggingface.convert(tiny_llama, FLOAT)(IDS).logits, atol=1e-6
+        logits(second), logits(sj.huggingface.convert(tiny_llama, FLOAT)), atol=1e-6
     )
 
 
@@ -194,7 +202,7 @@ def test_save_pretrained(tiny_llama, tmp_path):
 
     again = load_model(tmp_path / "out").model
     jax.tree.map(np.testing.assert_array_equal, again.params, sparse.params)
-    np.testing.assert_array_equal(again(IDS).logits, sparse(IDS).logits)
+    np.testing.assert_array_equal(logits(again), logits(sparse))
     with pytest.raises(ValueError, match=r"takes no push_to_hub.*slidejax.checkpoint.save"):
         sparse.save_pretrained(tmp_path / "hub", push_to_hub=True)
 
