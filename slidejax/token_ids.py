@@ -19,6 +19,8 @@ def int32_ids(tokens: Any, name: str = "tokens") -> np.ndarray:
     Traceback (most recent call last):
     ValueError: prompt must be token ids, got 4294967301
     """
+    if isinstance(tokens, np.ma.MaskedArray):  # what is masked would be read all the same
+        raise ValueError(f"{name} must be token ids, got a MaskedArray")
     ids = np.asarray(tokens)
     if ids.dtype == object:  # integers of Python beyond 64 bits, or rows of different lengths
         raise ValueError(f"{name} must be token ids, got {tokens!r:.80}")

@@ -259,3 +259,15 @@ def test_rules_that_can_be_read_once_only_are_refused():
     rules = ((path, "6:8") for path in [".*mlp.*"])
     with pytest.raises(ValueError, match="rules must be an ordered list"):
         sj.lm.convert(MODEL, rules, "wanda", IDS)
+
+
+def test_the_mask_of_an_array_is_never_dropped():
+    """Tokens that are masked, as padding may be, would be read as all others are."""
+    rows = np.ma.masked_array(np.ones((4, 8), np.int32), np.arange(32).reshape(4, 8) % 2)
+    for given in (rows, [rows], [(rows, rows)]):
+        with pytest.raises(TypeError, match=r"calibration must be .* MaskedArray"):
+            sj.prune.Calibration(given).as_batches()
+    with pytest.raises(TypeError, match=r"rows must be .* MaskedArray"):
+        sj.train.Shuffled(rows, 2)
+    with pytest.raises(ValueError, match="ids must be token ids, got a MaskedArray"):
+        sj.prune.cut(rows[0], 1, 4)

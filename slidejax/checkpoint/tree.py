@@ -19,6 +19,9 @@ from slidejax.weights.pattern import Pattern
 __all__ = ["Decoder", "encode"]
 
 
+_RESERVED = "__metadata__"  # no array of a safetensors file has this name
+
+
 def _show(path: tuple[Any, ...]) -> str:
     return "/".join(str(p) for p in path) or "(root)"
 
@@ -41,7 +44,8 @@ def encode(node: Any, path: tuple[Any, ...], arrays: dict[str, np.ndarray]) -> d
     if isinstance(node, jax.Array) and jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
         data = _encode_array(jax.random.key_data(node), path, ".key", arrays)
         return {"kind": "prng_key", "implementation": str(jax.random.key_impl(node)), "data": data}
-    if isinstance(node, (jax.Array, np.ndarray, np.generic)):
+    masked = isinstance(node, np.ma.MaskedArray)  # its mask would be lost
+    if isinstance(node, (jax.Array, np.ndarray, np.generic)) and not masked:
         return {"kind": "array", **_encode_array(node, path, "", arrays)}
     if type(node).__module__.startswith("flax.nnx"):
         from flax import nnx
@@ -99,7 +103,7 @@ def _encode_array(
     if host.dtype.byteorder == ">":
         host = host.astype(host.dtype.newbyteorder("<"))
     name = _name(path, leaf) or "(root)"
-    while name in arrays:  # {1: a, "1": b}
+    while name in arrays or name == _RESERVED:  # {1: a, "1": b}
         name += "'"
     arrays[name] = np.ascontiguousarray(host).reshape(host.shape)
     return {

@@ -91,7 +91,8 @@ class Shuffled:
     seed: int = 0
 
     def __post_init__(self):
-        if not getattr(self.rows, "shape", ()):
+        masked = isinstance(self.rows, np.ma.MaskedArray)  # its mask would be lost
+        if masked or not getattr(self.rows, "shape", ()):
             raise TypeError(f"rows must be an array [n, ...], got {type(self.rows).__name__}")
         COUNT.check(self.size, "size")
         Bound(0, 2**63, whole=True).check(self.seed, "seed")

@@ -107,7 +107,15 @@ def test_an_earlier_checkpoint_is_replaced_only_by_a_complete_one(tmp_path, monk
     assert os.listdir(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("tree", [{"x": object()}, {"x": {1.5: 2}}, {"x": lambda: None}])
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"x": object()},
+        {"x": {1.5: 2}},
+        {"x": lambda: None},
+        {"x": np.ma.masked_array([1.0, 2.0], [True, False])},
+    ],
+)
 def test_what_cannot_be_saved_is_named(tmp_path, tree):
     with pytest.raises(TypeError, match="x"):
         sj.checkpoint.save(tmp_path / "out", tree)

@@ -61,6 +61,14 @@ def test_any_tree_comes_back(tree, tmp_path_factory):
     assert same(tree, again)
 
 
+def test_a_key_may_be_the_name_that_safetensors_keeps_for_itself(tmp_path):
+    tree = {"__metadata__": np.arange(3), "__metadata__'": np.ones(2, np.int8)}
+    sj.checkpoint.save(tmp_path / "out", tree)
+    again = sj.checkpoint.load(tmp_path / "out")
+    assert again.keys() == tree.keys()
+    assert all(np.array_equal(again[key], tree[key]) for key in tree)
+
+
 def test_no_two_paths_share_a_name():
     tree = {"a": {"b": np.zeros(1)}, "a/b": np.ones(1), "a~1b": np.full(1, 2.0)}
     arrays = {}

@@ -79,6 +79,11 @@ class Calibration:
           ValueError: if there are none, they are no sequence, or their shapes differ.
         """
         given = self.batches
+        if any(isinstance(leaf, np.ma.MaskedArray) for leaf in jax.tree.leaves(given)):
+            raise TypeError(
+                "calibration must be token ids [sequences, length] or a list of batches of arrays, "
+                "got MaskedArray"
+            )
         is_array = isinstance(given, (jax.Array, np.ndarray))
         if is_array and np.issubdtype(given.dtype, np.integer) and given.ndim == 2 and given.size:
             # batches of one shape need one program
