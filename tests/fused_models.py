@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 def converted(model, x, rules=RULES, seed=0):
-    variables = model.init(jax.random.key(seed), x)
+    variables = jax.jit(model.init)(jax.random.key(seed), x)
     noise = iter(jax.random.split(jax.random.key(seed + 1), 99))
     variables = jax.tree.map(
         lambda leaf: leaf + jax.random.normal(next(noise), leaf.shape) * 0.1, variables

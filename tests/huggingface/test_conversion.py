@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers_models
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import slidejax as sj
@@ -17,17 +18,8 @@ FLOAT = sj.Rule("6:8", qdtype=None)
 IDS = np.arange(3, 11).reshape(2, 4)
 
 
-def made(cls, config):
-    """A model whose parameters are drawn by one program."""
-    model = cls(config, _do_init=False)
-    draw = jax.jit(lambda key: model.init_weights(key, (1, 1)))
-    return sj.huggingface.with_params(model, draw(jax.random.key(0)))
-
-
 def logits(model, params=None):
-    """Logits for IDS, by one program."""
-    run = jax.jit(lambda params: model(IDS, params=params).logits)
-    return run(model.params if params is None else params)
+    return transformers_models.logits(model, IDS, params)
 
 
 def gpt2():
@@ -41,7 +33,7 @@ def gpt2():
         eos_token_id=2,
         pad_token_id=0,
     )
-    return made(transformers.FlaxGPT2LMHeadModel, config)
+    return transformers_models.made(transformers.FlaxGPT2LMHeadModel, config)
 
 
 def bert():
@@ -52,7 +44,7 @@ def bert():
         num_attention_heads=2,
         intermediate_size=40,
     )
-    return made(transformers.FlaxBertForMaskedLM, config)
+    return transformers_models.made(transformers.FlaxBertForMaskedLM, config)
 
 
 def densified(sparse, model):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformers_models import logits, made
 
 import slidejax as sj
 
@@ -33,7 +34,7 @@ def gated(family, activation):
         else {"hidden_act": activation}
     )
     config = getattr(transformers, f"{name}Config")(**sizes, **options)
-    return getattr(transformers, f"Flax{name}ForCausalLM")(config, seed=0)
+    return made(getattr(transformers, f"Flax{name}ForCausalLM"), config)
 
 
 def fused_products(model, ids):
@@ -55,10 +56,10 @@ def test_the_gate_goes_into_the_lift_of_an_8_bit_down_projection(family, activat
     program = jax.jit(lambda params: model(ids, params=params).logits).trace(model.params)
     # This is the gated product of slidejax/ops/cuda/prologues.py.
     assert 'prologue = "glu"' in program.lower(lowering_platforms=("cuda",)).as_text()
-    together = model(ids).logits
+    together = logits(model, ids)
     monkeypatch.setattr("slidejax.linen.gated_mlp._BODIES", ())
     assert fused_products(model, ids) == 0
-    np.testing.assert_allclose(together, model(ids).logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(together, logits(model, ids), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_the_gate_goes_into_the_lift_of_an_8_bit_down_projection(family, activat
 def test_other_gated_mlps_run_layer_by_layer(activation, rules):
     model, ids = sj.huggingface.convert(gated("llama", activation), rules), jnp.arange(6)[None]
     assert fused_products(model, ids) == 0
-    assert np.isfinite(np.asarray(model(ids).logits)).all()
+    assert np.isfinite(np.asarray(logits(model, ids))).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
@@ -95,9 +96,13 @@ def test_fused_projections(family):
         )
 
     assert products(model) == [32, 32, 32, 32, 32, 48, 48] and products(fused) == [32, 32, 96, 96]
-    np.testing.assert_allclose(fused(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logits(fused, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
     if family == "llama":
         options = {"max_new_tokens": 5, "eos_token_id": 64, "pad_token_id": 0}
-        np.testing.assert_array_equal(
-            fused.generate(ids, **options).sequences, model.generate(ids, **options).sequences
+        one, other = (
+            jax.jit(lambda params, m=m: m.generate(ids, params=params, **options).sequences)(
+                m.params
+            )
+            for m in (fused, model)
         )
+        np.testing.assert_array_equal(one, other)
