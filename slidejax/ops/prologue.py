@@ -125,6 +125,9 @@ class RMSNorm(Prologue):
       weight: `[in]`, the norm's `scale`.
       eps: added to the mean of squares.
 
+    Squares are added in float32, as Flax adds them. The square of a number above 1.8e19 is infinite
+    there, and the finite numbers of such a row become zeros.
+
     >>> from slidejax import lift_quantize
     >>> norm = RMSNorm(jnp.ones(2), eps=0.0)
     >>> codes, scale = lift_quantize(jnp.array([[3.0, 4.0]]), "2:4", prologue=norm)
@@ -154,6 +157,8 @@ class LayerNorm(Prologue):
       weight: `[in]`, the norm's `scale`.
       bias: `[in]`, or None.
       eps: added to the variance.
+
+    Squares are added in float32, as in `RMSNorm`.
     """
 
     weight: jax.Array

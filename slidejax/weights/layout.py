@@ -26,24 +26,43 @@ __all__ = [
     "to_groups",
 ]
 
+_INFINITE_IN_FLOAT32 = 2.0**128 - 2.0**103  # from here on float64 rounds to inf
+
 
 def as_array(value: Any, name: str) -> jax.Array:
     """Returns an argument as an array.
 
     Raises:
       TypeError: naming the argument, if it is no array of numbers.
-      ValueError: if it has an integer that is too large.
+      ValueError: if it has an integer that is too large, or a float64 that JAX without x64 would
+        make infinite.
     """
     if isinstance(value, np.ndarray) and not value.dtype.isnative:  # JAX has one byte order
         value = value.astype(value.dtype.newbyteorder("="))
     if not isinstance(value, str):  # NumPy reads numbers out of texts
         try:
-            return jnp.asarray(value)
+            array = jnp.asarray(value)
         except OverflowError as e:
             raise ValueError(f"{name} must be an array, and has a number too large: {e}") from e
         except (TypeError, ValueError):  # ValueError: None, and rows of different lengths
             pass
+        else:
+            if array.dtype == jnp.float32 and not isinstance(value, jax.Array):
+                _check_range(np.asarray(value), name)
+            return array
     raise TypeError(f"{name} must be an array of numbers, got {type(value).__name__}")
+
+
+def _check_range(value: np.ndarray, name: str) -> None:
+    """Raises ValueError if a finite float64 is infinite in float32, which JAX makes of it."""
+    if value.dtype != np.float64:
+        return
+    largest = np.abs(value).max(initial=0, where=np.isfinite(value))
+    if largest >= _INFINITE_IN_FLOAT32:
+        raise ValueError(
+            f"{name} has finite values that become infinite in float32, such as {largest:g}: scale "
+            "them, or turn jax_enable_x64 on"
+        )
 
 
 def as_shape(value: Any, name: str, shape: tuple[int, ...], what: str) -> jax.Array:

@@ -368,3 +368,20 @@ def test_scales_that_are_no_scales_are_refused(scale):
         sj.pack(jnp.ones((8, 2)), "6:8", dtype="int8", scale=jnp.array([1.0, scale]))
     w = jax.jit(lambda s: sj.pack(jnp.ones((8, 2)), "6:8", dtype="int8", scale=s))
     assert np.isnan(w(jnp.array([1.0, scale])).scale[1])
+
+
+@pytest.mark.parametrize("large", [1e300, -3.5e38, 2.0**128])
+def test_float64_that_float32_makes_infinite_is_refused(large):
+    kernel = np.ones((8, 2))
+    kernel[3, 1] = large
+    said = "kernel has finite values that become infinite in float32"
+    for array in (kernel, kernel.tolist()):
+        with pytest.raises(ValueError, match=said):
+            sj.pack(array, "6:8", dtype="int8")
+    w = sj.pack(np.ones((8, 2)), "6:8", dtype="int8")
+    with pytest.raises(ValueError, match="x has finite values"):
+        sj.linear(kernel[:, 1:].T, w)
+    kernel[3, 1] = 3.4028235e38  # float32's largest number
+    assert np.isfinite(sj.unpack(sj.pack(kernel, "dense"))).all()
+    kernel[3, 1] = np.inf  # what is infinite already shows as nan
+    assert np.isnan(sj.pack(kernel, "6:8", dtype="int8").scale).any()
