@@ -1,7 +1,4 @@
 // The emulator that cuda_runtime_api.h declares.
-#include <setjmp.h>
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +8,7 @@
 #include <vector>
 
 #include "cuda_runtime_api.h"
+#include "jump.h"
 
 namespace emulated {
 
@@ -33,9 +31,7 @@ struct PendingCopy {
 };
 
 struct Fibre : Thread {
-  ucontext_t start;  // where it begins
-  bool begun = false;
-  jmp_buf context;  // where it goes on
+  jump::Place place;
   bool done = false;
   bool waited = false;  // for the kernel ahead
   std::function<bool()> ready = [] { return true; };
@@ -62,22 +58,15 @@ Meeting block_meeting;
 
 Fibre& Self() { return *static_cast<Fibre*>(current); }
 
-// Goes from one place to another. Unlike swapcontext, a jump asks nothing of the operating system.
-void Switch(jmp_buf from, jmp_buf to) {
-  if (_setjmp(from) == 0) _longjmp(to, 1);
-}
-
 void Resume(Fibre& fibre) {
   current = &fibre;
-  if (fibre.begun) return Switch(scheduler, fibre.context);
-  fibre.begun = true;
-  if (_setjmp(scheduler) == 0) setcontext(&fibre.start);
+  fibre.place.Resume(scheduler);
 }
 
 void Yield(std::function<bool()> ready) {
   Fibre& self = Self();
   self.ready = std::move(ready);
-  Switch(self.context, scheduler);
+  jump::Switch(self.place.context, scheduler);
 }
 
 // Waits until `threads` threads have arrived at this turn of a barrier.
@@ -232,9 +221,7 @@ cudaError_t Launch(const std::function<void()>& run, dim3 grid, dim3 block, size
       f.thread = dim3(t, 0, 0),
       f.block = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
       if (t == stacks.size()) stacks.emplace_back(new char[kStack]);
-      getcontext(&f.start);
-      f.start.uc_stack.ss_sp = stacks[t].get(), f.start.uc_stack.ss_size = kStack;
-      makecontext(&f.start, Enter, 0);
+      f.place.BeginIn(Enter, stacks[t].get(), kStack);
     }
     std::vector<unsigned> turn(threads);
     for (unsigned t = 0; t < threads; ++t) turn[t] = t;

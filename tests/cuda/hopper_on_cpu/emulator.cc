@@ -35,11 +35,6 @@ std::vector<Copy> lift;  // the writes of the kernel before the next launch
 
 bool Maybe() { return static_cast<int>(random_bits() % 100) < chance; }
 
-// Goes from one place to another. Unlike swapcontext, a jump asks nothing of the operating system.
-void Switch(jmp_buf from, jmp_buf to) {
-  if (_setjmp(from) == 0) _longjmp(to, 1);
-}
-
 void Enter() {
   body();
   for (const auto& read : running->stores)
@@ -51,9 +46,7 @@ void Enter() {
 void Resume(Fiber& fiber) {
   running = &fiber;
   threadIdx = {static_cast<unsigned>(fiber.thread), 0, 0};
-  if (fiber.begun) return Switch(scheduler, fiber.context);
-  fiber.begun = true;
-  if (_setjmp(scheduler) == 0) setcontext(&fiber.start);
+  fiber.place.Resume(scheduler);
 }
 
 float FromE4m3(uint8_t v) {
@@ -94,9 +87,7 @@ void Run(int blocks, int threads, int cluster_size, int resident) {
           fiber->stack = std::unique_ptr<char[]>(new char[kStack]);
           fiber->block = block.get();
           fiber->thread = t;
-          getcontext(&fiber->start);
-          fiber->start.uc_stack = {fiber->stack.get(), 0, kStack};
-          makecontext(&fiber->start, Enter, 0);
+          fiber->place.BeginIn(Enter, fiber->stack.get(), kStack);
           one.fibers.push_back(std::move(fiber));
         }
         one.cluster->blocks.push_back(std::move(block));
@@ -165,7 +156,7 @@ void WaitUntil(const char* what, std::function<bool()> ready) {
   Fiber& fiber = *running;
   fiber.what = what;
   fiber.waits_for = std::move(ready);
-  Switch(fiber.context, scheduler);
+  jump::Switch(fiber.place.context, scheduler);
 }
 void Later(std::function<void()> job) { jobs.push_back(std::move(job)); }
 uint32_t SharedOffset(const void* variable) {

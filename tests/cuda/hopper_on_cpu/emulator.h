@@ -10,9 +10,6 @@
 #define __launch_bounds__(...)
 #undef __shared__
 #define __shared__ static  // SharedOffset gives each variable an address in every block
-#include <setjmp.h>
-#include <ucontext.h>
-
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -20,6 +17,8 @@
 #include <map>
 #include <memory>
 #include <vector>
+
+#include "../cuda_on_cpu/jump.h"
 
 namespace emulator {
 
@@ -92,9 +91,7 @@ struct Shadow {
 };
 
 struct Fiber {
-  ucontext_t start;  // where it begins
-  bool begun = false;
-  jmp_buf context;  // where it goes on
+  jump::Place place;
   std::unique_ptr<char[]> stack;
   Block* block = nullptr;
   int thread = 0;
