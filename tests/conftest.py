@@ -114,9 +114,9 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     """Leaves out what is marked `every_case`, and skips tests of a GPU where there is none."""
     if not config.getoption("--every-case"):
-        left_out = [item for item in items if item.get_closest_marker("every_case")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        left_out = {item for item in items if item.get_closest_marker("every_case")}
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
     if jax.default_backend() == "gpu":
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU: jax sees only " + jax.default_backend())

@@ -25,10 +25,11 @@ from slidejax.files import check_path
 from slidejax.kinds import check_function
 from slidejax.prune.model.divergence import scalar
 from slidejax.train.held_out import Guard
-from slidejax.train.state import Checkpoint, Clock, State, all_finite
+from slidejax.train.state import Checkpoint, Clock, State
 from slidejax.variants.trainable import Selection, combine, deploy, masters, partition
 from slidejax.weights.checks import check_one_process
 from slidejax.weights.layout import as_array
+from slidejax.weights.numerics import all_finite
 
 __all__ = ["Fitted", "Shuffled", "fit"]
 

@@ -14,17 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from slidejax.train.held_out import Kept, steps_beside_checks
+from slidejax.weights.numerics import all_finite
 
-__all__ = ["Checkpoint", "Clock", "State", "all_finite"]
+__all__ = ["Checkpoint", "Clock", "State"]
 
 # This many steps are timed, after compilation, to find how many fit into the minutes.
 _TIMED = 8
-
-
-@jax.jit
-def all_finite(tree: Any) -> jax.Array:
-    """Whether a tree of floating arrays holds neither inf nor nan."""
-    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 class Clock:

@@ -11,6 +11,8 @@ by its reciprocal, and a CUDA compiler does not. Written this way, both compute 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,13 +36,15 @@ _TINY = np.finfo(np.float32).tiny  # the smallest normal number
 
 
 @jax.jit
-def all_finite(x: jax.Array) -> jax.Array:
-    """Whether an array holds neither inf nor nan, bool `[]`: one program, which keeps no mask.
+def all_finite(tree: Any) -> jax.Array:
+    """Whether a tree of arrays holds neither inf nor nan, bool `[]`.
+
+    It is one program, which keeps no mask.
 
     >>> bool(all_finite(jnp.array([1.0, jnp.inf])))
     False
     """
-    return jnp.isfinite(x).all()
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def of_rank(x: jax.Array, ndim: int) -> jax.Array:
