@@ -22,6 +22,7 @@ from slidejax.linen.known import (
     run_registered,
     split_input,
 )
+from slidejax.linen.mapped import check_wrapper
 from slidejax.linen.registered import Registered
 from slidejax.rules import Skipped
 from slidejax.variants.projections import FusedPart, FusedWeight
@@ -48,6 +49,7 @@ class Interceptor:
         self._product = FusedProduct()
 
     def __call__(self, next_fun, args, kwargs, context):
+        check_wrapper(context.module)
         y = run_gated_mlp(args, kwargs, context)
         if y is not None:
             return y

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from slidejax.contraction import Contraction, check_product, contract, promote_packed
+from slidejax.linen.mapped import check_unmapped
 from slidejax.linen.registered import Registered, function_name, registered
 from slidejax.rules import Skipped
-from slidejax.weights.packed import LinearWeight
+from slidejax.weights.packed import LinearWeight, TreeLayout
 
 __all__ = [
     "bias_of",
@@ -118,11 +119,18 @@ def kernel_name(module: nn.Module, layer: Layer | None = None) -> str:
 
 
 def own_kernel(module: nn.Module, layer: Layer | None = None) -> Any:
-    """The kernel of this very module, as the module sees it, or None."""
+    """The kernel of this very module, as the module sees it, or None.
+
+    Raises:
+      ValueError: if it is packed, and a function over variables has changed its leaves.
+    """
     name = kernel_name(module, layer)
     if module.scope is None or not module.has_variable("params", name):
         return None
-    return nn.meta.unbox(module.get_variable("params", name))
+    kernel: Any = module.get_variable("params", name)
+    if isinstance(kernel, LinearWeight | TreeLayout):
+        check_unmapped(kernel, name, kernel_path(module, layer))
+    return nn.meta.unbox(kernel)
 
 
 def kernel_path(module: nn.Module, layer: Layer | None = None) -> str:

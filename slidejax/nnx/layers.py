@@ -7,8 +7,10 @@ are `Packed`.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -40,6 +42,13 @@ __all__ = [
     "asked_dtype",
     "general_contraction",
 ]
+
+
+# Wrappers that compute a layer's kernel from its parameter, by the code that calls the layer.
+_WRAPPERS = {
+    id(inspect.unwrap(cls.__call__).__code__): cls.__name__
+    for cls in (nnx.SpectralNorm, nnx.WeightNorm)
+}
 
 
 class Packed(nnx.Variable):
@@ -163,9 +172,27 @@ class SlideLayer(nnx.Module):
             return AdaptedWeight(w, self.lora_a.get_value(), self.lora_b.get_value(), *self.lora)
         return w
 
+    def _check_unwrapped(self) -> None:
+        """Raises a ValueError inside a wrapper of Flax that computes a kernel from its parameter.
+
+        The wrapper computes with the leaves of a packed weight, or passes them by. Nothing tells
+        the layer of it, but the wrapper's call is a frame of Python around this one.
+        """
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            name = _WRAPPERS.get(id(frame.f_code))
+            if name is not None:
+                raise ValueError(
+                    f"the kernel of {type(self).__name__} is packed, and nnx.{name} around it "
+                    "cannot normalise it: leave this layer dense, or normalise the kernel once, "
+                    f"convert the layer, and take nnx.{name} out of the model"
+                )
+            frame = frame.f_back
+
     def _run(
         self, x, axes: Contraction, features: tuple[int, ...], out_sharding, residual
     ) -> jax.Array:
+        self._check_unwrapped()
         w, bias = (
             self.kernel.check(f"kernel of {type(self).__name__}"),
             None if self.bias is None else self.bias.get_value(),

@@ -141,3 +141,15 @@ def test_what_linear_accepts():
         sj.nnx.SlideLinear(64, 8, dot_general=jnp.dot, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"preferred_element_type .*int32"):
         sj.nnx.SlideLinear(64, 8, preferred_element_type=jnp.int32, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("qdtype", [None, "int8"])
+@pytest.mark.parametrize("wrapper", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_wrappers_that_compute_a_kernel_are_refused_around_a_packed_one(wrapper, qdtype):
+    layer = sj.nnx.SlideLinear(16, 8, qdtype=qdtype, rngs=nnx.Rngs(0))
+    wrapped = wrapper(nnx.Sequential(layer, nnx.relu), rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=f"SlideLinear is packed, and nnx.{wrapper.__name__}"):
+        wrapped(data(2, 16))
+    wrapper(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))(
+        layer(data(2, 16))[:, :1].repeat(16, 1)
+    )

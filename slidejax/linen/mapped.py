@@ -1,0 +1,129 @@
+"""Functions over variables around a layer: `nn.map_variables`, and what Flax builds on it.
+
+Such a function computes another kernel from a layer's kernel. Applied to the leaves of a packed
+weight it computes codes and positions of zeros that stand for no kernel, and nothing in their
+shapes or dtypes would tell. Flax calls no hook between the function and the layer, but the function
+runs in a frame of Python around the layer. That frame knows the variables before and after it, so
+the leaves that it has changed are those that are other objects. JAX's own transforms (`nn.scan`,
+`nn.vmap`, `nn.remat`) run in other frames.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from types import CodeType, FrameType
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import lift, unfreeze
+
+from slidejax.weights.packed import LinearWeight, TreeLayout
+
+__all__ = ["check_unmapped", "check_wrapper", "is_mapped"]
+
+# Primitives that return the values of their operand.
+_IDENTITIES = frozenset({"copy", "sharding_constraint", "stop_gradient"})
+# The code that runs the function: `map_variables` makes a closure of it.
+_CODES = frozenset(
+    id(code) for code in lift.map_variables.__code__.co_consts if isinstance(code, CodeType)
+)
+_WRAPPERS = (nn.SpectralNorm, nn.WeightNorm)
+
+
+def is_mapped(kernel: Any, name: str) -> bool:
+    """Whether a function over variables that runs around the caller has computed this kernel.
+
+    Args:
+      kernel: an array or a node, as a layer sees it.
+      name: the name of the layer's parameter, such as "kernel".
+    """
+    seen = {id(leaf) for leaf in jax.tree.leaves(kernel)}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if id(frame.f_code) in _CODES and _has_changed(frame.f_locals, seen, name):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def check_unmapped(w: LinearWeight | TreeLayout, name: str, path: str) -> None:
+    """Raises a ValueError if a function over variables has changed the leaves of a packed weight.
+
+    Args:
+      w: the weight, as a layer sees it.
+      name: the name of the layer's parameter.
+      path: the path of the parameter, for the error.
+    """
+    if is_mapped(w, name):
+        raise _refusal(path)
+
+
+def check_wrapper(module: nn.Module) -> None:
+    """Raises a ValueError if the module is a `WeightNorm` or `SpectralNorm` of a packed weight."""
+    if not isinstance(module, _WRAPPERS):
+        return
+    params = module.layer_instance.variables.get("params", {})
+    names = getattr(module, "variable_filter", None)
+    for key, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_packed):
+        path = "/".join(str(getattr(part, "key", part)) for part in key)
+        if _is_packed(leaf) and (not names or any(name in path for name in names)):
+            raise _refusal("/".join((*module.layer_instance.path, path)))
+
+
+def _refusal(path: str) -> ValueError:
+    return ValueError(
+        f"{path} is packed, and a function over the model's variables (nn.map_variables, "
+        "nn.WeightNorm, nn.SpectralNorm) has changed its leaves, which stand for no kernel then. "
+        "Leave this layer dense: convert with (its path, None) before the other rules. Or apply "
+        "the function to the kernel once, convert the result, and take the function out of the "
+        "model"
+    )
+
+
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, LinearWeight | TreeLayout)
+
+
+def _has_changed(frame: Mapping[str, Any], seen: set[int], name: str) -> bool:
+    """Whether the function that runs in a frame has changed a kernel.
+
+    Args:
+      frame: the variables of the frame.
+      seen: the ids of the kernel's leaves as the layer sees them. Under a transform of JAX inside
+        the frame they are in none of its trees. Then any kernel of this name counts.
+      name: the name of the layer's parameter.
+    """
+    before, after = dict(_leaves(frame["variable_groups"][0])), dict(_leaves(frame["target"]))
+    if seen and seen <= {id(leaf) for leaf in before.values()}:
+        return False
+    keys = [key for key in before if jax.tree_util.DictKey(name) in key and key in after]
+    keys = [key for key in keys if id(after[key]) in seen] or keys
+    changed = {key for key in keys if after[key] is not before[key]}
+    return bool(changed) and not changed <= _passed_on(frame)
+
+
+def _passed_on(frame: Mapping[str, Any]) -> set[tuple]:
+    """The keys of leaves whose values the function passes on, as `stop_gradient` does."""
+    target = frame["variable_groups"][0]
+    closed, made = jax.make_jaxpr(
+        lambda trees: tuple(frame["map_in_fn"](unfreeze(tree)) for tree in trees),
+        return_shape=True,
+    )(target)
+    keys = {
+        id(var): key for var, (key, _) in zip(closed.jaxpr.invars, _leaves(target), strict=True)
+    }
+    equations = {id(out): eqn for eqn in closed.jaxpr.eqns for out in eqn.outvars}
+    passed = set()
+    for out, (key, _) in zip(closed.jaxpr.outvars, _leaves(made), strict=True):
+        var = out
+        while id(var) in equations and equations[id(var)].primitive.name in _IDENTITIES:
+            (var,) = equations[id(var)].invars
+        if keys.get(id(var)) == key:
+            passed.add(key)
+    return passed
+
+
+def _leaves(tree: Any) -> list[tuple[tuple, Any]]:
+    return jax.tree.leaves_with_path(tree)
