@@ -47,14 +47,26 @@ def as_array(value: Any, name: str) -> jax.Array:
         except (TypeError, ValueError):  # ValueError: None, and rows of different lengths
             pass
         else:
-            if array.dtype == jnp.float32 and not isinstance(value, jax.Array):
-                _check_range(np.asarray(value), name)
+            if array.dtype.itemsize == 4 and not isinstance(value, jax.Array):
+                _check_range(np.asarray(value), array.dtype, name)
             return array
     raise TypeError(f"{name} must be an array of numbers, got {type(value).__name__}")
 
 
-def _check_range(value: np.ndarray, name: str) -> None:
-    """Raises ValueError if a finite float64 is infinite in float32, which JAX makes of it."""
+def _check_range(value: np.ndarray, dtype: np.dtype, name: str) -> None:
+    """Raises ValueError if the 32 bits that JAX makes of 64 hold another number.
+
+    A finite float64 may become infinite in float32. Of an integer the last bits would remain.
+    """
+    if np.issubdtype(value.dtype, np.integer):
+        info = np.iinfo(dtype)
+        wrong = value[(value < info.min) | (value > info.max)]
+        if wrong.size:
+            raise ValueError(
+                f"{name} has integers that {dtype} cannot hold, such as {wrong[0]}: "
+                "turn jax_enable_x64 on"
+            )
+        return
     if value.dtype != np.float64:
         return
     largest = np.abs(value).max(initial=0, where=np.isfinite(value))

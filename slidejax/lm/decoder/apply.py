@@ -30,12 +30,13 @@ from jax.sharding import PartitionSpec as P
 
 from slidejax.contraction import Contraction
 from slidejax.functional import show_input, show_output, watched
-from slidejax.lm.decoder.cache import Cache, LayerCache
+from slidejax.lm.decoder.cache import Cache
 from slidejax.lm.decoder.config import DecoderConfig, check_config
+from slidejax.lm.decoder.inputs import check_inputs
 from slidejax.lm.decoder.layer import Layer, columns, dot, rms_norm, turns_at
+from slidejax.lm.decoder.params import check_params
 from slidejax.ops.linear import linear
 from slidejax.ops.sharding import product_spec, with_automatic_axes
-from slidejax.weights.layout import as_array
 from slidejax.weights.packed import LinearWeight
 
 __all__ = ["apply", "outputs"]
@@ -61,18 +62,20 @@ def apply(
     Args:
       config: the decoder's configuration. Static.
       params: nested dicts, see this module.
-      ids: int32 `[batch, tokens]`. An id outside the vocabulary gives no error here; the logits of
-        its row are nan.
+      ids: int32 `[batch, tokens]`. An id outside the vocabulary is an error where ids are known.
+        Under a trace it gives nan as the logits of its row.
       positions: int32 `[batch, tokens]`: the position of each token in its row, from 0. -1 marks
         padding, on any side: it is not written and nobody sees it, and its logits have no meaning.
         The positions of a row must be without gaps, over all calls with one cache, and never go
-        back. None means that each row is whole: 0, 1, 2 and so on.
+        back. One beyond the cache or the model's context is an error where positions are known.
+        Under a trace it gives nan as the logits of its row. None means that each row is whole:
+        0, 1, 2 and so on.
       cache: what `init_cache` made, or an earlier call returned; or None. A position beyond its
         length is not written, but in a layer that has as many slots as its window.
       last: whether to give the logits of the last token of each row only.
       whole: says that token i of each row is at position i, or is padding behind the row's tokens.
-        It is not checked. The tokens then see each other alone, and a GPU attends by cuDNN where it
-        can. Without positions it is always so.
+        It is not checked under a trace. The tokens then see each other alone, and a GPU attends by
+        cuDNN where it can. Without positions it is always so.
       implementation: as in `slidejax.linear`.
 
     Returns:
@@ -81,7 +84,9 @@ def apply(
 
     Raises:
       ValueError: if ids or positions are no integer matrices of one shape, the cache has other
-        rows, layers or sizes, or without positions ids are longer than the cache.
+        rows, layers or sizes, or ids are longer than the cache or the context; if numbers that are
+        known are out of range; or naming the paths, if parameters are missing, unknown, or of other
+        shapes than the configuration says.
       TypeError: if one of them is no array, or the cache is none.
 
     The right padding of a batch does not change its rows:
@@ -99,7 +104,8 @@ def apply(
     if not isinstance(params, Mapping) or "model" not in params:
         raise TypeError(f"params must be a decoder's nested dicts, got {type(params).__name__}")
     whole = whole or positions is None
-    ids, positions = _check(config, ids, positions, cache)
+    check_params(config, params, layouts=True)
+    ids, positions = check_inputs(config, ids, positions, cache, whole)
 
     def run(params, ids, positions, cache):
         states, written = _states(config, params, ids, positions, cache, implementation, whole)
@@ -129,7 +135,8 @@ def outputs(
       `(logits, states)`: float32 `[batch, tokens, vocab]`; and, each `[batch, tokens, hidden]`, the
       embeddings and the residual stream after each layer. The last one is normalised.
     """
-    ids, positions = _check(config, ids, None, None)
+    check_params(config, params, layouts=True)
+    ids, positions = check_inputs(config, ids, None, None, True)
 
     def run(params, ids, positions):
         states, _ = _states(config, params, ids, positions, None, None, True)
@@ -231,70 +238,6 @@ def _rows_of(embedding: jax.Array, ids: jax.Array, *, generates: bool) -> jax.Ar
         rows = jnp.take(bits, ids, axis=0, mode="fill", fill_value=nan)
         return lax.bitcast_convert_type(rows, embedding.dtype)
     return jnp.take(embedding, ids, axis=0, mode="fill", fill_value=jnp.nan)
-
-
-def _check(config: DecoderConfig, ids, positions, cache) -> tuple[jax.Array, jax.Array]:
-    ids = as_array(_known(ids, config.vocab_size), "ids")
-    if ids.ndim != 2 or 0 in ids.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(
-            f"ids must be integers [batch, tokens], at least one, got {ids.dtype} of shape "
-            f"{ids.shape}"
-        )
-    _check_cache(config, ids, positions, cache)
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-    positions = as_array(_known(positions, 2**31 - 1), "positions")
-    if positions.shape != ids.shape or not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise ValueError(
-            f"positions must be integers of the shape of ids, {ids.shape}, got {positions.dtype} "
-            f"of shape {positions.shape}"
-        )
-    return _int32(ids, config.vocab_size), _int32(positions, 2**31 - 1)
-
-
-def _known(values: Any, end: int) -> Any:
-    """NumPy's 64-bit integers, of which JAX takes 32 bits only: outside 0 to `end` they are -1."""
-    if not isinstance(values, np.ndarray) or values.dtype not in (np.int64, np.uint64, np.uint32):
-        return values
-    return np.where((values >= 0) & (values < end), values, -1).astype(np.int32)
-
-
-def _int32(values: jax.Array, end: int) -> jax.Array:
-    """Integers as int32. Wider ones do not wrap around: outside 0 to `end` they become -1."""
-    narrow = values.astype(jnp.int32)
-    if values.dtype.itemsize < 4 or values.dtype == jnp.int32:
-        return narrow
-    return jnp.where((values >= 0) & (values < end), narrow, -1)
-
-
-def _check_cache(config: DecoderConfig, ids: jax.Array, positions, cache) -> None:
-    if cache is None:
-        return
-    if not isinstance(cache, (tuple, list)) or not all(isinstance(c, LayerCache) for c in cache):
-        raise TypeError(
-            f"cache must be what init_cache made, a LayerCache for each layer, "
-            f"got {type(cache).__name__}"
-        )
-    found = [layer.keys.shape for layer in cache]
-    length = max((shape[2] for shape in found), default=0)
-    sizes = (ids.shape[0], config.num_kv_heads, config.head_dim)
-    fits = len(cache) == config.num_layers and all(
-        (*shape[:2], shape[3]) == sizes and shape[2] in (length, window)
-        for shape, window in zip(found, config.windows, strict=True)
-    )
-    if not fits:
-        wanted = (*sizes[:2], length, sizes[2])
-        raise ValueError(
-            f"cache has {len(cache)} layers with keys {sorted(set(found))}, expected "
-            f"{config.num_layers} with [batch, kv_heads, length, head_dim] {wanted}, or as many "
-            "slots as the layer's window"
-        )
-    whole = any(shape[2] != window for shape, window in zip(found, config.windows, strict=True))
-    if positions is None and whole and ids.shape[1] > length:
-        raise ValueError(
-            f"ids must be at most as long as the cache, {length} positions, got {ids.shape[1]} "
-            "tokens"
-        )
 
 
 # --- the output embedding -------------------------------------------------------------------------

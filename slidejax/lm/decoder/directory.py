@@ -16,8 +16,8 @@ from slidejax.files import read_whole
 from slidejax.lm.decoder.compressed import Quantization
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.huggingface import from_huggingface
-from slidejax.lm.decoder.model import expected
 from slidejax.lm.decoder.names import parameter, safetensors_name, tree_of
+from slidejax.lm.decoder.params import expected
 
 __all__ = ["Parameters", "read_config", "read_params"]
 

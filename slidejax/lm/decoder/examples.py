@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from slidejax.lm.decoder.config import DecoderConfig, Rope
-from slidejax.lm.decoder.model import Decoder, expected
+from slidejax.lm.decoder.model import Decoder
+from slidejax.lm.decoder.params import expected
 
 __all__ = ["random_params", "tiny", "tiny_config"]
 

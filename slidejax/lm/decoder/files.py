@@ -18,8 +18,9 @@ from slidejax.checkpoint.staging import staged
 from slidejax.files import check_path, reading
 from slidejax.lm.decoder import directory, gguf
 from slidejax.lm.decoder.config import DecoderConfig
-from slidejax.lm.decoder.model import Decoder, expected
+from slidejax.lm.decoder.model import Decoder
 from slidejax.lm.decoder.names import tree_of
+from slidejax.lm.decoder.params import expected
 from slidejax.lm.text.files import is_text_file, text_files
 from slidejax.variants.prepared import weights_of
 from slidejax.weights.numerics import dtype_of, is_quantized

@@ -13,16 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slidejax.lm.decoder.params import GROUPS
 from slidejax.variants.prepared import prepare
 from slidejax.variants.serving import serving as serving_weights
 from slidejax.weights.packed import LinearWeight, SlideWeight
 
 __all__ = ["fuse", "serving"]
-
-_GROUPS = {
-    "self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
-    "mlp": ("gate_up_proj", ("gate_proj", "up_proj")),
-}
 
 
 def fuse(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +90,7 @@ def _kernel_for_a_cpu(kernel: Any, dtype: Any) -> Any:
 
 
 def _fuse_module(name: str, module: Mapping[str, Any]) -> Mapping[str, Any]:
-    together, parts = _GROUPS.get(name, ("", ()))
+    together, parts = GROUPS.get(name, ("", ()))
     if not parts or any(part not in module for part in parts):
         return module
     kernel = _one_kernel([module[part]["kernel"] for part in parts])

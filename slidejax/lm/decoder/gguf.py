@@ -18,8 +18,8 @@ from slidejax.checkpoint.gguf_tokenizer import check_tokenizer
 from slidejax.checkpoint.staging import GGUF_TOKENIZER
 from slidejax.files import CHECKSUM, json_checksum
 from slidejax.lm.decoder.config import MOST_LAYERS, DecoderConfig, Rope
-from slidejax.lm.decoder.model import expected
 from slidejax.lm.decoder.names import gguf_name, parameter, tree_of
+from slidejax.lm.decoder.params import expected
 
 __all__ = ["GGUF_TOKENIZER", "config_of", "params_of", "tokenizer_of"]
 

@@ -8,7 +8,7 @@ The shell holds the parameters as NNX layers, so that `slidejax.nnx.convert`,
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,13 +18,14 @@ from flax import nnx
 from slidejax.contraction import Contraction
 from slidejax.lm.decoder.apply import apply, outputs
 from slidejax.lm.decoder.config import DecoderConfig, check_config
+from slidejax.lm.decoder.inputs import check_inputs
+from slidejax.lm.decoder.params import check_params
 from slidejax.lm.decoder.writing import Writes
 from slidejax.lm.text.files import TEXT_FILES, is_text_file
 from slidejax.nnx.layers import SlideLayer, SlideLinear
-from slidejax.weights.layout import as_array
 from slidejax.weights.packed import LinearWeight
 
-__all__ = ["Decoder", "expected", "leaves_of"]
+__all__ = ["Decoder"]
 
 
 class Decoder(Writes, nnx.Module):
@@ -107,21 +108,10 @@ class Decoder(Writes, nnx.Module):
         """Logits, float32 `[batch, tokens, vocab]`, without a cache; see `apply`.
 
         Raises:
-          ValueError: as `apply`; or an id is outside the vocabulary, where ids are concrete.
-          TypeError: as `apply`.
+          ValueError, TypeError: as `apply`.
         """
-        if not isinstance(ids, jax.core.Tracer):
-            as_array(ids, "ids")
-            self._check(np.asarray(ids))  # before JAX makes 32 bits of 64
-        ids = as_array(ids, "ids")
-        positions = None if positions is None else as_array(positions, "positions")
-        return _logits(self.config, self.params, ids, positions)
-
-    def _check(self, ids: np.ndarray) -> None:
-        size = self.config.vocab_size
-        bad = ids[(ids < 0) | (ids >= size)] if np.issubdtype(ids.dtype, np.integer) else ids[:0]
-        if bad.size:
-            raise ValueError(f"ids must be tokens of the model, 0 to {size - 1}, got {bad[0]}")
+        ids, at = check_inputs(self.config, ids, positions, None, positions is None)
+        return _logits(self.config, self.params, ids, None if positions is None else at)
 
     def outputs(
         self, params: Mapping[str, Any], ids: jax.Array
@@ -210,94 +200,3 @@ def _check_files(files: Mapping[str, bytes]) -> None:
             )
         if not isinstance(data, bytes):
             raise TypeError(f"files[{name!r}] must be bytes, got {type(data).__name__}")
-
-
-# --- what parameters must be ----------------------------------------------------------------------
-
-
-def expected(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of a decoder's parameters by their paths; kernels are `[in, out]`.
-
-    >>> from slidejax.lm.decoder.examples import tiny
-    >>> expected(tiny().config)["model/layers/0/mlp/up_proj/kernel"]
-    (32, 48)
-    """
-    hidden, inner, q, kv = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.q_size,
-        config.kv_size,
-    )
-    shapes: dict[str, tuple[int, ...]] = {
-        "model/embed_tokens/embedding": (config.vocab_size, hidden)
-    }
-    linears = (
-        ("self_attn/q_proj", hidden, q, config.qkv_bias),
-        ("self_attn/k_proj", hidden, kv, config.qkv_bias),
-        ("self_attn/v_proj", hidden, kv, config.qkv_bias),
-        ("self_attn/o_proj", q, hidden, config.output_bias),
-        ("mlp/gate_proj", hidden, inner, config.mlp_bias),
-        ("mlp/up_proj", hidden, inner, config.mlp_bias),
-        ("mlp/down_proj", inner, hidden, config.mlp_bias),
-    )
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    if config.sandwich_norm:
-        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    for i in range(config.num_layers):
-        layer = f"model/layers/{i}/"
-        shapes.update({f"{layer}{name}/weight": (hidden,) for name in norms})
-        if config.qk_norm:
-            shapes.update(
-                {f"{layer}self_attn/{n}_norm/weight": (config.head_dim,) for n in ("q", "k")}
-            )
-        for name, size_in, size_out, bias in linears:
-            shapes[f"{layer}{name}/kernel"] = (size_in, size_out)
-            if bias:
-                shapes[f"{layer}{name}/bias"] = (size_out,)
-    shapes["model/norm/weight"] = (hidden,)
-    if not config.tied:
-        shapes["lm_head/kernel"] = (hidden, config.vocab_size)
-    return shapes
-
-
-def check_params(config: DecoderConfig, params: Mapping[str, Any]) -> None:
-    """Raises a ValueError unless the tree holds what `expected` says, and nothing else."""
-    found = dict(leaves_of(params))
-    shapes = expected(config)
-    problems = [f"{path} is missing" for path in shapes if path not in found]
-    problems += [f"{path} is unknown" for path in found if path not in shapes]
-    problems += [
-        f"{path} is {_dtype_of(found[path])} instead of floating"
-        for path in shapes
-        if path in found and not _is_floating(found[path])
-    ]
-    problems += [
-        f"{path} is {tuple(found[path].shape)} instead of {shape}"
-        for path, shape in shapes.items()
-        if path in found and tuple(getattr(found[path], "shape", shape)) != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"parameters do not fit the configuration: {', '.join(problems[:3])}{more}"
-        )
-
-
-def _dtype_of(value: Any) -> str:
-    dtype = getattr(value, "dtype", None)
-    return type(value).__name__ if dtype is None else np.dtype(dtype).name
-
-
-def _is_floating(value: Any) -> bool:
-    if isinstance(value, LinearWeight):
-        return True
-    return hasattr(value, "dtype") and jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
-
-
-def leaves_of(tree: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:
-    """The leaves of nested dicts with their '/'-joined paths."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves_of(value, f"{path}{name}/")
-        else:
-            yield f"{path}{name}", value

@@ -20,7 +20,7 @@ from slidejax.files import check_path, reading
 from slidejax.lm.decoder import directory, gguf
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.files import check_dtype, default_dtype, load, load_head
-from slidejax.lm.decoder.model import expected, leaves_of
+from slidejax.lm.decoder.params import expected, leaves_of
 from slidejax.lm.text.files import text_files
 
 __all__ = ["Source", "open_source"]

@@ -26,8 +26,8 @@ from slidejax.kinds import check_flag, check_kind
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.lm.decoder.family import check_tokens, converts_head, functional_of
 from slidejax.lm.decoder.files import check_dtype, content, write_texts
-from slidejax.lm.decoder.model import leaves_of
 from slidejax.lm.decoder.names import tree_of
+from slidejax.lm.decoder.params import leaves_of
 from slidejax.lm.decoder.source import Source, open_source
 from slidejax.ops.meshes import on_mesh
 from slidejax.prune.model.ahead import CompileAhead

@@ -288,8 +288,10 @@ class Batch:
         limit = min(self._programs.steps or limit, self._programs.block, self.left)
         mask = np.zeros(state.tokens.shape[0], bool)
         mask[: len(live)] = live
+        most = np.zeros(mask.shape, np.int32)
+        most[: len(live)] = np.clip(np.array(self.counts) - self._written, 0, limit)
         self._state = None  # it is donated
-        mask, most = put((mask, np.int32(limit)), self._place)
+        mask, most = put((mask, most), self._place)
         with on_mesh(self._params):
             self._state, tokens, bad = self._programs.decode(
                 self._params, state, mask, *self._settings, most, kind=self._kind

@@ -191,7 +191,8 @@ class Programs:
           params, ends, draw, kind: as for prefill.
           state: what the last call returned. It is donated.
           live: bool `[batch]`, False ends a row, as a stop that was found in its text does.
-          limit: int32, at most `block`.
+          limit: int32, at most `block`; or one for each row, `[batch]`. A row beyond its own would
+            leave the cache.
 
         Returns:
           The state, int32 `[batch, block]` of tokens with -1 where a row has none, and bool
@@ -203,11 +204,11 @@ class Programs:
 
         def go_on(carry: tuple) -> jax.Array:
             index, state, _, _ = carry
-            return (index < limit) & jnp.any(state.live)
+            return jnp.any((index < limit) & state.live)
 
         def step(carry: tuple) -> tuple:
             index, state, written, bad = carry
-            counts = index < limit  # always so in a loop that may end early
+            counts = index < limit
             live = state.live & counts
             ids = jnp.where(live, state.tokens, 0)[:, None]
             at = jnp.where(live, state.positions, -1)[:, None]
