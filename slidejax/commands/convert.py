@@ -177,10 +177,10 @@ def _stream(args: argparse.Namespace, rule: Any, report: Report, shown: _Shown) 
     if chooses or args.sample:
         inputs.check_memory(args, {args.model: inputs.opened(args.model, args)})
     whole = inputs.load(args.model, args) if chooses or args.sample else None
-    ids = _with_own_text(args, whole, ids, shown)
+    work = args.work or outputs.work_of(args.out)
+    ids = _with_own_text(args, whole, ids, work, shown)
     rules = _rules(args, rule, whole or loaded, ids, shown)
     del whole
-    work = args.work or outputs.work_of(args.out)
     notes: dict[str, Any] = {}
 
     def about(report: Report) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def _at_once(args: argparse.Namespace, rule: Any, report: Report, shown: _Shown)
     with _claimed(args) as target:
         shown.say(f"reading {args.model}")
         loaded = _load(args)
-        ids = _with_own_text(args, loaded, _calibration_ids(args, loaded), shown)
+        ids = _with_own_text(args, loaded, _calibration_ids(args, loaded), args.work, shown)
         rules = _rules(args, rule, loaded, ids, shown)
         calibration = _calibration(ids, args.work, shown)
         with reserved(target, _bytes_of(loaded.model, rules)):
@@ -345,15 +345,21 @@ def _calibration_ids(args: argparse.Namespace, loaded: Any) -> Any:
     return inputs.calibration(loaded, args, texts.shipped)
 
 
-def _with_own_text(args: argparse.Namespace, loaded: Any, ids: Any, shown: _Shown) -> Any:
-    """The token ids to calibrate on, with those that the model writes for `--sample`."""
+def _with_own_text(
+    args: argparse.Namespace, loaded: Any, ids: Any, work: str | None, shown: _Shown
+) -> Any:
+    """The token ids to calibrate on, with those that the model writes for `--sample`.
+
+    The work folder keeps what the model wrote.
+    """
     import numpy as np
 
     if not args.sample:
         return ids
     shown.say(f"writing {args.sample} sequences to calibrate on")
     own = args.calibration is not None
-    return np.concatenate([ids, inputs.written(loaded, ids, args.sample, args.seed, own)])
+    written = inputs.written(loaded, ids, args.sample, args.seed, own, work)
+    return np.concatenate([ids, written])
 
 
 def _bytes_of(model: Any, rules: Any) -> int:

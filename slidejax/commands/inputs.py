@@ -223,7 +223,14 @@ def calibration_ids(
     return np.concatenate([np.broadcast_to(start, (len(rows), len(start))), rows], axis=1)
 
 
-def written(loaded: Loaded, rows: np.ndarray, count: int, seed: int | None, own: bool) -> Any:
+def written(
+    loaded: Loaded,
+    rows: np.ndarray,
+    count: int,
+    seed: int | None,
+    own: bool,
+    keep: str | None = None,
+) -> Any:
     """Rows of tokens that a model writes itself, each begun with a few tokens of a text.
 
     They are drawn from the model's own distribution, and go on after the end of a text.
@@ -235,15 +242,26 @@ def written(loaded: Loaded, rows: np.ndarray, count: int, seed: int | None, own:
       seed: of the draws; None: 0.
       own: the text is the user's own: all rows begin as rows of it, which are drawn. Else half of
         them begin so, and half with `slidejax.lm.texts.openings`, which are of more kinds.
+      keep: a folder that keeps the rows for a command that goes on where it was stopped. A GPU may
+        add in another order the next time and then draws other tokens, which would be other data.
 
     Returns:
       int32 `[count, length]`.
     """
+    from slidejax.prune.model.store import fingerprint, kept_rows
+
+    if keep is None:
+        return _drawn(loaded, rows, count, seed or 0, own)
+    key = fingerprint(loaded.model.params, rows, count, seed or 0, own)
+    return kept_rows(keep, key, lambda: _drawn(loaded, rows, count, seed or 0, own))
+
+
+def _drawn(loaded: Loaded, rows: np.ndarray, count: int, seed: int, own: bool) -> Any:
+    """The rows of `written`."""
     import numpy as np
 
     from slidejax.train.distill import sample
 
-    seed = seed or 0
     draws = np.random.default_rng(seed)
     prompts = rows[draws.integers(0, len(rows), count), : _begun(loaded, rows)]
     if not own:

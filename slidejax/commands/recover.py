@@ -162,7 +162,8 @@ def _add_training(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="keep the state of the training in DIR: a run that was stopped goes on from there",
+        help="keep the state of the training in DIR, and the rows that the original model writes "
+        "in DIR.rows: a run that was stopped goes on from there",
     )
     p.add_argument(
         "--every",
@@ -414,7 +415,8 @@ def _with_own_rows(args: argparse.Namespace, original: Loaded, text: np.ndarray)
     count = _samples(args)
     if count == 0:
         return text
-    written = inputs.written(original, text, count, args.seed, args.text is not None)
+    keep = None if args.checkpoint is None else f"{args.checkpoint}.rows"
+    written = inputs.written(original, text, count, args.seed, args.text is not None, keep)
     return np.concatenate([text, written])
 
 

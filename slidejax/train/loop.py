@@ -24,12 +24,14 @@ from slidejax.bounds import COUNT, COUNT_OR_NONE, Bound
 from slidejax.files import check_path
 from slidejax.kinds import check_function
 from slidejax.prune.model.divergence import scalar
+from slidejax.prune.model.store import fingerprint
 from slidejax.train.held_out import Guard
 from slidejax.train.state import Checkpoint, Clock, State
+from slidejax.variants.prepared import drop_prepared
 from slidejax.variants.trainable import Selection, combine, deploy, masters, partition
 from slidejax.weights.checks import check_one_process
 from slidejax.weights.layout import as_array
-from slidejax.weights.numerics import all_finite
+from slidejax.weights.numerics import all_finite, dtype_of
 
 __all__ = ["Fitted", "Shuffled", "fit"]
 
@@ -181,7 +183,9 @@ def fit(
         with half the learning rate; with an `optimizer` of your own it does not. It takes 4 more
         bytes a trained value. None: the result is what the last step left.
       checkpoint: a directory for the state of the training. If it holds a state, the training goes
-        on from there. Parameters that are spread over several processes have none, and no minutes.
+        on from there, if it is the same training: settings, parameters, held-out rows and batches
+        are compared by hashes. What a `loss_fn` or an `optimizer` computes is not. Parameters that
+        are spread over several processes have none, and no minutes.
       every: the number of steps between saved states. The last state is always saved.
       progress: called after each step with the number of steps done, the number of all steps (None
         while it is unknown), and the loss.
@@ -191,8 +195,8 @@ def fit(
 
     Raises:
       TypeError: naming it, if an argument is of another kind.
-      ValueError: if a number is out of range or arguments do not fit each other, the checkpoint
-        belongs to another training, or the loss is not finite.
+      ValueError: if a number is out of range or arguments do not fit each other, the loss is not
+        finite, or the checkpoint belongs to another training; what differs is named.
       OSError: if the checkpoint cannot be written. That is tried before the first step, too.
       ImportError: if optax is missing.
 
@@ -226,7 +230,8 @@ def fit(
         # Each process has its own clock and its own part of the state.
         flag = "checkpoint" if checkpoint is not None else "minutes"
         check_one_process(params, f"fit with {flag} runs in one process, and params", copies=False)
-    train, rest = partition(masters(params, qdtype), trained)
+    tree = masters(params, qdtype)
+    train, rest = partition(tree, trained)
     if not jax.tree.leaves(train):
         raise ValueError("params have nothing to train: no floating array and no packed weight")
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, train)
@@ -234,10 +239,28 @@ def fit(
     train = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), train)
     transform, sizes = _optimizer(optimizer), _step_sizes(train, typical)
     state = State(train, transform.init(train), 0, steps)
-    own = None if optimizer is None else "own"
     guarded = held_out is not None
-    settings = [learning_rate, warmup, accumulate, steps, minutes, own, typical, guarded]
-    store = None if checkpoint is None else Checkpoint(Path(checkpoint), train, dtypes, settings)
+    store = None
+    if checkpoint is not None:
+        settings = {
+            "learning_rate": learning_rate,
+            "warmup": warmup,
+            "accumulate": accumulate,
+            "steps": steps,
+            "minutes": minutes,
+            "optimizer": None if optimizer is None else "own",
+            "typical": typical,
+            "held_out": guarded,
+        }
+        data = {
+            "params": fingerprint(drop_prepared(tree)),
+            "qdtype": str(dtype_of(qdtype)),
+            "trained": fingerprint([str(path) for path, _ in jax.tree.leaves_with_path(train)]),
+            "args": fingerprint(args),
+            "held_out": fingerprint(held_out),
+            "batches": fingerprint(vars(batches)) if isinstance(batches, Shuffled) else None,
+        }
+        store = Checkpoint(Path(checkpoint), train, dtypes, settings, data, batches)
     if store is not None:
         state = store.load(state, clock)
         store.check(state)
@@ -255,9 +278,12 @@ def fit(
         # on it.
         peak = learning_rate * state.kept.scale
         rate = np.float32(schedule(state.step, state.total or 10**9, peak, warmup))
+        batch = batches(state.step)
         state.train, state.memory, loss = update(
-            state.train, state.memory, rest, batches(state.step), args, rate, sizes
+            state.train, state.memory, rest, batch, args, rate, sizes
         )
+        if store is not None:
+            store.saw(state.step, batch)
         losses.append(loss)
         state.step += 1
         if state.total is None and minutes is not None:

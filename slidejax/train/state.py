@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import time
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slidejax.prune.model.store import fingerprint
 from slidejax.train.held_out import Kept, steps_beside_checks
 from slidejax.weights.numerics import all_finite
 
@@ -81,14 +84,30 @@ class State:
 
 
 class Checkpoint:
-    """The state of a training in a directory, written whole or not at all."""
+    """The state of a training in a directory, written whole or not at all.
 
-    def __init__(self, path: Path, train: Any, dtypes: Any, settings: list[Any]):
-        """`settings` and the leaves of `train` say which training the state belongs to."""
+    Args:
+      path: the directory.
+      train: the masters before the first step.
+      dtypes: a tree like `train`: the dtypes in which the model computes.
+      settings: the numbers of the training by name.
+      data: hashes of what the training is made of, by name. None is not compared.
+      batches: a function from the number of a step to its batch.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        train: Any,
+        dtypes: Any,
+        settings: Mapping[str, Any],
+        data: Mapping[str, str | None],
+        batches: Callable[[int], Any],
+    ):
         leaves = zip(jax.tree.leaves(train), jax.tree.leaves(dtypes), strict=True)
-        named = [[list(leaf.shape), np.dtype(dtype).name] for leaf, dtype in leaves]
-        self._path = path
-        self._run = json.dumps({"leaves": named, "settings": settings})
+        self._leaves = [[list(leaf.shape), np.dtype(dtype).name] for leaf, dtype in leaves]
+        self._path, self._settings, self._data = path, settings, dict(data)
+        self._batches, self._last = batches, None
 
     def check(self, state: State) -> None:
         """Raises before the first step what would keep the state from being saved after it."""
@@ -98,12 +117,20 @@ class Checkpoint:
         size = sum(jnp.asarray(leaf).nbytes for leaf in arrays)
         staging.check_writing(self._path, store.METADATA, size, "checkpoint")
 
+    def saw(self, step: int, batch: Any) -> None:
+        """Remembers the batch of a step. The first one and the last one stand for all."""
+        if step == 0:
+            self._data["batch 0"] = fingerprint(batch)
+        self._last = batch
+
     def save(self, state: State, clock: Clock) -> None:
         """Writes the state in the place of the one that was saved before."""
         from slidejax.checkpoint import store
 
+        run = {"leaves": self._leaves, "settings": list(self._settings.values())}
         content = {
-            "run": self._run,
+            "run": json.dumps(run),
+            "data": json.dumps(self._data | {"last batch": fingerprint(self._last)}),
             "step": state.step,
             "total": state.total,
             "seconds": clock.seconds(),
@@ -123,11 +150,8 @@ class Checkpoint:
         if not (self._path / store.METADATA).is_file():
             return state
         saved = store.load(self._path)
-        if not isinstance(saved, dict) or saved.get("run") != self._run:
-            raise ValueError(
-                f"checkpoint {str(self._path)!r} is of a training with other parameters or "
-                "settings: name another directory"
-            )
+        saved = saved if isinstance(saved, dict) else {}
+        self._check_run(saved.get("run"))
         keys = ("step", "total", "seconds", "losses", "checked", "scale")
         step, total, seconds, losses, checked, scale = (saved.get(key) for key in keys)
         for key, good in (
@@ -140,18 +164,71 @@ class Checkpoint:
         ):
             if not good:
                 raise ValueError(f"checkpoint {str(self._path)!r}: key {key!r} is damaged")
+        assert isinstance(step, int) and isinstance(seconds, float) and isinstance(scale, float)
+        self._check_data(saved.get("data"), step)
         train = self._like(state.train, saved, "train")
         memory = self._like(state.memory, saved, "memory")
         if not all_finite(train):
             raise ValueError(
                 f"checkpoint {str(self._path)!r} holds parameters that are not finite: remove it"
             )
-        assert isinstance(step, int) and isinstance(seconds, float) and isinstance(scale, float)
         clock.resume(seconds)
         pairs = [(int(at), float(loss)) for at, loss in np.asarray(checked)]
         best = self._like(state.train, saved, "best") if pairs else None
         kept = Kept(best, pairs, scale)
         return State(train, memory, step, total, list(np.asarray(losses)), kept)
+
+    def _check_run(self, saved: Any) -> None:
+        """Raises a ValueError that names the settings, if a state is of another training."""
+        try:
+            run = json.loads(saved)
+            leaves, settings = (
+                run["leaves"],
+                dict(zip(self._settings, run["settings"], strict=True)),
+            )
+        except (KeyError, TypeError, ValueError):
+            leaves, settings = None, {}
+        other = [
+            f"{name} {settings[name]!r} and not {value!r}"
+            for name, value in self._settings.items()
+            if settings and settings[name] != value
+        ]
+        if leaves != self._leaves:
+            other.append("leaves of other shapes or dtypes")
+        if other:
+            raise ValueError(
+                f"checkpoint {str(self._path)!r} is of a training with other parameters or "
+                f"settings ({', '.join(other)}): name another directory, or remove this one"
+            )
+
+    def _check_data(self, saved: Any, step: int) -> None:
+        """Raises a ValueError that names what differs, if a state is of other data."""
+        if saved is None:
+            warnings.warn(
+                f"checkpoint {str(self._path)!r} is of an earlier version, which did not write "
+                "down which data a training has: that they are these is not checked",
+                stacklevel=4,
+            )
+            return
+        try:
+            data = dict(json.loads(saved))
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"checkpoint {str(self._path)!r}: key 'data' is damaged") from e
+        now = dict(self._data)
+        if step > 0:
+            self.saw(0, self._batches(0))
+            self.saw(step - 1, self._batches(step - 1))
+            now = self._data | {"last batch": fingerprint(self._last)}
+        other = [
+            name
+            for name, value in now.items()
+            if None not in (value, data.get(name)) and data[name] != value
+        ]
+        if other:
+            raise ValueError(
+                f"checkpoint {str(self._path)!r} is of a training with other data: its "
+                f"{' and '.join(other)} differ. Name another directory, or remove this one"
+            )
 
     def _like(self, tree: Any, saved: dict[str, Any], key: str) -> Any:
         """The saved leaves under a key, in the form of a tree."""

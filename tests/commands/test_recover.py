@@ -97,15 +97,16 @@ def test_the_original_model_writes_some_of_the_text(capsys, files):
         "--steps",
         1,
     ]
-    for sampled, out in ((0, "none"), (3, "some")):
-        status, _, err = run(
-            capsys, "recover", files / "out", files / out, *options, "--sample", sampled
-        )
+    for sampled, out, state in ((0, "none", "no"), (3, "some", "kept")):
+        more = ("--sample", sampled, "--checkpoint", files / state)
+        status, _, err = run(capsys, "recover", files / "out", files / out, *options, *more)
         assert status == 0, err
     without, with_some = (
         load_model(files / name).about["recovery"]["rows"] for name in ("none", "some")
     )
     assert with_some == without + 3 > 3
+    kept = list((files / "kept.rows").glob("rows-*.safetensors"))  # for a run that goes on
+    assert len(kept) == 1 and not (files / "no.rows").exists()
     with pytest.raises(SystemExit):
         run(capsys, "recover", files / "out", files / "x", *options, "--sample", -1)
     assert "argument --sample: must be from 0 to 2147483647" in capsys.readouterr().err

@@ -189,7 +189,10 @@ def test_few_rows_have_a_workspace():
         ({"v": jnp.zeros((2, 2, 8))}, "v must be float32 of shape"),
         ({"positions": jnp.zeros(3, jnp.int32)}, "positions must be integers of shape"),
         ({"positions": jnp.zeros(2)}, "positions must be integers"),
-        ({"positions": np.array([0, 2**32])}, "integers that int32 cannot hold, such as 4294967296"),
+        (
+            {"positions": np.array([0, 2**32])},
+            "integers that int32 cannot hold, such as 4294967296",
+        ),
         ({"turns": jnp.zeros((2, 8))}, "turns must be"),
         ({"turns": (jnp.zeros((2, 8)), jnp.zeros((2, 7)))}, "turns must be two arrays"),
         ({"scale": float("nan")}, "scale must be"),

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from slidejax.checkpoint.arrays import ArrayFile, write_arrays
 from slidejax.files import read_whole, replacing
 from slidejax.prune.model.result import Pruned
 
-__all__ = ["Store", "fingerprint", "remove"]
+__all__ = ["Store", "fingerprint", "kept_rows", "remove"]
 
 _FORMAT = 3  # of the files
 
@@ -37,6 +38,8 @@ def fingerprint(*trees: Any) -> str:
     for path, leaf in jax.tree_util.tree_flatten_with_path(trees)[0]:
         digest.update(jax.tree_util.keystr(path).encode())
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf = jax.random.key_data(leaf)
             array = np.ascontiguousarray(leaf)
             digest.update(f"{array.dtype}{array.shape}".encode())
             digest.update(array.view(np.uint8).data if array.size else b"")
@@ -128,14 +131,44 @@ class Store:
 _SUM = "sha256"  # the name of the checksum among the arrays
 
 
-def _sum(arrays: dict[str, np.ndarray]) -> np.ndarray:
+def _sum(arrays: dict[str, Any]) -> np.ndarray:
     """A checksum of names, shapes, dtypes and bytes, uint8 `[32]`."""
     return np.frombuffer(bytes.fromhex(fingerprint(dict(sorted(arrays.items())))), np.uint8)
 
 
+def kept_rows(
+    folder: str | os.PathLike[str], key: str, make: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """The rows that a file in a folder keeps. If there is none, they are made and written.
+
+    Args:
+      folder: the folder, which is made if it is missing.
+      key: the `fingerprint` of everything that the rows depend on.
+      make: makes the rows.
+
+    Warns:
+      UserWarning: if the file is damaged: the rows are made again.
+    """
+    path = Path(folder) / f"rows-{key[:16]}.safetensors"
+    if os.path.lexists(path):
+        try:
+            with ArrayFile(path) as file:
+                rows = file.read("rows")
+                if file.read(_SUM).tobytes() == _sum({"key": key, "rows": rows}).tobytes():
+                    return rows
+            raise ValueError(f"{str(path)!r} is damaged: its content does not match {_SUM!r}")
+        except (KeyError, ValueError) as e:
+            warnings.warn(f"{e}: the rows are written again", stacklevel=2)
+    rows = make()
+    with replacing(path) as file:
+        write_arrays(file, {"rows": rows, _SUM: _sum({"key": key, "rows": rows})}, {})
+    return rows
+
+
 def remove(folder: str | os.PathLike[str]) -> None:
-    """Removes the files of a `Store`, and the folder if nothing else is in it."""
-    for file in (*Path(folder).glob("stage-*.safetensors"), Path(folder) / "conversion"):
+    """Removes the files of `Store` and `kept_rows`, and the folder if nothing else is in it."""
+    files = ("stage-*.safetensors", "rows-*.safetensors", "conversion")
+    for file in (file for name in files for file in Path(folder).glob(name)):
         file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         Path(folder).rmdir()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from slidejax.prune.model.result import Pruned
-from slidejax.prune.model.store import Store, remove
+from slidejax.prune.model.store import Store, kept_rows, remove
 
 
 def pruned(rounded):
@@ -103,3 +103,25 @@ def test_a_damaged_stage_is_computed_again(tmp_path):
         assert not file.exists() and not store.has(0)
     file.write_bytes(good)
     assert store.has(0)
+
+
+def test_rows_are_made_once_and_again_if_they_are_damaged(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return np.arange(6, dtype=np.int32).reshape(2, 3)
+
+    folder = tmp_path / "work"
+    for key, count in (("a" * 64, 1), ("a" * 64, 1), ("b" * 64, 2), ("a" * 64, 2)):
+        np.testing.assert_array_equal(kept_rows(folder, key, make), [[0, 1, 2], [3, 4, 5]])
+        assert len(made) == count
+    (file,) = folder.glob("rows-aaaa*")
+    good = file.read_bytes()
+    for bad in (good[:-1] + bytes([good[-1] ^ 1]), good[:50], b""):
+        file.write_bytes(bad)
+        with pytest.warns(UserWarning, match="rows-aaaa.* the rows are written again"):
+            kept_rows(folder, "a" * 64, make)
+        assert file.read_bytes() == good
+    remove(folder)
+    assert not folder.exists()
