@@ -60,7 +60,8 @@ def convert(
     Returns:
       `variables` in the same form, with a `SlideWeight` in the place of each converted kernel.
       Other leaves are the same objects. A kernel that is in two places becomes one `SlideWeight` in
-      two places. The axis names of `nn.Partitioned` kernels go to the leaves.
+      two places, or with `prune` one for each. The axis names of `nn.Partitioned` kernels go to the
+      leaves.
 
     Raises:
       ValueError: for bad rules, or for parameters that are not this model's; or if the converted
@@ -133,7 +134,8 @@ def _pack_kernels(
     Returns:
       Whether any kernel was packed.
     """
-    packed: dict[Any, tuple[SlideWeight, Converted]] = {}  # a kernel in two places is packed once
+    # A kernel in two places is packed once, but not where its inputs decide how.
+    packed: dict[Any, tuple[SlideWeight, Converted]] = {}
     for key in kernels:
         leaf, path = flat[key], "/".join(map(str, key))
         try:
@@ -144,7 +146,7 @@ def _pack_kernels(
             axes = axes_of(key, path, jnp.shape(kernel))
             if kernel.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
                 raise Skipped(f"its kernel is {np.dtype(kernel.dtype).name}")
-            same = (id(leaf), rule, axes)
+            same = (id(leaf), rule, axes, None if prune is None else path)
             if same not in packed:
                 packed[same] = _convert_kernel(leaf, rule, axes, path, prune)
         except Skipped as reason:

@@ -71,13 +71,16 @@ def functional(model: nnx.Module, params: dict | None = None, example: tuple = (
         check_kind(params, Mapping, "params", "nested dicts of the module's parameters")
     graph, state = nnx.split(model)
     showing = nnx.clone(model)
+    names: dict[int, str] = {}  # of kernels: one that layers share has the path of the first
     for path, layer in list(nnx.iter_graph(showing)):
         cls = _showing(type(layer)) if isinstance(layer, nnx.Module) else None
         if cls is None:
             continue
         parameter = parameter_of(layer)
-        if isinstance(vars(layer).get(parameter), nnx.Variable):
-            layer.shown_path = "/".join(map(str, (*path, parameter)))
+        kernel = vars(layer).get(parameter)
+        if isinstance(kernel, nnx.Variable):
+            name = "/".join(map(str, (*path, parameter)))
+            layer.shown_path = names.setdefault(id(kernel), name)
             layer.__class__ = cls
     showing_graph, _ = nnx.split(showing)
 

@@ -42,5 +42,11 @@ def test_under_tracing_they_are_unknown():
         np.testing.assert_array_equal(run(jnp.asarray([[1, 2]])), run(np.array([[1, 2]], np.uint8)))
         cache = init_cache(model.config, 1, 8, "float32")
         at = jnp.asarray([[2**32]])  # no place of the cache: not its first one
-        _, written = apply(model.config, model.params, jnp.asarray([[1]]), at, cache)
+        run = jax.jit(lambda at: apply(model.config, model.params, jnp.asarray([[1]]), at, cache))
+        logits, written = run(at)
+        assert np.isnan(np.asarray(logits)).all()
+        with pytest.raises(
+            ValueError, match="from 0 to 7, the length of the cache, got 4294967296"
+        ):
+            apply(model.config, model.params, jnp.asarray([[1]]), at, cache)
         assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(written))

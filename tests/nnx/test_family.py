@@ -91,3 +91,31 @@ def test_a_layer_that_is_no_product_does_not_stop_the_calibration_of_others(odd)
     converted = sj.prune.convert(model, "6:8", [x], report=report)
     assert [layer.path for layer in report.converted] == ["linear/kernel"]
     assert list(report.skipped) == ["odd/kernel"] and converted(x).shape == (64, 16)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_parameter_that_layers_share_is_calibrated_on_the_inputs_of_both(method, in_order):
+    """As a layer that is in two places is. The path is that of the first, which may run last."""
+
+    class Model(nnx.Module):
+        def __init__(self, one_layer):
+            rngs = nnx.Rngs(0)
+            self.z, self.b = nnx.Linear(16, 16, rngs=rngs), nnx.Linear(16, 16, rngs=rngs)
+            if one_layer:
+                self.b = self.z
+            else:
+                self.b.kernel = self.z.kernel
+
+        def __call__(self, x):
+            return self.b(nnx.relu(self.z(x)))
+
+    x = jax.random.normal(jax.random.key(1), (32, 16))
+    made, report = [], sj.Report()
+    for one_layer in (True, False):
+        calibration = sj.prune.Calibration([x], in_order=in_order)
+        report = sj.Report()
+        made.append(sj.prune.convert(Model(one_layer), "6:8", calibration, method=method, report=report))  # fmt: skip
+    assert [line.path for line in report.converted] == ["b/kernel", "z/kernel"]
+    assert made[1].b.values is made[1].z.values
+    jax.tree.map(np.testing.assert_array_equal, made[1].z.kernel, made[0].z.kernel)

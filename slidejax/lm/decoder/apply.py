@@ -62,8 +62,8 @@ def apply(
     Args:
       config: the decoder's configuration. Static.
       params: nested dicts, see this module.
-      ids: int32 `[batch, tokens]`. An id outside the vocabulary is an error where ids are known.
-        Under a trace it gives nan as the logits of its row.
+      ids: int32 `[batch, tokens]`. An id outside the vocabulary gives no error here; the logits of
+        its row are nan.
       positions: int32 `[batch, tokens]`: the position of each token in its row, from 0. -1 marks
         padding, on any side: it is not written and nobody sees it, and its logits have no meaning.
         The positions of a row must be without gaps, over all calls with one cache, and never go
@@ -84,9 +84,9 @@ def apply(
 
     Raises:
       ValueError: if ids or positions are no integer matrices of one shape, the cache has other
-        rows, layers or sizes, or ids are longer than the cache or the context; if numbers that are
-        known are out of range; or naming the paths, if parameters are missing, unknown, or of other
-        shapes than the configuration says.
+        rows, layers or sizes, or ids are longer than the cache or the context; if positions that
+        are known are out of range; or naming the paths, if parameters are missing, unknown, or of
+        other shapes than the configuration says.
       TypeError: if one of them is no array, or the cache is none.
 
     The right padding of a batch does not change its rows:

@@ -1,8 +1,8 @@
 """What a decoder reads: token ids, their positions and a cache, checked before it runs.
 
 JAX wraps, clips or drops a number that is out of range, and the logits would look like any others.
-So a number that the host knows is checked, with an error. One that only the device knows, as under
-`jax.jit`, gives nan.
+So a position that the host knows is checked, with an error. One that only the device knows, as
+under `jax.jit`, gives nan.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from slidejax.lm.decoder.cache import LayerCache
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.weights.layout import as_array
 
-__all__ = ["check_inputs"]
+__all__ = ["check_ids", "check_inputs"]
 
 _MOST = 2**31 - 1  # what an int32 can be
 
@@ -27,8 +27,8 @@ def check_inputs(
 ) -> tuple[jax.Array, jax.Array]:
     """Ids and positions as int32 `[batch, tokens]`.
 
-    A token whose position is beyond the cache or the context gets an id that the model has not, so
-    that its logits are nan.
+    An id that the model has not gives nan. A token whose position is beyond the cache or the
+    context gets such an id, too.
 
     Args:
       config, ids, positions, cache, whole: as of `slidejax.lm.decoder.apply`.
@@ -36,7 +36,6 @@ def check_inputs(
     Raises:
       ValueError, TypeError: as `apply`.
     """
-    known = _known(ids)  # before JAX makes 32 bits of 64
     ids = as_array(_narrowed(ids), "ids")
     if ids.ndim != 2 or 0 in ids.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
@@ -51,7 +50,6 @@ def check_inputs(
                 f"ids must be at most as long as {what}, {limit} positions, got {ids.shape[1]} "
                 "tokens"
             )
-        _check_ids(known, config.vocab_size)
         steps = jnp.arange(ids.shape[1], dtype=jnp.int32)
         return _int32(ids), jnp.broadcast_to(steps, ids.shape)
     at = _known(positions)
@@ -65,8 +63,24 @@ def check_inputs(
     if at is None:
         return jnp.where(positions >= limit, config.vocab_size, ids), positions
     _check_positions(at, limit, what, whole)
-    _check_ids(None if known is None else known[at >= 0], config.vocab_size)
     return ids, positions
+
+
+def check_ids(config: DecoderConfig, ids: Any, positions: Any) -> None:
+    """Raises a ValueError for an id that the model has not, where the host knows it.
+
+    Padding may have any id.
+    """
+    known, at = _known(ids), None if positions is None else _known(positions)
+    if known is None or (positions is not None and at is None):
+        return
+    if at is not None and at.shape == known.shape:
+        known = known[at >= 0]
+    bad = known[(known < 0) | (known >= config.vocab_size)]
+    if bad.size:
+        raise ValueError(
+            f"ids must be tokens of the model, 0 to {config.vocab_size - 1}, got {bad[0]}"
+        )
 
 
 def _known(values: Any) -> np.ndarray | None:
@@ -93,12 +107,6 @@ def _int32(values: jax.Array) -> jax.Array:
     if values.dtype.itemsize < 4 or values.dtype == jnp.int32:
         return values.astype(jnp.int32)
     return jnp.clip(values, -1, _MOST).astype(jnp.int32)
-
-
-def _check_ids(known: np.ndarray | None, vocab: int) -> None:
-    bad = None if known is None else known[(known < 0) | (known >= vocab)]
-    if bad is not None and bad.size:
-        raise ValueError(f"ids must be tokens of the model, 0 to {vocab - 1}, got {bad[0]}")
 
 
 def _check_positions(at: np.ndarray, limit: int, what: str, whole: bool) -> None:

@@ -18,7 +18,7 @@ from flax import nnx
 from slidejax.contraction import Contraction
 from slidejax.lm.decoder.apply import apply, outputs
 from slidejax.lm.decoder.config import DecoderConfig, check_config
-from slidejax.lm.decoder.inputs import check_inputs
+from slidejax.lm.decoder.inputs import check_ids, check_inputs
 from slidejax.lm.decoder.params import check_params
 from slidejax.lm.decoder.writing import Writes
 from slidejax.lm.text.files import TEXT_FILES, is_text_file
@@ -108,8 +108,10 @@ class Decoder(Writes, nnx.Module):
         """Logits, float32 `[batch, tokens, vocab]`, without a cache; see `apply`.
 
         Raises:
-          ValueError, TypeError: as `apply`.
+          ValueError: as `apply`; or an id is outside the vocabulary, where ids are known.
+          TypeError: as `apply`.
         """
+        check_ids(self.config, ids, positions)
         ids, at = check_inputs(self.config, ids, positions, None, positions is None)
         return _logits(self.config, self.params, ids, None if positions is None else at)
 

@@ -118,13 +118,19 @@ def calibrated(
 def planned_rules(model: Functional, rules: Any, *, stacked: bool = False) -> dict[str, Rule]:
     """Path -> rule of the kernels `[in, out]` that a conversion would pack; nothing is computed.
 
+    A kernel that layers of an NNX model share is one parameter, which has the path of the first.
+
     Args:
       model: the model.
       rules: as in `convert`.
       stacked: whether parameters that hold several kernels, `[..., in, out]`, count, too.
     """
-    report = planned_report(model, rules)
-    return {line.path: line.rule for line in report.converted if stacked or len(line.shape) == 2}
+    lines, leaves = planned_report(model, rules).converted, named_leaves(model.params)
+    return {
+        line.path: line.rule
+        for line in lines
+        if line.path in leaves and (stacked or len(line.shape) == 2)
+    }
 
 
 def planned_report(model: Functional, rules: Any) -> Report:

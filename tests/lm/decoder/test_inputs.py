@@ -84,10 +84,6 @@ def test_all_that_takes_parameters_checks_them():
 @pytest.mark.parametrize(
     ("ids", "positions", "cached", "match"),
     [
-        ([[1, 2, 260]], None, False, "ids must be tokens of the model, 0 to 259, got 260"),
-        ([[1, 2, -1]], None, True, "ids must be tokens of the model, 0 to 259, got -1"),
-        (np.array([[1, 2, 2**32]]), None, False, "got 4294967296"),
-        ([[1, 2, 300]], [[-1, 0, 1]], False, "ids must be tokens of the model, 0 to 259, got 300"),
         (IDS, [[6, 7, 8]], True, "from 0 to 7, the length of the cache, got 8"),
         (IDS, [[126, 127, 128]], False, "from 0 to 127, the length of the model's context, got"),
         (IDS, [[-2, 0, 1]], True, "positions must be -1 for padding or from 0 to 7, .* got -2"),
@@ -108,6 +104,25 @@ def test_numbers_that_are_out_of_range_are_refused_where_they_are_known(
     if not cached:
         with pytest.raises(ValueError, match=match):
             decoder(np.asarray(ids), positions)
+
+
+@pytest.mark.parametrize(
+    ("ids", "positions", "found"),
+    [
+        ([[1, 2, 260]], None, "260"),
+        ([[1, 2, -1]], None, "-1"),
+        ([[1, 2, 2**32]], None, "4294967296"),
+        ([[1, 2, 300]], [[-1, 0, 1]], "300"),
+    ],
+)
+def test_ids_that_the_model_has_not_are_an_error_of_the_model_and_nan_of_the_function(
+    ids, positions, found
+):
+    decoder = model()
+    with pytest.raises(ValueError, match=f"ids must be tokens of the model, 0 to 259, got {found}"):
+        decoder(np.asarray(ids), positions)
+    logits, _ = apply(decoder.config, decoder.params, np.asarray(ids), positions)
+    assert np.isnan(np.asarray(logits)[0, 2]).all()
 
 
 def test_rows_that_are_not_whole_are_refused_where_they_are_known():
