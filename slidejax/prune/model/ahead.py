@@ -40,6 +40,10 @@ class CompileAhead:
     JAX keeps what it has compiled for a jitted function, so a call finds the program that a thread
     has compiled. JAX does not notice a program that is being compiled, so `call` waits for it. A
     program that was never begun compiles when it is called, as usual.
+
+    Programs are traced and lowered by the caller, and only compiled by a thread. What the caller
+    has set with JAX's context managers (precision, 64 bits, a mesh) holds in its own thread alone,
+    and a program of other settings would not be found.
     """
 
     def __init__(self) -> None:
@@ -52,14 +56,19 @@ class CompileAhead:
     def __exit__(self, *error: Any) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def begin(self, fn: Callable[..., Any], *args: Any) -> None:
+    def begin(self, fn: Any, *args: Any) -> None:
         """Begins to compile a jitted function for arguments of these shapes, unless it has begun.
 
         Arrays among the arguments are not read.
         """
         key = _key(fn, args)
-        if key not in self._begun:
-            self._begun[key] = self._pool.submit(_compile, fn, *args)
+        if key in self._begun:
+            return
+        try:
+            lowered = fn.lower(*args)
+        except Exception:  # the call raises it
+            return
+        self._begun[key] = self._pool.submit(lowered.compile)
 
     def call(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)`, after its program has been compiled."""
@@ -67,10 +76,6 @@ class CompileAhead:
         if begun is not None and not begun.done():
             begun.exception()  # waits; an error in the program is raised by the call below
         return fn(*args)
-
-
-def _compile(fn: Any, *args: Any) -> None:
-    fn.lower(*args).compile()
 
 
 def _key(fn: Any, args: Any) -> Any:

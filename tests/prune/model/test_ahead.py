@@ -34,6 +34,34 @@ def test_a_call_compiles_nothing_again(compiled):
         assert len(compiled) == before + 1
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        lambda: jax.default_matmul_precision("highest"),
+        lambda: jax.enable_x64(True),
+        lambda: jax.numpy_dtype_promotion("strict"),
+        lambda: jax.debug_nans(True),
+        lambda: jax.default_prng_impl("rbg"),
+        lambda: jax.default_device(jax.devices()[0]),
+        lambda: jax.set_mesh(jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Auto,))),
+    ],
+    ids=["precision", "x64", "promotion", "nans", "prng", "device", "mesh"],
+)
+def test_the_settings_of_the_caller_hold(compiled, settings):
+    """JAX's context managers set them in one thread alone."""
+
+    def fn(x):
+        return jnp.asarray(np.ones((7, 7))).astype(x.dtype) @ x + jax.random.normal(
+            jax.random.key(1)
+        )
+
+    with settings(), CompileAhead() as ahead:
+        fn, x, before = jax.jit(fn), np.ones((7, 7), np.float32), len(compiled)
+        ahead.begin(fn, x)
+        ahead.call(fn, x)
+        assert len(compiled) == before + 1
+
+
 def test_a_call_waits_for_its_program():
     class Program:
         go, there = threading.Event(), False
