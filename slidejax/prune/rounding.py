@@ -25,7 +25,7 @@ from slidejax.prune.arguments import (
     check_layer,
     check_numbers,
 )
-from slidejax.prune.sparsegpt import EXACT, damped
+from slidejax.prune.sparsegpt import EXACT, damped, in_range
 from slidejax.weights import numerics
 from slidejax.weights.layout import as_shape, check_kernel, check_mask
 
@@ -67,7 +67,9 @@ def clip_search(kernel: jax.Array, energy: jax.Array, dtype) -> jax.Array:
         )
     energy = as_shape(energy, "energy", kernel.shape[:1], "[in]")
     check_numbers(kernel=kernel, energy=energy)
-    return _clip_search(kernel.astype(jnp.float32), energy, dtype)
+    size = numerics.unit(kernel)
+    kernel, energy = size * kernel.astype(jnp.float32), energy * numerics.unit(energy[:, None])[0]
+    return _clip_search(kernel, energy, dtype) / size[0]
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -122,10 +124,12 @@ def round_kernel(
     dtype, sweeps = check_codes(dtype), COUNT_OR_NONE.check(sweeps, "sweeps")
     kernel, gram, start = check_layer(kernel, gram, start=start)
     check_numbers(kernel=kernel, start=start)
-    mask, gram = check_mask(mask, kernel), damped(gram, check_damping(damping))
-    start = jnp.where(mask, start, 0).astype(jnp.float32)
-    rounded, scale = _round_kernel(kernel.astype(jnp.float32), mask, gram, start, dtype, sweeps)
-    return check_finite(rounded), scale
+    mask, gram = check_mask(mask, kernel), damped(in_range(gram), check_damping(damping))
+    size = numerics.unit(kernel, start)
+    kernel, start = (size * k.astype(jnp.float32) for k in (kernel, jnp.where(mask, start, 0)))
+    rounded, largest = _round_kernel(kernel, mask, gram, start, dtype, sweeps)
+    scale = numerics.scale_from_absmax(largest / size[0], dtype)
+    return check_finite(rounded / size), scale
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -133,7 +137,6 @@ def _round_kernel(kernel, mask, gram, start, dtype, sweeps):
     columns = len(kernel)
     missing = -columns % _BLOCK
     largest = _clip_search(start, jnp.diagonal(gram), dtype)
-    scale = numerics.scale_from_absmax(largest, dtype)
     pad = functools.partial(jnp.pad, pad_width=((0, missing), (0, 0)))
     gram = jax.scipy.linalg.block_diag(gram, jnp.eye(missing))
     kernel, mask, start = pad(kernel), pad(mask), pad(start)
@@ -165,4 +168,4 @@ def _round_kernel(kernel, mask, gram, start, dtype, sweeps):
         r = jnp.matmul(gram, kernel - w, precision=EXACT)
         return jax.lax.fori_loop(0, len(kernel) // _BLOCK, block, (w, r))[0]
 
-    return jax.lax.fori_loop(0, sweeps, sweep, start)[:columns], scale
+    return jax.lax.fori_loop(0, sweeps, sweep, start)[:columns], largest

@@ -28,7 +28,7 @@ from slidejax.prune.arguments import (
     check_numbers,
 )
 from slidejax.weights.layout import check_mask
-from slidejax.weights.numerics import all_finite
+from slidejax.weights.numerics import all_finite, unit
 from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
 
 __all__ = ["layer_error", "refit", "sparsegpt"]
@@ -87,12 +87,13 @@ def sparsegpt(
     )
     if not pattern.prunes:
         return jnp.ones(kernel.shape, bool), kernel
-    exact, full = _driven(kernel, gram), damped(gram, damping)
+    size = unit(kernel)
+    exact, full = _driven(size * kernel.astype(jnp.float32), gram), damped(in_range(gram), damping)
     mask, new = _sparsegpt(exact, full, pattern)
     for _ in range(rounds):
         mask, new = _exchange(exact, mask, full, new, pattern, _SWEEPS)
         new = _refit(exact, mask, full, new, refit_steps)
-    new = _with_idle(new, kernel, gram)
+    new = _with_idle(new / size, kernel, gram)
     new = jnp.where(mask, new, 0).astype(kernel.dtype)
     if not isinstance(new, jax.core.Tracer) and not bool(all_finite(new)):
         if not bool(all_finite(kernel)):
@@ -145,10 +146,19 @@ def exchange(
         raise ValueError(
             f"pattern {pattern} has no pairs to exchange: refit changes the weights alone"
         )
-    mask, new = _exchange(
-        _driven(kernel, gram), mask, damped(gram, damping), _driven(start, gram), pattern, sweeps
-    )
-    return mask, check_finite(jnp.where(mask, _with_idle(new, start, gram), 0))
+    size, full = unit(kernel, start), damped(in_range(gram), damping)
+    exact, first = (_driven(size * k.astype(jnp.float32), gram) for k in (kernel, start))
+    mask, new = _exchange(exact, mask, full, first, pattern, sweeps)
+    return mask, check_finite(jnp.where(mask, _with_idle(new / size, start, gram), 0))
+
+
+@jax.jit
+def in_range(gram: jax.Array) -> jax.Array:
+    """A Gram matrix with the largest number of its diagonal, and so of all of it, near 1.
+
+    What is solved with it does not depend on its unit, nor does one output on those of others.
+    """
+    return gram * unit(jnp.diagonal(gram)[:, None])
 
 
 # An input that is always zero puts no constraint on its weights. They count as zeros while columns
@@ -385,10 +395,10 @@ def refit(
     mask, damping = check_mask(mask, kernel), check_damping(damping)
     check_numbers(kernel=kernel, start=start)
     steps = COUNT_OR_NONE.check(steps, "steps")
-    new = _refit(
-        kernel.astype(jnp.float32), mask, damped(gram, damping), start.astype(jnp.float32), steps
-    )
-    return check_finite(new)
+    size = unit(kernel, start)
+    kernel, start = (size * k.astype(jnp.float32) for k in (kernel, start))
+    new = _refit(kernel, mask, damped(in_range(gram), damping), start, steps)
+    return check_finite(new / size)
 
 
 @functools.partial(jax.jit, static_argnums=4)

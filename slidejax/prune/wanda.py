@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from slidejax.prune.arguments import check_gram
 from slidejax.weights.layout import check_kernel
 from slidejax.weights.magnitude import keep_largest
+from slidejax.weights.numerics import unit
 from slidejax.weights.pattern import Pattern
 
 __all__ = ["wanda"]
@@ -53,4 +54,5 @@ def wanda(kernel: jax.Array, pattern: str | Pattern, gram: jax.Array) -> jax.Arr
 
 @functools.partial(jax.jit, static_argnums=2)
 def _wanda(kernel, energy, pattern: Pattern):
-    return keep_largest(jnp.abs(kernel.astype(jnp.float32)) * jnp.sqrt(energy)[:, None], pattern)
+    size = jnp.abs(kernel.astype(jnp.float32) * unit(kernel))
+    return keep_largest(size * jnp.sqrt(energy * unit(energy[:, None])[0])[:, None], pattern)

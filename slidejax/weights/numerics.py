@@ -11,6 +11,7 @@ by its reciprocal, and a CUDA compiler does not. Written this way, both compute 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ __all__ = [
     "is_quantized",
     "of_rank",
     "scale_from_absmax",
+    "unit",
 ]
 
 # The largest code of each 8-bit type.
@@ -104,6 +106,23 @@ def absmax(x: jax.Array, axis) -> jax.Array:
     x = jnp.abs(x.astype(jnp.float32))
     largest = jnp.where(jnp.isnan(x), np.float32(np.inf), x)
     return jnp.max(largest, axis=axis, keepdims=True, initial=0.0)
+
+
+@jax.jit
+def unit(*kernels: jax.Array) -> jax.Array:
+    """The power of four for each output, float32 `[1, out]`, that brings its largest weight near 1.
+
+    Multiplying by it changes no digit, also of roots. Squares and inverses then stay in the range
+    of float32. It is 1 for an output of zeros, and for one with inf or nan.
+
+    >>> unit(jnp.array([[-30.0, 0.0], [2.0, 0.25]])).tolist()
+    [[0.0625, 4.0]]
+    """
+    largest = functools.reduce(jnp.maximum, [absmax(kernel, 0) for kernel in kernels])
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 0))
+    even = jnp.clip(exponent, -126, 126) // 2 * 2
+    bits = (127 - even).astype(jnp.int32) << 23
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def scale_from_absmax(absmax: jax.Array, dtype) -> jax.Array:

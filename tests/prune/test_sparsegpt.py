@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slidejax as sj
-from slidejax.prune import exchange, layer_error, magnitude, refit, sparsegpt, wanda
+from slidejax.prune import (
+    clip_search,
+    exchange,
+    layer_error,
+    magnitude,
+    refit,
+    round_kernel,
+    sparsegpt,
+    wanda,
+)
 
 
 def problem(seed, columns, features=12, rows=256):
@@ -141,3 +150,27 @@ def test_a_gram_that_cannot_be_factorised_is_an_error():
         sparsegpt(kernel, "6:8", few.T @ few, damping=0.0)
     with pytest.raises(ValueError, match="kernel holds inf or nan"):
         sparsegpt(kernel.at[0, 0].set(jnp.nan), "6:8", jnp.eye(64))
+
+
+@pytest.mark.parametrize(
+    ("of_kernel", "of_gram"),
+    [(120, 0), (-110, 0), (0, 110), (0, -110), (120, 100), (-100, -100), (1, 2), (-3, 6)],
+)
+def test_results_do_not_depend_on_the_units(of_kernel, of_gram):
+    """Powers of four change no digit, and nothing overflows or vanishes on the way."""
+    kernel, gram = problem(3, 40)
+    mask, new = sparsegpt(kernel, "6:8", gram)
+
+    def results(kernel, new, gram, unit):
+        pruned, values = sparsegpt(kernel, "6:8", gram)
+        exchanged, better = exchange(kernel, mask, gram, new, "6:8")
+        rounded = [round_kernel(kernel, mask, gram, new, d) for d in ("int8", "float8_e4m3fn")]
+        masks = pruned, exchanged, wanda(kernel, "6:8", gram)
+        return masks, jax.tree.map(
+            lambda x: np.asarray(x, np.float64) / unit,
+            (values, better, refit(kernel, mask, gram), rounded, clip_search(kernel, jnp.diagonal(gram), "int8")),
+        )  # fmt: skip
+
+    unit = 2.0**of_kernel
+    got = results(unit * kernel, unit * new, 2.0**of_gram * gram, unit)
+    jax.tree.map(np.testing.assert_array_equal, got, results(kernel, new, gram, 1.0))

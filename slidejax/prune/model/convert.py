@@ -27,6 +27,7 @@ from slidejax.prune.model.stages import SeveralDepths, Stages
 from slidejax.prune.model.store import Store, fingerprint
 from slidejax.rules import Prune, Report, Rule
 from slidejax.weights.checks import check_one_process
+from slidejax.weights.numerics import all_finite
 
 __all__ = [
     "calibrated",
@@ -279,10 +280,21 @@ def _at_once(
     done = {}
     for path in [path for path in plan if path in grams]:
         matrix = to_matrix(jnp.asarray(leaves[path]), layers[path].kernel)
+        _check_inputs(path, matrix, grams[path])
         solve = functools.partial(_solved, method.solver(plan[path]), how.damping)
         pruned = for_elements(solve, matrix.shape[:-2], matrix, grams[path])
         done[path] = jax.device_get(pruned)
     return done
+
+
+def _check_inputs(path: str, kernel: jax.Array, gram: jax.Array) -> None:
+    """Raises a ValueError that names the layer, if what it is to be solved with is not finite."""
+    if not bool(all_finite(kernel)):
+        raise ValueError(f"{path}: the kernel holds inf or nan")
+    if not bool(all_finite(gram)):
+        raise ValueError(
+            f"{path}: the calibration inputs hold inf or nan, or their squares overflow float32"
+        )
 
 
 def _solved(solve: Solve, damping: float, kernel: jax.Array, gram: jax.Array) -> Pruned:

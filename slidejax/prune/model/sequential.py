@@ -37,6 +37,7 @@ from slidejax.prune.model.stacked import joined
 from slidejax.prune.model.stages import Stages
 from slidejax.prune.model.store import Store
 from slidejax.prune.sparsegpt import EXACT
+from slidejax.weights.numerics import unit
 
 __all__ = ["InOrder"]
 
@@ -253,7 +254,8 @@ class InOrder:
             if not solution:
                 raise ValueError(
                     f"{group.taps[0].path}: damping {self._damping:g} is too small for these "
-                    "calibration inputs: their Gram matrix cannot be factorised"
+                    "calibration inputs, whose Gram matrix cannot be factorised; or the kernel's "
+                    "products with them overflow float32"
                 )
             found |= zip((tap.path for tap in group.taps), results, strict=True)
         return found
@@ -296,6 +298,8 @@ def _groups(
 def _zero_moments(stages: Stages, group: _LayerGroup, leaves: Mapping[str, Any]) -> Any:
     """The moments `(Z^T Z, Z^T X, [Z^T Y])` before the first batch; None where one is not needed.
 
+    Behind them is what X, Y and Z are multiplied by, once the first batch has been seen, so that
+    squares neither overflow nor vanish. It is a power of four, which changes no digit.
     `Y` is the output that a layer should give so that it makes up for what its stream lost. All
     other layers need only `Z^T X`, which is smaller.
     """
@@ -306,7 +310,8 @@ def _zero_moments(stages: Stages, group: _LayerGroup, leaves: Mapping[str, Any])
         None if v is None else np.zeros((width, out), np.float32)
         for v, out in zip(group.streams, outs, strict=True)
     ]
-    return square, square if group.correct and None in group.streams else None, wanted
+    cross = square if group.correct and None in group.streams else None
+    return square, cross, wanted, np.float32(0)
 
 
 @functools.cache
@@ -318,19 +323,21 @@ def _moments_of(axes, dtype) -> Callable[..., Any]:
             rounded(z, axes, dtype) if dtype is not None and dtype.itemsize == 1 else z, axes
         )
         dot = functools.partial(jnp.matmul, precision=EXACT)
-        gram, cross, wanted = sums
+        gram, cross, wanted, size = sums
+        size = jnp.where(size > 0, size, unit(z.reshape(-1, 1))[0, 0])
+        z = z * size
         gram = gram + dot(z.T, z)
         if x is None:
-            return gram, None, wanted
-        x = as_rows(x, axes)
+            return gram, None, wanted, size
+        x = as_rows(x, axes) * size
         added = []
         for total, kernel, pair in zip(wanted, kernels, lost, strict=True):
             if pair is not None:
                 original, pruned = (
                     stream.reshape(len(x), kernel.shape[1]).astype(jnp.float32) for stream in pair
                 )
-                total = total + dot(z.T, dot(x, kernel) + original - pruned)
+                total = total + dot(z.T, dot(x, kernel) + original * size - pruned * size)
             added.append(total)
-        return gram, None if cross is None else cross + dot(z.T, x), added
+        return gram, None if cross is None else cross + dot(z.T, x), added, size
 
     return jitted(moments, donate_argnums=0)

@@ -124,7 +124,7 @@ class _Spread:
 
 def _joined(kernels, moments):
     """The kernels as one, and `Z^T` times the outputs that are wanted; None if nothing is lost."""
-    _, cross, wanted = moments
+    _, cross, wanted, *_ = moments
     kernel = jnp.concatenate(kernels, axis=1)
     if cross is None and all(w is None for w in wanted):
         return kernel, None

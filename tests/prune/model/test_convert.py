@@ -272,3 +272,35 @@ def test_a_model_is_pruned_with_what_it_was_calibrated_on(one_block_llama):
         sj.huggingface.convert(one_block_llama, "6:8", method="wanda")
     with pytest.raises(ValueError, match="uses no calibration"):
         sj.huggingface.convert(one_block_llama, "6:8", calibration=tokens)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize(
+    ("of_inputs", "of_kernel"), [(2.0**120, 1), (2.0**-84, 1), (2.0**40, 2.0**40)]
+)
+def test_inputs_and_kernels_of_any_size_are_pruned_as_others(method, of_inputs, of_kernel):
+    """Squares of these inputs overflow float32, or vanish."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8, name="second")(nn.Dense(16, use_bias=False, name="first")(x))
+
+    x, model = inputs(64), Model()
+    params = model.init(jax.random.key(0), x)
+
+    def convert(params, x, **options):
+        calibration = sj.prune.Calibration([x], **options)
+        return sj.prune.convert(model, "6:8", calibration, method=method, params=params)["params"]
+
+    large = jax.tree.map(lambda leaf: leaf, params)
+    large["params"]["first"]["kernel"] *= of_kernel
+    got, want = convert(large, of_inputs * x), convert(params, x)
+    for layer, scale in (("first", of_kernel), ("second", 1)):
+        got_kernel, kernel = got[layer]["kernel"], want[layer]["kernel"]
+        np.testing.assert_array_equal(got_kernel.values, kernel.values)
+        np.testing.assert_array_equal(got_kernel.scale, scale * kernel.scale)
+    if of_inputs * of_kernel > 2.0**64:
+        layer = "first" if of_kernel == 1 else "second"
+        with pytest.raises(ValueError, match=f"{layer}/kernel: .* their squares overflow float32"):
+            convert(large, of_inputs * x, in_order=False)
