@@ -13,7 +13,7 @@ import numpy as np
 from slidejax.checkpoint.arrays import SAVABLE, ArrayFile, checksum
 from slidejax.variants.projections import unfuse_module
 from slidejax.weights.checks import check_content, check_one_process
-from slidejax.weights.packed import SlideWeight
+from slidejax.weights.packed import SlideWeight, check_weight
 from slidejax.weights.pattern import Pattern
 
 __all__ = ["Decoder", "encode"]
@@ -76,7 +76,7 @@ def encode(node: Any, path: tuple[Any, ...], arrays: dict[str, np.ndarray]) -> d
 def _encode_weight(
     w: SlideWeight, path: tuple[Any, ...], arrays: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    w.check(_show(path))
+    check_weight(w, _show(path))
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in (w.values, w.zeros, w.scale)):
         check_content(w.values, w.zeros, w.scale, w.pattern, f"params at {_show(path)!r}")
     parts = {"values": w.values, "zeros": w.zeros, "scale": w.scale}

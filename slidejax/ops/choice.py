@@ -345,7 +345,7 @@ def forms(w: SlideWeight) -> tuple[str, ...]:
     a weight needs no form where kernels read it as it lies for any number of rows. Elsewhere it is
     the form of the fallback, which then is chosen.
     """
-    check_weight(w)
+    check_weight(w, held=False)
     gains = {i.form.name: i.form.must_gain for i in registry.competing() if i.form is not None}
     near = [
         times

@@ -51,7 +51,13 @@ from slidejax.ops.sharding import (
 from slidejax.ops.shards import partitions, product_key
 from slidejax.weights import numerics
 from slidejax.weights.layout import scatter_values
-from slidejax.weights.packed import LinearWeight, SlideWeight, WrappedWeight, check_weight
+from slidejax.weights.packed import (
+    LinearWeight,
+    SlideWeight,
+    WrappedWeight,
+    check_held,
+    check_weight,
+)
 
 __all__ = ["linear", "linear_p"]
 
@@ -248,6 +254,7 @@ def linear(
            [35.]], dtype=float32)
     """
     if isinstance(w, WrappedWeight):
+        check_held(w)
         inputs, xs = inputs_of(check_input(x), prologue)
         x = inputs.apply(xs)
         return w.linear(

@@ -12,7 +12,7 @@ import numpy as np
 
 from slidejax.ops.prologue import GLU, Prologue
 from slidejax.weights.layout import as_array
-from slidejax.weights.packed import LinearWeight
+from slidejax.weights.packed import LinearWeight, check_held
 
 __all__ = ["Stage", "check_outputs", "check_shapes", "check_stages", "gate_of"]
 
@@ -56,6 +56,7 @@ def check_stages(stages) -> list[Stage]:
             raise TypeError(
                 f"{where}.weight must be a LinearWeight, got {type(stage.weight).__name__}"
             )
+        check_held(stage.weight, f"{where}.weight")
         prologue = stage.prologue
         if prologue is not None and not isinstance(prologue, Prologue):
             raise TypeError(

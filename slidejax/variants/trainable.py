@@ -42,6 +42,7 @@ from slidejax.weights.packed import (
     SlideWeight,
     TreeLayout,
     WrappedWeight,
+    check_held,
     quantize,
 )
 from slidejax.weights.pattern import Pattern
@@ -382,6 +383,7 @@ def masters(tree: Any, qdtype: Any = None) -> Any:
             raise ValueError(f"qdtype must be int8 or float8_e4m3fn, got {qdtype.name}")
 
     def master(w):
+        check_held(w)
         if isinstance(w, WrappedWeight):
             return w
         if not numerics.is_quantized(w.dtype):
@@ -406,6 +408,11 @@ def deploy(tree: Any) -> Any:
     The result computes the same as the masters: codes, scales and accumulators are equal bit for
     bit.
     """
-    return map_wrapped(
-        lambda w: quantize(w.packed, w.qdtype) if isinstance(w, MasterWeight) else w, tree
-    )
+
+    def deployed(w):
+        if not isinstance(w, MasterWeight):
+            return w
+        check_held(w)
+        return quantize(w.packed, w.qdtype)
+
+    return map_wrapped(deployed, tree)

@@ -38,6 +38,7 @@ __all__ = [
     "SlideWeight",
     "TreeLayout",
     "WrappedWeight",
+    "check_held",
     "check_weight",
     "pack",
     "quantize",
@@ -427,10 +428,28 @@ def _unpack(w: SlideWeight) -> jax.Array:
     return from_groups(groups, w.in_features)
 
 
-def check_weight(w, name: str = "w") -> SlideWeight:
-    """Returns `w` if it is a sound `SlideWeight`; raises TypeError or ValueError otherwise."""
+def check_weight(w, name: str = "w", *, held: bool = True) -> SlideWeight:
+    """Returns `w` if it is a sound `SlideWeight`; raises TypeError or ValueError otherwise.
+
+    Args:
+      w: the weight.
+      name: its name, for errors.
+      held: whether its leaves must be arrays, and not only say their shapes and dtypes.
+    """
     if isinstance(w, TreeLayout):
         raise w.not_a_weight()
     if not isinstance(w, SlideWeight):
         raise TypeError(f"{name} must be a SlideWeight (see slidejax.pack), got {type(w).__name__}")
+    if held:
+        check_held(w, name)
     return w.check(name)
+
+
+def check_held(w: LinearWeight, name: str = "w") -> None:
+    """Raises a TypeError that names a leaf that has a shape and no numbers."""
+    for path, leaf in jax.tree.leaves_with_path(w):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} must be an array, got ShapeDtypeStruct: for "
+                "shapes alone trace the function (jax.eval_shape)"
+            )

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,6 +213,29 @@ def test_bad_arguments():
     shard = w.replace(values=w.values[:, :4], zeros=w.zeros[:, :4])
     with pytest.raises(ValueError, match="name the mesh axis"):
         sj.linear(x[:, :32], shard)
+
+
+def test_a_leaf_without_numbers_is_named():
+    """JAX's own error would name a number among operands."""
+    x, w, _ = problem(0, 3, 40, 8, "6:8", "int8")
+    of_shapes = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
+    adapted, master = sj.adapters.add({"k": w}, rank=2)["k"], sj.trainable.masters(w)
+    lifted = sj.lift_quantize(x, "6:8", "int8")
+    for call, name in [
+        (lambda: sj.linear(x, of_shapes(w)), "w.values"),
+        (lambda: sj.linear(x, w.replace(scale=of_shapes(w.scale))), "w.scale"),
+        (lambda: sj.linear(x, of_shapes(adapted)), "w.base.values"),
+        (lambda: sj.linear(x, of_shapes(master)), "w.values"),
+        (lambda: sj.sparse_matmul(*lifted, of_shapes(w)), "w.values"),
+        (lambda: sj.linear_chain(x, [sj.Stage(of_shapes(w))]), r"stages\[0\].weight.values"),
+        (lambda: sj.unpack(of_shapes(w)), "w.values"),
+        (lambda: sj.prepare(of_shapes(w), "dense"), "w.values"),
+        (lambda: sj.trainable.masters(of_shapes(w)), "w.values"),
+        (lambda: sj.trainable.deploy(of_shapes(master)), "w.values"),
+    ]:
+        with pytest.raises(TypeError, match=f"{name} must be an array, got ShapeDtypeStruct"):
+            call()
+    assert jax.eval_shape(sj.linear, x, of_shapes(w)).shape == (3, 8)
 
 
 @pytest.mark.parametrize("implementation", ["dense", "reference", None])
