@@ -2,7 +2,19 @@
 
 import itertools
 
+import hypothesis
 import pytest
+
+every_case = False  # conftest.py sets it
+
+
+def examples(plain):
+    """Settings of a property whose examples compile programs of their own.
+
+    Args:
+      plain: how many examples a plain run has; with --every-case they are as many as of others.
+    """
+    return hypothesis.settings() if every_case else hypothesis.settings(max_examples=plain)
 
 
 def some(plain, *choices):
@@ -21,6 +33,12 @@ def some(plain, *choices):
     return [
         pytest.param(*case, marks=() if case in plain else pytest.mark.every_case) for case in cases
     ]
+
+
+def each(*choices):
+    """Cases of which a plain run takes as few as have each value once."""
+    longest = max(map(len, choices))
+    return some([tuple(c[i % len(c)] for c in choices) for i in range(longest)], *choices)
 
 
 def pairs(*choices):

@@ -26,8 +26,8 @@ def write_files(folder, original, pattern, text):
 
 
 def write_decoder(folder, **changes):
-    """Writes a tiny random decoder with a tokenizer of bytes; returns its directory."""
-    model = tiny(vocab_size=260, max_positions=64, **changes)
+    """Writes a tiny random decoder of a layer with a tokenizer of bytes; returns its directory."""
+    model = tiny(**{"vocab_size": 260, "max_positions": 64, "num_layers": 1} | changes)
     save(Decoder(model.config, model.params, files=byte_tokenizer().files()), folder / "model")
     return str(folder / "model")
 
@@ -75,9 +75,8 @@ def packed(params):
 
 
 def layers():
-    """(in, out) of all linear layers of the tiny Llama's two blocks."""
-    block = [(48, 48), (48, 48), (48, 24), (48, 24), (48, 104), (48, 104), (104, 48)]
-    return block * 2
+    """(in, out) of all linear layers of the tiny Llama's block."""
+    return [(48, 48), (48, 48), (48, 24), (48, 24), (48, 104), (48, 104), (104, 48)]
 
 
 def packed_bytes(pattern, size, inputs, outputs):

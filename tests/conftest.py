@@ -54,6 +54,7 @@ if not _gpu_is_used():
     _flags = [*_QUICK_TO_COMPILE, *_flags]
 os.environ["XLA_FLAGS"] = " ".join(_flags)
 
+import cases
 import hypothesis
 import jax
 import pytest
@@ -99,6 +100,7 @@ def pytest_configure(config):
     config.pluginmanager.register(_FewPrograms())
     if config.getoption("--every-case"):
         _examples_of_properties(_EVERY_EXAMPLE)
+        cases.every_case = True
 
 
 def pytest_addoption(parser):
@@ -171,26 +173,31 @@ def tiny_llama(tiny_config, tiny_params):
     return build(tiny_config, tiny_params)
 
 
-@pytest.fixture
-def one_block_llama(tiny_config, tiny_params):
-    """The same with its first block alone, where a second one is more of the same to compile."""
+def _one_block(config, params):
+    """The model with its first block alone, where a second one is more of the same to compile."""
     import copy
 
     from slidejax.huggingface import build
 
-    config = copy.deepcopy(tiny_config)
+    config = copy.deepcopy(config)
     config.num_hidden_layers = 1
-    model = tiny_params["model"]
+    model = params["model"]
     return build(config, {"model": {**model, "layers": {"0": model["layers"]["0"]}}})
+
+
+@pytest.fixture
+def one_block_llama(tiny_config, tiny_params):
+    """The same with one block."""
+    return _one_block(tiny_config, tiny_params)
 
 
 @pytest.fixture(scope="session")
 def tiny_directory(tmp_path_factory, tiny_config, tiny_params, tiny_tokenizer):
-    """A directory with that model and its tokenizer; tests only read it."""
-    from slidejax.huggingface import build, write_pretrained
+    """A directory with one block of that model and its tokenizer; tests only read it."""
+    from slidejax.huggingface import write_pretrained
 
     folder = tmp_path_factory.mktemp("tiny") / "dense"
-    write_pretrained(folder, build(tiny_config, tiny_params), tiny_tokenizer)
+    write_pretrained(folder, _one_block(tiny_config, tiny_params), tiny_tokenizer)
     return folder
 
 

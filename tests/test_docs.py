@@ -100,13 +100,12 @@ def nnx_model():
 def text_model(folder):
     """A directory with a tiny decoder that has a tokenizer and a chat template."""
     from slidejax.lm import Decoder, save
-    from slidejax.lm.decoder import Rope
     from slidejax.lm.decoder.examples import tiny
     from slidejax.lm.text.examples import byte_tokenizer
 
     # Sizes of the tiny Llama of transformers, so that calibration runs the same programs.
     sizes = {"hidden_size": 48, "intermediate_size": 104, "head_dim": 12, "query_scale": 12**-0.5}
-    sizes |= {"num_layers": 1, "windows": (None,), "ropes": (Rope(10000.0),)}
+    sizes |= {"num_layers": 1}
     model, tokenizer = tiny(vocab_size=260, max_positions=256, **sizes), byte_tokenizer()
     tokenizer.templates = {"default": "{{ messages[0].content }}"}
     save(Decoder(model.config, model.params, files=tokenizer.files()), folder)

@@ -35,8 +35,8 @@ def test_demo_measures_every_row_on_the_same_tokens(capsys, tmp_path, model, tex
     assert all(
         row["tokens_per_second"] > 0 and 0 <= row["next_token_accuracy"] <= 1 for row in rows
     )
-    # the linear layers of two blocks: q and o, k and v, gate, up and down
-    weights = 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 104)
+    # the linear layers of a block: q and o, k and v, gate, up and down
+    weights = 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 104
     by_name = dict(zip(names, rows, strict=True))
     assert by_name["original", "float32"]["bytes"] == 4 * weights
     for name, row in by_name.items():

@@ -13,7 +13,6 @@ from command_line import SENTENCES, error, output, packed, run, write_decoder, w
 
 from slidejax.huggingface import write_pretrained
 from slidejax.lm import load
-from slidejax.lm.decoder.config import Rope
 from slidejax.lm.models import load_model
 from slidejax.lm.reading import stored_dtypes
 
@@ -222,7 +221,7 @@ def test_what_is_left_alone_keeps_its_stored_dtype(capsys, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", None])
 def test_a_model_of_16_bit_values_is_recovered_and_quantised(capsys, tmp_path, dtype):
-    dense = write_decoder(tmp_path, num_layers=1, windows=(None,), ropes=(Rope(10000.0),))
+    dense = write_decoder(tmp_path)
     text, out, new = (tmp_path / name for name in ("text", "out", "new"))
     text.write_text(TEXT)
     output(capsys, "convert", dense, out, "--data-free", "--dtype", "bfloat16")

@@ -15,14 +15,14 @@ from slidejax.lm.decoder.params import expected
 __all__ = ["random_params", "tiny", "tiny_config"]
 
 
-def tiny_config(**changes: Any) -> DecoderConfig:
-    """The configuration of a Llama with two layers and 64 tokens, with some fields changed."""
+def tiny_config(num_layers: int = 2, **changes: Any) -> DecoderConfig:
+    """The configuration of a Llama with 64 tokens, with some fields changed."""
     config = DecoderConfig(
         model_type="llama",
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
-        num_layers=2,
+        num_layers=num_layers,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
@@ -30,8 +30,8 @@ def tiny_config(**changes: Any) -> DecoderConfig:
         norm_eps=1e-5,
         activation="silu",
         tied=False,
-        windows=(None, None),
-        ropes=(Rope(10000.0), Rope(10000.0)),
+        windows=(None,) * num_layers,
+        ropes=(Rope(10000.0),) * num_layers,
         query_scale=8**-0.5,
     )
     return dataclasses.replace(config, **changes)

@@ -10,11 +10,9 @@ from flax import nnx
 
 import slidejax as sj
 from slidejax.lm.decoder import apply
-from slidejax.lm.decoder.config import Rope
 from slidejax.lm.decoder.examples import tiny
 from slidejax.weights.packed import SlideWeight
 
-ONE_LAYER = {"num_layers": 1, "windows": (None,), "ropes": (Rope(10000.0),)}
 LAYERS = {
     f"model/layers/{i}/{name}/kernel"
     for i in range(2)
@@ -90,7 +88,7 @@ def test_a_tied_model_gets_a_head_of_its_own_where_a_rule_converts_it(method):
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_calibration_is_better_than_magnitude(method):
     """Inputs of very different sizes, which magnitude does not know about."""
-    model = tiny(**ONE_LAYER)
+    model = tiny(num_layers=1)
     params = jax.tree.map(lambda x: x, model.params)
     size = np.exp(np.random.default_rng(0).normal(size=32) * 1.5).astype(np.float32)
     for layer in params["model"]["layers"].values():

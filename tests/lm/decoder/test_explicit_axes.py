@@ -13,7 +13,6 @@ import slidejax as sj
 from slidejax.lm import serving
 from slidejax.lm.decoder import apply, init_cache
 from slidejax.lm.decoder.apply import outputs
-from slidejax.lm.decoder.config import Rope
 from slidejax.lm.decoder.examples import tiny
 from slidejax.lm.evaluate import evaluate
 from slidejax.weights.packed import SlideWeight
@@ -25,7 +24,7 @@ IDS = np.random.default_rng(0).integers(0, 64, (4, 8)).astype(np.int32)
 
 def model_of(**changes):
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_heads": 4, "num_kv_heads": 2}
-    sizes |= {"num_layers": 1, "windows": (None,), "ropes": (Rope(10000.0),)}
+    sizes |= {"num_layers": 1}
     return tiny(**sizes, **changes)
 
 

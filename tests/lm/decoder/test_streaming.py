@@ -53,13 +53,8 @@ def both_ways(path, tmp_path, rules, method, calibration, **options):
 
 def deep(path, layers=16, **changes):
     """A decoder of many layers in safetensors, whose blocks are small beside it."""
-    config = tiny_config(
-        num_layers=layers,
-        windows=(None,) * layers,
-        ropes=tiny_config().ropes[:1] * layers,
-        **changes,
-    )
-    model = tiny(num_layers=layers, windows=config.windows, ropes=config.ropes, **changes)
+    model = tiny(num_layers=layers, **changes)
+    config = model.config
     path.mkdir()
     leaves = streaming.leaves_of(model.params)
     tensors = {
@@ -173,9 +168,7 @@ def test_what_a_model_of_70b_needs():
         [
             round(size / 1e9, 1)
             for size in streaming.memory_needed(
-                tiny_config(
-                    num_layers=n, windows=(None,) * n, ropes=tiny_config().ropes[:1] * n, **sizes
-                ),
+                tiny_config(num_layers=n, **sizes),
                 ids,
             )
         ]

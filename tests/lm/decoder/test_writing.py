@@ -8,7 +8,6 @@ from cases import some
 
 from slidejax.lm import convert, load, save
 from slidejax.lm.decoder import apply, init_cache, writing
-from slidejax.lm.decoder.config import Rope
 from slidejax.lm.decoder.examples import tiny
 from slidejax.lm.decoder.family import eight_bit
 from slidejax.lm.decoder.fuse import fuse, serving
@@ -20,7 +19,6 @@ from slidejax.rules import Rule
 from slidejax.variants.serving import ServingWeight
 
 # Where sizes do not matter, one layer is as good as two and takes half as long to compile.
-ONE_LAYER = {"num_layers": 1, "windows": (None,), "ropes": (Rope(10000.0),)}
 FLOATS = Rule("6:8", qdtype=None)
 PROMPTS = [[3, 4, 5], [6], list(range(1, 41)), [9, 8, 7, 6, 5, 4, 3, 2]]
 
@@ -149,7 +147,7 @@ def test_no_call_converts_the_weights(dtype, rule, tied):
     XLA's CPU converts what is of 16 bits to float32, and puts that before the loop.
     """
     sizes = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768}
-    model = tiny(dtype=dtype, tied=tied, **sizes, **ONE_LAYER)
+    model = tiny(dtype=dtype, tied=tied, **sizes, num_layers=1)
     model = model if rule is None else convert(model, rule)
     _, step = lowered(model, 1)
     one_kernel = 4 * 256 * 768  # up or down in float32
@@ -167,7 +165,7 @@ def test_no_call_converts_the_weights(dtype, rule, tied):
 )
 def test_codes_of_one_kernel_at_a_time_are_converted(rule, rows):
     """XLA's CPU would convert those of all layers first, and put that before the loop."""
-    changes = {"num_layers": 3, "windows": (None,) * 3, "ropes": (Rope(10000.0),) * 3}
+    changes = {"num_layers": 3}
     rule = {"dense": Rule("dense"), "e4m3 and int8": eight_bit("6:8")}.get(rule, rule)
     model = convert(tiny(hidden_size=256, intermediate_size=768, **changes), rule)
     for program in lowered(model, rows):
@@ -184,7 +182,7 @@ def test_codes_of_one_kernel_at_a_time_are_converted(rule, rows):
     ),
 )
 def test_served_parameters_of_16_bits_give_the_same_logits(dtype, rule):
-    model = tiny(dtype=dtype, tied=rule is None, qkv_bias=True, **ONE_LAYER)
+    model = tiny(dtype=dtype, tied=rule is None, qkv_bias=True, num_layers=1)
     model = model if rule is None else convert(model, rule)
     ids = jnp.asarray([[3, 4, 5, 6]])
     cache = init_cache(model.config, 1, 8, dtype)

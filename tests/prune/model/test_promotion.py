@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 import slidejax as sj
-from slidejax.lm.decoder.config import Rope
 from slidejax.lm.decoder.examples import tiny
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 32)).astype(np.int32)
 
 
 def model(dtype):
-    made = tiny(num_layers=1, windows=(None,), ropes=(Rope(10000.0),))
+    made = tiny(num_layers=1)
     params = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, made.params)
     return made.with_params(params)
 
