@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import each
 from flax import errors
 from flax_layers import agree, data
 
@@ -58,12 +59,15 @@ def check_converted(model, variables, x, want, rounded_to=None):
     agree(sj.linen.apply(model, converted, x), want, rounded_to)
 
 
-@pytest.mark.parametrize("x_dtype", [*FLOATS, jnp.int32])
 @pytest.mark.parametrize(
-    ("param_dtype", "dtype"),
-    [(jnp.float32, None), (jnp.bfloat16, None), (jnp.float32, jnp.float16)],
+    ("x_dtype", "dtypes"),
+    each(
+        [*FLOATS, jnp.int32],
+        [(jnp.float32, None), (jnp.bfloat16, None), (jnp.float32, jnp.float16)],
+    ),
 )
-def test_dtypes_of_dense(x_dtype, param_dtype, dtype):
+def test_dtypes_of_dense(x_dtype, dtypes):
+    param_dtype, dtype = dtypes
     check_dense(data(2, 8, dtype=x_dtype), 4, param_dtype=param_dtype, dtype=dtype)
 
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -62,7 +63,7 @@ def sequence(x, stages, implementation=None):
     return first, both, second, last
 
 
-@settings(max_examples=10)
+@examples(5)
 @given(
     pattern=st.sampled_from(PATTERNS),
     dtype=st.sampled_from(["int8", "float8_e4m3fn", "bfloat16", "float32"]),

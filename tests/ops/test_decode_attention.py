@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_problem import Problem
+from cases import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
@@ -46,6 +47,7 @@ def problems(draw):
     )
 
 
+@examples(6)
 @given(problems(), st.booleans())
 def test_rows_attend_to_their_own_tokens(problem, together):
     problem.compare(*run(problem, together))

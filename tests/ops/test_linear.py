@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -23,6 +24,7 @@ TOLERANCE = {
 }
 
 
+@examples(6)
 @given(
     st.sampled_from(PATTERNS),
     st.sampled_from(DTYPES),
@@ -38,6 +40,7 @@ def test_equals_the_dense_layer(pattern, dtype, shape, with_bias, seed):
         close(sj.linear(x, w, bias, implementation=implementation), desired, TOLERANCE[dtype])
 
 
+@examples(6)
 @given(st.sampled_from(PATTERNS), st.sampled_from(DTYPES), st.integers(0, 999))
 def test_is_the_product_of_the_lifted(pattern, dtype, seed):
     x, w, bias = problem(seed, 4, 90, 12, pattern, dtype)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import each
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -64,8 +65,9 @@ def test_the_formulas_are_those_of_flax():
         np.testing.assert_allclose(sj.GLU(x + 1, name).apply(x), function(x) * (x + 1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), each(KINDS, ["int8", "float8_e4m3fn", "bfloat16"]), ids=str
+)
 def test_equals_computing_it_first(kind, dtype):
     """Rounded to x's dtype once, and then quantised."""
     for x_dtype in (jnp.float32, jnp.bfloat16):
@@ -118,8 +120,7 @@ def test_under_vmap(kind):
                 assert close(a[1], b)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float32"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), each(KINDS, ["int8", "float32"]), ids=str)
 def test_gradients(kind, dtype):
     """The gradients of x, of the prologue's arrays and of float values are the same, too."""
     x, w = random(0, (ROWS, COLUMNS)), weight(dtype)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import examples, pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from linear_problem import close, exact_problem, problem, residual_of
@@ -20,6 +21,7 @@ def equal(got, want):
     np.testing.assert_array_equal(formulas.bits(got), formulas.bits(want))
 
 
+@examples(6)
 @given(
     pattern=st.sampled_from(PATTERNS),
     shape=st.sampled_from([(1, 1, 1), (3, 100, 24), (5, 129, 7), (9, 320, 33)]),
@@ -164,9 +166,9 @@ def test_a_residual_stream_in_a_scan():
 # --- derivative -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", [whole, lifted_product])
-@pytest.mark.parametrize("residual_dtype", FLOATS)
-@pytest.mark.parametrize("dtype", ["int8", "float32"])
+@pytest.mark.parametrize(
+    ("run", "residual_dtype", "dtype"), pairs([whole, lifted_product], FLOATS, ["int8", "float32"])
+)
 def test_the_gradient_passes_through(run, dtype, residual_dtype):
     if dtype == "float32" and run is lifted_product:
         run = lambda x, w, bias, residual: sj.sparse_matmul(  # noqa: E731

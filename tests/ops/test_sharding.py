@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import pairs
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -154,9 +155,11 @@ def test_prepared_forms_stay_behind_on_shards(mesh):
     np.testing.assert_array_equal(y, sj.linear(x, w, bias))
 
 
-@pytest.mark.parametrize("columns", [192, 100], ids=["three blocks in two", "no whole block"])
-@pytest.mark.parametrize("w_axes", [{}, {"out": "o"}, {"k": "k"}], ids=str)
-@pytest.mark.parametrize("pattern", ["6:8", "dense"])
+@pytest.mark.parametrize(  # columns: three blocks in two, and no whole block
+    ("columns", "w_axes", "pattern"),
+    pairs([192, 100], [{}, {"out": "o"}, {"k": "k"}], ["6:8", "dense"]),
+    ids=str,
+)
 def test_x_is_gathered_where_k_does_not_divide(mesh, columns, w_axes, pattern):
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(rng.standard_normal((columns, 32)), jnp.float32)
@@ -257,10 +260,16 @@ def test_gradients_of_a_residual_over_a_mesh(mesh, spec, copies, run):
 # --- operands that want one axis for two things ---------------------------------------------------
 
 
-@pytest.mark.parametrize("x_spec", [P("m"), P(None, "m"), P("m", "k")], ids=str)
-@pytest.mark.parametrize("residual_spec", [P("m"), P(None, "m"), P("k", "m")], ids=str)
-@pytest.mark.parametrize("w_axes", [{}, {"out": "m"}, {"k": "m"}], ids=str)
-@pytest.mark.parametrize("run", [whole, lifted])
+@pytest.mark.parametrize(
+    ("x_spec", "residual_spec", "w_axes", "run"),
+    pairs(
+        [P("m"), P(None, "m"), P("m", "k")],
+        [P("m"), P(None, "m"), P("k", "m")],
+        [{}, {"out": "m"}, {"k": "m"}],
+        [whole, lifted],
+    ),
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_operands_may_want_one_axis_for_two_things(mesh, x_spec, residual_spec, w_axes, run):
     x, w, bias, residual = residual_problem()
     args = (

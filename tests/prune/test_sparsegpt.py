@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import slidejax as sj
@@ -34,7 +35,7 @@ def error(kernel, mask, gram):
     return float(layer_error(kernel, jnp.where(mask, kernel, 0), gram))
 
 
-@settings(max_examples=12)
+@examples(5)
 @given(st.sampled_from(["2:4", "6:8", "14:16"]), st.sampled_from([16, 50]), st.integers(0, 99))
 def test_each_method_beats_the_one_before(pattern, columns, seed):
     kernel, gram = problem(seed, columns)

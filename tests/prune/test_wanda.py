@@ -1,6 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ def test_wanda_is_magnitude_where_inputs_are_alike():
     np.testing.assert_array_equal(wanda(kernel, "6:8", jnp.eye(24)), magnitude(kernel, "6:8"))
 
 
+@examples(6)
 @given(st.sampled_from(["2:4", "6:8", "14:16"]), st.integers(1, 40), st.integers(0, 99))
 def test_each_group_loses_its_two_lowest_scores(pattern, columns, seed):
     rng = np.random.default_rng(seed)

@@ -1,6 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from patterns import PATTERNS
@@ -25,6 +26,7 @@ def test_groups_are_padded_with_the_fill_and_cut_off_again(pattern, rows, seed):
     np.testing.assert_array_equal(layout.from_groups(groups, rows), kernel)
 
 
+@examples(6)
 @given(patterns, seeds)
 def test_scatter_is_the_inverse_of_keeping(pattern, seed):
     w = sj.pack(random_kernel(seed, (64, 3)), pattern)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -30,6 +31,7 @@ def bits(array):
     return array.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
 
 
+@examples(6)
 @given(patterns, row_counts, seeds, st.sampled_from(["float32", "bfloat16", "float16"]))
 def test_lossless(pattern, rows, seed, dtype):
     kernel = random_kernel(seed, (rows, 3), dtype)
@@ -42,6 +44,7 @@ def test_lossless(pattern, rows, seed, dtype):
     assert w.check() is w and w.shape == (rows, 3) and w.dtype == dtype
 
 
+@examples(6)
 @given(patterns, row_counts, seeds, st.floats(0, 1))
 def test_lossless_for_any_mask_that_fits(pattern, rows, seed, density):
     kernel = random_kernel(seed, (rows, 3))
@@ -96,6 +99,7 @@ def test_missing_columns_count_as_zeros_first():
     np.testing.assert_array_equal(w.values[0, 0], [2, 3])
 
 
+@examples(6)
 @given(patterns, seeds, st.sampled_from(["int8", "float8_e4m3fn"]))
 def test_quantised_per_output(pattern, seed, dtype):
     kernel = random_kernel(seed, (70, 6)) * jnp.exp(jnp.arange(6.0) * 3 - 9)

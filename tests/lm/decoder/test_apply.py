@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import some
+from cases import examples, some
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +48,7 @@ def close(a, b, tolerance=2e-6):
     assert np.abs(a - b).max() <= tolerance * max(1.0, np.abs(b).max())
 
 
+@examples(6)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     left=st.booleans(),

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slidejax.lm.decoder import attention
@@ -45,7 +46,7 @@ def problem(batch, tokens, length, heads, kv_heads, seed):
     return q, held
 
 
-@settings(max_examples=8)
+@examples(5)
 @given(
     batch=st.integers(1, 2),
     tokens=st.integers(1, 9),

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slidejax.lm.decoder import Decoder, apply, init_cache
@@ -24,7 +25,7 @@ SHAPES = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@examples(10)
 @given(
     tokens=st.sampled_from([1, 6]),
     group=st.sampled_from([1, 3]),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ def allowed(logits, top_k, top_p):
     return set(kept)
 
 
+@examples(6)
 @given(
     st.lists(st.integers(-20, 20), min_size=2, max_size=12),
     st.integers(0, 14),
