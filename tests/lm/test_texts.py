@@ -50,8 +50,8 @@ def test_openings_are_many_and_nothing_that_is_evaluated_on():
     assert texts.overlaps("\n".join(openings), problems) == 0
 
 
-def test_nothing_of_the_evaluation_text_is_trained_on():
-    training, held_out = texts.training(0.02), texts.evaluation()
+def test_nothing_of_the_evaluation_text_is_trained_on(training_text):
+    training, held_out = training_text, texts.evaluation()
     assert texts.overlaps(training, held_out) == 0  # not even eight words in a row
     assert texts.overlaps(texts.calibration(), held_out) > 0  # so the test can fail
     assert len(texts.training(0)) > 100_000 and len(training) > len(texts.training(0))

@@ -175,13 +175,13 @@ def test_the_packages_solutions_pass():
     assert all(outcome.passed for outcome in right) and not any(o.passed for o in wrong)
 
 
-def test_nothing_of_humaneval_is_calibrated_or_trained_on():
+def test_nothing_of_humaneval_is_calibrated_or_trained_on(training_text):
     """No run of 13 words, as GPT-3 counted (arXiv 2005.14165, appendix C).
 
     Shorter runs, such as "there is no limit on the number of", are anybody's.
     """
     packaged()
     held_out = "\n\n".join(task.prompt + task.test for task in problems())
-    for text in (texts.calibration(), texts.training(0.02)):
+    for text in (texts.calibration(), training_text):
         assert texts.overlaps(text, held_out, words=13) == 0
         assert texts.overlaps(text + problems()[0].prompt, held_out, words=13) > 0
