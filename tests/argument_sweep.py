@@ -20,7 +20,7 @@ FLOAT = sj.pack(KERNEL, "6:8")
 MASK = sj.prune.magnitude(KERNEL, "6:8")
 CODES, SCALE = sj.lift_quantize(X, "6:8")
 LAYER = {"kernel": KERNEL, "mask": MASK, "gram": GRAM, "start": KERNEL}
-MODEL, IDS = tiny(), np.ones((4, 8), int)
+MODEL, IDS = tiny(num_layers=1), np.ones((4, 8), int)
 
 ARRAYS = [None, "3", "6:8", "", {}, object(), b"x", 10**30, np.array(["a"]), W, np.float64, len]
 ARRAYS += [jax.ShapeDtypeStruct((3, 64), jnp.float32), np.zeros((2, 2, 2)), np.zeros(0), 0, True]

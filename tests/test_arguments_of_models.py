@@ -87,9 +87,8 @@ ATTENTION = {
     "positions": np.zeros(2, int), "turns": (TURNS, TURNS),
 }  # fmt: skip
 ENTRY = {"in": 64, "out": 64, "pattern": "6:8", "dtype": "int8", "rows": 1, "us": {"dense": 1.0}}
-WRITER = Decoder(
-    tiny(vocab_size=260).config, tiny(vocab_size=260).params, files=byte_tokenizer().files()
-)
+_WRITES = tiny(vocab_size=260, num_layers=1)
+WRITER = Decoder(_WRITES.config, _WRITES.params, files=byte_tokenizer().files())
 TASK = humaneval.Problem("a", "def f():\n", "f", "def check(f): pass")
 
 
