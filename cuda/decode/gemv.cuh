@@ -13,11 +13,11 @@
 #pragma once
 
 #include "decode/decode.h"
-#include "decode/elements.cuh"
 #include "decode/gemv_plan.h"
 #include "decode/multiply.cuh"
 #include "decode/params.h"
 #include "decode/ptx.cuh"
+#include "decode/results.cuh"
 #include "decode/stage.cuh"
 
 namespace slidejax::decode {
@@ -116,22 +116,23 @@ class Gemv {
         warp_(threadIdx.x / kLanes),
         lane_(threadIdx.x % kLanes),
         first_tile_(blockIdx.x * p.tiles_each + min(static_cast<int>(blockIdx.x), p.tiles_more)),
-        tiles_(p.tiles_each + (static_cast<int>(blockIdx.x) < p.tiles_more)) {
+        tiles_(p.tiles_each + (static_cast<int>(blockIdx.x) < p.tiles_more)),
+        results_(p, 0, kRows, first_tile_, tiles_, p.block_rows, kParts) {
     ring_ = shared + warp_ * kDepth * kShape.slot_bytes();
     shared += kShape.ring_bytes();
     codes_ = shared, code_bytes_ = p.steps * kRowLanes * kShape.code_stride();
     shared += kRows * code_bytes_;
     rows_ = shared;  // the weights of the norm, and x
     shared += p.row_pieces * 16 + (p.a.norm != nullptr ? p.a.columns * 4 : 0);
-    sums_ = reinterpret_cast<Sum*>(shared);
-    scale_w_ = reinterpret_cast<float*>(sums_ + kParts * kRows * p.block_rows);
-    warp_words_ = reinterpret_cast<uint32_t*>(scale_w_ + 2 * p.block_rows);
-    scale_x_ = reinterpret_cast<float*>(warp_words_ + 2 * kGemvWarps);
+    results_.sums = reinterpret_cast<Sum*>(shared);
+    results_.scale_w = reinterpret_cast<float*>(results_.sums + results_.Words());
+    warp_words_ = reinterpret_cast<uint32_t*>(results_.scale_w + 2 * p.block_rows);
+    results_.scale_x = reinterpret_cast<float*>(warp_words_ + 2 * kGemvWarps);
   }
 
   __device__ void Run() {
     AskForNorm(p_.a, rows_);
-    AskForScales();
+    results_.AskForScales();
     CommitCopies();
     PlanPieces();
     // A first kernel need not wait for x. In the others weights are on their way meanwhile; x comes
@@ -141,18 +142,18 @@ class Gemv {
     Settle(ask);
 #pragma unroll 1
     for (int slot = 0; slot < kDepth - 1; ++slot) Load(ask, slot);
-    for (int i = threadIdx.x; i < kParts * kRows * p_.block_rows; i += blockDim.x) sums_[i] = 0;
+    for (int i = threadIdx.x; i < results_.Words(); i += blockDim.x) results_.sums[i] = 0;
     GridWait();
     GridRelease();
     if (p_.behind) LoadRows();
-    const float residual = ResidualOf(threadIdx.x);  // a long way ahead of its use
+    const float residual = results_.ResidualOf(threadIdx.x);  // a long way ahead of its use
     WaitForCopies<kDepth - 1>();
     __syncthreads();
     ConvertRows();
     __syncthreads();
     Multiply(ask);
     __syncthreads();
-    Finish(residual);
+    results_.Write(residual);
   }
 
  private:
@@ -241,7 +242,7 @@ class Gemv {
     };
     WithTypeOfX(p_.a.x_type, [&](auto x) {
       OwnRows<decltype(x), Code>(p_.a, share, rows_)
-          .Run(warp_words_, scale_x_ + share.row,
+          .Run(warp_words_, results_.scale_x + share.row,
                p_.steps * kRowLanes * kShape.block_columns() / kChunk, put);
     });
   }
@@ -339,80 +340,12 @@ class Gemv {
       if (lane_ % kRowLanes == 0) {
         const int row = tile * kGemvTileRows + lane_ / kRowLanes;
         if constexpr (kFloats) {
-          sums_[(warp_ * kRows + m) * p_.block_rows + row] = sum_[m];
+          results_.SumsOf(warp_, m)[row] = sum_[m];
         } else {
-          AddShared(sums_ + m * p_.block_rows + row, sum_[m]);
+          AddShared(results_.SumsOf(0, m) + row, sum_[m]);
         }
       }
       sum_[m] = 0;
-    }
-  }
-
-  // ---- Results ----------------------------------------------------------------------------------
-
-  // The row of the weight that is the block's row number i, or one inside the weight beyond its
-  // end.
-  __device__ int RowOf(int i) const {
-    const int output = (first_tile_ + i / kGemvTileRows) * p_.tile_outputs;
-    const int row = i % kGemvTileRows & (p_.tile_outputs - 1);
-    const bool second = i % kGemvTileRows >= p_.tile_outputs;
-    return min(output + row, p_.a.out - 1) + (second ? p_.a.gate_rows : 0);
-  }
-
-  __device__ void AskForScales() const {
-    const DecodeArgs& a = p_.a;
-    for (int i = threadIdx.x; i < tiles_ * kGemvTileRows; i += blockDim.x) {
-      const int row = RowOf(i);
-      Copy4(SharedAddress(scale_w_ + i), a.scale_w + row);
-      if (a.bias != nullptr) Copy4(SharedAddress(scale_w_ + p_.block_rows + i), a.bias + row);
-    }
-  }
-
-  // Outputs of the block, of each row of x.
-  __device__ int Outputs() const {
-    return min(tiles_ * p_.tile_outputs, p_.a.out - first_tile_ * p_.tile_outputs);
-  }
-
-  // Where output number i of the block, of all rows of x, goes.
-  __device__ int64_t OutputPlace(int i) const {
-    return static_cast<int64_t>(i / Outputs()) * p_.a.out + first_tile_ * p_.tile_outputs +
-           i % Outputs();
-  }
-
-  __device__ float ResidualOf(int i) const {
-    const DecodeArgs& a = p_.a;
-    if (a.residual == nullptr || i >= a.M * Outputs()) return 0;
-    return LoadFloat(a.residual, a.residual_type, OutputPlace(i));
-  }
-
-  // The product of row `row` of the block with row m of x.
-  __device__ float Scaled(int m, int row) const {
-    Sum sum = sums_[m * p_.block_rows + row];
-#pragma unroll
-    for (int part = 1; part < kParts; ++part)
-      sum += sums_[(part * kRows + m) * p_.block_rows + row];
-    const float v = __fmul_rn(__fmul_rn(static_cast<float>(sum), scale_x_[m]), scale_w_[row]);
-    return p_.a.bias != nullptr ? __fadd_rn(v, scale_w_[p_.block_rows + row]) : v;
-  }
-
-  __device__ void Finish(float residual) const {
-    const DecodeArgs& a = p_.a;
-    const int outputs = Outputs();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < a.M * outputs; i += blockDim.x) {
-      const int m = i / outputs, output = i % outputs;
-      float v;
-      if (a.gate_rows != 0) {
-        const int row = output / 2 * kGemvTileRows + output % 2;
-        const float gate = Rounded(Scaled(m, row), a.y_type);
-        const float other = Rounded(Scaled(m, row + kGemvTileRows / 2), a.y_type);
-        v = lift::Activated(gate, a.activation) * other;
-      } else {
-        v = Scaled(m, output);
-        if (a.residual != nullptr)
-          v = __fadd_rn(v, i == static_cast<int>(threadIdx.x) ? residual : ResidualOf(i));
-      }
-      StoreFloat(a.y, a.y_type, OutputPlace(i), v);
     }
   }
 
@@ -423,10 +356,8 @@ class Gemv {
   uint32_t ring_address_, zeros_address_;
   uint8_t *codes_, *rows_;
   int code_bytes_;  // of a row of x
-  Sum* sums_;
-  float* scale_w_;
   uint32_t* warp_words_;
-  float* scale_x_;
+  BlockResults<Sum, kGemvTileRows> results_;
   Sum sum_[kRows] = {};
 };
 

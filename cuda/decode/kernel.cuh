@@ -13,11 +13,9 @@
 #include "decode/params.h"
 #include "decode/ptx.cuh"
 #include "decode/stage.cuh"
+#include "decode/tiles.cuh"
 
 namespace slidejax::decode {
-
-// The largest power of two that divides a number.
-constexpr int Power2In(int a) { return a & -a; }
 
 // A step of a tile. A warp goes through the slices of K, in each through the block's tiles, and in
 // each tile through every warps-th step.
@@ -43,7 +41,8 @@ class Decoder : Multiplier<Code, kWindows, kTokenTiles> {
         warps_(p.warps),
         warp_(threadIdx.x / kLanes),
         first_tile_(blockIdx.x * p.tiles_each + min(static_cast<int>(blockIdx.x), p.tiles_more)),
-        tiles_(p.tiles_each + (static_cast<int>(blockIdx.x) < p.tiles_more)) {
+        tiles_(p.tiles_each + (static_cast<int>(blockIdx.x) < p.tiles_more)),
+        copies_(p, first_tile_) {
     token_bytes_ = TokenBytes(kShape, p.slice_steps);
     const int M = p.a.M, rows = tiles_ * kTileRows;
     ring_ = shared + warp_ * kDepth * kShape.slot_bytes();
@@ -69,7 +68,6 @@ class Decoder : Multiplier<Code, kWindows, kTokenTiles> {
     if (own && !p_.behind) AskForRows(p_, rows);
     if (own) AskForNorm(a, rows);
     AskForScales();
-    PlanPieces();
     for (int i = threadIdx.x; i < p_.tile_slots; i += blockDim.x) arrived_[i] = 0, tile_of_[i] = i;
     const auto wait = [] { GridWait(), GridRelease(); };
     // x goes before the weights, else it waits behind megabytes of them. That is worth more than
@@ -156,83 +154,11 @@ class Decoder : Multiplier<Code, kWindows, kTokenTiles> {
     }
   }
 
-  // Where a lane's pieces of 16 bytes of values, and of 8 bytes of zeros, lie in a tile.
-  static constexpr int kRowPieces = kStepBlocks * kShape.block_bytes() / 16;
-  static constexpr int kPieces = kTileRows * kRowPieces / kLanes;
-  static constexpr int kZeroPieces = kShape.dense() ? 0 : kTileRows * kStepBlocks / kLanes;
-  static constexpr int kFirstZeroBit = 30;  // of ValidPieces
-  static_assert(kPieces <= kFirstZeroBit && kZeroPieces <= 2, "each piece has a bit");
-  // A lane's pieces number i and i + kPeriod are kPeriodRows rows apart, at the same place.
-  static constexpr int kPeriod = kRowPieces / Power2In(kRowPieces);
-  static constexpr int kPeriodRows = kPeriod * kLanes / kRowPieces;
-
-  __device__ void PlanPieces() {
-    const DecodeArgs& a = p_.a;
-    const int64_t begin = static_cast<int64_t>(first_tile_) * p_.tile_blocks;
-    values_ = static_cast<const uint8_t*>(a.values) + begin * kShape.block_bytes();
-    zeros_ = a.zeros + begin * 8 + (lane_ / kStepBlocks * a.blocks + lane_ % kStepBlocks) * 8;
-    Keep(values_), Keep(zeros_);
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const int piece = lane_ + i * kLanes;
-      value_piece_[i] =
-          RowInTile(piece / kRowPieces) * a.blocks * kShape.block_bytes() + piece % kRowPieces * 16;
-      if (i < kPeriod)
-        slot_piece_[i] = piece / kRowPieces * kShape.row_bytes() + piece % kRowPieces * 16;
-    }
-  }
-
-  // The row of the weight that is a tile's row number `row`, counted from the tile's first one.
-  __device__ int RowInTile(int row) const {
-    const int gate_rows = p_.a.gate_rows;
-    return gate_rows != 0 && row >= kTileRows / 2 ? gate_rows + row - kTileRows / 2 : row;
-  }
-
-  // Where piece number i of the lane goes in a slot.
-  __device__ int SlotPiece(int i) const {
-    if constexpr (!kShape.wide()) return (lane_ + i * kLanes) * 16;  // the rows are not padded
-    return slot_piece_[i % kPeriod] + i / kPeriod * kPeriodRows * kShape.row_bytes();
-  }
-
-  // Which of the lane's pieces lie inside a weight of which `left` blocks and `outputs` remain.
-  // Bit i stands for piece i of the values, and bit kFirstZeroBit + i for piece i of the zeros.
-  __device__ unsigned ValidPieces(int left, int outputs) const {
-    const int mask = p_.tile_outputs - 1;
-    unsigned valid = 0;
-#pragma unroll 1
-    for (int i = 0; i < kPieces; ++i) {
-      const int piece = lane_ + i * kLanes, at = piece % kRowPieces * 16 / kShape.block_bytes();
-      const bool zeros = (piece / kStepBlocks & mask) < outputs && piece % kStepBlocks < left;
-      valid |= ((piece / kRowPieces & mask) < outputs && at < left ? 1u : 0) << i;
-      if (i < kZeroPieces) valid |= (zeros ? 1u << kFirstZeroBit : 0) << i;
-    }
-    return valid;
-  }
-
-  // Asks for an item, or for nothing at the end, and goes on to the next. Beyond the weight there
-  // are zeros.
+  // Asks for an item, or for nothing at the end, and goes on to the next.
   __device__ void Load(Item& item, int slot) const {
     if (item.slice < p_.slices) {
-      const DecodeArgs& a = p_.a;
-      const uint32_t to = ring_address_ + slot * kShape.slot_bytes();
-      const int block = (item.slice * p_.slice_steps + item.step) * kStepBlocks;
-      // A thread block's weights are less than 2 GB.
-      const int begin = item.tile * p_.tile_blocks + block, left = a.blocks - block;
-      const int outputs = a.out - (first_tile_ + item.tile) * p_.tile_outputs;
-      const bool whole = left >= kStepBlocks && outputs >= p_.tile_outputs;
-      const unsigned valid = whole ? ~0u : ValidPieces(left, outputs);
-      const uint8_t* values = values_ + begin * kShape.block_bytes();
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i)
-        Copy16(to + SlotPiece(i), values + value_piece_[i], valid & 1u << i);
-      if constexpr (!kShape.dense()) {
-        const uint8_t* zeros = zeros_ + begin * 8;
-        const uint32_t to_zeros = to + kShape.slot_values() + lane_ * 8;
-#pragma unroll
-        for (int i = 0; i < kZeroPieces; ++i)
-          Copy8(to_zeros + i * kLanes * 8, zeros + i * p_.lower_zeros,
-                valid & (1u << kFirstZeroBit) << i);
-      }
+      copies_.Ask(item.tile, item.slice * p_.slice_steps + item.step,
+                  ring_address_ + slot * kShape.slot_bytes());
       Advance(item);
     }
     CommitCopies();
@@ -404,10 +330,7 @@ class Decoder : Multiplier<Code, kWindows, kTokenTiles> {
 
   const Params& p_;
   const int warps_, warp_, first_tile_, tiles_;
-  const uint8_t* values_;  // of the block's first tile; of zeros, the lane's first piece
-  const uint8_t* zeros_;
-  int value_piece_[kPieces];
-  int slot_piece_[kPeriod];
+  const TileCopies<Code, kWindows> copies_;
   Sum* sums_;
   float* scale_w_;
   int* arrived_;
