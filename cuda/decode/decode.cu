@@ -1,5 +1,6 @@
 // The decode kernels there are, and their launch.
 #include <utility>
+#include <vector>
 
 #include "common/device.h"
 #include "common/launch.h"
@@ -8,6 +9,8 @@
 #include "decode/gemv_plan.h"
 #include "decode/kernel.cuh"
 #include "decode/plan.h"
+#include "decode/skinny.cuh"
+#include "decode/skinny_plan.h"
 
 namespace slidejax::decode {
 namespace {
@@ -89,6 +92,24 @@ const void* GemvOf(DType type, int windows, int M) {
   return M == 1 ? GemvOf<__nv_fp8_e4m3, 1>(windows) : GemvOf<__nv_fp8_e4m3, 2>(windows);
 }
 
+template <typename Code>
+const void* SkinnyOf(int windows) {
+  switch (windows) {
+    case 0: return reinterpret_cast<const void*>(SkinnyKernel<Code, 0>);
+    case 1: return reinterpret_cast<const void*>(SkinnyKernel<Code, 1>);
+    case 2: return reinterpret_cast<const void*>(SkinnyKernel<Code, 2>);
+    case 3: return reinterpret_cast<const void*>(SkinnyKernel<Code, 3>);
+    case 4: return reinterpret_cast<const void*>(SkinnyKernel<Code, 4>);
+    case 5: return reinterpret_cast<const void*>(SkinnyKernel<Code, 5>);
+    case 6: return reinterpret_cast<const void*>(SkinnyKernel<Code, 6>);
+    default: return reinterpret_cast<const void*>(SkinnyKernel<Code, 7>);
+  }
+}
+
+const void* SkinnyOf(DType type, int windows) {
+  return type == DType::kS8 ? SkinnyOf<int8_t>(windows) : SkinnyOf<__nv_fp8_e4m3>(windows);
+}
+
 struct Device {
   int multiprocessors = 0, shared_limit = 0;
   // The architecture of the code that runs here, 90 for sm_90. A build for few architectures runs
@@ -108,15 +129,15 @@ cudaError_t PrepareDevice(int id, Device& device) {
   for (const DType type : {DType::kS8, DType::kE4M3, DType::kBF16, DType::kF16}) {
     if (type == DType::kE4M3 && device.architecture < 89) continue;
     for (int windows = 0; windows <= kMaxWindows; ++windows) {
-      for (int M = 1; M <= MostTokens(static_cast<int>(Bytes(type))); M += kTileTokens) {
-        if (auto s = cudaFuncSetAttribute(KernelOf(type, windows, M),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          device.shared_limit))
-          return s;
+      std::vector<const void*> kernels;
+      for (int M = 1; M <= MostTokens(static_cast<int>(Bytes(type))); M += kTileTokens)
+        kernels.push_back(KernelOf(type, windows, M));
+      if (Bytes(type) == 1) {
+        for (int M = 1; M <= kGemvRows; ++M) kernels.push_back(GemvOf(type, windows, M));
+        kernels.push_back(SkinnyOf(type, windows));
       }
-      for (int M = 1; M <= kGemvRows && Bytes(type) == 1; ++M) {
-        if (auto s = cudaFuncSetAttribute(GemvOf(type, windows, M),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
+      for (const void* kernel : kernels) {
+        if (auto s = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           device.shared_limit))
           return s;
       }
@@ -137,6 +158,7 @@ Shape ShapeOf(DType type, int group) {
 int TileOutputs(const DecodeArgs& a) { return a.gate_rows != 0 ? kTileRows / 2 : kTileRows; }
 
 Plan PlanOf(const DecodeArgs& a, const Device& device) {
+  if (a.M > MostTokens(static_cast<int>(Bytes(a.type)))) return {};
   const int row_bytes =
       OwnRowBytes(a.M, a.columns, Bytes(a.x_type), reinterpret_cast<uintptr_t>(a.x));
   const int norm_bytes = a.norm != nullptr ? 4 * a.columns : 0;
@@ -174,12 +196,23 @@ std::pair<DecodeArgs, DecodeArgs> Halves(const DecodeArgs& a) {
 
 // Launches a kernel, with `early` to begin before the one ahead has ended. It then waits itself for
 // the results of that one.
-cudaError_t Launch(const void* kernel, Params& p, int grid, int threads, int shared_bytes,
+cudaError_t Launch(const void* kernel, Params& p, dim3 grid, int threads, int shared_bytes,
                    bool early, cudaStream_t stream) {
   void* arguments[] = {&p};
-  if (early)
-    return LaunchBehind(kernel, dim3(grid), dim3(threads), arguments, shared_bytes, stream);
-  return cudaLaunchKernel(kernel, dim3(grid), dim3(threads), arguments, shared_bytes, stream);
+  if (early) return LaunchBehind(kernel, grid, dim3(threads), arguments, shared_bytes, stream);
+  return cudaLaunchKernel(kernel, grid, dim3(threads), arguments, shared_bytes, stream);
+}
+
+// What the kernels that multiply tiles of 16 rows are given, with `grid` thread blocks that share
+// the tiles.
+Params TiledParams(const DecodeArgs& a, bool behind, int grid) {
+  const int tiles = CeilDiv(a.out, TileOutputs(a));
+  Params p = {};
+  p.a = a, p.behind = behind;
+  p.tiles_each = tiles / grid, p.tiles_more = tiles % grid;
+  p.tile_outputs = TileOutputs(a), p.tile_blocks = p.tile_outputs * a.blocks;
+  p.lower_zeros = (a.gate_rows != 0 ? a.gate_rows : kTileRows / 2) * a.blocks * 8;
+  return p;
 }
 
 // The plan of GemvKernel, with a grid of 0 where it does not take the call.
@@ -208,10 +241,34 @@ cudaError_t RunGemv(const DecodeArgs& a, const GemvPlan& plan, bool behind, cons
                 stream);
 }
 
+// The plan of SkinnyKernel, with a grid of 0 where it does not take the call.
+SkinnyPlan SkinnyPlanOf(const DecodeArgs& a, const Device& device) {
+  const bool whole = a.columns % 8 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
+  const int row_bytes = whole && a.columns <= kOwnColumns ? a.columns * Bytes(a.x_type) : 0;
+  return MakeSkinnyPlan(ShapeOf(a.type, a.group), a.type != DType::kS8, a.M,
+                        CeilDiv(a.out, TileOutputs(a)), a.blocks, row_bytes,
+                        a.norm != nullptr ? 4 * a.columns : 0, device.multiprocessors,
+                        device.shared_limit);
+}
+
+cudaError_t RunSkinny(const DecodeArgs& a, const SkinnyPlan& plan, bool behind,
+                      const Device& device, cudaStream_t stream) {
+  const Shape shape = ShapeOf(a.type, a.group);
+  Params p = TiledParams(a, behind, plan.grid);
+  p.warps = plan.warps, p.steps = plan.steps, p.block_rows = plan.block_rows;
+  p.group_rows = plan.rows, p.log_share = LogShare(plan.rows, shape.block_warps());
+  p.row_pieces = plan.staged ? plan.rows * a.columns * static_cast<int>(Bytes(a.x_type)) / 16 : 0;
+  return Launch(SkinnyOf(a.type, shape.windows), p, dim3(plan.grid, plan.groups),
+                shape.block_warps() * kLanes, plan.shared_bytes,
+                behind && device.architecture >= 90, stream);
+}
+
 // One call. With `behind` its x may be written by the kernel ahead, which may still run.
 cudaError_t Run(const DecodeArgs& a, bool behind, const Device& device, cudaStream_t stream) {
   if (const GemvPlan plan = GemvPlanOf(a, device); plan.grid > 0)
     return RunGemv(a, plan, behind, device, stream);
+  if (const SkinnyPlan plan = SkinnyPlanOf(a, device); a.M > kGemvRows && plan.grid > 0)
+    return RunSkinny(a, plan, behind, device, stream);
   const Plan plan = PlanOf(a, device);
   const Shape shape = ShapeOf(a.type, a.group);
   if (plan.warps == 0) {
@@ -220,18 +277,12 @@ cudaError_t Run(const DecodeArgs& a, bool behind, const Device& device, cudaStre
     if (auto s = Run(first, behind, device, stream)) return s;
     return Run(second, behind, device, stream);
   }
-  const int tiles = CeilDiv(a.out, TileOutputs(a));
-  Params p = {};
-  p.a = a;
-  p.tiles_each = tiles / plan.grid, p.tiles_more = tiles % plan.grid;
+  Params p = TiledParams(a, behind, plan.grid);
   p.steps = CeilDiv(a.blocks, kStepBlocks);
   p.slices = plan.slices, p.slice_steps = plan.slice_steps, p.tile_slots = plan.tile_slots;
   p.sums_bytes = plan.sums_bytes, p.cached = plan.cached;
   p.warps = plan.warps, p.log_share = LogShare(a.M, shape.block_warps());
-  p.behind = behind;
   p.row_pieces = plan.own ? a.M * a.columns * static_cast<int>(Bytes(a.x_type)) / 16 : 0;
-  p.tile_outputs = TileOutputs(a), p.tile_blocks = p.tile_outputs * a.blocks;
-  p.lower_zeros = (a.gate_rows != 0 ? a.gate_rows : kTileRows / 2) * a.blocks * 8;
   const bool early = device.architecture >= 90;
   if (!plan.own) {
     p.scale_x = static_cast<float*>(a.workspace);
@@ -261,8 +312,7 @@ const char* DecodeCheck(const DecodeArgs& a) {
   if (GetDevice(&device) != cudaSuccess) return "the device cannot run the decode kernels";
   if (a.type == DType::kE4M3 && device->architecture < 89)
     return "float8_e4m3fn needs code for compute capability 8.9 or later";
-  if (a.M > MostTokens(static_cast<int>(Bytes(a.type))))
-    return "the decode kernel takes at most 8 rows, or 16 with values of 16 bits";
+  if (a.M > kDecodeTokens) return "the decode kernels take at most 16 rows";
   const int64_t gate_bytes =
       int64_t{a.gate_rows} * a.blocks * ShapeOf(a.type, a.group).block_bytes();
   if (gate_bytes > kMostGateBytes) return "a gate's rows must be less than 1 GB";

@@ -47,7 +47,7 @@ struct DecodeArgs {
   void* workspace;              // DecodeWorkspace bytes, 16-byte aligned, any contents
 };
 
-// Most rows of x that a call takes, with values of 16 bits; with 8 bits it takes half as many.
+// Most rows of x that a call takes.
 inline constexpr int kDecodeTokens = 16;
 
 // Bytes of workspace for a call, enough for every device.

@@ -13,8 +13,9 @@ struct Params {
   int log_share;     // of RowShare
   bool cached;       // of Plan: blocks with a tile less than others must not decide for themselves
   bool behind;       // whether x is written by a kernel ahead that may still run
-  int row_pieces;    // all rows of x in pieces of 16 bytes, if the decode kernel converts them
-  int block_rows;    // of GemvPlan
+  int row_pieces;    // a block's rows of x in pieces of 16 bytes, if they lie in shared memory
+  int block_rows;    // of GemvPlan and SkinnyPlan
+  int group_rows;    // rows of x that a thread block multiplies, in SkinnyKernel
   int tile_outputs;  // half as many as rows of a tile, where a gate and its factor are two rows
   int tile_blocks;   // blocks of the weight from a tile to the next one
   int lower_zeros;   // bytes of zeros from row 0 of a tile to row 8

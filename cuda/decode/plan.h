@@ -15,8 +15,9 @@ constexpr int kTileRows = 16;   // outputs of one mma
 constexpr int kTileTokens = 8;  // tokens of one mma
 constexpr int kStepBlocks = 4;  // blocks of a row in an item: one for each lane of a quad
 constexpr int kMaxWarps = 16;
-// Most rows of x. With values of 8 bits more than one tile of tokens is slower than the Hopper
-// kernel, and was not measured on other GPUs (docs/journal/2026-11-27-sixteen-rows.md).
+// Most rows of x that this kernel takes. With values of 8 bits more than one tile of tokens is
+// slower than the Hopper kernel, and was not measured on other GPUs
+// (docs/journal/2026-11-27-sixteen-rows.md).
 SLIDEJAX_HOST_DEVICE constexpr int MostTokens(int value_bytes) {
   return value_bytes == 2 ? 2 * kTileTokens : kTileTokens;
 }

@@ -116,7 +116,8 @@ def _traced(
 
 # Up to this many rows a chain is faster than prepared weights one by one (docs/decode-kernel.md).
 _FEW_ROWS = 2
-# Up to this many rows a chain of weights as they are packed is fastest in the decode kernel.
+# Up to this many rows a chain of weights as they are packed is fastest in the decode kernels. With
+# more it is so where all inputs are small.
 _DECODE_ROWS = decode.GEMV_ROWS
 
 
@@ -167,7 +168,10 @@ def _kernel(operands, settings: ChainParams, platform: str, devices: int | None)
     if not chosen <= {kernel.implementation.name for kernel in _KERNELS}:
         return None
     # A chain runs in one kernel, also where the layers one by one would run in different ones.
-    few = problems[0].rows <= _DECODE_ROWS and not any(problem.prepared for problem in problems)
+    few = problems[0].rows <= _DECODE_ROWS or all(
+        decode.is_small(p.rows, p.in_features, p.pattern, p.dtype) for p in problems
+    )
+    few = few and not any(problem.prepared for problem in problems)
     first_decode = few or chosen == {decode.DECODE.name}
     for kernel in _KERNELS if first_decode else reversed(_KERNELS):
         if settings.implementation not in (None, kernel.implementation.name):

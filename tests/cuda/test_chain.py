@@ -14,7 +14,7 @@ from slidejax.ops.choice import Choice
 from slidejax.ops.implementations.decode import DECODE
 
 pytestmark = pytest.mark.gpu
-ROWS = [1, 2, 3, 4, 5, 8]
+ROWS = [1, 2, 3, 4, 5, 8, 16]
 SIZES = [(4096, 14336), (3584, 18944)]
 
 
@@ -191,6 +191,7 @@ def test_a_layer_in_one_call_of_the_hopper_kernel(on_hopper, pattern, dtype, row
 @pytest.mark.parametrize("mixed", [False, True])
 def test_weights_that_prune_nothing_in_one_call(on_hopper, monkeypatch, dtype, rows, mixed):
     """In the order and with the plans of the dense products one by one: bits are equal."""
+    monkeypatch.setattr("slidejax.ops.implementations.decode.is_small", lambda *_: False)
     choice = lambda p: Choice("hopper" if p.pattern.prunes else "dense", "")  # noqa: E731
     monkeypatch.setattr("slidejax.ops.chain.choose", choice)
     x, stages = tail("dense", dtype, rows, 512, 1032)

@@ -58,6 +58,14 @@ class GemvPlan(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in ("grid", "steps", "block_rows", "shared_bytes")]
 
 
+class SkinnyPlan(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("rows", "groups", "grid", "warps", "steps")),
+        *(("block_rows", ctypes.c_int), ("staged", ctypes.c_bool)),
+        ("shared_bytes", ctypes.c_int),
+    ]
+
+
 class RowShape(ctypes.Structure):
     _fields_ = [
         ("rows", ctypes.c_int64),
@@ -101,6 +109,10 @@ def library(tmp_path_factory):
         ("gemv_most_rows", ctypes.c_int),
         ("gemv_ring_bytes", ctypes.c_int, ctypes.c_int),
         ("gemv_plan", GemvPlan, ctypes.c_int, ctypes.c_bool, *[ctypes.c_int] * 7),
+        ("skinny_most_rows", ctypes.c_int),
+        ("skinny_ring_bytes", ctypes.c_int, ctypes.c_int),
+        ("skinny_token_bytes", ctypes.c_int64, ctypes.c_int, ctypes.c_int),
+        ("skinny_plan", SkinnyPlan, ctypes.c_int, ctypes.c_bool, *[ctypes.c_int] * 7),
         ("lift_geometry", Geometry, pointer(RowShape), *[ctypes.c_int] * 3, pointer(Limits)),
         ("lift_steps", ctypes.c_int, ctypes.c_int),
         ("lift_columns", ctypes.c_int64, ctypes.c_int64, ctypes.c_int),
@@ -266,9 +278,7 @@ def decode_blocks(windows, columns):
 
 
 def test_python_knows_how_many_rows_decode_takes(library):
-    for dtype in (jnp.int8, jnp.bfloat16):
-        most = library.decode_most_rows(jnp.dtype(dtype).itemsize)
-        assert most == decode.most_rows(jnp.dtype(dtype))
+    assert library.decode_most_rows(2) == library.skinny_most_rows() == decode.ROWS
     assert library.gemv_most_rows() == decode.GEMV_ROWS
 
 
@@ -366,6 +376,43 @@ def test_one_or_two_rows_fit_or_go_to_the_other_kernel(library):
         lying = library.gemv_ring_bytes(windows) + rows * (row_bytes + columns) + norm_bytes + sums
         assert lying < chosen.shared_bytes <= SHARED[multiprocessors]
     assert (False, True, True) in taken and (False, False, True) in taken
+
+
+def test_a_few_rows_fit_or_go_to_the_other_kernel(library):
+    rng = random.Random(6)
+    most, taken = library.skinny_most_rows(), set()
+    for _ in range(2000):
+        windows, rows = rng.randint(0, 7), rng.randint(1, most + 1)
+        tiles, columns = rng.randint(1, 10000), int(2 ** rng.uniform(0, 17))
+        blocks, multiprocessors = decode_blocks(windows, columns), rng.choice(list(SHARED))
+        row_bytes, norm_bytes = rng.choice([0, 2, 4]) * columns, rng.choice([0, 4]) * columns
+        chosen = library.skinny_plan(
+            *(windows, floats := rng.random() < 0.5, rows, tiles, blocks, row_bytes, norm_bytes),
+            *(multiprocessors, SHARED[multiprocessors]),
+        )
+        taken.add((chosen.grid > 0, chosen.grid > 0 and chosen.staged, row_bytes > 0))
+        if chosen.grid == 0:
+            continue
+        assert rows <= most and row_bytes > 0 and 1 <= chosen.warps <= 16
+        assert (chosen.groups - 1) * chosen.rows < rows <= chosen.groups * chosen.rows
+        assert chosen.rows <= most // 2 and chosen.groups * chosen.grid <= max(2, multiprocessors)
+        assert chosen.grid * chosen.block_rows >= 16 * tiles > (chosen.grid - 1) * 16
+        assert chosen.steps == -(-blocks // 4)
+        sums = 4 * chosen.rows * chosen.block_rows * (chosen.warps if floats else 1)
+        codes = chosen.rows * library.skinny_token_bytes(windows, chosen.steps)
+        x = chosen.rows * row_bytes if chosen.staged else 0
+        lying = chosen.warps * library.skinny_ring_bytes(windows) + codes + x + norm_bytes + sums
+        assert lying < chosen.shared_bytes <= SHARED[multiprocessors]
+    assert taken == {(True, True, True), (True, False, True), (False, False, True), (False,) * 3}
+
+
+@pytest.mark.parametrize("windows", range(8))
+@pytest.mark.parametrize("rows", [3, 8, 16])
+@pytest.mark.parametrize(("out", "columns"), [(576, 1536), (3072, 576), (896, 4864), (9728, 896)])
+def test_small_models_have_room_for_their_rows(library, windows, rows, out, columns):
+    """SmolLM2-135M and Qwen2.5-0.5B on an H100."""
+    sizes = decode_blocks(windows, columns), 2 * columns, 4 * columns if columns < 1000 else 0
+    assert library.skinny_plan(windows, False, rows, out // 16, *sizes, H200, SHARED[H200]).grid > 0
 
 
 @pytest.mark.parametrize("windows", range(8))

@@ -197,7 +197,7 @@ def test_one_call_for_cuda(outputs, pattern, dtype):
     "case", ["rows", "asked for", "prologue", "gate wanted", "gate added", "float32"]
 )
 def test_elsewhere_it_is_the_sequence(case):
-    x, stages = tail(rows=(9,) if case == "rows" else (2,))
+    x, stages = tail(rows=(17,) if case == "rows" else (2,))
     implementation, outputs = None, None
     if case == "asked for":
         implementation = "dense"
@@ -230,7 +230,7 @@ def test_one_call_of_the_hopper_kernel(rows, outputs):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-@pytest.mark.parametrize(("rows", "chained"), [(9, True), (64, True), (65, False)])
+@pytest.mark.parametrize(("rows", "chained"), [(17, True), (64, True), (65, False)])
 @pytest.mark.parametrize("all_dense", [True, False])
 def test_weights_that_prune_nothing_in_a_chain_of_the_hopper_kernel(
     monkeypatch, dtype, rows, chained, all_dense
@@ -300,13 +300,22 @@ def test_few_rows_do_not_ask_for_prepared_forms(monkeypatch, rows):
         (2, ["dense", "decode"], None),
     ],
 )
-def test_a_chain_runs_in_one_kernel(monkeypatch, rows, faster, kernel):
+def test_a_chain_of_large_inputs_runs_in_one_kernel(monkeypatch, rows, faster, kernel):
     """Whichever of the two is faster for a single layer."""
+    monkeypatch.setattr("slidejax.ops.implementations.decode.is_small", lambda *_: False)
     names = iter(faster * 4)
     monkeypatch.setattr("slidejax.ops.chain.choose", lambda p: Choice(next(names), ""))
     found = calls(lowered(*tail(rows=(rows,)), None, None))
     chains = [name for name in found if name.startswith("slidejax_chain")]
     assert chains == ([] if kernel is None else [f"slidejax_chain_{kernel}"])
+
+
+@pytest.mark.parametrize("faster", [["decode"], ["hopper"], ["hopper", "decode"]])
+@pytest.mark.parametrize(("rows", "kernel"), [(3, "decode"), (16, "decode"), (17, "hopper")])
+def test_a_chain_of_small_inputs_runs_in_the_decode_kernel(monkeypatch, rows, kernel, faster):
+    names = iter(faster * 4)
+    monkeypatch.setattr("slidejax.ops.chain.choose", lambda p: Choice(next(names), ""))
+    assert calls(lowered(*tail(rows=(rows,)), None, None)) == [f"slidejax_chain_{kernel}"]
 
 
 @pytest.mark.parametrize("rows", range(1, 6))
@@ -349,7 +358,7 @@ def test_explain_shows_every_layer():
     assert [p.has_residual for p, _ in found] == [True, False, True, False]
 
 
-@pytest.mark.parametrize(("rows", "kernel"), [(1, "decode"), (8, "decode"), (9, "hopper")])
+@pytest.mark.parametrize(("rows", "kernel"), [(1, "decode"), (16, "decode"), (17, "hopper")])
 def test_explain_says_in_which_kernel_a_chain_runs(rows, kernel):
     """Whatever its layers would run in alone."""
     x, stages = tail(rows=(rows,))

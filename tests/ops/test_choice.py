@@ -153,7 +153,7 @@ def test_the_choice_follows_the_table(tmp_path, monkeypatch):
     assert chosen(16, prepared).implementation == "hopper"
     # Nothing near was measured: what reads the packed form runs, and says so.
     far = sj.pack(jnp.ones((128, 16384), jnp.bfloat16), "6:8", dtype="int8")
-    [(_, unknown)] = sj.explain(sj.linear, jnp.ones((16, 128), jnp.bfloat16), far, platform="cuda")
+    [(_, unknown)] = sj.explain(sj.linear, jnp.ones((17, 128), jnp.bfloat16), far, platform="cuda")
     assert unknown.implementation == "hopper" and "reads the weight as it is" in unknown.reason
     [(_, unknown)] = sj.explain(sj.linear, jnp.ones((1, 128), jnp.bfloat16), far, platform="cuda")
     assert unknown.implementation == "decode"

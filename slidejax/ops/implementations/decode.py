@@ -2,9 +2,9 @@
 
 The kernels read the packed form once, at about the rate of the memory (cuda/decode,
 docs/decode-kernel.md). One or two rows meet values of 8 bits without tensor cores; else the 2:4
-metadata is made on the way. A few rows of x are quantised in the kernel, or rounded to the weight's
-16-bit type. For more rows, and for rows that start anywhere, a small kernel of the same call does
-that first. Bias and residual are added before the one rounding.
+metadata is made on the way. The kernels quantise x themselves where they can, or round it to the
+weight's 16-bit type. Where they cannot, a small kernel of the same call does that first. Bias and
+residual are added before the one rounding.
 """
 
 from __future__ import annotations
@@ -20,18 +20,34 @@ from slidejax.ops.implementations.base import Implementation, cuda_refusal
 from slidejax.ops.problem import Problem
 from slidejax.ops.rates import rates_of
 from slidejax.weights.packed import SlideWeight
-from slidejax.weights.pattern import BLOCK_GROUPS
+from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
 
-__all__ = ["ALIGN", "DECODE", "GEMV_ROWS", "most_rows", "operands", "workspace_bytes"]
+__all__ = ["ALIGN", "DECODE", "GEMV_ROWS", "ROWS", "is_small", "operands", "workspace_bytes"]
 
 GEMV_ROWS = 2  # kGemvRows of cuda/decode/gemv_plan.h
 _STEP_BLOCKS = 4  # kStepBlocks of cuda/decode/plan.h
 ALIGN = 16  # of the parts of a workspace
 
 
-def most_rows(dtype: np.dtype) -> int:
-    """Most rows of x that values of a dtype meet (`MostTokens` of cuda/decode/plan.h)."""
-    return 16 if dtype.itemsize == 2 else 8
+ROWS = 16  # kDecodeTokens of cuda/decode/decode.h, the most rows of x
+# Beyond these a weight of 8 bits is read twice (kSkinnyRows of cuda/decode/skinny_plan.h).
+_ROWS_AT_ONCE = 8
+
+
+def is_small(rows: int, in_features: int, pattern: Pattern, dtype: np.dtype) -> bool:
+    """Whether every thread block converts x sooner than another kernel would have done it ahead.
+
+    Rows times inputs decide, by measurement on an H100 against the Hopper kernel, which makes the
+    metadata of large groups fast and multiplies few rows of a dense weight slowly
+    (docs/journal/2026-11-28-small-models.md).
+    """
+    group = pattern.group if pattern.prunes else 0
+    most = 80 if group <= 6 else 40 if group == 8 else 20
+    return dtype.itemsize == 1 and rows <= ROWS and rows * in_features <= most * 1024
+
+
+def _is_small(problem: Problem) -> bool:
+    return is_small(problem.rows, problem.in_features, problem.pattern, problem.dtype)
 
 
 def operands(w: SlideWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -57,16 +73,19 @@ def _refuses_float8(problem: Problem) -> str | None:
     if code is not None and code < (8, 9):
         return f"{name} needs code for compute capability 8.9 or later, not {code[0]}.{code[1]}"
     hoppers = hopper.refuses_device(problem.device, problem.dtype) is None
-    if hoppers and problem.rows > GEMV_ROWS:
+    if hoppers and problem.rows > GEMV_ROWS and not _is_small(problem):
         # On compute capability 9.0 mma converts float8 to float16 first. It then takes twice the
         # time of int8. One or two rows have no use for mma.
-        return f"more than {GEMV_ROWS} rows of {name} run in the Hopper kernel on {problem.device}"
+        return (
+            f"more than {GEMV_ROWS} rows of {name} with {problem.in_features} inputs run in the "
+            f"Hopper kernel on {problem.device}"
+        )
     return None
 
 
 class Decode(Implementation):
-    """8-bit values of all patterns, "dense" included, times at most 8 rows, and 16-bit values times
-    at most 16."""
+    """All patterns, "dense" included, times at most 16 rows, or 8 where x is large and values have
+    8 bits."""
 
     name = "decode"
     cuda_only = True
@@ -80,8 +99,14 @@ class Decode(Implementation):
             return "lifts the rows itself: it computes linear alone"
         if problem.dtype == jnp.float32:
             return "values must be int8, float8_e4m3fn, bfloat16 or float16, not float32"
-        if problem.rows > (most := most_rows(problem.dtype)):
-            return f"takes at most {most} rows of {problem.dtype.name}, not {problem.rows}"
+        if problem.rows > ROWS:
+            return f"takes at most {ROWS} rows, not {problem.rows}"
+        twice = problem.rows > _ROWS_AT_ONCE and problem.dtype.itemsize == 1
+        if twice and not _is_small(problem):
+            return (
+                f"takes at most {_ROWS_AT_ONCE} rows of {problem.dtype.name} with "
+                f"{problem.in_features} inputs, not {problem.rows}"
+            )
         return _refuses_float8(problem) if problem.dtype == jnp.float8_e4m3fn else None
 
     def estimate(self, problem):

@@ -19,6 +19,7 @@ char* const emulated::shared_memory = reinterpret_cast<char*>(slidejax::decode::
 #define __shared__
 #include "decode/gemv.cuh"
 #include "decode/kernel.cuh"
+#include "decode/skinny.cuh"
 
 // The host's code has fields of these names.
 #undef gridDim

@@ -2,6 +2,7 @@
 // compiler is needed to build them.
 #include "decode/gemv_plan.h"
 #include "decode/plan.h"
+#include "decode/skinny_plan.h"
 #include "hopper/plan.h"
 #include "lift/geometry.h"
 
@@ -27,6 +28,19 @@ decode::GemvPlan gemv_plan(int windows, bool floats, int M, int rows, int blocks
                            int norm_bytes, int multiprocessors, int shared_limit) {
   return decode::MakeGemvPlan({windows}, floats, M, rows, blocks, row_bytes, norm_bytes,
                               multiprocessors, shared_limit);
+}
+
+int skinny_most_rows() { return decode::kSkinnyRows * decode::kSkinnyGroups; }
+int skinny_ring_bytes(int windows) {
+  const decode::Shape s{windows};
+  return s.depth() * s.slot_bytes();
+}
+int64_t skinny_token_bytes(int windows, int steps) { return decode::TokenBytes({windows}, steps); }
+decode::SkinnyPlan skinny_plan(int windows, bool floats, int M, int tiles, int blocks,
+                               int row_bytes, int norm_bytes, int multiprocessors,
+                               int shared_limit) {
+  return decode::MakeSkinnyPlan({windows}, floats, M, tiles, blocks, row_bytes, norm_bytes,
+                                multiprocessors, shared_limit);
 }
 
 // ---- hopper/plan.h

@@ -40,9 +40,13 @@ def gpu(monkeypatch):
     ("changes", "reason"),
     [
         ({"rows": 8}, None),
-        ({"rows": 9}, "at most 8 rows of int8, not 9"),
-        ({"rows": 16, "dtype": jnp.dtype("float16")}, None),
-        ({"rows": 17, "dtype": jnp.dtype("bfloat16")}, "at most 16 rows of bfloat16, not 17"),
+        ({"rows": 8, "in_features": 50_000}, None),
+        ({"rows": 16, "in_features": 2560}, None),
+        ({"rows": 16, "in_features": 2561}, "at most 8 rows of int8 with 2561 inputs, not 16"),
+        ({"rows": 16, "in_features": 5120, "pattern": sj.Pattern.parse("dense")}, None),
+        ({"rows": 17}, "at most 16 rows, not 17"),
+        ({"rows": 16, "in_features": 50_000, "dtype": jnp.dtype("float16")}, None),
+        ({"rows": 17, "dtype": jnp.dtype("bfloat16")}, "at most 16 rows, not 17"),
         ({"op": "sparse_matmul"}, "linear alone"),
         ({"dtype": jnp.dtype("bfloat16")}, None),
         ({"dtype": jnp.dtype("float16")}, None),
@@ -75,5 +79,7 @@ def test_float8_needs_code_that_multiplies_it(gpu, device, capability, built, re
 
 @pytest.mark.parametrize("rows", range(1, 9))
 def test_more_than_two_rows_of_float8_are_left_to_the_hopper_kernel(rows):
-    found = DECODE.refuses(problem("NVIDIA H100 80GB HBM3", dtype=FLOAT8, rows=rows))
+    device = "NVIDIA H100 80GB HBM3"
+    found = DECODE.refuses(problem(device, dtype=FLOAT8, rows=rows, in_features=50_000))
     assert found is None if rows <= 2 else "run in the Hopper kernel" in found
+    assert DECODE.refuses(problem(device, dtype=FLOAT8, rows=rows)) is None  # x is small
