@@ -14,9 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from slidejax.lm.decoder.params import GROUPS
-from slidejax.variants.prepared import prepare
+from slidejax.ops.implementations import hopper
+from slidejax.ops.implementations.decode import ROWS, is_small
+from slidejax.ops.implementations.dense import dense_codes
+from slidejax.ops.problem import device_kind
+from slidejax.variants.prepared import map_weights, prepare, weights_of
 from slidejax.variants.serving import serving as serving_weights
-from slidejax.weights.packed import LinearWeight, SlideWeight
+from slidejax.weights.packed import LinearWeight, SlideWeight, pack
+from slidejax.weights.pattern import UNPRUNED
 
 __all__ = ["fuse", "serving"]
 
@@ -48,10 +53,11 @@ def fuse(params: Mapping[str, Any]) -> dict[str, Any]:
 def serving(params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters in the layout and the form that serve best on this device.
 
-    They are fused. On a GPU packed weights get the prepared forms that pay. On a CPU only their
-    codes and scales are kept, and kernels of 16-bit floats are kept in float32: XLA multiplies in
-    float32 there, and would convert all of them in every call. The results are the same. Adapters
-    and master weights stay as they are.
+    They are fused. On a GPU packed weights get the prepared forms that pay. On a Hopper GPU those
+    of a small model become weights of the pattern "dense" with the same codes, because its steps
+    wait for kernels and not for bytes. On a CPU only their codes and scales are kept, and kernels
+    of 16-bit floats are kept in float32: XLA multiplies in float32 there, and would convert all of
+    them in every call. The results are the same. Adapters and master weights stay as they are.
 
     >>> from slidejax.lm.decoder.examples import tiny
     >>> from slidejax.lm.decoder.family import convert
@@ -60,7 +66,27 @@ def serving(params: Mapping[str, Any]) -> dict[str, Any]:
     'ServingWeight'
     """
     fused = fuse(params)
-    return _for_a_cpu(fused) if jax.default_backend() == "cpu" else prepare(fused)
+    if jax.default_backend() == "cpu":
+        return _for_a_cpu(fused)
+    return prepare(map_weights(_with_zeros, fused) if _is_small(fused) else fused)
+
+
+def _is_small(params: Mapping[str, Any]) -> bool:
+    """Whether few rows times every kernel are faster where its zeros are values (decision 063)."""
+    device = device_kind("cuda")
+    return all(
+        is_small(ROWS, w.in_features, UNPRUNED, w.dtype)
+        and hopper.refuses_device(device, w.dtype) is None
+        for w in weights_of(params)
+    )
+
+
+def _with_zeros(w: SlideWeight) -> SlideWeight:
+    """The weight in the pattern "dense": its zeros are values like others."""
+    if not w.pattern.prunes:
+        return w
+    codes = jnp.swapaxes(dense_codes(w.replace(prepared={})), -1, -2)
+    return pack(codes, UNPRUNED).replace(scale=w.scale)
 
 
 def _for_a_cpu(params: Mapping[str, Any]) -> dict[str, Any]:

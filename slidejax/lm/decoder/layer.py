@@ -19,7 +19,7 @@ from slidejax.lm.decoder.cache import LayerCache
 from slidejax.lm.decoder.config import DecoderConfig, Rope
 from slidejax.ops.chain import Stage, linear_chain
 from slidejax.ops.decode_attention import decode_attention
-from slidejax.ops.implementations import hopper
+from slidejax.ops.implementations import decode, hopper
 from slidejax.ops.linear import linear
 from slidejax.ops.prologue import GLU, Prologue, RMSNorm
 from slidejax.weights.numerics import of_rank
@@ -123,6 +123,10 @@ class Layer:
         if rows in HOPPER_CHAINED_ROWS and all(hopper.may_chain(k, rows) for k in kernels):
             return True
         prepared = any(kernel.prepared for kernel in kernels)
+        if not prepared and all(
+            decode.is_small(rows, k.in_features, k.pattern, k.dtype) for k in kernels
+        ):
+            return True
         return rows <= (min(_CHAINED_PREPARED_ROWS, CHAINED_ROWS) if prepared else CHAINED_ROWS)
 
     def step(self, x, positions, turns, held, qkv, following: Layer | None):
