@@ -21,8 +21,8 @@ WIDE = np.array([1, 2**32 + 2, 3, 4])
         lambda ids: windows(ids, 2),
         lambda ids: cut(ids, 1, 2),
         lambda ids: rows_of(ids, 2),
-        lambda ids: tiny().generate([ids], max_new_tokens=1),
-        lambda ids: tiny()(ids[None]),
+        lambda ids: tiny(num_layers=1).generate([ids], max_new_tokens=1),
+        lambda ids: tiny(num_layers=1)(ids[None]),
     ],
 )
 @pytest.mark.parametrize("ids", [WIDE, -WIDE], ids=["large", "negative"])
@@ -32,7 +32,7 @@ def test_they_are_refused(use, ids):
 
 
 def test_under_tracing_they_are_unknown():
-    model = tiny()
+    model = tiny(num_layers=1)
     y, _ = apply(model.config, model.params, WIDE[None])  # NumPy's, of which JAX takes 32 bits
     assert np.isnan(np.asarray(y)[0, 1]).all()
     with jax.enable_x64(True):

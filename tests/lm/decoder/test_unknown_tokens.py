@@ -15,7 +15,7 @@ BAD = np.array([[1, 2, 3, 64] * 8], np.int32)
 
 @pytest.mark.parametrize("token", [64, 1000, -1])
 def test_a_token_that_is_not_there_is_an_error_or_nan(token):
-    model = tiny()
+    model = tiny(num_layers=1)
     ids = jnp.array([[1, 2, token, 3], [4, 5, 6, 7]])
     with pytest.raises(ValueError, match=f"0 to 63, got {token}"):
         model(ids)
@@ -24,7 +24,7 @@ def test_a_token_that_is_not_there_is_an_error_or_nan(token):
 
 
 def test_padding_may_have_any_id():
-    model = tiny()
+    model = tiny(num_layers=1)
     ids, positions = np.array([[1, 2, -7], [64, 3, 4]]), np.array([[0, 1, -1], [-1, 0, 1]])
     for cache in (None, init_cache(model.config, 2, 8, "float32")):
         run = jax.jit(lambda *rows: apply(model.config, model.params, *rows, last=True)[0])
@@ -34,7 +34,7 @@ def test_padding_may_have_any_id():
 
 
 def test_calibration_on_them_is_an_error():
-    model = tiny()
+    model = tiny(num_layers=1)
     with pytest.raises(ValueError, match="calibration must be token ids from 0 to 63, got 1 to 64"):
         sj.lm.convert(model, "6:8", "wanda", BAD)
     with pytest.raises(ValueError, match="calibration must be token ids from 0 to 63"):
@@ -57,7 +57,7 @@ def doors(model, tmp_path):
 
 def test_rows_longer_than_the_context_are_refused_before_the_work(tmp_path):
     """Positions that no training has seen would say nothing about the model in use."""
-    model = tiny()
+    model = tiny(num_layers=1)
     for convert in doors(model, tmp_path):
         with pytest.raises(ValueError, match=r"rows of 129 tokens, .* context of 128"):
             convert(np.ones((2, 129), np.int32))
@@ -73,4 +73,4 @@ def test_rows_longer_than_the_context_are_refused_before_the_work(tmp_path):
 def test_padding_in_calibration_may_have_any_id_and_length():
     ids, positions = np.full((8, 130), -7), np.full((8, 130), -1)
     ids[:, :16], positions[:, :16] = np.arange(1, 17), np.arange(16)
-    sj.prune.convert(tiny(), "6:8", [(ids, positions)], method="wanda")
+    sj.prune.convert(tiny(num_layers=1), "6:8", [(ids, positions)], method="wanda")

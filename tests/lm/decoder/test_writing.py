@@ -49,7 +49,7 @@ def test_the_tokens_are_those_of_the_logits_alone_and_together(changes):
 
 
 def test_long_prompts_go_through_in_chunks():
-    model = tiny(max_positions=2048)
+    model = tiny(num_layers=1, max_positions=2048)
     ids = np.random.default_rng(0).integers(0, 64, 700).tolist()
     (first,) = model.generate([ids], max_new_tokens=1)
     logits = np.asarray(model(jnp.asarray([ids])))[0, -1]
@@ -58,7 +58,7 @@ def test_long_prompts_go_through_in_chunks():
 
 
 def test_decoders_of_one_configuration_share_programs():
-    one, other = tiny(seed=0, norm_eps=3e-5), tiny(seed=1, norm_eps=3e-5)
+    one, other = (tiny(seed, num_layers=1, norm_eps=3e-5) for seed in (0, 1))
     shared = programs(one.config, "float32")
     one.generate(PROMPTS[0], max_new_tokens=4)
     before = list(shared.traced)
@@ -67,7 +67,7 @@ def test_decoders_of_one_configuration_share_programs():
 
 
 def test_packed_weights_are_unpacked_once_for_all_calls():
-    sparse = convert(tiny(), "6:8")
+    sparse = convert(tiny(num_layers=1), "6:8")
     writer = _Writer(sparse, None)
     served = writer.params
     kernel = served["model"]["layers"]["0"]["self_attn"]["qkv_proj"]["kernel"]
@@ -93,7 +93,7 @@ def on_a_gpu(monkeypatch):
 
 
 def test_a_gpu_with_room_serves_fused_layers(on_a_gpu):
-    model = convert(tiny(), "6:8")
+    model = convert(tiny(num_layers=1), "6:8")
     on_a_gpu(None)
     served = _Writer(model, None).params
     assert "qkv_proj" in served["model"]["layers"]["0"]["self_attn"]
@@ -102,7 +102,7 @@ def test_a_gpu_with_room_serves_fused_layers(on_a_gpu):
 
 
 def test_a_gpu_without_room_serves_the_model_as_it_is_and_says_so(on_a_gpu):
-    model = convert(tiny(), "6:8")
+    model = convert(tiny(num_layers=1), "6:8")
     on_a_gpu(1000)
     with pytest.warns(UserWarning, match=r"slower.* and 0\.0 MiB are free"):
         served = _Writer(model, None).params
@@ -110,7 +110,7 @@ def test_a_gpu_without_room_serves_the_model_as_it_is_and_says_so(on_a_gpu):
 
 
 def test_served_parameters_give_the_same_text():
-    model = tiny()
+    model = tiny(num_layers=1)
     assert model.generate(PROMPTS, max_new_tokens=8) == model.generate(
         PROMPTS, max_new_tokens=8, params=serving(model.params)
     )
@@ -194,14 +194,14 @@ def test_served_parameters_of_16_bits_give_the_same_logits(dtype, rule):
 
 
 def test_converted_decoders_write():
-    sparse = convert(tiny(), "6:8")
+    sparse = convert(tiny(num_layers=1), "6:8")
     got = sparse.generate(PROMPTS, max_new_tokens=6)
     assert [c.tokens for c in got] == [by_logits(sparse, p, 6) for p in PROMPTS]
     assert got == sparse.generate(PROMPTS, max_new_tokens=6, params=serving(sparse.params))
 
 
 def test_a_cache_of_8_bits_is_an_option():
-    model = tiny()
+    model = tiny(num_layers=1)
     exact = model.generate(PROMPTS, max_new_tokens=4)
     near = model.generate(PROMPTS, max_new_tokens=4, cache_dtype="int8")
     assert [c.tokens[0] for c in near] == [c.tokens[0] for c in exact]
@@ -225,7 +225,7 @@ def test_a_cache_of_8_bits_is_an_option():
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_step_copies_no_cache(cache_dtype, rows):
     """On a CPU the caches of 16 bits are still copied, layer by layer."""
-    model = tiny(max_positions=8192, head_dim=64)
+    model = tiny(num_layers=1, max_positions=8192, head_dim=64)
     ends, live = np.full(8, -1, np.int32), np.ones(rows, bool)
     made = programs(model.config, cache_dtype)
     arguments = (np.zeros((rows, 16), np.int32), np.ones(rows, np.int32), live, ends)
@@ -265,7 +265,7 @@ def test_without_a_tokenizer_the_configuration_knows_the_ends():
 
 
 def test_a_tokenizer_that_cannot_be_read_hinders_nobody_who_needs_none():
-    model = tiny()
+    model = tiny(num_layers=1)
     model = Decoder(model.config, model.params, files={"tokenizer.model": b""})
     assert model(jnp.array([[1, 2]])).shape == (1, 2, 64)
     with pytest.raises(NotImplementedError, match=r"tokenizer\.model"):
