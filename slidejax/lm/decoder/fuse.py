@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slidejax.lm.decoder.layer import chain_kernels
 from slidejax.lm.decoder.params import GROUPS
 from slidejax.ops.implementations import hopper
 from slidejax.ops.implementations.decode import ROWS, is_small
 from slidejax.ops.implementations.dense import dense_codes
 from slidejax.ops.problem import device_kind
-from slidejax.variants.prepared import map_weights, prepare, weights_of
+from slidejax.variants.prepared import map_weights, prepare
 from slidejax.variants.serving import serving as serving_weights
 from slidejax.weights.packed import LinearWeight, SlideWeight, pack
 from slidejax.weights.pattern import UNPRUNED
@@ -54,10 +55,11 @@ def serving(params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters in the layout and the form that serve best on this device.
 
     They are fused. On a GPU packed weights get the prepared forms that pay. On a Hopper GPU those
-    of a small model become weights of the pattern "dense" with the same codes, because its steps
-    wait for kernels and not for bytes. On a CPU only their codes and scales are kept, and kernels
-    of 16-bit floats are kept in float32: XLA multiplies in float32 there, and would convert all of
-    them in every call. The results are the same. Adapters and master weights stay as they are.
+    of a small model whose layers make chains become weights of the pattern "dense" with the same
+    codes, because its steps wait for kernels and not for bytes. On a CPU only their codes and
+    scales are kept, and kernels of 16-bit floats are kept in float32: XLA multiplies in float32
+    there, and would convert all of them in every call. The results are the same. Adapters and
+    master weights stay as they are.
 
     >>> from slidejax.lm.decoder.examples import tiny
     >>> from slidejax.lm.decoder.family import convert
@@ -72,12 +74,17 @@ def serving(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_small(params: Mapping[str, Any]) -> bool:
-    """Whether few rows times every kernel are faster where its zeros are values (decision 063)."""
+    """Whether chains of few rows are faster where the zeros are values (decision 063)."""
     device = device_kind("cuda")
+    chains = [chain_kernels(layer) for layer in params["model"]["layers"].values()]
     return all(
-        is_small(ROWS, w.in_features, UNPRUNED, w.dtype)
-        and hopper.refuses_device(device, w.dtype) is None
-        for w in weights_of(params)
+        kernels is not None
+        and all(
+            is_small(ROWS, w.in_features, UNPRUNED, w.dtype)
+            and hopper.refuses_device(device, w.dtype) is None
+            for w in kernels
+        )
+        for kernels in chains
     )
 
 

@@ -25,7 +25,7 @@ from slidejax.ops.prologue import GLU, Prologue, RMSNorm
 from slidejax.weights.numerics import of_rank
 from slidejax.weights.packed import LinearWeight, SlideWeight
 
-__all__ = ["Layer", "columns", "dot", "rms_norm", "turns_at"]
+__all__ = ["Layer", "chain_kernels", "columns", "dot", "rms_norm", "turns_at"]
 
 # A step of at most this many rows computes what lies between two attentions as a chain. With
 # prepared weights more rows are faster one layer after the other.
@@ -82,6 +82,20 @@ def dot(x: jax.Array, kernel: jax.Array, dimensions: Any) -> jax.Array:
     )
 
 
+def chain_kernels(params: Mapping[str, Any]) -> list[SlideWeight] | None:
+    """The kernels of the chain that lies between two attentions, from the parameters of a layer.
+
+    None if it is no chain: some are no packed weights of fused projections, or the outputs of
+    attention and MLP are normalised.
+    """
+    projections = [("self_attn", "qkv_proj"), ("self_attn", "o_proj")]
+    projections += [("mlp", "gate_up_proj"), ("mlp", "down_proj")]
+    kernels = [params[module].get(name, {}).get("kernel") for module, name in projections]
+    if "post_feedforward_layernorm" in params:
+        return None
+    return kernels if all(isinstance(kernel, SlideWeight) for kernel in kernels) else None
+
+
 class Layer:
     """One layer: attention and a gated MLP, each added to the residual stream."""
 
@@ -110,12 +124,8 @@ class Layer:
 
     def chains(self, x: jax.Array) -> bool:
         """Whether the layers of a decoding step follow each other in chains."""
-        projections = [("self_attn", "qkv_proj"), ("self_attn", "o_proj")]
-        projections += [("mlp", "gate_up_proj"), ("mlp", "down_proj")]
-        kernels = [self.params[module].get(name, {}).get("kernel") for module, name in projections]
-        if x.shape[1] > 1 or self.config.sandwich_norm or watched():
-            return False
-        if not all(isinstance(kernel, SlideWeight) for kernel in kernels):
+        kernels = chain_kernels(self.params)
+        if x.shape[1] > 1 or kernels is None or watched():
             return False
         rows = x.shape[0]
         if not isinstance(rows, int):  # jax.export may leave it open

@@ -52,12 +52,23 @@ def test_small_models_serve_with_their_zeros_on_a_hopper_gpu(device, small):
     assert all(w.pattern.prunes for w in weights_of(small))  # the model itself stays as it is
 
 
-@pytest.mark.parametrize("case", ["another GPU", "large"])
+@pytest.mark.parametrize("case", ["another GPU", "large", "no chains", "a layer left out"])
 def test_others_serve_as_they_are_packed(device, monkeypatch, small, case):
     device("NVIDIA L4" if case == "another GPU" else "NVIDIA H100 80GB HBM3")
     if case == "large":
         monkeypatch.setattr(MODULE, "is_small", lambda *_: False)
+    if case == "no chains":
+        norms = {"post_feedforward_layernorm": {"weight": jnp.ones(1)}}
+        small = of_layers(small, lambda layer: {**layer, **norms})
+    if case == "a layer left out":
+        mlp = {"down_proj": {"kernel": jnp.ones((48, 32))}}
+        small = of_layers(small, lambda layer: {**layer, "mlp": {**layer["mlp"], **mlp}})
     assert all(w.pattern.prunes for w in weights_of(serving(small)))
+
+
+def of_layers(params, change):
+    layers = {name: change(layer) for name, layer in params["model"]["layers"].items()}
+    return {**params, "model": {**params["model"], "layers": layers}}
 
 
 def test_a_small_model_has_few_inputs(device, small):
@@ -68,6 +79,7 @@ def test_a_small_model_has_few_inputs(device, small):
         *((5120, "float8_e4m3fn", False), (64, "bfloat16", True)),
     ):
         kernel = sj.pack(jnp.ones((columns, 8)), "6:8", dtype=dtype)
-        layer = {"mlp": {"down_proj": {"kernel": kernel}}}
-        served = serving({**small, "model": {**small["model"], "layers": {"0": layer}}})
+        down = {"down_proj": {"kernel": kernel}}
+        params = of_layers(small, lambda layer, d=down: {**layer, "mlp": {**layer["mlp"], **d}})
+        served = serving(params)
         assert {w.pattern.prunes for w in weights_of(served)} == {pruned}
