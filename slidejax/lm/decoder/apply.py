@@ -30,12 +30,14 @@ from jax.sharding import PartitionSpec as P
 
 from slidejax.contraction import Contraction
 from slidejax.functional import show_input, show_output, watched
+from slidejax.kinds import check_flag
 from slidejax.lm.decoder.cache import Cache
 from slidejax.lm.decoder.config import DecoderConfig, check_config
 from slidejax.lm.decoder.inputs import check_inputs
 from slidejax.lm.decoder.layer import Layer, columns, dot, rms_norm, turns_at
-from slidejax.lm.decoder.params import check_params
+from slidejax.lm.decoder.params import check_params, check_tree
 from slidejax.ops.linear import linear
+from slidejax.ops.registry import check_name as check_implementation
 from slidejax.ops.sharding import product_spec, with_automatic_axes
 from slidejax.weights.packed import LinearWeight
 
@@ -101,11 +103,13 @@ def apply(
     True
     """
     check_config(config)
-    if not isinstance(params, Mapping) or "model" not in params:
-        raise TypeError(f"params must be a decoder's nested dicts, got {type(params).__name__}")
-    whole = whole or positions is None
+    check_tree(params)
+    whole = check_flag(whole, "whole") or positions is None
+    last = check_flag(last, "last")
+    check_implementation(implementation)
     check_params(config, params, layouts=True)
     ids, positions = check_inputs(config, ids, positions, cache, whole)
+    cache = None if cache is None else tuple(jax.tree.map(jnp.asarray, layer) for layer in cache)
 
     def run(params, ids, positions, cache):
         states, written = _states(config, params, ids, positions, cache, implementation, whole)
@@ -135,6 +139,8 @@ def outputs(
       `(logits, states)`: float32 `[batch, tokens, vocab]`; and, each `[batch, tokens, hidden]`, the
       embeddings and the residual stream after each layer. The last one is normalised.
     """
+    check_config(config)
+    check_tree(params)
     check_params(config, params, layouts=True)
     ids, positions = check_inputs(config, ids, None, None, True)
 

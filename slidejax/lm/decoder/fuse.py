@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from slidejax.lm.decoder.layer import chain_kernels
-from slidejax.lm.decoder.params import GROUPS
+from slidejax.lm.decoder.params import GROUPS, check_tree
 from slidejax.ops.implementations import hopper
 from slidejax.ops.implementations.decode import ROWS, is_small
 from slidejax.ops.implementations.dense import dense_codes
@@ -43,10 +43,11 @@ def fuse(params: Mapping[str, Any]) -> dict[str, Any]:
     >>> fused["model"]["layers"]["0"]["self_attn"]["qkv_proj"]["kernel"].shape
     (32, 64)
     """
+    check_tree(params)
     body = params["model"]
     layers = {
         index: {name: _fuse_module(name, module) for name, module in layer.items()}
-        for index, layer in body["layers"].items()
+        for index, layer in body.get("layers", {}).items()
     }
     return {**params, "model": {**body, "layers": layers}}
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slidejax.lm.decoder.cache import LayerCache
+from slidejax.lm.decoder.cache import LayerCache, check_cache_dtype
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.weights.layout import as_array
 
@@ -153,6 +153,10 @@ def _check_cache(config: DecoderConfig, ids: jax.Array, cache: Any) -> None:
             f"cache must be what init_cache made, a LayerCache for each layer, "
             f"got {type(cache).__name__}"
         )
+    for i, layer in enumerate(cache):
+        for name, leaf in layer._asdict().items():
+            if not hasattr(leaf, "dtype") and not (leaf is None and name.endswith("_scales")):
+                raise TypeError(f"cache[{i}].{name} must be an array, got {type(leaf).__name__}")
     found = [layer.keys.shape for layer in cache]
     length = max((shape[2] for shape in found), default=0)
     sizes = (ids.shape[0], config.num_kv_heads, config.head_dim)
@@ -167,3 +171,25 @@ def _check_cache(config: DecoderConfig, ids: jax.Array, cache: Any) -> None:
             f"{config.num_layers} with [batch, kv_heads, length, head_dim] {wanted}, or as many "
             "slots as the layer's window"
         )
+    for i, layer in enumerate(cache):
+        _check_layer(layer, f"cache[{i}]")
+
+
+def _check_layer(layer: LayerCache, name: str) -> None:
+    """Raises a ValueError unless the arrays of a layer's cache fit its keys."""
+    shape, dtype = layer.keys.shape, check_cache_dtype(layer.keys.dtype)
+    if (layer.values.shape, layer.values.dtype) != (shape, dtype):
+        raise ValueError(
+            f"{name}.values must be as its keys, {dtype} {shape}, got {layer.values.dtype} "
+            f"{layer.values.shape}"
+        )
+    for part in ("key_scales", "value_scales"):
+        scales = getattr(layer, part)
+        if dtype != np.int8:
+            good, wanted = scales is None, f"None beside keys of {dtype}"
+        else:
+            good = scales is not None and (scales.shape, scales.dtype) == (shape[:3], jnp.float32)
+            wanted = f"float32 {shape[:3]} beside keys of int8"
+        if not good:
+            got = None if scales is None else f"{scales.dtype} {scales.shape}"
+            raise ValueError(f"{name}.{part} must be {wanted}, got {got}")

@@ -16,7 +16,7 @@ import numpy as np
 from slidejax.lm.decoder.config import DecoderConfig
 from slidejax.weights.packed import LinearWeight
 
-__all__ = ["GROUPS", "check_params", "expected", "leaves_of"]
+__all__ = ["GROUPS", "check_params", "check_tree", "expected", "leaves_of"]
 
 # Layers that may lie together: module -> (their name together, their names apart).
 GROUPS = {
@@ -69,6 +69,12 @@ def expected(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
     if not config.tied:
         shapes["lm_head/kernel"] = (hidden, config.vocab_size)
     return MappingProxyType(shapes)
+
+
+def check_tree(params: Any) -> None:
+    """Raises a TypeError for what are no parameters of a decoder at all."""
+    if not isinstance(params, Mapping) or not isinstance(params.get("model"), Mapping):
+        raise TypeError(f"params must be a decoder's nested dicts, got {type(params).__name__}")
 
 
 def check_params(

@@ -157,3 +157,44 @@ def test_rows_of_a_batch_end_where_they_are_full():
     decoder = tiny(max_positions=16)
     made = decoder.generate([[1] * 14, [2]], max_new_tokens=None, ends=())
     assert [len(completion.tokens) for completion in made] == [2, 15]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "match"),
+    [
+        ("float32", {"values": ones(1, 2, 1, 8)}, r"\[0\].values must be as its keys, float32 \(1, 2, 8"),
+        ("float32", {"values": ones(1, 2, 8, 8).astype("bfloat16")}, r"as its keys, .* got bfloat16"),
+        ("float32", {"key_scales": ones(1, 2, 8)}, "key_scales must be None beside keys of float32"),
+        ("int8", {"key_scales": ones(1, 2, 1)}, r"key_scales must be float32 \(1, 2, 8\) .* got"),
+        ("int8", {"value_scales": None}, r"value_scales must be float32 \(1, 2, 8\) .* got None"),
+        ("int8", {"key_scales": None, "value_scales": None}, "key_scales must be float32"),
+        ("int8", {n: ones(1, 2, 8, 8).astype("int32") for n in ("keys", "values")}, "dtype of a cache"),
+    ],
+)  # fmt: skip
+def test_a_cache_whose_arrays_do_not_fit_each_other_is_refused(dtype, changes, match):
+    decoder = model()
+    first, *rest = init_cache(decoder.config, 1, 8, dtype)
+    with pytest.raises(ValueError, match=match):
+        apply(decoder.config, decoder.params, IDS, None, (first._replace(**changes), *rest))
+
+
+def test_what_is_of_another_kind_is_named():
+    decoder = model()
+    config, params, cache = decoder.config, decoder.params, init_cache(decoder.config, 1, 8)
+    for name, options in (
+        ("last", {"last": "no"}),
+        ("whole", {"whole": 1}),
+        (r"cache\[0\].keys", {"cache": (cache[0]._replace(keys=None), cache[1])}),
+        ("config", {"config": {}}),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be"):
+            apply(**{"config": config, "params": params, "ids": IDS, **options})
+    with pytest.raises(ValueError, match="implementation must be None or one of"):
+        apply(config, params, IDS, implementation="magic")
+    for call in (fuse, serving, lambda bad: outputs(config, bad, IDS)):
+        for bad in ([1], {}, {"model": 1}):
+            with pytest.raises(TypeError, match="params must be a decoder's nested dicts"):
+                call(bad)
+    got, written = apply(config, params, IDS, None, jax.tree.map(np.asarray, cache))
+    np.testing.assert_array_equal(got, apply(config, params, IDS, None, cache)[0])
+    assert isinstance(written[0].keys, jax.Array)
