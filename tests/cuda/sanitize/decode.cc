@@ -77,18 +77,19 @@ void DecodeCases(Runner& run) {
   int turn = 0;
   for (const DType type : kTypes) {
     for (const int group : kGroups) {
-      // Up to four rows the kernel converts x itself, if it is aligned.
+      // If x is aligned, up to four rows of 16-bit values and all of 8 bits need no kernel ahead.
       for (const Sizes s :
            {Sizes{1, 37, 3}, Sizes{2, 38, 11, 8}, Sizes{3, 16, 5, 8}, Sizes{2, 5, 1, 7},
             Sizes{5, 33, 4}, Sizes{8, 21, 7, 3}, Sizes{13, 33, 4}}) {
-        if (s.M > 8 && Bytes(type) == 1) continue;  // values of 16 bits meet two tiles of tokens
-        const bool own = s.M <= 4 && s.missing % 8 == 0;
+        const bool narrow = Bytes(type) == 1;
+        const bool own = (narrow || s.M <= 4) && s.missing % 8 == 0;
         const DType x = kFloats[turn++ % std::size(kFloats)];
         const int extra = turn % 5;
         run(std::string("decode ") + Name(type) +
-                (own       ? " own"
-                 : s.M > 8 ? " two tiles"
-                           : " ahead"),
+                (narrow && own && s.M > 8 ? " two groups"
+                 : own                    ? " own"
+                 : s.M > 8                ? " two tiles"
+                                          : " ahead"),
             Details(type, x, group, s), [=](Memory& m, cudaStream_t stream) {
               decode::DecodeArgs a = ArgsOf(m, type, x, group, s);
               if (extra == 0) AddBias(m, a);
@@ -98,7 +99,7 @@ void DecodeCases(Runner& run) {
             });
       }
       const DType x = kFloats[turn % std::size(kFloats)];
-      for (const int M : {1, 7}) {
+      for (const int M : {1, 7, 12}) {
         const Sizes s = {M, 42, 2, 8, true};
         const int activation = turn % 4;
         run(std::string("decode ") + Name(type) + " gate", Details(type, x, group, s),
@@ -111,7 +112,7 @@ void DecodeCases(Runner& run) {
       }
     }
     for (const int group : {0, 8}) {
-      for (const int M : {1, 4, 8}) {
+      for (const int M : {1, 4, 8, 16}) {
         run(std::string("decode ") + Name(type) + " chain",
             "group " + std::to_string(group) + ", " + std::to_string(M) + " rows",
             [=](Memory& m, cudaStream_t stream) {
