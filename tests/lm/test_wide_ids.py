@@ -33,7 +33,8 @@ def test_they_are_refused(use, ids):
 
 def test_under_tracing_they_are_unknown():
     model = tiny(num_layers=1)
-    y, _ = apply(model.config, model.params, WIDE[None])  # NumPy's, of which JAX takes 32 bits
+    # NumPy's, of which JAX takes 32 bits
+    y, _ = jax.jit(lambda params: apply(model.config, params, WIDE[None]))(model.params)
     assert np.isnan(np.asarray(y)[0, 1]).all()
     with jax.enable_x64(True):
         run = jax.jit(lambda ids: apply(model.config, model.params, ids)[0])
