@@ -107,6 +107,7 @@ def test_the_derivative_is_that_of_the_formulas():
     of = {name: jnp.asarray(x) for name, x in problem.arrays().items()}
     turns = of["cosines"], of["sines"]
 
+    @jax.jit
     def loss(q, v, values):
         attended = decode_attention(
             q, of["k"], v, of["keys"], values, of["positions"], turns, scale=problem.scale
@@ -114,7 +115,7 @@ def test_the_derivative_is_that_of_the_formulas():
         return (attended.y**2).sum()
 
     names = "q", "v", "values"
-    got = jax.grad(loss, range(3))(*(of[name] for name in names))
+    got = jax.jit(jax.grad(loss, range(3)))(*(of[name] for name in names))
     for i, name in enumerate(names):
         step = jnp.zeros_like(of[name]).reshape(-1).at[5].set(1e-2).reshape(of[name].shape)
         moved = [

@@ -134,7 +134,11 @@ def test_padded_prompts_of_any_length_attend_as_whole_rows(as_if_cudnn_ran):
     lengths = jnp.array([64, 17, 1])
     at = jnp.arange(64)[None]
     positions = jnp.where(at < lengths[:, None], at, -1)
-    run = functools.partial(apply, model.config, model.params, ids, positions, last=True)
+
+    def run(cache, **options):
+        call = functools.partial(apply, model.config, last=True, **options)
+        return jax.jit(call)(model.params, ids, positions, cache)
+
     whole, cache = run(init_cache(model.config, 3, 80), whole=True)
     assert len(as_if_cudnn_ran) == model.config.num_layers
     plain, plain_cache = run(init_cache(model.config, 3, 80))
