@@ -17,6 +17,7 @@ def random_kernel(seed, shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+@examples(6)
 @given(patterns, st.sampled_from([1, 3, 64, 70]), seeds)
 def test_groups_are_padded_with_the_fill_and_cut_off_again(pattern, rows, seed):
     p, kernel = sj.Pattern.parse(pattern), random_kernel(seed, (rows, 3))
