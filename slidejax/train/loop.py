@@ -214,7 +214,7 @@ def fit(
         check_path(checkpoint, "checkpoint")
     for leaf in jax.tree.leaves(held_out):
         as_array(leaf, "held_out")
-    _check(
+    checked = _check(
         batches,
         optimizer,
         progress,
@@ -226,6 +226,8 @@ def fit(
         accumulate=accumulate,
         every=every,
     )
+    # Numbers of NumPy are none that a checkpoint can note.
+    steps, minutes, learning_rate, warmup, typical, accumulate, every = checked.values()
     if checkpoint is not None or minutes is not None:
         # Each process has its own clock and its own part of the state.
         flag = "checkpoint" if checkpoint is not None else "minutes"
@@ -256,7 +258,7 @@ def fit(
             "params": fingerprint(drop_prepared(tree)),
             "qdtype": str(dtype_of(qdtype)),
             "trained": fingerprint([str(path) for path, _ in jax.tree.leaves_with_path(train)]),
-            "args": fingerprint(args),
+            "args": fingerprint(drop_prepared(args)),
             "held_out": fingerprint(held_out),
             "batches": fingerprint(vars(batches)) if isinstance(batches, Shuffled) else None,
         }
@@ -308,14 +310,14 @@ def fit(
     best = state.train if guard is None else state.kept.best
     trained_tree = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), best, dtypes)
     made = jax.block_until_ready(deploy(combine(trained_tree, rest)))
-    checked = tuple(state.kept.checked)
+    found = tuple(state.kept.checked)
     return Fitted(
         params=made,
         steps=state.step,
         seconds=clock.seconds(),
         losses=np.asarray([float(loss) for loss in losses], np.float32),
-        checked=checked,
-        kept=state.kept.lowest()[0] if checked else state.step,
+        checked=found,
+        kept=state.kept.lowest()[0] if found else state.step,
     )
 
 
@@ -392,14 +394,18 @@ def _step_sizes(train: Any, typical: float | None) -> Any:
     return jax.tree.map(share, train)
 
 
-def _check(batches: Any, optimizer: Any, progress: Any, **numbers: Any) -> None:
-    """Raises ValueError or TypeError for arguments of `fit` that cannot be right."""
+def _check(batches: Any, optimizer: Any, progress: Any, **numbers: Any) -> dict[str, Any]:
+    """The numbers, as those of Python.
+
+    Raises ValueError or TypeError for arguments of `fit` that cannot be right.
+    """
     steps, minutes, typical = (numbers[name] for name in _OPTIONAL)
     if (steps is None) == (minutes is None):
         raise ValueError(f"give either steps or minutes, got steps={steps} and minutes={minutes}")
-    for name, value in numbers.items():
-        if value is not None or name not in _OPTIONAL:
-            _RANGES[name].check(value, name)
+    numbers = {
+        name: None if value is None and name in _OPTIONAL else _RANGES[name].check(value, name)
+        for name, value in numbers.items()
+    }
     if not callable(batches):
         raise TypeError(f"batches must be a function of a step's number, got {batches!r:.60}")
     if progress is not None and not callable(progress):
@@ -410,6 +416,7 @@ def _check(batches: Any, optimizer: Any, progress: Any, **numbers: Any) -> None:
         raise ValueError(
             f"typical is for the learning rate of fit, got {typical} with an optimizer of your own"
         )
+    return numbers
 
 
 def _optimizer(own: Any) -> Any:

@@ -112,3 +112,22 @@ def test_keys_of_random_numbers_may_be_arguments(tmp_path):
         else:
             with pytest.raises(ValueError, match="its args differ"):
                 train()
+
+
+def test_numbers_of_numpy_are_those_of_python(done, tmp_path):
+    folder, first = done
+    same = {"learning_rate": np.array(3e-4), "warmup": np.int64(20), "every": np.int32(1)}
+    again = run(folder, steps=np.int64(2), **same)
+    jax.tree.map(np.testing.assert_array_equal, again.params, first.params)
+    run(tmp_path / "state", steps=np.int16(1), learning_rate=np.float32(3e-4))
+
+
+def test_prepared_forms_of_arguments_are_no_other_data(tmp_path):
+    teacher = sj.pack(KERNEL, "6:8", dtype="int8")
+    for form in (teacher, sj.prepare(teacher, "dense")):
+        fit(
+            lambda params, x, w: loss(params, x, sj.linear(x, w)),
+            *(params(), Shuffled(ROWS, 4), form),
+            steps=1,
+            checkpoint=tmp_path / "state",
+        )
