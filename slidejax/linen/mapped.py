@@ -23,8 +23,11 @@ from slidejax.weights.packed import LinearWeight, TreeLayout
 
 __all__ = ["check_unmapped", "check_wrapper", "is_mapped"]
 
-# Primitives that return the values of their operand.
-_IDENTITIES = frozenset({"copy", "sharding_constraint", "stop_gradient"})
+# Primitives whose results have the values of their operands, one by one.
+_IDENTITIES = frozenset(
+    {"copy", "device_put", "name", "optimization_barrier", "sharding_constraint", "stop_gradient"}
+)
+_CALLS = frozenset({"jit", "pjit"})  # of another program, whose results may be such, too
 # The code that runs the function: `map_variables` makes a closure of it.
 _CODES = frozenset(
     id(code) for code in lift.map_variables.__code__.co_consts if isinstance(code, CodeType)
@@ -111,18 +114,32 @@ def _passed_on(frame: Mapping[str, Any]) -> set[tuple]:
         lambda trees: tuple(frame["map_in_fn"](unfreeze(tree)) for tree in trees),
         return_shape=True,
     )(target)
-    keys = {
-        id(var): key for var, (key, _) in zip(closed.jaxpr.invars, _leaves(target), strict=True)
+    sources = _sources(closed.jaxpr)
+    before = [key for key, _ in _leaves(target)]
+    after = [key for key, _ in _leaves(made)]
+    return {
+        key
+        for key, source in zip(after, sources, strict=True)
+        if source is not None and before[source] == key
     }
-    equations = {id(out): eqn for eqn in closed.jaxpr.eqns for out in eqn.outvars}
-    passed = set()
-    for out, (key, _) in zip(closed.jaxpr.outvars, _leaves(made), strict=True):
-        var = out
-        while id(var) in equations and equations[id(var)].primitive.name in _IDENTITIES:
-            (var,) = equations[id(var)].invars
-        if keys.get(id(var)) == key:
-            passed.add(key)
-    return passed
+
+
+def _sources(jaxpr: Any) -> list[int | None]:
+    """For each result of a program the number of the operand whose values it has, or None."""
+    numbers = {id(var): i for i, var in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        given = [numbers.get(id(var)) for var in eqn.invars]
+        if eqn.primitive.name in _CALLS:
+            inner = _sources(eqn.params["jaxpr"].jaxpr)
+            given = [None if i is None else given[i] for i in inner]
+        elif eqn.primitive.name not in _IDENTITIES:
+            continue
+        numbers |= {
+            id(var): number
+            for var, number in zip(eqn.outvars, given, strict=True)
+            if number is not None
+        }
+    return [numbers.get(id(var)) for var in jaxpr.outvars]
 
 
 def _leaves(tree: Any) -> list[tuple[tuple, Any]]:

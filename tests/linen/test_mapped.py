@@ -22,6 +22,10 @@ def same(tree):
     return tree
 
 
+def moved(tree):
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices()[0]), tree)
+
+
 def called(layer, x):
     return layer(x)
 
@@ -78,8 +82,9 @@ class OfAClass(nn.Module):
         Around(lambda tree: jax.tree.map(jnp.negative, tree)),
         Around(lambda tree: {"params": jax.tree.map(jnp.flipud, tree["params"])}),
         OfAClass(doubled),
+        Around(lambda tree: moved(jax.jit(doubled)(tree))),
     ],
-    ids=["alone", "remat", "jit", "negative", "flipped", "scan"],
+    ids=["alone", "remat", "jit", "negative", "flipped", "scan", "moved"],
 )
 def test_a_function_that_changes_a_packed_kernel_is_refused(model, rule):
     variables, message = model.init(KEY, X), "layer/kernel is packed, and a function over"
@@ -106,8 +111,20 @@ def test_a_slide_dense_in_it_is_refused_outside_of_apply():
         Around(jax.lax.stop_gradient, nn.remat),
         Around(doubled, collection="batch_stats"),
         OfAClass(jax.lax.stop_gradient),
+        Around(moved),  # as models do whose parameters lie in the host's memory
+        Around(jax.jit(moved)),
+        OfAClass(jax.lax.optimization_barrier),
     ],
-    ids=["same", "stop", "stop, remat", "other collection", "stop, scan"],
+    ids=[
+        "same",
+        "stop",
+        "stop, remat",
+        "other collection",
+        "stop, scan",
+        "moved",
+        "jit",
+        "barrier",
+    ],
 )
 def test_a_function_that_changes_no_packed_kernel_runs(model):
     variables = model.init(KEY, X)
