@@ -103,14 +103,14 @@ def test_an_unprepared_weight_runs_it_without_any_measurement(monkeypatch, tmp_p
 @pytest.mark.parametrize(
     ("rows", "dtype", "reason"),
     [
-        (ROWS + 1, jnp.int8, "at most 8 rows of int8 with 6000 inputs, not 9"),
+        (ROWS + 1, jnp.int8, "at most 8 rows of int8 with 20000 inputs, not 9"),
         (WIDE_ROWS + 1, jnp.bfloat16, "at most 16 rows, not 17"),
         (1, jnp.float32, "must be int8, float8_e4m3fn, bfloat16 or float16, not float32"),
         (3, jnp.float8_e4m3fn, "run in the Hopper kernel"),  # lowered for an H100
     ],
 )
 def test_refusals_say_why(rows, dtype, reason):
-    x, w, _ = problem(rows, 6000, 24, dtype=dtype)
+    x, w, _ = problem(rows, 20_000, 24, dtype=dtype)
     traced = jax.jit(lambda x, w: sj.linear(x, w, implementation="decode")).trace(x, w)
     with pytest.raises(NotImplementedError, match=reason):
         traced.lower(lowering_platforms=("cuda",))

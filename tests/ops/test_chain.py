@@ -318,13 +318,15 @@ def test_a_chain_of_small_inputs_runs_in_the_decode_kernel(monkeypatch, rows, ke
     assert calls(lowered(*tail(rows=(rows,)), None, None)) == [f"slidejax_chain_{kernel}"]
 
 
+@pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("rows", range(1, 6))
-def test_a_chain_of_two_dtypes_runs_in_the_kernel_that_takes_both(rows):
+def test_a_chain_of_two_dtypes_runs_in_the_kernel_that_takes_both(monkeypatch, rows, small):
+    monkeypatch.setattr("slidejax.ops.implementations.decode.is_small", lambda *_: small)
     x, stages = tail(rows=(rows,))
     stages[2] = dataclasses.replace(
         stages[2], weight=packed(dtype="float8_e4m3fn", columns=INNER, seed=2)
     )
-    kernel = "decode" if rows <= 2 else "hopper"
+    kernel = "decode" if rows <= 2 or small else "hopper"
     assert calls(lowered(x, stages, None, None)) == [f"slidejax_chain_{kernel}"]
 
 
