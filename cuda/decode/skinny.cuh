@@ -3,11 +3,11 @@
 //
 // A thread block has a run of tiles of 16 outputs and multiplies them over all of K, with up to
 // eight rows of x; more rows are two groups with thread blocks of their own. It converts its rows
-// itself, so nothing runs ahead of it. An item is a step of K of a tile. Each warp
-// takes a run of the block's items, in the order of tiles and of K, through a ring of its own. It
-// adds its sums to those of the block where a tile of its run ends, and all threads write y at the
-// end. Sums of int32 do not depend on their order, so all warps add theirs to one. Of float32 each
-// warp keeps its own, which are added in the warps' order.
+// itself, so nothing runs ahead of it. An item is a step of K of a tile. Each warp takes a run of
+// the block's items, in the order of tiles and of K, through a ring of its own. It adds its sums to
+// those of the block where a tile of its run ends, and all threads write y at the end. Sums of
+// int32 do not depend on their order, so all warps add theirs to one. Of float32 each warp keeps
+// its own, which are added in the warps' order.
 #pragma once
 
 #include "decode/decode.h"
