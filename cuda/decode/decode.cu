@@ -243,8 +243,7 @@ cudaError_t RunGemv(const DecodeArgs& a, const GemvPlan& plan, bool behind, cons
 
 // The plan of SkinnyKernel, with a grid of 0 where it does not take the call.
 SkinnyPlan SkinnyPlanOf(const DecodeArgs& a, const Device& device) {
-  const bool whole = a.columns % 8 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
-  const int row_bytes = whole && a.columns <= kOwnColumns ? a.columns * Bytes(a.x_type) : 0;
+  const int row_bytes = WholeRowBytes(a.columns, Bytes(a.x_type), reinterpret_cast<uintptr_t>(a.x));
   return MakeSkinnyPlan(ShapeOf(a.type, a.group), a.type != DType::kS8, a.M,
                         CeilDiv(a.out, TileOutputs(a)), a.blocks, row_bytes,
                         a.norm != nullptr ? 4 * a.columns : 0, device.multiprocessors,

@@ -109,7 +109,7 @@ class Gemv {
   static constexpr GemvShape kShape{kWindows};
   static constexpr int kDepth = kShape.depth();
   static constexpr bool kFloats = std::is_same_v<Sum, float>;
-  static constexpr int kParts = SumParts(kFloats);
+  static constexpr int kParts = SumParts(kFloats, kGemvWarps);
 
   __device__ Gemv(const Params& p, uint8_t* shared)
       : p_(p),

@@ -56,9 +56,6 @@ struct GemvPlan {
   int shared_bytes = 0;
 };
 
-// Sums of float32 depend on their order, so each warp has a place of its own for them.
-SLIDEJAX_HOST_DEVICE constexpr int SumParts(bool floats) { return floats ? kGemvWarps : 1; }
-
 // `floats`: sums are float32, not int32. `row_bytes` is what OwnRowBytes says, norm_bytes are those
 // of the weights of a norm of x, and blocks are those of plan.h, of 32 columns in a dense weight.
 // `rows` are those of the weight.
@@ -73,7 +70,7 @@ inline GemvPlan MakeGemvPlan(GemvShape s, bool floats, int M, int rows, int bloc
   p.block_rows = CeilDiv(tiles, p.grid) * kGemvTileRows;
   const int64_t codes = int64_t{M} * p.steps * kRowLanes * s.code_stride();
   const int64_t bytes = s.ring_bytes() + codes + M * row_bytes + norm_bytes +
-                        int64_t{4} * p.block_rows * (M * SumParts(floats) + 2) +
+                        int64_t{4} * p.block_rows * (M * SumParts(floats, kGemvWarps) + 2) +
                         4 * (2 * kGemvWarps + kGemvRows);
   if (bytes > shared_limit) return {};
   p.shared_bytes = static_cast<int>(bytes);

@@ -122,10 +122,19 @@ inline int LogShare(int M, int warps) {
   return log;
 }
 
-// Bytes of a row of x if the kernel may convert it itself, else 0. `x` is its address.
+// Sums of float32 depend on their order, so each warp has a place of its own for them.
+SLIDEJAX_HOST_DEVICE constexpr int SumParts(bool floats, int warps) { return floats ? warps : 1; }
+
+// Bytes of a row of x if it consists of whole pieces of 16 bytes and is not too long, else 0. `x`
+// is the address of the first row.
+inline int WholeRowBytes(int columns, int column_bytes, uintptr_t x) {
+  const bool whole = columns <= kOwnColumns && columns % 8 == 0 && x % 16 == 0;
+  return whole ? columns * column_bytes : 0;
+}
+
+// The same if the kernels for the fewest rows may convert all M rows themselves, else 0.
 inline int OwnRowBytes(int M, int columns, int column_bytes, uintptr_t x) {
-  const bool own = M <= kOwnTokens && columns <= kOwnColumns && columns % 8 == 0 && x % 16 == 0;
-  return own ? columns * column_bytes : 0;
+  return M <= kOwnTokens ? WholeRowBytes(columns, column_bytes, x) : 0;
 }
 
 // `row_bytes` is what OwnRowBytes says, and norm_bytes are those of the weights of a norm of x. A

@@ -12,14 +12,11 @@
 namespace slidejax::decode {
 
 constexpr int kSkinnyRows = kTileTokens;  // most rows of x that a thread block multiplies
-constexpr int kSkinnyGroups = 2;          // of so many rows, each with thread blocks of its own
+constexpr int kSkinnyGroups = 2;          // most groups of rows; each has its own thread blocks
 
 // Words of shared memory from the sums of one row of x to those of the next. The four words beyond
 // put the sums that a warp adds at once into different banks.
 SLIDEJAX_HOST_DEVICE constexpr int SumStride(int block_rows) { return block_rows + 4; }
-
-// Sums of float32 depend on their order, so each warp has a place of its own for them.
-SLIDEJAX_HOST_DEVICE constexpr int SumParts(bool floats, int warps) { return floats ? warps : 1; }
 
 struct SkinnyPlan {
   int rows = 0;  // of x, of a group
@@ -32,9 +29,8 @@ struct SkinnyPlan {
   int shared_bytes = 0;
 };
 
-// `floats`: sums are float32, not int32. `row_bytes` are those of a row of x, or 0 where it does
-// not consist of whole pieces of 16 bytes, and norm_bytes those of the weights of a norm of x.
-// `tiles` are those of the weight.
+// `floats`: sums are float32, not int32. `row_bytes` is what WholeRowBytes says, norm_bytes are
+// those of the weights of a norm of x, and `tiles` are those of the weight.
 inline SkinnyPlan MakeSkinnyPlan(Shape s, bool floats, int M, int tiles, int blocks, int row_bytes,
                                  int norm_bytes, int multiprocessors, int shared_limit) {
   SkinnyPlan p;
