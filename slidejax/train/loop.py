@@ -23,10 +23,10 @@ import numpy as np
 from slidejax.bounds import COUNT, COUNT_OR_NONE, Bound
 from slidejax.files import check_path
 from slidejax.kinds import check_function
-from slidejax.prune.model.divergence import scalar
 from slidejax.prune.model.store import fingerprint
 from slidejax.train.held_out import Guard
 from slidejax.train.state import Checkpoint, Clock, State
+from slidejax.train.step import loss_in_float32, make_update, mean_loss
 from slidejax.variants.prepared import drop_prepared
 from slidejax.variants.trainable import Selection, combine, deploy, masters, partition
 from slidejax.weights.checks import check_one_process
@@ -241,7 +241,6 @@ def fit(
     train = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), train)
     transform, sizes = _optimizer(optimizer), _step_sizes(train, typical)
     state = State(train, transform.init(train), 0, steps)
-    guarded = held_out is not None
     store = None
     if checkpoint is not None:
         settings = {
@@ -252,7 +251,7 @@ def fit(
             "minutes": minutes,
             "optimizer": None if optimizer is None else "own",
             "typical": typical,
-            "held_out": guarded,
+            "held_out": held_out is not None,
         }
         data = {
             "params": fingerprint(drop_prepared(tree)),
@@ -263,50 +262,22 @@ def fit(
             "batches": fingerprint(vars(batches)) if isinstance(batches, Shuffled) else None,
         }
         store = Checkpoint(Path(checkpoint), train, dtypes, settings, data, batches)
-    if store is not None:
         state = store.load(state, clock)
         store.check(state)
-    loss_of = _loss_of(loss_fn, dtypes)
-    update = _make_update(loss_of, transform, accumulate, scheduled=optimizer is None)
-    losses: list[Any] = state.losses
+    loss_of = loss_in_float32(loss_fn, dtypes)
+    update = make_update(loss_of, transform, accumulate, scheduled=optimizer is None)
     guard = None
-    if guarded:
-        measure = jax.jit(functools.partial(_mean_loss, loss_of, parts=accumulate))
+    if held_out is not None:
+        measure = jax.jit(functools.partial(mean_loss, loss_of, parts=accumulate))
         guard = Guard(lambda train: measure(train, rest, held_out, args), back=optimizer is None)
-        if guard.due(state.kept, state.step, state.total):
-            state.train = guard.check(state.kept, state.step, state.train)
-    while state.total is None or state.step < state.total:
-        # While the number of steps is unknown the steps are in the warm-up, which does not depend
-        # on it.
-        peak = learning_rate * state.kept.scale
-        rate = np.float32(schedule(state.step, state.total or 10**9, peak, warmup))
-        batch = batches(state.step)
+    training = _Training(clock, state, store, guard, learning_rate, warmup, minutes, every)
+    training.check_held_out()
+    while training.goes_on():
+        batch, rate = batches(state.step), training.rate()
         state.train, state.memory, loss = update(
             state.train, state.memory, rest, batch, args, rate, sizes
         )
-        if store is not None:
-            store.saw(state.step, batch)
-        losses.append(loss)
-        state.step += 1
-        if state.total is None and minutes is not None:
-            state.total = clock.steps_in(minutes, state.step, loss, guarded)
-        # The loss of the previous step: waiting for this one would leave the device idle.
-        at = max(len(losses) - 2, 0)
-        shown = _finite_loss(losses, at, learning_rate)
-        if progress is not None:
-            progress(state.step, state.total, shown)
-        if guard is not None and guard.due(state.kept, state.step, state.total):
-            state.train = guard.check(state.kept, state.step, state.train)
-        due = store is not None and state.step % every == 0
-        if due or state.step == state.total:  # what is kept must be good: a wait does not matter
-            _finite_loss(losses, -1, learning_rate)
-            if not all_finite(state.train):
-                raise ValueError(
-                    f"parameters are not finite after step {state.step}: lower learning_rate "
-                    f"({learning_rate}), or look at the model"
-                )
-            if store is not None:
-                store.save(state, clock)
+        training.note(batch, loss, progress)
     best = state.train if guard is None else state.kept.best
     trained_tree = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), best, dtypes)
     made = jax.block_until_ready(deploy(combine(trained_tree, rest)))
@@ -315,10 +286,79 @@ def fit(
         params=made,
         steps=state.step,
         seconds=clock.seconds(),
-        losses=np.asarray([float(loss) for loss in losses], np.float32),
+        losses=np.asarray([float(loss) for loss in state.losses], np.float32),
         checked=found,
         kept=state.kept.lowest()[0] if found else state.step,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """The state of a training, and what happens between its steps.
+
+    Attributes:
+      clock, state, store, guard: its parts; without a checkpoint there is no store, and without a
+        held-out batch no guard.
+      learning_rate, warmup, minutes, every: arguments of `fit`.
+    """
+
+    clock: Clock
+    state: State
+    store: Checkpoint | None
+    guard: Guard | None
+    learning_rate: float
+    warmup: int
+    minutes: float | None
+    every: int
+
+    def goes_on(self) -> bool:
+        """Whether there is another step."""
+        return self.state.total is None or self.state.step < self.state.total
+
+    def rate(self) -> np.float32:
+        """The learning rate of the next step."""
+        # While the number of steps is unknown the steps are in the warm-up, which does not depend
+        # on it.
+        total, peak = self.state.total or 10**9, self.learning_rate * self.state.kept.scale
+        return np.float32(schedule(self.state.step, total, peak, self.warmup))
+
+    def check_held_out(self) -> None:
+        """Measures the loss on the held-out batch, where a check is due."""
+        state = self.state
+        if self.guard is not None and self.guard.due(state.kept, state.step, state.total):
+            state.train = self.guard.check(state.kept, state.step, state.train)
+
+    def note(self, batch: Any, loss: jax.Array, progress: Callable[..., None] | None) -> None:
+        """Counts a step, shows its progress, and checks and saves what is due after it."""
+        state = self.state
+        if self.store is not None:
+            self.store.saw(state.step, batch)
+        state.losses.append(loss)
+        state.step += 1
+        if state.total is None and self.minutes is not None:
+            checks = self.guard is not None
+            state.total = self.clock.steps_in(self.minutes, state.step, loss, checks)
+        # The loss of the previous step: waiting for this one would leave the device idle.
+        at = max(len(state.losses) - 2, 0)
+        shown = _finite_loss(state.losses, at, self.learning_rate)
+        if progress is not None:
+            progress(state.step, state.total, shown)
+        self.check_held_out()
+        due = self.store is not None and state.step % self.every == 0
+        if due or state.step == state.total:  # what is kept must be good: a wait does not matter
+            self._keep()
+
+    def _keep(self) -> None:
+        """Saves the state, if there is a checkpoint; ValueError if it is not finite."""
+        state = self.state
+        _finite_loss(state.losses, -1, self.learning_rate)
+        if not all_finite(state.train):
+            raise ValueError(
+                f"parameters are not finite after step {state.step}: lower learning_rate "
+                f"({self.learning_rate}), or look at the model"
+            )
+        if self.store is not None:
+            self.store.save(state, self.clock)
 
 
 def _finite_loss(losses: list[Any], at: int, learning_rate: float) -> float:
@@ -330,49 +370,6 @@ def _finite_loss(losses: list[Any], at: int, learning_rate: float) -> float:
             f"({learning_rate}), or look at the model and its batches"
         )
     return loss
-
-
-def _loss_of(loss_fn: Callable[..., jax.Array], dtypes: Any) -> Callable[..., jax.Array]:
-    """`loss_fn` as a function `(train, rest, batch, args) -> loss` in float32.
-
-    `dtypes` is a tree like the trained one: the dtypes in which the model computes.
-    """
-
-    def loss_of(train, rest, batch, args):
-        cast = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), train, dtypes)
-        loss = loss_fn(combine(cast, rest), batch, *args)
-        return scalar(loss, "loss_fn").astype(jnp.float32)
-
-    return loss_of
-
-
-def _make_update(
-    loss_of: Callable[..., jax.Array], transform: Any, accumulate: int, scheduled: bool
-) -> Callable[..., tuple[Any, Any, jax.Array]]:
-    """The jitted step.
-
-    Args:
-      loss_of: `(train, rest, batch, args) -> loss`.
-      transform: the optax transformation.
-      accumulate: the number of parts that a batch is cut into.
-      scheduled: multiply the change by the learning rate of the step; else the transformation does
-        that itself.
-
-    Returns:
-      `(train, memory, rest, batch, args, rate, sizes) -> (train, memory, loss)`; the first two
-      arguments are donated.
-    """
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(train, memory, rest, batch, args, rate, sizes):
-        loss, gradient = _gradient(loss_of, train, rest, batch, args, accumulate)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its step counter
-            change, memory = transform.update(gradient, memory, train)
-        if scheduled:
-            change = jax.tree.map(lambda c, size: -rate * size * c, change, sizes)
-        return jax.tree.map(jnp.add, train, change), memory, loss
-
-    return update
 
 
 _LEAST_STEP = 0.01  # of the learning rate, so that a leaf of zeros can be trained
@@ -430,39 +427,3 @@ def _optimizer(own: Any) -> Any:
         if own is None
         else own
     )
-
-
-def _gradient(loss_of, train, rest, batch, args, parts: int):
-    """The loss and its gradient, averaged over parts of the batch that run one after the other."""
-    value_and_grad = jax.value_and_grad(loss_of)
-    if parts == 1:
-        return value_and_grad(train, rest, batch, args)
-
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, value_and_grad(train, rest, part, args)), None
-
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, train))
-    total, _ = jax.lax.scan(add, zero, _cut(batch, parts))
-    return jax.tree.map(lambda leaf: leaf / parts, total)
-
-
-def _mean_loss(loss_of, train, rest, batch, args, parts: int) -> jax.Array:
-    """The loss, averaged over parts of the batch that run one after the other."""
-    if parts == 1:
-        return loss_of(train, rest, batch, args)
-    return jax.lax.map(lambda part: loss_of(train, rest, part, args), _cut(batch, parts)).mean()
-
-
-def _cut(batch: Any, parts: int) -> Any:
-    """The leaves of a batch; the first axis of each is cut into `parts` parts."""
-
-    def cut(leaf):
-        if leaf.ndim == 0:
-            raise ValueError(
-                f"batches must hold arrays [rows, ...] to be cut by accumulate={parts}, got a number"
-            )
-        if leaf.shape[0] % parts:
-            raise ValueError(f"accumulate={parts} does not divide a batch of {leaf.shape[0]}")
-        return leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:])
-
-    return jax.tree.map(cut, batch)
