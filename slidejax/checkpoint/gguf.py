@@ -234,8 +234,10 @@ class GGUFFile:
             )
         self._refuse_unread()
         self._check_tokenizer()
-        tokens = len(self._require("tokenizer.ggml.tokens"))
-        vocab_size = self.size("llama.vocab_size", tokens)
+        if "llama.vocab_size" in self._values:
+            vocab_size = self.size("llama.vocab_size")
+        else:
+            vocab_size = len(self._require("tokenizer.ggml.tokens"))
         heads, hidden = self.size("llama.attention.head_count"), self.size("llama.embedding_length")
         kv_heads = self.size("llama.attention.head_count_kv", heads)
         if hidden % heads or heads % kv_heads:

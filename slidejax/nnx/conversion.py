@@ -19,6 +19,7 @@ from slidejax.nnx.layers import (
     SlideLinear,
     SlideLinearGeneral,
     asked_dtype,
+    changes,
     general_contraction,
 )
 from slidejax.nnx.registered import packed_class, parameter_of, registered
@@ -71,7 +72,7 @@ def convert(
     model = nnx.clone(model)
     layers = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
     wrappers = [
-        (path, type(node).__name__)
+        (path, node)
         for path, node in layers
         if isinstance(node, (nnx.WeightNorm, nnx.SpectralNorm))
     ]
@@ -83,9 +84,10 @@ def convert(
             continue
         name = "/".join(map(str, (*path, parameter)))
         try:
-            for outer, kind in wrappers:
-                if path[: len(outer)] == outer:
-                    raise Skipped(f"its kernel is computed by {kind}")
+            for outer, wrapper in wrappers:
+                inside = (*path, parameter)[len(outer) + 1 :]  # behind "layer_instance"
+                if path[: len(outer)] == outer and changes(wrapper, inside, kernel):
+                    raise Skipped(f"its kernel is computed by {type(wrapper).__name__}")
             report.converted.append(
                 _convert_layer(layer, kernel, rules.match(name), name, prune, done)
             )

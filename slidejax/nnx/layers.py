@@ -40,6 +40,7 @@ __all__ = [
     "SlideLinear",
     "SlideLinearGeneral",
     "asked_dtype",
+    "changes",
     "general_contraction",
 ]
 
@@ -158,6 +159,11 @@ class SlideLayer(nnx.Module):
             setattr(self, name, nnx.data(None) if value is None and variable else value)
 
     @property
+    def parameter(self) -> str:
+        """The name of the parameter that the packed kernel stands for."""
+        return "kernel"
+
+    @property
     def kernel(self) -> LinearWeight:
         """The weight that the layer's Variables hold."""
         forms = {} if self.prepared is None else self.prepared
@@ -181,7 +187,7 @@ class SlideLayer(nnx.Module):
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             name = _WRAPPERS.get(id(frame.f_code))
-            if name is not None:
+            if name is not None and _changes_packed(frame.f_locals.get("self")):
                 raise ValueError(
                     f"the kernel of {type(self).__name__} is packed, and nnx.{name} around it "
                     "cannot normalise it: leave this layer dense, or normalise the kernel once, "
@@ -336,6 +342,35 @@ class SlideEinsum(SlideLayer):
             )
         features = tuple(self.kernel_shape[a] for a in axes.kernel_out)
         return self._run(inputs, axes, features, out_sharding, residual)
+
+
+def changes(wrapper: nnx.Module, path: tuple, kernel: Any) -> bool:
+    """Whether a `WeightNorm` or `SpectralNorm` computes a kernel from this parameter.
+
+    Args:
+      wrapper: the wrapper.
+      path: of the parameter, inside the wrapped layer.
+      kernel: the parameter, a Variable.
+    """
+    chosen = getattr(wrapper, "variable_filter", None)
+    return chosen is None or bool(chosen(path, kernel))
+
+
+def _changes_packed(wrapper: Any) -> bool:
+    """Whether a wrapper normalises the kernel of a packed layer in it, or a leaf of one."""
+    inside = getattr(wrapper, "layer_instance", None)
+    if inside is None:  # a Flax that this code does not know
+        return True
+    for path, layer in nnx.iter_graph(inside):
+        if not isinstance(layer, SlideLayer):
+            continue
+        kernel = nnx.Param(jax.ShapeDtypeStruct(layer.kernel.shape, jnp.float32))
+        parts = {layer.parameter: kernel} | {
+            name: getattr(layer, name) for name in ("values", "zeros", "scale")
+        }
+        if any(changes(wrapper, (*path, name), part) for name, part in parts.items()):
+            return True
+    return False
 
 
 def asked_dtype(layer) -> Any:

@@ -119,6 +119,10 @@ class SlideRegistered(SlideLayer):
     registered_as: Any = None
     packed_shape: tuple[int, ...] = ()
 
+    @property
+    def parameter(self) -> str:
+        return self.registered_as.parameter
+
     def __call__(self, inputs: jax.Array, residual: jax.Array | None = None) -> jax.Array:
         axes = self.registered_as.contraction(self, inputs.ndim)
         features = tuple(self.packed_shape[a] for a in axes.kernel_out)

@@ -27,7 +27,7 @@ def interleave(weight, heads):
     return weight[order]
 
 
-def write(path, config, params, *, tied=True, change=None, drop=None, more=None):
+def write(path, config, params, *, tied=True, change=None, drop=None, more=None, text=True):
     writer = gguf.GGUFWriter(path, "llama")
     alphabet = [chr(ord("!") + i) for i in range(94)]
     fields = {
@@ -46,12 +46,13 @@ def write(path, config, params, *, tied=True, change=None, drop=None, more=None)
             writer.add_uint32(*value)
         else:
             getattr(writer, f"add_{name}")(value)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<end>", *alphabet, "Ġ", "34", "12", "ab", "Ġab"])
-    writer.add_token_types([3] + [1] * 99)
-    writer.add_token_merges(["1 2", "a b", "Ġ ab"])
-    writer.add_eos_token_id(0)
+    if text:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(["<end>", *alphabet, "Ġ", "34", "12", "ab", "Ġab"])
+        writer.add_token_types([3] + [1] * 99)
+        writer.add_token_merges(["1 2", "a b", "Ġ ab"])
+        writer.add_eos_token_id(0)
     tensors = {
         "token_embd.weight": params["model"]["embed_tokens"]["embedding"],
         "output_norm.weight": params["model"]["norm"]["weight"],
@@ -93,6 +94,11 @@ def test_a_gguf_file_gives_the_model_it_was_made_from(tmp_path, tiny_config, tin
         np.testing.assert_array_equal, model.params, {**tiny_params, "lm_head": {"kernel": head}}
     )
     assert model.config.tie_word_embeddings == tied
+
+
+def test_a_file_without_a_tokenizer_has_a_configuration(tmp_path, tiny_config, tiny_params):
+    file = GGUFFile(write(tmp_path / "tiny.gguf", tiny_config, tiny_params, text=False))
+    assert file.config().vocab_size == tiny_config.vocab_size
 
 
 def test_the_tokenizer_splits_digits_and_merges_letters(tmp_path, tiny_config, tiny_params):

@@ -153,3 +153,37 @@ def test_wrappers_that_compute_a_kernel_are_refused_around_a_packed_one(wrapper,
     wrapper(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))(
         layer(data(2, 16))[:, :1].repeat(16, 1)
     )
+
+
+@pytest.mark.parametrize(
+    "chosen", [nnx.PathContains("bias"), nnx.PathContains("free"), nnx.Nothing()]
+)
+def test_a_wrapper_that_leaves_the_packed_kernel_alone_runs(chosen):
+    class Model(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+            self.free = nnx.Linear(8, 8, rngs=nnx.Rngs(1))
+
+        def __call__(self, x):
+            return self.free(self.layer(x))
+
+    x, report = data(2, 16), sj.Report()
+    wrapped = nnx.WeightNorm(
+        Model(), feature_axes=None, variable_filter=chosen, use_scale=False, rngs=nnx.Rngs(2)
+    )
+    rules = [(".*/layer/kernel", FLOAT)]
+    converted = sj.nnx.convert(wrapped, rules, report=report)
+    assert [line.path for line in report.converted] == ["layer_instance/layer/kernel"]
+    kernel = sj.unpack(converted.layer_instance.layer.kernel)
+    wrapped.layer_instance.layer.kernel.set_value(kernel)
+    want = wrapped(x)
+    np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(converted, x), want, rtol=1e-5)
+    np.testing.assert_allclose(converted(x), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chosen", [nnx.PathContains("values"), nnx.Param, ..., nnx.Not("bias")])
+def test_a_wrapper_that_reaches_a_leaf_of_a_packed_kernel_is_refused(chosen):
+    layer = sj.nnx.SlideLinear(16, 8, qdtype=None, rngs=nnx.Rngs(0))
+    wrapped = nnx.WeightNorm(layer, variable_filter=chosen, use_scale=False, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"SlideLinear is packed, and nnx\.WeightNorm"):
+        wrapped(data(2, 16))
