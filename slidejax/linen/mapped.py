@@ -6,18 +6,23 @@ shapes or dtypes would tell. Flax calls no hook between the function and the lay
 runs in a frame of Python around the layer. That frame knows the variables before and after it, so
 the leaves that it has changed are those that are other objects. JAX's own transforms (`nn.scan`,
 `nn.vmap`, `nn.remat`) run in other frames.
+
+Which frame it is, is found by trying. A Flax whose frame says something else is an error where a
+packed kernel runs in such a frame.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import CodeType, FrameType
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
-from flax.core import lift, unfreeze
+from flax.core import unfreeze
 
 from slidejax.weights.packed import LinearWeight, TreeLayout
 
@@ -28,10 +33,6 @@ _IDENTITIES = frozenset(
     {"copy", "device_put", "name", "optimization_barrier", "sharding_constraint", "stop_gradient"}
 )
 _CALLS = frozenset({"jit", "pjit"})  # of another program, whose results may be such, too
-# The code that runs the function: `map_variables` makes a closure of it.
-_CODES = frozenset(
-    id(code) for code in lift.map_variables.__code__.co_consts if isinstance(code, CodeType)
-)
 _WRAPPERS = (nn.SpectralNorm, nn.WeightNorm)
 
 
@@ -43,9 +44,10 @@ def is_mapped(kernel: Any, name: str) -> bool:
       name: the name of the layer's parameter, such as "kernel".
     """
     seen = {id(leaf) for leaf in jax.tree.leaves(kernel)}
+    codes = _mapping_codes()
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if id(frame.f_code) in _CODES and _has_changed(frame.f_locals, seen, name):
+        if frame.f_code in codes and _has_changed(frame.f_locals, seen, name):
             return True
         frame = frame.f_back
     return False
@@ -89,6 +91,52 @@ def _is_packed(node: Any) -> bool:
     return isinstance(node, LinearWeight | TreeLayout)
 
 
+class _Probe(nn.Module):
+    """Collects the code of the frames that a transform puts around a function."""
+
+    @nn.compact
+    def __call__(self, transform: Callable) -> set[CodeType]:
+        codes: set[CodeType] = set()
+
+        def collect(_):
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None and frame.f_code is not own:
+                codes.add(frame.f_code)
+                frame = frame.f_back
+
+        own = sys._getframe(0).f_code
+        transform(collect)(self)
+        return codes
+
+
+@functools.cache
+def _mapping_codes() -> frozenset[CodeType]:
+    """The code of Flax that runs a function over variables, and no other transform.
+
+    Raises:
+      NotImplementedError: if there is none, so that no such function could be seen.
+    """
+
+    def mapped(collect):
+        return nn.map_variables(collect, "params", lambda tree: tree)
+
+    def codes_of(transform) -> Any:
+        return _Probe(parent=None).apply({"params": {}}, transform)
+
+    codes = frozenset(codes_of(mapped) - codes_of(nn.remat))
+    if not codes:
+        raise _unknown_flax()
+    return codes
+
+
+def _unknown_flax() -> NotImplementedError:
+    return NotImplementedError(
+        f"flax {flax.__version__} runs functions over a model's variables (nn.map_variables) in a "
+        "way that slidejax does not know. Whether they change packed kernels cannot be seen: "
+        "install flax 0.12, or take the function out of the model"
+    )
+
+
 def _has_changed(frame: Mapping[str, Any], seen: set[int], name: str) -> bool:
     """Whether the function that runs in a frame has changed a kernel.
 
@@ -98,6 +146,8 @@ def _has_changed(frame: Mapping[str, Any], seen: set[int], name: str) -> bool:
         the frame they are in none of its trees. Then any kernel of this name counts.
       name: the name of the layer's parameter.
     """
+    if any(known not in frame for known in ("variable_groups", "target", "map_in_fn")):
+        raise _unknown_flax()
     before, after = dict(_leaves(frame["variable_groups"][0])), dict(_leaves(frame["target"]))
     if seen and seen <= {id(leaf) for leaf in before.values()}:
         return False

@@ -1,5 +1,7 @@
 """Functions over variables (`nn.map_variables`) around layers with packed kernels."""
 
+import functools
+import inspect
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -7,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import lift
 from linen_models import FLOAT, KEY, data, densified
 
 import slidejax as sj
+from slidejax.linen import mapped
 
 X = data(2, 16)
 
@@ -148,3 +152,48 @@ def test_wrappers_of_flax_that_compute_a_packed_kernel_are_refused(wrapper):
     packed = sj.linen.convert(variables, [("layer/kernel", FLOAT)])
     with pytest.raises(ValueError, match="layer/kernel is packed, and a function over"):
         sj.linen.apply(Model(), packed, X)
+
+
+def _renamed(source):
+    """A `map_variables` whose frames have other variables."""
+    for name in ("variable_groups", "target"):
+        source = source.replace(name, f"{name}_of_a_new_flax")
+    return source
+
+
+def _elsewhere(source):
+    """A `map_variables` whose closure calls another one that runs the function."""
+    begin, end = "  def wrapper(", "  in_vars = ("
+    before, rest = source.split(begin)
+    body, after = rest.split(end)
+    inner = (
+        f"  def inner({body}  def wrapper(*args, **kwargs):\n    return inner(*args, **kwargs)\n"
+    )
+    return f"{before}{inner}{end}{after}"
+
+
+@pytest.mark.parametrize(
+    ("change", "error"), [(_renamed, NotImplementedError), (_elsewhere, ValueError)]
+)
+def test_a_flax_that_maps_variables_in_another_way_is_never_silent(change, error, monkeypatch):
+    names = dict(vars(lift))
+    exec(change(inspect.getsource(lift.map_variables)), names)
+    model, plain = Around(doubled), nn.Dense(8)
+
+    def converted(model):
+        return sj.linen.convert(model.init(KEY, X), FLOAT, model, X)
+
+    packed, dense = converted(model.clone(function=same)), converted(plain)
+    monkeypatch.setattr(lift, "map_variables", names["map_variables"])
+    monkeypatch.setattr(
+        mapped, "_mapping_codes", functools.cache(mapped._mapping_codes.__wrapped__)
+    )
+    with pytest.raises(error, match=r"flax \d|layer/kernel is packed"):
+        sj.linen.apply(model, packed, X)
+    sj.linen.apply(plain, dense, X)  # nothing maps its variables
+
+
+def test_a_flax_without_a_frame_of_its_own_for_them_is_refused(monkeypatch):
+    monkeypatch.setattr(nn, "map_variables", lambda function, *_: nn.remat(function))
+    with pytest.raises(NotImplementedError, match=r"flax \d.*install flax 0\.12"):
+        mapped._mapping_codes.__wrapped__()
