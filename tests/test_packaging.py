@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def wheel(tmp_path_factory):
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = out.glob("*.whl")
     return path
+
+
+def test_a_flax_that_loses_the_names_of_axes_is_not_installed():
+    requirements = pytest.importorskip("packaging.requirements")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (flax,) = [
+        one for one in map(requirements.Requirement, project["dependencies"]) if one.name == "flax"
+    ]
+    assert "0.12.4" in flax.specifier and "0.12.3" not in flax.specifier
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):

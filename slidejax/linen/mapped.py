@@ -133,7 +133,7 @@ def _unknown_flax() -> NotImplementedError:
     return NotImplementedError(
         f"flax {flax.__version__} runs functions over a model's variables (nn.map_variables) in a "
         "way that slidejax does not know. Whether they change packed kernels cannot be seen: "
-        "install flax 0.12, or take the function out of the model"
+        "install flax 0.12.8, or take the function out of the model"
     )
 
 
