@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from slidejax.weights import numerics
-from slidejax.weights.checks import check_sums, check_values
+from slidejax.weights.checks import check_content, check_sums, check_values
 from slidejax.weights.interface import LinearWeight, TreeLayout, WrappedWeight
 from slidejax.weights.layout import (
     as_array,
@@ -409,7 +409,8 @@ def unpack(w: SlideWeight) -> jax.Array:
     """The kernel `[..., in, out]` with its zeros: float32 for 8-bit values, else their own dtype.
 
     Raises:
-      ValueError: if the leaves are not what `pack` makes, or hold only a shard of K.
+      ValueError: if the leaves are not what `pack` makes, or hold only a shard of K. Under tracing
+        their content is not known, and an output that stands for no kernel is nan instead.
     """
     check_weight(w)
     if w.is_k_shard:
@@ -417,15 +418,28 @@ def unpack(w: SlideWeight) -> jax.Array:
             f"w holds {w.groups} of {w.pattern.groups(w.in_features)} groups: a shard of K cannot "
             "be unpacked"
         )
-    return _unpack(w.replace(prepared={}))
+    kernel, sound = _unpack(w.replace(prepared={}))
+    if not isinstance(sound, jax.core.Tracer) and not bool(sound):
+        check_content(w.values, w.zeros, w.scale, w.pattern)
+    return kernel
 
 
 @jax.jit
-def _unpack(w: SlideWeight) -> jax.Array:
+def _unpack(w: SlideWeight) -> tuple[jax.Array, jax.Array]:
+    """The kernel, with nan in outputs that stand for none; and whether there are no such outputs.
+
+    Those are outputs whose leaves were changed after packing, such as by a `tree.map`.
+    """
     groups = scatter_values(w.values, w.zeros)
+    z1, z2 = w.zeros & 15, w.zeros >> 4
+    sound = ((z1 < z2) & (z2 < w.pattern.group)).all(-1)
     if numerics.is_quantized(w.dtype):
         groups = groups.astype(jnp.float32) * w.scale[..., None, None]
-    return from_groups(groups, w.in_features)
+    else:
+        sound &= w.scale == 1
+    kernel = from_groups(groups, w.in_features)
+    nan = jnp.full((), jnp.nan, kernel.dtype)
+    return jnp.where(sound[..., None, :], kernel, nan), sound.all()
 
 
 def check_weight(w, name: str = "w", *, held: bool = True) -> SlideWeight:

@@ -201,6 +201,31 @@ def test_a_cast_of_the_tree_is_noticed():
             use()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "change", "leaf"),
+    [
+        ("int8", lambda a: a * 2, r"w\.zeros\["),
+        ("int8", jnp.ones_like, r"w\.zeros\["),
+        ("float32", lambda a: a * 2, r"w\.zeros\["),
+        ("bfloat16", lambda a: a / 2 if jnp.issubdtype(a.dtype, jnp.floating) else a, "w.scale"),
+    ],
+)
+def test_arithmetic_on_a_tree_is_noticed_by_unpack(dtype, change, leaf):
+    w = jax.tree.map(change, sj.pack(random_kernel(0, (32, 4)), "6:8", dtype=dtype))
+    with pytest.raises(ValueError, match=leaf):
+        sj.unpack(w)
+    assert np.isnan(np.asarray(jax.jit(sj.unpack)(w), np.float32)).any()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float32"])
+def test_a_weight_is_scaled_by_its_scale_or_its_values(dtype):
+    w, x = sj.pack(random_kernel(0, (32, 4)), "6:8", dtype=dtype), random_kernel(1, (2, 32))
+    name = "values" if dtype == "float32" else "scale"
+    half = w.replace(**{name: getattr(w, name) / 2})
+    np.testing.assert_array_equal(sj.unpack(half), sj.unpack(w) / 2)
+    np.testing.assert_array_equal(sj.linear(x, half), sj.linear(x, w) / 2)
+
+
 def test_partition_spec():
     w = sj.pack(jnp.ones((128, 4)), "6:8")
     spec = w.partition_spec(out="o", k=("a", "b"), batch=(None,))
