@@ -59,10 +59,11 @@ def attend(
     q = queries.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
     q = q.transpose(0, 2, 3, 1, 4)
     inside = _Scores(scale, window)
-    # A size that jax.export leaves open counts as one.
+    # A batch that jax.export leaves open counts as one. Open tokens cannot be cut into blocks.
     sizes = (size for size in (batch, heads, tokens, length) if isinstance(size, int))
     fits = math.prod(sizes) <= _AT_ONCE
-    if fits and (tokens <= _FEW or length <= 2 * _KEYS):
+    is_open = not (isinstance(tokens, int) and isinstance(length, int))
+    if is_open or (fits and (tokens <= _FEW or length <= 2 * _KEYS)):
         out = inside.at_once(q, held, query_positions, key_positions)
     else:
         out = inside.by_blocks(q, held, query_positions, key_positions)
@@ -89,6 +90,8 @@ def attend_whole(
       As `attend`; None where cuDNN does not run: then `attend` does.
     """
     _, tokens, _, head_dim = queries.shape
+    if not isinstance(tokens, int):  # jax.export leaves it open
+        return None
     sees_all = window is None or window >= tokens
     of_16_bits = queries.dtype in (jnp.bfloat16, jnp.float16) and queries.dtype == keys.dtype
     if tokens < _WHOLE or not sees_all or not of_16_bits:

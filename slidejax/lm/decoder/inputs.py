@@ -50,8 +50,11 @@ def check_inputs(
                 f"ids must be at most as long as {what}, {limit} positions, got {ids.shape[1]} "
                 "tokens"
             )
-        steps = jnp.arange(ids.shape[1], dtype=jnp.int32)
-        return _int32(ids), jnp.broadcast_to(steps, ids.shape)
+        steps = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+        ids = _int32(ids)
+        if not isinstance(ids.shape[1], int):  # jax.export leaves it open
+            ids = jnp.where(steps >= limit, config.vocab_size, ids)
+        return ids, steps
     at = _known(positions)
     positions = as_array(_narrowed(positions), "positions")
     if positions.shape != ids.shape or not jnp.issubdtype(positions.dtype, jnp.integer):
@@ -158,6 +161,12 @@ def _check_cache(config: DecoderConfig, ids: jax.Array, cache: Any) -> None:
             if not hasattr(leaf, "dtype") and not (leaf is None and name.endswith("_scales")):
                 raise TypeError(f"cache[{i}].{name} must be an array, got {type(leaf).__name__}")
     found = [layer.keys.shape for layer in cache]
+    for i, shape in enumerate(found):
+        if not all(isinstance(size, int) for size in shape[1:]):
+            raise ValueError(
+                f"cache[{i}].keys has the shape {shape}: jax.export can leave its rows open, and "
+                "no other axis of it"
+            )
     length = max((shape[2] for shape in found), default=0)
     sizes = (ids.shape[0], config.num_kv_heads, config.head_dim)
     fits = len(cache) == config.num_layers and all(

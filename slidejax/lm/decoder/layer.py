@@ -125,10 +125,10 @@ class Layer:
     def chains(self, x: jax.Array) -> bool:
         """Whether the layers of a decoding step follow each other in chains."""
         kernels = chain_kernels(self.params)
-        if x.shape[1] > 1 or kernels is None or watched():
+        rows, tokens = x.shape[:2]
+        if not (isinstance(rows, int) and isinstance(tokens, int)):  # jax.export may leave it open
             return False
-        rows = x.shape[0]
-        if not isinstance(rows, int):  # jax.export may leave it open
+        if tokens > 1 or kernels is None or watched():
             return False
         if rows in HOPPER_CHAINED_ROWS and all(hopper.may_chain(k, rows) for k in kernels):
             return True
@@ -278,7 +278,8 @@ _LIFTED_ROWS = 256
 def _gates_in_the_lift(x: jax.Array, kernel: Any) -> bool:
     """Whether the lift of `down` computes the gate. Calibration wants to see its result."""
     rows = x.shape[0] * x.shape[1]
-    return isinstance(kernel, SlideWeight) and rows >= _LIFTED_ROWS and not watched()
+    many = not isinstance(rows, int) or rows >= _LIFTED_ROWS  # jax.export may leave it open
+    return isinstance(kernel, SlideWeight) and many and not watched()
 
 
 def _activation(name: str, x: jax.Array) -> jax.Array:

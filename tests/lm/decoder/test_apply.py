@@ -331,3 +331,33 @@ def test_a_step_is_exported_with_any_number_of_rows(packed, cache_dtype):
     again = jax.export.deserialize(exported.serialize())
     for want, got in zip(*map(jax.tree.leaves, (step(*given), again.call(*given))), strict=True):
         close(got, want)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_whole_rows_are_exported_with_any_number_of_tokens(fused):
+    decoder = sj.lm.convert(model(), "6:8")
+    params = fuse(decoder.params) if fused else decoder.params
+    rows, length = jax.export.symbolic_shape("rows, length")
+
+    @jax.jit
+    def run(ids):
+        return apply(decoder.config, params, ids)[0]
+
+    exported = jax.export.export(run)(jax.ShapeDtypeStruct((rows, length), jnp.int32))
+    given = tokens(3, 5)
+    close(exported.call(given), run(given))
+    beyond = np.zeros((1, decoder.config.max_positions + 1), np.int32)
+    assert np.isnan(exported.call(beyond)).any()
+
+
+def test_a_cache_of_any_length_is_not_exported():
+    decoder = model()
+    cache = init_cache(decoder.config, 1, 8)
+    (length,) = jax.export.symbolic_shape("length")
+    opened = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((*a.shape[:2], length, *a.shape[3:]), a.dtype), cache
+    )
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    run = jax.jit(lambda ids, at, cache: apply(decoder.config, decoder.params, ids, at, cache))
+    with pytest.raises(ValueError, match=r"cache\[0\]\.keys has the shape .*length.*its rows open"):
+        jax.export.export(run)(ids, ids, opened)
