@@ -1,4 +1,4 @@
-"""What numbers may be: their kind and their range, for functions and flags alike. Loads no JAX."""
+"""The kind and the range of numbers, for arguments and flags alike. Loads no JAX."""
 
 from __future__ import annotations
 

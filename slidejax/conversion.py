@@ -94,7 +94,7 @@ def convert(
       report: an empty `slidejax.Report`, which is filled in.
 
     Returns:
-      What the family's own `convert` returns: the variables of a Linen module
+      The result of the family's own `convert`: the variables of a Linen module
       (`slidejax.linen.convert`), or a model (`slidejax.nnx.convert`,
       `slidejax.huggingface.convert`).
 

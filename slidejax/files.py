@@ -134,7 +134,7 @@ _OPEN = re.compile(rf"/(?:proc/(?:self|{os.getpid()})|dev)/fd/(\d+)")
 
 
 def _written_in_place(path: Path) -> Path | int | None:
-    """What to open for a path that no file can take the place of; None for a regular file."""
+    """The path to open where no file can replace the path (a pipe, a device); None for a file."""
     at = os.path.abspath(path)
     for _ in range(40):  # as many links as the kernel follows
         open_file = _OPEN.fullmatch(at)

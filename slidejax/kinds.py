@@ -1,4 +1,4 @@
-"""What arguments may be that are no numbers: functions, texts, names, lists. Loads no JAX.
+"""Checks of arguments that are not numbers: functions, texts, names, lists. Loads no JAX.
 
 `slidejax.bounds` has the numbers, `slidejax.files.check_path` the paths.
 """

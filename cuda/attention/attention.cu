@@ -1,4 +1,4 @@
-// The attention kernels there are, and their launch.
+// The instances of the attention kernel, and their launch.
 #include "attention/attention.h"
 #include "attention/kernel.cuh"
 #include "attention/plan.h"
@@ -69,7 +69,7 @@ int LargestCluster(const void* kernel, int shared) {
   int clusters = 0;
   if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0)
     size = kMaxSplits;
-  cudaGetLastError();  // what was tried here is no error of a later call
+  cudaGetLastError();  // an error of this attempt is none of a later call
   return size;
 }
 

@@ -61,7 +61,7 @@ class Attend {
     const int position = __ldg(a_.positions + row_);
     Fresh fresh;
     int row = threadIdx.x / kLanesOfKey;
-    AskForFresh(fresh, row);  // before the cache: else it waits behind that
+    AskForFresh(fresh, row);  // before the cache, behind which it would wait
     // Slots as many as the window are a ring. When it is full, the new token takes the slot of the
     // one that it no longer sees, and sees all slots.
     const bool is_full = a_.window == a_.length && position >= a_.length;
@@ -138,14 +138,14 @@ class Attend {
     CommitCopies();
   }
 
-  // Eight channels of a query, of the new key or of the new value, as they lie in memory; and what
-  // turns them.
+  // Eight channels of a query, of the new key or of the new value, as they lie in memory, and the
+  // cosines and sines that turn them.
   struct Fresh {
     uint4 own[2], other[2];
     float4 cosines[2], sines[2];
   };
 
-  // Asks for row number i of what is fresh: the queries, the new key, the new value.
+  // Asks for row number i of the fresh rows: the queries, the new key, the new value.
   __device__ void AskForFresh(Fresh& fresh, int i) const {
     if (i >= heads_ + 2 || channel_ >= a_.head_dim) return;
     const int half = a_.head_dim / 2;
@@ -170,7 +170,7 @@ class Attend {
     }
   }
 
-  // Turns row number i of what is fresh, and leaves it in shared memory. With a position the new
+  // Turns fresh row number i, and leaves it in shared memory. With a position the new
   // key and value also go to the cache. The heads of a key head may be in several thread blocks,
   // which then write the same.
   __device__ void PutFresh(const Fresh& fresh, int i, int position) const {

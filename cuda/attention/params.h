@@ -1,4 +1,4 @@
-// What the attention kernels are launched with, and what they hand over.
+// The parameters of the attention kernels, and the partial results that they hand over.
 #pragma once
 
 #include "attention/attention.h"
@@ -12,7 +12,7 @@ struct Params {
   bool clustered;  // else partial results go to the workspace, if there are splits
 };
 
-// What an unseen score is. It is finite, so that two of them differ by a number.
+// The score of an unseen key. It is finite, so that two of them differ by a number.
 constexpr float kUnseen = -1e30f;
 constexpr float kLog2E = 1.44269504f;
 

@@ -1,4 +1,4 @@
-// The decode kernels there are, and their launch.
+// The instances of the decode kernels, and their launch.
 #include <utility>
 #include <vector>
 
@@ -170,8 +170,8 @@ const void* Behind(const void* from, int64_t bytes) {
   return from == nullptr ? nullptr : static_cast<const char*>(from) + bytes;
 }
 
-// Half of a call that is too large for shared memory, and the other half: of the rows of x, or of
-// the outputs.
+// Cuts a call that is too large for shared memory into two calls: along the rows of x, or along the
+// outputs.
 std::pair<DecodeArgs, DecodeArgs> Halves(const DecodeArgs& a) {
   DecodeArgs first = a, second = a;
   if (a.M > 1) {
@@ -203,8 +203,8 @@ cudaError_t Launch(const void* kernel, Params& p, dim3 grid, int threads, int sh
   return cudaLaunchKernel(kernel, grid, dim3(threads), arguments, shared_bytes, stream);
 }
 
-// What the kernels that multiply tiles of 16 rows are given, with `grid` thread blocks that share
-// the tiles.
+// The parameters of the kernels that multiply tiles of 16 rows. `grid` thread blocks share the
+// tiles.
 Params TiledParams(const DecodeArgs& a, bool behind, int grid) {
   const int tiles = CeilDiv(a.out, TileOutputs(a));
   Params p = {};
@@ -328,7 +328,7 @@ cudaError_t Decode(const DecodeArgs& a, cudaStream_t stream) { return DecodeChai
 cudaError_t DecodeChain(const DecodeArgs* args, int count, cudaStream_t stream) {
   Device* device = nullptr;
   if (auto s = GetDevice(&device)) return s;
-  // What came before the chain is none of ours, so its first kernel begins when that has ended.
+  // The kernels before the chain belong to XLA, so its first kernel begins when they have ended.
   for (int i = 0; i < count; ++i)
     if (auto s = Run(args[i], i > 0, *device, stream)) return s;
   return cudaSuccess;

@@ -1,4 +1,4 @@
-// Which lane multiplies what. One mma multiplies 16 outputs with 8 tokens over 64 lifted columns.
+// The operands of each lane. One mma multiplies 16 outputs with 8 tokens over 64 lifted columns.
 // The order of K is ours to choose, as long as weights, metadata and codes agree on it, so it is
 // chosen such that nothing has to change lanes:
 //

@@ -9,7 +9,8 @@
 // groups, or 64 columns of a dense weight, for each of the eight lanes that share a row. The warps
 // take the items in turn, through rings of their own as in kernel.cuh. They leave sums in shared
 // memory, and all threads write y at the end. Sums of int32 do not depend on their order, so all
-// warps add theirs to one. Of float32 each warp keeps its own, which are added in the warps' order.
+// warps add theirs to one. Each warp keeps its own float32 sums, which are added in the warps'
+// order.
 #pragma once
 
 #include "decode/decode.h"
@@ -22,9 +23,10 @@
 
 namespace slidejax::decode {
 
-// Where the values of a block have their columns, as numbers for the instruction that puts codes in
-// their order. It takes two words of codes, and for each of four values the number of a byte in
-// them. So four values (two windows) are a piece, which begins to read at some word of the block.
+// The columns of a block's values, as operands of the instruction that puts codes in the order of
+// the values. The instruction takes two words of codes, and for each of four values the number of a
+// byte in these words. So four values (two windows) are a piece, whose first word of codes is
+// FirstWord.
 template <int kWindows>
 struct BlockLayout {
   static constexpr int kGroup = 2 * (kWindows + 1), kValues = 2 * kWindows;
@@ -41,8 +43,8 @@ struct BlockLayout {
   // and the next.
   static SLIDEJAX_HOST_DEVICE constexpr int FirstWord(int j) { return WindowBegin(4 * j) / 4; }
 
-  // For each value of group `g` its own number, less the column of the group at which its piece
-  // begins to read.
+  // For each value of group `g`: its number, less the column of the group at which its piece begins
+  // to read.
   static SLIDEJAX_HOST_DEVICE constexpr Nibbles Base(int g) {
     uint64_t base = 0;
     for (int k = 0; k < kValues; ++k) {

@@ -37,12 +37,12 @@ bool IsFloat(std::optional<DType> type) {
   return type == DType::kBF16 || type == DType::kF16 || type == DType::kF32;
 }
 
-// A weight's sizes that DecodeArgs has not.
+// Sizes of a weight that DecodeArgs lacks.
 struct WeightSizes {
   int64_t rows = 0, inputs = 0;  // of the weight; the most columns of x
 };
 
-// Fills in what is the weight's; returns what is wrong with it, or "".
+// Fills in the weight's arguments; returns what is wrong with it, or "".
 std::string TakeWeight(const ffi::AnyBuffer& values, const ffi::Buffer<ffi::U8>& zeros,
                        const ffi::Buffer<ffi::F32>& scale_w, const ffi::Buffer<ffi::F32>& bias,
                        DecodeArgs& args, WeightSizes& sizes) {

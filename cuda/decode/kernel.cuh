@@ -70,8 +70,8 @@ class Decoder : Multiplier<Code, kWindows, kTokenTiles> {
     AskForScales();
     for (int i = threadIdx.x; i < p_.tile_slots; i += blockDim.x) arrived_[i] = 0, tile_of_[i] = i;
     const auto wait = [] { GridWait(), GridRelease(); };
-    // x goes before the weights, else it waits behind megabytes of them. That is worth more than
-    // weights that are asked for while the kernel ahead still computes x.
+    // x is asked for before the weights, behind which it would wait for megabytes. That gains more
+    // than asking for weights while the kernel ahead still computes x.
     if (own && p_.behind) {
       wait();
       AskForRows(p_, rows);
@@ -232,8 +232,8 @@ class Decoder : Multiplier<Code, kWindows, kTokenTiles> {
     if (__shfl_sync(kAllLanes, last, 0)) Finish(item);
   }
 
-  // How often warps bring sums for a tile. In each slice, every warp brings them once that has an
-  // item of the tile.
+  // How often warps bring sums for a tile: in each slice, every warp that has an item of the tile
+  // brings them once.
   __device__ int Contributions() const {
     return (p_.slices - 1) * min(warps_, p_.slice_steps) + min(warps_, StepsOf(p_.slices - 1));
   }

@@ -1,4 +1,4 @@
-// What the decode kernels are given.
+// The parameters of the decode kernels.
 #pragma once
 
 #include "decode/decode.h"

@@ -6,8 +6,8 @@
 // itself, so nothing runs ahead of it. An item is a step of K of a tile. Each warp takes a run of
 // the block's items, in the order of tiles and of K, through a ring of its own. It adds its sums to
 // those of the block where a tile of its run ends, and all threads write y at the end. Sums of
-// int32 do not depend on their order, so all warps add theirs to one. Of float32 each warp keeps
-// its own, which are added in the warps' order.
+// int32 do not depend on their order, so all warps add theirs to one. Each warp keeps its own
+// float32 sums, which are added in the warps' order.
 #pragma once
 
 #include "decode/decode.h"
@@ -122,7 +122,7 @@ class Skinny : Multiplier<Code, kWindows, 1> {
 
   // The thread's share of a row of x, in chunks. They are read from memory, and again from shared
   // memory where there is room for them. Bodies of loops are short and run often: the instructions
-  // of a longer one come too slowly.
+  // of a longer body arrive too slowly.
   template <typename T>
   struct RowChunks {
     static constexpr int kParts = sizeof(T) / 2;  // of a chunk, of 16 bytes each

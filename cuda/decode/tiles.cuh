@@ -11,8 +11,8 @@ namespace slidejax::decode {
 // The largest power of two that divides a number.
 constexpr int Power2In(int a) { return a & -a; }
 
-// What a lane copies of each item, which is a step of K of a tile. Shape says how a slot of the
-// ring looks.
+// The part of each item that a lane copies. An item is a step of K of a tile. Shape is the layout
+// of a slot of the ring.
 template <typename Code, int kWindows>
 class TileCopies {
   static constexpr Shape kShape{kWindows, sizeof(Code)};
@@ -83,8 +83,8 @@ class TileCopies {
     return slot_piece_[i % kPeriod] + i / kPeriod * kPeriodRows * kShape.row_bytes();
   }
 
-  // Which of the lane's pieces lie inside a weight of which `left` blocks and `outputs` remain.
-  // Bit i stands for piece i of the values, and bit kFirstZeroBit + i for piece i of the zeros.
+  // The lane's pieces that lie inside a weight with `left` blocks and `outputs` left. Bit i stands
+  // for piece i of the values, and bit kFirstZeroBit + i for piece i of the zeros.
   __device__ unsigned ValidPieces(int left, int outputs) const {
     const int mask = p_.tile_outputs - 1;
     unsigned valid = 0;

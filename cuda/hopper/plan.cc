@@ -23,9 +23,9 @@ constexpr float kClusterSumClocks = 40;       // to send sums around, for each t
 constexpr float kSparseRowBytes = 72, kDenseRowBytes = 128;
 constexpr float kSparseBytesPerColumn = 0.625f, kDenseBytesPerColumn = 1;
 
-// What metadata costs that is not prepared. A kernel ahead has to be launched, and moves this many
-// times the bytes of metadata. A tile that makes it by itself takes this part of its time more: a
-// tile of 64 rows, whose expanders make two stages at a time, and one of 128.
+// The cost of metadata that is not prepared. A kernel ahead has to be launched, and moves this many
+// times the bytes of metadata. A tile that makes the metadata by itself takes longer by this part
+// of its time: a tile of 64 rows, whose expanders make two stages at a time, and one of 128.
 constexpr float kMakeMetadataClocks = 4000, kMakeMetadataBytes = 1.7f;
 constexpr float kExpanding64 = 0.08f, kExpanding128 = 0.35f;
 // The same where consumers make it: of tiles whose CTAs share X, and of a CTA alone.

@@ -53,7 +53,7 @@ constexpr int LargestDivisor(int count, int most) {
   return most;
 }
 
-// What a stage of W holds: all columns; those of the packed form and their metadata; those of
+// The contents of a stage of W: all columns; those of the packed form and their metadata; those of
 // groups of eight and their zeros, of which consumers make the metadata.
 enum Form { kDense, kMetadata, kZeros };
 

@@ -46,7 +46,7 @@ class Kind:
 
     @property
     def exchanged(self) -> decoder.Multiply | None:
-        """What takes the place of `slidejax.linear` in the decoder; None for slidejax itself."""
+        """The function in place of `slidejax.linear` in the decoder; None for slidejax itself."""
         return None if self.multiply is linear else self.multiply
 
 

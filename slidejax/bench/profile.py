@@ -36,7 +36,7 @@ class Event:
 
 
 def events(run: Callable[[], Any]) -> list[Event]:
-    """What the first GPU did during `run`, in the order of its beginning. Empty without a GPU."""
+    """The events of the first GPU during `run`, by their start. Empty without a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())

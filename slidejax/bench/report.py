@@ -1,4 +1,4 @@
-"""What the races print alike: the machine they ran on, tables, and figures as text."""
+"""The output that the races share: the machine they ran on, tables, and figures as text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["grid", "machine", "machine_line", "microseconds", "ratio", "times_as
 
 
 def machine(clock: Clock) -> dict[str, Any]:
-    """What every result says about its machine: device, versions, XLA's flags, date and clock."""
+    """The facts about the machine in every result: device, versions, XLA's flags, date, clock."""
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,

@@ -37,7 +37,7 @@ __all__ = [
 _OUTSIDE_CACHE = 192 << 20  # bytes of weights that no cache holds
 # The least bytes that a program reads on a GPU, so that it runs longer than its dispatch takes.
 _BUSY = 1200 << 20
-# What is raised where a contender cannot run here: it refuses, or the memory does not suffice.
+# The errors of a contender that cannot run here: it refuses, or the memory does not suffice.
 FAILURES = (NotImplementedError, ValueError, jax.errors.JaxRuntimeError)
 
 

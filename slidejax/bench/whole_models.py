@@ -50,7 +50,7 @@ _COPY_BYTES = (1 << 30, 1 << 24)  # what is copied on a GPU, and on a CPU
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is timed.
+    """A case that is timed.
 
     Attributes:
       batch: sequences.
@@ -120,7 +120,7 @@ class _Prefill:
 
 @dataclasses.dataclass(frozen=True)
 class _Race:
-    """What all programs of a race share."""
+    """The parts that all programs of a race share."""
 
     sizes: Sizes
     layers: int
@@ -133,7 +133,7 @@ class _Race:
         return decoder.config_of(self.sizes, self.layers)
 
     def prompt(self, work: Workload) -> jax.Array | None:
-        """What a prefill reads, int32 `[batch, length]`; None for decoding."""
+        """The tokens of a prefill, int32 `[batch, length]`; None for decoding."""
         if work.length is None:
             return None
         shape = (work.batch, work.length)

@@ -83,7 +83,7 @@ def write_arrays(
 
 
 def header_entry(array: np.ndarray, begin: int) -> dict[str, Any]:
-    """What the header of a safetensors file says of an array that begins at this byte."""
+    """The entry of an array in the header of a safetensors file; its data begins at this byte."""
     return {
         "dtype": _CODES[array.dtype.name],
         "shape": list(array.shape),

@@ -66,7 +66,7 @@ def deinterleave(weight: np.ndarray, heads: int) -> np.ndarray:
     """From llama.cpp's order of rotated rows to Hugging Face's; `weight` is [heads * dim, in].
 
     Raises:
-      TypeError, ValueError: if the weight is no matrix, or its rows are not of so many heads.
+      TypeError, ValueError: if the weight is no matrix, or its rows do not divide into heads.
 
     >>> deinterleave(np.arange(4)[:, None], heads=1).ravel()
     array([0, 2, 1, 3])

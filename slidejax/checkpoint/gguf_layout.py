@@ -1,4 +1,4 @@
-"""What a GGUF file says about itself: its metadata, and where its tensors lie.
+"""The layout of a GGUF file: its metadata, and the places of its tensors.
 
 The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3,
 little-endian. The package gguf looks at each string through NumPy, which takes most of the time of
@@ -20,7 +20,7 @@ __all__ = ["GGUFLayout", "TensorPlace"]
 _MAGIC = b"GGUF"
 _ALIGNMENT = 32  # of tensors, if the file says nothing
 _LONGEST_NAME = 1 << 16
-# What one file may say about itself. The largest vocabularies take a quarter of it. Python objects
+# The limit of a file's metadata. The largest vocabularies take a quarter of it. Python objects
 # take many times the bytes of what they are read from.
 _ENTRIES = 1 << 16  # keys, and tensors
 _ITEMS = 3 << 20  # of all arrays together

@@ -11,7 +11,7 @@ __all__ = ["check_tokenizer"]
 _PREFIX = "tokenizer.ggml."
 _TOKENS, _MERGES = f"{_PREFIX}tokens", f"{_PREFIX}merges"
 
-# What a key must be, and in words. Keys that are not here are not read.
+# The test of a key's value, and the same in words. Keys that are not here are not read.
 _TEXT = ("a text", lambda value: isinstance(value, str))
 _TRUTH = ("true or false", lambda value: type(value) is bool)
 _TEXTS = ("a list of texts", lambda value: _all(value, lambda one: isinstance(one, str)))

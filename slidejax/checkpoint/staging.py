@@ -52,7 +52,7 @@ TEXT_FILES = (
 )
 CHAT_TEMPLATES = "additional_chat_templates"  # a folder of such files
 
-# What slidejax writes into directories. Everything else in an earlier directory is the user's.
+# Files that slidejax writes into directories. All others in an earlier directory are the user's.
 _OURS = frozenset(
     {
         "slidejax.json",

@@ -56,7 +56,7 @@ def opened(
 ) -> Loaded:
     """A model before its weights are read: a `Head` of a decoder, or a whole Flax model.
 
-    What depends on the model is checked on this one. `filled` reads the weights.
+    Checks that depend on the model use this one. `filled` reads the weights.
 
     Args:
       model, args, keep_class, text: as in `load`.
@@ -93,7 +93,7 @@ def check_memory(
 ) -> None:
     """Raises a MemoryError if models certainly do not fit into memory together.
 
-    What conversion reads a few layers at a time is not asked for here.
+    A conversion that reads a few layers at a time does not ask.
 
     Args:
       args: the command's arguments.
@@ -113,7 +113,7 @@ def check_memory(
 
 
 def _memory_hint(args: argparse.Namespace, count: int) -> str:
-    """What a user can do where models do not fit."""
+    """Advice for a user whose models do not fit."""
     import jax
 
     smaller = args.compute in (None, "float32") and jax.default_backend() == "cpu"

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _of_device(error: BaseException) -> str | None:
-    """What to say of an error of JAX about a device; None for other errors.
+    """The message for an error of JAX about a device; None for other errors.
 
     JAX has one class for all that goes wrong on a device, and asserts that there is one.
     """
@@ -117,7 +117,7 @@ def _open_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (as long as the process)
 
 
-# What commands load anyway, and what an interrupt must not stop half way.
+# Modules that commands load anyway, and whose loading an interrupt must not stop half way.
 _PACKAGES = ("jax", "jax.numpy", "flax.linen", "flax.nnx")
 
 
@@ -140,7 +140,7 @@ def _quiet_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# What begins like a negative number, and ends like anything.
+# Values that begin like a negative number, whatever follows.
 _NEGATIVE = re.compile(r"-(?:\d|\.\d|inf|nan)", re.IGNORECASE)
 
 

@@ -1,4 +1,4 @@
-"""What a command writes must lie apart from what it reads, for all commands in one place.
+"""The files that a command writes must not be those that it reads; checked here for all commands.
 
 A path counts by where it leads: symbolic links are followed. Whatever is no regular file and no
 directory, such as a pipe or `/dev/null`, is never replaced, and is apart from everything.

@@ -1,4 +1,4 @@
-"""What transformers' Flax classes compute otherwise than a configuration says.
+"""The cases in which transformers' Flax classes do not compute what a configuration says.
 
 A configuration that asks for it is refused by the name of the key. `slidejax.lm.load` reads most of
 these models.

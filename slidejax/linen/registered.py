@@ -19,7 +19,7 @@ __all__ = ["Registered", "function_name", "register", "registered"]
 
 @dataclasses.dataclass(frozen=True)
 class Registered:
-    """What is known of a registered class of layers.
+    """A registered class of layers.
 
     Attributes:
       parameter: `module -> name of the parameter` that holds the kernel.
@@ -154,5 +154,5 @@ def _check_einsum(equation: str) -> None:
 
 
 def registered(name: str) -> Registered | None:
-    """What is known of the layer whose function has this name (`function_name`), or None."""
+    """The registration of the layer whose function has this name (`function_name`), or None."""
     return _LAYERS.get(name)

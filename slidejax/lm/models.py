@@ -42,7 +42,7 @@ class LoadedModel:
 
     @property
     def start(self) -> list[int]:
-        """What the tokenizer puts before every text in use, such as the start-of-text token."""
+        """The tokens that the tokenizer puts before every text, such as the start-of-text token."""
         if self.tokenizer is None:
             return []
         bare = self._encode("a", False)

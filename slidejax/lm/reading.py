@@ -272,7 +272,7 @@ def write_model(
         if stored is not None:
             params = _as_stored(model.params, stored)
             with staged(path, store.METADATA) as folder:
-                # What it computes in stays that of the model, whatever an array is kept in.
+                # The dtype of the computation stays the model's, whatever the arrays are kept in.
                 store.write_into(folder, content(model.config, model.dtype, about, params))
                 write_texts(folder, model.files)
             return

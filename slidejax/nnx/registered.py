@@ -19,7 +19,7 @@ __all__ = ["Registered", "SlideRegistered", "parameter_of", "register", "registe
 
 @dataclasses.dataclass(frozen=True)
 class Registered:
-    """What is known of a registered class of layers.
+    """A registered class of layers.
 
     Attributes:
       parameter: the attribute that holds the kernel.
@@ -93,7 +93,7 @@ def register(cls: type, parameter: str, equation: str | Callable[[Any], str]) ->
 
 
 def registered(cls: type) -> Registered | None:
-    """What is known of a class, or None."""
+    """The registration of a class, or None."""
     if cls in _CLASSES:
         return _CLASSES[cls]
     name = f"{cls.__module__}.{cls.__qualname__}"

@@ -68,7 +68,7 @@ class ChainParams:
         )
 
     def rows(self) -> set[int]:
-        """Which operands have rows: x and residuals."""
+        """The numbers of the operands that have rows: x and residuals."""
         numbers = jax.tree.unflatten(self.tree, range(self.tree.num_leaves))
         return {numbers[0], *(part[3] for part in numbers[1] if part[3] is not None)}
 
@@ -304,7 +304,7 @@ def _decode_call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]
 
 
 class _Kernel(NamedTuple):
-    """What a chain can be.
+    """A kernel that a chain can run in.
 
     Attributes:
       implementation: whose kernel it is.

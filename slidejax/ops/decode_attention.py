@@ -53,7 +53,7 @@ __all__ = [
     "refuses",
 ]
 
-# What an unseen score is. It is finite, so that a query that sees nothing gives no nan.
+# The score of an unseen key. It is finite, so that a query that sees nothing gives no nan.
 _UNSEEN = -1e30
 
 IMPLEMENTATIONS = ("attention", "reference")

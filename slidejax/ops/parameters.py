@@ -206,7 +206,7 @@ def with_forms(w: SlideWeight, names: tuple[str, ...]) -> SlideWeight:
 
 
 def _form_axes(name: str, rank: int, kept: bool) -> list[str | None]:
-    """What the axes of a prepared form are cut with."""
+    """The axes of the weight with which those of a prepared form are cut."""
     form = registry.form_of(name)
     axes: list[str | None] = [None] * rank
     if kept and form is not None:

@@ -13,7 +13,7 @@ __all__ = ["Rates", "rates_of"]
 
 
 class Rates(NamedTuple):
-    """What a GPU can do at most.
+    """The highest rates of a GPU.
 
     Attributes:
       memory: gigabytes a second.

@@ -1,4 +1,4 @@
-"""What the partitioner makes of the products of a program, for `slidejax.explain`.
+"""The products of a program after the partitioner, for `slidejax.explain`.
 
 How a product is cut over several devices is only known when the program is compiled. Ops tell this
 module about each cut, and about each problem that is lowered for a shard.
@@ -23,7 +23,7 @@ _last: list[Problem] | None = None
 
 
 def product_key(settings, x_shape: tuple[int, ...], values_shape: tuple[int, ...]) -> Hashable:
-    """What the call of an op and its partitioned form have in common."""
+    """The parts that the call of an op and its partitioned form have in common."""
     return settings, math.prod(x_shape[:-1]), values_shape[0]
 
 

@@ -239,7 +239,7 @@ def sum_of_rows(a: jax.Array) -> jax.Array:
 
 
 def saved(settings: LinearParams, operands: tuple, results) -> tuple:
-    """What the derivative needs of the operands: all, but of the residual only its dtype."""
+    """The operands that the derivative needs: all, but of the residual only its dtype."""
     if not settings.has_residual:
         return operands
     at = settings.residual_at(operands)

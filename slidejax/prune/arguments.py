@@ -1,4 +1,4 @@
-"""What functions that prune or round one kernel check of their arguments."""
+"""Checks of the arguments of functions that prune or round one kernel."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def exchange(
 def in_range(gram: jax.Array) -> jax.Array:
     """A Gram matrix with the largest number of its diagonal, and so of all of it, near 1.
 
-    What is solved with it does not depend on its unit, nor does one output on those of others.
+    The solution does not depend on its unit, nor one output on the units of others.
     """
     return gram * unit(jnp.diagonal(gram)[:, None])
 

@@ -1,4 +1,4 @@
-"""What keeps a training from ending worse than it began: a batch that it does not train on.
+"""A batch that is not trained on keeps a training from ending worse than it began.
 
 The loss on that batch is measured before the first step and at even intervals. The parameters with
 the lowest loss are the result. A training that has lost more than half of what it had won goes back
@@ -46,7 +46,7 @@ def steps_beside_checks(steps: float) -> int:
 
 @dataclasses.dataclass
 class Kept:
-    """What the checks have found.
+    """The results of the checks.
 
     Attributes:
       best: a copy of the parameters with the lowest loss; None before the first check.

@@ -1,4 +1,4 @@
-"""What a training must remember: its clock, and its state, in memory and in a directory."""
+"""The memory of a training: its clock, and its state, in memory and in a directory."""
 
 from __future__ import annotations
 

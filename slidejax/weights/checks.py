@@ -1,4 +1,4 @@
-"""What a packed weight and a kernel must be for their products to be right."""
+"""Checks of packed weights and kernels, without which products would be wrong."""
 
 from __future__ import annotations
 

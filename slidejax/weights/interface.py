@@ -1,4 +1,4 @@
-"""What takes the place of a kernel in a tree of parameters: the interface of weights."""
+"""The interface of weights, which take the place of kernels in a tree of parameters."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def of_rank(x: jax.Array, ndim: int) -> jax.Array:
 
 
 def dtype_of(dtype) -> np.dtype | None:
-    """What a caller gave as a dtype, or None if it is none.
+    """The dtype that a caller gave, or None if it is none.
 
     >>> dtype_of("bfloat16").name, dtype_of("6:8"), dtype_of(1.5)
     ('bfloat16', None, None)

@@ -27,7 +27,7 @@ _FEW = 16
 # cuDNN takes rows of at least this many tokens.
 _WHOLE = 64
 
-# What an unseen score is. It is finite, so that a query that sees nothing gives no nan.
+# The score of an unseen key. It is finite, so that a query that sees nothing gives no nan.
 _UNSEEN = -1e30
 
 

@@ -35,7 +35,7 @@ _GATED_INPUTS = r".*down_proj(?:/kernel)?"
 
 
 class Output(NamedTuple):
-    """What a decoder gives as a function of its parameters, and losses for `mixed` are given.
+    """The result of a decoder as a function of its parameters; losses for `mixed` get it.
 
     Attributes:
       logits: float32 `[batch, tokens, vocab]`.

@@ -160,7 +160,7 @@ def save(model: Decoder, path: str | os.PathLike[str], *, floats: Any = None) ->
 
 
 def content(config: DecoderConfig, dtype: np.dtype, about: Any, params: Any) -> dict[str, Any]:
-    """What a saved directory says, as `slidejax.checkpoint` writes it."""
+    """The metadata of a saved directory, as `slidejax.checkpoint` writes it."""
     model = {"class": CLASS, "dtype": dtype.name, "config": config.to_json()}
     return {"model": model, "about": about, "params": params}
 
@@ -213,7 +213,7 @@ def _load_saved(folder: Path, dtype: np.dtype | None) -> Decoder:
 
 
 def _parts(folder: Path, content: Any) -> tuple[Any, Any, Any]:
-    """What a directory says about the model, its parameters, and the notes about it."""
+    """The configuration of a directory's model, its parameters, and the notes about it."""
     try:
         model, params, about = content["model"], content["params"], content["about"]
         _ = model["class"], check_dtype(model["dtype"])

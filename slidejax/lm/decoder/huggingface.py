@@ -350,7 +350,7 @@ def _windows(
 
 
 def _layer_types(keys: _Keys, layers: int) -> list[bool] | None:
-    """Which layers have windows, as `layer_types` says; None if it is absent."""
+    """The layers that have windows, by `layer_types`; None if it is absent."""
     types = keys.take("layer_types", None)
     if types is None:
         return None

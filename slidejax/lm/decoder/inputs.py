@@ -1,4 +1,4 @@
-"""What a decoder reads: token ids, their positions and a cache, checked before it runs.
+"""Checks of a decoder's inputs before it runs: token ids, their positions and a cache.
 
 JAX wraps, clips or drops a number that is out of range, and the logits would look like any others.
 So a position that the host knows is checked, with an error. One that only the device knows, as

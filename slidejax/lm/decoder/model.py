@@ -128,7 +128,7 @@ def _logits(config, params, ids, positions):
 
 
 class _Extra:
-    """What goes with a model and takes no part in computing. NNX keeps it as one static object."""
+    """The parts of a model that do not compute. NNX keeps them as one static object."""
 
     def __init__(self, files: dict[str, bytes], about: dict[str, Any]):
         self.files, self.about = files, about

@@ -1,4 +1,4 @@
-"""What a decoder's parameters must be: paths, shapes and kinds, by its configuration.
+"""Checks of a decoder's parameters: paths, shapes and kinds, by its configuration.
 
 `slidejax.lm.decoder.apply` says what they mean.
 """

@@ -140,7 +140,7 @@ def check_prompt(
 
 
 class Writes:
-    """What a decoder can do with text."""
+    """The methods of a decoder that take or give text."""
 
     if TYPE_CHECKING:
         config: DecoderConfig

@@ -42,7 +42,7 @@ class Writer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt.
+    """The text that a model wrote after a prompt.
 
     Attributes:
       text: the text, up to and without the end or the stop; without special tokens. None if the
@@ -311,7 +311,7 @@ class Batch:
 
 
 class Row:
-    """What one prompt has got so far."""
+    """The tokens and the text of one prompt so far."""
 
     def __init__(
         self, tokenizer: Tokenizer | None, stops: Sequence[str], ends: Iterable[int], count: int

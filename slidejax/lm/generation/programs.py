@@ -46,7 +46,7 @@ def bucket(size: int, least: int = 1) -> int:
 
 
 class State(NamedTuple):
-    """What goes from one call to the next. It is donated.
+    """The state that goes from one call to the next. It is donated.
 
     Attributes:
       cache: keys and values of all tokens before the last one.

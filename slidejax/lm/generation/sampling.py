@@ -95,7 +95,7 @@ class Sampling:
 
     @property
     def kind(self) -> str:
-        """Which of three programs it needs; the numbers themselves are not compiled in."""
+        """The one of three programs that it needs; the numbers themselves are not compiled in."""
         if self.temperature == 0:
             return "greedy"
         return "all" if self.top_k == 0 and self.top_p == 1 else "filtered"
@@ -111,7 +111,7 @@ class Sampling:
 
 
 def keep(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Which tokens can be drawn, when tokens are in order of their logits.
+    """The tokens that can be drawn, when tokens are in order of their logits.
 
     Args:
       logits: float32 `[..., vocab]`, the largest first, divided by the temperature.

@@ -10,7 +10,7 @@ import os
 import sys
 import types
 
-# What a program must not do, by the names of Python's audit events. It may not start processes,
+# Forbidden actions of a program, by the names of Python's audit events. It may not start processes,
 # signal others, use the network or leave Python.
 _FORBIDDEN = (
     "ctypes.",

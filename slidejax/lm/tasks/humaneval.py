@@ -36,8 +36,8 @@ from slidejax.lm.text.stream import check_stops
 
 __all__ = ["STOPS", "Problem", "Result", "completions", "evaluate", "problems"]
 
-# What follows a function at the left margin. The first five are those of Chen et al.; the others
-# are what models write that were trained to chat, or to test what they wrote.
+# Texts that follow a function at the left margin. The first five are those of Chen et al. Models
+# that were trained to chat, or to test their programs, write the others.
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```", "\nassert")
 
 
@@ -208,7 +208,7 @@ def _completions(
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a model did with problems.
+    """The results of a model on problems.
 
     Attributes:
       tasks: names of the problems.

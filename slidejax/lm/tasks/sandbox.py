@@ -37,7 +37,7 @@ _MOST = 4096  # bytes of a report
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """The limits of a program.
 
     Attributes:
       wall_seconds: from its start, that of Python included.
@@ -69,7 +69,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a program.
+    """The outcome of a program.
 
     Attributes:
       passed: whether it ran to its end and raised nothing.
@@ -137,7 +137,7 @@ def _send(process: subprocess.Popen, job: bytes) -> None:
 
 
 def _report(pipe: int, deadline: float) -> bytes | None:
-    """What the process wrote until it closed the pipe; None if it did not in time."""
+    """The output of the process until it closed the pipe; None if it did not in time."""
     found = b""
     while len(found) < _MOST:
         if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:

@@ -70,7 +70,7 @@ def render(
 
 
 class _Refused(Exception):
-    """What a template raises by `raise_exception`."""
+    """The error that a template raises by `raise_exception`."""
 
 
 def _missing() -> ImportError | None:

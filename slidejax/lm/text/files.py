@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TEXT_FILES", "check", "from_files", "gather", "is_text_file", "read", "text_files"]
 
-# What belongs to a tokenizer, beside the templates in additional_chat_templates/.
+# The files of a tokenizer, beside the templates in additional_chat_templates/.
 _NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -101,7 +101,7 @@ def _contents(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
     paths = [folder / name for name in names]
     if (folder / CHAT_TEMPLATES).is_dir():
         paths += sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))
-    # What is there and cannot be read is no missing file: without it, texts have other tokens.
+    # A file that is there and cannot be read is not missing: without it, texts have other tokens.
     paths = [path for path in paths if os.path.lexists(path)]
     return {path.relative_to(folder).as_posix(): read_whole(path) for path in paths}
 
@@ -319,7 +319,7 @@ def _start(
 
 
 def _prefix(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """What the post-processor puts before a text."""
+    """The tokens that the post-processor puts before a text."""
     probe = "a"
     bare = backend.encode(probe, add_special_tokens=False).ids
     whole = backend.encode(probe, add_special_tokens=True).ids

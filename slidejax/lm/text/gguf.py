@@ -37,7 +37,7 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# What a pre-tokenizer's name says: the regular expression that cuts a text into words (None is
+# The meaning of a pre-tokenizer's name: the regular expression that cuts a text into words (None is
 # GPT-2's own, "digits" splits digits one by one before that), and whether a text begins with its
 # start token unless a key says otherwise.
 _PRE_TOKENIZERS: dict[str, tuple[str | None, bool]] = {

@@ -165,7 +165,7 @@ class Bounded(sandbox.ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     def spend(self, price: int) -> None:
-        """What a list of statements calls first."""
+        """The call that a list of statements makes first."""
         _spend(price)
 
     def joined(self, *parts: Any) -> str:

@@ -251,7 +251,7 @@ class Implementation(abc.ABC):
         `slidejax tune` calls it before it times the implementation.
 
         Returns:
-          What it found, in words; None if it has no settings.
+          The settings that it found, in words; None if it has no settings.
 
         Raises:
           NotImplementedError, RuntimeError: if the search fails. `tune` then times it as it is.

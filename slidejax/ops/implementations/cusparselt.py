@@ -259,7 +259,7 @@ class Cusparselt(Implementation):
 
 
 def _in_words(product: cusparselt.Product, rows: int) -> str:
-    """Which algorithm a call runs."""
+    """Says which algorithm a call runs."""
     found = cusparselt.nearest(product, rows)
     if found is None:
         return "the library's default algorithm, without a search: sj.prepare or slidejax tune"

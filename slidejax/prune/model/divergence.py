@@ -18,7 +18,7 @@ TEMPERATURE = Bound(0, above=True)  # what divides logits
 
 
 def scalar(loss: Any, name: str) -> jax.Array:
-    """What a user's loss returned.
+    """Checks the result of a user's loss.
 
     Raises:
       TypeError: naming the argument that was the loss, if it is no floating scalar.

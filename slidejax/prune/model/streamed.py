@@ -147,7 +147,7 @@ def prune_streamed(
 class Memory(NamedTuple):
     """The most bytes that arrays take at a time while `prune_streamed` runs.
 
-    What a compiled program needs while it runs is not in it.
+    The temporary arrays of a compiled program are not counted.
 
     Attributes:
       parameters: those of a unit as they were read and as smoothing made them, the new kernels that
