@@ -213,7 +213,7 @@ def text_file(text: str) -> str:
 
 
 def add_renamed(p: argparse.ArgumentParser, name: str, old: str, **options: Any) -> None:
-    """Adds a flag and its old spelling, which works as well and which no help shows.
+    """Adds a flag and its old spelling, which still works and is not in the help.
 
     Args:
       p: the command's parser.

@@ -145,15 +145,16 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     arguments.add_json(p)
     group = p.add_argument_group(
         "a whole decoder",
-        "With --model the linear layers are timed inside a decoder with random weights. On a GPU "
-        "each contender then has five rounds of 0.2 s after 0.1 s, unless --rounds, --seconds and "
-        "--warmup say otherwise. --pattern and --dtype name the weights of slidejax; dense int8 "
-        "always takes part, and without --dtype all are int8.",
+        "With --model the linear layers are timed inside a decoder with random weights.\n"
+        "On a GPU each contender then has five rounds of 0.2 s after 0.1 s, unless\n"
+        "--rounds, --seconds and --warmup say otherwise. --pattern and --dtype name the\n"
+        "weights of slidejax. Dense int8 always takes part, and without --dtype all are\n"
+        "int8.",
     )
     group.add_argument(
         "--model",
         choices=list(MODELS),
-        help="the model's sizes; tiny is no model, and shows in a minute that everything runs",
+        help="the model's sizes; tiny is not a real model, and only shows that everything runs",
     )
     group.add_argument(
         "--layers",
@@ -196,7 +197,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         type=arguments.positive,
         metavar="N",
         help="programs that are compiled at the same time (default 1); with more, each is first "
-        "compiled with two layers alone, so that what XLA times while it compiles is undisturbed",
+        "compiled with two layers alone, so that nothing disturbs XLA's own timing",
     )
 
 

@@ -55,10 +55,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--budget",
         type=_budget,
         metavar="PHASE=FACTOR",
-        help="in place of --pattern: choose for each layer dense, 14:16, 6:8, 4:6 or 2:4 (or one of "
-        "--mixed), so that the linear layers are FACTOR times as fast as dense 8-bit ones and the "
-        "loss rises least; prefill=1.08 (4096 tokens) or decode=1.1 (one sequence). Times are "
-        "measured ones (slidejax tune), or else estimates",
+        help="in place of --pattern: choose a pattern for each layer (dense, 14:16, 6:8, 4:6 or "
+        "2:4, or one of --mixed), so that the linear layers are FACTOR times as fast as dense 8-bit "
+        "ones and the loss rises least. Examples: prefill=1.08 (4096 tokens), decode=1.1 (one "
+        "sequence). Times are measured (slidejax tune), or else estimated",
     )
     p.add_argument(
         "--gpu",

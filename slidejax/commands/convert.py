@@ -1,7 +1,7 @@
 """`slidejax convert`: a model pruned, quantised, packed and written to a directory.
 
-Without flags it does what is good for most models: 6:8 int8 by SparseGPT, layer by layer, with the
-text that ships with the package.
+Without flags it does what is good for most models: 6:8 in 8 bits by SparseGPT, layer by layer, with
+the text that ships with the package.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         default=_EIGHT_BIT,
         help="dtype of the packed values: 8bit (default: float8_e4m3fn in down projections, whose "
         "inputs have spikes, and int8 in all other layers), int8, float8_e4m3fn, none to keep the "
-        "model's. --mixed and --budget choose for all layers, and take 8bit as int8",
+        "model's. With --mixed and --budget 8bit means int8 in all layers",
     )
     p.add_argument(
         "--dtype-of",
@@ -80,9 +80,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         type=arguments.Number(COUNT_OR_NONE),
         default=0,
         metavar="N",
-        help="calibrate on N more sequences, which the model writes itself, each beginning with a "
-        "piece of the text or, unless --calibration names one, as a text of many kinds does "
-        "(default 0); the whole model is loaded for that",
+        help="calibrate on N more sequences that the model writes itself (default 0). They begin "
+        "with pieces of the text; without --calibration half of them begin as many kinds of text "
+        "do. The whole model is loaded for that",
     )
     p.set_defaults(method=None)  # so that --data-free can tell whether a method was named
     p.add_argument(
@@ -100,7 +100,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--force",
         action="store_true",
-        help="replace OUT, if slidejax wrote it; without this an OUT that exists is refused",
+        help="replace OUT if slidejax wrote it; without --force an OUT that exists is refused",
     )
     p.add_argument(
         "--work",

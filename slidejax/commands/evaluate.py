@@ -10,7 +10,7 @@ from slidejax.lm.texts import WINDOW
 
 __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run"]
 
-SUMMARY = "Perplexity and next-token accuracy on a text, or the programs of HumanEval."
+SUMMARY = "Measure perplexity and next-token accuracy on a text, or test programs on HumanEval."
 EXAMPLE = "slidejax eval out --against smollm2"
 
 # Tokens of the default text to predict where `--tokens` does not say.
@@ -31,8 +31,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--task",
         choices=("perplexity", "humaneval"),
         default="perplexity",
-        help="perplexity: predict a text (default); humaneval: write 164 functions of Python, whose "
-        "tests are run. Needs the extra humaneval",
+        help="perplexity: predict a text (default); humaneval: write 164 functions of Python and "
+        "run their tests, which needs the extra humaneval",
     )
     arguments.add_text(p)
     p.add_argument(
@@ -58,7 +58,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--against",
         metavar="MODEL",
         help="measure agreement with this model: share of equal first choices, and KL divergence; "
-        "humaneval: what is kept of its share, on the same problems",
+        "humaneval: the share of its solved problems that is kept, on the same problems",
     )
     p.add_argument(
         "--plot",

@@ -45,8 +45,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         type=arguments.Number(bounds.TOP_P),
         default=1.0,
         metavar="P",
-        help="draw among the likeliest tokens that have the probability P together; 1 (default): "
-        "among all",
+        help="draw among the likeliest tokens whose probabilities sum up to P; 1 (default): among "
+        "all",
     )
     p.add_argument(
         "--stop",
@@ -54,7 +54,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="end where the text would hold TEXT; may be repeated",
+        help="end before TEXT would be written; may be repeated",
     )
     p.add_argument(
         "--seed",

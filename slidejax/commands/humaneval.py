@@ -39,22 +39,22 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--run-generated-code",
         action="store_true",
-        help="agree that programs which the models write run on this machine: each in a process of "
-        "its own, in an empty folder, with limits on time, memory, files and processes. That is "
-        "no wall against an attack; use a container for models that you do not trust",
+        help="agree that programs that the models write run on this machine: each in a process of "
+        "its own, in an empty folder, with limits on time, memory, files and processes. This does "
+        "not stop an attack; use a container for models that you do not trust",
     )
     group.add_argument(
         "--samples",
         type=arguments.Number(COUNT_OR_NONE),
         metavar="N",
         help="samples of each problem, whose mean is pass@1; the likeliest completion is tested "
-        f"beside them (default {_SAMPLES}; 0: it alone)",
+        f"beside them (default {_SAMPLES}; 0: no samples)",
     )
     group.add_argument(
         "--temperature",
         type=arguments.Number(Bound(0, above=True)),
         metavar="T",
-        help=f"of the samples (default {_TEMPERATURE})",
+        help=f"temperature of the samples (default {_TEMPERATURE})",
     )
     group.add_argument(
         "--limit", type=arguments.positive, metavar="N", help="only the first N problems"
@@ -68,7 +68,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--completions",
         type=arguments.out_file,
         metavar="FILE",
-        help="write each completion, and what became of it, to FILE as JSON lines",
+        help="write each completion and its result to FILE as JSON lines",
     )
     group.add_argument(
         "--workers",
@@ -80,7 +80,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--seed",
         type=arguments.Number(SEED),
         metavar="N",
-        help="of the samples (default 0)",
+        help="seed of the samples (default 0)",
     )
 
 

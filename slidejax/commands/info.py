@@ -11,7 +11,7 @@ from slidejax.commands import arguments, terminal
 
 __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "collect", "run", "text"]
 
-SUMMARY = "Versions, devices, the CUDA library, and which implementations can run here."
+SUMMARY = "Show versions, devices, the CUDA library, and the implementations that can run here."
 EXAMPLE = "slidejax info --json info.json"
 
 _PACKAGES = (

@@ -29,8 +29,9 @@ __all__ = [
 # The default text to calibrate on has this many sequences of 512 tokens; for more, docstrings are
 # added to it.
 _SHORT = 64
-_PROMPT = 8  # tokens of a text that a row begins with which a model goes on with
-# Bytes of the cache of rows that a GPU writes at a time: more rows take more of it, and less time.
+_PROMPT = 8  # tokens of a text with which a row begins, before the model goes on
+# Bytes of the cache of the rows that a GPU writes at a time. More rows at a time take more memory
+# and less time.
 _CACHE = 8 << 30
 
 

@@ -38,15 +38,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", help="a directory written by 'slidejax convert'")
     p.add_argument(
         "out",
-        help="the directory to write; it appears when it is complete. What is not trained, such as "
-        "embeddings, is kept in the dtype that the converted model has it in",
+        help="the directory to write; it appears when it is complete. Parameters that are not "
+        "trained, such as embeddings, keep the dtype that they have in the converted model",
     )
     _add_text(p)
     _add_training(p)
     p.add_argument(
         "--force",
         action="store_true",
-        help="replace OUT, if slidejax wrote it; without this an OUT that exists is refused",
+        help="replace OUT if slidejax wrote it; without --force an OUT that exists is refused",
     )
     arguments.add_compute(p)
     arguments.add_json(p)
@@ -77,9 +77,9 @@ def _add_text(p: argparse.ArgumentParser) -> None:
         "--sample",
         type=arguments.Number(COUNT_OR_NONE),
         metavar="ROWS",
-        help="add rows that the original model writes, each beginning with a piece of the text or, "
-        "unless --text names one, as a text of many kinds does; they are written before the "
-        f"minutes begin (default {_GPU_SAMPLES} on a GPU, else none)",
+        help="add rows that the original model writes, before the minutes begin. They begin with "
+        "pieces of the text; without --text half of them begin as many kinds of text do (default "
+        f"{_GPU_SAMPLES} on a GPU, else none)",
     )
 
 
@@ -92,7 +92,7 @@ def _add_training(p: argparse.ArgumentParser) -> None:
         type=arguments.Number(Bound(0, 1e6, above=True)),
         default=6.0,
         metavar="T",
-        help="make as many steps as fit into that time, with compiling (default 6)",
+        help="make as many steps as fit into T minutes, compiling included (default 6)",
     )
     length.add_argument(
         "--steps",
@@ -144,8 +144,9 @@ def _add_training(p: argparse.ArgumentParser) -> None:
         "--held-out",
         type=arguments.Number(COUNT_OR_NONE),
         metavar="ROWS",
-        help="rows that are not trained on: OUT is what is best on them, and a learning rate that "
-        "makes it worse there is halved (default: a batch, at most an eighth of the rows; 0: none)",
+        help="rows that are not trained on. OUT gets the parameters that are best on them, and a "
+        "learning rate that makes the loss worse there is halved (default: a batch, at most an "
+        "eighth of the rows; 0: none)",
     )
     p.add_argument(
         "--dtype",
@@ -157,7 +158,8 @@ def _add_training(p: argparse.ArgumentParser) -> None:
         type=arguments.Number(SEED),
         default=0,
         metavar="N",
-        help="seed of the order of the rows and of what the original model writes (default 0)",
+        help="seed of the order of the rows and of the text that the original model writes "
+        "(default 0)",
     )
     p.add_argument(
         "--checkpoint",

@@ -9,7 +9,7 @@ from slidejax.commands import arguments, bench, inputs, terminal
 
 __all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run"]
 
-SUMMARY = "Measure the implementations on this machine's GPU and keep the result for the choice."
+SUMMARY = "Measure the implementations on this machine, and keep the times for the choice."
 EXAMPLE = "slidejax tune --preset llama-3-8b --pattern 6:8 --dry-run"
 
 
@@ -18,7 +18,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "model",
         nargs="?",
-        help="measure this model's layer shapes; a converted one gives pattern and dtype too",
+        help="measure this model's layer shapes; a converted one also gives pattern and dtype",
     )
     bench.add_measured(p, "1,16,64,256,1024,4096,16384")
     p.add_argument("--dry-run", action="store_true", help="measure and show, record nothing")

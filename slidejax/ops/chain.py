@@ -105,7 +105,7 @@ def _traced(
 ) -> ClosedJaxpr:
     """The sequence for operands of these shapes and dtypes.
 
-    The primitive carries it, so that all who walk through a program see its layers.
+    The primitive carries it, so that code that walks through a program sees its layers.
     """
 
     def sequence(*operands):
@@ -371,13 +371,18 @@ def linear_chain(
     """Computes linear layers that follow each other, such as the tail of a transformer's layer.
 
     It is a sequence of `slidejax.linear`, and has its results and its gradients. For a few rows on
-    one GPU it is one custom call, whose kernels overlap. That is so where its weights are
-    `SlideWeight`s; every prologue is an `RMSNorm`, a `GLU` or none; every stage alone would run in
-    the implementation "decode" or "hopper" (on Hopper also in "dense", where its weight prunes
-    nothing), for up to 2 rows prepared forms aside; and one of the two takes all stages: "decode"
-    up to 2 rows of weights as they are packed, if it can, else "hopper" with at most 256 rows, or
-    64 where a weight prunes nothing. With "decode", what a `GLU` reads must be used by nothing
-    else. In such a call a norm's sum has another order, so codes may differ as the contract allows.
+    one GPU it is one custom call, whose kernels overlap. Then all of this must hold:
+
+    - The weights are `SlideWeight`s, and every prologue is an `RMSNorm`, a `GLU` or none.
+    - Every stage alone would run in the implementation "decode" or "hopper". On Hopper "dense"
+      counts as "hopper" where a weight prunes nothing. For up to 2 rows prepared forms do not
+      count.
+    - One of the two takes all stages. "decode" is asked first for up to 2 rows of weights as they
+      are packed, and where all inputs are small. "hopper" takes at most 256 rows, or 64 where a
+      weight prunes nothing.
+    - With "decode", nothing else uses the input of a `GLU`.
+
+    In such a call a norm's sum has another order, so codes may differ as the contract allows.
 
     Args:
       x: `[..., in]`, bfloat16, float16 or float32; leading axes are rows.
