@@ -41,3 +41,13 @@ def test_grams_add_up_over_calls_and_batches():
 def test_there_must_be_a_batch():
     with pytest.raises(ValueError, match="no batches"):
         collect(lambda p, b: None, {}, [])
+
+
+def test_batches_of_very_different_sizes_add_up():
+    model, x = nn.Dense(8), jax.random.normal(jax.random.key(0), (24, 16))
+    params = model.init(jax.random.key(1), x)
+    run = sj.linen.functional(model, params).run
+    want = collect(run, params, [x])["kernel"]
+    for small, order in ((1e-25, 1), (1e-25, -1)):
+        got = collect(run, params, [x, x * small][::order])["kernel"]
+        np.testing.assert_allclose(got, want, rtol=1e-6)
