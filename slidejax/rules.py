@@ -219,7 +219,7 @@ class Report:
             for layer in sorted(self.converted, key=lambda layer: _natural(layer.path))
         ]
         lines += [f"  skipped: {path}: {reason}" for path, reason in self.skipped.items()]
-        lines += [f"  stays dense: {path}: {what}" for path, what in self.unpacked.items()]
+        lines += [f"  not packed: {path}: {what}" for path, what in self.unpacked.items()]
         return "\n".join(lines + [f"  {line}" for line in (*self.unmatched, *self.notes)])
 
 
