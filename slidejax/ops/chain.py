@@ -38,7 +38,7 @@ from slidejax.weights.packed import SlideWeight
 
 __all__ = ["Stage", "linear_chain", "linear_chain_p", "runs_in"]
 
-# The numbers by which the kernel knows activations (cuda/lift/lift.h).
+# The numbers of activations in the kernels, which tests/cuda/test_limits.py compares.
 _ACTIVATION_NUMBERS = {name: i for i, name in enumerate(("silu", "gelu", "gelu_tanh", "relu"))}
 
 

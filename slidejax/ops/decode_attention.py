@@ -189,7 +189,7 @@ def _products(formula: str, x: jax.Array, cache: jax.Array, dtype: Any) -> jax.A
 # --- the kernel -----------------------------------------------------------------------------------
 
 _MAX_ROWS, _HEAD_DIMS = 65535, range(16, 257, 16)
-# The constants of cuda/attention/plan.h that the workspace depends on.
+# The workspace depends on these constants of the kernel, which tests/cuda/test_limits.py compares.
 _WANTED_BLOCKS, _MAX_SPLITS, _ALIGN = 128, 16, 16
 
 

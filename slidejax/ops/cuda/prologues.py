@@ -12,8 +12,8 @@ from slidejax.weights.numerics import is_quantized
 
 __all__ = ["NAMES", "fused", "longest_row", "operands_of"]
 
-# The names by which the lift kernel knows prologues (cuda/lift/lift.h). Activations have the names
-# that slidejax gives them.
+# The names of prologues in the lift kernel. Activations have the same names in Python and there.
+# tests/cuda/test_limits.py compares both with the source.
 NAMES: dict[type[Prologue], str] = {
     RMSNorm: "rms_norm",
     LayerNorm: "layer_norm",

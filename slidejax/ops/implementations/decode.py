@@ -24,14 +24,12 @@ from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
 
 __all__ = ["ALIGN", "DECODE", "GEMV_ROWS", "ROWS", "is_small", "operands", "workspace_bytes"]
 
-GEMV_ROWS = 2  # kGemvRows of cuda/decode/gemv_plan.h
-_STEP_BLOCKS = 4  # kStepBlocks of cuda/decode/plan.h
+# Limits of the kernels. tests/cuda/test_limits.py compares them with the sources.
+ROWS = 16  # the most rows of x
+GEMV_ROWS = 2  # the most rows without tensor cores
+_ROWS_AT_ONCE = 8  # with more rows a weight of 8 bits is read twice
+_STEP_BLOCKS = 4  # blocks of K in a step
 ALIGN = 16  # of the parts of a workspace
-
-
-ROWS = 16  # kDecodeTokens of cuda/decode/decode.h, the most rows of x
-# Beyond these a weight of 8 bits is read twice (kSkinnyRows of cuda/decode/skinny_plan.h).
-_ROWS_AT_ONCE = 8
 
 
 def is_small(rows: int, in_features: int, pattern: Pattern, dtype: np.dtype) -> bool:

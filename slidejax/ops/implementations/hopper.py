@@ -43,8 +43,8 @@ __all__ = [
 # begin while the lift's still runs. With more rows two calls are better, since XLA merges the lifts
 # of layers that share an input, such as q, k and v.
 FEW_ROWS = 64
-# Up to this number of rows the kernel adds a residual (kResidualTokens of cuda/hopper/plan.h). With
-# more it is added to float32 results.
+# Up to this number of rows the kernel adds a residual. With more it is added to float32 results.
+# tests/cuda/test_limits.py compares these two with the source.
 RESIDUAL_ROWS = 256
 DENSE_RESIDUAL_ROWS = 64  # the same for a weight that prunes nothing
 
