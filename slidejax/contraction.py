@@ -292,7 +292,7 @@ def check_product(
       preferred: the layer's own `preferred_element_type`.
 
     Raises:
-      ValueError: for what a packed weight cannot honour.
+      ValueError: for an argument that a packed weight cannot honour.
     """
     standard = dot_general
     if isinstance(dot_general, functools.partial) and not dot_general.args:

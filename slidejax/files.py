@@ -117,7 +117,7 @@ def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def _unwritten(error: OSError, path: Path, temporary: Path | None) -> OSError:
-    """An error of writing, in the words of the one who named `path`."""
+    """An error of writing, in the words of the code that named `path`."""
     if error.errno is None or error.filename not in (None, str(temporary)):
         return error
     return OSError(error.errno, f"cannot be written: {error.strerror}", str(path))
@@ -275,7 +275,7 @@ def _hold(handle: int, path: Path, *, wait: bool = False, certain: bool = False)
     Args:
       handle: the open file or directory.
       path: its path.
-      wait: for the one who holds it.
+      wait: for the process that holds it.
       certain: where there are no locks, the answer is False and not True.
     """
     locked = _try_lock(handle, wait)
@@ -313,7 +313,7 @@ def exclusive(path: str | os.PathLike, *, wait: bool = True) -> Iterator[bool]:
 
 
 def _is_gone(handle: int, path: Path) -> bool:
-    """Whether something else, or nothing, is at the path of what was opened there."""
+    """Whether another file, or none, is now at the path of an open file."""
     try:
         return not os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:

@@ -259,7 +259,7 @@ def fastest_behind_norm(
 
     Args:
       w: the weight.
-      us: microseconds without the norm, by variant; None for what did not run.
+      us: microseconds without the norm, by variant; None if it did not run.
       name: of the contender.
 
     Returns:

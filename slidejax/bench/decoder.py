@@ -38,7 +38,7 @@ _PLACES = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Exchanged(WrappedWeight):
-    """A linear layer that is no packed weight, in the place of one.
+    """A linear layer that takes the place of a packed weight without being one.
 
     Attributes:
       held: what `multiply` takes.

@@ -30,7 +30,7 @@ class Sizes:
       theta: base of the rotary embedding.
       eps: added to the mean of squares in a norm.
       vocabulary: rows of the embedding and of the head. It is the same for all published models
-        here, since the head is no part of what is compared.
+        here, because the head is not compared.
     """
 
     hidden: int

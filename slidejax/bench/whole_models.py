@@ -182,7 +182,7 @@ class _Race:
         return packed + self.ends[1].nbytes + self.cache_bytes(work.batch)
 
     def room_bytes(self, works: Sequence[Workload]) -> int:
-        """About the memory that the largest workload wants beside the weights."""
+        """About the memory that the largest workload needs beside the weights."""
         widest = 16 * self.sizes.linears["gate_up"][0]  # a few results of the widest layer, a row
         return max(
             widest * work.rows + (self.cache_bytes(work.batch) if work.length is None else 0)

@@ -277,7 +277,7 @@ class GGUFFile:
         check_tokenizer(self._values, repr(self.path))
 
     def _refuse_unread(self) -> None:
-        """Raises if the file asks for what FlaxLlama does not compute, or holds more than it."""
+        """Raises if the file asks for something that FlaxLlama lacks, or has other tensors."""
         if self._get("split.count", 0) not in (0, 1):
             raise NotImplementedError(
                 f"{self.path!r} is one file of {self._get('split.count')} (split.count): join them "

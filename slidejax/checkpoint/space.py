@@ -1,4 +1,4 @@
-"""Room on the disk for what will be written at the end of long work."""
+"""Room on the disk for the files at the end of long work."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def check_apart(
 
     Args:
       path: the directory that will be written.
-      source: the file or directory that is read. None, or what is no path, is apart.
+      source: the file or directory that is read. None, or a value that is no path, is apart.
       name: of the argument, for the error.
       what: `source` in words, for the error.
     """
@@ -291,7 +291,7 @@ def _try_to_write(target: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _named_as(target: Path) -> Iterator[None]:
-    """Names the directory in errors of what is done beside it."""
+    """Names the directory in errors about work beside it."""
     try:
         yield
     except OSError as e:
@@ -354,7 +354,7 @@ def staged(path: str | os.PathLike[str], marker: str) -> Iterator[Path]:
             for file in fresh.rglob("*"):
                 sync(file)
             sync(fresh)
-        except OSError as e:  # in the words of the one who named `path`
+        except OSError as e:  # in the words of the code that named `path`
             written = Path(os.path.abspath(e.filename or fresh))
             if e.errno is None or not written.is_relative_to(fresh):
                 raise

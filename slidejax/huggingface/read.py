@@ -96,7 +96,7 @@ def build(
       TypeError, ValueError: an argument is of a wrong kind.
       ValueError: parameters are missing, or have other shapes than the configuration says. The
         error names all of them.
-      NotImplementedError: the configuration asks for what the Flax class would silently ignore.
+      NotImplementedError: the configuration has a setting that the Flax class would ignore.
     """
     _check_config(config)
     check_kind(params, Mapping, "params", "nested dicts of arrays")

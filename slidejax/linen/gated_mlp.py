@@ -30,7 +30,7 @@ _BODIES = frozenset(
 
 
 def run_gated_mlp(args, kwargs, context) -> jax.Array | None:
-    """Runs a gated MLP as a whole, if that is what an interceptor is about to call.
+    """Runs a gated MLP as a whole, if an interceptor is about to call one.
 
     Args:
       args, kwargs, context: those of the interceptor.

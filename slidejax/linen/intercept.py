@@ -88,7 +88,7 @@ def apply(model: nn.Module, variables: Mapping, *args, **kwargs) -> Any:
         `capture_intermediates`.
 
     Returns:
-      What `model.apply` returns.
+      The result of `model.apply`.
 
     Raises:
       TypeError: if the model or the variables are of another kind.

@@ -7,8 +7,8 @@ runs in a frame of Python around the layer. That frame knows the variables befor
 the leaves that it has changed are those that are other objects. JAX's own transforms (`nn.scan`,
 `nn.vmap`, `nn.remat`) run in other frames.
 
-Which frame it is, is found by trying. A Flax whose frame says something else is an error where a
-packed kernel runs in such a frame.
+The code of that frame is found by trying. If a Flax has none that fits, a packed kernel in such a
+function is an error.
 """
 
 from __future__ import annotations

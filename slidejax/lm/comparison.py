@@ -25,7 +25,7 @@ _BINS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """One model and what was found of it.
+    """One model and its results.
 
     Attributes:
       name: what the model was called.

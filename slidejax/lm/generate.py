@@ -113,7 +113,7 @@ class Generator:
         stop: bool = True,
     ):
         max_new_tokens = COUNT.check(max_new_tokens, "max_new_tokens")
-        Sampling(temperature, top_k, top_p)  # raises for what is out of range
+        Sampling(temperature, top_k, top_p)  # raises for values out of range
         check_generates(model)
         self._max_new_tokens = max_new_tokens
         self._positions = getattr(model.config, "max_position_embeddings", None)

@@ -276,7 +276,7 @@ class SlideLM(_Base):  # type: ignore[misc,valid-type]
         """The tokens of the prompt, the stops, and how to write: `_write`'s last argument.
 
         Raises:
-          ValueError: a request asks for what is not done here.
+          ValueError: a request asks for something that is not done here.
         """
         options = {k: v for k, v in (options or {}).items() if v is not None}
         stops = options.pop("until", [])

@@ -163,7 +163,7 @@ def read_model(
     Raises:
       TypeError: the model is no path.
       ValueError: there is no such model, or its files are damaged.
-      NotImplementedError: it asks for what neither of the two does.
+      NotImplementedError: it asks for something that neither of the two does.
       ImportError: a package that reads it is not installed.
     """
     check_path(model, "model")
@@ -257,7 +257,7 @@ def write_model(
     Args:
       path: the directory. It appears when it is complete.
       model: a decoder or a Flax model.
-      loaded: what it was made from.
+      loaded: the model that it was made from.
       about: notes about how it was made, plain JSON values. Where `loaded` was read is added, as
         `source_path`, unless it is there.
       floats: as in `slidejax.lm.save`, for a decoder.

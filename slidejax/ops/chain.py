@@ -283,7 +283,7 @@ def _hopper_call(x: jax.Array, stages: Sequence[Stage], outputs: tuple[int, ...]
         if i not in outputs:
             parts.append(rows * w.out_features * x.dtype.itemsize)
     workspace = calls.ALIGN + sum(-(-size // calls.ALIGN) * calls.ALIGN for size in parts)
-    gates = [*map(gate_of, stages)]  # of what the stages read
+    gates = [*map(gate_of, stages)]  # of the inputs of the stages
     call = ("slidejax_chain_hopper", x, stages, outputs, operands, workspace, gates)
     return _run(*call, workspaces=np.array(workspaces, np.int64))
 

@@ -266,7 +266,7 @@ class InputLayout:
         return self != PLAIN
 
     def columns(self, x: jax.Array) -> int:
-        """The columns of what is quantised."""
+        """The columns that are quantised."""
         return x.shape[-1] // 2 if self.halves else x.shape[-1]
 
     def mappings(self, columns, rank: int) -> tuple[ArrayMapping, ...]:

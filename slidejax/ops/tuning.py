@@ -133,7 +133,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     """The entries of a table; none if there is no file.
 
     Raises:
-      ValueError: naming the file and the entry, for what is no table.
+      ValueError: naming the file and the entry, if the file is no table.
     """
     hint = "delete it and run slidejax tune"
     try:

@@ -181,7 +181,7 @@ def fit(
         the parameters for which it was lowest: never worse, on this batch, than the start. Where
         more than half of what was won is lost again, the training goes back to these, and goes on
         with half the learning rate; with an `optimizer` of your own it does not. It takes 4 more
-        bytes a trained value. None: the result is what the last step left.
+        bytes a trained value. None: the result is that of the last step.
       checkpoint: a directory for the state of the training. If it holds a state, the training goes
         on from there, if it is the same training: settings, parameters, held-out rows and batches
         are compared by hashes. What a `loss_fn` or an `optimizer` computes is not. Parameters that

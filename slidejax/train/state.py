@@ -91,7 +91,7 @@ class Checkpoint:
       train: the masters before the first step.
       dtypes: a tree like `train`: the dtypes in which the model computes.
       settings: the numbers of the training by name.
-      data: hashes of what the training is made of, by name. None is not compared.
+      data: hashes of the parts of the training, by name. None is not compared.
       batches: a function from the number of a step to its batch.
     """
 

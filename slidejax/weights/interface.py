@@ -54,7 +54,7 @@ class LinearWeight(abc.ABC):
 
     @abc.abstractmethod
     def check(self, name: str = "w") -> Self:
-        """Returns itself if its leaves are what they were made to be.
+        """Returns itself if its leaves have the dtypes and shapes that they were made with.
 
         Raises:
           ValueError: naming the leaf, its dtype or shape and what was expected.

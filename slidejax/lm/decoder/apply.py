@@ -189,7 +189,7 @@ def _specs(tree: Any) -> Any:
 
 
 def _is_spec(node: Any) -> bool:
-    """Whether a node is what `spec_of` gives."""
+    """Whether a node is a result of `spec_of`."""
     return type(node) is tuple and all(type(e) in (str, tuple, type(None)) for e in node)
 
 

@@ -45,7 +45,7 @@ class LayerCache(NamedTuple):
     def add(
         self, keys: jax.Array, values: jax.Array, positions: jax.Array, window: int | None
     ) -> tuple[LayerCache, jax.Array, LayerCache]:
-        """Puts tokens into their slots, and says what they see.
+        """Puts tokens into their slots, and says which slots they see.
 
         Args:
           keys, values: `[batch, tokens, kv_heads, head_dim]`.

@@ -216,6 +216,6 @@ class DecoderConfig:
 
 
 def check_config(config: object) -> None:
-    """Raises a TypeError for what is no `DecoderConfig`."""
+    """Raises a TypeError for anything but a `DecoderConfig`."""
     if not isinstance(config, DecoderConfig):
         raise TypeError(f"config must be a DecoderConfig, got {type(config).__name__}")

@@ -30,7 +30,7 @@ def read_config(folder: Path) -> tuple[DecoderConfig, Quantization]:
 
     Raises:
       ValueError: config.json is missing or malformed.
-      NotImplementedError: it asks for what the decoder does not do.
+      NotImplementedError: it asks for something that the decoder does not do.
     """
     file = folder / "config.json"
     try:
@@ -128,7 +128,7 @@ class Parameters:
         self.account()
 
     def account(self) -> None:
-        """Every tensor that was not asked for must be one that says the same again."""
+        """Every tensor that was not asked for must be redundant."""
         left = sorted(self._tensors.where.keys() - self._tensors.used)
         unknown = [name for name in left if not self._says_the_same(name)]
         if unknown:

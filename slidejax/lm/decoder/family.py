@@ -173,7 +173,7 @@ def convert(
 
 
 def check_tokens(calibration: Any, config: DecoderConfig) -> None:
-    """Raises ValueError for ids outside the vocabulary, what are no ids, and rows too long."""
+    """Raises ValueError for ids outside the vocabulary, other values, and rows too long."""
     for batch in Calibration.of(calibration).as_batches():
         _check_batch(config, batch)
 

@@ -174,7 +174,7 @@ def write_texts(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def kept_in(tree: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    """A tree with its embeddings and its unpacked kernels in a dtype, all else as it is."""
+    """A tree with its embeddings and its unpacked kernels in a dtype; the rest is unchanged."""
     return {
         name: kept_in(value, dtype)
         if isinstance(value, Mapping)
@@ -186,7 +186,7 @@ def kept_in(tree: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
 
 
 def default_dtype() -> np.dtype:
-    """In which a decoder computes on this device if nothing else is said."""
+    """The dtype in which a decoder computes on this device by default."""
     return np.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 

@@ -27,7 +27,7 @@ def check_inputs(
 ) -> tuple[jax.Array, jax.Array]:
     """Ids and positions as int32 `[batch, tokens]`.
 
-    An id that the model has not gives nan. A token whose position is beyond the cache or the
+    An id outside the vocabulary gives nan. A token whose position is beyond the cache or the
     context gets such an id, too.
 
     Args:
@@ -70,7 +70,7 @@ def check_inputs(
 
 
 def check_ids(config: DecoderConfig, ids: Any, positions: Any) -> None:
-    """Raises a ValueError for an id that the model has not, where the host knows it.
+    """Raises a ValueError for an id outside the vocabulary, where the host knows it.
 
     Padding may have any id.
     """

@@ -1,6 +1,6 @@
 """One layer of the decoder, and the parts that it is made of.
 
-`slidejax.lm.decoder.apply` says what the parameters are called.
+`slidejax.lm.decoder.apply` names the parameters.
 """
 
 from __future__ import annotations

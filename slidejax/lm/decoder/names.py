@@ -1,4 +1,4 @@
-"""Under which names a decoder's parameters are in files, and how a tensor becomes a parameter.
+"""The names of a decoder's parameters in files, and how a tensor becomes a parameter.
 
 Paths are those of `slidejax.lm.decoder.apply`. PyTorch keeps a linear layer's weight as
 `[out, in]`; here a kernel is `[in, out]`.

@@ -72,7 +72,7 @@ def expected(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def check_tree(params: Any) -> None:
-    """Raises a TypeError for what are no parameters of a decoder at all."""
+    """Raises a TypeError for values that are no parameters of a decoder at all."""
     if not isinstance(params, Mapping) or not isinstance(params.get("model"), Mapping):
         raise TypeError(f"params must be a decoder's nested dicts, got {type(params).__name__}")
 
@@ -114,7 +114,7 @@ def check_params(
 
 
 def _as_laid_out(config: DecoderConfig, found: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """`expected`, with layers together that are so in `found`."""
+    """The result of `expected`, with the layers fused that are fused in `found`."""
     shapes = dict(expected(config))
     head = "lm_head/kernel"
     if head in found:  # a tied embedding may have a copy that serves

@@ -60,9 +60,9 @@ def convert_files(
 ) -> None:
     """Converts a decoder in files, and writes it into a directory that `slidejax.lm.load` reads.
 
-    Layers are read, pruned, packed, written and forgotten one after the other. The memory that this
-    takes is what `memory_needed` says. The weights are those that `convert`
-    makes of the loaded model, bit for bit.
+    Layers are read, pruned, packed, written and forgotten one after the other. `memory_needed` says
+    how much memory this takes. The weights are those that `convert` makes of the loaded model, bit
+    for bit.
 
     Args:
       path: the model, as in `slidejax.lm.load`.

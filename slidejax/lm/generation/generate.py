@@ -221,7 +221,7 @@ class Batch:
         self._params = automatic(model.params if params is None else params)
         self._place = beside(self._params)
         self.prompts, self.counts, self._kind = prompts, counts, sampling.kind
-        # Files may name tokens that the model has not, which it cannot write.
+        # Files may name tokens that the model lacks, and cannot write.
         self.ends = frozenset(i for i in ends if 0 <= i < model.vocab_size)
         some = sorted(self.ends)
         padded = np.array(some + [-1] * (bucket(len(some), 8) - len(some)), np.int32)
@@ -384,7 +384,7 @@ def generate(
       A list of `Completion`s, or one for a single prompt.
 
     Raises:
-      ValueError: an argument is out of range, a prompt is empty, has tokens that the model has not,
+      ValueError: an argument is out of range, a prompt is empty, has tokens that the model lacks,
         or does not fit the model's context; or the model computes nan.
       TypeError: a prompt is neither text nor token ids; or an argument is of another type.
     """

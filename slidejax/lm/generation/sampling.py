@@ -17,7 +17,7 @@ __all__ = ["Draw", "Sampling", "choose", "keep", "whole"]
 
 
 def whole(value: Any) -> int:
-    """A whole number of Python, NumPy or JAX; a TypeError for all else, and for booleans.
+    """A whole number of Python, NumPy or JAX; a TypeError for anything else, and for booleans.
 
     >>> whole(np.int64(3))
     3

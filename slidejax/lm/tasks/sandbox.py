@@ -85,7 +85,7 @@ def run(program: str, limits: Limits | None = None) -> Outcome:
 
     Args:
       program: Python.
-      limits: what it may use; None: the defaults.
+      limits: the limits of its resources; None: the defaults.
 
     Raises:
       NotImplementedError: the operating system has no such limits (Windows).

@@ -36,7 +36,7 @@ _NAMES = (
 # These kinds of tokenizers begin a text with its start token unless they are told otherwise.
 _STARTING = ("Llama", "CodeLlama", "Gemma")
 
-# Vocabularies that need another package, and what they are.
+# Vocabularies that need another package, by their names.
 _OTHERS = {
     "tokenizer.model": "a SentencePiece or tiktoken model",
     "tekken.json": "a tekken vocabulary",

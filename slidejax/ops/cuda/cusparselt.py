@@ -124,7 +124,7 @@ class Product(NamedTuple):
 
     Attributes:
       dtype: of the operands.
-      result: of what the library writes.
+      result: the dtype that the library writes.
       out: outputs of the weight.
       columns: lifted columns K'.
     """

@@ -44,7 +44,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _multiple(dtype) -> int:
-    """The number that the library wants rows and outputs to be multiples of."""
+    """Rows and outputs must be multiples of this number for the library."""
     return 32 if is_quantized(dtype) else 16
 
 
@@ -278,7 +278,7 @@ def _product_of(problem: Problem) -> cusparselt.Product:
 
 
 def _product(w: SlideWeight) -> cusparselt.Product:
-    """The product of a weight with bfloat16 results, which is what a search is for."""
+    """The product of a weight with bfloat16 results, for which searches are made."""
     return cusparselt.Product.of(w.dtype, jnp.bfloat16, w.out_features, w.lifted_columns)
 
 

@@ -75,7 +75,7 @@ class Calibration:
         """The batches.
 
         Raises:
-          TypeError: if they are text, or hold what is no array of numbers.
+          TypeError: if they are text, or hold something that is no array of numbers.
           ValueError: if there are none, they are no sequence, or their shapes differ.
         """
         given = self.batches

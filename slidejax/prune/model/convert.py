@@ -59,7 +59,7 @@ def convert(
       report: an empty `Report`, which is filled in.
 
     Returns:
-      What `model.pack` returns.
+      The result of `model.pack`.
 
     Raises:
       ValueError: for bad rules, an unknown method, calibration that is missing or not used, or bad
@@ -288,7 +288,7 @@ def _at_once(
 
 
 def _check_inputs(path: str, kernel: jax.Array, gram: jax.Array) -> None:
-    """Raises a ValueError that names the layer, if what it is to be solved with is not finite."""
+    """Raises a ValueError that names the layer, if its statistics are not finite."""
     if not bool(all_finite(kernel)):
         raise ValueError(f"{path}: the kernel holds inf or nan")
     if not bool(all_finite(gram)):

@@ -52,7 +52,7 @@ class _LayerGroup:
     Attributes:
       taps: the layers' inputs.
       streams: for each layer the stream whose losses it makes up for, or None.
-      correct: whether layers make up for what was lost before.
+      correct: whether layers make up for earlier losses.
       moments: `(moments, x, z, kernels, lost) -> moments`, with one batch added.
       solved: `(kernels, moments, correct, damping) -> (finite, [Pruned])`.
     """
@@ -298,10 +298,10 @@ def _groups(
 def _zero_moments(stages: Stages, group: _LayerGroup, leaves: Mapping[str, Any]) -> Any:
     """The moments `(Z^T Z, Z^T X, [Z^T Y])` before the first batch; None where one is not needed.
 
-    Behind them is what X, Y and Z are multiplied by, once the first batch has been seen, so that
-    squares neither overflow nor vanish. It is a power of four, which changes no digit.
-    `Y` is the output that a layer should give so that it makes up for what its stream lost. All
-    other layers need only `Z^T X`, which is smaller.
+    After them comes the factor of X, Y and Z, once the first batch has been seen, so that squares
+    neither overflow nor vanish. It is a power of four, which changes no digit. `Y` is the output
+    that a layer should give to make up for the losses of its stream. All other layers need only
+    `Z^T X`, which is smaller.
     """
     width = stages.program.width(group.taps[0])
     square = np.zeros((width, width), np.float32)

@@ -28,7 +28,7 @@ _FORMAT = 3  # of the files
 
 
 def fingerprint(*trees: Any) -> str:
-    """A hash of everything that a result depends on: of arrays the bytes, of all else the text.
+    """A hash of all that a result depends on: the bytes of arrays, and the text of other values.
 
     >>> one, same, other = (fingerprint({"a": np.ones(n)}, "6:8") for n in (2, 2, 3))
     >>> one == same, one == other

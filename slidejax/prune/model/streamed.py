@@ -181,7 +181,7 @@ def memory(
     strength: float,
     corrects: bool,
 ) -> Memory:
-    """What `prune_streamed` takes.
+    """The memory that `prune_streamed` takes.
 
     Args:
       stages: the traced model, which may have been traced for shapes alone.
@@ -189,8 +189,7 @@ def memory(
       batches: the number of batches.
       measured: how many of them smoothing measures.
       strength: the strength of smoothing.
-      corrects: whether layers make up for what was lost before, so that the original model runs,
-        too.
+      corrects: whether layers make up for earlier losses, so that the original model runs, too.
     """
     folds = folds_of(stages) if strength else []
     own = {tap.path: at for at, taps in enumerate(stages.taps) for tap in taps}
