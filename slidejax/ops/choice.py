@@ -11,13 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from slidejax.bounds import COUNT
 from slidejax.kinds import check_kind, check_list
 from slidejax.ops import registry, shards
-from slidejax.ops.implementations.base import Implementation
+from slidejax.ops.implementations.base import CUDA_ONLY, Implementation
+from slidejax.ops.primitive import on_cuda_alone
 from slidejax.ops.problem import Problem, device_kind
 from slidejax.ops.tuning import Variant, alike, distance, entries, log_ratio
 from slidejax.weights import numerics
@@ -32,6 +34,7 @@ __all__ = [
     "forms",
     "implementation_for",
     "lookup",
+    "on_right_platform",
     "time_of",
 ]
 
@@ -88,6 +91,13 @@ def choose(problem: Problem) -> Choice:
             )
         return _noted(problem, Choice(problem.requested, "asked for"))
     return _noted(problem, _choose(problem))
+
+
+def on_right_platform(x: jax.Array, op: str, name: str | None) -> jax.Array:
+    """Returns x. An implementation that is asked for refuses a platform that it does not run on."""
+    if name is None or not registry.get(name).cuda_only:
+        return x
+    return on_cuda_alone(x, f"slidejax {op}: implementation {name!r} refuses: {CUDA_ONLY}")
 
 
 def _noted(problem: Problem, choice: Choice) -> Choice:

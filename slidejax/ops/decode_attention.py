@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from slidejax.bounds import Bound
 from slidejax.kinds import check_name
 from slidejax.ops.cuda import calls, library
-from slidejax.ops.primitive import check_input, make_primitive, with_rules
+from slidejax.ops.primitive import check_input, make_primitive, on_cuda_alone, with_rules
 from slidejax.ops.sharding import (
     partitioned,
     spec_axes,
@@ -57,6 +57,7 @@ __all__ = [
 _UNSEEN = -1e30
 
 IMPLEMENTATIONS = ("attention", "reference")
+_CUDA_ONLY = "runs on CUDA only"
 _WINDOW = Bound(1, 2**30 - 1, whole=True)
 
 
@@ -254,7 +255,7 @@ def _shapes(*operands, settings: _Settings):
 
 def _lowering(*operands, platform: str, settings: _Settings):
     of = _Operands(*operands)
-    reason: str | None = "runs on CUDA only"
+    reason: str | None = _CUDA_ONLY
     if platform == "cuda":
         reason = refuses(of.keys.shape[0], of.keys.shape[3])
     if settings.implementation == "attention" and reason is not None:
@@ -324,7 +325,12 @@ def _first(entries: Iterable) -> tuple[str, ...]:
 
 @functools.cache
 def _op(settings: _Settings):
-    primal = _partitioned(settings)
+    automatic = _partitioned(settings)
+
+    def primal(q, *rest):
+        if settings.implementation == "attention":
+            q = on_cuda_alone(q, f"decode_attention: implementation 'attention' {_CUDA_ONLY}")
+        return automatic(q, *rest)
 
     def vmap_rule(op, axis_size, in_batched, *operands):
         """A batch of rows becomes more rows."""

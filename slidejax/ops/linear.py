@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule
 
 from slidejax.ops import sparse_matmul
-from slidejax.ops.choice import implementation_for
+from slidejax.ops.choice import implementation_for, on_right_platform
 from slidejax.ops.lift_quantize import lift_shard
 from slidejax.ops.parameters import (
     LinearParams,
@@ -158,7 +158,8 @@ def _partitioned(settings: LinearParams):
 def _op(settings: LinearParams):
     automatic = _partitioned(settings)
 
-    def primal(*operands):
+    def primal(x, *rest):
+        operands = (on_right_platform(x, "linear", settings.implementation), *rest)
         if not settings.reduce_axis:
             return automatic(*operands)
         cut = MeshPartition(None, k=settings.reduce_axis)

@@ -13,10 +13,11 @@ from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from slidejax.ops import shards
 from slidejax.ops.sharding import check_partitioner
 from slidejax.weights.layout import as_array
 
-__all__ = ["check_input", "make_primitive", "map_batched", "with_rules"]
+__all__ = ["check_input", "make_primitive", "map_batched", "on_cuda_alone", "with_rules"]
 
 
 def make_primitive(
@@ -75,6 +76,34 @@ def make_primitive(
 
     primitive.def_impl(run)
     return primitive
+
+
+def _make_on_cuda() -> Primitive:
+    primitive = Primitive("slidejax_on_cuda_alone")
+    primitive.def_impl(lambda x, *, refusal: x)
+    primitive.def_abstract_eval(lambda x, *, refusal: x)
+
+    def refuse(ctx, x, *, refusal):
+        if not shards.explains():  # perhaps for another platform than this one
+            raise NotImplementedError(refusal)
+        return [x]
+
+    mlir.register_lowering(primitive, refuse)
+    mlir.register_lowering(primitive, lambda ctx, x, *, refusal: [x], platform="cuda")
+    return primitive
+
+
+_on_cuda_p = _make_on_cuda()
+
+
+def on_cuda_alone(x: jax.Array, refusal: str) -> jax.Array:
+    """Returns x. A program with it is a NotImplementedError where it is lowered for no GPU.
+
+    An op that is split over devices is lowered in a callback of the partitioner, which would make a
+    JaxRuntimeError of its error. It has no vmap rule and no derivative, so it belongs inside
+    `with_rules`.
+    """
+    return _on_cuda_p.bind(x, refusal=refusal)
 
 
 def with_rules(

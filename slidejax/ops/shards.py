@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterator
 
 from slidejax.ops.problem import Problem
 
-__all__ = ["lowers", "partitions", "product_key", "recording"]
+__all__ = ["explains", "lowers", "partitions", "product_key", "recording"]
 
 Shards = dict[Hashable, list[list[Problem]]]
 
@@ -54,4 +54,9 @@ def lowers(problem: Problem) -> bool:
     """Says that a problem is lowered. Returns whether the program is only to be explained."""
     if _last is not None:
         _last.append(problem)
+    return explains()
+
+
+def explains() -> bool:
+    """Whether the program that is lowered is only to be explained."""
     return _shards is not None

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule
 
-from slidejax.ops.choice import implementation_for
+from slidejax.ops.choice import implementation_for, on_right_platform
 from slidejax.ops.implementations.reference import expand_lifted, finish
 from slidejax.ops.parameters import (
     LinearParams,
@@ -184,6 +184,7 @@ def _op(settings: LinearParams):
     partitioned = _partitioned(settings)
 
     def primal(lifted, scale_x, *operands):
+        lifted = on_right_platform(lifted, "sparse_matmul", settings.implementation)
         if settings.reduce_axis:
             residual, (w, bias) = settings.residual(operands), settings.weight(operands)
             cut = MeshPartition(None, k=settings.reduce_axis)

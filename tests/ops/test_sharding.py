@@ -279,3 +279,22 @@ def test_operands_may_want_one_axis_for_two_things(mesh, x_spec, residual_spec, 
         place(mesh, residual, residual_spec),
     )
     np.testing.assert_array_equal(jax.jit(run)(*args), run(x, w, bias, residual))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x, w: sj.linear(x, w, implementation="hopper"),
+        lambda x, w: sj.linear_chain(x, [sj.Stage(w)], implementation="decode"),
+        lambda x, w: sj.sparse_matmul(
+            *sj.lift_quantize(x, "6:8", "int8"), w, implementation="cusparselt"
+        ),
+        lambda x, w: jax.vmap(lambda x: sj.linear(x, w, implementation="hopper"))(x[:, None]),
+    ],
+    ids=["linear", "chain", "sparse_matmul", "vmap"],
+)
+def test_an_implementation_for_cuda_alone_is_the_same_error_over_several_devices(mesh, run):
+    x, w, _ = problem("int8")
+    x = jax.device_put(x, NamedSharding(mesh, P("m")))
+    with pytest.raises(NotImplementedError, match=r"^slidejax .* refuses: runs on CUDA only"):
+        jax.jit(run)(x, w)

@@ -40,6 +40,7 @@ from slidejax.ops.prologue import Prologue, inputs_of
 from slidejax.weights.packed import SlideWeight
 
 __all__ = [
+    "CUDA_ONLY",
     "Form",
     "Implementation",
     "add_residual",
@@ -48,6 +49,8 @@ __all__ = [
     "nothing_to_skip",
     "with_residual",
 ]
+
+CUDA_ONLY = "runs on CUDA only"  # why it refuses another platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +301,7 @@ def with_residual(
 
 def cuda_refusal(problem: Problem) -> str | None:
     """The reason why custom calls of the compiled library cannot run a problem, or None."""
-    return library.unusable() if problem.platform == "cuda" else "runs on CUDA only"
+    return library.unusable() if problem.platform == "cuda" else CUDA_ONLY
 
 
 def nothing_to_skip(problem: Problem) -> str | None:
