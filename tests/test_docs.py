@@ -71,6 +71,24 @@ def test_lines_are_wrapped(page):
     assert [n for n, line in prose if len(line) > WIDTH and not line.startswith("|")] == []
 
 
+def test_every_module_has_its_tests():
+    """They are in a file of its name, or tests/README.md says where."""
+    modules = {
+        str(path.relative_to(ROOT / "slidejax"))
+        for path in (ROOT / "slidejax").rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    alone = {
+        name
+        for name in modules
+        if not (ROOT / "tests" / name).with_name(f"test_{Path(name).name}").is_file()
+    }
+    page = (ROOT / "tests/README.md").read_text()
+    elsewhere = dict(re.findall(r"^\| `(\S+)` \| `(\S+)` \|$", page, re.M))
+    assert set(elsewhere) == alone
+    assert [name for name in elsewhere.values() if not (ROOT / "tests" / name).is_file()] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_tables_have_a_head(page):
     """Rows without one are shown as text with bars in it."""
