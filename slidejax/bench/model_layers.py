@@ -119,7 +119,7 @@ def weights_of_kinds(
       note: called with a line of text for each kind.
 
     Returns:
-      The weights of all blocks by kind, and the reasons of the kinds that cannot be had.
+      The weights of all blocks by kind, and the reasons of the kinds that cannot be made.
     """
     found: dict[str, Any] = {}
     reasons: dict[str, str] = {}

@@ -115,7 +115,7 @@ def rules(args: argparse.Namespace, model: Any, ids: Any) -> list[tuple[str, Rul
         )
     except BudgetTooSmall as e:
         raise ValueError(
-            f"--budget {args.budget} cannot be had with {', '.join(patterns)} on {times.device}: {e}"
+            f"--budget {args.budget} cannot be reached with {', '.join(patterns)} on {times.device}: {e}"
         ) from e
     how = " and ".join(sorted(times.sources))
     print(f"note: the times of layers on {times.device} are {how}", file=sys.stderr)

@@ -81,7 +81,7 @@ def _refusal(path: str) -> ValueError:
     return ValueError(
         f"{path} is packed, and a function over the model's variables (nn.map_variables, "
         "nn.WeightNorm, nn.SpectralNorm) has changed its leaves, which stand for no kernel then. "
-        "Leave this layer dense: convert with (its path, None) before the other rules. Or apply "
+        "Skip this layer: convert with (its path, None) before the other rules. Or apply "
         "the function to the kernel once, convert the result, and take the function out of the "
         "model"
     )

@@ -190,8 +190,8 @@ class SlideLayer(nnx.Module):
             if name is not None and _changes_packed(frame.f_locals.get("self")):
                 raise ValueError(
                     f"the kernel of {type(self).__name__} is packed, and nnx.{name} around it "
-                    "cannot normalise it: leave this layer dense, or normalise the kernel once, "
-                    f"convert the layer, and take nnx.{name} out of the model"
+                    "cannot normalise it: skip this layer with a rule of None, or normalise the "
+                    f"kernel once, convert the layer, and take nnx.{name} out of the model"
                 )
             frame = frame.f_back
 

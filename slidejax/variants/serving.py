@@ -108,7 +108,7 @@ class ServingWeight(WrappedWeight):
         self.check()
         if implementation not in (None, DENSE.name) or reduce_axis is not None:
             raise NotImplementedError(
-                "a weight made to serve runs dense on one device, not "
+                f"a weight made to serve runs in {DENSE.name!r} on one device, not "
                 f"implementation={implementation!r}, {reduce_axis=}"
             )
         x = check_input(x)

@@ -45,7 +45,7 @@ def test_layers_that_read_the_same_input_agree_and_the_budget_is_kept(capsys, de
 def test_what_cannot_be_had_is_said(capsys, decoder, tmp_path):
     flags = ("--budget", "decode=9", "--gpu", "NVIDIA H100", "--sequences", "4")
     message = error(capsys, "convert", decoder, tmp_path / "out", *flags)
-    assert "--budget decode=9 cannot be had with dense, 14:16, 6:8, 4:6, 2:4" in message
+    assert "--budget decode=9 cannot be reached with dense, 14:16, 6:8, 4:6, 2:4" in message
     flags = ("--budget", "decode=1.1", "--gpu", "toaster", "--sequences", "4")
     assert "no time is known" in error(capsys, "convert", decoder, tmp_path / "out", *flags)
 

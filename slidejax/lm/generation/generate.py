@@ -24,7 +24,7 @@ _WITH_STOPS = 8
 
 
 class Writer(Protocol):
-    """What `generate` needs of a model."""
+    """The parts of a model that `generate` needs."""
 
     @property
     def tokenizer(self) -> Tokenizer | None: ...

@@ -79,9 +79,9 @@ class Programs:
       TypeError, ValueError: naming it, if an argument is of a wrong kind or out of its range.
 
     Attributes:
-      steps: as given, or what None stands for.
-      traced: what was traced so far: `("prefill", rows, tokens, slots, kind)` or `("decode", rows,
-        elements of the cache, kind)`. A test counts them.
+      steps: as given, or the number that None stands for.
+      traced: the programs that were traced so far: `("prefill", rows, tokens, slots, kind)` or
+        `("decode", rows, elements of the cache, kind)`. A test counts them.
     """
 
     def __init__(

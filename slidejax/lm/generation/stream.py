@@ -41,8 +41,8 @@ class Stream(Iterator[str]):
       tokens: the token ids so far, without the one that ended the text.
       finish: why the text ended, as in `Completion`; None until then.
       prompt_tokens: how many tokens the prompt has.
-      first_seconds: from the first piece's being asked for to the first token, with compiling; None
-        until then.
+      first_seconds: from the request for the first piece to the first token, compiling included;
+        None until then.
       steps: how many tokens were computed.
       tokens_per_second: the speed after the first token, without the call that may compile; None
         where there was no further call.
