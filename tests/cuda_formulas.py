@@ -112,7 +112,7 @@ def finish(acc, scale_x, scale_w, bias=None, residual=None):
 
 
 def operands(x, w):
-    """What is multiplied: lifted codes [M, K'] and the weight [out, K'], and the rows' scales."""
+    """The operands: lifted codes [M, K'], the weight [out, K'], and the rows' scales."""
     values = np.asarray(w.values)
     codes, scale = quantize(np.asarray(x), values.dtype)
     if w.pattern.prunes:
@@ -138,7 +138,7 @@ def bits(a):
 
 
 def twice_rounded(acc, scale_x, scale_w, bias=None, residual=None):
-    """What cuSPARSELt's kernel and slidejax's behind it make of exact sums, in bfloat16."""
+    """The bfloat16 results of cuSPARSELt's kernel and slidejax's after it, from exact sums."""
     f32 = np.float32
     y = np.asarray(acc).astype(f32).astype(ml_dtypes.bfloat16).astype(f32)
     return finish(y, scale_x, scale_w, bias, residual).astype(ml_dtypes.bfloat16)

@@ -37,10 +37,10 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # The names of kernels, and into how many processes their cases are divided.
 PARTS = {"hopper": 4, "decode": 3, "lift": 3, "attention": 1, "cusparselt": 1}
 SECONDS_OF_PROCESS = 60
-# What racecheck reports in these functions is ordered in ways that it does not follow: by a thread
-# that arrives at a barrier for its warp or warp group, and in decode by words that warps pass to
-# each other (docs/journal/2026-11-27-sanitizer.md). The functions are inlined; compiled with
-# -lineinfo, a report names them and not their kernel.
+# The accesses that racecheck reports in these functions are ordered in ways that it does not see:
+# by a thread that arrives at a barrier for its warp or warp group, and in decode by words that
+# warps pass to each other (docs/journal/2026-11-27-sanitizer.md). The functions are inlined;
+# compiled with -lineinfo, a report names them and not their kernel.
 ORDERED = {
     ("racecheck", "Contribute"),  # decode: the sums of a warp
     ("racecheck", "LoadShared4I"),  # hopper: the description of a work tile

@@ -60,7 +60,7 @@ def says(seed):
 
 
 class FakeWriter:
-    """What `generate` needs of a model."""
+    """The parts of a model that `generate` needs."""
 
     def __init__(self, seed=0, ends=(), context=4096, chunk=512, tokenizer=True, steps=None):
         self.params = {"says": says(seed)}

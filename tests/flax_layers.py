@@ -1,4 +1,4 @@
-"""What the tests of our layers against Flax's own share."""
+"""The parts that the tests of our layers against Flax's own share."""
 
 import jax.numpy as jnp
 import numpy as np

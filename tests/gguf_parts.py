@@ -26,7 +26,7 @@ class Key:
 
 @dataclasses.dataclass
 class Tensor:
-    """What the header says of a tensor."""
+    """The entry of a tensor in the header."""
 
     name: bytes
     dims: list[int]

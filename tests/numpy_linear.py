@@ -14,7 +14,7 @@ TINY = np.finfo(np.float32).tiny
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one compiled program is for: sizes, dtypes, and whether bias and residual are added."""
+    """The facts of one compiled program: sizes, dtypes, whether bias and residual are added."""
 
     rows: int
     columns: int
@@ -127,7 +127,7 @@ def _kept(case):
 
 
 def expected(case):
-    """What `linear` gives in float32, before the one rounding to its dtype.
+    """The result of `linear` in float32, before the one rounding to its dtype.
 
     Returns:
       `(y, products, terms)`, all `[rows, outputs]`: the result, the part of it that is products,

@@ -85,7 +85,7 @@ def directory(folder):
 
 
 def decoder_of_a_gguf_file(folder):
-    """What `save` writes of one, with its tokenizer."""
+    """The files that `save` writes of one, with its tokenizer."""
     gguf_file(folder / "from")
     model = sj.lm.load(folder / "from" / "model.gguf")
     sj.lm.save(model, folder / "to")

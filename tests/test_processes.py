@@ -85,7 +85,7 @@ print(json.dumps(said))
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What both processes said, and the folder into which they wrote."""
+    """The output of both processes, and the folder into which they wrote."""
     out = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("localhost", 0))

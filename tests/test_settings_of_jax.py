@@ -124,7 +124,7 @@ def test_whole_models_work_under_settings(work, settings, layers):
 
 @pytest.mark.parametrize("mesh", [None, ("d",)], ids=["one device", "a mesh"])
 def test_generation_passes_a_guard_of_transfers(mesh):
-    """What a call copies to the device is meant to be copied; a model in NumPy is not."""
+    """A call copies to the device only arrays that are meant for it, and no model in NumPy."""
     model = tiny(num_layers=1, vocab_size=260)
     model = sj.lm.Decoder(model.config, model.params, files=byte_tokenizer().files())
     if mesh is not None:

@@ -1,4 +1,4 @@
-"""What the races print alike."""
+"""The output that the races share."""
 
 import datetime
 import os

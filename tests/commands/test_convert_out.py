@@ -1,4 +1,4 @@
-"""What `slidejax convert` refuses before any work, and what it writes."""
+"""`slidejax convert`: refusals before any work, and the files that it writes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What long work has made is not lost where the disk fills up before it is written."""
+"""The result of long work is not lost if the disk fills up before it is written."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""What depends on a model is refused before its weights are read."""
+"""Values that do not fit a model are refused before its weights are read."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What a command writes is never what it reads: every command, every flag that names a file."""
+"""No command writes over its inputs: every command, every flag that names a file."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from slidejax.huggingface import write_pretrained
 from slidejax.lm import Decoder, load, reading, save
 from slidejax.lm.decoder.examples import tiny
 
-# What each command reads, by the flag that names it; "" are its positional arguments.
+# The inputs of each command, by the flag that names them; "" are its positional arguments.
 READS = {
     "demo": {"": ["m"], "--text": "t", "--calibration": "c"},
     "convert": {"": ["m", "new"], "--calibration": "c"},
@@ -131,7 +131,7 @@ def test_two_files_are_not_written_to_one_place(capsys, files):
 
 
 def test_devices_are_no_files(capsys, files, monkeypatch):
-    """What is no regular file is never replaced: it may be named as often as one likes."""
+    """A pipe or a device is never replaced, so it may be named by several flags."""
     for command, *flags in (["generate"], ["eval", "--text", os.devnull]):
         monkeypatch.setattr(COMMANDS[command], "run", lambda args: None)
         assert run(capsys, command, "m", *flags, "--json", os.devnull)[0] == 0

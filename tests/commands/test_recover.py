@@ -112,7 +112,7 @@ def test_the_original_model_writes_some_of_the_text(capsys, files):
 
 
 def asked_of(capsys, files, monkeypatch, *options):
-    """What a recovery was asked for, which it says and does no more: 8 rows of 16 tokens a step."""
+    """The settings of a recovery, which does as it is told: 8 rows of 16 tokens a step."""
 
     def said(*args, accumulate, learning_rate, **options):
         raise ValueError(f"{accumulate} parts at {learning_rate}")

@@ -73,7 +73,7 @@ def test_written_text_is_shown_as_it_is(capsys):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_that_lacks_characters_loses_no_result(tmp_path, encoding):
-    """What a model writes may be any character, and comes after all the work."""
+    """A model may write any character, and its text comes after all the work."""
     model = write_decoder(tmp_path)
     command = [sys.executable, "-m", "slidejax", "generate", model, "--max-new-tokens", "20"]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}

@@ -120,7 +120,7 @@ def test_many_rows_are_not_split(library):
 
 
 def test_a_nan_in_the_cache_is_seen(library):
-    """What a row sees of nan is nan, and what it does not see is not."""
+    """A row that sees a nan gives nan, and a row that does not gives none."""
     problem = Problem(rows=1, kv_heads=1, group=1, positions=(20,), window=8)
     of = problem.arrays()
     for at, bad in ((15, True), (5, False), (22, False)):

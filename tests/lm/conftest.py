@@ -1,4 +1,4 @@
-"""What tests of texts share."""
+"""The parts that tests of texts share."""
 
 import pytest
 

@@ -99,7 +99,7 @@ def directory(path, state, tokenizer=None, **files):
 
 
 def chain(text, *then):
-    """Which token follows which: the bytes of a text and some special tokens, then the last."""
+    """The token that follows each: the bytes of a text and some special tokens, then the last."""
     ids = [*text.encode(), *then]
     table = dict(zip(ids, [*ids[1:], ids[-1]], strict=True))
     return lambda token: table.get(token, token)

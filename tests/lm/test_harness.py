@@ -24,7 +24,7 @@ from slidejax.lm.reading import LoadedDecoder, read_model
 
 @dataclasses.dataclass
 class Request:
-    """What the harness's `Instance` gives a model."""
+    """A request, as the harness's `Instance` gives it to a model."""
 
     args: tuple
 

@@ -1,4 +1,4 @@
-"""What memory there is, and what is refused for the lack of it."""
+"""The memory that is found, and the models that are refused because they do not fit."""
 
 import re
 import types

@@ -52,7 +52,7 @@ def tail(pattern="6:8", dtype="int8", rows=(2,), x_dtype="bfloat16", bias=True):
 
 
 def sequence(x, stages, implementation=None):
-    """What the op is defined to compute, written out."""
+    """The definition of the op, written out."""
     o, gate_up, down, qkv = stages
     first = sj.linear(x, o.weight, o.bias, implementation, residual=o.residual)
     both = sj.linear(first, gate_up.weight, None, implementation, prologue=gate_up.prologue)

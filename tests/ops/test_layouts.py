@@ -49,7 +49,7 @@ def problem(x_shape, out, dtype="int8"):
 
 
 def collectives(fn, *args, **jit):
-    """What a compiled program sends: `[(collective, dtype of its result)]`."""
+    """The transfers of a compiled program: `[(collective, dtype of its result)]`."""
     text = jax.jit(fn, **jit).lower(*args).compile().as_text()
     names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     return {

@@ -199,7 +199,7 @@ def test_the_form_of_another_weight_is_refused(in_tiles, name):
 
 
 def test_hopper_metadata_is_kept_on_shards():
-    """What a program for a GPU would run, without one: outputs by 64, and not with K cut."""
+    """The program for a GPU, without one: forms are cut by 64 outputs, and not with K."""
     mesh = mesh_of()
     x, w = problem(out=1024)
     x = jnp.zeros((64, 512), jnp.bfloat16)

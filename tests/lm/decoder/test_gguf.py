@@ -41,7 +41,7 @@ def interleave(rows, heads):
 
 
 def metadata(config, arch):
-    """What llama.cpp's converter writes."""
+    """A file as llama.cpp's converter writes it."""
     keys = {
         "context_length": config.max_positions,
         "embedding_length": config.hidden_size,

@@ -253,7 +253,7 @@ LARGE = {
 
 
 def refused(path, read):
-    """What reading a file raises, in less than a second."""
+    """The error that reading a file raises, in less than a second."""
     begun = time.process_time()
     with pytest.raises((ValueError, OSError, NotImplementedError)) as error:
         read(path)

@@ -58,7 +58,7 @@ def test_logits_through_a_cache_are_those_of_pytorch(case):
             assert off(got[row][real], expected) < 1e-5 * np.abs(logits).max()
 
 
-# What each case is there for: without it the logits must be others.
+# The setting that each case is there for: without it the logits must be others.
 _MATTERS = {
     "llama3": lambda c: {"ropes": tuple(dataclasses.replace(r, divisors=()) for r in c.ropes)},
     "llama_linear": lambda c: {

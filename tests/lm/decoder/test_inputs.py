@@ -1,4 +1,4 @@
-"""What does not fit a decoder is an error or nan, and never other logits."""
+"""Inputs that do not fit a decoder give an error or nan, and never other logits."""
 
 import functools
 

@@ -56,7 +56,7 @@ LAYOUTS = {
     "outputs, two axes": (None, ("data", "model")),
 }
 LIKELY = ("outputs", "both")
-# What a plain run takes of them.
+# Those that a plain run takes.
 MEET = [("float32", "outputs"), ("bfloat16", "both"), ("e4m3", "outputs")]
 MEET += [("bfloat16 packed", "both"), ("dense", "both")]
 PROMPTS = ["The moon is", "One"]

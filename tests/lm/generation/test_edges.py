@@ -32,7 +32,7 @@ def around(model, ring):
 
 
 def expected(ring, begin, count, stops, ends):
-    """What a row that begins with a token gets: its text, tokens and why it ended."""
+    """The text, the tokens and the finish of a row that begins with a token."""
     raw, shown, tokens = "", [], []
     for i in range(count):
         token = ring[(ring.index(begin) + 1 + i) % len(ring)]

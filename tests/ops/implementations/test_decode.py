@@ -1,4 +1,4 @@
-"""Which problems the decode kernel takes. tests/cuda/test_decode.py tests what it computes."""
+"""The problems that the decode kernel takes. tests/cuda/test_decode.py tests its results."""
 
 import dataclasses
 import types

@@ -94,7 +94,7 @@ QUANTIZED = {
 
 
 def quantization_config(kind: str) -> dict:
-    """What compressed-tensors writes for symmetric 8-bit weights and activations."""
+    """The entry of compressed-tensors for symmetric 8-bit weights and activations."""
     args = {"num_bits": 8, "type": kind, "symmetric": True}
     group = {
         "targets": ["Linear"],
