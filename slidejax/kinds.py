@@ -65,7 +65,7 @@ def check_function(value: Any, name: str, *, optional: bool = False) -> Any:
 
 
 def check_flag(value: Any, name: str) -> bool:
-    """True or False: anything else would count as one of them without a word.
+    """True or False: anything else would silently count as one of them.
 
     Raises:
       TypeError: naming the argument.

@@ -73,8 +73,8 @@ class Rule:
         activations. bfloat16, float16 and float32 store the values in that dtype, and None keeps
         the kernel's own dtype. With the pattern "dense" and one of these the layer computes the
         same as before; it can be trained, or quantised later.
-      optional: whether the rule may decide no layer. Otherwise the report names it then, and a
-        warning does. Rules that differ in this alone are equal.
+      optional: whether the rule may decide no layer. Otherwise the report and a warning name such a
+        rule. Rules that differ in this alone are equal.
 
     Args:
       dtype: another name for `qdtype`, as in `slidejax.pack`.

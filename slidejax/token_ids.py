@@ -1,4 +1,4 @@
-"""Token ids, as all take them that read text: calibration, training, evaluation, generation."""
+"""Token ids, for everything that reads text: calibration, training, evaluation, generation."""
 
 from __future__ import annotations
 

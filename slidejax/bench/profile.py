@@ -60,7 +60,7 @@ def summary(found: Iterable[Event], applications: int) -> dict[str, Any]:
     """The kernels by name, and what lies between them.
 
     Args:
-      found: the events of a run, in the order of their beginning.
+      found: the events of a run, in the order of their start.
       applications: how often the run did what is profiled.
 
     Returns:

@@ -5,9 +5,9 @@ gate before it, so only a whole model says what a user gains. The rivals run in 
 decoding steps and one of a prefill, in turns. The model is the decoder of `slidejax.lm`, and only
 its linear layers differ (`slidejax.bench.decoder`).
 
-Beside each time stand the bytes that must be read for it at least: the linear layers' weights (of
-slidejax the packed form, of what was prepared nothing), and for a decoding step also the head and
-the whole KV cache. A copy on the same device says how fast bytes can move.
+Beside each time stand the bytes that must be read for it at least: the linear layers' weights
+(those of slidejax in the packed form, without prepared forms), and for a decoding step also the
+head and the whole KV cache. A copy on the same device says how fast bytes can move.
 """
 
 from __future__ import annotations

@@ -232,9 +232,9 @@ def linear(
         of its shard, and no others.
       prologue: an `RMSNorm`, `LayerNorm`, `Activation` or `GLU` of slidejax to apply to x first.
       residual: bfloat16, float16 or float32 `[..., out]`, such as the stream of a transformer. It
-        is added in float32 after the bias, and the sum is rounded once. The implementation "decode"
-        adds it in its kernel. "hopper" and "cusparselt" hand out float32 results, to which XLA adds
-        it: for many rows that moves more bytes than adding it to rounded results.
+        is added in float32 after the bias, and the sum is rounded once. Kernels add it themselves
+        where they can. Elsewhere XLA adds it to float32 results, which moves more bytes for many
+        rows than adding it to rounded results.
 
     Returns:
       `[..., out]`.

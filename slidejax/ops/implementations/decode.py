@@ -1,10 +1,10 @@
 """The implementation "decode": few rows times a packed weight as it lies, in one custom call.
 
 The kernels read the packed form once, at about the rate of the memory (cuda/decode,
-docs/decode-kernel.md). One or two rows meet values of 8 bits without tensor cores; else the 2:4
-metadata is made on the way. The kernels quantise x themselves where they can, or round it to the
-weight's 16-bit type. Where they cannot, a small kernel of the same call does that first. Bias and
-residual are added before the one rounding.
+docs/decode-kernel.md). One or two rows are multiplied with 8-bit values without tensor cores. For
+others the kernels make the 2:4 metadata on the way. They quantise x themselves where they can, or
+round it to the weight's 16-bit type. Where they cannot, a small kernel of the same call does that
+first. Bias and residual are added before the one rounding.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ ALIGN = 16  # of the parts of a workspace
 def is_small(rows: int, in_features: int, pattern: Pattern, dtype: np.dtype) -> bool:
     """Whether every thread block converts x sooner than another kernel would have done it ahead.
 
-    Rows times inputs decide, by measurement on an H100 against the Hopper kernel, which makes the
-    metadata of large groups fast and multiplies few rows of a dense weight slowly
+    Rows times inputs decide. The limits were measured on an H100 against the Hopper kernel, which
+    makes the metadata of large groups fast and multiplies few rows of a dense weight slowly
     (docs/journal/2026-11-28-small-models.md).
     """
     group = pattern.group if pattern.prunes else 0

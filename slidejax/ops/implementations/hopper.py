@@ -184,7 +184,7 @@ def matmul_call(
     """Multiplies `lifted` `[M, K']` with scales `scale_x` `[M]`. The result is `[M, out]`.
 
     For a dense weight `lifted` is un-lifted codes `[M, K]`. A residual `[M, out]` is added to at
-    most RESIDUAL_ROWS rows, and to those of a packed weight only.
+    most RESIDUAL_ROWS rows, or DENSE_RESIDUAL_ROWS of a dense weight.
     """
     rows = lifted.shape[0]
     out_types = (

@@ -124,9 +124,9 @@ def _converted_here(codes: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax
     beginning of the program, and hold the kernels of all layers in float32 at once. Taking the
     memory for them costs several times what the products of a short prompt do.
 
-    The barrier keeps the conversion inside a loop. It is gone when XLA orders a program, so the
-    kernel also depends on the codes by its values: it gets bits that are always 0, the second one
-    of a square, which XLA does not know.
+    The barrier keeps the conversion inside a loop. XLA drops it before it orders a program, so the
+    values of the kernel depend on the codes, too: they get a bit that is always 0 without XLA
+    knowing it, the second one of a square.
     """
     if 0 in codes.shape:
         return codes, kernel
