@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slidejax import adapters as adapters
     from slidejax import checkpoint as checkpoint
+    from slidejax import conversion as conversion
+    from slidejax import functional as functional
+    from slidejax import generate as generate
     from slidejax import huggingface as huggingface
     from slidejax import linen as linen
     from slidejax import lm as lm
+    from slidejax import lm_eval as lm_eval
+    from slidejax import models as models
     from slidejax import nnx as nnx
     from slidejax import prune as prune
     from slidejax import rules as rules
@@ -70,9 +75,14 @@ __all__ = [
 _MODULES = (
     "adapters",
     "checkpoint",
+    "conversion",
+    "functional",
+    "generate",
     "huggingface",
     "linen",
     "lm",
+    "lm_eval",
+    "models",
     "nnx",
     "prune",
     "rules",

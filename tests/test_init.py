@@ -1,6 +1,7 @@
 """The package's front door: every public name is there, and importing it loads nothing."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,12 @@ def test_every_public_name_can_be_used():
         assert getattr(slidejax, name) is not None
     assert set(slidejax.__all__) <= set(dir(slidejax))
     assert {"recover", "linen", "tune"} <= set(dir(slidejax))
+
+
+def test_every_module_of_the_manual_is_there_without_importing_it():
+    manual = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
+    headings = re.findall(r"^## slidejax\.(\w+)$", manual, re.MULTILINE)
+    assert headings and set(headings) <= set(slidejax._MODULES)
 
 
 def test_what_a_type_checker_sees_is_what_there_is():

@@ -15,7 +15,7 @@ __all__ = ["check_content", "check_one_process", "check_sums", "check_values"]
 
 
 def check_one_process(tree: Any, name: str, *, copies: bool = True) -> None:
-    """Raises a ValueError that names the first array of which this process has only a part.
+    """Raises a ValueError that names the first array that was deleted, or is only partly here.
 
     Args:
       tree: a tree of arrays; other leaves are of this process.
@@ -24,6 +24,11 @@ def check_one_process(tree: Any, name: str, *, copies: bool = True) -> None:
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         here = not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer)
+        if not here and leaf.is_deleted():
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} was deleted, as a program deletes the arrays "
+                "that are donated to it"
+            )
         if here or leaf.is_fully_addressable or (copies and leaf.is_fully_replicated):
             continue
         raise ValueError(

@@ -274,3 +274,12 @@ def test_missing_and_foreign_directories(tmp_path):
     (tmp_path / "slidejax.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match="not a slidejax checkpoint"):
         sj.checkpoint.load(tmp_path)
+
+
+def test_a_deleted_array_is_named(tmp_path):
+    w = sj.pack(jnp.ones((64, 8)), "6:8")
+    jax.jit(lambda w: w, donate_argnums=0)(w)
+    for tree in ({"a": {"kernel": w}}, {"a": {"kernel": w.values}}):
+        with pytest.raises(ValueError, match=r"'a/kernel'.* was deleted, as a program deletes"):
+            sj.checkpoint.save(tmp_path / "out", tree)
+    assert not (tmp_path / "out").exists()
