@@ -1,10 +1,12 @@
 """Settings of all tests, and a tiny Llama for many of them."""
 
 import atexit
+import gc
 import os
 import re
 import shutil
 import tempfile
+import threading
 from importlib.metadata import version
 from pathlib import Path
 
@@ -58,6 +60,7 @@ import cases
 import hypothesis
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 # An example has shapes of its own, so that each compiles its programs.
 _EXAMPLES, _EVERY_EXAMPLE = 12, 100
@@ -74,18 +77,33 @@ def _examples_of_properties(count):
 _examples_of_properties(_EXAMPLES)  # for decorators, which are read before pytest's options
 
 
-# JAX keeps each program as it was lowered, and MLIR looks through all that are kept: the more there
-# are, the longer the next one takes. Each also takes some of the 65,530 memory maps that Linux
-# gives a process; without more of them the next program ends in a segmentation fault.
-_MANY_PROGRAMS = 500
+# Each program takes some of the 65,530 memory maps that Linux gives a process; without more of them
+# the next one ends in a segmentation fault. It takes memory, too.
+_MANY_PROGRAMS = 1000
 
 
 class _FewPrograms:
-    """Drops the programs of a process that has lowered many; a plugin, so for doctests too."""
+    """Drops the programs of a process that has lowered many; a plugin, so for doctests too.
+
+    JAX 0.10 lowers each program in a new MLIR context and keeps it. To make one takes longer than
+    to lower a small program, and MLIR looks through all that are kept: the more there are, the
+    longer the next one takes. So the programs that are dropped together share one here. Threads
+    have new ones: XLA calls a partitioner in a thread while the main one waits.
+    """
 
     def __init__(self):
         self.lowered = 0
+        self.shared = None
         jax.monitoring.register_event_duration_secs_listener(self.count)
+        if hasattr(mlir, "make_ir_context"):  # private: without it, tests only take longer
+            self.new_context = mlir.make_ir_context
+            mlir.make_ir_context = self.context
+
+    def context(self):
+        if threading.get_ident() != threading.main_thread().ident:
+            return self.new_context()
+        self.shared = self.shared or self.new_context()
+        return self.shared
 
     def count(self, event, seconds, **_):
         self.lowered += event == "/jax/core/compile/jaxpr_to_mlir_module_duration"
@@ -94,6 +112,7 @@ class _FewPrograms:
         if self.lowered > _MANY_PROGRAMS:
             jax.clear_caches()
             self.lowered = 0
+            self.shared = None
 
 
 def pytest_configure(config):
@@ -101,6 +120,12 @@ def pytest_configure(config):
     if config.getoption("--every-case"):
         _examples_of_properties(_EVERY_EXAMPLE)
         cases.every_case = True
+
+
+def pytest_collection_finish():
+    """Tells the garbage collector that modules and collected tests stay: it need not look there."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser):
