@@ -13,7 +13,7 @@ import numpy as np
 from slidejax.checkpoint.arrays import SAVABLE, ArrayFile, checksum
 from slidejax.variants.projections import unfuse_module
 from slidejax.weights.checks import check_content, check_one_process
-from slidejax.weights.packed import SlideWeight, check_weight
+from slidejax.weights.packed import LinearWeight, SlideWeight, check_weight
 from slidejax.weights.pattern import Pattern
 
 __all__ = ["Decoder", "encode"]
@@ -66,6 +66,12 @@ def encode(node: Any, path: tuple[Any, ...], arrays: dict[str, np.ndarray]) -> d
             "kind": type(node).__name__,
             "items": [encode(v, (*path, i), arrays) for i, v in enumerate(node)],
         }
+    if isinstance(node, LinearWeight):
+        raise TypeError(
+            f"params at {_show(path)!r} is a {type(node).__name__}, and files hold SlideWeights: "
+            "slidejax.adapters.merge and slidejax.trainable.deploy make them (of a ServingWeight "
+            "save the weight that it was made from)"
+        )
     raise TypeError(
         f"params at {_show(path)!r} is a {type(node).__name__}; dicts, lists, tuples, arrays, "
         "SlideWeights, scalars and None can be saved (unbox Flax metadata first: "

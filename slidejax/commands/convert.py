@@ -299,10 +299,15 @@ def _method(args: argparse.Namespace) -> str:
         chosen = "--mixed" if args.mixed else "--budget"
         raise ValueError(f"{chosen} chooses for all layers: it does not go with --dtype-of")
     method = args.method or ("magnitude" if args.data_free else _METHOD)
-    if method == "magnitude" and args.sample:
-        raise ValueError(
-            f"--sample {args.sample} is text to calibrate on, which magnitude does not"
-        )
+    if method == "magnitude":
+        for flag, given in (
+            (f"--sample {args.sample}", args.sample > 0),
+            ("--calibration", args.calibration is not None),
+        ):
+            if given:
+                raise ValueError(
+                    f"{flag} is text to calibrate on, and --method magnitude does not calibrate"
+                )
     if method == "magnitude" and args.pattern != "dense":
         print(
             f"note: pruning to {args.pattern} by magnitude ruins the text that most models write: "

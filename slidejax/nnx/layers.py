@@ -178,6 +178,14 @@ class SlideLayer(nnx.Module):
             return AdaptedWeight(w, self.lora_a.get_value(), self.lora_b.get_value(), *self.lora)
         return w
 
+    @kernel.setter
+    def kernel(self, value: Any) -> None:
+        raise AttributeError(
+            f"the kernel of {type(self).__name__} is packed and cannot be set, also not from the "
+            "state of a dense model: convert a model that has the new kernel, or change packed "
+            "weights with slidejax.nnx.map_weights"
+        )
+
     def _check_unwrapped(self) -> None:
         """Raises a ValueError inside a wrapper of Flax that computes a kernel from its parameter.
 

@@ -18,6 +18,8 @@ import slidejax as sj
 import slidejax.checkpoint
 from slidejax.checkpoint import store
 from slidejax.files import json_checksum
+from slidejax.variants.prepared import map_weights
+from slidejax.variants.serving import serving
 
 DTYPES = ["int8", "float8_e4m3fn", "bfloat16", "float16", "float32"]
 
@@ -283,3 +285,17 @@ def test_a_deleted_array_is_named(tmp_path):
         with pytest.raises(ValueError, match=r"'a/kernel'.* was deleted, as a program deletes"):
             sj.checkpoint.save(tmp_path / "out", tree)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        sj.trainable.masters,
+        lambda tree: sj.adapters.add(tree, rank=1),
+        lambda tree: map_weights(serving, tree),
+    ],
+)
+def test_other_weights_than_packed_ones_are_refused_with_the_way_out(tmp_path, wrap):
+    tree = wrap({"kernel": sj.pack(jnp.ones((64, 8)), "6:8", dtype="int8")})
+    with pytest.raises(TypeError, match=r"'kernel' is a \w+Weight.*adapters\.merge and .*deploy"):
+        sj.checkpoint.save(tmp_path / "out", tree)

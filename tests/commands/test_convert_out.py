@@ -84,6 +84,9 @@ def test_flags_that_contradict_each_other(capsys, tmp_path, unread):
     for flags in (["--method", "wanda"], ["--mixed", "2:4"], ["--calibration", __file__]):
         said = error(capsys, "convert", "smollm2", tmp_path / "x", "--data-free", *flags)
         assert f"does not go with {flags[0]}" in said
+    for flags in (["--calibration", __file__], ["--sample", "3"]):
+        said = error(capsys, "convert", "smollm2", tmp_path / "x", "--method", "magnitude", *flags)
+        assert flags[0] in said and "--method magnitude does not calibrate" in said
 
 
 def test_a_full_disk_is_found_before_the_work(capsys, tmp_path, bare, monkeypatch):

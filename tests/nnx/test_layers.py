@@ -187,3 +187,12 @@ def test_a_wrapper_that_reaches_a_leaf_of_a_packed_kernel_is_refused(chosen):
     wrapped = nnx.WeightNorm(layer, variable_filter=chosen, use_scale=False, rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match=r"SlideLinear is packed, and nnx\.WeightNorm"):
         wrapped(data(2, 16))
+
+
+def test_a_kernel_is_set_by_converting():
+    dense = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+    packed = sj.nnx.convert(dense, "6:8")
+    with pytest.raises(AttributeError, match="SlideLinear is packed and cannot be set"):
+        packed.kernel = dense.kernel
+    with pytest.raises(AttributeError, match="SlideLinear is packed and cannot be set"):
+        nnx.update(packed, nnx.state(dense))
