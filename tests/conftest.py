@@ -123,9 +123,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """Tells the garbage collector that modules and collected tests stay: it need not look there."""
+    """Has the garbage collector look less often, and never at modules and collected tests."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)  # a program that JAX traces is many objects, most of them kept
 
 
 def pytest_addoption(parser):
