@@ -36,6 +36,7 @@ __all__ = [
     "Rule",
     "RuleSet",
     "Skipped",
+    "check_floats",
     "nbytes",
     "pack_by_rule",
 ]
@@ -270,6 +271,7 @@ class RuleSet:
         self._rules = [_parse(index, entry) for index, entry in enumerate(rules)]
         self._decided = [0] * len(self._rules)
         self._shadowed = [0] * len(self._rules)
+        self._chosen: list[str] = []  # the layers that a rule wants converted
 
     def match(self, path: str) -> Rule:
         """The rule for a layer.
@@ -293,6 +295,7 @@ class RuleSet:
         rule = self._rules[matching[0]][1]
         if rule is None:
             raise Skipped("a rule says so")
+        self._chosen.append(path)
         return rule
 
     def unmatched(self) -> list[str]:
@@ -316,6 +319,8 @@ class RuleSet:
     def finish(self, report: Report) -> Report:
         """Writes the unmatched rules into the report and warns about them.
 
+        It also warns if rules chose layers and none of these could be converted.
+
         Raises:
           ValueError: naming the rules, if none of them decided any layer. A report with
             `allow_unmatched` allows it.
@@ -332,6 +337,13 @@ class RuleSet:
             )
         if report.unmatched:
             warnings.warn("slidejax: " + "; ".join(report.unmatched) + example, stacklevel=3)
+        lost = [path for path in self._chosen if path in report.skipped]
+        if lost and not report.converted:
+            more = f"; {len(lost) - 1} more are skipped" if len(lost) > 1 else ""
+            warnings.warn(
+                f"slidejax: no layer was converted: {lost[0]}: {report.skipped[lost[0]]}{more}",
+                stacklevel=3,
+            )
         return report
 
 
@@ -359,6 +371,16 @@ def _parse(index: int, entry) -> tuple[re.Pattern, Rule | None]:
         return regex, Rule(what)
     except ValueError as error:
         raise ValueError(f"rules[{index}] ({regex.pattern!r}): {error}") from error
+
+
+def check_floats(kernel: Any) -> None:
+    """Raises Skipped unless a kernel is of floats that can be packed, as JAX takes it.
+
+    That is float32 for NumPy's float64, unless JAX has 64 bits.
+    """
+    dtype = jax.dtypes.canonicalize_dtype(kernel.dtype)
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise Skipped(f"its kernel is {dtype.name}")
 
 
 def nbytes(tree) -> int:

@@ -22,7 +22,17 @@ from slidejax.contraction import Axes, Contraction, stacked_axes, to_matrix
 from slidejax.linen.intercept import apply, traced_anew
 from slidejax.linen.known import kernel_name, layer_of, own_kernel, split_input
 from slidejax.linen.layer import pack_boxed
-from slidejax.rules import Converted, Prune, Report, Rule, RuleSet, Skipped, nbytes, pack_by_rule
+from slidejax.rules import (
+    Converted,
+    Prune,
+    Report,
+    Rule,
+    RuleSet,
+    Skipped,
+    check_floats,
+    nbytes,
+    pack_by_rule,
+)
 from slidejax.weights.packed import LinearWeight, SlideWeight, TreeLayout
 
 __all__ = ["convert"]
@@ -144,8 +154,7 @@ def _pack_kernels(
                 raise Skipped("it is packed already")
             kernel = leaf.value if isinstance(leaf, nn.Partitioned) else nn.meta.unbox(leaf)
             axes = axes_of(key, path, jnp.shape(kernel))
-            if kernel.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-                raise Skipped(f"its kernel is {np.dtype(kernel.dtype).name}")
+            check_floats(kernel)
             same = (id(leaf), rule, axes, None if prune is None else path)
             if same not in packed:
                 packed[same] = _convert_kernel(leaf, rule, axes, path, prune)

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from slidejax.contraction import Contraction, stacked_axes, to_matrix
@@ -23,7 +22,17 @@ from slidejax.nnx.layers import (
     general_contraction,
 )
 from slidejax.nnx.registered import packed_class, parameter_of, registered
-from slidejax.rules import Converted, Prune, Report, Rule, RuleSet, Skipped, nbytes, pack_by_rule
+from slidejax.rules import (
+    Converted,
+    Prune,
+    Report,
+    Rule,
+    RuleSet,
+    Skipped,
+    check_floats,
+    nbytes,
+    pack_by_rule,
+)
 from slidejax.variants.prepared import prepare
 from slidejax.weights import numerics
 
@@ -145,8 +154,7 @@ def _convert_layer(
     cls, axes, shape = _known(layer)
     array, result = kernel.get_value(), (cls, axes, rule)
     stacked_axes(array.shape, shape, path)
-    if array.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise Skipped(f"its kernel is {np.dtype(array.dtype).name}")
+    check_floats(array)
     first = done.get(id(kernel))
     if first is not None:  # tied layers go on sharing their Variables
         if first.result != result:

@@ -269,3 +269,20 @@ def test_convert_errors():
     converted = sj.linen.convert(variables, "6:8")
     with pytest.raises(ValueError, match="ruins packed weights"):
         sj.linen.apply(nn.Dense(8), jax.tree.map(lambda a: a.astype(jnp.bfloat16), converted), x)
+
+
+def test_kernels_of_numpys_float64_are_converted_as_jax_takes_them():
+    variables = nn.Dense(8).init(KEY, data(2, 16))
+    wide = jax.tree.map(lambda a: np.asarray(a, np.float64), variables)
+    packed, want = sj.linen.convert(wide, "6:8"), sj.linen.convert(variables, "6:8")
+    jax.tree.map(np.testing.assert_array_equal, packed["params"], want["params"])
+
+
+def test_it_is_said_if_no_layer_that_a_rule_chose_can_be_converted():
+    variables = nn.Dense(8).init(KEY, data(2, 16))
+    for bad, why in (
+        (jax.tree.map(lambda a: a.astype(jnp.int32), variables), "its kernel is int32"),
+        (sj.linen.convert(variables, "6:8"), "it is packed already"),
+    ):
+        with pytest.warns(UserWarning, match=f"no layer was converted: kernel: {why}$"):
+            sj.linen.convert(bad, "6:8")
