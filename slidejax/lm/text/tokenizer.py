@@ -238,8 +238,16 @@ class Tokenizer:
         return before + found
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Token ids of `render`; the template itself writes the start of a text."""
-        return self.encode(self.render(messages, **options), start=False)
+        """Token ids of `render`; the template itself writes the start of a text.
+
+        Raises:
+          ValueError: as `render`; or the template writes nothing for these messages. An empty list
+            of ids would be no prompt at all.
+        """
+        ids = self.encode(self.render(messages, **options), start=False)
+        if not ids:
+            raise ValueError(f"the chat template writes nothing for these {len(messages)} messages")
+        return ids
 
     # --- files
 

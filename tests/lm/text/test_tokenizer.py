@@ -108,3 +108,9 @@ def test_transformers_reads_what_is_saved(tmp_path):
 def test_a_named_token_must_be_there():
     with pytest.raises(ValueError, match=r"pad_token '<pad>' is not in the vocabulary"):
         Tokenizer(byte_tokenizer().backend, named={"pad_token": "<pad>"})
+
+
+def test_a_conversation_without_text_is_no_list_of_no_prompts():
+    tokenizer = Tokenizer(byte_tokenizer().backend, templates={"default": "{{ system }}"})
+    with pytest.raises(ValueError, match="writes nothing for these 1 messages"):
+        tokenizer.chat([{"role": "user", "content": "hi"}], system="")
