@@ -69,7 +69,8 @@ class Bound:
             raise TypeError(f"{name} must be {kind} {self}, got {value!r:.60}")
         if number not in self:
             raise ValueError(f"{name} must be {self}, got {value!r:.60}")
-        return number
+        # A program of JAX takes a whole number as an int32, which need not hold it.
+        return number if self.whole else float(number)
 
     def __str__(self) -> str:
         least, end = _shown(self.least), _shown(self.end)

@@ -248,6 +248,16 @@ def test_numbers_of_numpy_and_jax_are_numbers():
     assert sj.RMSNorm(np.ones(8), eps=np.float32(1e-6)).eps == np.float32(1e-6)
 
 
+def test_a_whole_number_that_int32_does_not_hold_is_a_number():
+    kernel, gram = jnp.asarray(np.eye(16)[:, :4] + 1, jnp.float32), jnp.eye(16)
+    np.testing.assert_array_equal(
+        *(
+            sj.prune.sparsegpt(kernel, "6:8", gram, damping=damping)[1]
+            for damping in (2**40, 2.0**40)
+        )
+    )
+
+
 def test_arrays_of_another_byte_order_are_read():
     w = sj.pack(KERNEL.astype(">f4"), "6:8", dtype="int8")
     np.testing.assert_array_equal(w.values, sj.pack(KERNEL, "6:8", dtype="int8").values)
