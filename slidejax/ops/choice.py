@@ -232,6 +232,9 @@ def _times(entry: dict[str, Any]) -> dict[Variant, float]:
 def lookup(problem: Problem, candidates: Sequence[str]) -> tuple[str, str] | None:
     """The fastest of `candidates` by the nearest measurement of any of them.
 
+    That measurement may lack some of them, because it is older than they are. The fastest is then
+    compared with each of these by the nearest measurement of both.
+
     Returns:
       Its name and the reason in words; None if nothing near was measured.
 
@@ -244,26 +247,35 @@ def lookup(problem: Problem, candidates: Sequence[str]) -> tuple[str, str] | Non
         form = registry.get(name).form
         if form is not None and form.name not in problem.prepared:
             form = None
-        variants[Variant(name, None if form is None else form.name)] = name
+        variants[name] = Variant(name, None if form is None else form.name)
 
     def far(entry: dict[str, Any]) -> float:
         return distance(entry, problem.rows, problem.in_features, problem.out_features)
 
-    # An entry can lack all of them: it may be older than an implementation, or made without a form.
+    def measured(entry: dict[str, Any]) -> dict[str, float]:
+        return {name: entry["us"][v] for name, v in variants.items() if v in entry["us"]}
+
+    def figures(entry: dict[str, Any], times: Mapping[str, float]) -> str:
+        other = "" if entry["dtype"] == problem.dtype.name else f" {entry['dtype']}"
+        where = f"M={entry['rows']} K={entry['in']} N={entry['out']}{other}"
+        return f"measured at {where}: {_figures(times)}"
+
     near = [
-        entry
+        (entry, times)
         for entry in alike(problem.device, problem.pattern, problem.dtype)
-        if far(entry) <= _MAX_DISTANCE and not variants.keys().isdisjoint(entry["us"])
+        if far(entry) <= _MAX_DISTANCE and (times := measured(entry))
     ]
+    near.sort(key=lambda found: far(found[0]))
     if not near:
         return None
-    entry = min(near, key=far)
-    times = {name: entry["us"][v] for v, name in variants.items() if v in entry["us"]}
-    best = min(times, key=times.__getitem__)
-    where = f"M={entry['rows']} K={entry['in']} N={entry['out']}" + (
-        f" {entry['dtype']}" if entry["dtype"] != problem.dtype.name else ""
-    )
-    return best, f"measured at {where}: {_figures(times)}"
+    entry, times = near[0]
+    best, reasons = min(times, key=times.__getitem__), [figures(entry, times)]
+    for name in [name for name in variants if name not in times]:
+        both = next((found for found in near if best in found[1] and name in found[1]), None)
+        if both is not None and both[1][name] < both[1][best]:
+            reasons.append(figures(both[0], {n: both[1][n] for n in (best, name)}))
+            best = name
+    return best, "; ".join(reasons)
 
 
 def _figures(us: Mapping[str, float]) -> str:

@@ -174,3 +174,27 @@ def test_the_nearest_entry_may_lack_what_can_run(measured):
     assert name == "hopper" and "M=16" in reason
     assert found(["dense"])[0] == "dense"
     assert found(["decode"]) is None
+
+
+def test_a_measurement_that_lacks_a_candidate_does_not_decide_against_it(measured):
+    """The nearest entry is older than an implementation, which a farther one compares."""
+    w = measured(
+        {"hopper+prepared": 2.0, "dense": 5.0},
+        {"hopper+prepared": 9.0, "decode": 7.0},
+        {"hopper+prepared": 9.0, "decode": 12.0, "cusparselt": 1.0},
+    )
+
+    def found(rows, *names):
+        sizes = rows, 64, 32, w.pattern, jnp.bfloat16, w.dtype, jnp.bfloat16, ("hopper",)
+        return choice.lookup(Problem("linear", "cuda", DEVICE, *sizes), names)
+
+    name, reason = found(2, "hopper", "dense", "decode")
+    assert name == "decode"
+    assert reason == (
+        "measured at M=1 K=64 N=32: hopper 2 us, dense 5 us; "
+        "measured at M=16 K=64 N=32: decode 7 us, hopper 9 us"
+    )
+    assert found(200, "hopper", "dense", "decode")[0] == "hopper"
+    assert found(2, "dense", "decode")[0] == "dense"  # nothing compares the two
+    # Measurements that are too far away do not count.
+    assert found(2, "hopper", "cusparselt")[0] == "hopper"
