@@ -20,7 +20,7 @@ from slidejax.ops.prologue import GLU
 from slidejax.weights import numerics
 from slidejax.weights.packed import SlideWeight, TreeLayout
 
-__all__ = ["run_gated_mlp"]
+__all__ = ["activation_of", "run_gated_mlp"]
 
 # The names of the functions that run these blocks: transformers need not be installed.
 _BODIES = frozenset(
@@ -36,14 +36,14 @@ def run_gated_mlp(args, kwargs, context) -> jax.Array | None:
       args, kwargs, context: those of the interceptor.
 
     Returns:
-      The block's result, or None if this is another call, or a block that runs layer by layer. MLPs
-      whose gate and up are fused run layer by layer: XLA reads the parts of their product in place,
-      and the kernel would need copies of them.
+      The block's result, or None if this is another call, or a block that runs layer by layer. So
+      do MLPs whose gate and up are fused, if they are not part of a whole layer
+      (`slidejax.linen.decoder_layer`).
     """
     if len(args) != 1 or kwargs or body_name(context) not in _BODIES:
         return None
     module, (x,) = context.module, args
-    down, activation = module.down_proj, _activation(module.act)
+    down, activation = module.down_proj, activation_of(module.act)
     w = own_kernel(down)
     if (
         activation is None
@@ -61,7 +61,7 @@ def run_gated_mlp(args, kwargs, context) -> jax.Array | None:
     return linear(gate, w, prologue=GLU(up.astype(gate.dtype), activation))
 
 
-def _activation(function: Callable) -> str | None:
+def activation_of(function: Callable) -> str | None:
     """The name that `GLU` has for a Flax activation, or None."""
     if function in (nn.silu, nn.swish):
         return "silu"

@@ -11,6 +11,7 @@ import jax
 
 from slidejax import functional
 from slidejax.kinds import check_kind
+from slidejax.linen.decoder_layer import DecoderLayers
 from slidejax.linen.fused import FusedProduct
 from slidejax.linen.gated_mlp import run_gated_mlp
 from slidejax.linen.known import (
@@ -35,9 +36,10 @@ class Interceptor:
     """For `nn.intercept_methods`, around one call of a model: runs layers with packed kernels.
 
     All other layers run as they are. In the MLPs of transformers' Llama, Mistral and Gemma the
-    gate's product is computed where the rows of `down_proj` are quantised. Make a new interceptor
-    for each call of the model, because it holds the latest product of fused layers
-    (`slidejax.linen.fuse_projections`).
+    gate's product is computed where the rows of `down_proj` are quantised. With fused projections
+    (`slidejax.linen.fuse_projections`) all that follows attention in their layers is one
+    `slidejax.linear_chain`. Make a new interceptor for each call of the model, because it holds the
+    latest product of fused layers.
 
     `apply` enters one. Enter one yourself where other code calls the model:
 
@@ -47,8 +49,14 @@ class Interceptor:
 
     def __init__(self) -> None:
         self._product = FusedProduct()
+        self._layers = DecoderLayers()
 
     def __call__(self, next_fun, args, kwargs, context):
+        y = self._layers.run(args, kwargs, context)
+        return self.run_module(next_fun, args, kwargs, context) if y is None else y
+
+    def run_module(self, next_fun, args, kwargs, context):
+        """Like a call, but no decoder layer runs as a whole."""
         check_wrapper(context.module)
         y = run_gated_mlp(args, kwargs, context)
         if y is not None:
@@ -75,7 +83,7 @@ def interceptor(next_fun, args, kwargs, context):
     equal products under `jax.jit`. Outside `jax.jit` an `Interceptor` for each call computes the
     product once.
     """
-    return Interceptor()(next_fun, args, kwargs, context)
+    return Interceptor().run_module(next_fun, args, kwargs, context)
 
 
 def apply(model: nn.Module, variables: Mapping, *args, **kwargs) -> Any:

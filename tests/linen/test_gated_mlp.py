@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers_models import logits, made
+from transformers_models import gated, logits
 
 import slidejax as sj
 
@@ -14,27 +14,6 @@ if not hasattr(transformers, "FlaxPreTrainedModel"):
 
 FLOAT = sj.Rule("6:8", qdtype=None)
 IDS = np.arange(3, 11).reshape(2, 4)
-
-
-def gated(family, activation):
-    """A tiny model of a family with gated MLPs."""
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-    }
-    sizes["max_position_embeddings"] = 64  # Flax makes a mask of its square
-    name = {"llama": "Llama", "mistral": "Mistral", "gemma": "Gemma"}[family]
-    options = (
-        {"hidden_activation": activation, "head_dim": 16}
-        if family == "gemma"
-        else {"hidden_act": activation}
-    )
-    config = getattr(transformers, f"{name}Config")(**sizes, **options)
-    return made(getattr(transformers, f"Flax{name}ForCausalLM"), config)
 
 
 def fused_products(model, ids):
