@@ -5,6 +5,10 @@ vendor's 8-bit products best. The "unscaled" baselines are a bound. They are sli
 of x without lifting, followed by the bare product of the codes, without scales. No dense layer made
 of these parts is faster.
 
+XLA has two ways to compile the products of plain JAX for a GPU: with its Triton kernels and without
+them. Up to 64 rows a layer is timed with both, because each is the faster for some layers. With
+more rows the products of cuBLAS are the faster, and Triton's take minutes to compile.
+
 A layer alone pays for its own quantisation. Behind a norm XLA fuses the two, so a second group of
 contenders computes the norm as well (`behind_norm`, `fastest_behind_norm`).
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,12 +53,15 @@ __all__ = [
     "best_dense",
     "fastest_behind_norm",
     "kernel_of",
+    "settings_of_xla",
     "sparse",
     "variants",
 ]
 
 WEIGHTS_ALONE = "jax int8 weights"  # int8 weights alone, x stays bfloat16
 WEIGHTS_ALONE_ROWS = 64  # with more rows nobody would leave x unquantised
+_TRITON = "xla_gpu_enable_triton_gemm"
+_TRITON_ROWS = 64
 _UNSCALED = ("dense int8 unscaled", "dense fp8 unscaled")
 BEST_DENSE = "best dense 8 bit"  # the faster of the two for each layer
 BASELINES = (
@@ -160,25 +168,38 @@ JAX_LAYERS = (
 )
 
 
+def settings_of_xla(rows: int) -> tuple[dict[str, Any], ...]:
+    """The options of XLA with which products of plain JAX are timed.
+
+    Options that `XLA_FLAGS` names are the user's.
+    """
+    if jax.default_backend() != "gpu" or _TRITON in os.environ.get("XLA_FLAGS", ""):
+        return ({},)
+    return tuple({_TRITON: on} for on in ((False, True) if rows <= _TRITON_ROWS else (False,)))
+
+
 def best_dense(us: Mapping[str, float | None]) -> float | None:
     """The time of `BEST_DENSE`, from the times of the baselines."""
     return min((t for name in _UNSCALED if (t := us.get(name)) is not None), default=None)
 
 
-def baselines(kernel: jax.Array) -> list[Contender]:
-    """Layers without slidejax for a kernel `[in, out]`, and the bounds of a dense layer."""
+def baselines(kernel: jax.Array, rows: int) -> list[Contender]:
+    """Layers without slidejax for a kernel `[in, out]` and rows of x, and the bounds of a dense
+    layer."""
     w = kernel.T
     made = {layer.weights: layer.weights(w) for layer in JAX_LAYERS}
     codes, scale_w = _quantise(w, 448.0, _E4M3, axis=None)
     static = (codes, jnp.asarray(4 / 448, w.dtype), scale_w.reshape(()).astype(w.dtype))
-    return [
-        *(Contender(layer.name, layer.apply, made[layer.weights]) for layer in JAX_LAYERS),
-        Contender("jax fp8 per tensor", _per_tensor, static),
+    layers = [
+        *((layer.name, layer.apply, made[layer.weights]) for layer in JAX_LAYERS),
+        ("jax fp8 per tensor", _per_tensor, static),
         *(
-            Contender(name, _unscaled, made[weights][0])
+            (name, _unscaled, made[weights][0])
             for name, weights in zip(_UNSCALED, (_INT8, _FP8), strict=True)
         ),
     ]
+    settings = settings_of_xla(rows)
+    return [Contender(*layer, settings) for layer in layers]
 
 
 def problem_of(w: SlideWeight, rows: int) -> Problem:
@@ -229,8 +250,16 @@ def _contender(w: SlideWeight, variant: Variant, rows: int, *, search: bool) -> 
     if search and library.on_gpu():
         registry.get(name).search_missing(w, (rows,))
     return Contender(
-        str(variant), lambda x, w: linear(x, w, implementation=name), _weight_for(w, variant)
+        str(variant),
+        lambda x, w: linear(x, w, implementation=name),
+        _weight_for(w, variant),
+        _settings(name, rows),
     )
+
+
+def _settings(implementation: str, rows: int) -> tuple[dict[str, Any], ...]:
+    """The options of XLA for `linear`. A kernel of this library needs none."""
+    return ({},) if registry.get(implementation).cuda_only else settings_of_xla(rows)
 
 
 def _weight_for(w: SlideWeight, variant: Variant) -> SlideWeight:
@@ -249,16 +278,19 @@ def behind_norm(contender: Contender, inputs: int) -> Contender:
         norm, w = weights
         return contender.apply(norm.apply(x), w)
 
-    return Contender(contender.name, apply, (_norm_for(inputs), contender.weights))
+    return dataclasses.replace(
+        contender, apply=apply, weights=(_norm_for(inputs), contender.weights)
+    )
 
 
 def fastest_behind_norm(
-    w: SlideWeight, us: Mapping[Variant, float | None], name: str
+    w: SlideWeight, rows: int, us: Mapping[Variant, float | None], name: str
 ) -> tuple[Variant, Contender] | None:
     """`linear` with an RMS norm as its prologue, in the variant that was the fastest without one.
 
     Args:
       w: the weight.
+      rows: of x.
       us: microseconds without the norm, by variant; None if it did not run.
       name: of the contender.
 
@@ -274,4 +306,5 @@ def fastest_behind_norm(
         norm, w = weights
         return linear(x, w, implementation=fastest.implementation, prologue=norm)
 
-    return fastest, Contender(name, apply, (_norm_for(w.in_features), _weight_for(w, fastest)))
+    weights = _norm_for(w.in_features), _weight_for(w, fastest)
+    return fastest, Contender(name, apply, weights, _settings(fastest.implementation, rows))

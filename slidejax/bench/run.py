@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,20 +19,9 @@ from slidejax.weights import numerics
 from slidejax.weights.packed import SlideWeight, pack
 from slidejax.weights.pattern import UNPRUNED, Pattern
 
-__all__ = ["copy_of", "measure", "set_flags", "table"]
+__all__ = ["copy_of", "measure", "table"]
 
-_FLAG = "--xla_gpu_enable_triton_gemm=false"
 _LIFT_BYTES = 1 << 30  # x of the lift is at most this large
-
-
-def set_flags() -> None:
-    """Lets XLA's baselines use cuBLAS, which is faster on Hopper.
-
-    It has an effect only before JAX starts its backend.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_enable_triton_gemm" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}".strip()
 
 
 def inputs_of(rows: int, columns: int, count: int = 4) -> list[jax.Array]:
@@ -92,9 +81,9 @@ def measure(
             lift += _lift(m, k, parsed, resolved, clock, note)
     for n, k in dict.fromkeys(shapes):
         kernel = contenders.kernel_of(n, k)
-        baselines = contenders.baselines(kernel)
         weights = [pack(kernel, p, dtype=d) for p in parsed for d in resolved]
         for m in rows:
+            baselines = contenders.baselines(kernel, m)
             alone, behind_norm = _linear(m, weights, baselines, clock, note)
             linear += alone
             normed += behind_norm
@@ -125,7 +114,7 @@ def _linear(
     found = [contenders.sparse(w, m) for w in weights]
     prefixes = [f"{w.pattern} {w.dtype.name} " for w in weights]
     ours = [
-        Contender(prefix + c.name, c.apply, c.weights)
+        dataclasses.replace(c, name=prefix + c.name)
         for prefix, (variants, _) in zip(prefixes, found, strict=True)
         for c in variants.values()
     ]
@@ -176,7 +165,9 @@ def _normed(
         contenders.behind_norm(c, inputs) for c in baselines if c.name in contenders.NORMED
     ]
     ours = [
-        contenders.fastest_behind_norm(w, times, f"{w.pattern} {w.dtype.name} behind a norm")
+        contenders.fastest_behind_norm(
+            w, len(xs[0]), times, f"{w.pattern} {w.dtype.name} behind a norm"
+        )
         for w, times in zip(weights, by_variant, strict=True)
     ]
     us = time_all([*jax_layers, *(o[1] for o in ours if o is not None)], xs, clock, note)

@@ -244,7 +244,6 @@ def _layers(args: argparse.Namespace, note: Callable[[str], None]) -> tuple[dict
     """The race of layers alone, and its tables."""
     from slidejax.bench import run as race
 
-    race.set_flags()
     results = race.measure(shapes(args), note=note, **measured(args))
     return results, race.table(results)
 

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ def test_the_bounds_of_a_dense_layer_are_the_layer_without_scales():
     kernel = contenders.kernel_of(16, 64)
     x = run.inputs_of(8, 64, 1)[0]
     exact = np.asarray(x, np.float32) @ np.asarray(kernel, np.float32)
-    by_name = {c.name: c for c in contenders.baselines(kernel)}
+    by_name = {c.name: c for c in contenders.baselines(kernel, 8)}
     assert {*by_name, contenders.BEST_DENSE} == set(contenders.BASELINES)
     for name, dtype in (("dense int8 unscaled", jnp.int32), ("dense fp8 unscaled", jnp.bfloat16)):
         c = by_name[name]
@@ -32,7 +33,7 @@ def test_jax_layers_are_close_to_the_kernel():
     kernel = contenders.kernel_of(16, 64)
     x = run.inputs_of(8, 64, 1)[0]
     exact = np.asarray(x, np.float32) @ np.asarray(kernel, np.float32)
-    by_name = {c.name: c for c in contenders.baselines(kernel)}
+    by_name = {c.name: c for c in contenders.baselines(kernel, 8)}
     for name, bound in (
         ("jax bf16", 0.005),
         ("jax int8", 0.02),
@@ -55,7 +56,7 @@ def test_behind_a_norm_every_layer_sees_the_normed_rows(form):
     v = np.asarray(x, np.float32)
     normed = v / np.sqrt((v * v).mean(-1, keepdims=True) + 1e-6)
     exact = normed @ np.asarray(kernel, np.float32)
-    for c in contenders.baselines(kernel):
+    for c in contenders.baselines(kernel, 8):
         if c.name in contenders.NORMED:
             behind = contenders.behind_norm(c, 64)
             assert behind.name == c.name
@@ -64,9 +65,26 @@ def test_behind_a_norm_every_layer_sees_the_normed_rows(form):
     w = sj.pack(kernel, "6:8", dtype="int8")
     slow, fast, broken = Variant("reference"), Variant("dense", form), Variant("hopper")
     times = {slow: 3.0, fast: 2.0, broken: None}
-    variant, ours = contenders.fastest_behind_norm(w, times, "ours")
+    variant, ours = contenders.fastest_behind_norm(w, 8, times, "ours")
     assert variant == fast and ours.name == "ours"
     assert {*ours.weights[1].prepared} == ({form} - {None})
     exact = normed @ np.asarray(sj.unpack(w), np.float32)
     assert relative_error(ours.apply(x, ours.weights), exact) < 0.02
-    assert contenders.fastest_behind_norm(w, {broken: None}, "ours") is None
+    assert contenders.fastest_behind_norm(w, 8, {broken: None}, "ours") is None
+
+
+def test_products_of_plain_jax_are_timed_with_both_of_xlas_ways(monkeypatch):
+    """With few rows each way is the faster for some layers. A kernel of ours has one."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    kernel, flag = contenders.kernel_of(16, 64), "xla_gpu_enable_triton_gemm"
+    for rows, ways in ((1, {False, True}), (64, {False, True}), (65, {False})):
+        for c in contenders.baselines(kernel, rows):
+            assert {settings[flag] for settings in c.settings} == ways
+            assert contenders.behind_norm(c, 64).settings == c.settings
+    w = sj.pack(kernel, "6:8", dtype="int8")
+    for name, count in (("dense", 2), ("decode", 1)):
+        _, ours = contenders.fastest_behind_norm(w, 1, {Variant(name): 1.0}, "ours")
+        assert len(ours.settings) == count
+    monkeypatch.setenv("XLA_FLAGS", f"--{flag}=true")  # the user's choice
+    assert contenders.settings_of_xla(1) == ({},)

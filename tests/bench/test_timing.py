@@ -92,6 +92,29 @@ def test_a_contender_that_cannot_run_is_named_and_has_no_time():
     assert said == ["bad does not run: it needs a GPU"]
 
 
+def test_the_time_of_a_contender_is_that_of_its_fastest_settings(monkeypatch):
+    flag, told = "xla_cpu_enable_fast_math", []
+    compiled = timing._program
+
+    def program(contender, xs, loops, settings):
+        told.append((contender.name, settings))
+        return compiled(contender, xs, loops, settings)
+
+    def in_turns(programs, clock):
+        times = {"a": [5.0], f"b {flag}=True": [4.0], f"b {flag}=False": [3.0, 1.0, 2.0]}
+        return {name: times[name] for name in programs}, {}
+
+    monkeypatch.setattr(timing, "_program", program)
+    monkeypatch.setattr(timing, "in_turns", in_turns)
+    both = {flag: True}, {flag: False}
+    racing = [
+        timing.Contender("a", lambda x, _: -x),
+        timing.Contender("b", lambda x, _: x + 1, None, both),
+    ]
+    assert timing.time_all(racing, [jnp.ones(3)], timing.Clock()) == {"a": 5.0, "b": 2.0}
+    assert sorted(told, key=str) == sorted([("a", {}), ("b", both[0]), ("b", both[1])], key=str)
+
+
 def test_programs_are_compiled_one_after_the_other_where_asked():
     running, most = [], []
 
