@@ -15,12 +15,15 @@ import tempfile
 import threading
 
 _SERVER = """
-import importlib, json, os, resource, sys, tempfile, traceback
+import gc, importlib, json, os, resource, sys, tempfile, traceback
 import transformers  # noqa: F401
 import slidejax.checkpoint, slidejax.huggingface, slidejax.lm, slidejax.train  # noqa: F401
 import slidejax.commands.convert, slidejax.commands.recover, slidejax.commands.tune
 from slidejax.bench import tuning  # noqa: F401
 from slidejax.commands.main import main
+
+gc.freeze()  # a fork that looked through all modules would copy them
+gc.set_threshold(10_000, 20, 20)
 
 def load_all():
     # Python's own files may lie where another user cannot read.
