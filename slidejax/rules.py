@@ -427,10 +427,8 @@ def pack_by_rule(
 
 def _check_finite(kernel: jax.Array) -> None:
     """Raises a ValueError for inf or nan. Under tracing they give outputs of nan instead."""
-    concrete = isinstance(kernel, (jax.Array, np.ndarray)) and not isinstance(
-        kernel, jax.core.Tracer
-    )
+    concrete = isinstance(kernel, (jax.Array, np.ndarray))
     if not concrete or not jnp.issubdtype(kernel.dtype, jnp.floating):
         return
-    if not bool(numerics.all_finite(kernel)):
+    if numerics.known(numerics.all_finite, kernel) is False:
         raise ValueError("the kernel holds inf or nan")

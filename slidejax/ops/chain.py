@@ -159,6 +159,8 @@ def _kernel(operands, settings: ChainParams, platform: str, devices: int | None)
     if platform != "cuda" or devices != 1:
         return None
     x, stages = settings.operands(operands)
+    if not all(isinstance(size, int) for size in x.shape):  # jax.export may leave rows open
+        return None
     if 0 in x.shape or any(_packed(stage).out_features == 0 for stage in stages):
         return None
     if any(type(stage.prologue) not in (type(None), RMSNorm, GLU) for stage in stages):

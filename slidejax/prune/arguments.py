@@ -58,19 +58,23 @@ def check_gram(gram: Any, kernel: jax.Array, *, diagonal: bool = False) -> jax.A
     if not jnp.issubdtype(gram.dtype, jnp.floating) and not jnp.issubdtype(gram.dtype, jnp.integer):
         raise ValueError(f"gram must be real, got {gram.dtype}")
     gram = gram.astype(jnp.float32)
-    if not isinstance(gram, jax.core.Tracer) and not bool(numerics.all_finite(gram)):
+    if numerics.known(numerics.all_finite, gram) is False:
         raise ValueError("gram holds inf or nan: the calibration inputs are not finite")
-    if not isinstance(gram, jax.core.Tracer):
-        least = float((jnp.diagonal(gram) if gram.ndim == 2 else gram).min())
-        if least < 0:
-            raise ValueError(f"gram must be x^T x, and has {least:g} on its diagonal")
+    if numerics.known(lambda gram: (_diagonal(gram) < 0).any(), gram):
+        with jax.ensure_compile_time_eval():
+            least = float(_diagonal(gram).min())
+        raise ValueError(f"gram must be x^T x, and has {least:g} on its diagonal")
     return gram
+
+
+def _diagonal(gram: jax.Array) -> jax.Array:
+    return jnp.diagonal(gram) if gram.ndim == 2 else gram
 
 
 def check_numbers(**arrays: jax.Array) -> None:
     """Raises a ValueError that names the first array with inf or nan; traced ones are not known."""
     for name, array in arrays.items():
-        if not isinstance(array, jax.core.Tracer) and not bool(numerics.all_finite(array)):
+        if numerics.known(numerics.all_finite, array) is False:
             raise ValueError(f"{name} holds inf or nan")
 
 
@@ -80,7 +84,7 @@ def check_finite(new: jax.Array) -> jax.Array:
     Raises:
       ValueError: if it is not.
     """
-    if isinstance(new, jax.core.Tracer) or bool(numerics.all_finite(new)):
+    if numerics.known(numerics.all_finite, new) is not False:
         return new
     raise ValueError(
         "gram has numbers too large or too small for float32: with it the kernel becomes inf or "

@@ -28,7 +28,7 @@ from slidejax.prune.arguments import (
     check_numbers,
 )
 from slidejax.weights.layout import check_mask
-from slidejax.weights.numerics import all_finite, unit
+from slidejax.weights.numerics import all_finite, known, unit
 from slidejax.weights.pattern import BLOCK_GROUPS, Pattern
 
 __all__ = ["layer_error", "refit", "sparsegpt"]
@@ -95,8 +95,8 @@ def sparsegpt(
         new = _refit(exact, mask, full, new, refit_steps)
     new = _with_idle(new / size, kernel, gram)
     new = jnp.where(mask, new, 0).astype(kernel.dtype)
-    if not isinstance(new, jax.core.Tracer) and not bool(all_finite(new)):
-        if not bool(all_finite(kernel)):
+    if known(all_finite, new) is False:
+        if known(all_finite, kernel) is False:
             raise ValueError("kernel holds inf or nan")
         raise ValueError(
             f"damping {float(damping):g} is too small: with it gram has no Cholesky factor (there "

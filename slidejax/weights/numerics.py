@@ -12,6 +12,7 @@ by its reciprocal, and a CUDA compiler does not. Written this way, both compute 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ __all__ = [
     "dtype_of",
     "encode",
     "is_quantized",
+    "known",
     "of_rank",
     "scale_from_absmax",
     "unit",
@@ -47,6 +49,17 @@ def all_finite(tree: Any) -> jax.Array:
     False
     """
     return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def known(predicate: Callable[..., jax.Array], *arrays: Any) -> bool | None:
+    """The truth of `predicate(*arrays)`, or None where an array is traced.
+
+    Arrays that are known are computed with at once, also inside a program that is being traced.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays)):
+        return None
+    with jax.ensure_compile_time_eval():
+        return bool(predicate(*arrays))
 
 
 def of_rank(x: jax.Array, ndim: int) -> jax.Array:

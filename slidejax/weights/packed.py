@@ -355,8 +355,10 @@ def pack(
                 f"{(*kernel.shape[:-2], kernel.shape[-1])}; "
                 f"got shape {scale.shape} for {dtype.name} values of a {kernel.dtype.name} kernel"
             )
-        if not isinstance(scale, jax.core.Tracer) and bool(((scale <= 0) | jnp.isinf(scale)).any()):
-            raise ValueError(f"scale must be positive and finite, got {float(scale.min()):g}")
+        if numerics.known(lambda scale: ((scale <= 0) | jnp.isinf(scale)).any(), scale):
+            with jax.ensure_compile_time_eval():
+                least = float(scale.min())
+            raise ValueError(f"scale must be positive and finite, got {least:g}")
     arrays = packed_arrays(kernel, mask, scale, pattern, dtype)
     values, zeros, scale, crowded, infinite, wrong = arrays
     w = SlideWeight(values, zeros, scale, pattern, kernel.shape[-2])

@@ -286,3 +286,18 @@ def test_it_is_said_if_no_layer_that_a_rule_chose_can_be_converted():
     ):
         with pytest.warns(UserWarning, match=f"no layer was converted: kernel: {why}$"):
             sj.linen.convert(bad, "6:8")
+
+
+def test_what_a_program_knows_is_converted_while_it_is_traced():
+    x = data(2, 16)
+    variables = nn.Dense(8).init(KEY, x)
+
+    @jax.jit
+    def run(x):
+        return sj.linen.apply(nn.Dense(8), sj.linen.convert(variables, FLOAT), x)
+
+    want = sj.linen.apply(nn.Dense(8), sj.linen.convert(variables, FLOAT), x)
+    np.testing.assert_allclose(run(x), want, rtol=1e-6)
+    variables = jax.tree.map(lambda a: a * jnp.nan, variables)
+    with pytest.raises(ValueError, match="kernel: the kernel holds inf or nan"):
+        run(x[:1])

@@ -409,3 +409,14 @@ W = packed()
 def test_errors_name_what_is_wrong(stages, outputs, error, message):
     with pytest.raises(error, match=message):
         sj.linear_chain(rows_of(2, HIDDEN), stages, outputs)
+
+
+def test_any_number_of_rows_is_exported_for_cuda_as_the_sequence():
+    w = sj.pack(jnp.ones((64, 64)), "6:8", dtype="int8")
+    (rows,) = jax.export.symbolic_shape("rows")
+    run = jax.jit(lambda x: sj.linear_chain(x, [sj.Stage(w), sj.Stage(w, residual=0)]))
+    exported = jax.export.export(run, platforms=["cpu", "cuda"])(
+        jax.ShapeDtypeStruct((rows, 64), jnp.float32)
+    )
+    (got,) = exported.call(jnp.ones((3, 64)))
+    np.testing.assert_array_equal(got, run(jnp.ones((3, 64)))[0])
