@@ -36,7 +36,6 @@ __all__ = [
     "Rule",
     "RuleSet",
     "Skipped",
-    "check_floats",
     "nbytes",
     "pack_by_rule",
 ]
@@ -371,16 +370,6 @@ def _parse(index: int, entry) -> tuple[re.Pattern, Rule | None]:
         return regex, Rule(what)
     except ValueError as error:
         raise ValueError(f"rules[{index}] ({regex.pattern!r}): {error}") from error
-
-
-def check_floats(kernel: Any) -> None:
-    """Raises Skipped unless a kernel is of floats that can be packed, as JAX takes it.
-
-    That is float32 for NumPy's float64, unless JAX has 64 bits.
-    """
-    dtype = jax.dtypes.canonicalize_dtype(kernel.dtype)
-    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise Skipped(f"its kernel is {dtype.name}")
 
 
 def nbytes(tree) -> int:

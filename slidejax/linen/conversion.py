@@ -29,10 +29,10 @@ from slidejax.rules import (
     Rule,
     RuleSet,
     Skipped,
-    check_floats,
     nbytes,
     pack_by_rule,
 )
+from slidejax.weights import numerics
 from slidejax.weights.packed import LinearWeight, SlideWeight, TreeLayout
 
 __all__ = ["convert"]
@@ -154,7 +154,8 @@ def _pack_kernels(
                 raise Skipped("it is packed already")
             kernel = leaf.value if isinstance(leaf, nn.Partitioned) else nn.meta.unbox(leaf)
             axes = axes_of(key, path, jnp.shape(kernel))
-            check_floats(kernel)
+            if not numerics.holds_floats(kernel.dtype):
+                raise Skipped(f"its kernel is {np.dtype(kernel.dtype).name}")
             same = (id(leaf), rule, axes, None if prune is None else path)
             if same not in packed:
                 packed[same] = _convert_kernel(leaf, rule, axes, path, prune)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from slidejax.contraction import Contraction, stacked_axes, to_matrix
@@ -29,7 +30,6 @@ from slidejax.rules import (
     Rule,
     RuleSet,
     Skipped,
-    check_floats,
     nbytes,
     pack_by_rule,
 )
@@ -154,7 +154,8 @@ def _convert_layer(
     cls, axes, shape = _known(layer)
     array, result = kernel.get_value(), (cls, axes, rule)
     stacked_axes(array.shape, shape, path)
-    check_floats(array)
+    if not numerics.holds_floats(array.dtype):
+        raise Skipped(f"its kernel is {np.dtype(array.dtype).name}")
     first = done.get(id(kernel))
     if first is not None:  # tied layers go on sharing their Variables
         if first.result != result:

@@ -26,6 +26,7 @@ __all__ = [
     "check_dtype",
     "dtype_of",
     "encode",
+    "holds_floats",
     "is_quantized",
     "known",
     "of_rank",
@@ -85,6 +86,14 @@ def dtype_of(dtype) -> np.dtype | None:
         return np.dtype(jnp.dtype(dtype))
     except (TypeError, ValueError, SyntaxError):  # NumPy reads lists of dtypes, too
         return None
+
+
+def holds_floats(dtype) -> bool:
+    """Whether JAX takes arrays of a dtype as floats that can be packed.
+
+    It takes NumPy's float64 as float32, unless it has 64 bits.
+    """
+    return jax.dtypes.canonicalize_dtype(dtype) in (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 def check_dtype(dtype, name: str = "dtype") -> np.dtype:
