@@ -28,6 +28,7 @@ from slidejax.contraction import (
 )
 from slidejax.rules import Rule
 from slidejax.variants.adapters import AdaptedWeight
+from slidejax.variants.boxes import HiddenPart
 from slidejax.variants.trainable import MasterWeight
 from slidejax.weights import numerics
 from slidejax.weights.packed import LinearWeight, SlideWeight, pack
@@ -52,7 +53,7 @@ _WRAPPERS = {
 }
 
 
-class Packed(nnx.Variable):
+class Packed(HiddenPart, nnx.Variable):
     """A part of a packed weight without gradient: zeros, scale, 8-bit values, prepared forms."""
 
 

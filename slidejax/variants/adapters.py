@@ -35,7 +35,7 @@ from slidejax.ops.implementations.base import add_residual
 from slidejax.ops.linear import linear
 from slidejax.ops.parameters import check_residual
 from slidejax.ops.sharding import product_spec, with_automatic_axes
-from slidejax.variants.boxes import refuse_boxed
+from slidejax.variants.boxes import refuse_boxed, refuse_hidden
 from slidejax.variants.trainable import Selection, is_packed, path_of, selector
 from slidejax.weights import numerics
 from slidejax.weights.layout import kept_values, to_groups
@@ -203,9 +203,11 @@ def add(
     Raises:
       ValueError: naming it, for a number out of range or a dtype that is not floating; or if no
         weight is selected.
-      TypeError: naming the path, if a weight's leaves are boxed.
+      TypeError: naming the path, if a weight's leaves are boxed; or if the tree is an NNX model or
+        its state (see `slidejax.nnx.map_weights`).
     """
     refuse_boxed(tree)
+    refuse_hidden(tree, "adapters.add")
     rank, dtype = COUNT.check(rank, "rank"), _float_dtype(dtype)
     scaling = 1.0 if alpha is None else Bound(-1e38).check(alpha, "alpha") / rank
     seed = Bound(-(2**63), 2**63 - 1, whole=True).check(seed, "seed")
@@ -239,7 +241,11 @@ def merge(tree: Any) -> Any:
 
     Returns:
       The tree with `SlideWeight`s, without prepared forms.
+
+    Raises:
+      TypeError: if the tree is an NNX model or its state (see `slidejax.nnx.map_weights`).
     """
+    refuse_hidden(tree, "adapters.merge")
     return jax.tree.map(
         lambda w: _merge(w) if isinstance(w, AdaptedWeight) else w, tree, is_leaf=is_packed
     )

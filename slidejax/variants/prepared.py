@@ -30,7 +30,7 @@ from slidejax.ops import choice, registry
 from slidejax.ops.cuda import library
 from slidejax.ops.implementations.base import Form, Implementation
 from slidejax.ops.sharding import spec_axes, spec_of
-from slidejax.variants.boxes import refuse_boxed
+from slidejax.variants.boxes import refuse_boxed, refuse_hidden
 from slidejax.weights.packed import SlideWeight, check_weight
 
 __all__ = ["drop_prepared", "map_weights", "prepare", "weights_of"]
@@ -53,7 +53,12 @@ def _is_weight(node: Any) -> bool:
 
 
 def drop_prepared(tree: Any) -> Any:
-    """The tree without prepared forms, to be saved or moved to another device."""
+    """The tree without prepared forms, to be saved or moved to another device.
+
+    Raises:
+      TypeError: if it is an NNX model or its state (see `slidejax.nnx.map_weights`).
+    """
+    refuse_hidden(tree, "drop_prepared")
     return map_weights(lambda w: w.replace(prepared={}) if w.prepared else w, tree)
 
 
@@ -80,7 +85,8 @@ def prepare(tree: Any, implementation: str | None = None, *, tune: bool = True) 
 
     Raises:
       ValueError: for an unknown name, or an implementation without a form.
-      TypeError: naming the path, if a weight's leaves are boxed.
+      TypeError: naming the path, if a weight's leaves are boxed; or if the tree is an NNX model or
+        its state (see `slidejax.nnx.map_weights`).
       NotImplementedError: if the implementation cannot run here.
 
     >>> from slidejax import pack
@@ -92,6 +98,7 @@ def prepare(tree: Any, implementation: str | None = None, *, tune: bool = True) 
     if implementation is not None:
         _form(implementation)
     refuse_boxed(tree)
+    refuse_hidden(tree, "prepare")
     return map_weights(lambda w: _prepare(check_weight(w), implementation, tune), tree)
 
 

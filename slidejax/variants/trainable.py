@@ -34,7 +34,7 @@ from slidejax.ops.linear import linear
 from slidejax.ops.parameters import check_residual
 from slidejax.ops.sharding import product_spec, with_automatic_axes
 from slidejax.ops.sparse_matmul import outer, sum_of_rows, values_gradient
-from slidejax.variants.boxes import refuse_boxed
+from slidejax.variants.boxes import refuse_boxed, refuse_hidden
 from slidejax.weights import numerics
 from slidejax.weights.layout import scatter_values
 from slidejax.weights.packed import (
@@ -76,7 +76,8 @@ def partition(tree: Any, trained: Selection = None) -> tuple[Any, Any]:
 
     Raises:
       ValueError: if `trained` is a bad regular expression, or selects nothing.
-      TypeError: naming the path, if a weight's leaves are boxed.
+      TypeError: naming the path, if a weight's leaves are boxed; or if the tree is an NNX model or
+        its state. There `wrt=nnx.Param` says what is trained.
 
     >>> from slidejax import pack
     >>> layer = {"kernel": pack(jnp.ones((8, 2)), "6:8"), "bias": jnp.ones(2)}
@@ -87,6 +88,7 @@ def partition(tree: Any, trained: Selection = None) -> tuple[Any, Any]:
     1
     """
     refuse_boxed(tree)
+    refuse_hidden(tree, "partition", "nnx.Optimizer(model, tx, wrt=nnx.Param) trains one")
     selected = selector(trained)
     can = jax.tree.map(_trained, tree, is_leaf=is_packed)
     keep = jax.tree_util.tree_map_with_path(lambda path, yes: yes and selected(path_of(path)), can)
@@ -132,7 +134,7 @@ def _warn_of_codes(tree: Any) -> None:
     if weights:
         path, node = weights[0]
         warnings.warn(
-            f"{len(weights)} weights of {node.dtype.name} values, such as {path!r}, have no "
+            f"{len(weights)} weights of {node.dtype.name} values, such as {path or 'w'!r}, have no "
             "gradient and are not trained: slidejax.trainable.masters trains them; trained= says "
             "that this is meant",
             stacklevel=3,
@@ -374,9 +376,11 @@ def masters(tree: Any, qdtype: Any = None) -> Any:
 
     Raises:
       ValueError: for a dtype that is not 8-bit, or if weights are quantised to another dtype.
-      TypeError: naming the path, if a weight's leaves are boxed.
+      TypeError: naming the path, if a weight's leaves are boxed; or if the tree is an NNX model or
+        its state (see `slidejax.nnx.map_weights`).
     """
     refuse_boxed(tree)
+    refuse_hidden(tree, "trainable.masters")
     if qdtype is not None:
         qdtype = numerics.check_dtype(qdtype, "qdtype")
         if not numerics.is_quantized(qdtype):
@@ -407,7 +411,11 @@ def deploy(tree: Any) -> Any:
 
     The result computes the same as the masters: codes, scales and accumulators are equal bit for
     bit.
+
+    Raises:
+      TypeError: if the tree is an NNX model or its state (see `slidejax.nnx.map_weights`).
     """
+    refuse_hidden(tree, "trainable.deploy")
 
     def deployed(w):
         if not isinstance(w, MasterWeight):

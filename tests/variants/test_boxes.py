@@ -1,9 +1,15 @@
-"""Weights whose leaves are boxed with axis names are refused by name, and work once unboxed."""
+"""Weights whose leaves are boxed with axis names are refused by name, and work once unboxed.
+
+So are NNX models, whose layers hold the leaves one by one.
+"""
+
+import operator
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import slidejax as sj
@@ -65,3 +71,31 @@ def test_calibrated_conversion_keeps_the_names():
     plain = sj.prune.convert(Gate(), "6:8", [x], params=nn.meta.unbox(variables))
     for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(plain), strict=True):
         assert (a == b).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "prepare",
+        "drop_prepared",
+        "partition",
+        "trainable.masters",
+        "trainable.deploy",
+        "adapters.add",
+        "adapters.merge",
+    ],
+)
+@pytest.mark.parametrize("tree_of", [lambda layer: layer, nnx.state], ids=["model", "state"])
+def test_an_nnx_model_is_no_tree_of_weights(name, tree_of):
+    layer = sj.nnx.SlideLinear(16, 8, pattern="6:8", qdtype="int8", rngs=nnx.Rngs(0))
+    instead = (
+        "wrt=nnx.Param" if name == "partition" else rf"nnx\.map_weights\(model, slidejax\.{name}"
+    )
+    with pytest.raises(TypeError, match=f"{name} finds no packed weights in an NNX .*{instead}"):
+        operator.attrgetter(name)(sj)(tree_of(layer))
+
+
+def test_a_dense_nnx_model_is_a_tree():
+    state = nnx.state(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    train, rest = sj.partition(sj.prepare(state))
+    assert (len(jax.tree.leaves(train)), len(jax.tree.leaves(rest))) == (2, 0)
