@@ -174,17 +174,17 @@ def load_model(model: str | os.PathLike[str], dtype: Any = None) -> LoadedModel:
     name = os.fspath(check_path(model, "model"))
     if saved_class(Path(name)) == "slidejax.lm.Decoder":
         raise ValueError(f"{name!r} holds a decoder of slidejax: slidejax.lm.load reads it")
-    _need_transformers()
-    if name in NAMED:
-        return _load_gguf(packaged_file(name), name, dtype)
     path = Path(name)
-    if path.is_file():
-        loaded = _load_gguf(path, path.name, dtype)
-        return dataclasses.replace(loaded, path=str(path.resolve()))
-    if not path.is_dir():
+    if name not in NAMED and not path.is_file() and not path.is_dir():
         raise ValueError(
             f"no model {name!r}: not a file, not a directory, and not one of {', '.join(NAMED)}"
         )
+    _need_transformers()
+    if name in NAMED:
+        return _load_gguf(packaged_file(name), name, dtype)
+    if path.is_file():
+        loaded = _load_gguf(path, path.name, dtype)
+        return dataclasses.replace(loaded, path=str(path.resolve()))
     from slidejax import huggingface
 
     flax_model, tokenizer, about = huggingface.read_pretrained(path, dtype)

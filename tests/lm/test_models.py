@@ -14,8 +14,8 @@ def test_a_directory_gives_its_name(monkeypatch, tiny_directory):
     assert load_model(".").name == load_model(tiny_directory).name == tiny_directory.name
 
 
-def test_what_is_no_model(tmp_path):
-    pytest.importorskip("transformers")
+def test_what_is_no_model(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # a wrong path needs no package
     with pytest.raises(ValueError, match=r"nowhere': not a file, not a directory, and not one of"):
         load_model(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no packaged model 'gpt9'; there is smollm2"):
