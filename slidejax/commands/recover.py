@@ -260,7 +260,7 @@ def _run(args: argparse.Namespace, target: Path) -> None:
             lowest = min(loss for _, loss in checked)
             print(
                 f"held-out rows: loss {checked[0][1]:.4f} to {lowest:.4f}, after step "
-                f"{fitted.kept}, which OUT holds"
+                f"{fitted.kept}, which {args.out} holds"
             )
 
 

@@ -115,7 +115,10 @@ def rows_of(tokens: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
         )
     count = ids.shape[-1] // length if length > 0 else 0
     if count == 0 or ids.size == 0:
-        raise ValueError(f"tokens fill no row of {length}: their shape is {ids.shape}")
+        raise ValueError(
+            f"tokens fill no row of {length}: their shape is {ids.shape}; give longer text or "
+            "shorter rows"
+        )
     return int32_ids(ids[..., : count * length].reshape(-1, length))
 
 
