@@ -45,6 +45,9 @@ __all__ = [
     "inputs_of",
 ]
 
+# The kernels have these functions, too. A new one goes into `Activation`, `kNames` and their limit
+# in cuda/lift/lift.h, `Activated` in cuda/lift/prologue.cuh, the limit in cuda/decode/handlers.cc,
+# `_ACTIVATION_NUMBERS` in slidejax/ops/chain.py, and the lists of the emulators' tests.
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -337,8 +340,8 @@ def inputs_of(x: jax.Array, prologue: Prologue | None) -> tuple[InputLayout, lis
         return PLAIN, [x]
     if not isinstance(prologue, Prologue):
         raise TypeError(
-            "prologue must be an RMSNorm, LayerNorm, Activation or GLU of slidejax, got "
-            f"{type(prologue).__name__}"
+            'prologue must be a Prologue, such as slidejax.RMSNorm(weight) or Activation("silu"), '
+            f"got {type(prologue).__name__}"
         )
     prologue.check(x)
     leaves, tree = jax.tree.flatten(prologue)

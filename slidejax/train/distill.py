@@ -37,7 +37,7 @@ def check_model(model: Any, name: str, needs: tuple[str, ...] = ("config", "para
     if not all(hasattr(model, one) for one in needs):
         raise TypeError(
             f"{name} must be a slidejax.lm.Decoder or a Flax language model of transformers, got "
-            f"{type(model).__name__}"
+            f"{type(model).__name__}: train other models with slidejax.trainable.masters"
         )
     return model
 

@@ -187,6 +187,13 @@ class SlideWeight(LinearWeight):
         >>> w = pack(jnp.ones((128, 4)), "6:8")
         >>> tuple(w.partition_spec(out="o", k="k").values)
         ('o', 'k', None)
+
+        Every leaf has a spec of its own:
+
+        >>> mesh = jax.make_mesh((1,), ("o",))
+        >>> put = lambda leaf, spec: jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
+        >>> jax.tree.map(put, w, w.partition_spec(out="o")).shape
+        (128, 4)
         """
         if k is not None and self.in_features % self.pattern.block:
             raise ValueError(
