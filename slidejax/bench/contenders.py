@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -52,6 +52,7 @@ __all__ = [
     "behind_norm",
     "best_dense",
     "fastest_behind_norm",
+    "for_rows",
     "kernel_of",
     "settings_of_xla",
     "sparse",
@@ -183,23 +184,28 @@ def best_dense(us: Mapping[str, float | None]) -> float | None:
     return min((t for name in _UNSCALED if (t := us.get(name)) is not None), default=None)
 
 
-def baselines(kernel: jax.Array, rows: int) -> list[Contender]:
-    """Layers without slidejax for a kernel `[in, out]` and rows of x, and the bounds of a dense
-    layer."""
+def baselines(kernel: jax.Array) -> list[Contender]:
+    """Layers without slidejax for a kernel `[in, out]`, and the bounds of a dense layer.
+
+    `for_rows` gives them XLA's options.
+    """
     w = kernel.T
     made = {layer.weights: layer.weights(w) for layer in JAX_LAYERS}
     codes, scale_w = _quantise(w, 448.0, _E4M3, axis=None)
     static = (codes, jnp.asarray(4 / 448, w.dtype), scale_w.reshape(()).astype(w.dtype))
-    layers = [
-        *((layer.name, layer.apply, made[layer.weights]) for layer in JAX_LAYERS),
-        ("jax fp8 per tensor", _per_tensor, static),
+    return [
+        *(Contender(layer.name, layer.apply, made[layer.weights]) for layer in JAX_LAYERS),
+        Contender("jax fp8 per tensor", _per_tensor, static),
         *(
-            (name, _unscaled, made[weights][0])
+            Contender(name, _unscaled, made[weights][0])
             for name, weights in zip(_UNSCALED, (_INT8, _FP8), strict=True)
         ),
     ]
-    settings = settings_of_xla(rows)
-    return [Contender(*layer, settings) for layer in layers]
+
+
+def for_rows(layers: Iterable[Contender], rows: int) -> list[Contender]:
+    """Layers of plain JAX with the options of XLA for a number of rows of x."""
+    return [dataclasses.replace(c, settings=settings_of_xla(rows)) for c in layers]
 
 
 def problem_of(w: SlideWeight, rows: int) -> Problem:

@@ -81,9 +81,10 @@ def measure(
             lift += _lift(m, k, parsed, resolved, clock, note)
     for n, k in dict.fromkeys(shapes):
         kernel = contenders.kernel_of(n, k)
+        layers = contenders.baselines(kernel)
         weights = [pack(kernel, p, dtype=d) for p in parsed for d in resolved]
         for m in rows:
-            baselines = contenders.baselines(kernel, m)
+            baselines = contenders.for_rows(layers, m)
             alone, behind_norm = _linear(m, weights, baselines, clock, note)
             linear += alone
             normed += behind_norm

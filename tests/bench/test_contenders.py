@@ -12,7 +12,7 @@ def test_the_bounds_of_a_dense_layer_are_the_layer_without_scales():
     kernel = contenders.kernel_of(16, 64)
     x = run.inputs_of(8, 64, 1)[0]
     exact = np.asarray(x, np.float32) @ np.asarray(kernel, np.float32)
-    by_name = {c.name: c for c in contenders.baselines(kernel, 8)}
+    by_name = {c.name: c for c in contenders.baselines(kernel)}
     assert {*by_name, contenders.BEST_DENSE} == set(contenders.BASELINES)
     for name, dtype in (("dense int8 unscaled", jnp.int32), ("dense fp8 unscaled", jnp.bfloat16)):
         c = by_name[name]
@@ -33,7 +33,7 @@ def test_jax_layers_are_close_to_the_kernel():
     kernel = contenders.kernel_of(16, 64)
     x = run.inputs_of(8, 64, 1)[0]
     exact = np.asarray(x, np.float32) @ np.asarray(kernel, np.float32)
-    by_name = {c.name: c for c in contenders.baselines(kernel, 8)}
+    by_name = {c.name: c for c in contenders.baselines(kernel)}
     for name, bound in (
         ("jax bf16", 0.005),
         ("jax int8", 0.02),
@@ -56,7 +56,7 @@ def test_behind_a_norm_every_layer_sees_the_normed_rows(form):
     v = np.asarray(x, np.float32)
     normed = v / np.sqrt((v * v).mean(-1, keepdims=True) + 1e-6)
     exact = normed @ np.asarray(kernel, np.float32)
-    for c in contenders.baselines(kernel, 8):
+    for c in contenders.baselines(kernel):
         if c.name in contenders.NORMED:
             behind = contenders.behind_norm(c, 64)
             assert behind.name == c.name
@@ -79,7 +79,7 @@ def test_products_of_plain_jax_are_timed_with_both_of_xlas_ways(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     kernel, flag = contenders.kernel_of(16, 64), "xla_gpu_enable_triton_gemm"
     for rows, ways in ((1, {False, True}), (64, {False, True}), (65, {False})):
-        for c in contenders.baselines(kernel, rows):
+        for c in contenders.for_rows(contenders.baselines(kernel), rows):
             assert {settings[flag] for settings in c.settings} == ways
             assert contenders.behind_norm(c, 64).settings == c.settings
     w = sj.pack(kernel, "6:8", dtype="int8")
