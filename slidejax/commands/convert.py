@@ -235,7 +235,7 @@ def _at_once(args: argparse.Namespace, rule: Any, report: Report, shown: _Shown)
 
 
 def _lost(args: argparse.Namespace) -> str:
-    """Says, for an error, what is left of a conversion that can be written nowhere."""
+    """The end of an error: whether a conversion that cannot be written is lost, or kept."""
     if args.work is None or args.method == "magnitude":
         return "the converted model is lost"
     return f"finished layers are kept in {args.work!r}: the same command goes on from there"

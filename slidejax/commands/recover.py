@@ -303,7 +303,7 @@ def _size(args: argparse.Namespace, loaded: Loaded) -> int:
 
 
 def _lost(args: argparse.Namespace, steps: int) -> str:
-    """Says, for an error, what is left of a training that can be written nowhere."""
+    """The end of an error: whether a training that cannot be written is lost, or kept."""
     if args.checkpoint is None:
         return f"the training of {steps} steps is lost: --checkpoint DIR would have kept it"
     return f"the training is kept in {args.checkpoint!r}: the same command goes on from there"

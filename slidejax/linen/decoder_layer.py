@@ -28,8 +28,8 @@ from slidejax.weights.packed import SlideWeight
 
 __all__ = ["DecoderLayers"]
 
-# What the weight of a model's norm lacks, by the name of the function that runs its layers:
-# transformers need not be installed.
+# The number that is added to the weight of a norm, by the name of the function that runs a layer.
+# They are names, because transformers need not be installed.
 _NORM_OFFSETS = {
     f"transformers.models.{name}.modeling_flax_{name}.Flax{name.capitalize()}DecoderLayer"
     ".__call__": offset
@@ -75,7 +75,7 @@ class DecoderLayers:
 
 
 def _stages(module: nn.Module, x: jax.Array, offset: int) -> list[Stage] | None:
-    """What a layer computes behind its attention, or None if it has to run module by module.
+    """The products behind the attention of a layer, or None if it has to run module by module.
 
     Args:
       module: the layer.
